@@ -1,0 +1,3 @@
+"""Differentiable retrieval-augmented generation over knowledge graphs."""
+
+__version__ = "0.1.0"

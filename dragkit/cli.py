@@ -1,0 +1,159 @@
+"""The command lines: arguments in, typed values out; messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dragkit.config import TrainConfig, config_schema, load_config, parse_text, show_config
+from dragkit.errors import ConfigError, DragkitError, Interrupted
+from dragkit.flags import FLAGS, evaluate_parser, train_parser, underscored, unknown_flags
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """What a training command asks for, and the sources it was merged from."""
+
+    config: TrainConfig
+    origins: dict[str, str]
+    debug: bool
+    preset: str | None
+    file: str | None
+    overrides: dict[str, object]
+
+    def in_phase(self, phase: int) -> TrainConfig:
+        """The same sources merged for the other phase, with its own defaults and preset block."""
+        overrides = self.overrides | {"run.phase": phase}
+        return load_config(self.preset, self.file, overrides, demo_preset="tiny")[0]
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What an evaluation command asks for; None and an empty list mean what the run itself used."""
+
+    run: Path
+    data: list[str]
+    checkpoint: Literal["best", "latest"] | int
+    output: Path | None
+    limit: int | None
+    batch_size: int | None
+    device: str
+    max_new_tokens: int | None
+    seed: int | None
+    debug: bool
+
+
+def parse_train_args(argv: Sequence[str], prog: str = "python -m dragkit.train") -> TrainArguments:
+    """Read the training command line.
+
+    Args:
+        argv: arguments after the program's name.
+        prog: name of the program in the help.
+
+    Returns:
+        Configuration, origins and sources.
+
+    Raises:
+        ConfigError: all unknown flags, keys and values at once.
+        MissingInputError: the file of --config cannot be read.
+    """
+    args, extras = train_parser(prog).parse_known_args(underscored(argv))
+    overrides: dict[str, object] = {}
+    labels: dict[str, str] = {}
+    problems = unknown_flags(extras, [*FLAGS, "preset", "config", "set", "debug", "help"])
+    for key, value, label in args.settings:
+        overrides[key] = parse_text(key, value) if isinstance(value, str) else value
+        labels[key] = label
+    try:
+        config, origins = load_config(
+            args.preset, args.config, overrides, labels=labels, demo_preset="tiny"
+        )
+    except ConfigError as error:
+        raise ConfigError("\n".join([*problems, str(error)])) from error
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return TrainArguments(config, origins, args.debug, args.preset, args.config, overrides)
+
+
+def parse_evaluate_args(argv: Sequence[str]) -> EvaluateArguments:
+    """Read the evaluation command line.
+
+    Args:
+        argv: arguments after the program's name.
+
+    Returns:
+        The arguments, checked for kind and range.
+
+    Raises:
+        ConfigError: a flag that is unknown or has a wrong value.
+    """
+    args, extras = evaluate_parser().parse_known_args(underscored(argv))
+    known = [*(name for name in vars(args) if name != "run"), "help"]
+    if problems := unknown_flags(extras, known, training=False):
+        raise ConfigError("\n".join(problems))
+    return EvaluateArguments(**vars(args))
+
+
+def config_main(argv: Sequence[str] | None = None) -> int:
+    """`python -m dragkit.config show|schema`; returns the exit code."""
+    return run_main(_config_command, argv)
+
+
+def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Call a command and turn what it raises into one message on stderr and an exit code.
+
+    Args:
+        function: takes the arguments, returns the exit code or None for 0.
+        argv: arguments after the program's name; None takes those of the process.
+
+    Returns:
+        Exit code; tracebacks are shown only with --debug or DRAGKIT_DEBUG=1.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv or os.environ.get("DRAGKIT_DEBUG", "0") not in ("", "0")
+    try:
+        return function(argv) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc(file=sys.stderr)
+        code, message = _explain(error)
+    if code == DragkitError.exit_code and not debug:
+        message += "\n  run again with --debug for the traceback"
+    sys.stderr.write(f"dragkit: {message}\n")
+    return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message for whatever ended a command."""
+    if isinstance(error, Interrupted):
+        return error.exit_code, str(error)
+    if isinstance(error, DragkitError):
+        return error.exit_code, f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    text = " ".join(str(error).split())
+    return DragkitError.exit_code, f"internal error: {type(error).__name__}: {text:.300}"
+
+
+def _config_command(argv: list[str]) -> int:
+    prog = "python -m dragkit.config"
+    command = argv[0] if argv else ""
+    if command == "show":
+        args = parse_train_args(argv[1:], f"{prog} show")
+        text = show_config(args.config, args.origins)
+    elif command == "schema" and len(argv) == 1:
+        text = config_schema()
+    elif command in ("-h", "--help"):
+        text = (
+            f"usage: {prog} show [flags of dragkit.train]   every value and its origin\n"
+            f"       {prog} schema                         JSON Schema of --config files"
+        )
+    else:
+        raise ConfigError(f"expected `{prog} show [flags]` or `{prog} schema`, got {argv}")
+    sys.stdout.write(f"{text}\n")
+    return 0

@@ -1,0 +1,52 @@
+"""Where derived data is kept, and how a folder appears there: whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from dragkit.errors import WriteError
+
+
+def cache_root(named: str | Path | None = None) -> Path:
+    """The cache folder: the one named, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`."""
+    if named is not None:
+        return Path(named)
+    from_environment = os.environ.get("DRAGKIT_CACHE")
+    return Path(from_environment) if from_environment else Path.home() / ".cache" / "dragkit"
+
+
+def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fills a temporary folder by `write` and renames it to `target`.
+
+    Two processes may do so at once: the first rename wins and the other's work is dropped, since
+    the content is a function of the name.
+
+    Raises:
+        WriteError: the folder cannot be written; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        write(temporary)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    except OSError as error:
+        raise WriteError(
+            f"{target}: cannot write the cache: {error.strerror or error}. Free some space, or name "
+            "another folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,100 @@
+"""Types that carry a batch: many ragged graphs laid end to end, with no padding between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dragkit_kernels import FactOrders
+
+
+class _Movable:
+    """Moves every tensor field of a frozen dataclass, nested ones included."""
+
+    __slots__ = ()
+
+    def _map(self, move: object) -> Self:
+        changes = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changes[field.name] = move(value)  # type: ignore[operator]
+            elif isinstance(value, _Movable):
+                changes[field.name] = value._map(move)
+            elif isinstance(value, FactOrders):
+                changes[field.name] = FactOrders(*(move(t) for t in value))  # type: ignore[operator]
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on `device`; non-blocking, so pinned memory overlaps with compute."""
+        return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked host memory."""
+        return self._map(lambda t: t.pin_memory())
+
+
+@dataclass(frozen=True, slots=True)
+class PackedGraph(_Movable):
+    """B question subgraphs as one graph.
+
+    Attributes:
+        orders: the facts in three orders, with `head`, `tail` (node rows) in original order.
+        relation: int32 [E] row of each fact's relation in the pack's relation list, 0..R-1.
+        topic: float32 [N] seed distribution: uniform over a graph's topic nodes, else 0.
+        node_graph, fact_graph: int32 [N], [E] graph of each node and fact.
+        node_ptr, fact_ptr: int32 [B+1] first node and fact of each graph.
+        label: float32 [E] 1 where the fact lies on a gold path.
+        question_key: int64 [B] counter word of the question's noise, independent of the batch.
+        num_graphs, num_nodes, num_facts, max_facts: host integers (max_facts of one graph).
+    """
+
+    orders: FactOrders
+    relation: Tensor
+    topic: Tensor
+    node_graph: Tensor
+    fact_graph: Tensor
+    node_ptr: Tensor
+    fact_ptr: Tensor
+    label: Tensor
+    question_key: Tensor
+    num_graphs: int
+    num_nodes: int
+    num_facts: int
+    max_facts: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPack(_Movable):
+    """Ragged token rows: row i is `ids[ptr[i]:ptr[i+1]]`; int32 [T], int32 [rows+1], longest row."""
+
+    ids: Tensor
+    ptr: Tensor
+    max_row: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionBatch(_Movable):
+    """What one training or evaluation step needs.
+
+    Attributes:
+        graph: the packed subgraphs.
+        question_states: float32 [B, T, D] cached token states of the questions, zero-padded.
+        question_mask: bool [B, T] True at real tokens.
+        relation_row: int64 [R] rows of the data set's relation table used by this pack.
+        prefix, facts, target: token rows of B prompts' beginnings, E facts and B answers; None in
+            phase 1.
+        rows: the questions' indices in the store, in batch order (host).
+    """
+
+    graph: PackedGraph
+    question_states: Tensor
+    question_mask: Tensor
+    relation_row: Tensor
+    prefix: TokenPack | None
+    facts: TokenPack | None
+    target: TokenPack | None
+    rows: tuple[int, ...]

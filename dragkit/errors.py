@@ -1,0 +1,45 @@
+"""Errors that a user can cause; each carries the exit code of the command line."""
+
+from __future__ import annotations
+
+
+class DragkitError(Exception):
+    """Base class. The message says what, where, why and what to do; no traceback is shown."""
+
+    exit_code = 70
+
+
+class ConfigError(DragkitError):
+    """A wrong flag, key or value."""
+
+    exit_code = 2
+
+
+class DataError(DragkitError):
+    """A data file whose content cannot be used; may list many problems, one a line."""
+
+    exit_code = 65
+
+
+class MissingInputError(DragkitError):
+    """A file, folder or set of weights that is not there."""
+
+    exit_code = 66
+
+
+class CheckpointError(DragkitError):
+    """A checkpoint that is damaged, or does not fit the model."""
+
+    exit_code = 66
+
+
+class WriteError(DragkitError):
+    """Something could not be written; the last good state is untouched."""
+
+    exit_code = 74
+
+
+class Interrupted(DragkitError):
+    """Training was asked to stop and has saved its state."""
+
+    exit_code = 75

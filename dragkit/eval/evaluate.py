@@ -1,0 +1,142 @@
+"""Runs a phase over a split and scores every question of it; none is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from dragkit.data.packed import QuestionBatch
+from dragkit.eval.metrics import answer_hit_at_k, answer_recall_at_k, retrieval_prf
+from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
+
+if TYPE_CHECKING:
+    from dragkit.data.store import PackedStore, StoredQuestion
+    from dragkit.trainer.phase import Phase, Prediction
+
+RECALL_AT = (5, 10, 20, 50, 100)
+
+
+class Source(Protocol):
+    """Questions in batches, and their records."""
+
+    store: PackedStore
+    relations: object
+    sampler: object
+
+    def load(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
+        """Collated batches."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """Scores of a split with the predictions behind them."""
+
+    report: Report
+    predictions: list[dict[str, object]]
+
+    def headline(self) -> str:
+        """The main numbers in one line."""
+        means = self.report.means
+        names = (
+            "strict-hits@1",
+            "strict-f1",
+            "retrieval-f1",
+            "retrieval-recall",
+            "answer-recall@10",
+        )
+        found = [f"{name} {100 * means[name]:.1f}" for name in names if name in means]
+        return ", ".join(found) + f" ({self.report.counts['asked']} questions)"
+
+    def samples(self, count: int) -> list[str]:
+        """The first answers beside their golds, for the log."""
+        return [
+            f"  {p['question']} -> {p['text'] or '(nothing)'} [gold: {' | '.join(p['answers'][:4])}]"
+            for p in self.predictions[:count]
+            if p["text"] is not None
+        ]
+
+
+def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[str, float]:
+    """Retrieval metrics; those without meaning for a question are left out of its record."""
+    scores: dict[str, float] = {}
+    positive = [i for i, label in enumerate(question.labels) if label > 0.5]
+    if positive:
+        precision, recall, f1 = retrieval_prf(prediction.selected, positive)
+        scores |= {
+            "retrieval-precision": precision,
+            "retrieval-recall": recall,
+            "retrieval-f1": f1,
+        }
+    if question.answers:
+        ends = [(question.triples[i][0], question.triples[i][2]) for i in prediction.ranked]
+        for k in RECALL_AT:
+            scores[f"answer-recall@{k}"] = answer_recall_at_k(ends, question.answers, k)
+        scores["answer-hit@10"] = answer_hit_at_k(ends, question.answers, 10)
+    scores["facts-selected"] = float(len(prediction.selected))
+    return scores
+
+
+def _record(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
+    entities = {name for head, _, tail in question.triples for name in (head, tail)}
+    in_graph = any(answer in entities for answer in question.answers)
+    retrieval = _retrieval_scores(question, prediction)
+    if prediction.text is None:
+        return QuestionRecord(
+            question_id=question.id,
+            scores={},
+            num_golds=len(question.answers),
+            num_predictions=0,
+            answer_in_graph=in_graph,
+            retrieval=retrieval,
+        )
+    return score_text(
+        question.id,
+        prediction.text,
+        question.answers,
+        question=question.text,
+        answer_in_graph=in_graph,
+        retrieval=retrieval,
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    phase: Phase, source: Source, device: torch.device, *, limit: int | None = None
+) -> EvaluationResult:
+    """Scores a phase's model on a split, in file order.
+
+    Args:
+        phase: of training, with its model; source: the split.
+        device: of the model; limit: the first so many questions only; None takes all.
+
+    Returns:
+        Macro means with their denominators, and every prediction.
+    """
+    was_training = phase.model.training
+    phase.model.eval()
+    relations = source.relations.to(device)  # type: ignore[attr-defined]
+    batches = source.sampler.in_order(limit)  # type: ignore[attr-defined]
+    records, predictions = [], []
+    for batch in source.load(batches):
+        for prediction in phase.predict(batch.to(device), relations):
+            question = source.store.question(prediction.row)
+            records.append(_record(question, prediction))
+            predictions.append(
+                {
+                    "id": question.id,
+                    "question": question.text,
+                    "answers": list(question.answers),
+                    "text": prediction.text,
+                    "facts": [
+                        {"triple": list(question.triples[i]), "p": round(p, 6)}
+                        for i, p in zip(prediction.ranked, prediction.probability, strict=True)
+                        if i in set(prediction.selected)
+                    ],
+                }
+            )
+    phase.model.train(was_training)
+    return EvaluationResult(aggregate(records), predictions)

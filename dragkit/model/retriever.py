@@ -1,0 +1,121 @@
+"""The graph retriever: ReaRev over packed subgraphs, with a linear score for every fact."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dragkit.config import RetrieverConfig
+from dragkit.data.packed import QuestionBatch
+from dragkit.model.encoder import RelationStates
+from dragkit.model.layers import InstructionRevision, InstructionStack, ReasoningLayer, TokenPooling
+from dragkit_kernels import fact_scores, relation_sum, segment_softmax
+
+
+class RetrieverOutput(NamedTuple):
+    """Scores and representations of one pack.
+
+    Attributes:
+        fact_logits: float32 [E]; the probability of a fact is its sigmoid.
+        node: float [N, C] final node states.
+        relation: float [P, C] relation part of a fact's representation, one row per (graph,
+            relation) pair.
+        node_probability: float32 [N] last distribution over each graph's nodes.
+    """
+
+    fact_logits: Tensor
+    node: Tensor
+    relation: Tensor
+    node_probability: Tensor
+
+
+class Retriever(nn.Module):
+    """ReaRev (method 3) with D-RAG's fact head (method 4.1).
+
+    T stages of L layers; the distribution p restarts from the topics at every stage while the node
+    states go on; between stages the K instructions are revised from the topic nodes. A fact (s, r,
+    t) is scored by w . [h_s ; x_r ; h_t] + b, computed as three scalar tables.
+
+    Args:
+        config: sizes.
+        text_dim: width of the sentence encoder's token states.
+    """
+
+    def __init__(self, config: RetrieverConfig, text_dim: int) -> None:
+        super().__init__()
+        width = config.hidden_dim
+        self.config = config
+        self.pooling = TokenPooling(text_dim, width)
+        self.instructions = InstructionStack(width, config.num_instructions, config.dropout)
+        self.start = nn.Linear(width, width)
+        self.self_relation = nn.Parameter(torch.randn(width) / width**0.5)
+        self.layers = nn.ModuleList(
+            ReasoningLayer(
+                width,
+                config.num_instructions,
+                config.dropout,
+                parity=config.message == "parity",
+            )
+            for _ in range(config.num_reasoning_steps)
+        )
+        self.node_score = nn.Linear(width, 1)
+        self.revision = InstructionRevision(width, config.num_instructions)
+        self.fact_score = nn.Linear(3 * width, 1)
+        self.dropout = nn.Dropout(config.dropout)
+
+    @property
+    def fact_dim(self) -> int:
+        """Width of a fact's representation [h_s ; x_r ; h_t]."""
+        return 3 * self.config.hidden_dim
+
+    def forward(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
+        """Scores every fact of the pack.
+
+        Args:
+            batch: the pack.
+            relations: the data set's relation token states, on the pack's device.
+
+        Returns:
+            Logits and representations.
+        """
+        graph, orders = batch.graph, batch.graph.orders
+        x = self.pooling.relations(
+            relations.states[batch.relation_row], relations.mask[batch.relation_row]
+        )
+        instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
+        start = self.start(x[:, 0])[orders.pair_relation.long()]
+        h = torch.relu(relation_sum(start, orders=orders))
+        p = graph.topic
+        topic = (graph.topic > 0).to(h.dtype)
+        for stage in range(self.config.num_stages):
+            if stage:
+                topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
+                    0, graph.node_graph, h * topic.unsqueeze(1)
+                )
+                instruction = self.revision(instruction, topic_state)
+            p = graph.topic
+            for layer in self.layers:
+                h = layer(h, p, x, self.self_relation, instruction, orders, graph.node_graph)
+                score = self.node_score(self.dropout(h)).squeeze(1)
+                p = segment_softmax(score, graph.node_ptr, None)
+        relation = self._relation_feature(x, instruction, orders)
+        w_head, w_relation, w_tail = self.fact_score.weight.view(3, -1)
+        node = self.dropout(h)
+        logits = fact_scores(
+            (node @ w_head).float(),
+            (relation @ w_relation).float(),
+            (node @ w_tail).float(),
+            self.fact_score.bias.float().squeeze(0),
+            orders=orders,
+        )
+        return RetrieverOutput(logits, h, relation, p)
+
+    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: object) -> Tensor:
+        """float [P, C]: x_r, plus its product with the instructions when so configured."""
+        static = x[:, 0][orders.pair_relation.long()]  # type: ignore[attr-defined]
+        if self.config.fact_relation == "static":
+            return static
+        gate = instruction.mean(1)[orders.pair_graph.long()]  # type: ignore[attr-defined]
+        return static + static * gate

@@ -1,0 +1,73 @@
+"""Which facts enter the prompt: noisy and differentiable in training, the best ones at inference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dragkit.config import SamplerConfig
+from dragkit.data.packed import PackedGraph
+from dragkit_kernels import gumbel_topk, top_facts
+
+
+class FactSelection(NamedTuple):
+    """At most K facts of every question.
+
+    Attributes:
+        index: int32 [B, K] facts of the pack, best first, -1 for an empty place.
+        gate: float32 [B, K] 1 at kept facts and 0 elsewhere; straight-through gradient to logits.
+        count: int32 [B] kept facts.
+        soft: float32 [E] relaxed selection of every fact, for the residual slot.
+    """
+
+    index: Tensor
+    gate: Tensor
+    count: Tensor
+    soft: Tensor
+
+
+class FactSampler:
+    """Draws subgraphs (method 1.3, 5.2, 5.5).
+
+    Args:
+        config: mode, estimator, temperature, cap and inference threshold.
+        seed: of the noise; the draw is a function of (seed, step, question, fact) alone.
+    """
+
+    def __init__(self, config: SamplerConfig, seed: int) -> None:
+        self.config = config
+        self.seed = seed
+
+    def _step_seed(self, step: int, device: torch.device) -> Tensor:
+        # Low word: step, high word: seed; Philox mixes the two key words.
+        return torch.tensor(
+            ((self.seed & 0x7FFFFFFF) << 32) | (step & 0xFFFFFFFF), dtype=torch.int64, device=device
+        )
+
+    def draw(self, logits: Tensor, graph: PackedGraph, step: int) -> FactSelection:
+        """A random subgraph per question; float32 [E] logits."""
+        drawn = gumbel_topk(
+            logits,
+            graph.fact_ptr,
+            self.config.k_facts,
+            temperature=self.config.temperature,
+            seed=self._step_seed(step, logits.device),
+            question_key=graph.question_key,
+            mode=self.config.mode,
+            estimator=self.config.estimator,
+            max_facts=graph.max_facts,
+        )
+        return FactSelection(drawn.index, drawn.gate, drawn.count, drawn.soft)
+
+    def best(self, logits: Tensor, graph: PackedGraph) -> FactSelection:
+        """The `k_facts` most probable facts with p above the threshold, at least one."""
+        top = top_facts(
+            logits,
+            graph.fact_ptr,
+            self.config.k_facts,
+            threshold=self.config.prob_threshold,
+            max_facts=graph.max_facts,
+        )
+        return FactSelection(top.index, top.gate, top.count, top.soft)

@@ -1,0 +1,1 @@
+"""Looking at a run: throughput, profiling ranges, GPU state."""

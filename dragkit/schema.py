@@ -1,0 +1,300 @@
+"""The schema of a training run: frozen models, every default here and once, with its source.
+
+Sources named in the descriptions: "paper" is D-RAG (EMNLP 2025), "ReaRev" its released settings,
+"earlier trainer" the code whose flags this command line keeps. `dragkit.config` reads, merges and
+writes values of this schema.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+DEFAULT_GENERATOR = "unsloth/Nemotron-3-Nano-30B-A3B"
+TINY_GENERATOR = "tiny"
+DEVICE_PATTERN = r"^(auto|cpu|cuda(:[0-9]+)?)$"
+PresetName = Literal["tiny", "webqsp", "cwq", "h200", "b200"]
+PRESETS: tuple[str, ...] = get_args(PresetName)
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown key, no NaN, no empty text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
+        # Lax number parsing would read `epochs: yes` as 1.
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("must not be true or false")
+        return value
+
+
+class DataConfig(Section):
+    """Where questions come from and how they are packed."""
+
+    heuristics_path: str | None = Field(
+        None, description="Training questions, JSONL or JSONL.gz. Unset: the bundled demo set."
+    )
+    val_heuristics_path: str | None = Field(
+        None, description="Validation questions. Unset: the demo's own, or none."
+    )
+    test_heuristics_path: str | None = Field(
+        None, description="Test questions, evaluated at the end. Unset: the demo's own, or none."
+    )
+    cache_dir: str | None = Field(
+        None, description="Folder of packed data sets. Unset: the user's cache folder."
+    )
+    label_rule: Literal["auto", "shortest", "paths"] = Field(
+        "auto",
+        description="Which facts are positive: on a shortest topic-answer path, or on the given "
+        "paths; auto takes shortest where topics and answers are known.",
+    )
+    max_facts_per_batch: int = Field(200_000, ge=1, description="Facts in a batch, at most.")
+    max_bad_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of unusable rows to skip and count.",
+    )
+    num_workers: int = Field(0, ge=0, description="Loader processes; 0 loads in the main process.")
+
+
+class EncoderConfig(Section):
+    """The frozen sentence encoder."""
+
+    model: str | None = Field(None, description="Folder or hub name. Unset: all-MiniLM-L6-v2.")
+
+
+class RetrieverConfig(Section):
+    """The ReaRev retriever."""
+
+    hidden_dim: int = Field(256, ge=1, description="Width of all states (earlier trainer: 256).")
+    node_dim: int | None = Field(None, ge=1, description="If given, must be hidden_dim.")
+    relation_dim: int | None = Field(None, ge=1, description="If given, must be hidden_dim.")
+    num_instructions: int = Field(2, ge=1, description="Instructions (ReaRev: 2 WebQSP, 3 CWQ).")
+    num_reasoning_steps: int = Field(
+        3, ge=1, description="Layers per stage (ReaRev: 2 or 3 WebQSP, 3 CWQ; earlier trainer: 3)."
+    )
+    num_stages: int = Field(
+        2, ge=1, description="Passes with revised instructions (ReaRev: 3 WebQSP, 2 CWQ)."
+    )
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability while training.")
+    fact_relation: Literal["static", "instructed"] = Field(
+        "static",
+        description="Relation part of a fact's representation: the relation's vector (paper), or "
+        "that vector gated by the question's instructions.",
+    )
+    message: Literal["collapsed", "parity"] = Field(
+        "collapsed",
+        description="collapsed sums the instructions before the fact loop; parity keeps them apart "
+        "as ReaRev does (slower, dropout at its published place).",
+    )
+
+    @field_validator("node_dim", "relation_dim")
+    @classmethod
+    def _one_width(cls, value: int | None, info: ValidationInfo) -> int | None:
+        width = info.data.get("hidden_dim", value)
+        if value is not None and value != width:
+            raise ValueError(
+                f"must equal retriever.hidden_dim ({width}): ReaRev adds node, relation and "
+                "instruction vectors and so has one width; leave it out or set all alike"
+            )
+        return value
+
+
+class SamplerConfig(Section):
+    """How facts are drawn in training and chosen in evaluation."""
+
+    mode: Literal["bernoulli", "budget"] = Field(
+        "bernoulli", description="bernoulli: independent draws (paper); budget: exactly k facts."
+    )
+    estimator: Literal["concrete", "mean"] = Field(
+        "concrete", description="Gradient of a draw: of the relaxed sample (paper) or of the mean."
+    )
+    temperature: float = Field(0.5, gt=0, description="Temperature of the relaxation (paper: 0.5).")
+    max_facts_cap: int = Field(
+        100, ge=1, description="Largest k_facts that is accepted (paper: at most 100 facts)."
+    )
+    k_facts: int = Field(
+        10, ge=1, description="Most facts in one prompt (earlier trainer: 10; paper: 100)."
+    )
+    prob_threshold: float = Field(
+        0.01, ge=0, lt=1, description="Evaluation drops facts with p at or below it (paper: 0.01)."
+    )
+    residual_slot: bool = Field(
+        False, description="One vector more, for gradient to facts not drawn."
+    )
+
+    @field_validator("k_facts")
+    @classmethod
+    def _within_cap(cls, value: int, info: ValidationInfo) -> int:
+        cap = info.data.get("max_facts_cap", value)
+        if value > cap:
+            raise ValueError(
+                f"must be at most sampler.max_facts_cap ({cap}); lower it or raise the cap"
+            )
+        return value
+
+
+class GeneratorConfig(Section):
+    """The language model, its adapter, and the projector into it."""
+
+    model: str | None = Field(
+        None,
+        description=f"'{TINY_GENERATOR}', a folder, or a hub name. Unset: {TINY_GENERATOR} with "
+        f"the demo set, else {DEFAULT_GENERATOR}.",
+    )
+    revision: str | None = Field(None, description="Hub revision. Unset: the newest.")
+    generator_dim: int | None = Field(
+        None, ge=1, description="Only checked. Unset: read from the model."
+    )
+    freeze_lm: bool = Field(False, description="Train no adapter; the projector still learns.")
+    structural_vectors: bool = Field(
+        True, description="One vector per fact in the prompt (paper); off is the control arm."
+    )
+    lora_rank: int = Field(16, ge=1, description="Rank of the adapter.")
+    lora_alpha: int = Field(32, ge=1, description="Scale of the adapter: alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="Module names to adapt. Unset: those fit for the model."
+    )
+    generator_microbatch: int | None = Field(
+        None, ge=1, description="Questions per generator pass. Unset: the whole batch."
+    )
+    max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."
+    )
+    projector_dim: int | None = Field(
+        None, ge=1, description="Hidden width of the projector. Unset: the generator's width."
+    )
+
+
+class LossConfig(Section):
+    """Weights of the training losses."""
+
+    rho: float = Field(0.7, ge=0, le=1, description="rho BCE + (1 - rho) rank (paper: 0.7).")
+    margin: float = Field(1.0, ge=0, description="Margin of the rank loss, on logits.")
+    ret_loss_weight: float = Field(
+        0.1, ge=0, description="Phase 2 weight of the retriever loss (earlier trainer: 0.1)."
+    )
+    use_grad_norm_balance: bool = Field(
+        False, description="Set that weight from the ratio of gradient norms instead (paper)."
+    )
+    balance_rho: float = Field(
+        0.9, ge=0, description="Target norm of the retriever gradient over the generator's (paper)."
+    )
+    eos_loss_weight: float = Field(1.0, ge=0, description="Weight of the end token.")
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, and how much data a step sees."""
+
+    lr: float = Field(5e-5, gt=0, description="Rate of retriever and projector (paper: 5e-5).")
+    lora_lr: float | None = Field(
+        None, gt=0, description="Rate of the adapter. Unset: lr times lora_lr_scale."
+    )
+    lora_lr_scale: float = Field(
+        0.2, gt=0, description="Adapter rate over lr (paper: 1e-5, which is 0.2 of 5e-5)."
+    )
+    weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
+    min_lr_share: float = Field(0.0, ge=0, le=1, description="Last rate over the highest.")
+    grad_clip: float = Field(
+        1.0, gt=0, description="Largest gradient norm over all trained weights."
+    )
+    epochs: int | None = Field(
+        None, ge=1, description="Passes over the data. Unset: 10 in phase 1 (paper), 5 in phase 2."
+    )
+    batch_size: int | None = Field(
+        None, ge=1, description="Questions per batch. Unset: 16 in phase 1 (paper), 1 in phase 2."
+    )
+    accumulation_steps: int = Field(1, ge=1, description="Batches per optimizer step.")
+
+    @property
+    def adapter_lr(self) -> float:
+        """Learning rate of the adapter."""
+        return self.lr * self.lora_lr_scale if self.lora_lr is None else self.lora_lr
+
+    def epochs_in(self, phase: int) -> int:
+        """Epochs of phase 1 or 2."""
+        return self.epochs or {1: 10, 2: 5}[phase]
+
+    def batch_size_in(self, phase: int) -> int:
+        """Questions per batch in phase 1 or 2."""
+        return self.batch_size or {1: 16, 2: 1}[phase]
+
+
+class RunConfig(Section):
+    """What this run does, where it writes, and what it reports."""
+
+    phase: Literal[1, 2] = Field(2, description="1: retriever alone; 2: retriever and generator.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, order and draws.")
+    checkpoint_dir: str | None = Field(
+        None, description="Folder for checkpoints. Unset: a new folder under runs/."
+    )
+    phase1_checkpoint: str | None = Field(
+        None, description="Retriever to start phase 2 from. Unset: phase 1 is trained first."
+    )
+    resume: bool | str = Field(
+        False,
+        description="Go on from this checkpoint or run. Alone: checkpoint_dir, else the newest.",
+    )
+    device: str = Field("auto", pattern=DEVICE_PATTERN, description="auto, cpu, cuda or cuda:N.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Type of the mixed-precision arithmetic; auto: bfloat16 on GPU."
+    )
+    compile: bool | None = Field(None, description="Compile the retriever. Unset: on GPU only.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
+    save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
+    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")
+    log_every_steps: int = Field(10, ge=1, description="Steps between log lines.")
+    val_generation: bool = Field(True, description="Generate answers when validating in phase 2.")
+    val_max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer when validating. Unset: generator.max_new_tokens."
+    )
+    val_generation_limit: int = Field(200, ge=1, description="Questions generated per validation.")
+    val_log_samples: int = Field(3, ge=0, description="Validation answers written to the log.")
+    log_grad_norms: bool = Field(False, description="Log gradient norms of each part.")
+    grad_norm_log_interval: int = Field(50, ge=1, description="Steps between those.")
+    profile_steps: str | None = Field(
+        None,
+        pattern=r"^[0-9]+:[0-9]+$",
+        description="Steps first:end to profile, for example 10:13.",
+    )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _first_before_end(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, end = (int(step) for step in value.split(":"))
+            if first >= end:
+                raise ValueError(f"must be first:end with first < end, as in {first}:{first + 3}")
+        return value
+
+
+class TrainConfig(Section):
+    """The whole of a run; `TrainConfig()` is all defaults."""
+
+    preset: PresetName | None = Field(None, description="Preset the values started from.")
+    data: DataConfig = Field(default_factory=DataConfig)
+    encoder: EncoderConfig = Field(default_factory=EncoderConfig)
+    retriever: RetrieverConfig = Field(default_factory=RetrieverConfig)
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    generator: GeneratorConfig = Field(default_factory=GeneratorConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+    @property
+    def generator_model(self) -> str:
+        """Generator to load: the named one, the tiny one for the demo set, else the 30B."""
+        demo = self.data.heuristics_path is None
+        return self.generator.model or (TINY_GENERATOR if demo else DEFAULT_GENERATOR)

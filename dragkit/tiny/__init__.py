@@ -1,0 +1,29 @@
+"""The generator that ships with the package: a Nemotron-H of 0.4 M parameters, warmed up on invented facts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dragkit.errors import MissingInputError
+
+__all__ = ["tiny_generator_path"]
+
+
+def tiny_generator_path() -> Path:
+    """Folder of the shipped generator, in the layout of any Hugging Face causal language model.
+
+    Raises:
+        MissingInputError: if the installation lacks the folder's files.
+    """
+    folder = Path(__file__).resolve().parent / "model"
+    missing = [
+        name
+        for name in ("config.json", "model.safetensors", "tokenizer.json")
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise MissingInputError(
+            f"{folder}: the shipped generator lacks {', '.join(missing)}; reinstall dragkit, or make "
+            f"it again with: python -m dragkit.tiny.warmup --out {folder}"
+        )
+    return folder

@@ -1,0 +1,135 @@
+"""Invented questions as padded token batches, laid out exactly like the prompts of phase 2."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from dragkit.model.prompt import PromptTemplate
+from dragkit.tiny.tasks import Sample
+from dragkit.tiny.tokenizer import BOS, EOS, NEUTRAL, PAD
+
+IGNORED = -100
+Slots = Literal["marked", "neutral", "empty", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B right-padded rows; a causal model needs no mask for pads on the right.
+
+    Attributes:
+        input_ids: int64 [B, L].
+        labels: int64 [B, L] the token itself where it is supervised, else -100.
+        scale: float32 [B, L] factor on the token's embedding; 1 for text.
+        is_slot: bool [B, L] structural slots.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    scale: Tensor
+    is_slot: Tensor
+
+
+@dataclass(slots=True)
+class Row:
+    """Token ids of one prompt under construction."""
+
+    ids: list[int]
+    labels: list[int]
+    slots: list[int]
+    slot_scale: float = 1.0
+
+    def add(self, ids: Sequence[int], *, supervised: bool = False) -> None:
+        """Appends tokens, as context or as something to predict."""
+        self.ids.extend(ids)
+        self.labels.extend(ids if supervised else [IGNORED] * len(ids))
+
+
+def collate(rows: Sequence[Row]) -> Batch:
+    """Pads rows to the longest."""
+    shape = (len(rows), max(len(row.ids) for row in rows))
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED)
+    scale = torch.ones(shape)
+    is_slot = torch.zeros(shape, dtype=torch.bool)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        labels[index, : len(row.ids)] = torch.tensor(row.labels)
+        scale[index, row.slots] = row.slot_scale
+        is_slot[index, row.slots] = True
+    return Batch(input_ids, labels, scale, is_slot)
+
+
+class PromptWriter:
+    """Turns samples into rows with one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.template = PromptTemplate()
+        self.bos = tokenizer.token_to_id(BOS)
+        self.eos = tokenizer.token_to_id(EOS)
+        self.pad = tokenizer.token_to_id(PAD)
+        self.neutral = tokenizer.token_to_id(NEUTRAL)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one piece of text."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, sample: Sample, slots: Slots, markers: Sequence[str] = ()) -> Row:
+        """The prompt of one question with its answers supervised.
+
+        Args:
+            sample: the question.
+            slots: what stands before each fact: its marker, the neutral token, a zero vector, or
+                nothing at all.
+            markers: markers to show instead of the sample's right ones.
+        """
+        row = Row([self.bos], [IGNORED], [], 0.0 if slots == "empty" else 1.0)
+        row.add(self.encode(self.template.prefix(sample.question)))
+        for fact, marker in zip(sample.facts, markers or sample.markers, strict=True):
+            if slots != "none":
+                row.slots.append(len(row.ids))
+                marked = slots == "marked"
+                row.add([self.tokenizer.token_to_id(marker) if marked else self.neutral])
+            row.add(self.encode(self.template.fact(*fact)))
+        row.add(self.encode(self.template.cue))
+        row.add([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
+        return row
+
+    def several_questions(self, samples: Sequence[Sample]) -> Row:
+        """The facts of all samples together, then every question with its answers: dense supervision."""
+        row = Row([self.bos], [IGNORED], [])
+        for sample in samples:
+            for fact in sample.facts:
+                row.add(self.encode(self.template.fact(*fact)))
+        for sample in samples:
+            row.add(self.encode(f"\nQuestion: {sample.question}\n"))
+            row.add(self.encode(self.template.cue))
+            row.add([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
+        return row
+
+
+def induction_rows(
+    rng: random.Random, ids: Sequence[int], num_rows: int, half: int, block: int
+) -> list[Row]:
+    """Random tokens, then the same in blocks of another order; repeats are supervised.
+
+    The first token of a block cannot be known, so it is not supervised.
+    """
+    rows = []
+    for _ in range(num_rows):
+        first = rng.choices(ids, k=half)
+        blocks = [first[start : start + block] for start in range(0, half, block)]
+        rng.shuffle(blocks)
+        row = Row(list(first), [IGNORED] * half, [])
+        for tokens in blocks:
+            row.add(tokens[:1])
+            row.add(tokens[1:], supervised=True)
+        rows.append(row)
+    return rows

@@ -1,0 +1,33 @@
+"""Training: `python -m dragkit.train --phase {1,2} [flags]`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from dragkit.cli import parse_train_args, run_main
+
+
+def _train(argv: list[str]) -> int:
+    args = parse_train_args(argv)
+    # Heavy imports only once the arguments are known to be right.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    from dragkit.trainer.run import Run
+
+    run = Run(args.config, args.origins, args.in_phase(1))
+    sys.stdout.write(run.execute() + "\n")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    return run_main(_train, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

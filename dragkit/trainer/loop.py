@@ -1,0 +1,248 @@
+"""The only training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from dragkit.config import TrainConfig, dump_config
+from dragkit.data.packed import QuestionBatch
+from dragkit.errors import DragkitError, Interrupted
+from dragkit.eval.evaluate import evaluate
+from dragkit.observe.profiling import ProfileWindow, nvtx_range
+from dragkit.observe.throughput import ThroughputMeter
+from dragkit.trainer.checkpoint import (
+    LoadedCheckpoint,
+    Snapshot,
+    TrainState,
+    flatten_optimizer_state,
+    restore_optimizer_state,
+    save_checkpoint,
+)
+from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
+from dragkit.trainer.phase import Phase, StepOutput
+from dragkit.trainer.progress import Progress
+from dragkit.trainer.signals import StopSignal
+from dragkit.trainer.source import QuestionSource
+
+logger = logging.getLogger(__name__)
+
+
+class NumericalError(DragkitError):
+    """A loss or gradient that is not finite; nothing was updated."""
+
+    exit_code = 70
+
+
+class Trainer:
+    """Runs a phase over its data: epochs, optimizer steps, validation, checkpoints.
+
+    Every random draw is a function of the seed and the step, so a resumed run continues exactly
+    where the interrupted one would have gone.
+
+    Args:
+        config: of the run; phase: what is trained.
+        train, val: data; `val` may be None.
+        run_dir: where checkpoints, metrics and the configuration go.
+        device: where the models are.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        phase: Phase,
+        train: QuestionSource,
+        val: QuestionSource | None,
+        run_dir: Path,
+        device: torch.device,
+    ) -> None:
+        self.config, self.phase, self.run_dir, self.device = config, phase, run_dir, device
+        self.train, self.val = train, val
+        self.relations = train.relations.to(device)
+        self.epochs = config.optim.epochs_in(config.run.phase)
+        steps = [self._steps_in_epoch(epoch) for epoch in range(self.epochs)]
+        self.total_steps = sum(steps)
+        self.optimizer = build_optimizer(phase.parameter_groups(), device)
+        self.parameters = trained_parameters(self.optimizer)
+        names = {id(p): name for name, p in phase.model.named_parameters()}
+        self.names = [names[id(p)] for p in self.parameters]
+        self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
+        self.state = TrainState(
+            phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, best=None, extra={}
+        )
+        self.meter = ThroughputMeter(device)
+        self.window = ProfileWindow(config.run.profile_steps)
+
+    def _steps_in_epoch(self, epoch: int) -> int:
+        return math.ceil(len(self.train.sampler.batches(epoch)) / self.config.optim.accumulation_steps)
+
+    def resume(self, loaded: LoadedCheckpoint) -> None:
+        """Continues from a checkpoint of this phase: weights, optimizer, schedule, position."""
+        self.phase.load(loaded)
+        restore_optimizer_state(self.optimizer, self.names, loaded.tensors["optim"])
+        self.state = loaded.state
+        self.scheduler = build_scheduler(
+            self.optimizer, self.config.optim, self.total_steps, done=self.state.step
+        )
+
+    def fit(self) -> TrainState:
+        """Trains to the last epoch and returns the final state.
+
+        Raises:
+            Interrupted: a stop signal came; the state is saved.
+            NumericalError: a loss or gradient was not finite; nothing was updated by it.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with StopSignal() as stop, Progress(self) as progress:
+            while self.state.epoch < self.epochs:
+                for batches in self._steps():
+                    self.window.tick(self.state.step)
+                    outputs = self.train_step(batches)
+                    progress.step(outputs)
+                    every = self.config.run.save_every_steps
+                    if stop.requested:
+                        self._interrupted()
+                    if every and self.state.step % every == 0:
+                        self.save(is_best=False)
+                self.end_epoch()
+                if stop.requested and self.state.epoch < self.epochs:
+                    self._interrupted(saved=True)
+        return self.state
+
+    def _interrupted(self, *, saved: bool = False) -> None:
+        if not saved:
+            self.save(is_best=False)
+        raise Interrupted(
+            f"stopped at step {self.state.step} of {self.total_steps} and saved in {self.run_dir}. "
+            f"Continue with the same command and --resume {self.run_dir}"
+        )
+
+    def _steps(self) -> Iterator[list[QuestionBatch]]:
+        """The rest of the current epoch, as the micro-batches of one optimizer step each."""
+        rows = self.train.sampler.batches(self.state.epoch)[self.state.batch :]
+        batches = self.train.load(rows)
+        while window := list(islice(batches, self.config.optim.accumulation_steps)):
+            yield window
+
+    def train_step(self, batches: list[QuestionBatch]) -> list[StepOutput]:
+        """One optimizer step over its micro-batches."""
+        self.phase.model.train()
+        # Dropout is the only draw from torch's own generator; seeding it per step makes it, too,
+        # a function of (seed, step).
+        torch.manual_seed((self.config.run.seed << 32) + self.state.step)
+        counts = self.phase.normaliser(batches)
+        outputs = []
+        for batch in batches:
+            with nvtx_range("copy"):
+                batch = batch.to(self.device)
+            outputs.append(self.phase.training_step(batch, self.relations, counts, self.state.step))
+        with nvtx_range("optimizer"):
+            norm = clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+            self._check_finite(norm, batches, outputs)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        questions = sum(out.num_questions for out in outputs)
+        self.meter.add(
+            questions, sum(o.num_facts for o in outputs), sum(o.num_tokens for o in outputs)
+        )
+        state = self.state
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            batch=state.batch + len(batches),
+            questions_seen=state.questions_seen + questions,
+        )
+        return outputs
+
+    def _check_finite(
+        self, norm: Tensor, batches: list[QuestionBatch], outputs: list[StepOutput]
+    ) -> None:
+        """Stops before an update that would ruin the weights."""
+        if self.device.type == "cuda":
+            # Asked on the device, so that the host does not wait for every step.
+            torch._assert_async(torch.isfinite(norm))
+            return
+        if math.isfinite(float(norm)):
+            return
+        store = self.train.store
+        bad = [n for n, p in zip(self.names, self.parameters, strict=True) if _not_finite(p.grad)]
+        record = {
+            "step": self.state.step,
+            "questions": [store.question(row).id for batch in batches for row in batch.rows],
+            "parts": [{k: str(float(v)) for k, v in out.parts.items()} for out in outputs],
+            "gradient_norm": str(float(norm)),
+            "parameters_with_bad_gradients": bad,
+        }
+        path = self.run_dir / f"anomaly-{self.state.step:08d}.json"
+        path.write_text(json.dumps(record, indent=2) + "\n")
+        self.optimizer.zero_grad(set_to_none=True)
+        raise NumericalError(
+            f"step {self.state.step}: the gradient norm is {float(norm)}, so nothing was updated. "
+            f"{len(bad)} parameters have gradients that are not finite, first {', '.join(bad[:3])}. "
+            f"Questions, losses and norms are in {path}. Lower --lr, or look at these questions."
+        )
+
+    def end_epoch(self) -> None:
+        """Validates, moves to the next epoch, saves."""
+        self.state = replace(self.state, epoch=self.state.epoch + 1, batch=0)
+        best = False
+        if self.val is not None:
+            report = self.validate()
+            score = self.phase.score(report.means)
+            best = self.state.best is None or score > self.state.best
+            if best:
+                self.state = replace(self.state, best=score)
+        self.save(is_best=best)
+
+    def validate(self):  # noqa: ANN201
+        """Metrics on the validation questions, logged."""
+        limit = self.config.run.val_generation_limit if self.phase.name == "phase2" else None
+        result = evaluate(self.phase, self.val, self.device, limit=limit)
+        for line in result.samples(self.config.run.val_log_samples):
+            logger.info(line)
+        self.record({"epoch": self.state.epoch, "validation": result.report.means})
+        logger.info("epoch %d: %s", self.state.epoch, result.headline())
+        return result.report
+
+    def record(self, entry: dict) -> None:
+        """Appends a line to metrics.jsonl."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.state.step, **entry}) + "\n")
+
+    def save(self, *, is_best: bool) -> Path:
+        """Writes a checkpoint of everything that `resume` needs."""
+        heads, folders = self.phase.heads(), {}
+        if (adapter := self.phase.adapter_writer()) is not None:
+            folders["adapter"] = adapter
+        snapshot = Snapshot(
+            tensors={
+                "heads": heads,
+                "optim": flatten_optimizer_state(self.optimizer, self.names),
+            },
+            folders=folders,
+            json={"config": self.config.model_dump(mode="json")},
+        )
+        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        return save_checkpoint(
+            self.run_dir,
+            self.state.step,
+            snapshot,
+            self.state,
+            keep=self.config.run.keep_checkpoints,
+            is_best=is_best,
+        )
+
+
+def _not_finite(gradient: Tensor | None) -> bool:
+    return gradient is not None and not bool(torch.isfinite(gradient).all())

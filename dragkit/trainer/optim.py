@@ -1,0 +1,55 @@
+"""Optimizer and learning-rate schedule; one parameter group per role."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dragkit.config import OptimConfig
+
+
+def build_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim.AdamW:
+    """AdamW over the phase's groups; biases and norms are not decayed.
+
+    Args:
+        groups: dicts with `name`, `params`, `lr`, `weight_decay`; device: of the parameters.
+    """
+    split = []
+    for group in groups:
+        wide = [p for p in group["params"] if p.requires_grad and p.dim() > 1]
+        narrow = [p for p in group["params"] if p.requires_grad and p.dim() <= 1]
+        if wide:
+            split.append({**group, "params": wide})
+        if narrow:
+            split.append({**group, "params": narrow, "weight_decay": 0.0})
+    return torch.optim.AdamW(split, fused=True)
+
+
+def learning_rate_share(step: int, total: int, warmup: int, floor: float) -> float:
+    """Share of the peak rate at `step`: linear warm-up, then a cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, *, done: int = 0
+) -> LambdaLR:
+    """The schedule, stepped once per optimizer step, of which `done` are behind us."""
+    warmup = max(1, round(config.warmup_share * total_steps))
+    return LambdaLR(
+        optimizer,
+        lambda step: learning_rate_share(
+            done + step, total_steps, warmup, config.min_lr_share
+        ),
+    )
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Every parameter that the optimizer updates, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]

@@ -1,0 +1,91 @@
+"""What a training phase is to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dragkit.data.packed import QuestionBatch
+from dragkit.model.encoder import RelationStates
+from dragkit.trainer.checkpoint import LoadedCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one micro-batch did; tensors are detached, counts are host integers.
+
+    Attributes:
+        loss: float32 [] its share of the optimizer step's loss.
+        parts: named scalars for the log, each also a share of the step.
+        num_questions, num_facts, num_tokens: the work done (tokens are real, unpadded ones).
+    """
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    num_questions: int
+    num_facts: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model says about one question.
+
+    Attributes:
+        row: the question in its store.
+        ranked: its facts by falling probability, indices within the question.
+        selected: those that enter the prompt.
+        probability: of the ranked facts.
+        text: the generated answer; None without a generator.
+    """
+
+    row: int
+    ranked: tuple[int, ...]
+    selected: tuple[int, ...]
+    probability: tuple[float, ...]
+    text: str | None
+
+
+class Phase(Protocol):
+    """What differs between the phases; `Trainer` is what does not."""
+
+    name: str
+    model: nn.Module
+
+    def parameter_groups(self) -> list[dict]:
+        """Trained parameters by role: `name`, `params`, `lr` and `weight_decay` of each group."""
+        ...
+
+    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
+        """Counts over the micro-batches of one optimizer step by which their sums are divided."""
+        ...
+
+    def training_step(
+        self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
+    ) -> StepOutput:
+        """Forward and backward of one micro-batch; gradients add up until the optimizer steps."""
+        ...
+
+    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
+        """Deterministic predictions, one per question of the batch."""
+        ...
+
+    def heads(self) -> dict[str, Tensor]:
+        """Trained tensors that go into `heads.safetensors`."""
+        ...
+
+    def adapter_writer(self) -> Callable[[Path], None] | None:
+        """What writes the generator's adapters into a folder, in PEFT's layout; None without."""
+        ...
+
+    def load(self, loaded: LoadedCheckpoint) -> None:
+        """Takes all weights of a checkpoint of this phase; every key must fit."""
+        ...
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """The one number by which a checkpoint is the best; higher is better."""
+        ...

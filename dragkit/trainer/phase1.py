@@ -1,0 +1,130 @@
+"""Phase 1: the retriever alone learns which facts lie on shortest paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dragkit.config import TrainConfig
+from dragkit.data.packed import QuestionBatch
+from dragkit.losses import retrieval_loss
+from dragkit.model.encoder import RelationStates
+from dragkit.model.retriever import Retriever, RetrieverOutput
+from dragkit.model.sampler import FactSampler, FactSelection
+from dragkit.observe.profiling import nvtx_range
+from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.trainer.phase import Prediction, StepOutput
+
+
+def labelled_questions(batches: Sequence[QuestionBatch]) -> float:
+    """Questions of the batches that have a positive fact (host side, before the copy)."""
+    total = 0
+    for batch in batches:
+        graph = batch.graph
+        hit = graph.fact_graph[graph.label > 0.5].long()
+        total += int((torch.bincount(hit, minlength=1) > 0).sum())
+    return float(max(total, 1))
+
+
+def module_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """The module's state, sharing memory, under `prefix.`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
+
+
+def rank_facts(
+    batch: QuestionBatch, logits: Tensor, selection: FactSelection, texts: Sequence[str] | None
+) -> list[Prediction]:
+    """Host-side predictions: every question's facts by falling probability."""
+    probability = torch.sigmoid(logits.float()).cpu()
+    ptr = batch.graph.fact_ptr.tolist()
+    chosen = selection.index.tolist()
+    predictions = []
+    for place, row in enumerate(batch.rows):
+        start, end = ptr[place], ptr[place + 1]
+        order = torch.argsort(logits[start:end].cpu(), descending=True, stable=True)
+        predictions.append(
+            Prediction(
+                row=row,
+                ranked=tuple(order.tolist()),
+                selected=tuple(i - start for i in chosen[place] if i >= 0),
+                probability=tuple(probability[start:end][order].tolist()),
+                text=None if texts is None else texts[place],
+            )
+        )
+    return predictions
+
+
+class RetrieverPhase:
+    """Trains `Retriever` by BCE and ranking on the fact labels.
+
+    Args:
+        config: the whole configuration; retriever: the model.
+    """
+
+    name = "phase1"
+
+    def __init__(self, config: TrainConfig, retriever: Retriever) -> None:
+        self.config = config
+        self.model = retriever
+        self.sampler = FactSampler(config.sampler, config.run.seed)
+        self.forward = retriever.__call__
+
+    def parameter_groups(self) -> list[dict]:
+        """One group: the retriever."""
+        return [
+            {
+                "name": "retriever",
+                "params": list(self.model.parameters()),
+                "lr": self.config.optim.lr,
+                "weight_decay": self.config.optim.weight_decay,
+            }
+        ]
+
+    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
+        """Labelled questions of the optimizer step."""
+        return {"questions": labelled_questions(batches)}
+
+    def training_step(
+        self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
+    ) -> StepOutput:
+        """Forward and backward of one micro-batch."""
+        graph = batch.graph
+        with nvtx_range("retriever"):
+            output: RetrieverOutput = self.forward(batch, relations)
+            loss, _ = retrieval_loss(
+                output.fact_logits,
+                graph.label,
+                graph.fact_graph,
+                graph.num_graphs,
+                rho=self.config.loss.rho,
+                margin=self.config.loss.margin,
+            )
+            loss = loss / counts["questions"]
+        with nvtx_range("backward"):
+            loss.backward()
+        loss = loss.detach()
+        return StepOutput(loss, {"retrieval": loss}, graph.num_graphs, graph.num_facts, 0)
+
+    @torch.no_grad()
+    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
+        """The facts of every question, ranked."""
+        logits = self.forward(batch, relations).fact_logits
+        return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
+
+    def heads(self) -> dict[str, Tensor]:
+        """The retriever's tensors."""
+        return module_tensors(self.model, "retriever")
+
+    def adapter_writer(self) -> None:
+        """There is no generator in this phase."""
+        return None
+
+    def load(self, loaded: LoadedCheckpoint) -> None:
+        """Takes the retriever of a checkpoint."""
+        load_tensors_into(self.heads(), loaded.tensors["heads"], what=str(loaded.folder))
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """F1 of the selected facts against the labels."""
+        return metrics["retrieval-f1"]

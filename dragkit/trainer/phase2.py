@@ -1,0 +1,208 @@
+"""Phase 2: retriever, projector and the generator's adapters learn together from the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dragkit.config import TrainConfig
+from dragkit.data.packed import QuestionBatch
+from dragkit.losses import balance_weight, retrieval_loss
+from dragkit.model.encoder import RelationStates
+from dragkit.model.joint import JointModel
+from dragkit.model.prompt import NeuralPrompt
+from dragkit.model.retriever import RetrieverOutput
+from dragkit.observe.profiling import nvtx_range
+from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.trainer.phase import Prediction, StepOutput
+from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
+
+
+def _questions(prompt: NeuralPrompt, first: int, last: int) -> NeuralPrompt:
+    """Prompts `first` to `last` of a pack, as a pack; slots still point into the whole."""
+    start = int(prompt.length[:first].sum())
+    end = start + int(prompt.length[first:last].sum())
+    supervised = (prompt.target_row >= start) & (prompt.target_row < end)
+    return NeuralPrompt(
+        input_ids=prompt.input_ids[start:end],
+        slot=prompt.slot[start:end],
+        position=prompt.position[start:end],
+        question=prompt.question[start:end] - first,
+        length=prompt.length[first:last],
+        target_row=prompt.target_row[supervised] - start,
+        target_id=prompt.target_id[supervised],
+        kept=prompt.kept[first:last],
+    )
+
+
+class JointPhase:
+    """Trains `JointModel` end to end.
+
+    The graph is cut twice: at the structural vectors, so that the generator may run in micro-batches
+    of questions, and at the fact logits, where the generator's and the retrieval loss's gradients
+    meet and can be balanced by their norms without a second pass (method 4.4).
+
+    Args:
+        config: the whole configuration; model: the joint model.
+    """
+
+    name = "phase2"
+
+    def __init__(self, config: TrainConfig, model: JointModel) -> None:
+        self.config = config
+        self.model = model
+        self.forward = model.retriever.__call__
+        self.cascade = False
+
+    def parameter_groups(self) -> list[dict]:
+        """Retriever, projector and adapters, each with its own learning rate."""
+        optim = self.config.optim
+        adapters = [p for p in self.model.generator.parameters() if p.requires_grad]
+        groups = [
+            ("retriever", list(self.model.retriever.parameters()), optim.lr, optim.weight_decay),
+            ("projector", list(self.model.projector.parameters()), optim.lr, optim.weight_decay),
+            ("lora", adapters, optim.adapter_lr, 0.0),
+        ]
+        return [
+            {"name": name, "params": params, "lr": lr, "weight_decay": decay}
+            for name, params, lr, decay in groups
+            if params and (name != "projector" or self.model.uses_vectors)
+        ]
+
+    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
+        """Labelled questions and supervised tokens of the optimizer step."""
+        tokens = sum(b.target.ids.numel() for b in batches if b.target is not None)
+        return {"questions": labelled_questions(batches), "tokens": float(max(tokens, 1))}
+
+    def _generator_passes(
+        self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward of the generator; gradients reach adapters and `vectors`."""
+        questions = prompt.length.shape[0]
+        size = self.config.generator.generator_microbatch or max(questions, 1)
+        loss = torch.zeros((), device=prompt.length.device)
+        correct = torch.zeros((), dtype=torch.int64, device=prompt.length.device)
+        for first in range(0, questions, size):
+            part = prompt
+            if size < questions:
+                part = _questions(prompt, first, min(first + size, questions))
+            with nvtx_range("generator"):
+                out = self.model.generator(part, vectors, self.config.loss.eos_loss_weight)
+            share = out.loss_sum / tokens
+            if share.requires_grad:
+                with nvtx_range("backward"):
+                    share.backward()
+            loss = loss + share.detach()
+            correct = correct + out.num_correct
+        return loss, correct
+
+    def training_step(
+        self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
+    ) -> StepOutput:
+        """Forward and backward of one micro-batch."""
+        model, graph, config = self.model, batch.graph, self.config
+        with nvtx_range("retriever"):
+            output: RetrieverOutput = self.forward(batch, relations)
+        logits = output.fact_logits.detach().requires_grad_()
+        with nvtx_range("sampler"):
+            selection = model.sampler.draw(logits, graph, step)
+        residual = config.sampler.residual_slot and model.uses_vectors
+        with nvtx_range("prompt"):
+            prompt = model.prompt(batch, selection.index, with_target=True, residual=residual)
+            ungated, slots = None, None
+            if model.uses_vectors:
+                ungated = model.vectors(output, batch, selection)
+                slots = (selection.gate.unsqueeze(-1) * ungated.detach()).flatten(0, 1)
+                if residual:
+                    extra = model.residual(output, batch, selection)
+                    slots = torch.cat([slots, extra])
+        leaf = None if slots is None else slots.detach().requires_grad_()
+        generator_loss, correct = self._generator_passes(prompt, leaf, counts["tokens"])
+
+        with nvtx_range("backward"):
+            roots, gradients = [output.fact_logits], []
+            from_generator = torch.zeros_like(logits)
+            if leaf is not None and leaf.grad is not None:
+                (found,) = torch.autograd.grad(slots, logits, leaf.grad, allow_unused=True)
+                from_generator = from_generator if found is None else found
+                own = leaf.grad[: ungated.shape[0] * ungated.shape[1]].view_as(ungated)
+                roots.append(ungated)
+                gradients.append(own * selection.gate.detach().unsqueeze(-1))
+            retrieval, _ = retrieval_loss(
+                logits,
+                graph.label,
+                graph.fact_graph,
+                graph.num_graphs,
+                rho=config.loss.rho,
+                margin=config.loss.margin,
+            )
+            retrieval = retrieval / counts["questions"]
+            (from_labels,) = torch.autograd.grad(retrieval, logits)
+            weight = torch.tensor(config.loss.ret_loss_weight, device=logits.device)
+            if config.loss.use_grad_norm_balance:
+                weight = balance_weight(from_generator, from_labels, config.loss.balance_rho)
+            total = from_generator + weight * from_labels
+            torch.autograd.backward(roots, [total, *gradients])
+        retrieval = retrieval.detach()
+        parts = {
+            "generator": generator_loss,
+            "retrieval": retrieval,
+            "token_accuracy": correct / counts["tokens"],
+            "facts_kept": selection.count.float().sum() / graph.num_graphs,
+        }
+        if config.run.log_grad_norms:
+            parts["grad_norm_generator"] = from_generator.norm()
+            parts["grad_norm_retrieval"] = from_labels.norm()
+            parts["retrieval_weight"] = weight
+        return StepOutput(
+            loss=generator_loss + weight * retrieval,
+            parts=parts,
+            num_questions=graph.num_graphs,
+            num_facts=graph.num_facts,
+            num_tokens=prompt.input_ids.numel(),
+        )
+
+    @torch.no_grad()
+    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
+        """Ranked facts and a greedy answer for every question."""
+        output = self.forward(batch, relations)
+        selection = self.model.sampler.best(output.fact_logits, batch.graph)
+        texts = self.model.generate(batch, output, selection, cascade=self.cascade)
+        return rank_facts(batch, output.fact_logits, selection, texts)
+
+    def heads(self) -> dict[str, Tensor]:
+        """The tensors of retriever and projector."""
+        return module_tensors(self.model.retriever, "retriever") | module_tensors(
+            self.model.projector, "projector"
+        )
+
+    def adapter_writer(self) -> Callable[[Path], None] | None:
+        """Writes the LoRA adapters in PEFT's own layout."""
+        if not self.model.generator.has_adapters:
+            return None
+        return self.model.generator.save_adapters
+
+    def load(self, loaded: LoadedCheckpoint) -> None:
+        """Takes heads and adapters of a checkpoint of this phase."""
+        load_tensors_into(self.heads(), loaded.tensors["heads"], what=str(loaded.folder))
+        if self.model.generator.has_adapters:
+            folder = loaded.folder / "adapter"
+            load_tensors_into(
+                self.model.generator.adapter_state(),
+                load_file(folder / "adapter_model.safetensors"),
+                what=str(folder),
+            )
+
+    def load_retriever(self, loaded: LoadedCheckpoint) -> None:
+        """Takes the retriever of a checkpoint of either phase."""
+        heads = {k: v for k, v in loaded.tensors["heads"].items() if k.startswith("retriever.")}
+        own = module_tensors(self.model.retriever, "retriever")
+        load_tensors_into(own, heads, what=str(loaded.folder))
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """F1 of the answer sets."""
+        return metrics["strict-f1"] if "strict-f1" in metrics else metrics["retrieval-f1"]

@@ -1,0 +1,107 @@
+"""A data set ready for training: packed store, token states, token rows, and its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from dragkit.config import TrainConfig
+from dragkit.data.batching import FactBudgetSampler
+from dragkit.data.cache import cache_root
+from dragkit.data.collate import PackedCollator
+from dragkit.data.packed import QuestionBatch
+from dragkit.data.relations import RelationVocab
+from dragkit.data.store import PackedStore
+from dragkit.data.tokens import TokenRows
+from dragkit.errors import DataError
+from dragkit.model.encoder import RelationStates, TextEncoder
+from dragkit.model.generator import Generator
+from dragkit.model.prompt import PromptTemplate
+
+
+class QuestionSource:
+    """One heuristics file, packed and encoded once, as batches.
+
+    Args:
+        path: the JSONL file; config: of the run; encoder: the frozen sentence encoder.
+        generator: whose tokeniser makes the prompt rows; None in phase 1.
+        batch_size: most questions in a batch.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: TrainConfig,
+        encoder: TextEncoder,
+        generator: Generator | None,
+        batch_size: int,
+    ) -> None:
+        cache = cache_root(config.data.cache_dir)
+        self.path = Path(path)
+        self.store = PackedStore.build_or_open(
+            path,
+            cache_dir=cache,
+            label_rule=config.data.label_rule,
+            max_bad=config.data.max_bad_share,
+        )
+        vocab = RelationVocab(self.store.relation_names)
+        self.relations: RelationStates = encoder.relation_states(
+            len(vocab), lambda row, inverse: vocab.inverse_text(row) if inverse else vocab.text(row)
+        )
+        states = encoder.token_states(self.store.question_texts)
+        self.tokens: TokenRows | None = None
+        if generator is not None:
+            self.tokens = TokenRows.build_or_open(
+                self.store, generator.tokenize, generator.prompt_text(), cache_dir=cache
+            )
+            self._check_lengths(config, generator)
+        self.collator = PackedCollator(self.store, states, self.tokens)
+        self.sampler = FactBudgetSampler(
+            self.store.fact_counts,
+            batch_size=batch_size,
+            max_facts=config.data.max_facts_per_batch,
+            seed=config.run.seed,
+        )
+        self.num_workers = config.data.num_workers
+        self.pin = torch.cuda.is_available()
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def _check_lengths(self, config: TrainConfig, generator: Generator) -> None:
+        """Every prompt must hold its question and whole answer, whatever becomes of its facts."""
+        fixed = self.tokens.prefix_lengths + self.tokens.target_lengths  # type: ignore[union-attr]
+        limit = config.generator.max_prompt_tokens
+        room = limit - len(generator.tokenize([PromptTemplate().cue])[0]) - 1
+        over = [int(row) for row in (fixed > room).nonzero()[0]]
+        if over:
+            some = ", ".join(self.store.question(row).id for row in over[:5])
+            raise DataError(
+                f"{self.path}: {len(over)} questions and their answers alone exceed "
+                f"generator.max_prompt_tokens = {limit} (the longest has {int(fixed.max())} tokens): "
+                f"{some}. Raise it with --set generator.max_prompt_tokens={int(fixed.max()) + 256}, "
+                "or take these questions out."
+            )
+
+    def load(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
+        """Collated batches, by worker processes when so configured."""
+        loader = DataLoader(
+            range(len(self.store)),  # type: ignore[arg-type]
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self.collator,
+            num_workers=self.num_workers,
+            worker_init_fn=_ignore_signals,
+        )
+        for batch in loader:
+            yield batch.pin_memory() if self.pin else batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Workers outlive a stop signal: the main process saves first and ends them itself."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,40 @@
+"""Argument checks shared by the public functions; every message names both shapes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless `tensor` has the expected shape; None matches any size."""
+    fits = tensor.dim() == len(expected) and all(
+        size is None or actual == size
+        for actual, size in zip(tensor.shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ["*" if size is None else size for size in expected]
+        raise ValueError(
+            f"{op}: {name} must have shape [{', '.join(map(str, wanted))}], "
+            f"got [{', '.join(map(str, tensor.shape))}]"
+        )
+
+
+def check_float(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError for a tensor that does not hold floating point numbers."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+
+
+def check_index(op: str, **tensors: Tensor) -> None:
+    """Raises ValueError for an index tensor that is not int32."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{op}: {name} must be int32, got {tensor.dtype}")
+
+
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any argument is, else float32: the precision of every sum."""
+    double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32

@@ -1,0 +1,223 @@
+"""dragkit::message_passing_* and relation_sum_*: one opaque op forward, one backward.
+
+On CPU, embedding_bag is the gather-scale-sum of a whole direction and needs no [E, C] tensor; its
+own autograd would, and sums the table's gradient fact by fact, so the backward is written out: the
+table's gradient is the same bag over the (graph, relation) order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulator_dtype
+from ..library import register, register_gradient
+from ..segments import bag_sum, ordered_sum
+
+_ORDERS = (
+    "Tensor head, Tensor tail, Tensor tail_ptr, Tensor tail_fact, Tensor head_ptr, "
+    "Tensor head_fact, Tensor pair_ptr, Tensor pair_fact, Tensor fact_pair"
+)
+_INPUTS = (
+    "Tensor h, Tensor p, Tensor table_fwd, Tensor table_inv, Tensor self_table, Tensor weight, "
+    f"Tensor bias, {_ORDERS}, Tensor node_graph"
+)
+_NUM_DIFFERENTIABLE = 7
+
+
+def _edge_dots(table: Tensor, rows: Tensor, delta: Tensor, node: Tensor) -> Tensor:
+    """<table[rows_e], delta[node_e]> for every e, without the gathered [E, C] tensors."""
+    # The formula embedding_bag's own backward uses for per-sample weights (mode 0 is "sum").
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        delta, table, rows, rows, node, 0, -1
+    )
+
+
+def _graph_ptr(node_graph: Tensor, num_graphs: int) -> Tensor:
+    """First node of every graph, from the ascending node_graph."""
+    graphs = torch.arange(num_graphs + 1, dtype=node_graph.dtype, device=node_graph.device)
+    return torch.searchsorted(node_graph, graphs, out_int32=True)
+
+
+def message_passing_fwd(
+    h: Tensor,
+    p: Tensor,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    self_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    fact_pair: Tensor,
+    node_graph: Tensor,
+) -> Tensor:
+    """The collapsed layer; see message_passing."""
+    dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
+    p = p.to(dtype)
+    out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype))
+    for table, source, order, ptr in (
+        (table_fwd, head, tail_fact, tail_ptr),
+        (table_inv, tail, head_fact, head_ptr),
+    ):
+        rows = fact_pair.index_select(0, order)
+        p_source = p.index_select(0, source.index_select(0, order))
+        out += bag_sum(table.to(dtype), rows, ptr, p_source)
+    out.addcmul_(p.unsqueeze(1), self_table.to(dtype).index_select(0, node_graph))
+    return out.relu_().to(h.dtype)
+
+
+def message_passing_bwd(
+    grad: Tensor,
+    h_out: Tensor,
+    h: Tensor,
+    p: Tensor,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    self_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    fact_pair: Tensor,
+    node_graph: Tensor,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of the seven float inputs; those not in output_mask come back empty."""
+    inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
+    dtype = accumulator_dtype(*inputs)
+    out = [x.new_empty(0) for x in inputs]
+    p = p.to(dtype)
+    # delta = dLoss/dpre; contiguous() because sum().backward() sends a zero-stride gradient.
+    delta = torch.ops.aten.threshold_backward(grad, h_out, 0).to(dtype).contiguous()
+    if output_mask[0]:
+        out[0] = delta @ weight.to(dtype).t()
+    if output_mask[1]:
+        by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail)
+        by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head)
+        own = _edge_dots(
+            self_table.to(dtype),
+            node_graph,
+            delta,
+            torch.arange(p.shape[0], dtype=node_graph.dtype, device=p.device),
+        )
+        out[1] = own + ordered_sum(by_head, head_fact, head_ptr)
+        out[1] += ordered_sum(by_tail, tail_fact, tail_ptr)
+    for place, source, target in ((2, head, tail), (3, tail, head)):
+        if output_mask[place]:
+            rows = target.index_select(0, pair_fact)
+            p_source = p.index_select(0, source.index_select(0, pair_fact))
+            out[place] = bag_sum(delta, rows, pair_ptr, p_source)
+    if output_mask[4]:
+        nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
+        out[4] = bag_sum(delta, nodes, _graph_ptr(node_graph, self_table.shape[0]), p)
+    if output_mask[5]:
+        out[5] = h.to(dtype).t() @ delta
+    if output_mask[6]:
+        out[6] = delta.sum(0)
+    return tuple(g.to(x.dtype) for g, x in zip(out, inputs, strict=True))
+
+
+def _message_passing_fake(h: Tensor, *args: Tensor) -> Tensor:
+    return torch.empty_like(h, memory_format=torch.contiguous_format)
+
+
+def _message_passing_bwd_fake(grad: Tensor, h_out: Tensor, *args: object) -> tuple[Tensor, ...]:
+    inputs, mask = args[:_NUM_DIFFERENTIABLE], args[-1]
+    return tuple(
+        x.new_empty(x.shape) if wanted else x.new_empty(0)
+        for x, wanted in zip(inputs, mask, strict=True)
+    )
+
+
+def _message_passing_setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    mask = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
+    grads = torch.ops.dragkit.message_passing_bwd(grad, *ctx.saved_tensors, mask)
+    wanted = tuple(g if need else None for g, need in zip(grads, mask, strict=True))
+    return wanted + (None,) * (len(ctx.needs_input_grad) - _NUM_DIFFERENTIABLE)
+
+
+def relation_sum_fwd(
+    table: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    fact_pair: Tensor,
+) -> Tensor:
+    """Sum of the rows of a node's facts in both directions; see relation_sum."""
+    rows = table.to(accumulator_dtype(table))
+    out = bag_sum(rows, fact_pair.index_select(0, tail_fact), tail_ptr)
+    out += bag_sum(rows, fact_pair.index_select(0, head_fact), head_ptr)
+    return out.to(table.dtype)
+
+
+def relation_sum_bwd(
+    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, pair_fact: Tensor
+) -> Tensor:
+    """dtable_r = sum over the facts of pair r of grad[tail] + grad[head]."""
+    rows = grad.to(accumulator_dtype(grad)).contiguous()
+    out = bag_sum(rows, tail.index_select(0, pair_fact), pair_ptr)
+    out += bag_sum(rows, head.index_select(0, pair_fact), pair_ptr)
+    return out.to(grad.dtype)
+
+
+def _relation_sum_fake(
+    table: Tensor, head: Tensor, tail: Tensor, tail_ptr: Tensor, *rest: Tensor
+) -> Tensor:
+    return table.new_empty(tail_ptr.shape[0] - 1, table.shape[1])
+
+
+def _relation_sum_bwd_fake(
+    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, pair_fact: Tensor
+) -> Tensor:
+    return grad.new_empty(pair_ptr.shape[0] - 1, grad.shape[1])
+
+
+def _relation_sum_setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _ = inputs
+    ctx.save_for_backward(head, tail, pair_ptr, pair_fact)
+
+
+def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (torch.ops.dragkit.relation_sum_bwd(grad, *ctx.saved_tensors), *(None,) * 9)
+
+
+register(f"message_passing_fwd({_INPUTS}) -> Tensor", message_passing_fwd, _message_passing_fake)
+register(
+    f"message_passing_bwd(Tensor grad, Tensor h_out, {_INPUTS}, bool[] output_mask) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    message_passing_bwd,
+    _message_passing_bwd_fake,
+)
+register_gradient("message_passing_fwd", _message_passing_backward, _message_passing_setup)
+register(
+    f"relation_sum_fwd(Tensor table, {_ORDERS}) -> Tensor", relation_sum_fwd, _relation_sum_fake
+)
+register(
+    "relation_sum_bwd(Tensor grad, Tensor head, Tensor tail, Tensor pair_ptr, Tensor pair_fact) "
+    "-> Tensor",
+    relation_sum_bwd,
+    _relation_sum_bwd_fake,
+)
+register_gradient("relation_sum_fwd", _relation_sum_backward, _relation_sum_setup)

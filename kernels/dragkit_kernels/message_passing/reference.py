@@ -1,0 +1,80 @@
+"""Message passing by its formulas: plain PyTorch, differentiable, no clever order of work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import accumulator_dtype
+from ..orders import FactOrders
+from ..segments import bag_sum
+
+
+def message_passing_ref(
+    h: Tensor,
+    p: Tensor,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    self_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    orders: FactOrders,
+    node_graph: Tensor,
+) -> Tensor:
+    """h'_v = relu(h_v W + b + sum_{e: t_e=v} p[s_e] Y^F[pair_e] + sum_{e: s_e=v} p[t_e] Y^I[pair_e]
+    + p_v Y^self[graph_v]), summed in float32 (float64 if any argument is).
+    """
+    dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
+    p, head, tail, pair = p.to(dtype), orders.head, orders.tail, orders.fact_pair
+    forward = p.index_select(0, head).unsqueeze(1) * table_fwd.to(dtype).index_select(0, pair)
+    inverse = p.index_select(0, tail).unsqueeze(1) * table_inv.to(dtype).index_select(0, pair)
+    own = p.unsqueeze(1) * self_table.to(dtype).index_select(0, node_graph)
+    out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype)) + own
+    out = out.index_add(0, tail, forward).index_add(0, head, inverse)
+    return torch.relu(out).to(h.dtype)
+
+
+def relation_sum_ref(table: Tensor, *, orders: FactOrders) -> Tensor:
+    """out_v = sum_{e: t_e=v} table[pair_e] + sum_{e: s_e=v} table[pair_e]."""
+    dtype = accumulator_dtype(table)
+    rows = table.to(dtype).index_select(0, orders.fact_pair)
+    out = rows.new_zeros(orders.num_nodes, table.shape[1])
+    return out.index_add(0, orders.tail, rows).index_add(0, orders.head, rows).to(table.dtype)
+
+
+def message_passing_parity_ref(
+    p: Tensor,
+    rel_fwd: Tensor,
+    rel_inv: Tensor,
+    self_fwd: Tensor,
+    self_inv: Tensor,
+    instruction: Tensor,
+    *,
+    orders: FactOrders,
+    node_graph: Tensor,
+) -> Tensor:
+    """o_{v,k} = sum_e p[src_e] relu(u[rel_e] * i_k) + p_v relu(u_self * i_k), both directions.
+
+    relu(a b) = relu(a) relu(b) + relu(-a) relu(-b) takes the instruction out of the sum over
+    facts: two C-wide sums per direction serve all instructions.
+    """
+    dtype = accumulator_dtype(p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
+    p, instruction = p.to(dtype), instruction.to(dtype)
+    relation = orders.pair_relation.index_select(0, orders.fact_pair)
+    gate = torch.cat([instruction.relu(), (-instruction).relu()], dim=2)
+    gate = gate.index_select(0, node_graph)  # [N, I, 2C]
+    width = rel_fwd.shape[1]
+    sums = []
+    for u, own, source, order, ptr in (
+        (rel_fwd, self_fwd, orders.head, orders.tail_fact, orders.tail_ptr),
+        (rel_inv, self_inv, orders.tail, orders.head_fact, orders.head_ptr),
+    ):
+        u, own = u.to(dtype), own.to(dtype)
+        split = torch.cat([u.relu(), (-u).relu()], dim=1)
+        weight = p.index_select(0, source.index_select(0, order))
+        total = bag_sum(split, relation.index_select(0, order), ptr, weight)
+        total = total + p.unsqueeze(1) * torch.cat([own.relu(), (-own).relu()])
+        product = total.unsqueeze(1) * gate
+        sums.append(product[..., :width] + product[..., width:])
+    return torch.stack(sums, dim=2).flatten(1, 2).to(instruction.dtype)

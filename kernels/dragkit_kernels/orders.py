@@ -1,0 +1,156 @@
+"""The facts of a pack in the three orders that forward and backward passes walk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_shape
+
+
+class FactOrders(NamedTuple):
+    """One set of E facts sorted by tail, by head and by (graph, relation); all int32.
+
+    A fact's number is its place in the original triple order; every sort is stable, so sums run
+    in a fixed sequence.
+
+    Attributes:
+        head, tail: [E] node rows of each fact.
+        tail_ptr, tail_fact: [N+1], [E] facts whose tail is node v, `tail_fact[tail_ptr[v]:...]`.
+        head_ptr, head_fact: [N+1], [E] the same by head.
+        pair_ptr, pair_fact: [P+1], [E] the same by (graph, relation) pair.
+        pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by
+            (graph, relation).
+        fact_pair: [E] pair of each fact.
+    """
+
+    head: Tensor
+    tail: Tensor
+    tail_ptr: Tensor
+    tail_fact: Tensor
+    head_ptr: Tensor
+    head_fact: Tensor
+    pair_ptr: Tensor
+    pair_fact: Tensor
+    pair_relation: Tensor
+    pair_graph: Tensor
+    fact_pair: Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.tail_ptr.shape[0] - 1
+
+    @property
+    def num_facts(self) -> int:
+        """E."""
+        return self.head.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        """P."""
+        return self.pair_relation.shape[0]
+
+
+def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Offsets [num_keys+1] and stable permutation [E] that group rows by key."""
+    ptr = torch.zeros(num_keys + 1, dtype=torch.int32, device=key.device)
+    ptr[1:] = torch.bincount(key, minlength=num_keys).cumsum(0)
+    return ptr, torch.argsort(key, stable=True).to(torch.int32)
+
+
+def build_fact_orders(
+    head: Tensor,
+    tail: Tensor,
+    relation: Tensor,
+    num_nodes: int,
+    fact_graph: Tensor | None = None,
+) -> FactOrders:
+    """Sorts the facts of one graph or of a pack.
+
+    Host work, done once per graph when a data set is packed; packs are then made with
+    `concat_fact_orders` or an equal concatenation.
+
+    Args:
+        head, tail: int [E] node rows, 0..num_nodes-1.
+        relation: int [E] relation rows, 0 or more.
+        num_nodes: N.
+        fact_graph: int [E] graph of each fact; None means one graph.
+
+    Returns:
+        The orders, on the device of `head`.
+
+    Raises:
+        ValueError: sizes differ, or a row is out of range.
+    """
+    for name, tensor in (("tail", tail), ("relation", relation), ("fact_graph", fact_graph)):
+        if tensor is not None:
+            check_shape("build_fact_orders", name, tensor, tuple(head.shape[:1]))
+    check_shape("build_fact_orders", "head", head, (None,))
+    head, tail, relation = head.long(), tail.long(), relation.long()
+    graph = torch.zeros_like(head) if fact_graph is None else fact_graph.long()
+    if head.numel():
+        low = int(torch.stack([head, tail]).min())
+        high = int(torch.stack([head, tail]).max())
+        if low < 0 or high >= num_nodes:
+            raise ValueError(
+                f"build_fact_orders: node rows must be in 0..{num_nodes - 1}, got {low}..{high}"
+            )
+        if int(relation.min()) < 0 or int(graph.min()) < 0:
+            raise ValueError("build_fact_orders: relation and graph rows must not be negative")
+    # One relation row more than the largest keeps (graph, relation) keys apart.
+    radix = int(relation.max()) + 1 if relation.numel() else 1
+    keys, fact_pair = torch.unique(graph * radix + relation, return_inverse=True)
+    tail_ptr, tail_fact = _sort_by(tail, num_nodes)
+    head_ptr, head_fact = _sort_by(head, num_nodes)
+    pair_ptr, pair_fact = _sort_by(fact_pair, keys.numel())
+    return FactOrders(
+        head=head.int(),
+        tail=tail.int(),
+        tail_ptr=tail_ptr,
+        tail_fact=tail_fact,
+        head_ptr=head_ptr,
+        head_fact=head_fact,
+        pair_ptr=pair_ptr,
+        pair_fact=pair_fact,
+        pair_relation=(keys % radix).int(),
+        pair_graph=torch.div(keys, radix, rounding_mode="floor").int(),
+        fact_pair=fact_pair.int(),
+    )
+
+
+def concat_fact_orders(parts: Sequence[FactOrders]) -> FactOrders:
+    """Joins the orders of single graphs into those of a pack, without sorting.
+
+    Args:
+        parts: one graph each, with relation rows that already count in the pack's relation list.
+
+    Returns:
+        What `build_fact_orders` gives for the joined facts.
+
+    Raises:
+        ValueError: no parts.
+    """
+    if not parts:
+        raise ValueError("concat_fact_orders: at least one graph is needed")
+    nodes = facts = pairs = 0
+    columns: dict[str, list[Tensor]] = {name: [] for name in FactOrders._fields}
+    for graph, part in enumerate(parts):
+        offset = {
+            "head": nodes,
+            "tail": nodes,
+            "pair_relation": 0,
+            "pair_graph": graph,
+            "fact_pair": pairs,
+        }
+        for name, column in zip(part._fields, part, strict=True):
+            # Later parts drop their leading zero: it is the previous part's last offset.
+            piece = column[1:] if name.endswith("_ptr") and graph else column
+            columns[name].append(piece + offset.get(name, facts))
+        nodes += part.num_nodes
+        facts += part.num_facts
+        pairs += part.num_pairs
+    return FactOrders(**{name: torch.cat(pieces) for name, pieces in columns.items()})

@@ -1,0 +1,42 @@
+"""Sums and softmax pieces over the rows of a ragged layout, in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def segment_ids(ptr: Tensor, num_rows: int) -> Tensor:
+    """Segment of every row, without asking the device how long the segments are.
+
+    Args:
+        ptr: int [B+1] first row of each segment.
+        num_rows: rows in all; those at or after `ptr[-1]` belong to no segment and get B.
+
+    Returns:
+        int64 [num_rows].
+    """
+    rows = torch.arange(num_rows, dtype=ptr.dtype, device=ptr.device)
+    return torch.searchsorted(ptr[1:].contiguous(), rows, right=True)
+
+
+def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = None) -> Tensor:
+    """out_v = sum_{ptr[v] <= i < ptr[v+1]} weight_i table[rows_i]: gather, scale and sum in one.
+
+    Args:
+        table: float32 or float64 [P, C].
+        rows: int32 [E]; ptr: int32 [N+1].
+        weight: like `table`, [E]; None stands for ones.
+
+    Returns:
+        [N, C].
+    """
+    return F.embedding_bag(
+        rows, table, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+    )
+
+
+def ordered_sum(value: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
+    """out_v = sum of value[order_i] over the segment v, in the order's sequence: [E] to [N]."""
+    return bag_sum(value.unsqueeze(1), order, ptr).squeeze(1)

@@ -1,0 +1,31 @@
+"""Shared fixtures: where the real KGQA data lies, and a seed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def kgqa_data() -> Path:
+    """The folder of published KGQA sets; a test that asks for it is skipped where it is absent."""
+    named = os.environ.get("DRAGKIT_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not (folder / "sample.jsonl").is_file():
+        pytest.skip(f"no KGQA data in {folder}; set DRAGKIT_DATA to a folder with sample.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a test builds reaches the user's cache."""
+    if not os.environ.get("DRAGKIT_CACHE"):
+        monkeypatch.setenv("DRAGKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

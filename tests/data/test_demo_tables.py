@@ -1,0 +1,102 @@
+"""The tables of the bundled demo knowledge base: format, closure and spelling."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+import dragkit
+
+TABLES = sorted((Path(dragkit.__file__).parent / "demo" / "tables").glob("*.tsv"))
+
+
+def read(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of one table, cells still joined by '; '."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert lines.pop() == "", f"{path.name} must end with exactly one newline"
+    header, *rows = (line.split("\t") for line in lines)
+    return header, rows
+
+
+def facts() -> set[tuple[str, str, str]]:
+    """Return all (subject, relation, object) facts of all tables."""
+    found = set()
+    for path in TABLES:
+        header, rows = read(path)
+        for row in rows:
+            for relation, cell in zip(header[1:], row[1:], strict=True):
+                found.update((row[0], relation, name) for name in cell.split("; ") if name)
+    return found
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_format(path: Path) -> None:
+    header, rows = read(path)
+    assert all(len(relation.split(".")) == 2 for relation in header[1:])
+    subjects = [row[0] for row in rows]
+    assert subjects == sorted(set(subjects)), "subjects are unique and sorted"
+    for row in rows:
+        assert len(row) == len(header), row
+        assert any(row[1:]), f"a row without facts: {row}"
+        for cell in row:
+            names = cell.split("; ")
+            assert len(set(names)) == len(names), cell
+            assert all(name == name.strip() and ";" not in name for name in names), cell
+            assert unicodedata.is_normalized("NFC", cell), cell
+
+
+def test_borders_are_mutual() -> None:
+    borders = {fact for fact in facts() if fact[1].endswith(".borders")}
+    # Published counts: 105 pairs of US states share a boundary other than by water or corner.
+    assert sum(fact[1] == "state.borders" for fact in borders) == 2 * 105
+    one_way = {(a, b) for a, relation, b in borders if (b, relation, a) not in borders}
+    assert not one_way
+
+
+def test_objects_of_a_closed_kind_have_a_row() -> None:
+    subjects = {path.stem: {row[0] for row in read(path)[1]} for path in TABLES}
+    assert len(subjects["country"]) == 197
+    assert len(subjects["us_state"]) == 50
+    closed = {
+        "country.borders": "country",
+        "country.official_language": "language",
+        "country.region": "region",
+        "state.borders": "us_state",
+        "state.region": "region",
+        "river.flows_through": "country",
+        "city.country": "country",
+        "mountain.country": "country",
+        "lake.country": "country",
+        "island.country": "country",
+    }
+    missing = {(r, o) for _, r, o in facts() if r in closed and o not in subjects[closed[r]]}
+    assert not missing
+
+
+def test_no_two_spellings_of_one_name() -> None:
+    spellings: dict[str, set[str]] = {}
+    for subject, _, name in facts():
+        for text in (subject, name):
+            if text[0].isalpha():  # not codes, domains or dates: there a sign tells two apart
+                plain = unicodedata.normalize("NFD", text).casefold()
+                key = "".join(char for char in plain if char.isalnum())
+                spellings.setdefault(key, set()).add(text)
+    assert not [names for names in spellings.values() if len(names) > 1]
+
+
+def test_a_city_lies_in_a_country_of_its_river() -> None:
+    known = facts()
+    country = {s: o for s, r, o in known if r == "city.country"}
+    country |= {o: s for s, r, o in known if r == "country.capital"}
+    runs: dict[str, set[str]] = {}
+    for river, relation, place in known:
+        if relation == "river.flows_through":
+            runs.setdefault(river, set()).add(place)
+    stray = {
+        (city, river)
+        for city, relation, river in known
+        if relation == "city.river" and river in runs and country[city] not in runs[river]
+    }
+    assert not stray

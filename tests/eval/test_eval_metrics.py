@@ -1,0 +1,166 @@
+"""Parser, strict folding and retrieval scores: known cases and properties."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dragkit.eval import (
+    answer_hit_at_k,
+    answer_recall_at_k,
+    parse_answers,
+    retrieval_prf,
+    score_question,
+    strict_key,
+    strict_scores,
+)
+
+ANSWERS = st.text(st.characters(exclude_characters="|\r\n", exclude_categories=["Cs"]), max_size=8)
+SPOKEN = ANSWERS.map(str.strip).filter(bool)
+WORDS = st.sampled_from(
+    ["The", "a", "US", "Russia", "1", "1981", "!!!", "Oslo", "oslo", "New York"]
+)
+MANY = st.lists(WORDS | SPOKEN, max_size=6)
+
+
+@pytest.mark.parametrize(
+    "text, delimiter, expected",
+    [
+        ("Oslo | Rome", " | ", ["Oslo", "Rome"]),
+        ("Oslo|Rome", " | ", ["Oslo", "Rome"]),
+        ("Oslo\nRome | Lima", " | ", ["Oslo", "Rome", "Lima"]),
+        ("Oslo\r\nRome\rLima", " | ", ["Oslo", "Rome", "Lima"]),
+        (" | | Oslo || ", " | ", ["Oslo"]),
+        ("b | a | b | a | B", " | ", ["b", "a", "B"]),
+        ("Oslo; Rome | x", "; ", ["Oslo", "Rome | x"]),
+        ("Oslo | Rome\nLima", "\n", ["Oslo | Rome", "Lima"]),
+        ("Washington, D.C.", " | ", ["Washington, D.C."]),
+        ("", " | ", []),
+        (" \n\t| \n", " | ", []),
+    ],
+)
+def test_parse_answers(text: str, delimiter: str, expected: list[str]) -> None:
+    assert parse_answers(text, delimiter) == expected
+
+
+def test_parse_answers_keeps_repeats_on_demand() -> None:
+    assert parse_answers("b | a\nb", keep_repeats=True) == ["b", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ("The New  York-Times", "new york times"),
+        ("The", "the"),
+        ("the a", "the a"),
+        ("Theatre", "theatre"),
+        ("C++", "c"),
+        ("snake_case", "snake case"),
+        ("  ?! ", "?!"),
+        ("\u00abOslo\u00bb\u3002", "oslo"),
+        ("\u2665", "\u2665"),
+        ("na\u00efve", "na\u00efve"),
+        ("soft\u00adhyphen", "softhyphen"),
+        ("\ufb01ve \u2460", "five 1"),
+        ("null", "null"),
+    ],
+)
+def test_strict_key(text: str, key: str) -> None:
+    assert strict_key(text) == key
+
+
+@settings(max_examples=200, deadline=None)
+@given(MANY, MANY, st.randoms(use_true_random=False))
+def test_strict_scores_are_bounded_and_ignore_gold_order(
+    predictions: list[str], golds: list[str], rng: random.Random
+) -> None:
+    scores = strict_scores(predictions, golds)
+    assert all(0.0 <= value <= 1.0 for value in scores.values())
+    shuffled = golds.copy()
+    rng.shuffle(shuffled)
+    assert strict_scores(predictions, shuffled) == scores
+    # One-to-one sets: adding a gold that is already there changes nothing.
+    assert strict_scores(predictions, golds + golds[:1]) == scores
+
+
+@settings(max_examples=200, deadline=None)
+@given(MANY, MANY)
+def test_rog_ignores_gold_order(predictions: list[str], golds: list[str]) -> None:
+    scores = score_question(predictions, golds)
+    mirrored = score_question(predictions, golds[::-1])
+    rog = [name for name in scores if name.startswith("rog-")]
+    assert [scores[name] for name in rog] == [mirrored[name] for name in rog]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(SPOKEN, min_size=1, max_size=6))
+def test_perfect_answer_scores_one(golds: list[str]) -> None:
+    scores = score_question(parse_answers(" " + " | ".join(golds)), golds)
+    strict = {name: value for name, value in scores.items() if name.startswith("strict-")}
+    assert set(strict.values()) == {1.0}
+    assert scores["rog-hit"] == scores["rog-hits@1"] == scores["rog-recall"] == 1.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(MANY, MANY)
+def test_strict_f1_is_the_mean_of_its_parts_and_never_beats_them(
+    predictions: list[str], golds: list[str]
+) -> None:
+    scores = strict_scores(predictions, golds)
+    precision, recall = scores["strict-precision"], scores["strict-recall"]
+    if precision + recall:
+        assert scores["strict-f1"] == pytest.approx(2 * precision * recall / (precision + recall))
+    else:
+        assert scores["strict-f1"] == 0.0
+    assert scores["strict-exact"] <= scores["strict-hits@1"] <= scores["strict-hit"]
+    assert (scores["strict-exact"] == 1.0) == (scores["strict-f1"] == 1.0)
+
+
+def test_many_answers_stay_fast_and_exact() -> None:
+    golds = [f"entity {index}" for index in range(10_000)]
+    scores = strict_scores(golds[::-1][:5_000] + ["other"] * 5_000, golds)
+    assert scores["strict-recall"] == 0.5
+    assert scores["strict-precision"] == 5_000 / 5_001
+
+
+@pytest.mark.parametrize(
+    "selected, positive, expected",
+    [
+        ([1, 2, 3, 4], [3, 4, 5], (1 / 2, 2 / 3, 4 / 7)),
+        ([1, 1, 2], [1], (1 / 2, 1.0, 2 / 3)),
+        ([7], [7], (1.0, 1.0, 1.0)),
+        ([1], [2], (0.0, 0.0, 0.0)),
+        ([], [2], (0.0, 0.0, 0.0)),
+        ([1], [], (0.0, 0.0, 0.0)),
+        ([], [], (1.0, 1.0, 1.0)),
+    ],
+)
+def test_retrieval_prf(
+    selected: list[int], positive: list[int], expected: tuple[float, float, float]
+) -> None:
+    assert retrieval_prf(selected, positive) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "k, recall, hit",
+    [(0, 0.0, 0.0), (1, 0.0, 0.0), (2, 1 / 3, 1.0), (3, 2 / 3, 1.0), (99, 2 / 3, 1.0)],
+)
+def test_answer_recall_at_k(k: int, recall: float, hit: float) -> None:
+    facts = [("x", "y"), ("x", "a"), ("a", "b")]
+    answers = ["a", "b", "outside", "a"]
+    assert answer_recall_at_k(facts, answers, k) == pytest.approx(recall)
+    assert answer_hit_at_k(facts, answers, k) == hit
+
+
+def test_answer_recall_without_answers_or_facts_is_zero() -> None:
+    assert answer_recall_at_k([("a", "b")], [], 1) == 0.0
+    assert answer_recall_at_k([], ["a"], 5) == 0.0
+
+
+@pytest.mark.parametrize("metric", [answer_recall_at_k, answer_hit_at_k])
+def test_negative_k_is_refused(metric: object) -> None:
+    with pytest.raises(ValueError, match="k must be at least 0, got -1"):
+        metric([("a", "b")], ["a"], -1)

@@ -1,0 +1,119 @@
+"""Means, denominators and the two renderings of a report."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dragkit.eval import METRIC_VERSION, QuestionRecord, aggregate, score_text
+
+
+def small_report() -> list[QuestionRecord]:
+    """Four questions: right, half right, failed generation, no gold."""
+    return [
+        score_text("a", "Oslo", ["Oslo"], answer_in_graph=True, retrieval={"retrieval-f1": 0.5}),
+        score_text("b", "Oslo | Rome", ["Rome"], answer_in_graph=True),
+        score_text("c", "", ["Lima"], answer_in_graph=False, retrieval={"retrieval-f1": 1.0}),
+        score_text("d", "Lima", [], answer_in_graph=False),
+    ]
+
+
+def test_means_and_denominators_by_hand() -> None:
+    report = aggregate(small_report())
+    assert report.counts == {
+        "asked": 4,
+        "answerable_in_subgraph": 2,
+        "no_gold": 1,
+        "scored": 4,
+        "empty_predictions": 1,
+    }
+    assert report.means["strict-hits@1"] == 1 / 4
+    assert report.means["strict-hit"] == 2 / 4
+    assert report.means["strict-f1"] == pytest.approx((1 + 2 / 3) / 4)
+    assert report.means["rog-hit"] == 2 / 4
+    assert report.means["retrieval-f1"] == 0.75
+    assert report.families() == {"strict": 4, "rog": 4, "subgraphrag": 4, "retrieval": 2}
+
+
+def test_no_metric_has_a_bare_name() -> None:
+    families = ("strict-", "rog-", "subgraphrag-", "rearev-", "retrieval-")
+    assert all(name.startswith(families) for name in aggregate(small_report()).means)
+
+
+def test_json_round_trip() -> None:
+    report = aggregate(small_report())
+    loaded = json.loads(report.to_json())
+    assert loaded == report.to_dict()
+    assert loaded["schema_version"] == 1
+    assert loaded["metric_version"] == METRIC_VERSION
+    assert loaded["metrics"]["retrieval-f1"] == {"mean": 0.75, "scored": 2}
+
+
+def test_unknown_answerability_is_null_not_zero() -> None:
+    rows = [*small_report(), score_text("e", "x", ["x"])]
+    report = aggregate(rows)
+    assert report.counts["answerable_in_subgraph"] is None
+    assert json.loads(report.to_json())["counts"]["answerable_in_subgraph"] is None
+    assert "unknown" in report.to_table()
+
+
+def test_table_is_aligned_and_complete() -> None:
+    report = aggregate(small_report())
+    metrics, counts = (part.splitlines() for part in report.to_table().strip().split("\n\n"))
+    assert len({len(line) for line in metrics}) == 1
+    assert len({len(line) for line in counts}) == 1
+    cells = {line.split()[0]: line.split()[1:] for line in metrics + counts}
+    assert cells["strict-f1"] == ["41.67", "4"]
+    assert cells["retrieval-f1"] == ["75.00", "2"]
+    assert cells["empty_predictions"] == ["1"]
+    assert set(cells) == {"metric", *report.means, *report.counts}
+
+
+def test_nothing_asked_gives_counts_and_no_means() -> None:
+    report = aggregate([])
+    assert report.means == {}
+    assert report.counts["asked"] == report.counts["scored"] == 0
+    assert "NaN" not in report.to_json()
+    assert "asked" in report.to_table()
+
+
+def test_question_without_a_metric_is_refused() -> None:
+    rows = small_report()
+    rows[2] = QuestionRecord("c", {"strict-f1": 1.0}, num_golds=1, num_predictions=1)
+    with pytest.raises(ValueError, match="'c'.*rog-accuracy"):
+        aggregate(rows)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_value_that_is_no_number_is_refused(value: float) -> None:
+    row = QuestionRecord("q", {"strict-f1": value}, num_golds=1, num_predictions=1)
+    with pytest.raises(ValueError, match="'q': strict-f1"):
+        aggregate([row])
+
+
+def test_metric_in_both_groups_is_refused() -> None:
+    row = QuestionRecord("q", {"strict-f1": 1.0}, 1, 1, retrieval={"strict-f1": 1.0})
+    with pytest.raises(ValueError, match="given twice"):
+        aggregate([row])
+
+
+OUTPUTS = st.sampled_from(["", "|", "Oslo", "Oslo | Rome", "none", "\n", "The"])
+GOLDS = st.lists(st.sampled_from(["Oslo", "Rome", "The", "!!!"]), max_size=3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(OUTPUTS, GOLDS), min_size=1, max_size=8))
+def test_every_question_asked_is_scored(rows: list[tuple[str, list[str]]]) -> None:
+    records = [score_text(str(index), *row) for index, row in enumerate(rows)]
+    report = aggregate(records)
+    assert report.counts["asked"] == report.counts["scored"] == len(rows)
+    assert set(report.num_scored.values()) == {len(rows)}
+    assert report.counts["no_gold"] == sum(not golds for _, golds in rows)
+    # A slow mean over the same rows, wrong ones in the denominator.
+    expected = sum(record.scores["rog-f1"] for record in records) / len(rows)
+    assert report.means["rog-f1"] == pytest.approx(expected)
+    assert aggregate(records[::-1]).means == report.means

@@ -1,0 +1,184 @@
+"""The generator on neural prompts: no padding may change a result, and only answers are scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from dragkit.config import GeneratorConfig
+from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model.decode import greedy_decode
+from dragkit.model.generator import (
+    Generator,
+    _prepare_nemotron_h,
+    load_generator,
+    lora_targets,
+    resolve_generator,
+)
+from dragkit.model.prompt import NeuralPrompt
+
+WIDTH = 32
+
+
+class Words:
+    """A stand-in tokeniser: numbers as text."""
+
+    eos_token_id = 1
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(str(int(i)) for i in row if int(i) != 1) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        hybrid_override_pattern="ME*-M*",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        ssm_state_size=8,
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        n_groups=2,
+        chunk_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=24,
+        use_cache=False,
+    )
+    model = NemotronHForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    _prepare_nemotron_h(model)
+    model.requires_grad_(False)
+    return Generator(model, Words())
+
+
+def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt:
+    """(tokens, position of the slot, target) per question, packed."""
+    ids, slot, position, question, length, rows, wanted = [], [], [], [], [], [], []
+    for b, (tokens, place, target) in enumerate(questions):
+        start = len(ids)
+        whole = tokens + target
+        ids += whole
+        slot += [b if i == place else -1 for i in range(len(whole))]
+        position += range(len(whole))
+        question += [b] * len(whole)
+        length.append(len(whole))
+        rows += range(start + len(tokens) - 1, start + len(whole) - 1)
+        wanted += target
+    return NeuralPrompt(*map(torch.tensor, (ids, slot, position, question, length, rows, wanted)), torch.ones(len(questions)))
+
+
+def questions(with_target=True):
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for length in (3, 17, 16, 40, 1, 9):
+        tokens = torch.randint(2, 64, (length,), generator=generator).tolist()
+        target = [*torch.randint(2, 64, (length % 3,), generator=generator).tolist(), 1]
+        made.append((tokens, length // 2, target if with_target else []))
+    return made
+
+
+def test_a_question_alone_equals_the_question_in_a_batch(generator):
+    torch.manual_seed(3)
+    made, vectors = questions(), torch.randn(6, WIDTH)
+    together = vectors.clone().requires_grad_()
+    out = generator(prompt_of(made), together)
+    out.loss_sum.backward()
+    losses, correct = [], 0
+    for i, question in enumerate(made):
+        alone = vectors[i : i + 1].clone().requires_grad_()
+        single = generator(prompt_of([question]), alone)
+        single.loss_sum.backward()
+        losses.append(float(single.loss_sum))
+        correct += int(single.num_correct)
+        torch.testing.assert_close(together.grad[i], alone.grad[0], rtol=1e-4, atol=1e-6)
+    assert float(out.loss_sum) == pytest.approx(sum(losses), rel=1e-5)
+    assert int(out.num_correct) == correct
+
+
+def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generator):
+    torch.manual_seed(4)
+    made, vectors = questions(with_target=False), torch.randn(6, WIDTH)
+    batch = greedy_decode(generator, prompt_of(made), vectors, 8)
+    for i, question in enumerate(made):
+        single = prompt_of([question])
+        assert greedy_decode(generator, single, vectors[i : i + 1], 8) == [batch[i]]
+        embeds, _ = generator.embed(single, vectors[i : i + 1], left=False)
+        produced = []
+        with torch.no_grad():
+            for _ in range(8):
+                logits = generator.model(inputs_embeds=embeds, use_cache=False).logits
+                token = int(logits[0, -1].argmax())
+                if token == 1:
+                    break
+                produced.append(token)
+                step = generator.model.get_input_embeddings()(torch.tensor([[token]]))
+                embeds = torch.cat([embeds, step], dim=1)
+        assert " ".join(map(str, produced)) == batch[i]
+
+
+def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator):
+    (question,) = questions()[3:4]
+    prompt = prompt_of([question])
+    vectors = torch.randn(1, WIDTH)
+    embeds, _ = generator.embed(prompt, vectors, left=False)
+    logits = generator.model(inputs_embeds=embeds, use_cache=False).logits[0]
+    first = len(question[0])
+    wanted = torch.nn.functional.cross_entropy(
+        logits[first - 1 : -1], torch.tensor(question[2]), reduction="sum"
+    )
+    torch.testing.assert_close(generator(prompt, vectors).loss_sum, wanted)
+
+
+def test_weight_of_the_end_token(generator):
+    prompt, vectors = prompt_of(questions()), torch.randn(6, WIDTH)
+    one = generator(prompt, vectors, 1.0).loss_sum
+    none = generator(prompt, vectors, 0.0).loss_sum
+    two = generator(prompt, vectors, 2.0).loss_sum
+    torch.testing.assert_close(two - one, one - none)
+    assert float(none) < float(one)
+
+
+def test_the_time_step_limit_is_the_configurations(generator):
+    limits = {tuple(m.time_step_limit) for m in generator.model.modules() if hasattr(m, "time_step_limit")}
+    assert limits == {tuple(float(x) for x in generator.model.config.time_step_limit)}
+
+
+def test_lora_targets_that_match_nothing_are_an_error(generator):
+    assert "in_proj" in lora_targets(generator.model, None)
+    assert "gate_proj" not in lora_targets(generator.model, None)
+    with pytest.raises(ConfigError, match="gate_proj.*up_proj"):
+        lora_targets(generator.model, ["gate_proj"])
+
+
+def test_tiny_generator_with_adapters_trains_only_them():
+    generator = load_generator(GeneratorConfig(lora_rank=4), torch.device("cpu"), name="tiny")
+    trained = [n for n, p in generator.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    state = generator.adapter_state()
+    name, tensor = next(iter(state.items()))
+    with torch.no_grad():
+        tensor.fill_(0.25)
+    assert float(generator.adapter_state()[name].mean()) == 0.25, "adapter_state must share memory"
+
+
+def test_missing_weights_say_where_and_how(tmp_path):
+    with pytest.raises(MissingInputError, match="hf download.*--generator_model tiny"):
+        resolve_generator(GeneratorConfig(), name="no-such-organisation/no-such-model")
+    with pytest.raises(MissingInputError, match="config.json"):
+        resolve_generator(GeneratorConfig(), name=str(tmp_path))
+
+
+def test_wrong_generator_dim_is_refused():
+    with pytest.raises(ConfigError, match="generator_dim"):
+        load_generator(GeneratorConfig(generator_dim=4096), torch.device("cpu"), name="tiny")

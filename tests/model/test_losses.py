@@ -1,0 +1,76 @@
+"""The retrieval loss against its definition, pair by pair, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dragkit.losses import balance_weight, ranking_loss, retrieval_loss
+
+
+def _by_definition(logits, label, graph, num_graphs, rho, margin):
+    total, labelled = logits.new_zeros(()), 0
+    for g in range(num_graphs):
+        mine = graph == g
+        positive, negative = logits[mine & (label == 1)], logits[mine & (label == 0)]
+        if len(positive) == 0:
+            continue
+        labelled += 1
+        p = torch.sigmoid(logits[mine])
+        y = label[mine]
+        bce = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+        rank = logits.new_zeros(())
+        if len(negative):
+            rank = torch.relu(margin - (positive[:, None] - negative[None])).mean()
+        total = total + rho * bce + (1 - rho) * rank
+    return total, labelled
+
+
+@pytest.mark.parametrize("margin", [0.0, 1.0, 5.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_definition_with_gradient(seed, margin):
+    torch.manual_seed(seed)
+    sizes = [7, 0, 1, 12, 5, 30]
+    graph = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    logits = (2 * torch.randn(len(graph), dtype=torch.float64)).requires_grad_()
+    label = (torch.rand(len(graph)) < 0.3).double()
+    label[graph == 4] = 0  # a question without a positive fact
+    label[graph == 2] = 1  # and one without a negative
+    mine, count = retrieval_loss(logits, label, graph, len(sizes), rho=0.7, margin=margin)
+    wanted, labelled = _by_definition(logits, label, graph, len(sizes), 0.7, margin)
+    torch.testing.assert_close(mine, wanted)
+    assert float(count) == labelled
+    (ours,) = torch.autograd.grad(mine, logits)
+    (theirs,) = torch.autograd.grad(wanted, logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_ties_at_the_margin_cost_nothing():
+    logits = torch.tensor([2.0, 1.0, 1.0, 2.0], requires_grad=True)
+    loss = ranking_loss(logits, torch.tensor([1.0, 0, 0, 1]), torch.zeros(4, dtype=torch.long), 1, 1.0)
+    assert float(loss) == 0.0
+
+
+def test_questions_without_gold_have_no_gradient():
+    logits = torch.randn(5, requires_grad=True)
+    loss, count = retrieval_loss(
+        logits, torch.zeros(5), torch.zeros(5, dtype=torch.long), 1, rho=0.7, margin=1.0
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert float(count) == 0 and float(loss) == 0 and not gradient.any()
+
+
+def test_large_logits_stay_finite():
+    logits = torch.tensor([1e4, -1e4, 3e4], requires_grad=True)
+    loss, _ = retrieval_loss(
+        logits, torch.tensor([0.0, 1, 0]), torch.zeros(3, dtype=torch.long), 1, rho=0.5, margin=1.0
+    )
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(loss) and torch.isfinite(gradient).all()
+
+
+def test_balance_makes_the_weighted_norm_a_share_of_the_generators():
+    generator, retriever = torch.randn(50), 1e3 * torch.randn(50)
+    weight = balance_weight(generator, retriever, 0.9)
+    torch.testing.assert_close((weight * retriever).norm(), 0.9 * generator.norm())
+    assert torch.isfinite(balance_weight(generator, torch.zeros(50), 0.9))
