@@ -157,7 +157,7 @@ def test_the_time_step_limit_is_the_configurations(generator):
 def test_lora_targets_that_match_nothing_are_an_error(generator):
     assert "in_proj" in lora_targets(generator.model, None)
     assert "gate_proj" not in lora_targets(generator.model, None)
-    with pytest.raises(ConfigError, match="gate_proj.*up_proj"):
+    with pytest.raises(ConfigError, match="gate_proj.*Nearest: .*_proj"):
         lora_targets(generator.model, ["gate_proj"])
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: timed comparisons of this package with what it replaces. Not installed."""

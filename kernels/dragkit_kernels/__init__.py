@@ -1,0 +1,42 @@
+"""Ops of the retriever over packs of ragged graphs: PyTorch today, Triton where a kernel exists."""
+
+from __future__ import annotations
+
+from .backend import force_backend, resolve_backend
+from .fact_head import fact_scores, fact_scores_ref
+from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
+from .message_passing import (
+    message_passing,
+    message_passing_parity,
+    message_passing_parity_ref,
+    message_passing_ref,
+    relation_sum,
+    relation_sum_ref,
+)
+from .noise import logistic_noise
+from .orders import FactOrders, build_fact_orders, concat_fact_orders
+from .segment_softmax import segment_softmax, segment_softmax_ref
+
+__all__ = [
+    "FactOrders",
+    "GumbelTopK",
+    "build_fact_orders",
+    "check_finite_logits",
+    "concat_fact_orders",
+    "fact_scores",
+    "fact_scores_ref",
+    "force_backend",
+    "gumbel_topk",
+    "gumbel_topk_ref",
+    "logistic_noise",
+    "message_passing",
+    "message_passing_parity",
+    "message_passing_parity_ref",
+    "message_passing_ref",
+    "relation_sum",
+    "relation_sum_ref",
+    "resolve_backend",
+    "segment_softmax",
+    "segment_softmax_ref",
+    "top_facts",
+]

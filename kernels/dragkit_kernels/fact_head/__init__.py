@@ -1,0 +1,67 @@
+"""The linear fact head: a score per fact from three scalar tables."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve_backend
+from ..checks import check_float, check_index, check_shape
+from ..orders import FactOrders
+from . import op as _op  # noqa: F401  (registers the ops)
+from .reference import fact_scores_ref
+
+__all__ = ["fact_scores", "fact_scores_ref"]
+
+
+def fact_scores(
+    head_score: Tensor,
+    pair_score: Tensor,
+    tail_score: Tensor,
+    bias: Tensor,
+    *,
+    orders: FactOrders,
+    backend: str = "auto",
+) -> Tensor:
+    """l_e = head_score[head_e] + pair_score[pair_e] + tail_score[tail_e] + bias.
+
+    This is w . [h_head ; x_relation ; h_tail] + b without the [E, 3C] tensor: the three dot
+    products are taken per node and per (graph, relation) pair. Gradients are sums in a fixed order.
+
+    Args:
+        head_score, tail_score: float [N].
+        pair_score: float [P].
+        bias: float [].
+        orders: the facts.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        float32 [E] logits in triple order (float64 if an argument is).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    op = "fact_scores"
+    check_shape(op, "head_score", head_score, (orders.num_nodes,))
+    check_shape(op, "pair_score", pair_score, (orders.num_pairs,))
+    check_shape(op, "tail_score", tail_score, (orders.num_nodes,))
+    check_shape(op, "bias", bias, ())
+    check_float(op, head_score=head_score, pair_score=pair_score, tail_score=tail_score, bias=bias)
+    check_index(op, **{"orders.head": orders.head, "orders.fact_pair": orders.fact_pair})
+    resolve_backend(op, head_score, backend)
+    return torch.ops.dragkit.fact_scores_fwd(
+        head_score,
+        pair_score,
+        tail_score,
+        bias,
+        orders.head,
+        orders.tail,
+        orders.fact_pair,
+        orders.head_ptr,
+        orders.head_fact,
+        orders.pair_ptr,
+        orders.pair_fact,
+        orders.tail_ptr,
+        orders.tail_fact,
+    )

@@ -1,0 +1,163 @@
+"""Choice of at most k facts per question: noisy and differentiable, or the best ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve_backend
+from ..checks import check_float, check_index, check_shape
+from ..noise import logistic_noise
+from ..segments import segment_ids
+from .reference import GumbelTopK, gumbel_topk_ref, select_largest
+
+__all__ = ["GumbelTopK", "check_finite_logits", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
+
+MODES = ("bernoulli", "budget")
+ESTIMATORS = ("concrete", "mean")
+
+
+def gumbel_topk(
+    logits: Tensor,
+    fact_ptr: Tensor,
+    k: int,
+    *,
+    temperature: float = 0.5,
+    seed: Tensor | None = None,
+    question_key: Tensor | None = None,
+    noise: Tensor | None = None,
+    mode: str = "bernoulli",
+    estimator: str = "concrete",
+    max_facts: int | None = None,
+    backend: str = "auto",
+) -> GumbelTopK:
+    """Draws facts by logistic-perturbed logits, key_i = l_i + noise_i.
+
+    "bernoulli" (D-RAG's model): fact i is drawn when key_i > 0, so independently with probability
+    sigmoid(l_i). Of more than k drawn facts the k largest keys stay; if none is drawn the best key
+    is taken, with its own gradient. "budget": exactly min(k, E_g) facts, the largest keys; fact i
+    is among them with probability close to sigmoid(l_i - nu), where nu makes these sum to k.
+
+    The gate is 1 in the forward. Backward it stands for a relaxed choice s_i:
+
+        bernoulli  concrete  s = sigmoid(key / temperature)         ds/dl = s (1 - s) / temperature
+        bernoulli  mean      s = sigmoid(l)                         ds/dl = s (1 - s)
+        budget     concrete  s = sigmoid(key / temperature - nu)    [diag(d) - d d^T / sum d] / temp.
+        budget     mean      s = sigmoid(l - nu)                     diag(d) - d d^T / sum d
+
+    with d = s (1 - s) and nu solved per question on the argument shown. In budget mode a question
+    of at most k facts has no choice: s = 1 and zero gradient. Infinite logits are certain facts
+    without gradient. NaN is not looked for here (that would wait for the device): see
+    check_finite_logits.
+
+    Args:
+        logits: float [E].
+        fact_ptr: int32 [B+1] first fact of each question.
+        k: slots per question, 0 or more; may exceed the number of facts.
+        temperature: above 0; used by "concrete".
+        seed: int64 [] of the noise, with question_key int64 [B]; see logistic_noise.
+        noise: float [E] in place of seed and question_key.
+        mode: "bernoulli" or "budget".
+        estimator: "concrete" or "mean".
+        max_facts: at least the facts of every question; without it the device is asked.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        GumbelTopK, floats in float32 (float64 for float64 logits).
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    _check(logits, fact_ptr, k, "gumbel_topk")
+    if mode not in MODES or estimator not in ESTIMATORS:
+        raise ValueError(
+            f"gumbel_topk: mode must be one of {MODES} and estimator one of {ESTIMATORS}, "
+            f"got {mode!r} and {estimator!r}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"gumbel_topk: temperature must be above 0, got {temperature}")
+    if noise is None:
+        if seed is None or question_key is None:
+            raise ValueError("gumbel_topk: give either noise, or seed and question_key")
+        noise = logistic_noise(seed, question_key, fact_ptr, num_facts=logits.shape[0])
+    elif seed is not None or question_key is not None:
+        raise ValueError("gumbel_topk: give either noise, or seed and question_key, not both")
+    check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
+    resolve_backend("gumbel_topk", logits, backend)
+    return gumbel_topk_ref(
+        logits,
+        fact_ptr,
+        k,
+        temperature=temperature,
+        noise=noise,
+        mode=mode,
+        estimator=estimator,
+        max_facts=_largest(fact_ptr) if max_facts is None else max_facts,
+    )
+
+
+def top_facts(
+    logits: Tensor,
+    fact_ptr: Tensor,
+    k: int,
+    threshold: float = 0.0,
+    *,
+    max_facts: int | None = None,
+) -> GumbelTopK:
+    """The facts used at inference: the k largest logits with sigmoid(l) > threshold, best first.
+
+    At least the best fact of a question that has one is kept (if k > 0); equal logits are taken
+    by lowest fact. Deterministic; the gate carries no gradient.
+
+    Args:
+        logits: float [E].
+        fact_ptr: int32 [B+1].
+        k: slots per question.
+        threshold: probability a fact must exceed.
+        max_facts: at least the facts of every question; without it the device is asked.
+
+    Returns:
+        GumbelTopK; `soft` is sigmoid(logits).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check(logits, fact_ptr, k, "top_facts")
+    soft = torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float())
+    width = _largest(fact_ptr) if max_facts is None else max_facts
+    index, count = select_largest(logits, soft > threshold, fact_ptr, k, width)
+    return GumbelTopK(index, (index >= 0).to(soft.dtype), count, soft)
+
+
+def check_finite_logits(logits: Tensor, fact_ptr: Tensor) -> None:
+    """Raises ValueError naming the questions whose logits hold NaN or infinity.
+
+    Waits for the device: call it once in a while or after a bad loss, not in every step.
+
+    Args:
+        logits: float [E].
+        fact_ptr: int32 [B+1].
+    """
+    _check(logits, fact_ptr, 0, "check_finite_logits")
+    bad = ~torch.isfinite(logits)
+    if bool(bad.any()):
+        questions = torch.unique(segment_ids(fact_ptr, logits.shape[0])[bad]).tolist()
+        raise ValueError(
+            f"{int(bad.sum())} of {logits.shape[0]} fact logits are NaN or infinite, in questions "
+            f"{questions[:20]} of the batch; look at the learning rate or the inputs"
+        )
+
+
+def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:
+    check_shape(op, "logits", logits, (None,))
+    check_shape(op, "fact_ptr", fact_ptr, (None,))
+    check_float(op, logits=logits)
+    check_index(op, fact_ptr=fact_ptr)
+    if k < 0:
+        raise ValueError(f"{op}: k must be 0 or more, got {k}")
+
+
+def _largest(fact_ptr: Tensor) -> int:
+    """Most facts of one question; waits for the device."""
+    return int((fact_ptr[1:] - fact_ptr[:-1]).max()) if fact_ptr.shape[0] > 1 else 0

@@ -1,0 +1,110 @@
+"""Helpers shared by tests and benchmarks: comparison, random packs, awkward strides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .orders import FactOrders, build_fact_orders
+
+# Largest RMS error relative to the RMS of the expected values, by the dtype of the result.
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 8e-3,
+}
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, *, name: str = "tensor", tolerance: float | None = None
+) -> None:
+    """Raises AssertionError unless rms(actual - expected) <= tolerance * rms(expected).
+
+    One number for a whole tensor: single elements near zero cannot fail it and a wrong row cannot
+    hide. Non-finite values must agree in place and kind.
+
+    Args:
+        actual: any dtype and shape; its dtype picks the tolerance.
+        expected: same shape; usually float64.
+        name: for the message.
+        tolerance: overrides the table.
+    """
+    if actual.shape != expected.shape:
+        raise AssertionError(
+            f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+        )
+    limit = TOLERANCE[actual.dtype] if tolerance is None else tolerance
+    got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
+    finite = torch.isfinite(want)
+    if not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()) or not bool(
+        torch.isfinite(got[finite]).all()
+    ):
+        raise AssertionError(f"{name}: non-finite values differ from the expected ones")
+    if not bool(finite.any()):
+        return
+    error = (got[finite] - want[finite]).square().mean().sqrt()
+    scale = want[finite].square().mean().sqrt()
+    if error > limit * scale.clamp(min=1e-12):
+        worst = int((got - want).abs().nan_to_num().argmax())
+        raise AssertionError(
+            f"{name}: RMS error ratio {float(error / scale.clamp(min=1e-12)):.2e} > {limit:.0e}; "
+            f"worst at flat index {worst}: got {float(got.flatten()[worst]):.6g}, "
+            f"expected {float(want.flatten()[worst]):.6g}"
+        )
+
+
+class Adjacency(NamedTuple):
+    """A random pack: orders, int32 node_graph [N], node_ptr [B+1], fact_graph [E], fact_ptr [B+1]
+    and int64 relation [E]."""
+
+    orders: FactOrders
+    node_graph: Tensor
+    node_ptr: Tensor
+    fact_graph: Tensor
+    fact_ptr: Tensor
+    relation: Tensor
+
+
+def random_adjacency(
+    sizes: list[tuple[int, int]], num_relations: int, *, seed: int = 0, skew: float = 2.0
+) -> Adjacency:
+    """A pack of random graphs with hubs, duplicate facts and self-loops left in.
+
+    Args:
+        sizes: (nodes, facts) of each graph; a graph without nodes must have no facts.
+        num_relations: R.
+        seed: of the draw.
+        skew: exponent of the endpoint distribution; 1 is uniform, larger makes hubs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    nodes = torch.tensor([n for n, _ in sizes])
+    facts = torch.tensor([e for _, e in sizes])
+    fact_graph = torch.arange(len(sizes)).repeat_interleave(facts)
+    first = (nodes.cumsum(0) - nodes)[fact_graph]
+    head, tail = (
+        first + (torch.rand(len(fact_graph), generator=generator) ** skew * nodes[fact_graph]).long()
+        for _ in range(2)
+    )
+    relation = torch.randint(0, num_relations, (len(fact_graph),), generator=generator)
+    orders = build_fact_orders(head, tail, relation, int(nodes.sum()), fact_graph)
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Adjacency(
+        orders=orders,
+        node_graph=torch.arange(len(sizes)).repeat_interleave(nodes).int(),
+        node_ptr=torch.cat([zero, nodes.cumsum(0)]).int(),
+        fact_graph=fact_graph.int(),
+        fact_ptr=torch.cat([zero, facts.cumsum(0)]).int(),
+        relation=relation,
+    )
+
+
+def strided_like(tensor: Tensor) -> Tensor:
+    """The same values in memory with gaps: every dimension has a stride of more than it needs."""
+    if tensor.dim() == 0:
+        return tensor
+    roomy = tensor.new_empty([2 * size + 1 for size in tensor.shape])
+    view = roomy[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)

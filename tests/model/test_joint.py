@@ -1,0 +1,210 @@
+"""Gradients of phase 2: what the answer's loss reaches, and through which door."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dragkit.config import TrainConfig
+from dragkit.data.packed import TokenPack
+from dragkit.losses import retrieval_loss
+from dragkit.model.generator import load_generator
+from dragkit.model.joint import JointModel
+from dragkit.model.retriever import Retriever
+from dragkit.trainer.phase2 import JointPhase
+
+_spec = importlib.util.spec_from_file_location(
+    "retriever_cases", Path(__file__).with_name("test_retriever.py")
+)
+cases = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(cases)
+
+
+def _rows(texts, generator):
+    rows = generator.tokenize(texts)
+    ptr = np.cumsum([0] + [len(r) for r in rows])
+    return TokenPack(
+        torch.tensor([i for r in rows for i in r], dtype=torch.int32),
+        torch.tensor(ptr, dtype=torch.int32),
+        max(map(len, rows)),
+    )
+
+
+def make(**sections):
+    settings = {
+        "retriever": {"hidden_dim": 8, "num_reasoning_steps": 2, "dropout": 0.0},
+        "sampler": {"k_facts": 4},
+        "generator": {"model": "tiny", "lora_rank": 2},
+        "loss": {"ret_loss_weight": 0.0},
+    }
+    for name, values in sections.items():
+        settings.setdefault(name, {}).update(values)
+    config = TrainConfig.model_validate(settings)
+    torch.manual_seed(0)
+    generator = load_generator(config.generator, torch.device("cpu"), name="tiny")
+    model = JointModel(config, Retriever(config.retriever, cases.TEXT), generator)
+    return JointPhase(config, model)
+
+
+def make_batch(generator, count=4):
+    rng = np.random.default_rng(0)
+    graphs = [cases.make_graph(rng, 5, 9, 5) for _ in range(count)]
+    batch = cases.pack(graphs, dtype=torch.float32)
+    label = (torch.arange(batch.graph.num_facts) % 4 == 0).float()
+    from dataclasses import replace
+
+    facts = [f"node {i}, likes, thing {i % 3}\n" for i in range(batch.graph.num_facts)]
+    return replace(
+        batch,
+        graph=replace(batch.graph, label=label),
+        prefix=_rows([f"Question: who is {g}?\n" for g in range(count)], generator),
+        facts=_rows(facts, generator),
+        target=_rows([f" thing {g}" for g in range(count)], generator),
+    )
+
+
+@pytest.fixture
+def relations():
+    states = cases.relation_states(5, torch.float32)
+    return states
+
+
+def gradients(phase, batch, relations, step=0):
+    phase.model.zero_grad()
+    counts = phase.normaliser([batch])
+    out = phase.training_step(batch, relations, counts, step)
+    grads = {
+        n: p.grad.clone() for n, p in phase.model.named_parameters() if p.grad is not None and p.grad.any()
+    }
+    return out, grads
+
+
+def test_the_answers_loss_alone_moves_the_retriever(relations):
+    phase = make()
+    _, grads = gradients(phase, make_batch(phase.model.generator), relations)
+    assert "retriever.fact_score.weight" in grads, "the scorer is reached through the gate only"
+    assert any(n.startswith("retriever.layers") for n in grads)
+    assert any(n.startswith("projector") for n in grads)
+    assert any("lora_B" in n for n in grads)
+
+
+def test_cutting_the_gate_stops_it(relations, monkeypatch):
+    phase = make()
+    draw = phase.model.sampler.draw
+
+    def cut(logits, graph, step):
+        selection = draw(logits.detach(), graph, step)
+        return selection._replace(gate=selection.gate.detach(), soft=selection.soft.detach())
+
+    monkeypatch.setattr(phase.model.sampler, "draw", cut)
+    batch = make_batch(phase.model.generator)
+    monkeypatch.setattr(torch.autograd, "grad", _grad_without_path(torch.autograd.grad))
+    _, grads = gradients(phase, batch, relations)
+    assert "retriever.fact_score.weight" not in grads
+
+
+def _grad_without_path(grad):
+    def wrapped(outputs, inputs, *args, **kwargs):
+        if isinstance(outputs, torch.Tensor) and not outputs.requires_grad:
+            return (None,)
+        return grad(outputs, inputs, *args, **kwargs)
+
+    return wrapped
+
+
+def test_the_control_arm_gives_the_retriever_nothing(relations):
+    phase = make(generator={"structural_vectors": False})
+    _, grads = gradients(phase, make_batch(phase.model.generator), relations)
+    assert not any(n.startswith("retriever") for n in grads)
+    assert any("lora_B" in n for n in grads)
+
+
+def test_gradient_equals_one_uncut_backward_pass(relations):
+    """Two cuts and three backward calls must give what a single graph gives."""
+    phase = make(loss={"ret_loss_weight": 0.3})
+    model, batch = phase.model, make_batch(phase.model.generator)
+    counts = phase.normaliser([batch])
+    out, grads = gradients(phase, batch, relations)
+    model.zero_grad()
+    output = model.retriever(batch, relations)
+    selection = model.sampler.draw(output.fact_logits, batch.graph, 0)
+    prompt = model.prompt(batch, selection.index, with_target=True)
+    vectors = selection.gate.unsqueeze(-1) * model.vectors(output, batch, selection)
+    generated = model.generator(prompt, vectors.flatten(0, 1)).loss_sum / counts["tokens"]
+    retrieval, _ = retrieval_loss(
+        output.fact_logits, batch.graph.label, batch.graph.fact_graph, 4, rho=0.7, margin=1.0
+    )
+    total = generated + 0.3 * retrieval / counts["questions"]
+    total.backward()
+    torch.testing.assert_close(out.loss, total.detach())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.any():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_generator_micro_batches_change_nothing(relations, size):
+    whole = make()
+    parts = make(generator={"generator_microbatch": size})
+    batch = make_batch(whole.model.generator)
+    a, first = gradients(whole, batch, relations)
+    b, second = gradients(parts, batch, relations)
+    torch.testing.assert_close(a.loss, b.loss)
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_balance_makes_the_two_gradients_proportional(relations):
+    phase = make(
+        loss={"use_grad_norm_balance": True, "balance_rho": 0.9}, run={"log_grad_norms": True}
+    )
+    out, _ = gradients(phase, make_batch(phase.model.generator), relations)
+    weighted = out.parts["retrieval_weight"] * out.parts["grad_norm_retrieval"]
+    torch.testing.assert_close(weighted, 0.9 * out.parts["grad_norm_generator"])
+
+
+def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations):
+    batch = None
+    reached = {}
+    for residual in (False, True):
+        phase = make(sampler={"residual_slot": residual, "k_facts": 2})
+        batch = batch or make_batch(phase.model.generator)
+        seen = {}
+        backward = torch.autograd.backward
+
+        def spy(roots, grads, seen=seen, backward=backward):
+            seen["logits"] = grads[0]
+            return backward(roots, grads)
+
+        torch.autograd.backward, keep = spy, torch.autograd.backward
+        try:
+            out, _ = gradients(phase, batch, relations)
+        finally:
+            torch.autograd.backward = keep
+        reached[residual] = (int((seen["logits"] != 0).sum()), out.loss)
+    assert reached[True][0] > 2 * reached[False][0]
+
+
+def test_the_same_step_draws_the_same_facts_whatever_the_batch(relations):
+    phase = make()
+    batch = make_batch(phase.model.generator)
+    logits = torch.randn(batch.graph.num_facts)
+    one = phase.model.sampler.draw(logits, batch.graph, 3)
+    two = phase.model.sampler.draw(logits, batch.graph, 3)
+    three = phase.model.sampler.draw(logits, batch.graph, 4)
+    assert torch.equal(one.index, two.index)
+    assert not torch.equal(one.index, three.index)
+
+
+def test_predictions_are_deterministic_and_complete(relations):
+    phase = make()
+    phase.model.eval()
+    batch = make_batch(phase.model.generator)
+    first, second = phase.predict(batch, relations), phase.predict(batch, relations)
+    assert first == second and len(first) == 4
+    assert all(len(p.ranked) == 9 and 1 <= len(p.selected) <= 4 for p in first)
