@@ -8,16 +8,19 @@ from torch import Tensor
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
     """Raises ValueError unless `tensor` has the expected shape; None matches any size."""
-    fits = tensor.dim() == len(expected) and all(
-        size is None or actual == size
-        for actual, size in zip(tensor.shape, expected, strict=True)
+    shape = tensor.shape
+    # A plain loop: this runs many times a step.
+    if len(shape) == len(expected):
+        for actual, size in zip(shape, expected, strict=True):
+            if size is not None and actual != size:
+                break
+        else:
+            return
+    wanted = ["*" if size is None else size for size in expected]
+    raise ValueError(
+        f"{op}: {name} must have shape [{', '.join(map(str, wanted))}], "
+        f"got [{', '.join(map(str, shape))}]"
     )
-    if not fits:
-        wanted = ["*" if size is None else size for size in expected]
-        raise ValueError(
-            f"{op}: {name} must have shape [{', '.join(map(str, wanted))}], "
-            f"got [{', '.join(map(str, tensor.shape))}]"
-        )
 
 
 def check_float(op: str, **tensors: Tensor) -> None:

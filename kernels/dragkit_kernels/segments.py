@@ -24,6 +24,8 @@ def segment_ids(ptr: Tensor, num_rows: int) -> Tensor:
 def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = None) -> Tensor:
     """out_v = sum_{ptr[v] <= i < ptr[v+1]} weight_i table[rows_i]: gather, scale and sum in one.
 
+    Not differentiable: for the inside of ops.
+
     Args:
         table: float32 or float64 [P, C].
         rows: int32 [E]; ptr: int32 [N+1].
@@ -32,8 +34,9 @@ def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = No
     Returns:
         [N, C].
     """
+    # A table that requires a gradient would make embedding_bag prepare its own backward.
     return F.embedding_bag(
-        rows, table, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+        rows, table.detach(), ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 

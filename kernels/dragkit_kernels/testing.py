@@ -39,9 +39,8 @@ def assert_close(
     limit = TOLERANCE[actual.dtype] if tolerance is None else tolerance
     got, want = actual.detach().double().cpu(), expected.detach().double().cpu()
     finite = torch.isfinite(want)
-    if not torch.equal(got[~finite].nan_to_num(), want[~finite].nan_to_num()) or not bool(
-        torch.isfinite(got[finite]).all()
-    ):
+    same_kind = torch.allclose(got[~finite], want[~finite], equal_nan=True)
+    if not same_kind or not bool(torch.isfinite(got[finite]).all()):
         raise AssertionError(f"{name}: non-finite values differ from the expected ones")
     if not bool(finite.any()):
         return
@@ -68,6 +67,31 @@ class Adjacency(NamedTuple):
     relation: Tensor
 
 
+def adjacency(
+    sizes: list[tuple[int, int]], head: Tensor, tail: Tensor, relation: Tensor
+) -> Adjacency:
+    """The pack of given facts.
+
+    Args:
+        sizes: (nodes, facts) of each graph.
+        head, tail: int64 [E] node rows of the pack.
+        relation: int64 [E].
+    """
+    nodes = torch.tensor([n for n, _ in sizes])
+    facts = torch.tensor([e for _, e in sizes])
+    graphs = torch.arange(len(sizes))
+    fact_graph = graphs.repeat_interleave(facts)
+    zero = torch.zeros(1, dtype=torch.int64)
+    return Adjacency(
+        orders=build_fact_orders(head, tail, relation, int(nodes.sum()), fact_graph),
+        node_graph=graphs.repeat_interleave(nodes).int(),
+        node_ptr=torch.cat([zero, nodes.cumsum(0)]).int(),
+        fact_graph=fact_graph.int(),
+        fact_ptr=torch.cat([zero, facts.cumsum(0)]).int(),
+        relation=relation,
+    )
+
+
 def random_adjacency(
     sizes: list[tuple[int, int]], num_relations: int, *, seed: int = 0, skew: float = 2.0
 ) -> Adjacency:
@@ -81,24 +105,14 @@ def random_adjacency(
     """
     generator = torch.Generator().manual_seed(seed)
     nodes = torch.tensor([n for n, _ in sizes])
-    facts = torch.tensor([e for _, e in sizes])
-    fact_graph = torch.arange(len(sizes)).repeat_interleave(facts)
-    first = (nodes.cumsum(0) - nodes)[fact_graph]
+    graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor([e for _, e in sizes]))
+    first, count = (nodes.cumsum(0) - nodes)[graph], nodes[graph]
     head, tail = (
-        first + (torch.rand(len(fact_graph), generator=generator) ** skew * nodes[fact_graph]).long()
+        first + (torch.rand(len(graph), generator=generator) ** skew * count).long()
         for _ in range(2)
     )
-    relation = torch.randint(0, num_relations, (len(fact_graph),), generator=generator)
-    orders = build_fact_orders(head, tail, relation, int(nodes.sum()), fact_graph)
-    zero = torch.zeros(1, dtype=torch.int64)
-    return Adjacency(
-        orders=orders,
-        node_graph=torch.arange(len(sizes)).repeat_interleave(nodes).int(),
-        node_ptr=torch.cat([zero, nodes.cumsum(0)]).int(),
-        fact_graph=fact_graph.int(),
-        fact_ptr=torch.cat([zero, facts.cumsum(0)]).int(),
-        relation=relation,
-    )
+    relation = torch.randint(0, num_relations, (len(graph),), generator=generator)
+    return adjacency(sizes, head, tail, relation)
 
 
 def strided_like(tensor: Tensor) -> Tensor:

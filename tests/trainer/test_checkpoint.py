@@ -268,7 +268,11 @@ def test_leftovers_of_dead_writers_go_and_of_live_ones_stay(run: Path) -> None:
 def test_an_old_copy_stays_while_its_replacement_is_damaged(run: Path, state_at: StateAt) -> None:
     old = run / f"step-00000020.old-{DEAD_PID}"
     shutil.copytree(run / "step-00000020", old)
+    old = old.rename(run / f"step-00000020.old-{os.getppid()}")
+    assert find_checkpoint(run) == run / "step-00000020"
     (run / "step-00000020" / "state.json").unlink()
+    assert find_checkpoint(run) == old
+    old = old.rename(run / f"step-00000020.old-{DEAD_PID}")
     assert find_checkpoint(run) == old
     assert load_checkpoint(old).state == state_at(20)
 

@@ -151,6 +151,13 @@ def test_manifests_that_are_no_manifest(run: Path, text: bytes) -> None:
     assert find_checkpoint(run) == run / "step-00000010"
 
 
+def test_a_repeated_key_is_refused(run: Path) -> None:
+    path = run / "step-00000020" / "MANIFEST.json"
+    path.write_text(path.read_text().replace('"step": 20', '"step": 10, "step": 20'))
+    with pytest.raises(CheckpointError, match="twice"):
+        verify_checkpoint(path.parent)
+
+
 def test_a_manifest_that_never_ends_is_not_read(run: Path) -> None:
     with open(run / "step-00000020" / "MANIFEST.json", "wb") as file:
         file.truncate(1 << 40)

@@ -25,6 +25,7 @@ from dragkit.trainer.checkpoint import (
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
 
 DEAD_PID = 99_999_999
@@ -226,6 +227,11 @@ def test_old_or_new_is_found_whole_after_every_crash(case: Case, fault: str) -> 
             case.run(disk)
         if fault == "power":
             disk.lose_power(random.Random(point))
+        else:
+            # Nothing that is being written or removed ever has a checkpoint's name.
+            for folder in case.root.glob("step-*"):
+                if ".tmp-" not in folder.name:
+                    verify_checkpoint(folder)
         value = value_at(case.root)
         assert value in (case.old, 2.0), (point, clean.calls[point])
         found.append(value)
@@ -263,6 +269,7 @@ def test_every_failing_operation_leaves_old_or_new(case: Case, code: int, lastin
                 assert part in message, (point, name)
             # A copy that has stepped aside may stay until its successor is known to be durable.
             assert not [n for n in left if ".tmp-" in n], (point, name)
+            assert value == 2.0 or not left, (point, name)
             good = case.root / "step-00000010"
             assert case.old is None or value == 2.0 or str(good) in message
         else:

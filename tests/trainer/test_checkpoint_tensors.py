@@ -101,6 +101,8 @@ def test_an_optimizer_goes_on_bit_for_bit(
     assert again.keys() == parts.tensors["optim"].keys()
     assert all(bits(again[name]) == bits(parts.tensors["optim"][name]) for name in again)
     _train(resumed, optimizer, range(3, 6))
+    # Training on did not reach into the loaded tensors.
+    assert loaded["optim"]["a.w/step"].item() == 3.0
     for one, other in zip(straight, resumed, strict=True):
         assert bits(one.detach()) == bits(other.detach())
 

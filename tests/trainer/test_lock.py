@@ -84,9 +84,10 @@ def test_the_lock_is_freed_when_the_block_breaks(tmp_path: Path) -> None:
 
 def test_a_worker_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:
     with RunLock(tmp_path) as held:
-        pid = in_child(lambda: held.__exit__(None, None, None))
-        # The child's leaving did not free its parent's lock.
-        with pytest.raises(lock.RunInUseError), RunLock(tmp_path):
+        pid = in_child(lambda: None)
+        # A child that leaves the block does not free its parent's lock.
+        end(in_child(lambda: held.__exit__(None, None, None)))
+        with pytest.raises(lock.RunInUseError, match=f"process {os.getpid()} "), RunLock(tmp_path):
             pass
     try:
         with RunLock(tmp_path):

@@ -37,7 +37,9 @@ def _check_orders(op: str, orders: FactOrders) -> None:
         ("fact_pair", facts),
     ):
         check_shape(op, f"orders.{name}", getattr(orders, name), (size,))
-    check_index(op, **{f"orders.{name}": t for name, t in zip(orders._fields, orders, strict=True)})
+    for name, tensor in zip(orders._fields, orders, strict=True):
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{op}: orders.{name} must be int32, got {tensor.dtype}")
 
 
 def message_passing(

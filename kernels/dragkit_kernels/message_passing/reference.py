@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype
 from ..orders import FactOrders
-from ..segments import bag_sum
 
 
 def message_passing_ref(
@@ -73,7 +73,14 @@ def message_passing_parity_ref(
         u, own = u.to(dtype), own.to(dtype)
         split = torch.cat([u.relu(), (-u).relu()], dim=1)
         weight = p.index_select(0, source.index_select(0, order))
-        total = bag_sum(split, relation.index_select(0, order), ptr, weight)
+        total = F.embedding_bag(
+            relation.index_select(0, order),
+            split,
+            ptr,
+            mode="sum",
+            per_sample_weights=weight,
+            include_last_offset=True,
+        )
         total = total + p.unsqueeze(1) * torch.cat([own.relu(), (-own).relu()])
         product = total.unsqueeze(1) * gate
         sums.append(product[..., :width] + product[..., width:])

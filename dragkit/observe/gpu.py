@@ -1,0 +1,129 @@
+"""The GPU's own account of itself: power, clocks and memory by NVML, and peak rates by its name."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity).
+
+    Attributes:
+        bf16_tflops, tf32_tflops: tensor cores; fp32_tflops: plain vector units.
+        memory_gb_per_s: of the device memory, 10^9 bytes a second.
+    """
+
+    bf16_tflops: float
+    tf32_tflops: float
+    fp32_tflops: float
+    memory_gb_per_s: float
+
+
+# The sheets print tensor-core rates with sparsity; half of that is the dense rate. Longer names
+# stand before the names that they begin with.
+_SPECS: tuple[tuple[str, DeviceSpec], ...] = (
+    # "NVIDIA H100 Tensor Core GPU" data sheet, column PCIe.
+    ("H100 PCIe", DeviceSpec(756.0, 378.0, 51.0, 2000.0)),
+    # The same sheet, column NVL.
+    ("H100 NVL", DeviceSpec(835.5, 417.5, 60.0, 3900.0)),
+    # The same sheet, column SXM: 1,979 and 989 TFLOPS with sparsity, 3.35 TB/s.
+    ("H100", DeviceSpec(989.4, 494.7, 67.0, 3350.0)),
+    # "NVIDIA H200 Tensor Core GPU" data sheet, column NVL.
+    ("H200 NVL", DeviceSpec(835.5, 417.5, 60.0, 4800.0)),
+    # The same sheet, column SXM: the arithmetic of an H100 with 4.8 TB/s of memory.
+    ("H200", DeviceSpec(989.4, 494.7, 67.0, 4800.0)),
+    # "NVIDIA Blackwell" architecture brief, HGX B200 at 1,000 W: 4.5 and 2.2 PFLOPS with sparsity.
+    # A B200 inside a GB200 has other limits and is not this device.
+    ("B200", DeviceSpec(2250.0, 1100.0, 80.0, 8000.0)),
+)
+
+
+def device_spec(name: str) -> DeviceSpec | None:
+    """Peak rates of the GPU called `name`, as torch and NVML call it; None if it is not known."""
+    words = name.replace("-", " ").split()
+    for known, spec in _SPECS:
+        wanted = known.split()
+        if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
+            return spec
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuReading:
+    """One look at a GPU.
+
+    Attributes:
+        power_w: draw; sm_clock_mhz, memory_clock_mhz: now, not the highest possible.
+        used_mem_gib: by all processes, what the driver itself takes included.
+        energy_j: since the driver was loaded; differences are what counts.
+    """
+
+    power_w: float
+    sm_clock_mhz: int
+    memory_clock_mhz: int
+    used_mem_gib: float
+    energy_j: float
+
+
+class GpuMonitor:
+    """Reads one GPU through NVML, which costs well below a millisecond and stops no kernel.
+
+    Use `open`, which gives None where there is nothing to read.
+
+    Args:
+        nvml: the module `pynvml`, initialised; handle: of the device.
+    """
+
+    def __init__(self, nvml: object, handle: object) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    @classmethod
+    def open(cls, device: torch.device | str = "cuda") -> GpuMonitor | None:
+        """The monitor of a device; None on a machine without GPU, driver or `pynvml`.
+
+        Args:
+            device: as torch counts them: `CUDA_VISIBLE_DEVICES` may rename the driver's.
+        """
+        if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+            return None
+        try:
+            import pynvml
+        except ImportError:
+            logger.info("no GPU readings: the package nvidia-ml-py is not installed")
+            return None
+        try:
+            pynvml.nvmlInit()
+            identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(identity))
+        except pynvml.NVMLError as error:
+            # A slice of a GPU, or a container without the driver's management library.
+            logger.info("no GPU readings: %s", error)
+            return None
+
+    def read(self) -> GpuReading | None:
+        """What the device does right now; None where the driver does not tell."""
+        nvml, handle = self._nvml, self._handle
+        try:
+            return GpuReading(
+                power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,  # type: ignore[attr-defined]
+                sm_clock_mhz=nvml.nvmlDeviceGetClockInfo(  # type: ignore[attr-defined]
+                    handle,
+                    nvml.NVML_CLOCK_SM,  # type: ignore[attr-defined]
+                ),
+                memory_clock_mhz=nvml.nvmlDeviceGetClockInfo(  # type: ignore[attr-defined]
+                    handle,
+                    nvml.NVML_CLOCK_MEM,  # type: ignore[attr-defined]
+                ),
+                used_mem_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,  # type: ignore[attr-defined]
+                energy_j=nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,  # type: ignore[attr-defined]
+            )
+        except nvml.NVMLError as error:  # type: ignore[attr-defined]
+            logger.debug("no GPU reading: %s", error)
+            return None

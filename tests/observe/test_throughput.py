@@ -1,0 +1,86 @@
+"""Rates against a clock that the test sets by hand, and peak memory against the kernel's record."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dragkit.observe import throughput
+from dragkit.observe.throughput import ThroughputMeter, peak_memory_gib
+
+
+class Clock:
+    """Time that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(throughput.time, "perf_counter", clock)
+    return clock
+
+
+def test_rates_are_sums_over_the_time_since_the_last_reading(clock: Clock) -> None:
+    meter = ThroughputMeter(torch.device("cpu"))
+    for questions, facts, tokens in [(16, 800, 2000), (16, 900, 2400), (8, 300, 1600)]:
+        clock.now += 0.5
+        meter.add(questions, facts, tokens)
+    reading = meter.read()
+    assert reading.questions_per_s == pytest.approx(40 / 1.5)
+    assert reading.facts_per_s == pytest.approx(2000 / 1.5)
+    assert reading.tokens_per_s == pytest.approx(4000.0)
+    assert reading.step_ms == pytest.approx(500.0)
+
+
+def test_a_reading_starts_anew(clock: Clock) -> None:
+    meter = ThroughputMeter(torch.device("cpu"))
+    clock.now += 9.0
+    meter.add(900, 900, 900)
+    meter.read()
+    clock.now += 2.0
+    meter.add(4, 10, 0)
+    reading = meter.read()
+    assert (reading.questions_per_s, reading.facts_per_s, reading.tokens_per_s) == (2.0, 5.0, 0.0)
+    assert reading.step_ms == pytest.approx(2000.0)
+
+
+def test_no_step_and_no_time_give_numbers(clock: Clock) -> None:
+    reading = ThroughputMeter(torch.device("cpu")).read()
+    assert reading.questions_per_s == reading.facts_per_s == reading.tokens_per_s == 0.0
+    assert 0.0 <= reading.step_ms < 1e-3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_the_process_high_water_mark() -> None:
+    before = peak_memory_gib(torch.device("cpu"))
+    block = torch.ones(int((before + 0.1) * 2**30) // 4)
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+    )
+    recorded = int(fields["VmHWM"].split()[0]) / 2**20
+    after = peak_memory_gib(torch.device("cpu"))
+    assert after == pytest.approx(recorded, rel=0.01)
+    assert after >= before + 0.1
+    del block
+    assert peak_memory_gib(torch.device("cpu")) >= after
+
+
+def test_peak_memory_of_a_gpu_is_the_allocator_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def allocated(device: torch.device) -> int:
+        asked.append(device)
+        return 3 * 2**29
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", allocated)
+    assert peak_memory_gib(torch.device("cuda", 1)) == 1.5
+    assert asked == [torch.device("cuda", 1)]

@@ -1,0 +1,77 @@
+"""Fact orders against plain Python sorting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dragkit_kernels import FactOrders, build_fact_orders, concat_fact_orders
+from dragkit_kernels.testing import Adjacency, random_adjacency
+
+
+def check_grouping(ptr: torch.Tensor, facts: torch.Tensor, keys: list[int], groups: int) -> None:
+    """ptr and facts must list the facts of every group in ascending order."""
+    bounds = ptr.tolist()
+    assert len(bounds) == groups + 1
+    for group in range(groups):
+        listed = facts[bounds[group] : bounds[group + 1]].tolist()
+        assert listed == [e for e, key in enumerate(keys) if key == group]
+
+
+def test_orders_list_the_facts_of_every_node_and_pair(pack: Adjacency) -> None:
+    orders = pack.orders
+    assert all(x.dtype == torch.int32 for x in orders)
+    check_grouping(orders.tail_ptr, orders.tail_fact, orders.tail.tolist(), orders.num_nodes)
+    check_grouping(orders.head_ptr, orders.head_fact, orders.head.tolist(), orders.num_nodes)
+    check_grouping(orders.pair_ptr, orders.pair_fact, orders.fact_pair.tolist(), orders.num_pairs)
+    keys = list(zip(pack.fact_graph.tolist(), pack.relation.tolist(), strict=True))
+    pairs = list(zip(orders.pair_graph.tolist(), orders.pair_relation.tolist(), strict=True))
+    assert pairs == sorted(set(keys))
+    assert [pairs[i] for i in orders.fact_pair.tolist()] == keys
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_joined_graphs_equal_one_built_pack(sizes: list[tuple[int, int]], seed: int) -> None:
+    whole = random_adjacency(sizes, 4, seed=seed)
+    parts = []
+    for g, (nodes, _) in enumerate(sizes):
+        facts = slice(int(whole.fact_ptr[g]), int(whole.fact_ptr[g + 1]))
+        first = int(whole.node_ptr[g])
+        parts.append(
+            build_fact_orders(
+                whole.orders.head[facts] - first,
+                whole.orders.tail[facts] - first,
+                whole.relation[facts],
+                nodes,
+            )
+        )
+    joined = concat_fact_orders(parts)
+    for name, got, want in zip(FactOrders._fields, joined, whole.orders, strict=True):
+        assert got.dtype == torch.int32 and torch.equal(got, want), name
+
+
+def test_graphs_without_nodes_join() -> None:
+    empty = build_fact_orders(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)), 0)
+    one = build_fact_orders(torch.tensor([0]), torch.tensor([1]), torch.tensor([3]), 2)
+    joined = concat_fact_orders([empty, one, empty])
+    assert joined.pair_graph.tolist() == [1]
+    assert joined.tail_ptr.tolist() == [0, 0, 1]
+    assert (joined.num_nodes, joined.num_facts, joined.num_pairs) == (2, 1, 1)
+
+
+def test_wrong_arguments() -> None:
+    two, three = torch.tensor([0, 1]), torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"tail must have shape \[2\], got \[3\]"):
+        build_fact_orders(two, three, two, 4)
+    with pytest.raises(ValueError, match=r"node rows must be in 0..1, got 0..2"):
+        build_fact_orders(three, three, three, 2)
+    with pytest.raises(ValueError, match="negative"):
+        build_fact_orders(two, two, two - 1, 4)
+    with pytest.raises(ValueError, match="at least one graph"):
+        concat_fact_orders([])
