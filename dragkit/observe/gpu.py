@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -80,7 +81,7 @@ class GpuMonitor:
         nvml: the module `pynvml`, initialised; handle: of the device.
     """
 
-    def __init__(self, nvml: object, handle: object) -> None:
+    def __init__(self, nvml: ModuleType, handle: object) -> None:
         self._nvml = nvml
         self._handle = handle
 
@@ -112,18 +113,12 @@ class GpuMonitor:
         nvml, handle = self._nvml, self._handle
         try:
             return GpuReading(
-                power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,  # type: ignore[attr-defined]
-                sm_clock_mhz=nvml.nvmlDeviceGetClockInfo(  # type: ignore[attr-defined]
-                    handle,
-                    nvml.NVML_CLOCK_SM,  # type: ignore[attr-defined]
-                ),
-                memory_clock_mhz=nvml.nvmlDeviceGetClockInfo(  # type: ignore[attr-defined]
-                    handle,
-                    nvml.NVML_CLOCK_MEM,  # type: ignore[attr-defined]
-                ),
-                used_mem_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,  # type: ignore[attr-defined]
-                energy_j=nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,  # type: ignore[attr-defined]
+                power_w=nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
+                sm_clock_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                memory_clock_mhz=nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+                used_mem_gib=nvml.nvmlDeviceGetMemoryInfo(handle).used / 2**30,
+                energy_j=nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3,
             )
-        except nvml.NVMLError as error:  # type: ignore[attr-defined]
+        except nvml.NVMLError as error:
             logger.debug("no GPU reading: %s", error)
             return None

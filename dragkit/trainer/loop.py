@@ -18,6 +18,7 @@ from dragkit.config import TrainConfig, dump_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.errors import DragkitError, Interrupted
 from dragkit.eval.evaluate import evaluate
+from dragkit.eval.report import Report
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
 from dragkit.trainer.checkpoint import (
@@ -204,7 +205,7 @@ class Trainer:
                 self.state = replace(self.state, best=score)
         self.save(is_best=best)
 
-    def validate(self):  # noqa: ANN201
+    def validate(self) -> Report:
         """Metrics on the validation questions, logged."""
         limit = self.config.run.val_generation_limit if self.phase.name == "phase2" else None
         result = evaluate(self.phase, self.val, self.device, limit=limit)

@@ -21,6 +21,20 @@ def segment_ids(ptr: Tensor, num_rows: int) -> Tensor:
     return torch.searchsorted(ptr[1:].contiguous(), rows, right=True)
 
 
+def padded_rows(ptr: Tensor, num_rows: int, width: int) -> Tensor:
+    """Rows of every segment side by side.
+
+    Args:
+        ptr: int [B+1]; num_rows: rows in all; width: at least the rows of every segment.
+
+    Returns:
+        int64 [B, width], `num_rows` where a segment has no more.
+    """
+    column = torch.arange(width, device=ptr.device)
+    rows = ptr[:-1].long().unsqueeze(1) + column
+    return torch.where(rows < ptr[1:].unsqueeze(1), rows, num_rows)
+
+
 def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = None) -> Tensor:
     """out_v = sum_{ptr[v] <= i < ptr[v+1]} weight_i table[rows_i]: gather, scale and sum in one.
 

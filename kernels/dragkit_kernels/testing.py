@@ -122,3 +122,14 @@ def strided_like(tensor: Tensor) -> Tensor:
     roomy = tensor.new_empty([2 * size + 1 for size in tensor.shape])
     view = roomy[tuple(slice(1, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
+
+
+def leaves(tensors: list[Tensor]) -> list[Tensor]:
+    """The same values as fresh leaves that require gradients."""
+    return [x.detach().requires_grad_() for x in tensors]
+
+
+def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+    """Gradients of `out` with respect to every input; zeros for an input without influence."""
+    grad = grad.to(out.dtype)
+    return list(torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True))

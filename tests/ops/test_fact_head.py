@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import build_fact_orders, fact_scores, fact_scores_ref
-from dragkit_kernels.testing import Adjacency, assert_close, random_adjacency, strided_like
+from dragkit_kernels.testing import Adjacency, assert_close, leaves, random_adjacency, strided_like
 
 NAMES = ("head_score", "pair_score", "tail_score", "bias")
 
@@ -15,10 +15,6 @@ NAMES = ("head_score", "pair_score", "tail_score", "bias")
 def make_inputs(pack: Adjacency, dtype: torch.dtype) -> list[Tensor]:
     nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
     return [torch.randn(shape).to(dtype) for shape in ((nodes,), (pairs,), (nodes,), ())]
-
-
-def leaves(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in tensors]
 
 
 @pytest.mark.parametrize("function", [fact_scores, fact_scores_ref])
@@ -34,9 +30,7 @@ def test_matches_the_loop_with_every_gradient(
     grad = torch.randn(actual.shape, dtype=torch.float64)
     expected = torch.zeros_like(grad)
     pairs: dict[tuple[int, int], int] = {}
-    for key in sorted(
-        set(zip(pack.fact_graph.tolist(), pack.relation.tolist(), strict=True))
-    ):
+    for key in sorted(set(zip(pack.fact_graph.tolist(), pack.relation.tolist(), strict=True))):
         pairs[key] = len(pairs)
     for e in range(len(expected)):
         head, tail = int(pack.orders.head[e]), int(pack.orders.tail[e])
@@ -95,7 +89,9 @@ def test_permuted_facts_give_permuted_scores_and_equal_gradients() -> None:
     assert torch.equal(x[order], y)
     grad = torch.randn_like(x)
     for g, h in zip(
-        torch.autograd.grad(x, first, grad), torch.autograd.grad(y, second, grad[order]), strict=True
+        torch.autograd.grad(x, first, grad),
+        torch.autograd.grad(y, second, grad[order]),
+        strict=True,
     ):
         assert_close(g, h)
 

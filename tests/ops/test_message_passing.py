@@ -9,12 +9,17 @@ from torch import Tensor
 from dragkit_kernels import (
     build_fact_orders,
     message_passing,
-    message_passing_parity,
     message_passing_ref,
-    relation_sum,
 )
 from dragkit_kernels.message_passing import _walks
-from dragkit_kernels.testing import Adjacency, assert_close, random_adjacency, strided_like
+from dragkit_kernels.testing import (
+    Adjacency,
+    assert_close,
+    gradients,
+    leaves,
+    random_adjacency,
+    strided_like,
+)
 
 NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias")
 WIDTH = 7
@@ -33,10 +38,6 @@ def make_inputs(pack: Adjacency, dtype: torch.dtype, width: int = WIDTH) -> list
         (width,),
     ]
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def leaves(tensors: list[Tensor]) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in tensors]
 
 
 def loop_layer(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
@@ -68,12 +69,6 @@ def loop_layer(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
 
 def run(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
     return message_passing(*inputs, orders=pack.orders, node_graph=pack.node_graph)
-
-
-def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-    # A pack without facts leaves the loop's tables unused: their gradient is zero.
-    grad = grad.to(out.dtype)
-    return list(torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -226,116 +221,6 @@ def test_reference_agrees_with_the_loop(pack: Adjacency) -> None:
     inputs = make_inputs(pack, torch.float64)
     out = message_passing_ref(*inputs, orders=pack.orders, node_graph=pack.node_graph)
     assert_close(out, loop_layer(pack, inputs))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_relation_sum_matches_the_loop(pack: Adjacency, dtype: torch.dtype) -> None:
-    table = torch.randn(pack.orders.num_pairs, WIDTH).to(dtype)
-    exact, tried = leaves([table.double()])[0], leaves([table])[0]
-    rows = [torch.zeros(WIDTH, dtype=torch.float64) for _ in range(pack.orders.num_nodes)]
-    for e, pair in enumerate(pack.orders.fact_pair.tolist()):
-        for node in (int(pack.orders.head[e]), int(pack.orders.tail[e])):
-            rows[node] = rows[node] + exact[pair]
-    expected, actual = torch.stack(rows), relation_sum(tried, orders=pack.orders)
-    assert actual.dtype == dtype
-    assert_close(actual, expected)
-    if pack.orders.num_facts:
-        expected.sum().backward()
-        actual.sum().backward()
-        assert_close(tried.grad, exact.grad)
-        grad = torch.randn(expected.shape).to(dtype)
-        (got,) = torch.autograd.grad(relation_sum(tried, orders=pack.orders), tried, grad)
-        again = relation_sum(exact, orders=pack.orders)
-        assert_close(got, torch.autograd.grad(again, exact, grad.double())[0])
-
-
-def test_relation_sum_gradcheck() -> None:
-    pack = random_adjacency([(4, 9), (0, 0), (3, 4)], 3)
-    table = torch.randn(pack.orders.num_pairs, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: relation_sum(t, orders=pack.orders), (table,))
-
-
-def parity_inputs(pack: Adjacency, instructions: int = 2, width: int = 5) -> list[Tensor]:
-    relations = int(pack.relation.max()) + 1 if pack.relation.numel() else 1
-    graphs = len(pack.node_ptr) - 1
-    shapes = [
-        (pack.orders.num_nodes,),
-        (relations, width),
-        (relations, width),
-        (width,),
-        (width,),
-        (graphs, instructions, width),
-    ]
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-
-
-def loop_parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
-    """The published sums: relu of the product of relation and instruction, fact by fact."""
-    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = inputs
-    orders, graph_of = pack.orders, pack.node_graph.tolist()
-    out = []
-    for k in range(instruction.shape[1]):
-        fwd = [p[v] * torch.relu(self_fwd * instruction[g, k]) for v, g in enumerate(graph_of)]
-        inv = [p[v] * torch.relu(self_inv * instruction[g, k]) for v, g in enumerate(graph_of)]
-        for e, relation in enumerate(pack.relation.tolist()):
-            head, tail = int(orders.head[e]), int(orders.tail[e])
-            i = instruction[graph_of[head], k]
-            fwd[tail] = fwd[tail] + p[head] * torch.relu(rel_fwd[relation] * i)
-            inv[head] = inv[head] + p[tail] * torch.relu(rel_inv[relation] * i)
-        out += [torch.stack(fwd), torch.stack(inv)]
-    return torch.stack(out, dim=1)
-
-
-def test_parity_matches_the_loop_with_every_gradient(pack: Adjacency) -> None:
-    values = parity_inputs(pack)
-    exact, tried = leaves(values), leaves(values)
-    expected = loop_parity(pack, exact)
-    actual = message_passing_parity(*tried, orders=pack.orders, node_graph=pack.node_graph)
-    assert_close(actual, expected)
-    grad = torch.randn_like(expected)
-    wanted = gradients(expected, exact, grad)
-    for place, got in enumerate(gradients(actual, tried, grad)):
-        assert_close(got, wanted[place], name=str(place))
-
-
-def test_collapsed_layer_equals_the_parity_form() -> None:
-    """relu(V [h ; o_1 ; ...] + c) both ways: with the sums, and with rows made per pair."""
-    pack = random_adjacency([(9, 20), (4, 7)], 4)
-    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = parity_inputs(pack, 3, WIDTH)
-    h = torch.randn(13, WIDTH, dtype=torch.float64)
-    matrix = torch.randn(WIDTH, 7 * WIDTH, dtype=torch.float64)
-    bias = torch.randn(WIDTH, dtype=torch.float64)
-    sums = message_passing_parity(
-        p,
-        rel_fwd,
-        rel_inv,
-        self_fwd,
-        self_inv,
-        instruction,
-        orders=pack.orders,
-        node_graph=pack.node_graph,
-    )
-    expected = torch.relu(torch.cat([h, sums.flatten(1)], 1) @ matrix.t() + bias)
-    blocks = matrix[:, WIDTH:].view(WIDTH, 3, 2, WIDTH)
-
-    def rows(u: Tensor, graphs: Tensor, direction: int) -> Tensor:
-        c = torch.relu(u.unsqueeze(-2) * instruction[graphs])
-        return torch.einsum("rkc,okc->ro", c, blocks[:, :, direction])
-
-    pair_graph, pair_relation = pack.orders.pair_graph.long(), pack.orders.pair_relation.long()
-    every = torch.arange(2)
-    actual = message_passing(
-        h,
-        p,
-        rows(rel_fwd[pair_relation], pair_graph, 0),
-        rows(rel_inv[pair_relation], pair_graph, 1),
-        rows(self_fwd.expand(2, -1), every, 0) + rows(self_inv.expand(2, -1), every, 1),
-        matrix[:, :WIDTH].t(),
-        bias,
-        orders=pack.orders,
-        node_graph=pack.node_graph,
-    )
-    assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(

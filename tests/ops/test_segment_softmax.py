@@ -34,7 +34,8 @@ def test_matches_one_softmax_per_graph(
     pack: Adjacency, dtype: torch.dtype, function: object
 ) -> None:
     count = pack.orders.num_nodes
-    score = (4 * torch.randn(count)).to(dtype)
+    # Mild scores: a gradient that cancels to almost nothing has no relative precision to test.
+    score = torch.randn(count).to(dtype)
     for mask in masks(count):
         tried, exact = score.clone().requires_grad_(), score.double().requires_grad_()
         actual = function(tried, pack.node_ptr, mask)

@@ -85,15 +85,17 @@ def test_the_lock_is_freed_when_the_block_breaks(tmp_path: Path) -> None:
 def test_a_worker_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:
     with RunLock(tmp_path) as held:
         pid = in_child(lambda: None)
-        # A child that leaves the block does not free its parent's lock.
-        end(in_child(lambda: held.__exit__(None, None, None)))
-        with pytest.raises(lock.RunInUseError, match=f"process {os.getpid()} "), RunLock(tmp_path):
-            pass
-    try:
-        with RunLock(tmp_path):
-            pass
-    finally:
-        end(pid)
+        try:
+            # A child that leaves the block does not free its parent's lock.
+            end(in_child(lambda: held.__exit__(None, None, None)))
+            owner = f"process {os.getpid()} "
+            with pytest.raises(lock.RunInUseError, match=owner), RunLock(tmp_path):
+                pass
+            held.__exit__(None, None, None)
+            with RunLock(tmp_path):
+                pass
+        finally:
+            end(pid)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "host": 1}', "9" * 9999])

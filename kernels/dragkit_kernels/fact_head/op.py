@@ -42,7 +42,7 @@ def fact_scores_bwd(
     tail_ptr: Tensor,
     tail_fact: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """da[v], db[r], dc[v] and dbias: sums of grad over the facts of v as head, of r, of v as tail."""
+    """Sums of grad over the facts with head v, of pair r, with tail v, and over all facts."""
     grad = grad.contiguous()  # sum().backward() sends a zero-stride gradient
     return (
         ordered_sum(grad, head_fact, head_ptr),

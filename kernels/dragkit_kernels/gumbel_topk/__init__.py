@@ -9,6 +9,7 @@ from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
 from ..noise import logistic_noise
 from ..segments import segment_ids
+from . import op as _op  # noqa: F401  (registers the op)
 from .reference import GumbelTopK, gumbel_topk_ref, select_largest
 
 __all__ = ["GumbelTopK", "check_finite_logits", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
@@ -40,12 +41,12 @@ def gumbel_topk(
 
     The gate is 1 in the forward. Backward it stands for a relaxed choice s_i:
 
-        bernoulli  concrete  s = sigmoid(key / temperature)         ds/dl = s (1 - s) / temperature
-        bernoulli  mean      s = sigmoid(l)                         ds/dl = s (1 - s)
-        budget     concrete  s = sigmoid(key / temperature - nu)    [diag(d) - d d^T / sum d] / temp.
-        budget     mean      s = sigmoid(l - nu)                     diag(d) - d d^T / sum d
+        bernoulli  concrete  s = sigmoid(key / T)         ds/dl = s (1 - s) / T
+        bernoulli  mean      s = sigmoid(l)               ds/dl = s (1 - s)
+        budget     concrete  s = sigmoid(key / T - nu)    ds/dl = (diag(d) - d d^T / sum d) / T
+        budget     mean      s = sigmoid(l - nu)          ds/dl = diag(d) - d d^T / sum d
 
-    with d = s (1 - s) and nu solved per question on the argument shown. In budget mode a question
+    with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In budget mode a question
     of at most k facts has no choice: s = 1 and zero gradient. Infinite logits are certain facts
     without gradient. NaN is not looked for here (that would wait for the device): see
     check_finite_logits.

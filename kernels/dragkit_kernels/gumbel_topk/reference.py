@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..segments import segment_ids
+from ..segments import padded_rows, segment_ids
 
 # Logits beyond this are certain; it keeps infinities out of the bisection.
 _CERTAIN = 1e4
-_BISECTIONS = 40
 
 
 class GumbelTopK(NamedTuple):
@@ -29,13 +28,6 @@ class GumbelTopK(NamedTuple):
     gate: Tensor
     count: Tensor
     soft: Tensor
-
-
-def _padded_rows(fact_ptr: Tensor, num_facts: int, max_facts: int) -> Tensor:
-    """int64 [B, max_facts] facts of each question; `num_facts` where it has no more."""
-    column = torch.arange(max_facts, device=fact_ptr.device)
-    rows = fact_ptr[:-1].long().unsqueeze(1) + column
-    return torch.where(rows < fact_ptr[1:].unsqueeze(1), rows, num_facts)
 
 
 def select_largest(
@@ -61,7 +53,7 @@ def select_largest(
     backwards = 0x7FFFFFFF - torch.arange(num_facts, device=key.device)
     lowest = torch.iinfo(torch.int64).min
     code = F.pad((bits << 32) | backwards, (0, 1), value=lowest)
-    padded = code[_padded_rows(fact_ptr, num_facts, max_facts)]
+    padded = code[padded_rows(fact_ptr, num_facts, max_facts)]
     best = padded.topk(min(k, max_facts), dim=1).values
     kept = best != lowest
     fact = 0x7FFFFFFF - (best & 0x7FFFFFFF)
@@ -94,19 +86,8 @@ def budget_probability(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> T
     num_facts, segments = x.shape[0], fact_ptr.shape[0]
     size = fact_ptr[1:] - fact_ptr[:-1]
     with torch.no_grad():
-        rows = _padded_rows(fact_ptr, num_facts, max_facts)
-        padded = F.pad(x, (0, 1), value=float("-inf"))[rows]  # sigmoid(-inf - nu) = 0
-        # At the outer marks all p are on one side of k / size.
-        spread = torch.log((size - k).clamp(min=1).to(x.dtype) / k)
-        finite = F.pad(x, (0, 1))[rows]
-        below = finite.new_zeros(segments - 1) if max_facts == 0 else finite.amin(1)
-        above = below if max_facts == 0 else finite.amax(1)
-        low, high = below + spread - 1.0, above + spread + 1.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            over = torch.sigmoid(padded - middle.unsqueeze(1)).sum(1) > k
-            low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-        nu = F.pad((low + high) / 2, (0, 1))
+        nu = torch.ops.dragkit.budget_threshold(x, fact_ptr, k, max_facts)
+        nu = F.pad(nu, (0, 1))  # for rows after the last question
     segment = segment_ids(fact_ptr, num_facts)
     fixed = torch.sigmoid(x - nu.index_select(0, segment))
     slope = (fixed * (1 - fixed)).detach()
@@ -139,9 +120,9 @@ def gumbel_topk_ref(
     max_facts: int,
 ) -> GumbelTopK:
     """See gumbel_topk; the noise is an argument so that any two implementations can be compared."""
-    l = logits if logits.dtype == torch.float64 else logits.float()
-    key = l + noise
-    x = l if estimator == "mean" else key / temperature
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    key = logits + noise
+    x = logits if estimator == "mean" else key / temperature
     if mode == "budget":
         fires = None
         soft = budget_probability(x, fact_ptr, k, max_facts)

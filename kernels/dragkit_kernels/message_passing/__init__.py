@@ -1,4 +1,4 @@
-"""Message passing over the facts of a pack: the collapsed ReaRev layer, its parity form, node start.
+"""Message passing over the facts of a pack: the collapsed layer, its parity form, the node start.
 
 The message of a fact depends on the sender only through its scalar p, so all products of relations
 with instructions are made once per (graph, relation) pair before the facts are visited.

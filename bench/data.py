@@ -1,0 +1,128 @@
+"""The questions that benchmarks run on: published sets where they are at hand, else the demo set."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from bench.pyg_rearev import pyg_question
+from dragkit.config import TrainConfig, load_config
+from dragkit.data.packed import QuestionBatch
+from dragkit.model.encoder import TextEncoder, find_encoder
+from dragkit.model.generator import Generator
+from dragkit.trainer.source import QuestionSource
+
+_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionFile:
+    """A heuristics file and where it comes from."""
+
+    path: Path
+    name: str
+
+
+def question_file(name: str, cache_dir: Path) -> QuestionFile:
+    """The published set `name`, or the training questions of the bundled demo."""
+    folder = Path(os.environ.get("DRAGKIT_DATA", _BESIDE))
+    for suffix in (".jsonl.gz", ".jsonl"):
+        if (folder / f"{name}{suffix}").is_file():
+            return QuestionFile(folder / f"{name}{suffix}", name)
+    from dragkit.demo import demo_files
+
+    return QuestionFile(Path(demo_files(cache_dir).train), "demo.train")
+
+
+def raw_questions(path: Path) -> list[dict]:
+    """The lines of a heuristics file as they are, for the ways that work on strings."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def bench_config(phase: int, **overrides: object) -> TrainConfig:
+    """Width 256, K = 2, L = 3, T = 2, no dropout; `section__key=value` overrides."""
+    settings: dict[str, object] = {
+        "run.phase": phase,
+        "run.device": "cpu",
+        "run.compile": False,
+        "retriever.hidden_dim": 256,
+        "retriever.num_instructions": 2,
+        "retriever.num_reasoning_steps": 3,
+        "retriever.num_stages": 2,
+        "retriever.dropout": 0.0,
+        "generator.model": "tiny",
+        "sampler.k_facts": 10,
+        "optim.lr": 1e-5,
+    }
+    settings |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return load_config(overrides=settings)[0]
+
+
+def text_encoder(cache_dir: Path) -> TextEncoder:
+    """all-MiniLM-L6-v2, wherever it is found."""
+    return TextEncoder(find_encoder(), cache_dir)
+
+
+def question_source(
+    file: QuestionFile, config: TrainConfig, cache_dir: Path, generator: Generator | None, batch: int
+) -> QuestionSource:
+    """The file packed, as the trainer has it."""
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"cache_dir": str(cache_dir)})}
+    )
+    return QuestionSource(file.path, config, text_encoder(cache_dir), generator, batch)
+
+
+def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[int]]:
+    """`count` batches of exactly `size` questions, from as many epochs as that takes.
+
+    Raises:
+        ValueError: the set is smaller than one batch.
+    """
+    if len(source) < size:
+        raise ValueError(f"{source.path}: {len(source)} questions, {size} are needed")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    order = order[: len(order) // size * size]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [batches[i % len(batches)] for i in range(count)]
+
+
+def pyg_questions(source: QuestionSource, rows: Sequence[int]) -> dict[int, Data]:
+    """The same questions as PyG graphs, by row."""
+    return {row: _as_pyg(source.collator([row])) for row in rows}
+
+
+def _as_pyg(batch: QuestionBatch) -> Data:
+    graph = batch.graph
+    states: Tensor = batch.question_states[0][batch.question_mask[0]]
+    return pyg_question(
+        head=graph.orders.head,
+        tail=graph.orders.tail,
+        relation=batch.relation_row[graph.relation.long()],
+        topic=graph.topic,
+        label=graph.label,
+        states=states,
+    )
+
+
+def sizes(batch: QuestionBatch) -> dict[str, int]:
+    """What a batch holds, for the tables."""
+    graph = batch.graph
+    return {
+        "questions": graph.num_graphs,
+        "nodes": graph.num_nodes,
+        "facts": graph.num_facts,
+        "relations": len(batch.relation_row),
+        "pairs": graph.orders.num_pairs,
+    }

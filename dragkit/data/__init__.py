@@ -1,0 +1,1 @@
+"""From heuristics files to packed batches: reading, labels, the packed store, collation."""

@@ -1,0 +1,268 @@
+"""Reads heuristics files: one question with its subgraph per JSON line, plain or gzip."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from dragkit.data.diagnosis import diagnose
+from dragkit.data.lines import BROKEN_GZIP, numbered_lines, open_source
+from dragkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MAX_LINE_BYTES = 64_000_000
+_LISTED_PROBLEMS = 200
+_BOM = b"\xef\xbb\xbf"
+
+Triple = tuple[str, str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One question with its subgraph.
+
+    Attributes:
+        id: unique in its file; text: the question.
+        triples: (head, relation, tail) names, each once, in file order.
+        topics: entities the question is about.
+        paths: gold paths as entity names, topic first.
+        answers: gold answers, each once.
+        line: of the file, from 1.
+    """
+
+    id: str
+    text: str
+    triples: tuple[Triple, ...]
+    topics: tuple[str, ...]
+    paths: tuple[tuple[str, ...], ...]
+    answers: tuple[str, ...]
+    line: int
+
+
+class Problem(NamedTuple):
+    """Why a line cannot be used: its number, the JSON path of the fault, the reason."""
+
+    line: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionFile:
+    """The questions of a file, the problems of the lines left out, and counts worth knowing."""
+
+    questions: tuple[Question, ...]
+    rejects: tuple[Problem, ...]
+    notes: dict[str, int]
+
+
+class _Row(msgspec.Struct):
+    question: str
+    triples: list[Triple]
+    paths: list[list[str | Triple]] | None = None
+    answer: str | list[str] | None = None
+    answers: str | list[str] | None = None
+    topic_entities: str | list[str] | None = None
+    id: str | int | None = None
+
+
+_ROW = msgspec.json.Decoder(_Row)
+_SHALLOW = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _repeats_a_key(line: bytes) -> bool:
+    """Whether a key might stand twice; the decoder would silently keep the last value.
+
+    Outside the values that were kept there are two quotes for each key; more mean a second one (or
+    an escaped quote in a key, which the slow check then clears).
+    """
+    kept = _SHALLOW.decode(line)
+    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in kept.values())
+    return quotes != 2 * len(kept)
+
+
+def _decode(line: bytes) -> tuple[_Row | None, list[tuple[str, str]]]:
+    """The row, or its faults."""
+    message = ""
+    try:
+        # The decoder skips the content of unknown keys without looking at its encoding.
+        line.decode("utf-8")
+        row = _ROW.decode(line)
+        suspicious = b"\\u0000" in line or _repeats_a_key(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        suspicious, row, message = True, None, str(error)
+    faults = diagnose(line, message) if suspicious else []
+    return (None, faults) if faults else (row, [])
+
+
+def _names(value: str | list[str] | None) -> tuple[str, ...]:
+    """Distinct non-empty names of a field that holds one, many or none."""
+    if value is None:
+        return ()
+    return tuple(
+        dict.fromkeys(name for name in ([value] if isinstance(value, str) else value) if name)
+    )
+
+
+def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
+    """A path as entity names; one given as triples is followed, and cut where it does not join."""
+    if not path or isinstance(path[0], str):
+        return [tuple(path)] if path else []  # type: ignore[arg-type]
+    found: list[list[str]] = []
+    for place, (head, _, tail) in enumerate(path):
+        if found and found[-1][-1] in (head, tail):
+            found[-1].append(tail if found[-1][-1] == head else head)
+            continue
+        following = path[place + 1] if place + 1 < len(path) else None
+        turned = following is not None and tail not in following[::2] and head in following[::2]
+        found.append([tail, head] if turned else [head, tail])
+    return [tuple(names) for names in found]
+
+
+class HeuristicsReader:
+    """Streams the usable questions of a file and collects what is wrong with the others.
+
+    Args:
+        path: JSONL, plain or gzip.
+        max_line_bytes: a line this long or longer is a problem of its own.
+
+    Attributes:
+        rejects: problems so far, in line order; rows: non-empty lines so far.
+        notes: counts so far; unnamed: lines whose id was made up from file name and line.
+    """
+
+    def __init__(self, path: str | Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        self.path = Path(path)
+        self.max_line_bytes = max_line_bytes
+        self.rejects: list[Problem] = []
+        self.rows = 0
+        self.notes: Counter[str] = Counter()
+        self.unnamed: set[int] = set()
+        self._lines_of_ids: dict[str, int] = {}
+        self._cut_short = False
+
+    def __iter__(self) -> Iterator[Question]:
+        """The usable questions in file order; call `check` afterwards."""
+        number = 0
+        with open_source(self.path) as stream:
+            try:
+                for number, line in numbered_lines(stream, self.max_line_bytes):
+                    if number == 1 and line is not None:
+                        line = line.removeprefix(_BOM)
+                    if line is not None and not line.strip():
+                        self.notes["blank_lines"] += 1
+                        continue
+                    self.rows += 1
+                    if (question := self._question(line, number)) is not None:
+                        yield question
+            except BROKEN_GZIP as error:
+                self._cut_short = True
+                self._reject(number + 1, "$", f"the gzip data is cut short or damaged: {error}")
+
+    def _reject(self, line: int, path: str, reason: str) -> None:
+        self.rejects.append(Problem(line, path, reason))
+
+    def _question(self, line: bytes | None, number: int) -> Question | None:
+        if line is None:
+            size = f"{self.max_line_bytes / 1e6:g} MB"
+            self._reject(number, "$", f"the line is over-long: {size} or more")
+            return None
+        row, faults = _decode(line.rstrip(b"\r\n"))
+        for path, reason in faults:
+            self._reject(number, path, reason)
+        if row is None:
+            return None
+        name = "" if row.id is None else str(row.id)
+        if not name:
+            self.unnamed.add(number)
+            name = made_id(self.path, number)
+        first = self._lines_of_ids.setdefault(name, number)
+        if first != number:
+            self._reject(number, "$.id", f"the same id as on line {first}")
+            return None
+        return self._count(row, name, number)
+
+    def _count(self, row: _Row, name: str, number: int) -> Question:
+        triples = tuple(dict.fromkeys(row.triples))
+        paths = [p for path in row.paths or () for p in _entity_paths(path)]
+        topics = _names(row.topic_entities)
+        answers = _names(row.answer) or _names(row.answers)
+        if not topics and paths:
+            topics = tuple(dict.fromkeys(path[0] for path in paths))
+            self.notes["topics_from_paths"] += 1
+        self.notes["duplicate_triples"] += len(row.triples) - len(triples)
+        for note, holds in (
+            ("questions", True),
+            ("empty_graph", not triples),
+            ("empty_question", not row.question.strip()),
+            ("no_answer", not answers),
+            ("no_topic", not topics),
+        ):
+            self.notes[note] += holds
+        return Question(name, row.question, triples, topics, tuple(paths), answers, number)
+
+    def check(self, max_bad: float = 0.0) -> None:
+        """Raises when more than `max_bad` of the rows are unusable; else says what was noted.
+
+        Raises:
+            DataError: with every problem as `file:line: path: reason`, the first of them in full.
+        """
+        if not self.rows:
+            raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
+        bad = len({problem.line for problem in self.rejects})
+        if self._cut_short or bad > max_bad * self.rows:
+            shown = [f"{self.path}:{p.line}: {p.path}: {p.reason}" for p in self.rejects]
+            if (more := len(shown) - _LISTED_PROBLEMS) > 0:
+                shown = [*shown[:_LISTED_PROBLEMS], f"... and {more} more problems"]
+            told = f"{bad} of {self.rows} rows cannot be used ({len(self.rejects)} problems)."
+            if not self._cut_short:
+                told += f" At most a share of {max_bad:.4g} may be: correct them, or raise it with"
+                told += " --set data.max_bad_share=SHARE."
+            shown.append(f"{self.path}: {told}")
+            raise DataError("\n".join(shown))
+        if bad:
+            logger.warning("%s: skipped %d of %d unusable rows", self.path, bad, self.rows)
+        if found := self.notes["topics_from_paths"]:
+            logger.warning(
+                "%s: %d questions name no topic entity; the first of each of their paths is taken",
+                self.path,
+                found,
+            )
+
+
+def made_id(path: Path, line: int) -> str:
+    """The id of a question that has none: file name without its endings, and line."""
+    return f"{path.name.split('.')[0]}-{line}"
+
+
+def read_heuristics(
+    path: str | Path, *, max_bad: float = 0.0, max_line_bytes: int = MAX_LINE_BYTES
+) -> QuestionFile:
+    """Reads a whole file in one pass.
+
+    Keys: `question` and `triples` (required), `paths`, `answer` or `answers`, `topic_entities`,
+    `id`; others are ignored. Questions without facts, answers or topics are kept and counted.
+
+    Args:
+        path: JSONL, plain or gzip.
+        max_bad: share of the rows that may be unusable; they are left out and listed.
+        max_line_bytes: a line this long or longer is unusable.
+
+    Returns:
+        Questions, problems of the rows left out, and counts.
+
+    Raises:
+        DataError: too many unusable rows (all are listed), cut gzip data, or no row at all.
+        MissingInputError: no such file.
+    """
+    reader = HeuristicsReader(path, max_line_bytes=max_line_bytes)
+    questions = tuple(reader)
+    reader.check(max_bad)
+    return QuestionFile(questions, tuple(reader.rejects), dict(reader.notes))

@@ -1,0 +1,216 @@
+"""A heuristics file packed once into a cache folder and read by memory map from then on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from dragkit.data.arrays import (
+    Strings,
+    file_digest,
+    key_of,
+    open_or_build,
+    open_sealed,
+    read_array,
+)
+from dragkit.data.cache import cache_root
+from dragkit.data.heuristics import Triple, made_id
+from dragkit.data.labels import LabelRule
+from dragkit.data.lines import open_source
+from dragkit.data.packing import pack_file
+from dragkit.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Part of every key: raise it whenever the same file would be packed differently.
+BUILDER_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoredQuestion:
+    """A question as people read it; its facts are in the order of the packed arrays.
+
+    Attributes:
+        id, text, topics, answers, line: as in the file.
+        entities: names of the nodes; triples: names of the facts; labels: 1 where positive.
+        topic_nodes, answer_nodes: nodes of those topics and answers that are in the graph.
+    """
+
+    id: str
+    text: str
+    topics: tuple[str, ...]
+    answers: tuple[str, ...]
+    line: int
+    entities: tuple[str, ...]
+    triples: tuple[Triple, ...]
+    labels: tuple[int, ...]
+    topic_nodes: tuple[int, ...]
+    answer_nodes: tuple[int, ...]
+
+
+class PackedStore:
+    """Read access to a packed file; made by `build_or_open`.
+
+    Args:
+        folder: a sealed cache folder; path: the file it was made from (for ids and messages).
+
+    Attributes:
+        fingerprint: hex key of the file's content, the options and the builder.
+        summary: counts of what the file holds and of what was left out.
+        facts, nodes, pairs: int32 blocks of all questions end to end, see `Packer`.
+        fact_ptr, node_ptr, pair_ptr, topic_node_ptr: int64 [Q+1] first row of each question.
+        labels: uint8 [E]; topic_nodes: int32; question_key: int64 [Q].
+    """
+
+    def __init__(self, folder: Path, path: Path) -> None:
+        meta = open_sealed(folder)
+        self.folder, self.path = folder, path
+        self.fingerprint = folder.name
+        self.summary: dict[str, int] = dict(meta["summary"])  # type: ignore[call-overload]
+        for name in ("facts", "nodes", "pairs", "labels", "topic_nodes", "answer_nodes", "lines"):
+            setattr(self, name, read_array(folder, name))
+        # Offsets are looked up for every question of every batch: they are worth the memory.
+        for name in ("fact", "node", "pair", "topic", "topic_node", "answer", "answer_node"):
+            setattr(self, f"{name}_ptr", np.array(read_array(folder, f"{name}_ptr")))
+        self.question_key = np.array(read_array(folder, "question_key"))
+        self._ids = Strings(folder, "ids")
+        self._texts = Strings(folder, "texts")
+        self._topics = Strings(folder, "topics")
+        self._answers = Strings(folder, "answers")
+        self._entities = Strings(folder, "entities")
+        self._relations = Strings(folder, "relations")
+
+    def __reduce__(self) -> tuple[type[PackedStore], tuple[Path, Path]]:
+        # Loader processes map the files again instead of receiving the arrays.
+        return PackedStore, (self.folder, self.path)
+
+    @classmethod
+    def build_or_open(
+        cls,
+        path: str | Path,
+        *,
+        cache_dir: str | Path | None = None,
+        label_rule: LabelRule = "auto",
+        max_bad: float = 0.0,
+    ) -> PackedStore:
+        """Opens the packed form of a file, and packs it first where that was not yet done.
+
+        The key is made of the file's content, the options and the builder's version, never of the
+        file's name or date. A folder that was damaged is packed anew.
+
+        Args:
+            path: heuristics JSONL, plain or gzip.
+            cache_dir: where packed sets are kept; None takes the user's cache folder.
+            label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out and count.
+
+        Raises:
+            DataError, MissingInputError: as `read_heuristics`.
+            WriteError: the cache cannot be written.
+        """
+        path = Path(path)
+        open_source(path).close()
+        before = path.stat()
+        key = key_of(BUILDER_VERSION, file_digest(path), label_rule, float(max_bad))
+        folder = cache_root(cache_dir) / "packed" / key
+
+        def fill(target: Path) -> None:
+            logger.info("packing %s", path)
+            pack_file(path, target, label_rule=label_rule, max_bad=max_bad)
+            after = path.stat()
+            if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+                raise DataError(f"{path}: changed while it was being read. Start again.")
+
+        store = open_or_build(folder, lambda: cls(folder, path), fill)
+        store._tell()
+        return store
+
+    def _tell(self) -> None:
+        if rejects := self.summary["rejects"]:
+            logger.warning(
+                "%s: %d of %d rows are unusable and left out; see %s and rejects.txt beside it",
+                self.path,
+                rejects,
+                self.summary["rows"],
+                self.folder / "rejects.jsonl",
+            )
+        if missing := self.summary["topic_missing"]:
+            logger.warning(
+                "%s: %d questions have no topic entity in their graph; "
+                "their search starts from all nodes alike",
+                self.path,
+                missing,
+            )
+
+    def __len__(self) -> int:
+        return len(self.question_key)
+
+    @cached_property
+    def relation_names(self) -> tuple[str, ...]:
+        """All relations, by row."""
+        return tuple(self._relations.slice(0, len(self._relations)))
+
+    @property
+    def num_relations(self) -> int:
+        """Relations of the data set."""
+        return len(self._relations)
+
+    @cached_property
+    def fact_counts(self) -> np.ndarray:
+        """int64 [Q] facts of each question."""
+        return np.diff(self.fact_ptr)
+
+    def num_facts(self, row: int) -> int:
+        """Facts of one question."""
+        return int(self.fact_counts[row])
+
+    @property
+    def question_texts(self) -> list[str]:
+        """The questions, by row."""
+        return self._texts.slice(0, len(self))
+
+    def answers(self, row: int) -> tuple[str, ...]:
+        """Gold answers of one question."""
+        return tuple(self._answers.slice(*self.answer_ptr[row : row + 2].tolist()))
+
+    def fact_block(self, row: int) -> np.ndarray:
+        """int32 [6, E] see `Packer`."""
+        first, last = self.fact_ptr[row : row + 2].tolist()
+        return self.facts[6 * first : 6 * last].reshape(6, last - first)
+
+    def question(self, row: int) -> StoredQuestion:
+        """Everything about one question in words.
+
+        Raises:
+            IndexError: no such row.
+        """
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} questions")
+        entities = self._entities.slice(*self.node_ptr[row : row + 2].tolist())
+        block = self.fact_block(row)
+        first, last = self.pair_ptr[row : row + 2].tolist()
+        relation_of_pair = self.pairs[2 * first : 2 * last].reshape(2, last - first)[1]
+        facts = (block[0].tolist(), relation_of_pair[block[5]].tolist(), block[1].tolist())
+        names = self.relation_names
+        line = int(self.lines[row])
+        return StoredQuestion(
+            id=self._ids[row] or made_id(self.path, line),
+            text=self._texts[row],
+            topics=tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist())),
+            answers=self.answers(row),
+            line=line,
+            entities=tuple(entities),
+            triples=tuple(
+                (entities[h], names[r], entities[t]) for h, r, t in zip(*facts, strict=True)
+            ),
+            labels=tuple(self.labels[self.fact_ptr[row] : self.fact_ptr[row + 1]].tolist()),
+            topic_nodes=self._nodes("topic", row),
+            answer_nodes=self._nodes("answer", row),
+        )
+
+    def _nodes(self, kind: str, row: int) -> tuple[int, ...]:
+        first, last = getattr(self, f"{kind}_node_ptr")[row : row + 2].tolist()
+        return tuple(getattr(self, f"{kind}_nodes")[first:last].tolist())

@@ -1,0 +1,76 @@
+"""The one place that chooses a path."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dragkit_kernels import backend, force_backend, resolve_backend, segment_softmax
+
+SCORE, PTR = torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32)
+
+
+def test_cpu_tensors_take_pytorch() -> None:
+    assert resolve_backend("segment_softmax", SCORE) == "torch"
+    assert resolve_backend("segment_softmax", SCORE, "torch") == "torch"
+
+
+def test_asking_for_triton_where_it_cannot_run_raises() -> None:
+    with pytest.raises(RuntimeError, match="segment_softmax: the Triton backend .* cannot run"):
+        segment_softmax(SCORE, PTR, backend="triton")
+    with force_backend("triton"):
+        with pytest.raises(RuntimeError, match="cannot run"):
+            segment_softmax(SCORE, PTR)
+        assert segment_softmax(SCORE, PTR, backend="torch").shape == (3,)
+    assert segment_softmax(SCORE, PTR).shape == (3,)
+
+
+def test_a_kernel_does_not_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "TRITON_OPS", {"segment_softmax"})
+    assert resolve_backend("segment_softmax", SCORE) == "torch"
+    with pytest.raises(RuntimeError, match="on the cpu device"):
+        resolve_backend("segment_softmax", SCORE, "triton")
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        resolve_backend("segment_softmax", SCORE, "cuda")
+    with pytest.raises(ValueError, match="got 'cuda'"), force_backend("cuda"):
+        pass
+
+
+def test_the_choice_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_logged", set())
+    with caplog.at_level(logging.INFO, logger="dragkit_kernels.backend"):
+        for _ in range(3):
+            segment_softmax(SCORE, PTR)
+    assert [r.getMessage() for r in caplog.records] == [
+        "segment_softmax runs on the torch backend (cpu)"
+    ]
+
+
+def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_preferred", "gpu")
+    with pytest.raises(ValueError, match="unknown backend 'gpu' .*DRAGKIT_BACKEND"):
+        segment_softmax(SCORE, PTR)
+
+
+def test_environment_variable() -> None:
+    code = (
+        "import torch, dragkit_kernels as k\n"
+        "k.segment_softmax(torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32))"
+    )
+    environment = {**os.environ, "DRAGKIT_BACKEND": "triton"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "RuntimeError: segment_softmax: the Triton backend was asked for" in result.stderr

@@ -1,0 +1,119 @@
+"""The un-collapsed sums against a loop, and the collapsed layer against them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragkit_kernels import message_passing, message_passing_parity
+from dragkit_kernels.testing import (
+    Adjacency,
+    assert_close,
+    gradients,
+    leaves,
+    random_adjacency,
+)
+
+WIDTH = 7
+
+
+def parity_inputs(pack: Adjacency, instructions: int = 2, width: int = 5) -> list[Tensor]:
+    relations = int(pack.relation.max()) + 1 if pack.relation.numel() else 1
+    graphs = len(pack.node_ptr) - 1
+    shapes = [
+        (pack.orders.num_nodes,),
+        (relations, width),
+        (relations, width),
+        (width,),
+        (width,),
+        (graphs, instructions, width),
+    ]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def loop_parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
+    """The published sums: relu of the product of relation and instruction, fact by fact."""
+    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = inputs
+    orders, graph_of = pack.orders, pack.node_graph.tolist()
+    out = []
+    for k in range(instruction.shape[1]):
+        fwd = [p[v] * torch.relu(self_fwd * instruction[g, k]) for v, g in enumerate(graph_of)]
+        inv = [p[v] * torch.relu(self_inv * instruction[g, k]) for v, g in enumerate(graph_of)]
+        for e, relation in enumerate(pack.relation.tolist()):
+            head, tail = int(orders.head[e]), int(orders.tail[e])
+            i = instruction[graph_of[head], k]
+            fwd[tail] = fwd[tail] + p[head] * torch.relu(rel_fwd[relation] * i)
+            inv[head] = inv[head] + p[tail] * torch.relu(rel_inv[relation] * i)
+        out += [torch.stack(fwd), torch.stack(inv)]
+    return torch.stack(out, dim=1)
+
+
+def test_parity_matches_the_loop_with_every_gradient(pack: Adjacency) -> None:
+    values = parity_inputs(pack)
+    exact, tried = leaves(values), leaves(values)
+    expected = loop_parity(pack, exact)
+    actual = message_passing_parity(*tried, orders=pack.orders, node_graph=pack.node_graph)
+    assert_close(actual, expected)
+    grad = torch.randn_like(expected)
+    wanted = gradients(expected, exact, grad)
+    for place, got in enumerate(gradients(actual, tried, grad)):
+        assert_close(got, wanted[place], name=str(place))
+
+
+def test_collapsed_layer_equals_the_parity_form() -> None:
+    """relu(V [h ; o_1 ; ...] + c) both ways: with the sums, and with rows made per pair."""
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = parity_inputs(pack, 3, WIDTH)
+    h = torch.randn(13, WIDTH, dtype=torch.float64)
+    matrix = torch.randn(WIDTH, 7 * WIDTH, dtype=torch.float64)
+    bias = torch.randn(WIDTH, dtype=torch.float64)
+    sums = message_passing_parity(
+        p,
+        rel_fwd,
+        rel_inv,
+        self_fwd,
+        self_inv,
+        instruction,
+        orders=pack.orders,
+        node_graph=pack.node_graph,
+    )
+    expected = torch.relu(torch.cat([h, sums.flatten(1)], 1) @ matrix.t() + bias)
+    blocks = matrix[:, WIDTH:].view(WIDTH, 3, 2, WIDTH)
+
+    def rows(u: Tensor, graphs: Tensor, direction: int) -> Tensor:
+        c = torch.relu(u.unsqueeze(-2) * instruction[graphs])
+        return torch.einsum("rkc,okc->ro", c, blocks[:, :, direction])
+
+    pair_graph, pair_relation = pack.orders.pair_graph.long(), pack.orders.pair_relation.long()
+    every = torch.arange(2)
+    actual = message_passing(
+        h,
+        p,
+        rows(rel_fwd[pair_relation], pair_graph, 0),
+        rows(rel_inv[pair_relation], pair_graph, 1),
+        rows(self_fwd.expand(2, -1), every, 0) + rows(self_inv.expand(2, -1), every, 1),
+        matrix[:, :WIDTH].t(),
+        bias,
+        orders=pack.orders,
+        node_graph=pack.node_graph,
+    )
+    assert_close(actual, expected)
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    inputs = [x.bfloat16() for x in parity_inputs(pack)]
+    out = message_passing_parity(*inputs, orders=pack.orders, node_graph=pack.node_graph)
+    assert out.dtype == torch.float32
+    assert_close(out, loop_parity(pack, [x.double() for x in inputs]))
+
+
+def test_wrong_instruction() -> None:
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    inputs = parity_inputs(pack)
+    inputs[5] = inputs[5][0]
+    with pytest.raises(
+        ValueError, match=r"instruction must have shape \[\*, \*, \*\], got \[2, 5\]"
+    ):
+        message_passing_parity(*inputs, orders=pack.orders, node_graph=pack.node_graph)

@@ -1,0 +1,159 @@
+"""The registered ops under opcheck and torch.compile."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from dragkit_kernels import (
+    fact_scores,
+    gumbel_topk,
+    message_passing,
+    relation_sum,
+    segment_softmax,
+)
+from dragkit_kernels.message_passing import _walks
+from dragkit_kernels.testing import Adjacency, assert_close, random_adjacency
+
+WIDTH = 6
+
+
+def floats(pack: Adjacency, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    shapes = {
+        "h": (nodes, WIDTH),
+        "p": (nodes,),
+        "table_fwd": (pairs, WIDTH),
+        "table_inv": (pairs, WIDTH),
+        "self_table": (len(pack.node_ptr) - 1, WIDTH),
+        "weight": (WIDTH, WIDTH),
+        "bias": (WIDTH,),
+    }
+    return {n: torch.randn(s).to(dtype).requires_grad_() for n, s in shapes.items()}
+
+
+def test_opcheck_message_passing() -> None:
+    pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
+    x = list(floats(pack).values())
+    walks = (*_walks(pack.orders), pack.node_graph)
+    torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks))
+    plain = [t.detach() for t in x]
+    out = torch.ops.dragkit.message_passing_fwd(*plain, *walks)
+    for mask in ([True] * 7, [False, True, False, True, False, True, False]):
+        arguments = (torch.randn_like(out), out, *plain, *walks, mask)
+        torch.library.opcheck(torch.ops.dragkit.message_passing_bwd.default, arguments)
+
+
+def test_opcheck_the_others() -> None:
+    pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
+    o, ops = pack.orders, torch.ops.dragkit
+    table = torch.randn(o.num_pairs, WIDTH).requires_grad_()
+    torch.library.opcheck(ops.relation_sum_fwd.default, (table, *_walks(o)))
+    rows = torch.randn(9, WIDTH)
+    torch.library.opcheck(
+        ops.relation_sum_bwd.default, (rows, o.head, o.tail, o.pair_ptr, o.pair_fact)
+    )
+    score = torch.randn(9).requires_grad_()
+    mask = torch.rand(9) > 0.3
+    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask))
+    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, None))
+    p = torch.rand(9)
+    torch.library.opcheck(ops.segment_softmax_bwd.default, (p, p, pack.node_ptr))
+    ordered = (o.head_ptr, o.head_fact, o.pair_ptr, o.pair_fact, o.tail_ptr, o.tail_fact)
+    scores = [torch.randn(n).requires_grad_() for n in (9, o.num_pairs, 9)]
+    bias = torch.zeros((), requires_grad=True)
+    torch.library.opcheck(
+        ops.fact_scores_fwd.default, (*scores, bias, o.head, o.tail, o.fact_pair, *ordered)
+    )
+    torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(15), *ordered))
+    torch.library.opcheck(ops.budget_threshold.default, (torch.randn(15), pack.fact_ptr, 4, 9))
+
+
+def test_fake_tensors_follow_low_precision() -> None:
+    pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
+    x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
+    walks = _walks(pack.orders)
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.dragkit.message_passing_fwd.default,
+        (*x, *walks, pack.node_graph),
+        test_utils=utils,
+    )
+    torch.library.opcheck(
+        torch.ops.dragkit.relation_sum_fwd.default, (x[2], *walks), test_utils=utils
+    )
+    torch.library.opcheck(
+        torch.ops.dragkit.segment_softmax_fwd.default,
+        (x[1], pack.node_ptr, None),
+        test_utils=utils,
+    )
+
+
+def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """A small retriever: node start, two layers with softmax, fact scores."""
+    h = torch.relu(relation_sum(x["table_inv"], orders=pack.orders)) + x["h"]
+    p = x["p"]
+    for _ in range(2):
+        h = message_passing(
+            h,
+            p,
+            x["table_fwd"],
+            x["table_inv"],
+            x["self_table"],
+            x["weight"].t(),
+            x["bias"],
+            orders=pack.orders,
+            node_graph=pack.node_graph,
+        )
+        p = segment_softmax(h.sum(1), pack.node_ptr, None)
+    logits = fact_scores(
+        h @ x["bias"], x["table_fwd"].sum(1), h.sum(1), x["bias"][0], orders=pack.orders
+    )
+    return h, p, logits
+
+
+def test_compiled_equals_eager_for_any_size() -> None:
+    """One graph serves packs of every size, gradients included.
+
+    No two sizes of the first pack are equal: compile would take them for one and the same.
+    """
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+    for sizes in ([(5, 9), (8, 20)], [(4, 7), (0, 0), (9, 30)], [(3, 2)] * 5):
+        pack = random_adjacency(sizes, 6)
+        x = floats(pack)
+        outputs = []
+        for function in (model, compiled):
+            out = function(pack, x)
+            loss = sum((i + 1) * (t * t).sum() for i, t in enumerate(out))
+            outputs.append((*out, *torch.autograd.grad(loss, list(x.values()))))
+        for place, (want, got) in enumerate(zip(*outputs, strict=True)):
+            assert_close(got, want.double(), name=f"output {place} of {sizes}")
+    assert counter.frame_count == 1
+
+
+def test_compiled_selection_equals_eager() -> None:
+    def choose(logits: Tensor, ptr: Tensor, seed: Tensor, keys: Tensor, width: int) -> tuple:
+        return gumbel_topk(
+            logits, ptr, 3, seed=seed, question_key=keys, mode="budget", max_facts=width
+        )
+
+    torch._dynamo.reset()
+    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes in ([5, 9], [4, 0, 7, 2]):
+        ptr = torch.tensor([0, *sizes]).cumsum(0).int()
+        logits = torch.randn(sum(sizes), requires_grad=True)
+        arguments = (logits, ptr, torch.tensor(3), torch.arange(len(sizes)), max(sizes))
+        results = []
+        for function in (choose, compiled):
+            out = function(*arguments)
+            floats_out = [t for t in out if t.requires_grad]
+            loss = sum((i + 1) * (t * t).sum() for i, t in enumerate(floats_out))
+            results.append((*out, *torch.autograd.grad(loss, logits)))
+        for want, got in zip(*results, strict=True):
+            if got.dtype == torch.int32:
+                assert torch.equal(got, want)
+            else:
+                assert_close(got, want.double())

@@ -1,0 +1,234 @@
+"""Every command that the documents show is accepted, and every file that they name is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dragkit.cli import config_main, parse_evaluate_args, parse_train_args
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
+
+_FENCE = re.compile(r"^( *)(```+|~~~+)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
+# `2>&1` and the 2 of `2>file`, which a lexer would take for words.
+_STREAMS = re.compile(r"(?<!\S)[0-2]?>&[0-2]|(?<!\S)[0-2](?=>)")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_INLINE = re.compile(r"`([^`\n]+)`")
+_FOLDERS = r"(?:dragkit|kernels|bench|tests|docs|scripts|\.ci)"
+_REPOSITORY_PATH = re.compile(rf"(?<![\w./:-])({_FOLDERS}/[\w./*-]*)")
+_TOP_LEVEL_FILE = re.compile(r"[\w.-]+\.(?:md|toml|txt|py)")
+
+
+def read(path: Path) -> str:
+    """A document's text; empty for one that is not there."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def command_lines(text: str) -> list[list[str]]:
+    """The simple commands of all fenced blocks, as words; `a && b | c` are three."""
+    found = []
+    for block in _FENCE.finditer(text):
+        joined = re.sub(r"\\\n\s*", " ", block.group(3))
+        for line in joined.splitlines():
+            line = _STREAMS.sub(" ", line)
+            lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="();<>|&")
+            lexer.whitespace_split = True
+            lexer.commenters = "#"
+            try:
+                words = list(lexer)
+            except ValueError:  # an apostrophe in output that a block shows
+                words = line.split()
+            found += split_at_operators(words)
+    return found
+
+
+def split_at_operators(words: list[str]) -> list[list[str]]:
+    """Cuts at ;, |, && and the like; a redirection takes its file with it."""
+    parts: list[list[str]] = [[]]
+    skip = False
+    for word in words:
+        if word and set(word) <= set("<>&") and set(word) & set("<>"):
+            skip = True
+        elif word and set(word) <= set("();|&"):
+            parts.append([])
+        elif not skip:
+            parts[-1].append(word)
+        else:
+            skip = False
+    return [part for part in parts if part]
+
+
+def dragkit_commands(text: str) -> list[tuple[str, list[str]]]:
+    """(module, arguments) of each `python -m dragkit.x ...`, behind variables or a profiler too."""
+    found = []
+    for words in command_lines(text):
+        for place, word in enumerate(words[:-2]):
+            is_python = re.fullmatch(r"(.*/)?python[\d.]*|\$\(?\w+\)?", word)
+            if is_python and words[place + 1] == "-m" and words[place + 2].startswith("dragkit"):
+                found.append((words[place + 2], words[place + 3 :]))
+                break
+    return found
+
+
+def make_targets(text: str) -> set[str]:
+    """Targets of each `make x`, without variables."""
+    return {
+        word
+        for words in command_lines(text)
+        if words[0] == "make"
+        for word in words[1:]
+        if "=" not in word and not word.startswith("-")
+    }
+
+
+def named_paths(text: str) -> set[str]:
+    """Paths of the repository that a document names: by link, in backticks, or in a tree."""
+    links = {link.split("#")[0] for link in _LINK.findall(text) if "://" not in link}
+    inline = set(_INLINE.findall(text))
+    bare = {name for name in inline if _TOP_LEVEL_FILE.fullmatch(name)}
+    inside = {path.rstrip(".,:;") for path in _REPOSITORY_PATH.findall(text)}
+    return {path for path in links | bare | inside if path and not path.startswith("mailto:")}
+
+
+def exists(path: str, folder: Path) -> bool:
+    """Whether a named path is there: beside the document, in the repository, or (bare) anywhere."""
+    if any(root.joinpath(path).exists() for root in (folder, ROOT)):
+        return True
+    if "*" in path:
+        return any(ROOT.glob(path))
+    places = ("dragkit", "kernels", "bench", "tests", "docs", "scripts")
+    return "/" not in path and any(any((ROOT / place).rglob(path)) for place in places)
+
+
+COMMANDS = [
+    (document, module, arguments)
+    for document in DOCUMENTS
+    for module, arguments in dragkit_commands(read(document))
+]
+
+
+def accept(module: str, arguments: list[str], folder: Path) -> None:
+    """Hands a command to its parser; whatever is wrong with it is raised."""
+    for flag, value in zip(arguments, arguments[1:], strict=False):
+        # The reader's own settings file: any content will do.
+        if flag == "--config" and not (ROOT / value).is_file():
+            (folder / value).parent.mkdir(parents=True, exist_ok=True)
+            (folder / value).touch()
+    if module == "dragkit.train":
+        parse_train_args(arguments)
+    elif module == "dragkit.evaluate":
+        parse_evaluate_args(arguments)
+    elif module == "dragkit.config":
+        code = config_main(arguments)
+        assert code == 0, f"exit code {code}"
+    else:
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, f"there is no module {module}"
+        if spec.submodule_search_locations:
+            spec = importlib.util.find_spec(f"{module}.__main__")
+        assert spec is not None, f"{module} is not a program"
+        assert "__main__" in Path(spec.origin).read_text(encoding="utf-8") + Path(spec.origin).stem
+
+
+def test_the_readme_shows_how_to_train_and_to_evaluate() -> None:
+    assert README.is_file(), f"{README} is missing; write it, with its commands in fenced blocks"
+    modules = {module for document, module, _ in COMMANDS if document == README}
+    missing = {"dragkit.train", "dragkit.evaluate"} - modules
+    assert not missing, (
+        f"{README} has no fenced command `python -m {min(missing)} ...`; what a document does not "
+        "show in a fenced block is not checked"
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "module", "arguments"),
+    COMMANDS,
+    ids=[f"{path.parent.name}/{path.name}-{place}" for place, (path, _, _) in enumerate(COMMANDS)],
+)
+def test_every_command_is_accepted(
+    document: Path,
+    module: str,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = f"python -m {module} {shlex.join(arguments)}"
+    try:
+        accept(module, arguments, tmp_path)
+    except SystemExit as error:  # --help
+        assert error.code == 0, f"{document}: {command}"
+    except Exception as error:
+        pytest.fail(f"{document}: {command}\n{type(error).__name__}: {error}")
+
+
+def test_every_make_target_exists() -> None:
+    makefile = read(ROOT / "Makefile")
+    targets = set(re.findall(r"^([\w.-]+):", makefile, re.MULTILINE))
+    wanted = set().union(*(make_targets(read(document)) for document in DOCUMENTS))
+    assert wanted <= targets, sorted(wanted - targets)
+
+
+def test_every_path_that_a_document_names_exists() -> None:
+    wrong = [
+        f"{document.relative_to(ROOT)}: {path}"
+        for document in DOCUMENTS
+        for path in sorted(named_paths(read(document)))
+        if not exists(path, document.parent)
+    ]
+    assert wrong == []
+
+
+SAMPLE = """
+Text with `setup.py`, `docs/nothing.md`, `a phrase` and [a link](LICENSE#top), and
+[away](https://example.org/x.md).
+
+```bash
+make test VENV=env        # a comment with an ' in it
+OMP_NUM_THREADS=2 python3 -m dragkit.train --phase 1 \\
+    --set 'optim.lr=1e-3' > log.txt 2>&1 && python -m dragkit.evaluate runs/x | tee out
+nsys profile -o p \\
+    python -m dragkit.train --phase 2 --profile_steps 10:13
+```
+
+```
+tests/no_such_file.py     listed in a tree
+step 3 isn't a command; python is not run here
+```
+"""
+
+
+def test_the_reading_of_documents() -> None:
+    """Continuation lines, variables, pipes, redirections, profilers, comments and apostrophes."""
+    assert dragkit_commands(SAMPLE) == [
+        ("dragkit.train", ["--phase", "1", "--set", "optim.lr=1e-3"]),
+        ("dragkit.evaluate", ["runs/x"]),
+        ("dragkit.train", ["--phase", "2", "--profile_steps", "10:13"]),
+    ]
+    assert make_targets(SAMPLE) == {"test"}
+    paths = named_paths(SAMPLE)
+    assert paths == {"setup.py", "docs/nothing.md", "LICENSE", "tests/no_such_file.py"}
+    assert [path for path in sorted(paths) if not exists(path, ROOT)] == [
+        "docs/nothing.md",
+        "tests/no_such_file.py",
+    ]
+
+
+def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
+    for module, words in [
+        ("dragkit.train", ["--no_such_flag", "1"]),
+        ("dragkit.train", ["--phase", "3"]),
+        ("dragkit.evaluate", []),
+        ("dragkit.config", ["shwo"]),
+        ("dragkit.no_such_module", []),
+        ("dragkit.losses", []),
+    ]:
+        with pytest.raises((Exception, SystemExit)):
+            accept(module, words, tmp_path)

@@ -1,0 +1,166 @@
+"""Schedule values by hand, parameter groups by their effect, and rates after a resume."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dragkit.config import OptimConfig
+from dragkit.trainer.optim import (
+    build_optimizer,
+    build_scheduler,
+    learning_rate_share,
+    trained_parameters,
+)
+
+CPU = torch.device("cpu")
+
+
+def groups_of(*modules: nn.Module, lr: float = 0.1, decay: float = 0.5) -> list[dict]:
+    """One group per module, with rates lr, 2 lr, ... so that they can be told apart."""
+    return [
+        {
+            "name": f"part{place}",
+            "params": list(module.parameters()),
+            "lr": lr * (place + 1),
+            "weight_decay": decay,
+        }
+        for place, module in enumerate(modules)
+    ]
+
+
+def run_rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> list[list[float]]:
+    """The rate of every group at each of so many optimizer steps."""
+    seen = []
+    for _ in range(steps):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("step", "share"),
+    [
+        # Ten steps, two of them warm-up, floor 0.1; cosine at shares 0, 1/4, 1/2, 3/4, 1 of eight.
+        (0, 0.5),
+        (1, 1.0),
+        (2, 1.0),
+        (4, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),
+        (6, 0.55),
+        (8, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2),
+        (10, 0.1),
+        (25, 0.1),
+    ],
+)
+def test_the_schedule_by_hand(step: int, share: float) -> None:
+    assert learning_rate_share(step, total=10, warmup=2, floor=0.1) == pytest.approx(share)
+
+
+def test_warm_up_is_a_straight_line_that_never_starts_at_zero() -> None:
+    shares = [learning_rate_share(step, total=100, warmup=4, floor=0.0) for step in range(4)]
+    assert shares == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_after_the_warm_up_the_rate_only_falls() -> None:
+    shares = [learning_rate_share(step, total=50, warmup=5, floor=0.0) for step in range(5, 51)]
+    assert all(a > b for a, b in zip(shares, shares[1:], strict=False))
+    assert shares[-1] == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("total", [0, 1, 2])
+def test_a_run_too_short_for_a_schedule_has_finite_rates(total: int) -> None:
+    optimizer = build_optimizer(groups_of(nn.Linear(2, 2)), CPU)
+    scheduler = build_scheduler(optimizer, OptimConfig(), total)
+    assert all(0 <= rate <= 0.1 for rates in run_rates(optimizer, scheduler, 3) for rate in rates)
+
+
+def test_rates_are_those_of_the_schedule_in_every_group() -> None:
+    # 5 of 20 steps warm up (a share of 0.25), down to a tenth.
+    config = OptimConfig(warmup_share=0.25, min_lr_share=0.1)
+    optimizer = build_optimizer(groups_of(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, False)), CPU)
+    rates = run_rates(optimizer, build_scheduler(optimizer, config, 20), 20)
+    for step, row in enumerate(rates):
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 5) / 15)) / 2
+        share = (step + 1) / 5 if step < 5 else cosine
+        assert row == pytest.approx([0.1 * share, 0.2 * share])
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 11, 19])
+@pytest.mark.parametrize("used_before", [False, True])
+def test_a_resumed_schedule_goes_on_with_the_same_rates(done: int, used_before: bool) -> None:
+    config = OptimConfig(warmup_share=0.15, min_lr_share=0.05)
+    modules = nn.Linear(2, 2), nn.Linear(2, 2)
+    whole = build_optimizer(groups_of(*modules), CPU)
+    expected = run_rates(whole, build_scheduler(whole, config, 20), 20)[done:]
+
+    resumed = build_optimizer(groups_of(*modules), CPU)
+    if used_before:  # the trainer has built a schedule from the beginning already
+        build_scheduler(resumed, config, 20)
+    scheduler = build_scheduler(resumed, config, 20, done=done)
+    # Bit for bit, since parameters after a resume must be.
+    assert run_rates(resumed, scheduler, 20 - done) == expected
+
+
+def test_weights_decay_and_biases_norms_and_scalars_do_not() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    module.register_parameter("scale", nn.Parameter(torch.tensor(2.0)))
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer = build_optimizer(groups_of(module, lr=0.1, decay=0.5), CPU)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        # With a zero gradient all that AdamW does is to shrink by 1 - rate * decay.
+        factor = 1 - 0.1 * 0.5 if name == "0.weight" else 1.0
+        torch.testing.assert_close(parameter.detach(), before[name] * factor)
+    assert bool((before["1.weight"] != 0).all()), "a decayed zero would prove nothing"
+
+
+def test_every_trained_parameter_is_in_one_group_with_its_role_and_rate() -> None:
+    first, second = nn.Linear(3, 4), nn.Linear(4, 2)
+    second.weight.requires_grad_(False)
+    optimizer = build_optimizer(groups_of(first, second), CPU)
+    found = {
+        id(p): (group["name"], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert found == {
+        id(first.weight): ("part0", 0.1, 0.5),
+        id(first.bias): ("part0", 0.1, 0.0),
+        id(second.bias): ("part1", 0.2, 0.0),
+    }
+    trained = trained_parameters(optimizer)
+    assert len(trained) == 3
+    assert {id(p) for p in trained} == set(found)
+
+
+def test_the_order_of_parameters_is_that_of_the_groups() -> None:
+    """Saved optimizer state is named by this order."""
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = build_optimizer(groups_of(module), CPU)
+    expected = [module[0].weight, module[1].weight, module[0].bias, module[1].bias]
+    found = trained_parameters(optimizer)
+    assert all(a is b for a, b in zip(found, expected, strict=True))
+
+
+def test_the_update_is_that_of_adamw_in_float64() -> None:
+    module = nn.Linear(3, 2, bias=False)
+    weight = module.weight.detach().double()
+    optimizer = build_optimizer(groups_of(module, lr=0.01, decay=0.1), CPU)
+    first = second = torch.zeros(2, 3, dtype=torch.float64)
+    for step in range(1, 6):
+        gradient = torch.randn(2, 3)
+        module.weight.grad = gradient.clone()
+        optimizer.step()
+        gradient = gradient.double()
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * gradient**2
+        estimate = first / (1 - 0.9**step)
+        scale = (second / (1 - 0.999**step)).sqrt() + 1e-8
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * estimate / scale
+    torch.testing.assert_close(module.weight.detach().double(), weight, atol=1e-6, rtol=1e-5)

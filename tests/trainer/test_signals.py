@@ -1,0 +1,125 @@
+"""The first stop signal is a request, the second one an order."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dragkit.trainer.signals import StopSignal
+
+# The module is loaded from its file: importing the package would load torch, and cost seconds.
+LOOP = """
+import importlib.util, sys, time
+spec = importlib.util.spec_from_file_location("signals", sys.argv[1])
+signals = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(signals)
+with signals.StopSignal() as stop:
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    print("requested", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def handlers() -> Iterator[list[int]]:
+    """Handlers of our own under the ones tested; the list gets every signal that reaches them."""
+    seen: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, _: seen.append(got))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    yield seen
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_only_noted(handlers: list[int], number: int) -> None:
+    with StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert handlers == []
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_the_second_signal_of_either_kind_goes_to_whoever_had_it_before(
+    handlers: list[int], second: int
+) -> None:
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), second)
+        assert stop.requested
+    assert handlers == [second]
+
+
+def test_handlers_come_back_at_the_end_and_after_an_error(handlers: list[int]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    with pytest.raises(ValueError, match="inside"), StopSignal():
+        raise ValueError("inside")
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert handlers == [signal.SIGTERM]
+
+
+def test_one_after_another_starts_without_a_request(handlers: list[int]) -> None:
+    with StopSignal() as first:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with StopSignal() as second:
+        assert first.requested
+        assert not second.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert second.requested
+    assert handlers == []
+
+
+def test_outside_the_main_thread_the_signals_stay_with_the_program(handlers: list[int]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    found: list[object] = []
+
+    def work() -> None:
+        with StopSignal() as stop:
+            found.extend([signal.getsignal(signal.SIGTERM), stop.requested])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [before, False]
+
+
+@pytest.mark.parametrize(
+    ("second", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)]
+)
+def test_a_second_signal_ends_the_process_at_once(second: int, code: int) -> None:
+    file = importlib.util.find_spec("dragkit").submodule_search_locations[0]
+    child = subprocess.Popen(
+        [sys.executable, "-c", LOOP, str(Path(file) / "trainer" / "signals.py")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.readline() == "requested\n"
+        assert child.poll() is None
+        child.send_signal(second)
+        _, errors = child.communicate(timeout=20)
+    finally:
+        child.kill()
+        child.wait()
+    # Python leaves by the signal itself where nothing has caught it.
+    assert child.returncode == code
+    assert "SIGTERM" in errors, "the first signal says that one more ends it at once"
