@@ -24,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
     group.addoption("--bench-repeats", type=int, default=9, help="repeats of every way")
+    group.addoption("--bench-compiled", action="store_true", help="also time compiled opponents")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -168,6 +168,9 @@ class GeneratorConfig(Section):
         None, ge=1, description="Questions per generator pass. Unset: the whole batch."
     )
     max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
+    max_answers: int = Field(
+        50, ge=1, description="Answers taught per question, those of the graph first."
+    )
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."

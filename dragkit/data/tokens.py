@@ -21,7 +21,7 @@ from dragkit.data.arrays import (
 from dragkit.data.cache import cache_root
 from dragkit.data.packed import TokenPack
 from dragkit.data.relations import relation_text
-from dragkit.data.store import PackedStore
+from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,12 @@ def _chunks(store: PackedStore) -> Iterator[range]:
         yield range(first, len(store))
 
 
+def _taught(question: StoredQuestion, max_answers: int) -> list[str]:
+    """The answers of a target: whole ones, those that the graph can give before the others."""
+    entities = set(question.entities)
+    return sorted(question.answers, key=lambda answer: answer not in entities)[:max_answers]
+
+
 def _write(
     folder: Path,
     store: PackedStore,
@@ -87,6 +93,7 @@ def _write(
     text: PromptText,
     begin: Sequence[int],
     end: Sequence[int],
+    max_answers: int,
 ) -> None:
     writer, of_fact = FolderWriter(folder), _Tokeniser(tokenize)
     head, foot = np.asarray(begin, dtype=np.int32), np.asarray(end, dtype=np.int32)
@@ -105,7 +112,7 @@ def _write(
     for chunk in _chunks(store):
         questions = [store.question(row) for row in chunk]
         prefixes = _Tokeniser(tokenize)([text.prefix(q.text) for q in questions])
-        targets = _Tokeniser(tokenize)([text.target(q.answers) for q in questions])
+        targets = _Tokeniser(tokenize)([text.target(_taught(q, max_answers)) for q in questions])
         append("prefix", [np.concatenate([head, row]) for row in prefixes])
         append("target", [np.concatenate([row, foot]) for row in targets])
         lines = [text.fact(h, word_of[r], t) for q in questions for h, r, t in q.triples]
@@ -146,6 +153,7 @@ class TokenRows:
         cache_dir: str | Path | None = None,
         begin: Sequence[int] = (),
         end: Sequence[int] = (),
+        max_answers: int = 50,
     ) -> TokenRows:
         """Opens the rows of a store, and makes them first where that was not yet done.
 
@@ -156,16 +164,17 @@ class TokenRows:
             key: names tokeniser and prompt texts; it must change when either does.
             cache_dir: where packed sets are kept; None takes the user's cache folder.
             begin: tokens in front of every prefix (the BOS); end: behind every target (the EOS).
+            max_answers: answers in a target at most, those of the graph first; none is ever cut.
 
         Raises:
             WriteError: the cache cannot be written.
         """
-        name = key_of(TOKENS_VERSION, store.fingerprint, key, tuple(begin), tuple(end))
+        name = key_of(TOKENS_VERSION, store.fingerprint, key, tuple(begin), tuple(end), max_answers)
         folder = cache_root(cache_dir) / "tokens" / name
 
         def fill(target: Path) -> None:
             logger.info("tokenising %s", store.path)
-            _write(target, store, tokenize, text, begin, end)
+            _write(target, store, tokenize, text, begin, end, max_answers)
 
         return open_or_build(folder, lambda: cls(folder, store), fill)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dragkit.data.cache import commit_folder
+from dragkit.data.arrays import open_or_build, open_sealed, read_array, seal_folder
 from dragkit.errors import MissingInputError
 
 logger = logging.getLogger(__name__)
@@ -185,19 +185,19 @@ class TextEncoder:
             encoded = part.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         folder = self.cache_dir / digest.hexdigest()
-        if not folder.is_dir():
+
+        def opened() -> TokenStates:
+            open_sealed(folder)
+            return TokenStates(read_array(folder, "values"), np.array(read_array(folder, "ptr")))
+
+        def fill(target: Path) -> None:
             logger.info("encoding %d texts with %s", len(texts), self.folder.name)
             values, ptr = self._encode(texts)
+            np.save(target / "values.npy", values)
+            np.save(target / "ptr.npy", ptr)
+            seal_folder(target, {"encoder": self.fingerprint, "texts": len(texts)})
 
-            def write(target: Path) -> None:
-                np.save(target / "values.npy", values)
-                np.save(target / "ptr.npy", ptr)
-
-            commit_folder(folder, write)
-        return TokenStates(
-            values=np.load(folder / "values.npy", mmap_mode="r", allow_pickle=False),
-            ptr=np.load(folder / "ptr.npy", allow_pickle=False),
-        )
+        return open_or_build(folder, opened, fill)
 
     def relation_states(self, count: int, text: Callable[[int, bool], str]) -> RelationStates:
         """States of `count` relations; `text(row, inverse)` gives a relation's words."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 import types
@@ -169,9 +170,20 @@ class Generator(nn.Module):
 
         return get_peft_model_state_dict(self.model)
 
-    def prompt_text(self) -> PromptTemplate:
-        """The text pieces of this generator's prompts."""
-        return PromptTemplate()
+    @property
+    def begin(self) -> list[int]:
+        """Tokens in front of every prompt."""
+        bos = self.tokenizer.bos_token_id  # type: ignore[attr-defined]
+        return [] if bos is None else [int(bos)]
+
+    def prompt_key(self) -> str:
+        """Names everything that token rows depend on: the tokeniser and the prompt's texts."""
+        probe = PromptTemplate()
+        texts = [probe.prefix("?"), probe.fact("a", "b", "c"), probe.cue, probe.target(["x", "y"])]
+        digest = hashlib.blake2b(digest_size=16)
+        vocabulary = sorted(self.tokenizer.get_vocab().items())  # type: ignore[attr-defined]
+        digest.update(repr((texts, self.tokenize(texts), vocabulary)).encode())
+        return digest.hexdigest()
 
     def embedding_rms(self) -> float:
         """Root mean square of the token embeddings."""

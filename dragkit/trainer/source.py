@@ -55,7 +55,14 @@ class QuestionSource:
         self.tokens: TokenRows | None = None
         if generator is not None:
             self.tokens = TokenRows.build_or_open(
-                self.store, generator.tokenize, generator.prompt_text(), cache_dir=cache
+                self.store,
+                generator.tokenize,
+                PromptTemplate(),
+                key=generator.prompt_key(),
+                cache_dir=cache,
+                begin=generator.begin,
+                end=[generator.eos_token_id],
+                max_answers=config.generator.max_answers,
             )
             self._check_lengths(config, generator)
         self.collator = PackedCollator(self.store, states, self.tokens)

@@ -156,7 +156,8 @@ def test_generator_micro_batches_change_nothing(relations, size):
     torch.testing.assert_close(a.loss, b.loss)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-6, msg=name)
+        # Other paddings, other orders of float32 sums: near-cancelling entries differ relatively.
+        assert (first[name] - second[name]).norm() <= 1e-4 * first[name].norm() + 1e-7, name
 
 
 def test_balance_makes_the_two_gradients_proportional(relations):
@@ -177,9 +178,10 @@ def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations):
         seen = {}
         backward = torch.autograd.backward
 
-        def spy(roots, grads, seen=seen, backward=backward):
-            seen["logits"] = grads[0]
-            return backward(roots, grads)
+        def spy(roots, grads=None, *args, seen=seen, backward=backward, **kwargs):
+            if isinstance(roots, list) and len(roots) == 2:
+                seen["logits"] = grads[0]
+            return backward(roots, grads, *args, **kwargs)
 
         torch.autograd.backward, keep = spy, torch.autograd.backward
         try:

@@ -46,10 +46,10 @@ def gumbel_topk(
         budget     concrete  s = sigmoid(key / T - nu)    ds/dl = (diag(d) - d d^T / sum d) / T
         budget     mean      s = sigmoid(l - nu)          ds/dl = diag(d) - d d^T / sum d
 
-    with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In budget mode a question
-    of at most k facts has no choice: s = 1 and zero gradient. Infinite logits are certain facts
-    without gradient. NaN is not looked for here (that would wait for the device): see
-    check_finite_logits.
+    with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In
+    budget mode a question of at most k facts has no choice: s = 1 and zero gradient. Infinite
+    logits are certain facts without gradient. NaN is not looked for here (that would wait for the
+    device): see check_finite_logits.
 
     Args:
         logits: float [E].

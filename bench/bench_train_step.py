@@ -1,0 +1,260 @@
+"""Questions per second of whole training steps: ours, the earlier loops, and packed eager PyG.
+
+A step is everything from the packed store (ours), PyG graphs in memory (packed PyG) or raw lines
+(the earlier loops) to the update of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.baselines import EarlierJointLoop, EarlierRetrieverLoop
+from bench.data import (
+    LARGE,
+    SMALL,
+    bench_config,
+    pyg_questions,
+    question_file,
+    question_source,
+    raw_questions,
+    sizes,
+    text_encoder,
+    whole_batches,
+)
+from bench.measure import Comparison, Way, check_agreement
+from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
+from dragkit.config import TrainConfig
+from dragkit.losses import retrieval_loss
+from dragkit.trainer.loop import Trainer
+from dragkit.trainer.optim import build_optimizer
+from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.run import build_joint, build_retriever
+from dragkit.trainer.source import QuestionSource
+
+_CPU = torch.device("cpu")
+_BATCHES = 8
+
+
+class _Ours:
+    """The trainer's own step, fed by the source's own loader."""
+
+    def __init__(self, trainer: Trainer, batches: list[list[int]]) -> None:
+        self.trainer, self.batches = trainer, batches
+        self.stream = self._stream()
+
+    def _stream(self) -> object:
+        while True:
+            yield from self.trainer.train.load(self.batches)
+
+    def __call__(self) -> None:
+        self.trainer.train_step([next(self.stream)])
+
+
+def _phase1(config: TrainConfig, source: QuestionSource, cache: Path, run_dir: Path) -> Trainer:
+    phase = RetrieverPhase(config, build_retriever(config, text_encoder(cache)))
+    return Trainer(config, phase, source, None, run_dir, _CPU)
+
+
+class _PackedPyG:
+    """The same step written with PyG: its collation, its operators, the same loss and AdamW."""
+
+    def __init__(
+        self, trainer: Trainer, batches: list[list[int]], *, per_fact: bool, compiled: bool = False
+    ) -> None:
+        retriever = trainer.phase.model
+        text_dim = retriever.pooling.project.in_features
+        self.model = PackedPyGReaRev(retriever.config, text_dim, per_fact=per_fact)
+        self.model.load_state_dict(retriever.state_dict())
+        self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
+        self.config, self.relations = trainer.config, trainer.relations
+        questions = pyg_questions(trainer.train, sorted({row for rows in batches for row in rows}))
+        self.lists = [[questions[row] for row in rows] for rows in batches]
+        self.stream = cycle(self.lists)
+        self.parameters = list(self.model.parameters())
+        optim = trainer.config.optim
+        group = {
+            "params": self.parameters,
+            "lr": optim.lr,
+            "weight_decay": optim.weight_decay,
+        }
+        self.optimizer = build_optimizer([group], _CPU)
+
+    def backward(self, batch: object) -> Tensor:
+        """Forward and backward; returns the logits."""
+        logits = self.call(batch, self.relations)
+        loss, labelled = retrieval_loss(
+            logits,
+            batch.label,
+            batch.fact_graph,
+            batch.num_graphs,
+            rho=self.config.loss.rho,
+            margin=self.config.loss.margin,
+        )
+        (loss / labelled.clamp(min=1)).backward()
+        return logits
+
+    def __call__(self) -> None:
+        self.backward(pyg_batch(next(self.stream)))
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self, trainer: Trainer, rows: list[int], name: str) -> None:
+        """Logits and every gradient equal ours on one batch."""
+        batch, phase = trainer.train.collator(rows), trainer.phase
+        phase.model.train()
+        logits = phase.forward(batch, trainer.relations).fact_logits
+        theirs = self.backward(pyg_batch(self.lists[0]))
+        check_agreement(f"{name}: logits", logits, theirs, 1e-4)
+        phase.training_step(batch, trainer.relations, phase.normaliser([batch]), 0)
+        ours = dict(phase.model.named_parameters())
+        for key, parameter in self.model.named_parameters():
+            # Nothing reads a last layer's distribution, nor does a softmax its scores' common part.
+            if not key.startswith("node_score.bias"):
+                check_agreement(f"{name}: gradient of {key}", ours[key].grad, parameter.grad, 1e-3)
+        for model in (phase.model, self.model):
+            model.zero_grad(set_to_none=True)
+
+
+def _raw_batches(source: QuestionSource, batches: list[list[int]]) -> list[list[dict]]:
+    raw = raw_questions(source.path)
+    texts = source.store.question_texts
+    for row in {row for rows in batches for row in rows}:
+        if raw[row]["question"] != texts[row]:
+            raise ValueError(f"{source.path}: line {row + 1} is not row {row} of the store")
+    return [[raw[row] for row in rows] for rows in batches]
+
+
+@pytest.mark.parametrize("facts,batch,steps", [("50", 16, 4), ("2000", 4, 1)])
+def test_phase1_against_packed_pyg(
+    facts: str, batch: int, steps: int, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
+) -> None:
+    """Goals: 1.8 times the questions/s of eager PyG at 50 facts, 10 times at 2,000."""
+    file = question_file(SMALL if facts == "50" else LARGE, cache_dir)
+    config = bench_config(1)
+    source = question_source(file, config, cache_dir, None, batch)
+    batches = whole_batches(source, batch, _BATCHES)
+    trainer = _phase1(config, source, cache_dir, tmp_path)
+    others = {
+        "eager PyG, relations projected once": _PackedPyG(trainer, batches, per_fact=False),
+        "eager PyG, relations projected per fact": _PackedPyG(trainer, batches, per_fact=True),
+    }
+    for name, way in others.items():
+        way.check(trainer, batches[0], name)
+    ours = Way("dragkit", _Ours(trainer, batches), batch, steps)
+    ways = [ours, *(Way(name, way, batch, steps) for name, way in others.items())]
+    about = {"data": file.name} | sizes(source.collator(batches[0]))
+    timed(f"phase 1, {facts}-fact graphs, packed PyG", ways, about)
+
+
+@pytest.mark.parametrize("facts,batch", [("50", 16), ("2000", 4)])
+def test_phase1_against_compiled_pyg(
+    facts: str,
+    batch: int,
+    timed: Callable[..., Comparison],
+    cache_dir: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """How far a compiler gets without the algebra; only with --bench-compiled."""
+    if not request.config.getoption("--bench-compiled"):
+        pytest.skip("compilation takes minutes; ask for it with --bench-compiled")
+    file = question_file(SMALL if facts == "50" else LARGE, cache_dir)
+    config = bench_config(1)
+    source = question_source(file, config, cache_dir, None, batch)
+    batches = whole_batches(source, batch, _BATCHES)
+    trainer = _phase1(config, source, cache_dir, tmp_path)
+    other = _PackedPyG(trainer, batches, per_fact=False, compiled=True)
+    other.check(trainer, batches[0], "compiled PyG")
+    ways = [
+        Way("dragkit", _Ours(trainer, batches), batch),
+        Way("compiled PyG, relations projected once", other, batch),
+    ]
+    about = {"data": file.name} | sizes(source.collator(batches[0]))
+    timed(f"phase 1, {facts}-fact graphs, compiled PyG", ways, about)
+
+
+def test_phase1_against_earlier_loop(
+    timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
+) -> None:
+    """Goal: 40 times the earlier loop, which encodes the relations of every question."""
+    batch = 16
+    file = question_file(SMALL, cache_dir)
+    config = bench_config(1)
+    source = question_source(file, config, cache_dir, None, batch)
+    batches = whole_batches(source, batch, _BATCHES)
+    trainer = _phase1(config, source, cache_dir, tmp_path)
+    raw = _raw_batches(source, batches)
+    first, later = EarlierRetrieverLoop(), EarlierRetrieverLoop()
+    first_stream, later_stream = cycle(raw), cycle(raw[:2])
+
+    def first_epoch() -> None:
+        first.model.forget()
+        first.step(next(first_stream))
+
+    for questions in raw[:2]:
+        later.step(questions)
+    ways = [
+        Way("dragkit", _Ours(trainer, batches), batch, 4),
+        Way("earlier loop, first epoch", first_epoch, batch),
+        Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
+    ]
+    about = {"data": file.name} | sizes(source.collator(batches[0]))
+    timed("phase 1, 50-fact graphs, earlier loop", ways, about)
+
+
+def _check_joint(trainer: Trainer, loop: EarlierJointLoop, row: int, question: dict) -> None:
+    """One prompt, same facts and vectors, no padding: the two losses are the same number."""
+    joint = trainer.phase.model
+    batch = trainer.train.collator([row])
+    question = question | {"triples": trainer.train.store.question(row).triples}
+    count = min(5, batch.graph.num_facts)
+    index = torch.arange(count, dtype=torch.int32).unsqueeze(0)
+    vectors = torch.randn(count, joint.generator.dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        prompt = joint.prompt(batch, index, with_target=True)
+        ours = joint.generator(prompt, vectors).loss_sum / prompt.target_id.numel()
+        theirs = loop.generator_loss([loop.prompt(question, index[0].long(), vectors)])
+    check_agreement("joint step: loss of one prompt", ours, theirs, 1e-4)
+
+
+def test_phase2_against_earlier_loop(
+    timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
+) -> None:
+    """Goal: 8 times the earlier joint loop with the same tiny generator and facts per prompt."""
+    batch = 16
+    file = question_file(SMALL, cache_dir)
+    config = bench_config(2)
+    phase = build_joint(config, text_encoder(cache_dir), _CPU)
+    source = question_source(file, config, cache_dir, phase.model.generator, batch)
+    batches = whole_batches(source, batch, _BATCHES)
+    trainer = Trainer(config, phase, source, None, tmp_path, _CPU)
+    raw = _raw_batches(source, batches)
+
+    def earlier() -> EarlierJointLoop:
+        generator = build_joint(config, text_encoder(cache_dir), _CPU).model.generator
+        return EarlierJointLoop(generator, k_facts=config.sampler.k_facts)
+
+    first, later = earlier(), earlier()
+    _check_joint(trainer, first, batches[0][0], raw[0][0])
+    first_stream, later_stream = cycle(raw), cycle(raw[:2])
+
+    def first_epoch() -> None:
+        first.retriever.forget()
+        first.step(next(first_stream))
+
+    for questions in raw[:2]:
+        later.step(questions)
+    ways = [
+        Way("dragkit", _Ours(trainer, batches), batch),
+        Way("earlier loop, first epoch", first_epoch, batch),
+        Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
+    ]
+    about = {"data": file.name, "facts per prompt": config.sampler.k_facts}
+    timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])))
