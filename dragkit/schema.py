@@ -207,6 +207,7 @@ class OptimConfig(Section):
     lora_lr_scale: float = Field(
         0.2, gt=0, description="Adapter rate over lr (paper: 1e-5, which is 0.2 of 5e-5)."
     )
+    projector_lr_scale: float = Field(1.0, gt=0, description="Projector rate over lr.")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
     min_lr_share: float = Field(0.0, ge=0, le=1, description="Last rate over the highest.")

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.data": ("dragkit.config", "dragkit_kernels"),
     "dragkit.model": (
         "dragkit.config",
+        "dragkit.data.arrays",
         "dragkit.data.cache",
         "dragkit.data.packed",
         "dragkit_kernels",

@@ -47,7 +47,8 @@ class FactBudgetSampler:
         The raw words are used, since numpy keeps them, but not its `permutation`, the same from
         version to version.
         """
-        philox = np.random.Philox(key=[self.seed & _WORD, epoch & _WORD])
+        key = np.array([self.seed & _WORD, epoch & _WORD], dtype=np.uint64)
+        philox = np.random.Philox(key=key)
         return np.argsort(philox.random_raw(len(self.fact_counts)), kind="stable")
 
     def _cut(self, order: Iterable[int]) -> list[list[int]]:

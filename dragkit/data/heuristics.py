@@ -214,7 +214,7 @@ class HeuristicsReader:
         Raises:
             DataError: with every problem as `file:line: path: reason`, the first of them in full.
         """
-        if not self.rows:
+        if not self.rows and not self._cut_short:
             raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
         bad = len({problem.line for problem in self.rejects})
         if self._cut_short or bad > max_bad * self.rows:

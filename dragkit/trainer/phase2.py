@@ -64,7 +64,12 @@ class JointPhase:
         adapters = [p for p in self.model.generator.parameters() if p.requires_grad]
         groups = [
             ("retriever", list(self.model.retriever.parameters()), optim.lr, optim.weight_decay),
-            ("projector", list(self.model.projector.parameters()), optim.lr, optim.weight_decay),
+            (
+                "projector",
+                list(self.model.projector.parameters()),
+                optim.lr * optim.projector_lr_scale,
+                optim.weight_decay,
+            ),
             ("lora", adapters, optim.adapter_lr, 0.0),
         ]
         return [

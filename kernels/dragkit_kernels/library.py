@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("dragkit", "FRAGMENT")
 
@@ -31,3 +32,18 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(
         f"dragkit::{name}", backward, setup_context=setup_context, lib=_LIBRARY
     )
+
+
+def forbid_gradient(name: str) -> None:
+    """Makes a derivative through `dragkit::name` an error instead of a wrong number."""
+
+    def backward(ctx: object, *grads: Tensor) -> None:
+        raise RuntimeError(
+            f"dragkit::{name} has no derivative: the ops of dragkit_kernels give first "
+            "derivatives only, so create_graph=True cannot be used through them"
+        )
+
+    def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: object) -> None:
+        """Nothing to keep."""
+
+    register_gradient(name, backward, setup_context)

@@ -89,14 +89,20 @@ def test_each_kind_alone(
             b'{"triples":[["a","b"],3,["a",1,"b"]],"answer":[1],"id":true,"topic_entities":{}}',
             ["$.question", "$.triples[0]", "$.triples[1]", "$.triples[2][1]", "$.answer[0]"],
         ),
-        (b'{"question":"q","triples":[],"paths":[["a",["a","r","b"]],"x"]}', ["$.paths[0][0]", "$.paths[1]"]),
+        (
+            b'{"question":"q","triples":[],"paths":[["a",["a","r","b"]],"x"]}',
+            ["$.paths[0][0]", "$.paths[1]"],
+        ),
         (b'{"question":"q","triples":{},"paths":5}', ["$.triples", "$.paths"]),
-        (b'{"question":"q","triples":[],"note":[Infinity,{"k":"\\udc00"}]}', ["$.note[0]", "$.note[1].k"]),
+        (
+            b'{"question":"q","triples":[],"note":[Infinity,{"k":"\\udc00"}]}',
+            ["$.note[0]", "$.note[1].k"],
+        ),
         (b'{"question":"q","triples":[],"\\u0071uestion":"r"}', ["$.question"]),
         (b'{"question":"q","triples":[],"a\x1b[31m":1,"a\x1b[31m":2}', ['$["a\\u001b[31m"]']),
         (b'{"question":"q","triples":[],"x":' + b"[" * 99_999 + b"]" * 99_999 + b"}", ["$"]),
     ],
-)  # fmt: skip
+)
 def test_all_faults_of_one_line(line: bytes, faults: list[str]) -> None:
     row, found = _decode(line)
     assert row is None
@@ -116,7 +122,12 @@ def test_the_list_is_cut_but_the_count_is_not(write_rows: Callable[..., Path]) -
 def test_a_line_at_the_limit(tmp_path: Path) -> None:
     row = b'{"question":"%s","triples":[]}'
     room = 100 - len(row) + 2
-    for size, end, bad in ((room - 1, b"", 0), (room - 1, b"\n", 0), (room, b"", 1), (room, b"\n", 1)):
+    for size, end, bad in (
+        (room - 1, b"", 0),
+        (room - 1, b"\n", 0),
+        (room, b"", 1),
+        (room, b"\n", 1),
+    ):
         path = tmp_path / "limit.jsonl"
         path.write_bytes(b'{"question":"first","triples":[]}\n' + row % (b"x" * size) + end)
         found = read_heuristics(path, max_bad=0.5, max_line_bytes=100)
@@ -163,10 +174,14 @@ def _slow_parse(line: bytes) -> dict | None:
 @given(st.data())
 def test_mutated_rows_are_read_as_a_slow_parser_reads_them(data: st.DataObject) -> None:
     """Byte changes give a row equal to the slow parser's, or a fault; never another exception."""
-    line = bytearray('{"question":"wé\\u00e9?","triples":[["a","r","b"],["ü","s","a"]],"x":[1,{}]}'.encode())
+    line = bytearray(
+        '{"question":"wé\\u00e9?","triples":[["a","r","b"],["ü","s","a"]],"x":[1,{}]}'.encode()
+    )
     for _ in range(data.draw(st.integers(1, 4))):
         place = data.draw(st.integers(0, len(line) - 1))
-        new = data.draw(st.sampled_from([b"", b'"', b"\\", b"{", b"]", b",", b"\xff", b"\x00", b"N", b"0"]))
+        new = data.draw(
+            st.sampled_from([b"", b'"', b"\\", b"{", b"]", b",", b"\xff", b"\x00", b"N", b"0"])
+        )
         line[place : place + data.draw(st.integers(0, 2))] = new
     row, faults = _decode(bytes(line))
     slow = _slow_parse(bytes(line))

@@ -109,7 +109,17 @@ def test_what_is_tolerated(tmp_path: Path) -> None:
 
 
 def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
-    names = ["\u202eabc", "👩‍👩‍👧‍👦", "a\u200bb", "é", "e\u0301", "null", "None", "\x1b[31m", "n" * 10**6]
+    names = [
+        "\u202eabc",
+        "👩‍👩‍👧‍👦",
+        "a\u200bb",
+        "é",
+        "e\u0301",
+        "null",
+        "None",
+        "\x1b[31m",
+        "n" * 10**6,
+    ]
     rows = [ROW | {"triples": [[name, "r", name + "!"] for name in names]}]
     (found,) = read_heuristics(write_rows(rows)).questions
     assert [head for head, _, _ in found.triples] == names
@@ -141,7 +151,9 @@ def test_damaged_gzip(tmp_path: Path) -> None:
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
-    with pytest.raises(MissingInputError, match=r"trian\.jsonl: no such file.*train\.jsonl") as error:
+    with pytest.raises(
+        MissingInputError, match=r"trian\.jsonl: no such file.*train\.jsonl"
+    ) as error:
         read_heuristics(tmp_path / "trian.jsonl")
     assert error.value.exit_code == 66
     with pytest.raises(MissingInputError, match="does not exist either"):

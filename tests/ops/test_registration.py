@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -88,6 +89,26 @@ def test_fake_tensors_follow_low_precision() -> None:
         (x[1], pack.node_ptr, None),
         test_utils=utils,
     )
+
+
+def test_second_derivatives_are_refused() -> None:
+    pack = random_adjacency([(5, 9), (4, 6)], 4)
+    x = floats(pack)
+    walks, node_graph = _walks(pack.orders), pack.node_graph
+    outputs = {
+        "message_passing_bwd": torch.ops.dragkit.message_passing_fwd(
+            *x.values(), *walks, node_graph
+        ),
+        "segment_softmax_bwd": segment_softmax(x["p"], pack.node_ptr),
+        "relation_sum_bwd": relation_sum(x["table_fwd"], orders=pack.orders),
+    }
+    for name, out in outputs.items():
+        inputs = [t for t in x.values() if name.startswith("message")] or [x["p"], x["table_fwd"]]
+        grads = torch.autograd.grad(
+            (out**2).sum(), inputs, create_graph=True, materialize_grads=True
+        )
+        with pytest.raises(RuntimeError, match=f"{name} has no derivative"):
+            sum(g.sum() for g in grads).backward()
 
 
 def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..library import register, register_gradient
+from ..library import forbid_gradient, register, register_gradient
 from ..segments import ordered_sum
 
 _SORTED = (
@@ -100,3 +100,4 @@ register(
     _fact_scores_bwd_fake,
 )
 register_gradient("fact_scores_fwd", _backward, _setup)
+forbid_gradient("fact_scores_bwd")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import register
+from ..library import forbid_gradient, register
 from ..segments import padded_rows
 
 # Halvings of a bracket as wide as the spread of the logits: beyond float32 resolution.
@@ -43,3 +43,4 @@ register(
     budget_threshold,
     _budget_threshold_fake,
 )
+forbid_gradient("budget_threshold")

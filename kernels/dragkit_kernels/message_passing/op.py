@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..library import register, register_gradient
+from ..library import forbid_gradient, register, register_gradient
 from ..segments import bag_sum, ordered_sum
 
 _ORDERS = (
@@ -221,3 +221,5 @@ register(
     _relation_sum_bwd_fake,
 )
 register_gradient("relation_sum_fwd", _relation_sum_backward, _relation_sum_setup)
+forbid_gradient("message_passing_bwd")
+forbid_gradient("relation_sum_bwd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import register, register_gradient
+from ..library import forbid_gradient, register, register_gradient
 from ..segments import segment_ids
 from .reference import segment_softmax_ref
 
@@ -49,3 +49,4 @@ register(
     _segment_softmax_bwd_fake,
 )
 register_gradient("segment_softmax_fwd", _backward, _setup)
+forbid_gradient("segment_softmax_bwd")

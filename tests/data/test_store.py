@@ -1,0 +1,285 @@
+"""The packed store: what it holds, when it is built, and what a fault leaves behind."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dragkit.data import packing, store
+from dragkit.data.heuristics import read_heuristics
+from dragkit.data.packing import question_key
+from dragkit.data.relations import RelationVocab
+from dragkit.data.store import PackedStore
+from dragkit.data.subgraph import build_subgraph
+from dragkit.errors import DataError, MissingInputError, WriteError
+
+
+def test_what_is_stored(tiny_file: Path, tmp_path: Path) -> None:
+    packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    found = read_heuristics(tiny_file)
+    vocab = RelationVocab()
+    assert len(packed) == len(found.questions)
+    for row, asked in enumerate(found.questions):
+        graph = build_subgraph(asked, vocab)
+        kept = packed.question(row)
+        assert (kept.id, kept.text, kept.answers, kept.topics, kept.line) == (
+            asked.id,
+            asked.text,
+            asked.answers,
+            asked.topics,
+            asked.line,
+        )
+        assert sorted(kept.triples) == sorted(asked.triples)
+        assert kept.entities == graph.names
+        assert kept.labels == tuple(graph.label.astype(int).tolist())
+        assert [kept.entities[node] for node in kept.topic_nodes] == [
+            name for name in asked.topics if name in graph.names
+        ]
+        assert [kept.entities[node] for node in kept.answer_nodes] == [
+            name for name in asked.answers if name in graph.names
+        ]
+        assert packed.num_facts(row) == packed.fact_counts[row] == len(asked.triples)
+        # A made-up id does not key the noise: it would tie it to the name of the file.
+        made_up = asked.id.startswith("heuristics_tiny")
+        assert packed.question_key[row] == question_key("\n6" if made_up else asked.id)
+    assert packed.relation_names == vocab.names
+    assert packed.num_relations == len(vocab)
+    assert packed.question_texts == [asked.text for asked in found.questions]
+    assert packed.question_key.min() >= 0
+    expected = {
+        "rows": 8,
+        "questions": 8,
+        "rejects": 0,
+        "facts": sum(len(q.triples) for q in found.questions),
+        "no_answer": 1,
+        "empty_graph": 1,
+        "duplicate_triples": 2,
+        "topics_from_paths": 1,
+        "topic_missing": 0,
+        "answer_in_graph": 6,
+        "labels_shortest": 6,
+        "labels_paths": 1,
+        "labels_none": 1,
+    }
+    assert {name: packed.summary[name] for name in expected} == expected
+    with pytest.raises(IndexError):
+        packed.question(8)
+
+
+def test_topics_outside_the_graph_are_counted_and_said(
+    write_rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"question": "q", "triples": [["a", "r", "b"]], "answer": "b"}
+    rows = [
+        row | {"topic_entities": ["x"]},
+        row,
+        row | {"triples": []},
+        row | {"topic_entities": ["a"]},
+    ]
+    with caplog.at_level(logging.WARNING):
+        packed = PackedStore.build_or_open(write_rows(rows), cache_dir=tmp_path)
+    assert packed.summary["topic_missing"] == 2
+    assert packed.summary["no_topic"] == 2
+    said = [
+        r.getMessage() for r in caplog.records if "no topic entity in their graph" in r.getMessage()
+    ]
+    assert len(said) == 1
+
+
+def test_a_second_opening_reads_no_row(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("packed again")
+
+    monkeypatch.setattr(store, "pack_file", never)
+    copy = tmp_path / "other_name.jsonl"
+    shutil.copy(tiny_file, copy)
+    again = PackedStore.build_or_open(copy, cache_dir=tmp_path)
+    assert again.fingerprint == first.fingerprint
+    assert np.array_equal(again.facts, first.facts)
+    # The content is the same, and a made-up id follows the name of the file.
+    assert again.question(5).id == "other_name-6"
+    assert again.question(4).id == "tiny-lone-answer"
+
+
+def test_the_key_changes_with_row_option_and_builder(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(path: Path = tiny_file, **options: object) -> str:
+        return PackedStore.build_or_open(path, cache_dir=tmp_path, **options).fingerprint  # type: ignore[arg-type]
+
+    keys = [key(), key(label_rule="paths"), key(label_rule="shortest"), key(max_bad=0.1)]
+    changed = tmp_path / "changed.jsonl"
+    text = tiny_file.read_text(encoding="utf-8")
+    changed.write_text(text.replace("Dunmarsh", "Dunmarch", 1), encoding="utf-8")
+    keys.append(key(changed))
+    monkeypatch.setattr(store, "BUILDER_VERSION", store.BUILDER_VERSION + 1)
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
+
+
+def test_labels_follow_the_rule(tiny_file: Path, tmp_path: Path) -> None:
+    rules = {
+        rule: PackedStore.build_or_open(tiny_file, cache_dir=tmp_path, label_rule=rule).summary
+        for rule in ("auto", "shortest", "paths")
+    }
+    assert rules["shortest"]["labels_none"] == 2
+    assert rules["paths"]["labels_shortest"] == 0
+    assert rules["paths"]["labels_paths"] == 7
+
+
+def test_unusable_rows_are_kept_verbatim_beside_the_store(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = {"question": "q", "triples": [["a", "r", "b"]]}
+    bad = [b'{"question": "cut', b'["\xff"]']
+    path = write_rows([good, bad[0], good, good, bad[1], good])
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: \$: not valid JSON"):
+        PackedStore.build_or_open(path, cache_dir=tmp_path)
+    # A refused file leaves nothing in the cache.
+    assert list((tmp_path / "packed").iterdir()) == []
+    packed = PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad=0.4)
+    assert packed.summary["rejects"] == 2
+    assert packed.summary["rows"] == packed.summary["questions"] + packed.summary["rejects"] == 6
+    assert (packed.folder / "rejects.jsonl").read_bytes() == b"\n".join(bad) + b"\n"
+    assert [line[:5] for line in (packed.folder / "rejects.txt").read_text().splitlines()] == [
+        "2: $:",
+        "5: $[",
+        "5: $:",
+    ]
+    with pytest.raises(DataError):
+        PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad=0.3)
+
+
+@pytest.mark.parametrize(
+    "fault", ["truncate", "flip", "delete", "manifest", "empty manifest", "no manifest"]
+)
+def test_a_damaged_cache_is_built_anew(fault: str, tiny_file: Path, tmp_path: Path) -> None:
+    packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    want, folder = packed.facts.copy(), packed.folder
+    del packed
+    victim, manifest = folder / "facts.npy", folder / "manifest.json"
+    if fault == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-4])
+    elif fault == "flip":
+        data = bytearray(victim.read_bytes())
+        data[-3] ^= 1
+        victim.write_bytes(data)
+    elif fault == "delete":
+        victim.unlink()
+    elif fault == "manifest":
+        manifest.write_text(manifest.read_text().replace('"questions": 8', '"questions": 9'))
+    elif fault == "empty manifest":
+        manifest.write_text("")
+    else:
+        manifest.unlink()
+    again = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    assert np.array_equal(again.facts, want)
+    assert again.summary["questions"] == 8
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def _build(path: Path, cache: Path, slow: bool, results: object) -> None:
+    if slow:
+        seal = packing.seal_folder
+
+        def late(folder: Path, meta: dict) -> None:
+            results.put("written")  # type: ignore[attr-defined]
+            time.sleep(60)
+            seal(folder, meta)
+
+        packing.seal_folder = late
+    results.put(len(PackedStore.build_or_open(path, cache_dir=cache)))  # type: ignore[attr-defined]
+
+
+def test_a_killed_builder_leaves_nothing_usable(tiny_file: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    builder = context.Process(target=_build, args=(tiny_file, tmp_path, True, results))
+    builder.start()
+    assert results.get(timeout=60) == "written"
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    left = list((tmp_path / "packed").iterdir())
+    assert len(left) == 1
+    assert left[0].name.startswith(".")
+    packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    assert len(packed) == 8
+
+
+def test_builders_at_once_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    builders = [
+        context.Process(target=_build, args=(tiny_file, tmp_path, False, results)) for _ in range(4)
+    ]
+    for builder in builders:
+        builder.start()
+    assert [results.get(timeout=120) for _ in builders] == [8] * 4
+    for builder in builders:
+        builder.join()
+    assert len(list((tmp_path / "packed").iterdir())) == 1
+
+
+def test_a_file_that_changes_while_it_is_read(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "growing.jsonl"
+    shutil.copy(tiny_file, path)
+    pack = store.pack_file
+
+    def grow(*args: object, **options: object) -> None:
+        pack(*args, **options)  # type: ignore[arg-type]
+        path.write_bytes(path.read_bytes() * 2)
+
+    monkeypatch.setattr(store, "pack_file", grow)
+    with pytest.raises(DataError, match="changed while it was being read"):
+        PackedStore.build_or_open(path, cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written(tiny_file: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(WriteError, match="DRAGKIT_CACHE"):
+        PackedStore.build_or_open(tiny_file, cache_dir=blocked)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError):
+        PackedStore.build_or_open(tmp_path / "none.jsonl", cache_dir=tmp_path)
+
+
+def test_a_copy_for_a_loader_process_maps_the_same_files(tiny_file: Path, tmp_path: Path) -> None:
+    packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    sent = pickle.dumps(packed)
+    assert len(sent) < 2000
+    copy = pickle.loads(sent)
+    assert copy.question(4) == packed.question(4)
+
+
+def test_chunks_do_not_show(
+    random_rows: Callable[..., list[dict]],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = write_rows(random_rows(40, seed=1))
+    one = PackedStore.build_or_open(path, cache_dir=tmp_path / "one")
+    monkeypatch.setattr(packing, "_CHUNK_FACTS", 1)
+    many = PackedStore.build_or_open(path, cache_dir=tmp_path / "many")
+    for name in ("facts", "nodes", "pairs", "labels", "fact_ptr", "node_ptr", "pair_ptr"):
+        assert np.array_equal(getattr(one, name), getattr(many, name)), name
+    assert one.summary == many.summary

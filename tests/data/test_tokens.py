@@ -1,0 +1,130 @@
+"""Token rows: the right texts, each tokenised once, in the pack's order."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dragkit.data import tokens
+from dragkit.data.collate import PackedCollator
+from dragkit.data.packed import TokenPack
+from dragkit.data.store import PackedStore
+from dragkit.data.tokens import TokenRows
+from dragkit.model.prompt import PromptTemplate
+
+BOS, EOS = 256, 257
+
+
+class ByteTokeniser:
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        self.seen.update(texts)
+        return [list(text.encode()) for text in texts]
+
+
+@pytest.fixture
+def packed(tiny_file: Path, tmp_path: Path) -> PackedStore:
+    return PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+
+
+def build(store: PackedStore, cache: Path, tokenize: object, **options: object) -> TokenRows:
+    options = {"key": "bytes", "begin": [BOS], "end": [EOS]} | options
+    return TokenRows.build_or_open(store, tokenize, PromptTemplate(), cache_dir=cache, **options)  # type: ignore[arg-type]
+
+
+def rows_of(pack: TokenPack) -> list[list[int]]:
+    assert pack.ids.dtype == pack.ptr.dtype == torch.int32
+    ptr = pack.ptr.tolist()
+    rows = [pack.ids[a:b].tolist() for a, b in zip(ptr, ptr[1:], strict=False)]
+    assert pack.max_row == max(map(len, rows), default=0)
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1 << 16])
+def test_rows_are_the_texts_of_the_pack(
+    packed: PackedStore,
+    tmp_path: Path,
+    zero_states: object,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK_FACTS", chunk)
+    rows = build(packed, tmp_path, ByteTokeniser())
+    order = [7, 2, 0, 5]
+    batch = PackedCollator(packed, zero_states, rows)(order)  # type: ignore[arg-type]
+    text, asked = PromptTemplate(), [packed.question(row) for row in order]
+    assert rows_of(batch.prefix) == [[BOS, *text.prefix(q.text).encode()] for q in asked]
+    assert rows_of(batch.target) == [[*text.target(q.answers).encode(), EOS] for q in asked]
+    words = {"tea.blend.contains": "blend contains", "sea.lighthouse.keeper": "lighthouse keeper"}
+    lines = [bytes(row).decode() for row in rows_of(batch.facts)]
+    assert len(lines) == batch.graph.num_facts
+    for line, (head, relation, tail) in zip(
+        lines, (t for q in asked for t in q.triples), strict=True
+    ):
+        start, end = f"{head}, ", f", {tail}\n"
+        assert line.startswith(start) and line.endswith(end)
+        if relation in words:
+            assert line[len(start) : -len(end)] == words[relation]
+
+
+def test_lengths(packed: PackedStore, tmp_path: Path) -> None:
+    rows = build(packed, tmp_path, ByteTokeniser())
+    text = PromptTemplate()
+    asked = [packed.question(row) for row in range(len(packed))]
+    assert rows.prefix_lengths.tolist() == [1 + len(text.prefix(q.text).encode()) for q in asked]
+    assert rows.target_lengths.tolist() == [1 + len(text.target(q.answers).encode()) for q in asked]
+    assert len(rows.fact_lengths) == packed.summary["facts"]
+
+
+def test_each_fact_text_is_tokenised_once(
+    write_rows: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_CHUNK_FACTS", 4)
+    row = {"question": "q", "triples": [["a", "x.y.r", "b"], ["a", "z.y.r", "b"], ["b", "r", "c"]]}
+    packed = PackedStore.build_or_open(write_rows([row] * 5), cache_dir=tmp_path)
+    count = ByteTokeniser()
+    build(packed, tmp_path, count)
+    facts = {text: n for text, n in count.seen.items() if text.startswith(("a,", "b,"))}
+    assert facts == {"a, y r, b\n": 1, "b, r, c\n": 1}
+
+
+def test_built_once_for_each_key(packed: PackedStore, tmp_path: Path) -> None:
+    first, second = ByteTokeniser(), ByteTokeniser()
+    made = build(packed, tmp_path, first)
+    opened = build(packed, tmp_path, second)
+    assert first.seen and not second.seen
+    assert opened.folder == made.folder
+    others = [
+        build(packed, tmp_path, second, key="other").folder,
+        build(packed, tmp_path, second, end=[]).folder,
+        build(packed, tmp_path, second, begin=[]).folder,
+    ]
+    assert len({made.folder, *others}) == 4
+    copy = pickle.loads(pickle.dumps(made))
+    assert np.array_equal(copy.fact_lengths, made.fact_lengths)
+
+
+def test_a_tokeniser_that_loses_a_row(packed: PackedStore, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="rows for"):
+        build(packed, tmp_path, lambda texts: [[1]] * (len(texts) - 1))
+    assert list((tmp_path / "tokens").iterdir()) == []
+
+
+def test_no_fact_at_all(
+    write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+) -> None:
+    packed = PackedStore.build_or_open(
+        write_rows([{"question": "q", "triples": [], "answer": "a"}]), cache_dir=tmp_path
+    )
+    rows = build(packed, tmp_path, ByteTokeniser())
+    batch = PackedCollator(packed, zero_states, rows)([0])  # type: ignore[arg-type]
+    assert rows_of(batch.facts) == []
+    assert rows_of(batch.target) == [[*b" a", EOS]]
