@@ -169,6 +169,7 @@ def check_agreement(name: str, ours: torch.Tensor, theirs: torch.Tensor, toleran
     Raises:
         ValueError: the largest difference exceeds `tolerance` times the largest value.
     """
+    ours, theirs = ours.detach(), theirs.detach()
     scale = float(theirs.abs().max().clamp(min=1e-12))
     error = float((ours - theirs).abs().max()) / scale
     if not error <= tolerance:

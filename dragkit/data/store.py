@@ -66,6 +66,21 @@ class PackedStore:
         labels: uint8 [E]; topic_nodes: int32; question_key: int64 [Q].
     """
 
+    facts: np.ndarray
+    nodes: np.ndarray
+    pairs: np.ndarray
+    labels: np.ndarray
+    topic_nodes: np.ndarray
+    answer_nodes: np.ndarray
+    lines: np.ndarray
+    fact_ptr: np.ndarray
+    node_ptr: np.ndarray
+    pair_ptr: np.ndarray
+    topic_ptr: np.ndarray
+    topic_node_ptr: np.ndarray
+    answer_ptr: np.ndarray
+    answer_node_ptr: np.ndarray
+
     def __init__(self, folder: Path, path: Path) -> None:
         meta = open_sealed(folder)
         self.folder, self.path = folder, path

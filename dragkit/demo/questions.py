@@ -60,7 +60,9 @@ class Asked:
     def gold_facts(self) -> list[Fact]:
         """The facts of all gold paths, sorted, each once."""
         walks = zip(self.paths, self.template.chains, strict=True)
-        return sorted({f for paths, chain in walks for path in paths for f in walked_facts(path, chain)})
+        return sorted(
+            {f for paths, chain in walks for path in paths for f in walked_facts(path, chain)}
+        )
 
 
 def parse_templates(text: str) -> list[Template]:
@@ -153,23 +155,24 @@ def _counts_by_kind(sizes: Sequence[int]) -> list[list[int]]:
 class Wording:
     """Puts topics into question texts, with the article where English wants one."""
 
-    def __init__(self) -> None:
-        patterns = package_text("articles.tsv")["articles.tsv"].splitlines()[1:]
-        self._takes_the = re.compile("|".join(patterns))
+    def __init__(self, kb: KnowledgeBase) -> None:
+        self._takes_the: set[str] = set()
+        for line in package_text("articles.tsv")["articles.tsv"].splitlines()[1:]:
+            step, pattern = line.split("\t")
+            ends = {name for names in kb.steps[step].values() for name in names}
+            self._takes_the |= {name for name in ends if re.fullmatch(pattern, name)}
 
     def write(self, asked: Asked, rng: random.Random) -> str:
         """One wording of the question, drawn at random."""
-        text = rng.choice(asked.template.wordings)
         names = dict(zip("xy", asked.topics, strict=False))
 
         def put(slot: re.Match[str]) -> str:
             article, name = slot[1], names[slot[2]]
             if article == "the ":
-                return f"the {name}" if self._takes_the.fullmatch(name) else name
+                return f"the {name}" if name in self._takes_the else name
             if article == "a ":
                 return f"an {name}" if name[0] in "aeiou" else f"a {name}"
             return name
 
-        text = _SLOT.sub(put, text)
+        text = _SLOT.sub(put, rng.choice(asked.template.wordings))
         return text[0].upper() + text[1:]
-

@@ -13,7 +13,8 @@ from dragkit.demo.kb import KnowledgeBase
 RESTART = 0.25
 ITERATIONS = 20
 # Flows that are equal by symmetry differ in their last bits from one machine to the next.
-_FLOW_DECIMALS = 12
+_FLOW_UNITS = 1e11
+_TIE_BITS = 24
 
 
 class FactRanker:
@@ -42,15 +43,19 @@ class FactRanker:
         size = (len(kb.entities), len(kb.entities))
         self._walk = sparse.coo_array((share, (ends, starts)), shape=size).tocsr()
 
-    def rank(self, topics: Sequence[Sequence[str]], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Fact indices, best first, for a batch of topic sets.
+    def rank(
+        self, topics: Sequence[Sequence[str]], keys: NDArray[np.uint64], limit: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The best facts, best first, for a batch of topic sets.
 
         Args:
             topics: B sets of entity names.
             keys: uint64 [B] settles ties, differently for each question.
+            limit: number of facts K to return, at most all.
 
         Returns:
-            int64 [B, E], facts that the walk does not reach as -1 at the end.
+            order: int64 [B, K] rows of the facts; those that no walk reaches come last.
+            reached: int64 [B], the number of facts that a walk reaches.
         """
         seeds = np.zeros((len(self._row), len(topics)))  # [N, B]
         for column, names in enumerate(topics):
@@ -59,10 +64,13 @@ class FactRanker:
         for _ in range(ITERATIONS):
             flow = self._restart * seeds + (1.0 - self._restart) * (self._walk @ flow)
         across = self._from_head[:, None] * flow[self._head]  # [E, B]
-        across = across + self._from_tail[:, None] * flow[self._tail]
-        across = np.round(across, _FLOW_DECIMALS).T  # [B, E]
-        order = np.lexsort((_mix(keys, across.shape[1]), -across))
-        return np.where(np.take_along_axis(across, order, axis=1) > 0, order, -1)
+        across += self._from_tail[:, None] * flow[self._tail]
+        # Whole numbers that all differ: flow above, a permutation of the facts below.
+        steps = np.rint(across.T * _FLOW_UNITS).astype(np.uint64)  # [B, E]
+        score = (steps << np.uint64(_TIE_BITS)) | _shuffled(keys, steps.shape[1])
+        best = np.argpartition(score, -limit, axis=1)[:, -limit:]  # [B, K]
+        by_score = np.argsort(np.take_along_axis(score, best, axis=1), axis=1)[:, ::-1]
+        return np.take_along_axis(best, by_score, axis=1), (steps > 0).sum(axis=1)
 
 
 def _shares(starts: NDArray[np.int64], steps: NDArray[np.int64], num_steps: int) -> NDArray:
@@ -74,9 +82,12 @@ def _shares(starts: NDArray[np.int64], steps: NDArray[np.int64], num_steps: int)
     return 1.0 / (steps_at[starts] * per_pair[pair_of])
 
 
-def _mix(keys: NDArray[np.uint64], num_facts: int) -> NDArray[np.uint64]:
-    """A hash of (key, fact): uint64 [B, E]; the finaliser of SplitMix64, the same everywhere."""
-    word = keys[:, None] + np.arange(num_facts, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return word ^ (word >> np.uint64(31))
+def _shuffled(keys: NDArray[np.uint64], num_facts: int) -> NDArray[np.uint64]:
+    """Distinct numbers below 2^24 for the facts of each key: uint64 [B, E], the same everywhere."""
+    mask = np.uint64((1 << _TIE_BITS) - 1)
+    # Adding, multiplying by an odd number and folding the upper half down are all one to one.
+    word = (keys[:, None] + np.arange(num_facts, dtype=np.uint64)) & mask
+    for odd in (0x9E3779B1, 0x85EBCA77):
+        word = (word * np.uint64(odd)) & mask
+        word ^= word >> np.uint64(_TIE_BITS // 2)
+    return word

@@ -44,12 +44,19 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
+def logistic(word: Tensor) -> Tensor:
+    """log u - log(1 - u) of u = (word >> 9 + 1/2) 2^-23: int64 32-bit words to finite float32.
+
+    u is never 0 or 1, and both u and 1 - u are exact in float32.
+    """
+    u = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
+    return torch.log(u) - torch.log(1.0 - u)
+
+
 def logistic_noise(
     seed: Tensor, question_key: Tensor, fact_ptr: Tensor, *, num_facts: int | None = None
 ) -> Tensor:
-    """One standard logistic variate per fact: log u - log(1 - u), u = (x >> 9 + 1/2) 2^-23.
-
-    u is never 0 or 1 and both u and 1 - u are exact in float32, so the noise is always finite.
+    """One standard logistic variate per fact, from the counter and keys of the module's head.
 
     Args:
         seed: int64 [] (a tensor, so that a captured CUDA graph can be replayed with another seed).
@@ -81,5 +88,4 @@ def logistic_noise(
         (fact & _WORD, name & _WORD, (name >> 32) & _WORD, torch.zeros_like(name)),
         (seed & _WORD, (seed >> 32) & _WORD),
     )[0]
-    u = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
-    return torch.log(u) - torch.log(1.0 - u)
+    return logistic(word)

@@ -212,3 +212,17 @@ def test_shuffled_triples_give_the_same_pack(
         assert torch.equal(value, getattr(second.graph.orders, name)), name
     for name in ("relation", "topic", "label", "question_key"):
         assert torch.equal(getattr(first.graph, name), getattr(second.graph, name)), name
+
+
+def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> None:
+    draw = np.random.default_rng(0)
+    columns = draw.integers(0, [[50_000], [20_000], [50_000]], (3, 200_000)).T.tolist()
+    facts = ",".join(f'["e{h}","r{r}","e{t}"]' for h, r, t in columns)
+    path = tmp_path / "large.jsonl"
+    path.write_text(f'{{"question":"q","topic_entities":["e1"],"triples":[{facts}]}}\n')
+    store = PackedStore.build_or_open(path, cache_dir=tmp_path)
+    graph = PackedCollator(store, zero_states)([0]).graph  # type: ignore[arg-type]
+    assert graph.num_facts == len({tuple(fact) for fact in columns})
+    want = build_fact_orders(graph.orders.head, graph.orders.tail, graph.relation, graph.num_nodes)
+    for name, value in want._asdict().items():
+        assert torch.equal(getattr(graph.orders, name), value), name

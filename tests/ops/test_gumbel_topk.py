@@ -230,6 +230,11 @@ def test_top_facts_without_a_threshold_keeps_k() -> None:
     assert drawn.count.tolist() == [min(5, size) for size in SIZES]
 
 
+def test_top_facts_treats_both_zeros_as_equal() -> None:
+    drawn = top_facts(torch.tensor([-1.0, -0.0, 0.0, -0.0]), offsets([4]), 3)
+    assert drawn.index.tolist() == [[1, 2, 3]]
+
+
 def test_no_questions() -> None:
     drawn = draw(torch.zeros(0), [], 3)
     assert drawn.index.shape == (0, 3) and drawn.count.shape == (0,)

@@ -124,6 +124,16 @@ def test_strided_inputs_and_expanded_gradient() -> None:
         assert torch.equal(x.grad, want), name
 
 
+def test_column_major_gradient() -> None:
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    inputs = leaves(make_inputs(pack, torch.float32))
+    grad = torch.randn(WIDTH, 13).t()
+    got = gradients(run(pack, inputs), inputs, grad)
+    want = gradients(run(pack, inputs), inputs, grad.contiguous())
+    for name, x, y in zip(NAMES, got, want, strict=True):
+        assert_close(x, y.double(), name=name)
+
+
 @pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
 def test_each_gradient_alone(place: int) -> None:
     """The mask of wanted gradients must not change the wanted one."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dragkit_kernels import logistic_noise
-from dragkit_kernels.noise import philox4x32
+from dragkit_kernels.noise import logistic, philox4x32
 
 
 def words(*values: int) -> tuple[torch.Tensor, ...]:
@@ -59,6 +59,12 @@ def test_counter_and_key_words(seed: int) -> None:
             u = ((word >> 9) + 0.5) * 2.0**-23
             assert float(noise[row]) == pytest.approx(math.log(u / (1 - u)), rel=2e-6, abs=2e-6)
             row += 1
+
+
+def test_extreme_words_give_finite_symmetric_noise() -> None:
+    low, middle, high = logistic(torch.tensor([0, 1 << 31, 0xFFFFFFFF])).tolist()
+    assert low == pytest.approx(math.log(2.0**-24 / (1 - 2.0**-24)), rel=1e-6)
+    assert high == -low and abs(middle) < 1e-6
 
 
 def test_noise_does_not_depend_on_the_batch() -> None:

@@ -1,0 +1,55 @@
+"""Batches from a packed store: questions per second, against sorting anew and PyG's collation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.data import (
+    LARGE,
+    SMALL,
+    bench_config,
+    pyg_questions,
+    question_file,
+    question_source,
+    sizes,
+    whole_batches,
+)
+from bench.measure import Comparison, Way, check_agreement
+from bench.pyg_rearev import pyg_batch
+from dragkit.data.packed import PackedGraph
+from dragkit_kernels import FactOrders, build_fact_orders
+
+
+def _sorted_anew(graph: PackedGraph) -> FactOrders:
+    return build_fact_orders(
+        graph.orders.head, graph.orders.tail, graph.relation, graph.num_nodes, graph.fact_graph
+    )
+
+
+@pytest.mark.parametrize("name,batch", [(SMALL, 16), (LARGE, 16)])
+def test_collation(
+    name: str, batch: int, timed: Callable[..., Comparison], cache_dir: Path
+) -> None:
+    """The concatenated orders equal the ones sorted from scratch, in a fraction of the time."""
+    file = question_file(name, cache_dir)
+    source = question_source(file, bench_config(1), cache_dir, None, batch)
+    batches = whole_batches(source, batch, 8)
+    first = source.collator(batches[0])
+    for field, kept, anew in zip(
+        FactOrders._fields, first.graph.orders, _sorted_anew(first.graph), strict=True
+    ):
+        check_agreement(f"orders.{field}", kept.to(torch.float64), anew.to(torch.float64), 0.0)
+    questions = pyg_questions(source, sorted({row for rows in batches for row in rows}))
+    rows, graphs = cycle(batches), cycle([source.collator(r).graph for r in batches])
+    lists = cycle([[questions[row] for row in r] for r in batches])
+    ways = [
+        Way("PackedCollator", lambda: source.collator(next(rows)), batch, 10),
+        Way("its three orders sorted anew", lambda: _sorted_anew(next(graphs)), batch, 10),
+        Way("PyG Batch.from_data_list, no orders", lambda: pyg_batch(next(lists)), batch, 10),
+    ]
+    timed(f"collate, {file.name}", ways, {"data": file.name} | sizes(first))

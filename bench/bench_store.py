@@ -1,0 +1,36 @@
+"""Packing a heuristics file into a store, once per data set: questions per second, and opening it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from bench.data import LARGE, SMALL, question_file, raw_questions
+from bench.measure import Comparison, Way
+from dragkit.data.store import PackedStore
+
+
+@pytest.mark.parametrize("name", [SMALL, LARGE])
+def test_packing(
+    name: str, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
+) -> None:
+    """Reading, checking, labelling, sorting and writing, against reading the JSON alone."""
+    file = question_file(name, cache_dir)
+    fresh = count()
+
+    def build(folder: Path) -> PackedStore:
+        return PackedStore.build_or_open(
+            file.path, cache_dir=folder, label_rule="auto", max_bad=0.0
+        )
+
+    store = build(tmp_path / "kept")
+    ways = [
+        Way("pack", lambda: build(tmp_path / str(next(fresh))), len(store)),
+        Way("open what is packed", lambda: build(tmp_path / "kept"), len(store)),
+        Way("read the JSON alone", lambda: raw_questions(file.path), len(store)),
+    ]
+    about = {"data": file.name, "questions": len(store), "facts": int(store.fact_counts.sum())}
+    timed(f"store, {file.name}", ways, about)
