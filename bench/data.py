@@ -75,7 +75,11 @@ def text_encoder(cache_dir: Path) -> TextEncoder:
 
 
 def question_source(
-    file: QuestionFile, config: TrainConfig, cache_dir: Path, generator: Generator | None, batch: int
+    file: QuestionFile,
+    config: TrainConfig,
+    cache_dir: Path,
+    generator: Generator | None,
+    batch: int,
 ) -> QuestionSource:
     """The file packed, as the trainer has it."""
     config = config.model_copy(

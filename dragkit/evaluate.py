@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dragkit.cli import EvaluateArguments, parse_evaluate_args, run_main
+from dragkit.cli import parse_evaluate_args, run_main
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -16,20 +16,17 @@ def _evaluate(argv: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    from dragkit.trainer.run import run_of
     from dragkit.trainer.saved import evaluate_run
 
     content = evaluate_run(args)
     for name, result in content["files"].items():
         sys.stdout.write(f"{name}\n{result.pop('table')}\n")
-    output = _output(args)
+    output = args.output or run_of(args.run) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"written to {output}\n")
     return 0
-
-
-def _output(args: EvaluateArguments):  # noqa: ANN202
-    return args.output or args.run / "evaluation.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

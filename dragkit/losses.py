@@ -11,7 +11,9 @@ def _per_graph_sum(value: Tensor, graph: Tensor, num_graphs: int) -> Tensor:
     return value.new_zeros(num_graphs).index_add(0, graph, value)
 
 
-def ranking_loss(logits: Tensor, label: Tensor, graph: Tensor, num_graphs: int, margin: float) -> Tensor:
+def ranking_loss(
+    logits: Tensor, label: Tensor, graph: Tensor, num_graphs: int, margin: float
+) -> Tensor:
     """Mean hinge max(0, m - (l_pos - l_neg)) over each graph's (positive, negative) pairs.
 
     The pairs are never formed: with every positive shifted by the margin, one sort per graph counts

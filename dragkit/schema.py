@@ -175,6 +175,15 @@ class GeneratorConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."
     )
+
+    @field_validator("max_new_tokens")
+    @classmethod
+    def _leaves_room(cls, value: int, info: ValidationInfo) -> int:
+        limit = info.data.get("max_prompt_tokens")
+        if limit is not None and value >= limit:
+            raise ValueError(f"must be less than generator.max_prompt_tokens ({limit})")
+        return value
+
     projector_dim: int | None = Field(
         None, ge=1, description="Hidden width of the projector. Unset: the generator's width."
     )

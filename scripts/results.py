@@ -130,7 +130,11 @@ def main() -> None:
     import transformers
 
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     made = (
         f"Made on {time.strftime('%Y-%m-%d')} by `python scripts/results.py` at commit {commit} with "

@@ -114,7 +114,14 @@ def _write(
         prefixes = _Tokeniser(tokenize)([text.prefix(q.text) for q in questions])
         targets = _Tokeniser(tokenize)([text.target(_taught(q, max_answers)) for q in questions])
         append("prefix", [np.concatenate([head, row]) for row in prefixes])
-        append("target", [np.concatenate([row, foot]) for row in targets])
+        # A question without an answer teaches nothing, not even to stop.
+        append(
+            "target",
+            [
+                np.concatenate([row, foot]) if question.answers else foot[:0]
+                for question, row in zip(questions, targets, strict=True)
+            ],
+        )
         lines = [text.fact(h, word_of[r], t) for q in questions for h, r, t in q.triples]
         rows = of_fact(lines)
         append("facts", rows)

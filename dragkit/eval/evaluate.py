@@ -124,6 +124,7 @@ def evaluate(
     for batch in source.load(batches):
         for prediction in phase.predict(batch.to(device), relations):
             question = source.store.question(prediction.row)
+            selected = set(prediction.selected)
             records.append(_record(question, prediction))
             predictions.append(
                 {
@@ -134,7 +135,7 @@ def evaluate(
                     "facts": [
                         {"triple": list(question.triples[i]), "p": round(p, 6)}
                         for i, p in zip(prediction.ranked, prediction.probability, strict=True)
-                        if i in set(prediction.selected)
+                        if i in selected
                     ],
                 }
             )

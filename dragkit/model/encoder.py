@@ -29,7 +29,11 @@ _CACHE_VERSION = 1
 def _hub_folder(name: str, *, local: bool) -> Path | None:
     """The snapshot of `name` in the local hub cache, or (`local` false) fetched from the hub."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     wanted = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
     if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
@@ -38,7 +42,7 @@ def _hub_folder(name: str, *, local: bool) -> Path | None:
         return Path(
             snapshot_download(name, local_files_only=local, allow_patterns=wanted, etag_timeout=5)
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         logger.debug("%s: %s", name, error)
         return None
 
@@ -87,9 +91,7 @@ def find_encoder(name: str | None = None) -> Path:
 def _weights_fingerprint(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.rglob("*")):
-        if file.suffix == ".safetensors":
-            digest.update(file.read_bytes())
-        elif file.suffix == ".json" and file.stat().st_size < 10_000:
+        if file.suffix == ".safetensors" or file.suffix == ".json" and file.stat().st_size < 10_000:
             digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -86,6 +86,17 @@ def _check_memory(folder: str, name: str, device: torch.device) -> None:
         )
 
 
+def check_generator(config: GeneratorConfig, device: torch.device, *, name: str) -> str:
+    """The generator's folder, once its weights are known to be there and to fit.
+
+    Raises:
+        MissingInputError: no weights, or no room for them.
+    """
+    folder = resolve_generator(config, name=name)
+    _check_memory(folder, name, device)
+    return folder
+
+
 def _prepare_nemotron_h(model: nn.Module) -> None:
     """Two repairs on the instance; the class itself stays the library's."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
@@ -114,7 +125,9 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     Raises:
         ConfigError: a wanted name matches no layer, with the nearest names that exist.
     """
-    present = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+    present = sorted(
+        {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    )
     if wanted is None:
         chosen = [name for name in LORA_TARGETS if name in present]
         if not chosen:
@@ -147,7 +160,8 @@ class Generator(nn.Module):
         self.tokenizer = tokenizer
         self.eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[attr-defined]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._decoder = [base.model, base.get_output_embeddings()]
+        # In lists, so that the modules are not registered a second time.
+        self._decoder = [base.base_model, base.get_output_embeddings()]
         self._embedding = [base.get_input_embeddings()]
 
     @property
@@ -196,7 +210,9 @@ class Generator(nn.Module):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
 
-    def embed(self, prompt: NeuralPrompt, vectors: Tensor | None, *, left: bool) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, prompt: NeuralPrompt, vectors: Tensor | None, *, left: bool
+    ) -> tuple[Tensor, Tensor]:
         """Embeddings of the prompts in a padded batch.
 
         Args:
@@ -242,7 +258,9 @@ class Generator(nn.Module):
         hidden = hidden.flatten(0, 1)[row[prompt.target_row]]
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        for rows, ids in zip(hidden.split(_LOGIT_ROWS), prompt.target_id.split(_LOGIT_ROWS), strict=True):
+        for rows, ids in zip(
+            hidden.split(_LOGIT_ROWS), prompt.target_id.split(_LOGIT_ROWS), strict=True
+        ):
             logits = head(rows).float()
             each = F.cross_entropy(logits, ids, reduction="none")
             weight = torch.where(ids == self.eos_token_id, eos_weight, 1.0)
@@ -267,15 +285,16 @@ def load_generator(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = resolve_generator(config, name=name)
-    _check_memory(folder, name, device)
+    folder = check_generator(config, device, name=name)
     if config.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:
         dtype = getattr(torch, config.dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise MissingInputError(
             f"the generator {name} in {folder} cannot be loaded: {str(error).splitlines()[0]}"
@@ -305,5 +324,7 @@ def load_generator(
             ),
         )
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info("LoRA rank %d on %s: %d parameters", config.lora_rank, ", ".join(targets), count)
+        logger.info(
+            "LoRA rank %d on %s: %d parameters", config.lora_rank, ", ".join(targets), count
+        )
     return Generator(model.to(device), tokenizer)

@@ -44,6 +44,8 @@ class TokenPooling(nn.Module):
         Returns:
             float [..., C].
         """
+        if states.shape[-2] == 0:
+            return self.project(states.new_zeros(*states.shape[:-2], states.shape[-1]))
         weight = self.project.weight
         direction = query @ weight  # the bias moves all scores alike and drops out of the softmax
         if direction.dim() == 1:

@@ -153,8 +153,9 @@ def assemble_prompt(
     flat_length = lengths.flatten()
     length = lengths.sum(1)
     segment = torch.repeat_interleave(flat_length)
-    within = torch.arange(segment.numel(), device=device) - (
-        (flat_length.cumsum(0) - flat_length)[segment]
+    within = (
+        torch.arange(segment.numel(), device=device)
+        - ((flat_length.cumsum(0) - flat_length)[segment])
     )
     piece = segment % pieces_per_prompt
     question = segment // pieces_per_prompt

@@ -42,9 +42,9 @@ class FactSampler:
 
     def _step_seed(self, step: int, device: torch.device) -> Tensor:
         # Low word: step, high word: seed; Philox mixes the two key words.
-        return torch.tensor(
-            ((self.seed & 0x7FFFFFFF) << 32) | (step & 0xFFFFFFFF), dtype=torch.int64, device=device
-        )
+        word = (self.seed << 32) | (step & 0xFFFFFFFF)
+        signed = word - (1 << 64) if word >= 1 << 63 else word
+        return torch.tensor(signed, dtype=torch.int64, device=device)
 
     def draw(self, logits: Tensor, graph: PackedGraph, step: int) -> FactSelection:
         """A random subgraph per question; float32 [E] logits."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-ONSETS = "b c d f g h j k l m n p r s t v w z br st kr th sh".split()
+ONSETS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br", "st", "kr", "th", "sh"]
 CODAS = ("", "n", "r", "l", "s")
 SYLLABLES = tuple(o + v + c for o in ONSETS for v in "aeiou" for c in CODAS)
 ACCENTS = str.maketrans("aeioucn", "áéíöüçñ")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dragkit.tiny.names import NameSource, word
@@ -12,20 +12,9 @@ TAIL, HEAD, IRRELEVANT = "<tail>", "<head>", "<irr>"
 MARKERS = (TAIL, HEAD, IRRELEVANT)
 KINDS = ("forward", "inverse", "forward_list", "inverse_list", "two_hop")
 
-NOUNS = (
-    "capital language currency spouse author director sibling parent founder birthplace employer genre "
-    "location river mountain team coach sponsor school mentor editor producer neighbor partner rival owner "
-    "tenant member leader hometown album actor award character child college composer continent country "
-    "county film flag government industry instrument label mayor nationality party people place player "
-    "position profession religion series song sport starring state student subject writer"
-).split()
-PARTICIPLES = (
-    "written by|directed by|born in|located in|founded by|owned by|married to|played by|made by|based in|"
-    "part of|member of|contained by|preceded by|used in|spoken in|works for|plays for|won by|named after"
-).split("|")
-DOMAINS = (
-    "people person location country film sports team music artist book work award organization military"
-).split()
+NOUNS = ["capital", "language", "currency", "spouse", "author", "director", "sibling", "parent", "founder", "birthplace", "employer", "genre", "location", "river", "mountain", "team", "coach", "sponsor", "school", "mentor", "editor", "producer", "neighbor", "partner", "rival", "owner", "tenant", "member", "leader", "hometown", "album", "actor", "award", "character", "child", "college", "composer", "continent", "country", "county", "film", "flag", "government", "industry", "instrument", "label", "mayor", "nationality", "party", "people", "place", "player", "position", "profession", "religion", "series", "song", "sport", "starring", "state", "student", "subject", "writer"]
+PARTICIPLES = ["written by", "directed by", "born in", "located in", "founded by", "owned by", "married to", "played by", "made by", "based in", "part of", "member of", "contained by", "preceded by", "used in", "spoken in", "works for", "plays for", "won by", "named after"]
+DOMAINS = ["people", "person", "location", "country", "film", "sports", "team", "music", "artist", "book", "work", "award", "organization", "military"]
 FORWARD_NOUN = (
     "what is the {r} of {x}?",
     "who is the {r} of {x}?",
@@ -125,10 +114,18 @@ def _core(
     if kind == "two_hop":
         middle, second = names.draw(), _different_relation(rng, relation)
         first: Fact = (entity, relation, middle)
-        inner = f"the {relation.asked} of {entity}" if relation.is_noun else f"what {entity} is {relation.asked}"
+        inner = (
+            f"the {relation.asked} of {entity}"
+            if relation.is_noun
+            else f"what {entity} is {relation.asked}"
+        )
         forward = rng.random() < 0.7
         last = (middle, second, names.draw()) if forward else (names.draw(), second, middle)
-        return _ask(rng, second, inner, forward), [first, last], [IRRELEVANT, TAIL if forward else HEAD]
+        return (
+            _ask(rng, second, inner, forward),
+            [first, last],
+            [IRRELEVANT, TAIL if forward else HEAD],
+        )
     count = rng.randint(2, min(4, num_facts)) if kind.endswith("_list") else 1
     forward = kind.startswith("forward")
     facts: list[Fact] = [
@@ -162,7 +159,9 @@ def draw_sample(kind: str, names: NameSource, rng: random.Random, num_facts: int
         ValueError: if the kind is unknown or `num_facts` < 2.
     """
     if kind not in KINDS or num_facts < 2:
-        raise ValueError(f"kind {kind!r} with {num_facts} facts; expected one of {KINDS}, >= 2 facts")
+        raise ValueError(
+            f"kind {kind!r} with {num_facts} facts; expected one of {KINDS}, >= 2 facts"
+        )
     question, core, markers = _core(kind, names, rng, num_facts)
     asked = {(fact[0], fact[1].asked) for fact in core} | {
         (fact[2], fact[1].asked) for fact in core

@@ -1,13 +1,29 @@
-"""torch.compile, applied from outside the models."""
+"""torch.compile and mixed precision, applied from outside the models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch._dynamo
+import torch.fx.experimental._config
 from torch import nn
 
 
 def compile_retriever(retriever: nn.Module) -> Callable:
-    """The whole retriever as one graph with dynamic sizes."""
+    """The whole retriever as one graph with dynamic sizes.
+
+    Sizes that happen to be equal in one pack (as many questions as tokens, say) must not be taken to
+    be equal in all: each such coincidence would cost a graph of its own.
+    """
+    torch.fx.experimental._config.use_duck_shape = False
+    torch._dynamo.config.recompile_limit = 32
     return torch.compile(retriever, fullgraph=True, dynamic=True)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Mixed precision of retriever and projector: bfloat16 on a GPU unless told otherwise."""
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from dragkit import __version__
 from dragkit.config import TrainConfig, dump_config
 from dragkit.data.packed import QuestionBatch
-from dragkit.errors import DragkitError, Interrupted
+from dragkit.errors import CheckpointError, DragkitError, Interrupted, WriteError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.report import Report
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
+from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import (
     LoadedCheckpoint,
     Snapshot,
@@ -36,6 +38,8 @@ from dragkit.trainer.signals import StopSignal
 from dragkit.trainer.source import QuestionSource
 
 logger = logging.getLogger(__name__)
+
+MAX_FAILED_SAVES = 3
 
 
 class NumericalError(DragkitError):
@@ -55,6 +59,7 @@ class Trainer:
         train, val: data; `val` may be None.
         run_dir: where checkpoints, metrics and the configuration go.
         device: where the models are.
+        command_dir: the folder that `--resume` is given; None means `run_dir`.
     """
 
     def __init__(
@@ -65,8 +70,12 @@ class Trainer:
         val: QuestionSource | None,
         run_dir: Path,
         device: torch.device,
+        *,
+        command_dir: Path | None = None,
     ) -> None:
         self.config, self.phase, self.run_dir, self.device = config, phase, run_dir, device
+        self.command_dir = command_dir or run_dir
+        self.failed_saves = 0
         self.train, self.val = train, val
         self.relations = train.relations.to(device)
         self.epochs = config.optim.epochs_in(config.run.phase)
@@ -78,22 +87,54 @@ class Trainer:
         self.names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
         self.state = TrainState(
-            phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, best=None, extra={}
+            phase=phase.name,
+            epoch=0,
+            step=0,
+            batch=0,
+            questions_seen=0,
+            best=None,
+            extra={
+                "data": train.store.fingerprint,
+                "dragkit": __version__,
+                "torch": torch.__version__,
+            },
         )
         self.meter = ThroughputMeter(device)
         self.window = ProfileWindow(config.run.profile_steps)
 
     def _steps_in_epoch(self, epoch: int) -> int:
-        return math.ceil(len(self.train.sampler.batches(epoch)) / self.config.optim.accumulation_steps)
+        return math.ceil(
+            len(self.train.sampler.batches(epoch)) / self.config.optim.accumulation_steps
+        )
 
     def resume(self, loaded: LoadedCheckpoint) -> None:
-        """Continues from a checkpoint of this phase: weights, optimizer, schedule, position."""
+        """Continues from a checkpoint of this phase: weights, optimizer, schedule, position.
+
+        Raises:
+            CheckpointError: its weights do not fit, or it was trained on other questions.
+        """
+        if loaded.state.extra.get("data") != self.train.store.fingerprint:
+            raise CheckpointError(
+                f"{loaded.folder}: was trained on other questions than {self.train.path} now holds, so "
+                "it cannot be continued. Start a new run from it with --phase1_checkpoint, or train anew."
+            )
         self.phase.load(loaded)
         restore_optimizer_state(self.optimizer, self.names, loaded.tensors["optim"])
         self.state = loaded.state
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
+        self._forget_after(self.state.step)
+
+    def _forget_after(self, step: int) -> None:
+        """Drops log lines of steps that are about to be done again."""
+        path = self.run_dir / "metrics.jsonl"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
+            replace_text(path, "".join(kept))
 
     def fit(self) -> TrainState:
         """Trains to the last epoch and returns the final state.
@@ -102,7 +143,7 @@ class Trainer:
             Interrupted: a stop signal came; the state is saved.
             NumericalError: a loss or gradient was not finite; nothing was updated by it.
         """
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folders(self.run_dir)
         with StopSignal() as stop, Progress(self) as progress:
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
@@ -124,7 +165,7 @@ class Trainer:
             self.save(is_best=False)
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.total_steps} and saved in {self.run_dir}. "
-            f"Continue with the same command and --resume {self.run_dir}"
+            f"Continue with the same command and --resume {self.command_dir}"
         )
 
     def _steps(self) -> Iterator[list[QuestionBatch]]:
@@ -200,15 +241,14 @@ class Trainer:
         if self.val is not None:
             report = self.validate()
             score = self.phase.score(report.means)
-            best = self.state.best is None or score > self.state.best
+            best = score is not None and (self.state.best is None or score > self.state.best)
             if best:
                 self.state = replace(self.state, best=score)
         self.save(is_best=best)
 
     def validate(self) -> Report:
         """Metrics on the validation questions, logged."""
-        limit = self.config.run.val_generation_limit if self.phase.name == "phase2" else None
-        result = evaluate(self.phase, self.val, self.device, limit=limit)
+        result = evaluate(self.phase, self.val, self.device, limit=self.phase.validation_limit)
         for line in result.samples(self.config.run.val_log_samples):
             logger.info(line)
         self.record({"epoch": self.state.epoch, "validation": result.report.means})
@@ -217,12 +257,28 @@ class Trainer:
 
     def record(self, entry: dict) -> None:
         """Appends a line to metrics.jsonl."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.state.step, **entry}) + "\n")
 
-    def save(self, *, is_best: bool) -> Path:
-        """Writes a checkpoint of everything that `resume` needs."""
+    def save(self, *, is_best: bool) -> None:
+        """Writes a checkpoint of everything that `resume` needs.
+
+        A disk that is full for a while must not end a long run: training goes on after a failed save,
+        and gives up at the third in a row.
+
+        Raises:
+            WriteError: three saves in a row have failed.
+        """
+        try:
+            self._save(is_best=is_best)
+            self.failed_saves = 0
+        except WriteError as error:
+            self.failed_saves += 1
+            if self.failed_saves >= MAX_FAILED_SAVES:
+                raise
+            logger.warning("%s\n  training goes on (%d failed saves)", error, self.failed_saves)
+
+    def _save(self, *, is_best: bool) -> None:
         heads, folders = self.phase.heads(), {}
         if (adapter := self.phase.adapter_writer()) is not None:
             folders["adapter"] = adapter
@@ -234,8 +290,8 @@ class Trainer:
             folders=folders,
             json={"config": self.config.model_dump(mode="json")},
         )
-        (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-        return save_checkpoint(
+        replace_text(self.run_dir / "config.yaml", dump_config(self.config))
+        save_checkpoint(
             self.run_dir,
             self.state.step,
             snapshot,

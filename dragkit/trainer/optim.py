@@ -44,9 +44,7 @@ def build_scheduler(
     warmup = max(1, round(config.warmup_share * total_steps))
     return LambdaLR(
         optimizer,
-        lambda step: learning_rate_share(
-            done + step, total_steps, warmup, config.min_lr_share
-        ),
+        lambda step: learning_rate_share(done + step, total_steps, warmup, config.min_lr_share),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -55,6 +55,7 @@ class Phase(Protocol):
 
     name: str
     model: nn.Module
+    validation_limit: int | None
 
     def parameter_groups(self) -> list[dict]:
         """Trained parameters by role: `name`, `params`, `lr` and `weight_decay` of each group."""
@@ -86,6 +87,6 @@ class Phase(Protocol):
         """Takes all weights of a checkpoint of this phase; every key must fit."""
         ...
 
-    def score(self, metrics: dict[str, float]) -> float:
-        """The one number by which a checkpoint is the best; higher is better."""
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """The one number by which a checkpoint is the best, higher is better; None without one."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from dragkit.model.retriever import Retriever, RetrieverOutput
 from dragkit.model.sampler import FactSampler, FactSelection
 from dragkit.observe.profiling import nvtx_range
 from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 
 
@@ -38,12 +39,12 @@ def rank_facts(
 ) -> list[Prediction]:
     """Host-side predictions: every question's facts by falling probability."""
     probability = torch.sigmoid(logits.float()).cpu()
-    ptr = batch.graph.fact_ptr.tolist()
+    host, ptr = logits.cpu(), batch.graph.fact_ptr.tolist()
     chosen = selection.index.tolist()
     predictions = []
     for place, row in enumerate(batch.rows):
         start, end = ptr[place], ptr[place + 1]
-        order = torch.argsort(logits[start:end].cpu(), descending=True, stable=True)
+        order = torch.argsort(host[start:end], descending=True, stable=True)
         predictions.append(
             Prediction(
                 row=row,
@@ -64,12 +65,17 @@ class RetrieverPhase:
     """
 
     name = "phase1"
+    validation_limit: int | None = None
 
     def __init__(self, config: TrainConfig, retriever: Retriever) -> None:
         self.config = config
         self.model = retriever
         self.sampler = FactSampler(config.sampler, config.run.seed)
         self.forward = retriever.__call__
+
+    def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
+        with autocast(self.config.run.precision, batch.graph.topic.device):
+            return self.forward(batch, relations)
 
     def parameter_groups(self) -> list[dict]:
         """One group: the retriever."""
@@ -92,7 +98,7 @@ class RetrieverPhase:
         """Forward and backward of one micro-batch."""
         graph = batch.graph
         with nvtx_range("retriever"):
-            output: RetrieverOutput = self.forward(batch, relations)
+            output = self._retrieve(batch, relations)
             loss, _ = retrieval_loss(
                 output.fact_logits,
                 graph.label,
@@ -110,7 +116,7 @@ class RetrieverPhase:
     @torch.no_grad()
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
         """The facts of every question, ranked."""
-        logits = self.forward(batch, relations).fact_logits
+        logits = self._retrieve(batch, relations).fact_logits
         return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
 
     def heads(self) -> dict[str, Tensor]:
@@ -125,6 +131,6 @@ class RetrieverPhase:
         """Takes the retriever of a checkpoint."""
         load_tensors_into(self.heads(), loaded.tensors["heads"], what=str(loaded.folder))
 
-    def score(self, metrics: dict[str, float]) -> float:
-        """F1 of the selected facts against the labels."""
-        return metrics["retrieval-f1"]
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """F1 of the selected facts against the labels; None where no question has labels."""
+        return metrics.get("retrieval-f1")

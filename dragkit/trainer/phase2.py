@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.retriever import RetrieverOutput
 from dragkit.observe.profiling import nvtx_range
 from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
 
@@ -57,6 +58,12 @@ class JointPhase:
         self.model = model
         self.forward = model.retriever.__call__
         self.cascade = False
+        self.generates = True
+        self.validation_limit: int | None = config.run.val_generation_limit
+
+    def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
+        with autocast(self.config.run.precision, batch.graph.topic.device):
+            return self.forward(batch, relations)
 
     def parameter_groups(self) -> list[dict]:
         """Retriever, projector and adapters, each with its own learning rate."""
@@ -111,7 +118,7 @@ class JointPhase:
         """Forward and backward of one micro-batch."""
         model, graph, config = self.model, batch.graph, self.config
         with nvtx_range("retriever"):
-            output: RetrieverOutput = self.forward(batch, relations)
+            output = self._retrieve(batch, relations)
         logits = output.fact_logits.detach().requires_grad_()
         with nvtx_range("sampler"):
             selection = model.sampler.draw(logits, graph, step)
@@ -120,7 +127,8 @@ class JointPhase:
             prompt = model.prompt(batch, selection.index, with_target=True, residual=residual)
             ungated, slots = None, None
             if model.uses_vectors:
-                ungated = model.vectors(output, batch, selection)
+                with autocast(config.run.precision, logits.device):
+                    ungated = model.vectors(output, batch, selection)
                 slots = (selection.gate.unsqueeze(-1) * ungated.detach()).flatten(0, 1)
                 if residual:
                     extra = model.residual(output, batch, selection)
@@ -135,8 +143,9 @@ class JointPhase:
                 (found,) = torch.autograd.grad(slots, logits, leaf.grad, allow_unused=True)
                 from_generator = from_generator if found is None else found
                 own = leaf.grad[: ungated.shape[0] * ungated.shape[1]].view_as(ungated)
-                roots.append(ungated)
-                gradients.append(own * selection.gate.detach().unsqueeze(-1))
+                if ungated.requires_grad:  # not where every graph of the batch is empty
+                    roots.append(ungated)
+                    gradients.append(own * selection.gate.detach().unsqueeze(-1))
             retrieval, _ = retrieval_loss(
                 logits,
                 graph.label,
@@ -148,7 +157,7 @@ class JointPhase:
             retrieval = retrieval / counts["questions"]
             (from_labels,) = torch.autograd.grad(retrieval, logits)
             weight = torch.tensor(config.loss.ret_loss_weight, device=logits.device)
-            if config.loss.use_grad_norm_balance:
+            if config.loss.use_grad_norm_balance and model.uses_vectors:
                 weight = balance_weight(from_generator, from_labels, config.loss.balance_rho)
             total = from_generator + weight * from_labels
             torch.autograd.backward(roots, [total, *gradients])
@@ -159,7 +168,7 @@ class JointPhase:
             "token_accuracy": correct / counts["tokens"],
             "facts_kept": selection.count.float().sum() / graph.num_graphs,
         }
-        if config.run.log_grad_norms:
+        if config.run.log_grad_norms and step % config.run.grad_norm_log_interval == 0:
             parts["grad_norm_generator"] = from_generator.norm()
             parts["grad_norm_retrieval"] = from_labels.norm()
             parts["retrieval_weight"] = weight
@@ -174,9 +183,11 @@ class JointPhase:
     @torch.no_grad()
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
         """Ranked facts and a greedy answer for every question."""
-        output = self.forward(batch, relations)
+        output = self._retrieve(batch, relations)
         selection = self.model.sampler.best(output.fact_logits, batch.graph)
-        texts = self.model.generate(batch, output, selection, cascade=self.cascade)
+        texts = None
+        if self.generates:
+            texts = self.model.generate(batch, output, selection, cascade=self.cascade)
         return rank_facts(batch, output.fact_logits, selection, texts)
 
     def heads(self) -> dict[str, Tensor]:
@@ -208,6 +219,6 @@ class JointPhase:
         own = module_tensors(self.model.retriever, "retriever")
         load_tensors_into(own, heads, what=str(loaded.folder))
 
-    def score(self, metrics: dict[str, float]) -> float:
-        """F1 of the answer sets."""
-        return metrics["strict-f1"] if "strict-f1" in metrics else metrics["retrieval-f1"]
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """F1 of the answer sets, or of the facts where no answers are generated."""
+        return metrics.get("strict-f1", metrics.get("retrieval-f1"))

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Parts that add up over the micro-batches of a step; the others are averaged.
+_SHARES = ("retrieval", "generator", "token_accuracy")
+
 
 class Progress:
     """Reads the step's tensors only every `log_every_steps` steps, since reading waits for them."""
@@ -45,21 +48,21 @@ class Progress:
         total = {"loss": sum(out.loss for out in outputs)}
         for name in outputs[0].parts:
             total[name] = sum(out.parts[name] for out in outputs)
-        total["facts_kept"] = total.get("facts_kept", torch.tensor(0.0)) / len(outputs)
+            if name not in _SHARES:
+                total[name] = total[name] / len(outputs)
         self._parts.append(total)
         self.bar.update(1)
         if trainer.state.step % self.every and trainer.state.step != trainer.total_steps:
             return
+        names = dict.fromkeys(name for part in self._parts for name in part)
         means = {
-            name: float(torch.stack([p[name].float() for p in self._parts]).mean())
-            for name in self._parts[0]
+            name: float(torch.stack([p[name].float() for p in self._parts if name in p]).mean())
+            for name in names
         }
         self._parts.clear()
         rate = trainer.meter.read()
         left = (trainer.total_steps - trainer.state.step) * rate.step_ms / 1e3
-        shown = {name: f"{value:.4g}" for name, value in means.items() if name != "facts_kept"}
-        if means["facts_kept"]:
-            shown["facts"] = f"{means['facts_kept']:.1f}"
+        shown = {name: f"{value:.4g}" for name, value in means.items()}
         shown["questions/s"] = f"{rate.questions_per_s:.0f}"
         self.bar.set_postfix(shown)
         if self.bar.disable:

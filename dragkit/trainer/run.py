@@ -13,14 +13,16 @@ import torch
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
 from dragkit.errors import CheckpointError, ConfigError, MissingInputError
-from dragkit.eval.evaluate import EvaluationResult, evaluate
+from dragkit.eval.evaluate import evaluate
 from dragkit.model.encoder import TextEncoder, find_encoder
-from dragkit.model.generator import Generator, load_generator, resolve_generator
+from dragkit.model.generator import Generator, check_generator, load_generator
 from dragkit.model.joint import JointModel
 from dragkit.model.retriever import Retriever
+from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
+from dragkit.trainer.manifest import step_of_folder
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
@@ -47,7 +49,9 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"run.device: {name} was asked for, but no CUDA device is available here.")
+        raise ConfigError(
+            f"run.device: {name} was asked for, but no CUDA device is available here."
+        )
     return device
 
 
@@ -90,6 +94,25 @@ def new_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{stamp}-phase{config.run.phase}-{name}"
 
 
+def run_of(folder: Path) -> Path:
+    """The run that a folder belongs to: itself, or its parent where it is one checkpoint of it."""
+    return folder.parent if step_of_folder(folder.name) is not None else folder
+
+
+def refuse_used_folder(run_dir: Path) -> None:
+    """A second run in one folder would mix its checkpoints with the first one's.
+
+    Raises:
+        ConfigError: the folder already holds checkpoints.
+    """
+    for folder in (run_dir, run_dir / "phase1"):
+        if folder.is_dir() and any(step_of_folder(p.name) is not None for p in folder.iterdir()):
+            raise ConfigError(
+                f"run.checkpoint_dir: {run_dir} already holds a run. Continue it with --resume "
+                f"{run_dir}, or name another folder."
+            )
+
+
 def resume_dir(config: TrainConfig) -> Path:
     """The run that `--resume` means.
 
@@ -97,7 +120,7 @@ def resume_dir(config: TrainConfig) -> Path:
         MissingInputError: there is none.
     """
     if isinstance(config.run.resume, str):
-        return Path(config.run.resume)
+        return run_of(Path(config.run.resume))
     if config.run.checkpoint_dir is not None:
         return Path(config.run.checkpoint_dir)
     runs = sorted(p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if p.is_dir())
@@ -139,33 +162,35 @@ class Stages:
     def __init__(self, run_dir: Path, test: QuestionSource | None, device: torch.device) -> None:
         self.path = run_dir / "results.json"
         self.test, self.device = test, device
-        self.rows: dict[str, EvaluationResult] = {}
+        self.rows: dict[str, dict] = {}
+        if self.path.is_file():
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))
 
     def measure(self, name: str, phase: Phase) -> None:
         """Evaluates on the test questions, where there are any."""
         if self.test is None:
             return
         logger.info("evaluating %s on %s", name, self.test.path.name)
-        self.rows[name] = evaluate(phase, self.test, self.device)
-        content = {stage: row.report.to_dict() for stage, row in self.rows.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        self.rows[name] = evaluate(phase, self.test, self.device).report.to_dict()
+        make_folders(self.path.parent)
+        replace_text(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def table(self) -> str:
         """Stages as rows, headline metrics in percent as columns."""
         if not self.rows:
             return ""
-        first = next(iter(self.rows.values()))
-        names = [n for n in HEADLINE if any(n in r.report.means for r in self.rows.values())]
-        width = max(len(stage) for stage in self.rows)
-        asked = first.report.counts["asked"]
-        lines = [f"{f'test, {asked} questions':<{width}}  " + "  ".join(names)]
+        asked = next(iter(self.rows.values()))["counts"]["asked"]
+        title = f"test, {asked} questions"
+        names = [n for n in HEADLINE if any(n in row["metrics"] for row in self.rows.values())]
+        width = max(map(len, (title, *self.rows)))
+        lines = [f"{title:<{width}}  " + "  ".join(names)]
         for stage, row in self.rows.items():
-            cells = (
-                f"{100 * row.report.means[n]:>{len(n)}.1f}" if n in row.report.means else "-".rjust(len(n))
+            cells = [
+                f"{100 * row['metrics'][n]['mean']:.1f}" if n in row["metrics"] else "-"
                 for n in names
-            )
-            lines.append(f"{stage:<{width}}  " + "  ".join(cells))
+            ]
+            padded = (cell.rjust(len(n)) for cell, n in zip(cells, names, strict=True))
+            lines.append(f"{stage:<{width}}  " + "  ".join(padded))
         return "\n".join(lines)
 
 
@@ -208,9 +233,29 @@ def adopt_saved(
     return config.model_copy(update={name: getattr(saved, name) for name in sections})
 
 
+def resumed_config(
+    config: TrainConfig, loaded: LoadedCheckpoint, explicit: set[str]
+) -> TrainConfig:
+    """The checkpoint's own settings, with this command's place, device and reporting."""
+    saved = TrainConfig.model_validate(loaded.json["config"])
+    if "run.seed" in explicit and config.run.seed != saved.run.seed:
+        raise CheckpointError(
+            f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed {saved.run.seed}; "
+            "leave the flag away to continue it."
+        )
+    sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
+    kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
+    config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
+    return adopt_saved(config, saved, explicit, sections)
+
+
 def explicit_keys(origins: dict[str, str]) -> set[str]:
     """Dotted keys whose value comes from the user rather than from a default or a preset."""
-    return {k for k, origin in origins.items() if origin != "default" and not origin.startswith("preset")}
+    return {
+        key
+        for key, origin in origins.items()
+        if origin not in ("default", "no data named") and not origin.startswith("preset ")
+    }
 
 
 class Run:
@@ -228,33 +273,37 @@ class Run:
         self.explicit = explicit_keys(origins)
         self.resumed: LoadedCheckpoint | None = None
         self.run_dir = new_run_dir(config)
-        if config.run.phase == 2:
-            # Before anything costs time: the largest input is the one most likely to be missing.
-            resolve_generator(config.generator, name=config.generator_model)
         if config.run.resume:
             self.run_dir = resume_dir(config)
             config = self._resumed_config(config)
+        else:
+            refuse_used_folder(self.run_dir)
         self.config = config
         self.device = setup(config)
+        if config.run.phase == 2:
+            # Before anything costs time: the largest input is the one most likely to be missing.
+            check_generator(config.generator, self.device, name=config.generator_model)
         self.paths = data_paths(config)
         for path in (self.paths.train, self.paths.val, self.paths.test):
             if path is not None and not Path(path).is_file():
                 raise MissingInputError(f"{path}: no such file.")
-        self.encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))
+        self.encoder = TextEncoder(
+            find_encoder(config.encoder.model), cache_root(config.data.cache_dir)
+        )
 
     def _resumed_config(self, config: TrainConfig) -> TrainConfig:
         name = f"phase{config.run.phase}"
         if config.run.phase == 2 and (self.run_dir / "phase1").is_dir():
             try:
                 find_checkpoint(self.run_dir)
-            except (CheckpointError, MissingInputError):
+            except MissingInputError:
                 return config  # interrupted while phase 1 was still training
         self.resumed = _load_for_resume(self.run_dir, name)
-        saved = TrainConfig.model_validate(self.resumed.json["config"])
-        sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
-        return adopt_saved(config, saved, self.explicit, sections)
+        return resumed_config(config, self.resumed, self.explicit)
 
-    def source(self, path: str | None, generator: Generator | None, batch: int) -> QuestionSource | None:
+    def source(
+        self, path: str | None, generator: Generator | None, batch: int
+    ) -> QuestionSource | None:
         """One of the run's files, packed."""
         if path is None:
             return None
@@ -267,7 +316,9 @@ class Run:
         logger.info(
             "dragkit phase %d · device %s · preset %s · data %s%s · run folder %s",
             config.run.phase,
-            self.device if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            self.device
+            if self.device.type == "cuda"
+            else f"cpu, {torch.get_num_threads()} threads",
             config.preset or "none",
             "demo (bundled)" if self.paths.bundled else self.paths.train,
             generator,
@@ -283,17 +334,17 @@ class Run:
                 return self._phase1(self.config, self.run_dir, self.resumed)
             return self._phase2()
 
-    def _phase1(
-        self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None
-    ) -> str:
+    def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
         retriever = build_retriever(config, self.encoder).to(self.device)
         phase = maybe_compile(RetrieverPhase(config, retriever), retriever, config, self.device)
         batch = config.optim.batch_size_in(1)
         train = self.source(self.paths.train, None, batch)
         val = self.source(self.paths.val, None, 64)
         only_phase = config.run.phase == self.config.run.phase
-        stages = Stages(run_dir, self.source(self.paths.test, None, 64) if only_phase else None, self.device)
-        trainer = Trainer(config, phase, train, val, run_dir, self.device)
+        stages = Stages(
+            run_dir, self.source(self.paths.test, None, 64) if only_phase else None, self.device
+        )
+        trainer = Trainer(config, phase, train, val, run_dir, self.device, command_dir=self.run_dir)
         if resumed is not None:
             trainer.resume(resumed)
         elif only_phase:
@@ -319,7 +370,11 @@ class Run:
             config = self.phase1_config
             resumed = None
             if self.config.run.resume and folder.is_dir():
-                resumed = _load_for_resume(folder, "phase1")
+                try:
+                    resumed = _load_for_resume(folder, "phase1")
+                    config = resumed_config(config, resumed, set())
+                except MissingInputError:
+                    resumed = None  # stopped before its first checkpoint
             logger.info("no phase 1 checkpoint was named; training it first in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)
@@ -335,7 +390,7 @@ class Run:
         phase = build_joint(config, self.encoder, self.device)
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
-        val = self.source(self.paths.val, generator, 32) if config.run.val_generation else None
+        val = self.source(self.paths.val, generator, 32)
         stages = Stages(self.run_dir, self.source(self.paths.test, generator, 32), self.device)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device)
         if self.resumed is not None:
@@ -351,7 +406,9 @@ class Run:
         phase.load(load_checkpoint(best))
         stages.measure("after phase 2 (joint)", phase)
         lines = [stages.table(), f"checkpoint: {best}", "next:"]
-        lines.append(f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE")
+        lines.append(
+            f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE"
+        )
         if self.paths.bundled:
             lines.append(
                 "  your own questions: python -m dragkit.train --phase 2 --preset tiny --generator_model "

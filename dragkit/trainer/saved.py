@@ -12,6 +12,7 @@ from dragkit.errors import MissingInputError
 from dragkit.eval.evaluate import evaluate
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.manifest import step_of_folder
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.run import build_joint, build_retriever, data_paths, setup
@@ -40,6 +41,17 @@ def _files(config: TrainConfig, args: EvaluateArguments) -> list[str]:
     return [found]
 
 
+def chosen_checkpoint(run: Path, which: str | int) -> Path:
+    """The checkpoint of a run that is meant: best (latest where there is no best), latest, a step."""
+    if step_of_folder(run.name) is not None:
+        return find_checkpoint(run)
+    if isinstance(which, int):
+        return find_checkpoint(run / f"step-{which:08d}")
+    if which == "best" and not (run / "best").exists():
+        which = "latest"
+    return find_checkpoint(run, which=which)
+
+
 def evaluate_run(args: EvaluateArguments) -> dict:
     """Scores of a run's model on files of questions.
 
@@ -49,8 +61,7 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     Returns:
         JSON-ready: versions, checkpoint, configuration, and per file the report and predictions.
     """
-    which = args.checkpoint
-    loaded = load_checkpoint(find_checkpoint(Path(args.run), which=which))
+    loaded = load_checkpoint(chosen_checkpoint(args.run, args.checkpoint))
     config = _config(TrainConfig.model_validate(loaded.json["config"]), args)
     device = setup(config)
     encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))

@@ -8,11 +8,11 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Context manager; `requested` turns True at the first SIGINT or SIGTERM."""
+    """Context manager; `requested` turns True at the first SIGINT, SIGTERM or SIGUSR1."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -31,10 +31,12 @@ class StopSignal:
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        logger.warning("%s: saving after this step; once more to stop at once", signal.Signals(number).name)
+        logger.warning(
+            "%s: saving after this step; once more to stop at once", signal.Signals(number).name
+        )
         self.requested = True
         self._restore()

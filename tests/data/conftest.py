@@ -61,7 +61,9 @@ def random_rows() -> Callable[..., list[dict]]:
                 {
                     "id": f"q{number}",
                     "question": f"question {number}",
-                    "topic_entities": draw.sample(names, 1) if draw.random() < 0.8 else ["nowhere"],
+                    "topic_entities": draw.sample(names, min(2, nodes))
+                    if draw.random() < 0.8
+                    else ["nowhere"],
                     "answer": draw.sample(names, min(2, nodes)),
                     "paths": [[draw.choice(names), draw.choice(names)]],
                     "triples": [

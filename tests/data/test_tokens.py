@@ -80,7 +80,11 @@ def test_lengths(packed: PackedStore, tmp_path: Path) -> None:
     text = PromptTemplate()
     asked = [packed.question(row) for row in range(len(packed))]
     assert rows.prefix_lengths.tolist() == [1 + len(text.prefix(q.text).encode()) for q in asked]
-    assert rows.target_lengths.tolist() == [1 + len(text.target(q.answers).encode()) for q in asked]
+    # A question without an answer has an empty target: not even the end token is taught.
+    assert rows.target_lengths.tolist() == [
+        1 + len(text.target(q.answers).encode()) if q.answers else 0 for q in asked
+    ]
+    assert rows.target_lengths[3] == 0
     assert len(rows.fact_lengths) == packed.summary["facts"]
 
 
@@ -128,3 +132,14 @@ def test_no_fact_at_all(
     batch = PackedCollator(packed, zero_states, rows)([0])  # type: ignore[arg-type]
     assert rows_of(batch.facts) == []
     assert rows_of(batch.target) == [[*b" a", EOS]]
+
+
+def test_a_target_takes_whole_answers_and_those_of_the_graph_first(
+    write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+) -> None:
+    row = {"question": "q", "triples": [["a", "r", "c"]], "answer": ["x", "c", "y", "a"]}
+    packed = PackedStore.build_or_open(write_rows([row]), cache_dir=tmp_path)
+    for most, taught in ((1, ["c"]), (3, ["c", "a", "x"]), (9, ["c", "a", "x", "y"])):
+        rows = build(packed, tmp_path, ByteTokeniser(), max_answers=most)
+        batch = PackedCollator(packed, zero_states, rows)([0])  # type: ignore[arg-type]
+        assert rows_of(batch.target) == [[*PromptTemplate().target(taught).encode(), EOS]]

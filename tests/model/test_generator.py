@@ -75,7 +75,10 @@ def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt
         length.append(len(whole))
         rows += range(start + len(tokens) - 1, start + len(whole) - 1)
         wanted += target
-    return NeuralPrompt(*map(torch.tensor, (ids, slot, position, question, length, rows, wanted)), torch.ones(len(questions)))
+    return NeuralPrompt(
+        *map(torch.tensor, (ids, slot, position, question, length, rows, wanted)),
+        torch.ones(len(questions)),
+    )
 
 
 def questions(with_target=True):
@@ -150,7 +153,9 @@ def test_weight_of_the_end_token(generator):
 
 
 def test_the_time_step_limit_is_the_configurations(generator):
-    limits = {tuple(m.time_step_limit) for m in generator.model.modules() if hasattr(m, "time_step_limit")}
+    limits = {
+        tuple(m.time_step_limit) for m in generator.model.modules() if hasattr(m, "time_step_limit")
+    }
     assert limits == {tuple(float(x) for x in generator.model.config.time_step_limit)}
 
 

@@ -78,7 +78,9 @@ def gradients(phase, batch, relations, step=0):
     counts = phase.normaliser([batch])
     out = phase.training_step(batch, relations, counts, step)
     grads = {
-        n: p.grad.clone() for n, p in phase.model.named_parameters() if p.grad is not None and p.grad.any()
+        n: p.grad.clone()
+        for n, p in phase.model.named_parameters()
+        if p.grad is not None and p.grad.any()
     }
     return out, grads
 

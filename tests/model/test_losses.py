@@ -47,7 +47,9 @@ def test_equals_the_definition_with_gradient(seed, margin):
 
 def test_ties_at_the_margin_cost_nothing():
     logits = torch.tensor([2.0, 1.0, 1.0, 2.0], requires_grad=True)
-    loss = ranking_loss(logits, torch.tensor([1.0, 0, 0, 1]), torch.zeros(4, dtype=torch.long), 1, 1.0)
+    loss = ranking_loss(
+        logits, torch.tensor([1.0, 0, 0, 1]), torch.zeros(4, dtype=torch.long), 1, 1.0
+    )
     assert float(loss) == 0.0
 
 

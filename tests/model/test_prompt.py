@@ -66,7 +66,14 @@ def test_equals_lists(vectors, residual, with_target, limit):
         residual=residual and vectors,
     )
     wanted = _by_hand(
-        prefix, facts, cue, target if with_target else None, index, limit, vectors, residual and vectors
+        prefix,
+        facts,
+        cue,
+        target if with_target else None,
+        index,
+        limit,
+        vectors,
+        residual and vectors,
     )
     start = 0
     rows, ids = [], []

@@ -27,7 +27,9 @@ def make_graph(rng, num_nodes, num_facts, num_relations):
         "head": rng.integers(0, max(num_nodes, 1), num_facts),
         "tail": rng.integers(0, max(num_nodes, 1), num_facts),
         "relation": rng.integers(0, num_relations, num_facts),
-        "topics": sorted({int(t) for t in rng.integers(0, max(num_nodes, 1), 2)}) if num_nodes else [],
+        "topics": sorted({int(t) for t in rng.integers(0, max(num_nodes, 1), 2)})
+        if num_nodes
+        else [],
         "num_nodes": num_nodes,
         "question": torch.tensor(rng.normal(size=(int(rng.integers(1, 6)), TEXT))),
     }
@@ -71,7 +73,14 @@ def pack(graphs, dtype=torch.float64) -> QuestionBatch:
         max_facts=int(np.diff(facts).max()),
     )
     return QuestionBatch(
-        graph, states, mask, torch.tensor(used, dtype=torch.int64), None, None, None, tuple(range(len(graphs)))
+        graph,
+        states,
+        mask,
+        torch.tensor(used, dtype=torch.int64),
+        None,
+        None,
+        None,
+        tuple(range(len(graphs))),
     )
 
 
@@ -142,14 +151,16 @@ def reference(w: dict[str, Tensor], g: dict, relations: RelationStates, config) 
             per_node = 2 * config.num_instructions
             h = [
                 torch.relu(
-                    linear(w, f"{name}.update", torch.cat([h[v], *sums[v * per_node : (v + 1) * per_node]]))
+                    linear(
+                        w,
+                        f"{name}.update",
+                        torch.cat([h[v], *sums[v * per_node : (v + 1) * per_node]]),
+                    )
                 )
                 for v in range(g["num_nodes"])
             ]
             p = torch.softmax(torch.stack([linear(w, "node_score", v)[0] for v in h]), 0)
-    scores = [
-        linear(w, "fact_score", torch.cat([h[s], x[r, 0], h[t]]))[0] for s, r, t in facts
-    ]
+    scores = [linear(w, "fact_score", torch.cat([h[s], x[r, 0], h[t]]))[0] for s, r, t in facts]
     return torch.stack(scores) if scores else torch.zeros(0, dtype=torch.float64)
 
 
@@ -187,9 +198,9 @@ def test_equals_one_question_at_a_time(message, instructions, stages):
 
 def test_every_parameter_learns_from_the_logits():
     model = double_retriever()
-    model(pack([make_graph(np.random.default_rng(0), 6, 20, 5)]), relation_states(5)).fact_logits.pow(
-        2
-    ).sum().backward()
+    model(
+        pack([make_graph(np.random.default_rng(0), 6, 20, 5)]), relation_states(5)
+    ).fact_logits.pow(2).sum().backward()
     # The last node score only shapes the distribution after the last layer, which nothing reads.
     silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert silent <= {"node_score.bias"}
