@@ -1,10 +1,10 @@
 """The earlier implementation's way of training, made again from its description (method 7).
 
-One question at a time: graphs built from string triples at every access, Gaussian node features,
-relation texts through the sentence encoder question by question, one small graph attention network
-whose projections run per edge, a ranking matrix, prompts put together fact by fact and padded, and
-logits of the whole vocabulary at every place. Where the description leaves a choice, the faster one
-was taken. The packed opponent is in `bench.pyg_rearev`.
+Phase 1, one question at a time: graphs built from string triples at every access, Gaussian node
+features, relation texts through the sentence encoder question by question, a small graph attention
+network whose projections run per edge, and a ranking matrix. Where the description leaves a choice,
+the faster one was taken. Phase 2 is in `bench.earlier_joint`, the packed opponent in
+`bench.pyg_rearev`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import softmax
 
 from dragkit.model.encoder import find_encoder
-from dragkit.model.generator import Generator
-from dragkit.model.prompt import PromptTemplate
 
-_RHO, _MARGIN, _CLIP = 0.7, 1.0, 1.0
+GRAD_CLIP = 1.0
+_RHO, _MARGIN = 0.7, 1.0
 
 
 class StringGraph(NamedTuple):
@@ -209,124 +208,6 @@ class EarlierRetrieverLoop:
             loss = earlier_retrieval_loss(self.model(question)) / len(questions)
             loss.backward()
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.model.parameters(), _CLIP)
+        nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
         self.optimizer.step()
         return total
-
-
-class EarlierJointLoop:
-    """Phase 2 of the earlier implementation, around a generator of ours.
-
-    Args:
-        generator: with its adapters; width: C of the retriever.
-        k_facts, max_answers: most facts in a prompt and answers in a target.
-        hidden: width of the projector; microbatch: questions per optimizer step; lr: rate.
-    """
-
-    def __init__(
-        self,
-        generator: Generator,
-        width: int = 256,
-        k_facts: int = 10,
-        max_answers: int = 50,
-        hidden: int = 128,
-        microbatch: int = 4,
-        lr: float = 1e-5,
-    ) -> None:
-        self.retriever = EarlierRetriever(width)
-        self.generator = generator
-        self.template = PromptTemplate()
-        self.projector = nn.Sequential(
-            nn.Linear(3 * width, hidden), nn.ReLU(), nn.Linear(hidden, generator.dim)
-        )
-        self.k_facts, self.max_answers, self.microbatch = k_facts, max_answers, microbatch
-        self.heads = [*self.retriever.parameters(), *self.projector.parameters()]
-        adapters = [p for p in generator.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW([*self.heads, *adapters], lr=lr, weight_decay=1e-3)
-        self.facts_used = self.prompts_made = 0
-
-    def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
-        """Facts drawn by two-class Gumbel-Softmax, capped, with their straight-through masks."""
-        p = output.probability
-        logits = torch.stack([(p + 1e-8).log(), (1 - p + 1e-8).log()], dim=-1)
-        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 1e-7)))
-        soft = torch.softmax((logits + noise) / 0.5, dim=-1)[:, 0]
-        hard = (soft > 0.5).float()
-        chosen = hard.nonzero().squeeze(1)
-        if chosen.numel() == 0:
-            chosen = soft.argmax().unsqueeze(0)
-        chosen = chosen[torch.argsort(soft[chosen], descending=True)][: self.k_facts]
-        return chosen, (hard - soft.detach() + soft)[chosen]
-
-    def _embed(self, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids and embeddings of one piece of text: a tokeniser call and a copy each."""
-        ids = torch.tensor(self.generator.tokenize([text])[0], dtype=torch.int64)
-        return ids, self.generator.model.get_input_embeddings()(ids)
-
-    def prompt(
-        self, question: dict, chosen: Tensor, vectors: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Facts part, cue with target, and labels of the latter: float [F, M], [A, M], int64 [A]."""
-        tokenizer, template = self.generator.tokenizer, self.template
-        embed = self.generator.model.get_input_embeddings()
-        pieces = []
-        if tokenizer.bos_token_id is not None:
-            pieces.append(embed(torch.tensor([tokenizer.bos_token_id])))
-        pieces.append(self._embed(template.prefix(question["question"]))[1])
-        for place, fact in enumerate(chosen.tolist()):
-            head, relation, tail = question["triples"][fact]
-            words = " ".join(relation.split(".")[-2:]).replace("_", " ")
-            pieces.append(vectors[place : place + 1])
-            pieces.append(self._embed(template.fact(head, words, tail))[1])
-        _, cue = self._embed(template.cue)
-        answers = question["answer"][: self.max_answers]
-        target_ids, target = self._embed(template.target(answers))
-        end = torch.tensor([self.generator.eos_token_id])
-        labels = torch.cat([torch.full((len(cue),), -100), target_ids, end])
-        return torch.cat(pieces), torch.cat([cue, target, embed(end)]), labels
-
-    def generator_loss(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Mean loss of the microbatch from full-vocabulary logits over the padded sequences.
-
-        Shorter facts parts are filled with zero vectors that each carry a newline's embedding, and
-        attended to, as the description has it; what is left is padded on the right.
-        """
-        longest = max(len(front) for front, _, _ in prompts)
-        _, newline = self._embed("\n")
-        filler = torch.stack([torch.zeros_like(newline[0]), newline[0]])
-        rows, labels = [], []
-        for front, back, label in prompts:
-            missing = longest - len(front)
-            padding = filler.repeat((missing + 1) // 2, 1)[:missing]
-            rows.append(torch.cat([front, padding, back]))
-            labels.append(torch.cat([torch.full((longest,), -100), label]))
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(r)) for r in rows], batch_first=True)
-        return self.generator.model(
-            inputs_embeds=nn.utils.rnn.pad_sequence(rows, batch_first=True),
-            attention_mask=mask.long(),
-            labels=nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
-            use_cache=False,
-        ).loss
-
-    def _microbatch(self, questions: Sequence[dict]) -> float:
-        self.optimizer.zero_grad()
-        prompts, retrieval = [], torch.zeros(())
-        for question in questions:
-            output = self.retriever(question)
-            chosen, mask = self._select(output)
-            vectors = self.projector(output.fact[chosen]) * mask.unsqueeze(1)
-            prompts.append(self.prompt(question, chosen, vectors))
-            retrieval = retrieval + earlier_retrieval_loss(output) / len(questions)
-            self.facts_used += len(chosen)
-            self.prompts_made += 1
-        loss = self.generator_loss(prompts) + 0.1 * retrieval
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.heads, _CLIP)
-        self.optimizer.step()
-        return loss.item()
-
-    def step(self, questions: Sequence[dict]) -> float:
-        """Trains on raw questions, an optimizer step per microbatch; returns the mean loss."""
-        size = self.microbatch
-        parts = [questions[i : i + size] for i in range(0, len(questions), size)]
-        return sum(self._microbatch(part) for part in parts) / len(parts)

@@ -1,4 +1,4 @@
-"""Packing a heuristics file into a store, once per data set: questions per second, and opening it."""
+"""Packing a heuristics file once per data set, and opening it: questions per second."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Batch
 
-from bench.baselines import EarlierJointLoop, EarlierRetrieverLoop
+from bench.baselines import EarlierRetrieverLoop
 from bench.data import (
     LARGE,
     SMALL,
@@ -28,6 +28,7 @@ from bench.data import (
     text_encoder,
     whole_batches,
 )
+from bench.earlier_joint import EarlierJointLoop
 from bench.measure import Comparison, Way, check_agreement
 from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
 from dragkit.config import TrainConfig
@@ -283,8 +284,7 @@ def test_phase2_against_earlier_loop(
         Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
     ]
     kept = trainer.train_step([source.collator(batches[0])])[0].parts["facts_kept"]
-    about = {
-        "data": file.name,
-        "facts per prompt": f"{float(kept):.1f} (earlier loop {later.facts_used / later.prompts_made:.1f})",
-    }
+    theirs = later.facts_used / later.prompts_made
+    facts = f"{float(kept):.1f} (earlier loop {theirs:.1f})"
+    about = {"data": file.name, "facts per prompt": facts}
     timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])))

@@ -1,4 +1,4 @@
-"""The questions that benchmarks run on: published sets where they are at hand, else the demo set."""
+"""The questions that benchmarks run on: published sets where they are found, else the demo set."""
 
 from __future__ import annotations
 

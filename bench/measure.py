@@ -60,13 +60,14 @@ class Comparison:
 
     def markdown(self) -> str:
         """A table with one line for each way."""
+        # A speedup is how many times faster the first way is than this line's.
         about = ", ".join(f"{key} {value}" for key, value in self.about.items())
         lines = [
             f"### {self.name}",
             "",
             about,
             "",
-            "| way | questions/s | wall ms (p20-p80) | CPU ms (p20-p80) | ours is faster, wall | CPU |",
+            "| way | questions/s | wall ms (p20-p80) | CPU ms (p20-p80) | speedup, wall | CPU |",
             "|---|---:|---:|---:|---:|---:|",
         ]
         for row in self.timings:
@@ -235,8 +236,8 @@ def write_results(folder: Path, theme: str, comparisons: Sequence[Comparison]) -
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     packages = ", ".join(f"{k} {v}" for k, v in info["packages"].items())  # type: ignore[union-attr]
     head = (
-        f"# {theme}\n\n{info['device']} ({info['cpu_capability']}), {info['threads']} threads, Python "
-        f"{info['python']}, {packages}, {info['date']}, commit {info['commit']}\n"
+        f"# {theme}\n\n{info['device']} ({info['cpu_capability']}), {info['threads']} threads, "
+        f"Python {info['python']}, {packages}, {info['date']}, commit {info['commit']}\n"
     )
     text = head + "".join("\n" + c.markdown() for c in comparisons)
     path.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
 """The opponent that packs too: ReaRev in eager PyG, all questions of a batch in one graph.
 
-Every instruction and direction is its own propagate over the facts, with self-loops as edges, as the
-model was published and as one writes it with PyG's tools. Weights are `Retriever`'s by name.
+Every instruction and direction is its own propagate over the facts, with self-loops as edges, as
+the model was published and as one writes it with PyG's tools. Weights are `Retriever`'s by name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes docs/results.md: trains on the demo and on published sets with several seeds, and tabulates.
+"""Makes docs/results.md: trains on the demo and on published sets, several seeds each.
 
     python scripts/results.py [--seeds 0 1 2] [--sets demo webqsp ...] [--jobs 2]
 
@@ -36,9 +36,9 @@ Nemotron-H), mean and standard deviation over seeds, in percent. The stages of e
 - **after phase 2 (joint)**: retriever, projector and LoRA adapters trained together, structural
   vectors in the prompt.
 
-`strict-hits@1`: the first generated answer equals a gold answer. `strict-f1`: F1 of the answer sets,
-one-to-one. `rog-hit`: some gold answer occurs anywhere in the output. All test questions are in the
-denominator, also those whose answer is not in their subgraph. The published sets are small
+`strict-hits@1`: the first generated answer equals a gold answer. `strict-f1`: F1 of the answer
+sets, one-to-one. `rog-hit`: some gold answer occurs anywhere in the output. All test questions are
+in the denominator, also those whose answer is not in their subgraph. The published sets are small
 reconstructions with about 50 facts a question: the figures say that training works, and are not
 comparable with published ones.
 """
@@ -137,8 +137,8 @@ def main() -> None:
         check=False,
     ).stdout.strip()
     made = (
-        f"Made on {time.strftime('%Y-%m-%d')} by `python scripts/results.py` at commit {commit} with "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers "
+        f"Made on {time.strftime('%Y-%m-%d')} by `python scripts/results.py` at commit {commit} "
+        f"with Python {platform.python_version()}, torch {torch.__version__}, transformers "
         f"{transformers.__version__}, on a CPU ({os.cpu_count()} cores)."
     )
     lines = [HEAD, made, ""]

@@ -44,8 +44,8 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
                 raise
     except OSError as error:
         raise WriteError(
-            f"{target}: cannot write the cache: {error.strerror or error}. Free some space, or name "
-            "another folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+            f"{target}: cannot write the cache: {error.strerror or error}. Free some "
+            "space, or name another folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
         ) from error
     finally:
         if temporary is not None and temporary.exists():

@@ -69,7 +69,7 @@ class PackedGraph(_Movable):
 
 @dataclass(frozen=True, slots=True)
 class TokenPack(_Movable):
-    """Ragged token rows: row i is `ids[ptr[i]:ptr[i+1]]`; int32 [T], int32 [rows+1], longest row."""
+    """Ragged token rows: row i is `ids[ptr[i]:ptr[i+1]]`; int32 [T], int32 [rows+1]."""
 
     ids: Tensor
     ptr: Tensor

@@ -54,7 +54,7 @@ class EvaluationResult:
     def samples(self, count: int) -> list[str]:
         """The first answers beside their golds, for the log."""
         return [
-            f"  {p['question']} -> {p['text'] or '(nothing)'} [gold: {' | '.join(p['answers'][:4])}]"
+            f"  {p['question']} -> {p['text'] or '(nothing)'} [{' | '.join(p['answers'][:4])}]"
             for p in self.predictions[:count]
             if p["text"] is not None
         ]

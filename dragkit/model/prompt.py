@@ -1,4 +1,4 @@
-"""The neural prompt: which text a question's prompt is made of, and its assembly from token rows."""
+"""The neural prompt: the text a prompt is made of, and its assembly from token rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ANSWER_DELIMITER = " | "
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The pieces of text of a prompt; every piece is tokenised on its own (method of D-RAG, fig. 5).
+    """The pieces of text of a prompt, each tokenised on its own (D-RAG, appendix C).
 
     A prompt is `prefix`, then one `fact` line per drawn fact, each behind one structural slot, then
     `cue`; training appends `target`, whose end token the tokeniser's owner adds.

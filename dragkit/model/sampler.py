@@ -1,4 +1,4 @@
-"""Which facts enter the prompt: noisy and differentiable in training, the best ones at inference."""
+"""Which facts enter the prompt: differentiable draws in training, the best ones at inference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The generator that ships with the package: a Nemotron-H of 0.4 M parameters, warmed up on invented facts."""
+"""The generator that ships with the package: a tiny Nemotron-H, warmed up on invented facts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tiny_generator_path() -> Path:
     ]
     if missing:
         raise MissingInputError(
-            f"{folder}: the shipped generator lacks {', '.join(missing)}; reinstall dragkit, or make "
-            f"it again with: python -m dragkit.tiny.warmup --out {folder}"
+            f"{folder}: the shipped generator lacks {', '.join(missing)}; reinstall dragkit, or "
+            f"make it again with: python -m dragkit.tiny.warmup --out {folder}"
         )
     return folder

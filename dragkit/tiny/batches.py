@@ -92,44 +92,52 @@ class PromptWriter:
         """
         row = Row([self.bos], [IGNORED], [], 0.0 if slots == "empty" else 1.0)
         row.add(self.encode(self.template.prefix(sample.question)))
-        for fact, marker in zip(sample.facts, markers or sample.markers, strict=True):
+        self._facts(row, sample, slots, markers or sample.markers)
+        self._answer(row, sample)
+        return row
+
+    def _facts(self, row: Row, sample: Sample, slots: Slots, markers: Sequence[str]) -> None:
+        for fact, marker in zip(sample.facts, markers, strict=True):
             if slots != "none":
                 row.slots.append(len(row.ids))
-                marked = slots == "marked"
-                row.add([self.tokenizer.token_to_id(marker) if marked else self.neutral])
+                token = self.tokenizer.token_to_id(marker) if slots == "marked" else self.neutral
+                row.add([token])
             row.add(self.encode(self.template.fact(*fact)))
+
+    def _answer(self, row: Row, sample: Sample) -> None:
         row.add(self.encode(self.template.cue))
         row.add([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
+
+    def drill(self, sample: Sample) -> Row:
+        """Marked facts and their answers without a question in front."""
+        row = Row([self.bos], [IGNORED], [])
+        self._facts(row, sample, "marked", sample.markers)
+        self._answer(row, sample)
         return row
 
     def several_questions(self, samples: Sequence[Sample]) -> Row:
-        """The facts of all samples together, then every question with its answers: dense supervision."""
+        """The facts of all samples together, then every question with its answers."""
         row = Row([self.bos], [IGNORED], [])
         for sample in samples:
-            for fact in sample.facts:
-                row.add(self.encode(self.template.fact(*fact)))
+            self._facts(row, sample, "none", sample.markers)
         for sample in samples:
             row.add(self.encode(f"\nQuestion: {sample.question}\n"))
-            row.add(self.encode(self.template.cue))
-            row.add([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
+            self._answer(row, sample)
         return row
 
 
-def induction_rows(
-    rng: random.Random, ids: Sequence[int], num_rows: int, half: int, block: int
-) -> list[Row]:
-    """Random tokens, then the same in blocks of another order; repeats are supervised.
+def induction_row(rng: random.Random, ids: Sequence[int], length: int, repeats: int) -> Row:
+    """Random tokens, then the same again and again, each time in blocks of another order.
 
     The first token of a block cannot be known, so it is not supervised.
     """
-    rows = []
-    for _ in range(num_rows):
-        first = rng.choices(ids, k=half)
-        blocks = [first[start : start + block] for start in range(0, half, block)]
+    first = rng.choices(ids, k=length)
+    row = Row(list(first), [IGNORED] * length, [])
+    for _ in range(repeats):
+        size = rng.randint(3, 6)
+        blocks = [first[start : start + size] for start in range(0, length, size)]
         rng.shuffle(blocks)
-        row = Row(list(first), [IGNORED] * half, [])
-        for tokens in blocks:
-            row.add(tokens[:1])
-            row.add(tokens[1:], supervised=True)
-        rows.append(row)
-    return rows
+        for block in blocks:
+            row.add(block[:1])
+            row.add(block[1:], supervised=True)
+    return row

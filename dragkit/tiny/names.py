@@ -1,18 +1,19 @@
-"""Invented entity names, so that the generator learns to copy whatever a fact says rather than facts."""
+"""Invented entity names, so that the generator learns to copy names and not to know facts."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
-ONSETS = ["b", "c", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "w", "z", "br", "st", "kr", "th", "sh"]
+ONSETS = (*"bcdfghjklmnprstvwz", "br", "st", "kr", "th", "sh")
 CODAS = ("", "n", "r", "l", "s")
 SYLLABLES = tuple(o + v + c for o in ONSETS for v in "aeiou" for c in CODAS)
 ACCENTS = str.maketrans("aeioucn", "áéíöüçñ")
 MONTHS = ("January", "March", "May", "July", "October", "December")
 KINDS = ("film", "book", "song", "band", "game", "album", "river", "company")
 LINKS = ("of", "the", "and", "de", "in", "for", "&")
-WORD_COUNTS, WORD_WEIGHTS = (1, 2, 3, 4), (35, 40, 17, 8)
+WORD_COUNTS, WORD_WEIGHTS = (1, 2, 3, 4), (45, 38, 12, 5)
 MACHINE_ALPHABET = "0123456789_bcdfghjklmnpqrstvwxyz"
 
 
@@ -72,34 +73,37 @@ def _machine_id(rng: random.Random) -> str:
     return f"{rng.choice('mg')}.0{tail}"
 
 
+OTHER_KINDS = ((_dated, 6), (_punctuated, 8), (_accented, 3), (_machine_id, 3))
+
+
 class NameSource:
-    """Draws entity names: invented words, dates, punctuation, machine ids, pieces of the vocabulary.
+    """Draws entity names: invented words, dates, machine ids, pieces of the vocabulary.
 
     Args:
         rng: source of all randomness.
         pieces: texts of vocabulary entries; names glued from them make every entry worth copying.
         listed: given names, used as strings only (the facts around them are always invented).
+        words_only: draw nothing but names of invented words.
     """
 
     def __init__(
-        self, rng: random.Random, pieces: Sequence[str] = (), listed: Sequence[str] = ()
+        self,
+        rng: random.Random,
+        pieces: Sequence[str] = (),
+        listed: Sequence[str] = (),
+        *,
+        words_only: bool = False,
     ) -> None:
         self.rng = rng
         self.pieces = tuple(pieces)
         self.listed = tuple(listed)
-        weights: dict[Callable[[], str], float] = {
-            lambda: plain_name(rng): 58,
-            lambda: _dated(rng): 6,
-            lambda: _punctuated(rng): 8,
-            lambda: _accented(rng): 3,
-            lambda: _machine_id(rng): 3,
-        }
-        if self.pieces:
-            weights[self._glued] = 10
-        if self.listed:
-            weights[lambda: rng.choice(self.listed)] = 15
-        self._kinds = tuple(weights)
-        self._weights = tuple(weights.values())
+        kinds: list[tuple[Callable[[], str], int]] = [(partial(plain_name, rng), 58)]
+        if not words_only:
+            kinds += [(partial(kind, rng), weight) for kind, weight in OTHER_KINDS]
+            kinds += [(self._glued, 10)] if self.pieces else []
+            kinds += [(lambda: rng.choice(self.listed), 22)] if self.listed else []
+        self._kinds = [kind for kind, _ in kinds]
+        self._weights = [weight for _, weight in kinds]
 
     def _glued(self) -> str:
         text = "".join(self.rng.choice(self.pieces) for _ in range(self.rng.randint(2, 6)))

@@ -26,10 +26,10 @@ def chunk_scan(
     dt_limit: tuple[float, float],
     **unused: object,
 ) -> Tensor:
-    """Mamba-2 scan from a zero state: s_t = exp(A dt_t) s_{t-1} + dt_t x_t B_t^T, y_t = s_t C_t + D x_t.
+    """Mamba-2: s_t = exp(A dt_t) s_{t-1} + dt_t x_t B_t^T from zero, y_t = s_t C_t + D x_t.
 
-    Inside a chunk the recurrence is one masked matrix product per head; B and C stay at their single
-    group's width instead of being repeated for every head, which is what saves the time.
+    Inside a chunk the recurrence is one masked matrix product per head; B and C stay at
+    their single group's width instead of being repeated per head, which is what saves the time.
 
     Args:
         hidden_states: float32 [B, L, H, P] inputs x.
@@ -85,7 +85,7 @@ def chunk_scan(
 
 @contextlib.contextmanager
 def fast_scan() -> Iterator[None]:
-    """Puts `chunk_scan` in the place of transformers' scan, where this version has one to replace."""
+    """Puts `chunk_scan` in the place of transformers' scan, where there is one to replace."""
     original = getattr(modeling_nemotron_h, PATCHED_NAME, None)
     if original is None:
         yield

@@ -7,54 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dragkit.tiny.names import NameSource, word
+from dragkit.tiny.words import (
+    DOMAINS,
+    FORWARD_NOUN,
+    FORWARD_PARTICIPLE,
+    INVERSE_NOUN,
+    INVERSE_PARTICIPLE,
+    NOUNS,
+    PARTICIPLES,
+)
 
 TAIL, HEAD, IRRELEVANT = "<tail>", "<head>", "<irr>"
 MARKERS = (TAIL, HEAD, IRRELEVANT)
 KINDS = ("forward", "inverse", "forward_list", "inverse_list", "two_hop")
 
-NOUNS = ["capital", "language", "currency", "spouse", "author", "director", "sibling", "parent", "founder", "birthplace", "employer", "genre", "location", "river", "mountain", "team", "coach", "sponsor", "school", "mentor", "editor", "producer", "neighbor", "partner", "rival", "owner", "tenant", "member", "leader", "hometown", "album", "actor", "award", "character", "child", "college", "composer", "continent", "country", "county", "film", "flag", "government", "industry", "instrument", "label", "mayor", "nationality", "party", "people", "place", "player", "position", "profession", "religion", "series", "song", "sport", "starring", "state", "student", "subject", "writer"]
-PARTICIPLES = ["written by", "directed by", "born in", "located in", "founded by", "owned by", "married to", "played by", "made by", "based in", "part of", "member of", "contained by", "preceded by", "used in", "spoken in", "works for", "plays for", "won by", "named after"]
-DOMAINS = ["people", "person", "location", "country", "film", "sports", "team", "music", "artist", "book", "work", "award", "organization", "military"]
-FORWARD_NOUN = (
-    "what is the {r} of {x}?",
-    "who is the {r} of {x}?",
-    "what is {x}'s {r}?",
-    "which {r} does {x} have?",
-    "what {r} did {x} have",
-    "name the {r} of {x}.",
-    "what was the {r} of {x}?",
-    "who was {x} {r}",
-    "where is the {r} of {x}?",
-    "for {x}, what is the {r}?",
-    "{x} {r}?",
-)
-INVERSE_NOUN = (
-    "which has {r} {x}?",
-    "what has {x} as its {r}?",
-    "who has the {r} {x}?",
-    "whose {r} is {x}?",
-    "{x} is the {r} of what?",
-    "of which is {x} the {r}?",
-)
-FORWARD_PARTICIPLE = (
-    "what is {x} {r}?",
-    "{x} is {r} what?",
-    "who was {x} {r}?",
-    "where is {x} {r}",
-    "{x} was {r} which one?",
-)
-INVERSE_PARTICIPLE = (
-    "what is {r} {x}?",
-    "which one is {r} {x}?",
-    "who was {r} {x}?",
-    "name what is {r} {x}.",
-    "what are the ones {r} {x}",
-)
+LIST_LENGTHS, LENGTH_WEIGHTS = (2, 3, 4, 5, 6), (40, 28, 16, 10, 6)
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """`text` stands in the facts, `asked` in questions; participles take other wordings than nouns."""
+    """`text` stands in facts, `asked` in questions; participles have wordings of their own."""
 
     text: str
     asked: str
@@ -79,7 +51,7 @@ class Sample:
 
 
 def draw_relation(rng: random.Random) -> Relation:
-    """A listed relation, sometimes behind a domain word as in Freebase, sometimes an invented one."""
+    """A listed relation, sometimes behind a domain word, sometimes an invented one."""
     chance = rng.random()
     if chance < 0.2:
         phrase = rng.choice(PARTICIPLES)
@@ -126,7 +98,9 @@ def _core(
             [first, last],
             [IRRELEVANT, TAIL if forward else HEAD],
         )
-    count = rng.randint(2, min(4, num_facts)) if kind.endswith("_list") else 1
+    count = 1
+    if kind.endswith("_list"):
+        count = min(rng.choices(LIST_LENGTHS, LENGTH_WEIGHTS)[0], num_facts)
     forward = kind.startswith("forward")
     facts: list[Fact] = [
         (entity, relation, names.draw()) if forward else (names.draw(), relation, entity)
@@ -152,6 +126,15 @@ def _distractor(names: NameSource, rng: random.Random, core: Sequence[Fact]) -> 
     return names.draw(), draw_relation(rng), names.draw()
 
 
+def _answers(facts: Sequence[tuple[str, str, str]], markers: Sequence[str]) -> tuple[str, ...]:
+    ends = [
+        fact[2] if marker == TAIL else fact[0]
+        for fact, marker in zip(facts, markers, strict=True)
+        if marker != IRRELEVANT
+    ]
+    return tuple(dict.fromkeys(ends))
+
+
 def draw_sample(kind: str, names: NameSource, rng: random.Random, num_facts: int) -> Sample:
     """One question of `kind` among `num_facts` facts, of which no distractor is an answer too.
 
@@ -172,15 +155,22 @@ def draw_sample(kind: str, names: NameSource, rng: random.Random, num_facts: int
         if (fact[0], fact[1].asked) not in asked and (fact[2], fact[1].asked) not in asked:
             marked.append((fact, IRRELEVANT))
     rng.shuffle(marked)
-    answers = [
-        fact[2] if marker == TAIL else fact[0] for fact, marker in marked if marker != IRRELEVANT
-    ]
-    return Sample(
-        question=question,
-        facts=tuple((head, relation.text, tail) for (head, relation, tail), _ in marked),
-        markers=tuple(marker for _, marker in marked),
-        answers=tuple(dict.fromkeys(answers)),
-    )
+    facts = tuple((head, relation.text, tail) for (head, relation, tail), _ in marked)
+    shuffled = tuple(marker for _, marker in marked)
+    return Sample(question, facts, shuffled, _answers(facts, shuffled))
+
+
+def draw_drill(rng: random.Random, num_facts: int) -> Sample:
+    """Unrelated short facts of which any number holds an answer, head or tail, and no question.
+
+    Only the markers tell, and the answers are many: the cheapest way to learn lists.
+    """
+    facts = tuple((word(rng), rng.choice(NOUNS), word(rng)) for _ in range(num_facts))
+    share = rng.uniform(0.2, 0.7)
+    markers = [rng.choice((TAIL, HEAD)) if rng.random() < share else IRRELEVANT for _ in facts]
+    if all(marker == IRRELEVANT for marker in markers):
+        markers[rng.randrange(num_facts)] = rng.choice((TAIL, HEAD))
+    return Sample("", facts, tuple(markers), _answers(facts, markers))
 
 
 def without_clue(sample: Sample, names: NameSource, rng: random.Random) -> Sample:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ PAD, BOS, EOS, NEUTRAL = "<pad>", "<bos>", "<eos>", "<slot>"
 SPECIAL = (PAD, BOS, EOS, *MARKERS, NEUTRAL)
 VOCAB_SIZE = 1024
 MAX_TOKENS = 4096
+LISTED_WEIGHT = 3
 
 
 def _corpus(rng: random.Random, listed: Sequence[str], prompts: int) -> Iterator[str]:
@@ -31,11 +33,11 @@ def _corpus(rng: random.Random, listed: Sequence[str], prompts: int) -> Iterator
         yield template.target(sample.answers)
 
 
-def train_tokenizer(seed: int, listed: Sequence[str] = (), prompts: int = 3000) -> Tokenizer:
+def train_tokenizer(seed: int, listed: Sequence[str] = (), prompts: int = 2000) -> Tokenizer:
     """Learns the merges on invented prompts and the listed texts.
 
-    Every text gets one space in front, which decoding takes off again: a head at the start of a fact
-    then has the very tokens of its mention in the question and in the answer.
+    Every text gets one space in front, which decoding takes off again: a head at the start of a
+    fact then has the very tokens of its mention in the question and in the answer.
 
     Args:
         seed: seed of the prompts.
@@ -53,7 +55,8 @@ def train_tokenizer(seed: int, listed: Sequence[str] = (), prompts: int = 3000) 
         show_progress=False,
     )
     corpus = _corpus(random.Random(seed), listed, prompts)
-    tokenizer.train_from_iterator((text for part in (corpus, listed) for text in part), trainer)
+    texts = itertools.chain(corpus, *[listed] * LISTED_WEIGHT)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

@@ -14,8 +14,8 @@ from torch import nn
 def compile_retriever(retriever: nn.Module) -> Callable:
     """The whole retriever as one graph with dynamic sizes.
 
-    Sizes that happen to be equal in one pack (as many questions as tokens, say) must not be taken to
-    be equal in all: each such coincidence would cost a graph of its own.
+    Sizes that happen to be equal in one pack (as many questions as tokens, say) must not be taken
+    to be equal in all: each such coincidence would cost a graph of its own.
     """
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 32

@@ -115,8 +115,8 @@ class Trainer:
         """
         if loaded.state.extra.get("data") != self.train.store.fingerprint:
             raise CheckpointError(
-                f"{loaded.folder}: was trained on other questions than {self.train.path} now holds, so "
-                "it cannot be continued. Start a new run from it with --phase1_checkpoint, or train anew."
+                f"{loaded.folder}: was trained on other questions than {self.train.path} now "
+                "holds, so it cannot be continued. Start a new run in another folder."
             )
         self.phase.load(loaded)
         restore_optimizer_state(self.optimizer, self.names, loaded.tensors["optim"])
@@ -230,7 +230,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericalError(
             f"step {self.state.step}: the gradient norm is {float(norm)}, so nothing was updated. "
-            f"{len(bad)} parameters have gradients that are not finite, first {', '.join(bad[:3])}. "
+            f"{len(bad)} parameters have such gradients, first {', '.join(bad[:3])}. "
             f"Questions, losses and norms are in {path}. Lower --lr, or look at these questions."
         )
 
@@ -263,8 +263,8 @@ class Trainer:
     def save(self, *, is_best: bool) -> None:
         """Writes a checkpoint of everything that `resume` needs.
 
-        A disk that is full for a while must not end a long run: training goes on after a failed save,
-        and gives up at the third in a row.
+        A disk that is full for a while must not end a long run: training goes on after a failed
+        save, and gives up at the third in a row.
 
         Raises:
             WriteError: three saves in a row have failed.

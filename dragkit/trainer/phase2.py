@@ -43,9 +43,9 @@ def _questions(prompt: NeuralPrompt, first: int, last: int) -> NeuralPrompt:
 class JointPhase:
     """Trains `JointModel` end to end.
 
-    The graph is cut twice: at the structural vectors, so that the generator may run in micro-batches
-    of questions, and at the fact logits, where the generator's and the retrieval loss's gradients
-    meet and can be balanced by their norms without a second pass (method 4.4).
+    The graph is cut twice: at the structural vectors, so that the generator may run in
+    micro-batches of questions, and at the fact logits, where the gradients of the generator and of
+    the retrieval loss meet and can be balanced by their norms without a second pass (method 4.4).
 
     Args:
         config: the whole configuration; model: the joint model.

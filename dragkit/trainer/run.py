@@ -1,4 +1,4 @@
-"""A training run from configuration to result: data, models, phases, evaluation, what comes next."""
+"""A training run from configuration to result: data, models, phases, evaluation."""
 
 from __future__ import annotations
 
@@ -240,8 +240,8 @@ def resumed_config(
     saved = TrainConfig.model_validate(loaded.json["config"])
     if "run.seed" in explicit and config.run.seed != saved.run.seed:
         raise CheckpointError(
-            f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed {saved.run.seed}; "
-            "leave the flag away to continue it."
+            f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "
+            f"{saved.run.seed}; leave the flag away to continue it."
         )
     sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
     kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
@@ -353,12 +353,12 @@ class Run:
         best = find_checkpoint(run_dir, which="best" if val is not None else "latest")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 1", phase)
+        data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
         return "\n".join(
             [
                 stages.table(),
                 f"checkpoint: {best}",
-                "next: python -m dragkit.train --phase 2 --phase1_checkpoint "
-                f"{run_dir}{'' if self.paths.bundled else ' --heuristics_path ' + self.paths.train}",
+                f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}",
             ]
         )
 
@@ -411,11 +411,11 @@ class Run:
         )
         if self.paths.bundled:
             lines.append(
-                "  your own questions: python -m dragkit.train --phase 2 --preset tiny --generator_model "
-                "tiny --heuristics_path FILE.jsonl"
+                "  your own questions: python -m dragkit.train --phase 2 --preset tiny "
+                "--generator_model tiny --heuristics_path FILE.jsonl"
             )
             lines.append(
-                "  the 30B (one H200 or B200, weights: hf download unsloth/Nemotron-3-Nano-30B-A3B): "
+                "  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): "
                 "python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl"
             )
         return "\n".join(lines)

@@ -42,7 +42,7 @@ def _files(config: TrainConfig, args: EvaluateArguments) -> list[str]:
 
 
 def chosen_checkpoint(run: Path, which: str | int) -> Path:
-    """The checkpoint of a run that is meant: best (latest where there is no best), latest, a step."""
+    """The checkpoint that is meant: best (or latest, where there is no best), latest, a step."""
     if step_of_folder(run.name) is not None:
         return find_checkpoint(run)
     if isinstance(which, int):

@@ -83,14 +83,15 @@ class QuestionSource:
         fixed = self.tokens.prefix_lengths + self.tokens.target_lengths  # type: ignore[union-attr]
         limit = config.generator.max_prompt_tokens
         room = limit - len(generator.tokenize([PromptTemplate().cue])[0]) - 1
+        longest = int(fixed.max())
         over = [int(row) for row in (fixed > room).nonzero()[0]]
         if over:
-            some = ", ".join(self.store.question(row).id for row in over[:5])
+            some = ", ".join(self.store.question(row).id for row in over[:3])
             raise DataError(
                 f"{self.path}: {len(over)} questions and their answers alone exceed "
-                f"generator.max_prompt_tokens = {limit} (the longest has {int(fixed.max())} tokens): "
-                f"{some}. Raise it with --set generator.max_prompt_tokens={int(fixed.max()) + 256}, "
-                "or take these questions out."
+                f"generator.max_prompt_tokens = {limit} (the longest: {longest} tokens): {some}. "
+                f"Raise it with --set generator.max_prompt_tokens={longest + 256}, teach fewer "
+                "answers with --set generator.max_answers=N, or take these questions out."
             )
 
     def load(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:

@@ -1,0 +1,298 @@
+"""Both phases from a JSONL file to a checkpoint and back, on eight invented questions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from dragkit import evaluate as evaluate_command
+from dragkit import train as train_command
+from dragkit.config import load_config
+from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.run import Run
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
+
+
+def run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> Run:
+    values = {
+        "run.phase": phase,
+        "run.device": "cpu",
+        "run.num_threads": 1,
+        "run.checkpoint_dir": str(tmp_path / name),
+        "run.log_every_steps": 1,
+        "data.heuristics_path": str(FIXTURE),
+        "generator.model": "tiny",
+        "retriever.hidden_dim": 16,
+        "optim.batch_size": 3,
+        "optim.epochs": 2,
+        "optim.lr": 1e-3,
+    } | overrides
+    config, origins = load_config("tiny", None, values)
+    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
+    return Run(config, origins, phase1)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    loaded = load_checkpoint(find_checkpoint(folder))
+    flat = {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}
+    adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
+    if adapter.is_file():
+        from safetensors.torch import load_file
+
+        flat |= {f"adapter/{k}": v for k, v in load_file(adapter).items()}
+    return flat
+
+
+def assert_same(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM when `steps` optimizer steps are done."""
+    from dragkit.trainer.loop import Trainer
+
+    original = Trainer.train_step
+    done = {"steps": 0}
+
+    def counted(self, batches):
+        out = original(self, batches)
+        done["steps"] += 1
+        if done["steps"] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_resume_is_bit_exact(tmp_path, monkeypatch, phase):
+    from dragkit.errors import Interrupted
+
+    start = {} if phase == 1 else {"run.phase1_checkpoint": str(tmp_path / "first")}
+    if phase == 2:
+        run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    run(tmp_path, phase, "whole", **start).execute()
+    for steps in (1, 4):
+        with monkeypatch.context() as patch:
+            stop_after(steps, patch)
+            with pytest.raises(Interrupted, match="--resume"):
+                run(tmp_path, phase, f"cut{steps}", **start).execute()
+        resumed = run(tmp_path, phase, f"cut{steps}", **start | {"run.resume": True})
+        resumed.execute()
+        assert_same(tmp_path / "whole", tmp_path / f"cut{steps}")
+
+
+def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_path):
+    summary = run(
+        tmp_path, 2, **{"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)}
+    ).execute()
+    for stage in ("untrained", "after phase 1 (cascade)", "after phase 2 (joint)"):
+        assert stage in summary
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(row["counts"]["asked"] == row["counts"]["scored"] == 8 for row in results.values())
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation" in line for line in lines)
+    adapter = find_checkpoint(tmp_path / "run") / "adapter"
+    assert (adapter / "adapter_config.json").is_file()
+
+
+def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dragkit.tiny import tiny_generator_path
+    from dragkit.trainer.run import build_joint
+
+    command = run(tmp_path, 2, **{"run.phase1_checkpoint": None, "optim.epochs": 1})
+    command.execute()
+    folder = find_checkpoint(tmp_path / "run")
+    phase = build_joint(command.config, command.encoder, torch.device("cpu"))
+    phase.load(load_checkpoint(folder))
+    phase.model.eval()
+    stock = AutoModelForCausalLM.from_pretrained(tiny_generator_path(), dtype=torch.float32)
+    stock = PeftModel.from_pretrained(stock, folder / "adapter").eval()
+    ids = torch.randint(8, 900, (2, 40))
+    with torch.no_grad():
+        ours = phase.model.generator.model(input_ids=ids, use_cache=False).logits
+        theirs = stock(input_ids=ids, use_cache=False).logits
+    assert any(v.abs().sum() > 0 for k, v in phase.model.generator.adapter_state().items() if "lora_B" in k)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def _gradient(tmp_path, name, batch_size, accumulation):
+    """The first optimizer step's gradients over six questions, by parameter."""
+    from dragkit.trainer import loop
+
+    command = run(
+        tmp_path,
+        2,
+        name,
+        **{
+            "run.phase1_checkpoint": str(tmp_path / "first"),
+            "optim.batch_size": batch_size,
+            "optim.accumulation_steps": accumulation,
+            "optim.epochs": 1,
+            "retriever.dropout": 0.0,
+        },
+    )
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def capture(parameters, limit):
+        seen["gradients"] = [None if p.grad is None else p.grad.clone() for p in parameters]
+        raise Stop
+
+    original = loop.clip_grad_norm_
+    loop.clip_grad_norm_ = capture
+    try:
+        with pytest.raises(Stop):
+            command.execute()
+    finally:
+        loop.clip_grad_norm_ = original
+    return seen["gradients"]
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    run(tmp_path, 1, "first", **{"optim.epochs": 1, "retriever.dropout": 0.0}).execute()
+    whole = _gradient(tmp_path, "a", 8, 1)
+    for batch_size, steps in ((4, 2), (2, 4), (1, 8)):
+        parts = _gradient(tmp_path, f"b{batch_size}", batch_size, steps)
+        for a, b in zip(whole, parts, strict=True):
+            if a is None or b is None:
+                assert a is None or not a.any()
+                continue
+            assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
+
+
+def test_phase_1_overfits_eight_questions(tmp_path):
+    command = run(
+        tmp_path,
+        1,
+        **{"optim.epochs": 60, "optim.lr": 5e-3, "retriever.dropout": 0.0, "data.val_heuristics_path": str(FIXTURE)},
+    )
+    command.execute()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train"]["loss"] for line in lines if "train" in line]
+    assert sum(losses[-5:]) / 5 < 0.05 < losses[0]
+    recalls = [line["validation"]["retrieval-recall"] for line in lines if "validation" in line]
+    assert recalls[-1] == 1.0
+
+
+def test_a_used_folder_is_refused(tmp_path):
+    from dragkit.errors import ConfigError
+
+    run(tmp_path, 1, **{"optim.epochs": 1}).execute()
+    with pytest.raises(ConfigError, match="--resume"):
+        run(tmp_path, 1)
+
+
+def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
+    run(tmp_path, 2, **{"optim.epochs": 1}).execute()
+    out = tmp_path / "scores.json"
+    code = evaluate_command.main(
+        [str(tmp_path / "run"), "--data", str(FIXTURE), "--output", str(out), "--device", "cpu"]
+    )
+    assert code == 0
+    content = json.loads(out.read_text())
+    (result,) = content["files"].values()
+    assert result["counts"]["asked"] == 8 and result["counts"]["no_gold"] == 1
+    assert {"rog-hit", "subgraphrag-hit", "strict-hits@1"} <= result["metrics"].keys()
+    assert len(result["predictions"]) == 8
+    find_checkpoint(tmp_path / "run")  # and it is still whole
+
+
+@pytest.mark.parametrize(
+    "arguments,code,message",
+    [
+        (["--phase", "1", "--heuristics_path", "no/such.jsonl"], 66, "no such file"),
+        (["--phase", "3"], 2, "phase"),
+        (["--phase", "1", "--epocs", "3"], 2, "epochs"),
+        (["--phase", "1", "--k_facts", "500"], 2, "max_facts_cap"),
+        (["--phase", "1", "--set", "retriever.hiden_dim=4"], 2, "hidden_dim"),
+        (["--phase", "2", "--heuristics_path", str(FIXTURE)], 66, "Nemotron-3-Nano-30B-A3B"),
+        (["--phase", "2", "--generator_model", "no/such"], 66, "--generator_model tiny"),
+        (["--phase", "2", "--phase1_checkpoint", "no/such"], 66, "no/such"),
+        (["--phase", "1", "--device", "cuda:7"], 2, "CUDA"),
+    ],
+)
+def test_a_users_mistake_gives_a_message_and_its_exit_code(
+    tmp_path, monkeypatch, capsys, arguments, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_command.main(arguments) == code
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_bad_lines_exit_65_and_name_every_line(tmp_path, capsys):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"question": "q"\n' + FIXTURE.read_text().splitlines()[0] + '\n{"question": 3}\n')
+    code = train_command.main(
+        ["--phase", "1", "--heuristics_path", str(path), "--checkpoint_dir", str(tmp_path / "run")]
+    )
+    shown = capsys.readouterr().err
+    assert code == 65 and "bad.jsonl:1:" in shown and "bad.jsonl:3:" in shown
+
+
+def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
+    from dragkit.errors import CheckpointError
+
+    run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    wrong = run(
+        tmp_path,
+        2,
+        "second",
+        **{"run.phase1_checkpoint": str(tmp_path / "first"), "retriever.hidden_dim": 32},
+    )
+    with pytest.raises(CheckpointError, match="retriever.hidden_dim: 32 was given, .* has 16"):
+        wrong.execute()
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path, monkeypatch):
+    from dragkit.trainer.loop import NumericalError
+    from dragkit.trainer.phase1 import RetrieverPhase
+
+    original = RetrieverPhase.training_step
+    before = {}
+
+    def poisoned(self, batch, relations, counts, step):
+        out = original(self, batch, relations, counts, step)
+        before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
+        self.model.start.weight.grad[0, 0] = float("nan")
+        before["model"] = self.model
+        return out
+
+    monkeypatch.setattr(RetrieverPhase, "training_step", poisoned)
+    with pytest.raises(NumericalError, match="start.weight"):
+        run(tmp_path, 1).execute()
+    for name, parameter in before.pop("model").named_parameters():
+        assert torch.equal(parameter, before[name])
+    (record,) = (tmp_path / "run").glob("anomaly-*.json")
+    assert json.loads(record.read_text())["questions"]
+
+
+def test_training_needs_no_main_thread(tmp_path):
+    errors = []
+
+    def work():
+        try:
+            run(tmp_path, 1, **{"optim.epochs": 1}).execute()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not errors
