@@ -1,4 +1,4 @@
-"""The earlier implementation's way of training, made again from its description (method 7).
+"""The earlier implementation's way of training, made again from its description.
 
 Phase 1, one question at a time: graphs built from string triples at every access, Gaussian node
 features, relation texts through the sentence encoder question by question, a small graph attention

@@ -1,4 +1,4 @@
-"""The earlier implementation's joint training, made again from its description (method 7).
+"""The earlier implementation's joint training, made again from its description.
 
 Retrieval question by question, prompts put together fact by fact with a tokeniser call each, padded
 within a microbatch, logits of the whole vocabulary at every place, an update per microbatch. The

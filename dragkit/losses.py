@@ -18,7 +18,7 @@ def ranking_loss(
 
     The pairs are never formed: with every positive shifted by the margin, one sort per graph counts
     for each fact how many partners violate the margin, and the loss is linear in the logits given
-    those counts (method 4.2).
+    those counts.
 
     Args:
         logits: float32 [E]; label: float [E] 0/1; graph: int [E], non-decreasing.
@@ -83,5 +83,5 @@ def retrieval_loss(
 
 
 def balance_weight(generator_gradient: Tensor, retriever_gradient: Tensor, rho: float) -> Tensor:
-    """rho * |g_gen| / |g_ret|, the weight of the retrieval loss at the fact logits (method 4.4)."""
+    """rho * |g_gen| / |g_ret|, the weight of the retrieval loss at the fact logits."""
     return rho * generator_gradient.norm() / (retriever_gradient.norm() + 1e-12)

@@ -2,8 +2,8 @@
 
     python scripts/results.py [--seeds 0 1 2] [--sets demo webqsp ...] [--jobs 2]
 
-Every row comes from one `python -m dragkit.train --phase 2` command, shown in the document, whose
-`results.json` holds the test metrics of each stage. Published sets are read from DRAGKIT_DATA, or
+Every table comes from two `python -m dragkit.train` commands, shown in the document; the second
+one's `results.json` holds the test metrics of each stage. Published sets are read from DRAGKIT_DATA, or
 from ../shared/data beside the repository.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
-SETS = ("demo", "webqsp", "cwq", "pathquestion", "worldcup", "metaqa")
+SETS = ("demo", "worldcup", "pathquestion", "freebase_simple", "webqsp")
 
 HEAD = """# Results
 
@@ -49,29 +49,41 @@ def data_folder() -> Path:
     return Path(os.environ.get("DRAGKIT_DATA", ROOT.parent / "shared" / "data"))
 
 
-def command(name: str, seed: int, folder: str, data: str) -> list[str]:
-    """The training command of one run."""
-    parts = ["--phase", "2", "--preset", "tiny", "--seed", str(seed), "--checkpoint_dir", folder]
+def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[str]:
+    """The training command of one phase of a run."""
+    parts = ["--phase", str(phase), "--preset", "tiny", "--seed", str(seed)]
+    parts += ["--checkpoint_dir", f"{folder}/phase{phase}"]
+    if phase == 2:
+        parts += ["--phase1_checkpoint", f"{folder}/phase1", "--generator_model", "tiny"]
     if name != "demo":
-        parts += ["--generator_model", "tiny"]
         parts += ["--heuristics_path", f"{data}/{name}.train.jsonl.gz"]
         parts += ["--val_heuristics_path", f"{data}/{name}.dev.jsonl.gz"]
         parts += ["--set", f"data.test_heuristics_path={data}/{name}.test.jsonl.gz"]
     return parts
 
 
-def train(name: str, seed: int, runs: Path, threads: int) -> dict | None:
-    """One run; an existing result is taken as it is."""
+def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> dict | None:
+    """Both phases of one run; what is done already is taken as it is."""
     folder = runs / f"{name}-{seed}"
-    result = folder / "results.json"
-    if result.is_file() and "after phase 2 (joint)" in json.loads(result.read_text()):
-        return json.loads(result.read_text())
-    arguments = command(name, seed, str(folder), str(data_folder()))
+    for phase in phases:
+        if not run_phase(name, phase, seed, folder, threads):
+            return None
+    result = folder / "phase2" / "results.json"
+    return json.loads(result.read_text()) if result.is_file() else None
+
+
+def run_phase(name: str, phase: int, seed: int, folder: Path, threads: int) -> bool:
+    """One training command; True once its results are there."""
+    result = folder / f"phase{phase}" / "results.json"
+    last = {1: "after phase 1", 2: "after phase 2 (joint)"}[phase]
+    if result.is_file() and last in json.loads(result.read_text()):
+        return True
+    arguments = command(name, phase, seed, str(folder), str(data_folder()))
     arguments += ["--set", f"run.num_threads={threads}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     start = time.time()
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("w") as log:
+    with (folder / f"phase{phase}.log").open("w") as log:
         code = subprocess.run(
             [sys.executable, "-m", "dragkit.train", *arguments],
             cwd=ROOT,
@@ -80,8 +92,10 @@ def train(name: str, seed: int, runs: Path, threads: int) -> dict | None:
             stderr=log,
             check=False,
         ).returncode
-    sys.stdout.write(f"{name} seed {seed}: exit {code} after {time.time() - start:.0f} s\n")
-    return json.loads(result.read_text()) if code == 0 else None
+    seconds = time.time() - start
+    sys.stdout.write(f"{name} seed {seed} phase {phase}: exit {code} after {seconds:.0f} s\n")
+    sys.stdout.flush()
+    return code == 0
 
 
 def cell(values: list[float]) -> str:
@@ -105,8 +119,11 @@ def table(name: str, results: list[dict]) -> list[str]:
             rows = [r[stage]["metrics"] for r in results]
             cells.append(cell([r[metric]["mean"] for r in rows if metric in r]))
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    shown = " ".join(command(name, 0, f"runs/{name}-0", "$DRAGKIT_DATA"))
-    return [*lines, "", "```", f"python -m dragkit.train {shown}", "```", ""]
+    lines += ["", "```"]
+    for phase in (1, 2):
+        shown = " ".join(command(name, phase, 0, f"runs/{name}-0", "$DRAGKIT_DATA"))
+        lines.append(f"python -m dragkit.train {shown}")
+    return [*lines, "```", ""]
 
 
 def main() -> None:
@@ -115,13 +132,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--phases", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     work = [(name, seed) for name in args.sets for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda w: train(*w, args.runs, threads), work))
+        found = list(pool.map(lambda w: train(*w, args.runs, threads, args.phases), work))
+    if 2 not in args.phases:
+        return
     by_set: dict[str, list[dict]] = {}
     for (name, _), result in zip(work, found, strict=True):
         if result is not None:
@@ -147,7 +167,7 @@ def main() -> None:
             lines += table(name, by_set[name])
     args.output.write_text("\n".join(lines), encoding="utf-8")
     if len(found) != sum(len(r) for r in by_set.values()):
-        raise SystemExit("some runs failed; see their log.txt")
+        raise SystemExit("some runs failed; see their logs")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def fact_labels(
     """Marks the positive facts of a question; parallel relations are all kept.
 
     Under "shortest" a fact is positive when it lies on a shortest path, walked in either direction,
-    between some topic and some answer (method 2). Under "paths" it is positive when it joins two
+    between some topic and some answer. Under "paths" it is positive when it joins two
     consecutive entities of a given path. "auto" takes the first where it yields a fact, else the
     second.
 

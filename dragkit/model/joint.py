@@ -52,7 +52,7 @@ class JointModel(nn.Module):
     def residual(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
-        """The residual slot of every question, float [B, M]: zero, with a gradient (method 5.4).
+        """The residual slot of every question, float [B, M]: zero, with a gradient.
 
         Its value is the sum of soft-gated vectors of the facts that were *not* drawn, minus itself;
         the backward pass hands each of those facts <dL/dslot, its vector>.

@@ -7,6 +7,7 @@ states and then projecting one row costs a fraction of projecting every token.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class TokenPooling(nn.Module):
 
 
 class InstructionStack(nn.Module):
-    """K instructions of a question, each attending to its tokens (ReaRev, eq. 3-5; method 3.2)."""
+    """K instructions of a question, each attending to its tokens (ReaRev, Mavromatis and Karypis 2022)."""
 
     def __init__(self, hidden_dim: int, num_instructions: int, dropout: float) -> None:
         super().__init__()
@@ -87,12 +88,26 @@ class InstructionStack(nn.Module):
         return torch.stack(instructions, dim=1)
 
 
+class LayerTables(NamedTuple):
+    """A layer's products with the relations, and its update matrix cut into blocks.
+
+    Attributes:
+        relation: float [2, R+1, C] W_j x_r + b_j in both directions; the last row is the self-loop.
+        own: float [C, C] the block for the node's own state.
+        sums: float [2, I*C, C] the blocks for the sums over facts, by direction.
+    """
+
+    relation: Tensor
+    own: Tensor
+    sums: Tensor
+
+
 class ReasoningLayer(nn.Module):
-    """One ReaRev layer in its collapsed form (method 3.5, 3.12).
+    """One ReaRev layer in its collapsed form (docs/method.md, section 3).
 
     All 2K products of a relation with an instruction are turned into one C-wide row per (graph,
     relation) and direction before the facts are visited, so the loop over facts does not depend on
-    K. Dropout acts on the node states and on those rows, not on the sums (method 3.12, option b).
+    K. Dropout acts on the node states and on those rows, not on the sums.
     `parity` computes the published un-collapsed sums instead; without dropout both are equal.
     """
 
@@ -104,35 +119,27 @@ class ReasoningLayer(nn.Module):
         self.update = nn.Linear((2 * num_instructions + 1) * hidden_dim, hidden_dim)
         self.dropout = nn.Dropout(dropout)
         self.hidden_dim = hidden_dim
+        self.num_instructions = num_instructions
         self.parity = parity
 
-    def _rows(
-        self, relation: Tensor, self_relation: Tensor, instruction: Tensor, orders: FactOrders
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Y rows of the (graph, relation) pairs, both directions, and of the self-loops."""
-        num_graphs, num_instructions, width = instruction.shape
-        u = self.relation(torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1))
-        graphs = torch.arange(num_graphs, device=instruction.device)
-        pair_relation = torch.cat(
-            [orders.pair_relation.long(), torch.full_like(graphs, relation.shape[0])]
-        )
-        gate = instruction[torch.cat([orders.pair_graph.long(), graphs])]
-        blocks = self.update.weight[:, width:].view(width, num_instructions, 2, width)
-        rows = []
-        for direction in (0, 1):
-            c = torch.relu(u[direction][pair_relation].unsqueeze(1) * gate)
-            matrix = blocks[:, :, direction].reshape(width, -1)
-            rows.append(self.dropout(c).flatten(1) @ matrix.t())
-        pairs = orders.pair_relation.shape[0]
-        own = rows[0][pairs:] + rows[1][pairs:]
-        return rows[0][:pairs], rows[1][:pairs], own
+    def prepare(self, relation: Tensor, self_relation: Tensor) -> LayerTables:
+        """What the layer computes once per pack, however many stages use it.
+
+        Args:
+            relation: float [R, 2, C] relation vectors, forward and inverse.
+            self_relation: float [C] vector of the self-loop relation.
+        """
+        width = self.hidden_dim
+        both = torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1)
+        own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
+        blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
+        return LayerTables(self.relation(both), own.t(), blocks.reshape(2, -1, width))
 
     def forward(
         self,
         h: Tensor,
         p: Tensor,
-        relation: Tensor,
-        self_relation: Tensor,
+        tables: LayerTables,
         instruction: Tensor,
         orders: FactOrders,
         node_graph: Tensor,
@@ -141,31 +148,41 @@ class ReasoningLayer(nn.Module):
 
         Args:
             h: float [N, C]; p: float32 [N] node distribution.
-            relation: float [R, 2, C] relation vectors, forward and inverse.
-            self_relation: float [C] vector of the self-loop relation.
-            instruction: float [B, I, C].
+            tables: of `prepare`; instruction: float [B, I, C].
             orders: the facts; node_graph: int32 [N].
 
         Returns:
             float [N, C].
         """
-        width = self.hidden_dim
+        u = tables.relation
         if self.parity:
-            u = self.relation(relation)
-            own = self.relation(self_relation)
             sums = message_passing_parity(
-                p, u[:, 0], u[:, 1], own, own, instruction, orders=orders, node_graph=node_graph
+                p,
+                u[0, :-1],
+                u[1, :-1],
+                u[0, -1],
+                u[1, -1],
+                instruction,
+                orders=orders,
+                node_graph=node_graph,
             )
             joined = torch.cat([h, sums.flatten(1)], dim=1)
             return torch.relu(self.update(self.dropout(joined)))
-        table_fwd, table_inv, own = self._rows(relation, self_relation, instruction, orders)
+        # The self-loops are one more pair of every graph.
+        graphs = torch.arange(instruction.shape[0], device=instruction.device)
+        last = torch.full_like(graphs, u.shape[1] - 1)
+        pair_relation = torch.cat([orders.pair_relation.long(), last])
+        gate = instruction[torch.cat([orders.pair_graph.long(), graphs])]
+        c = torch.relu(u[:, pair_relation].unsqueeze(2) * gate)
+        rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
+        pairs = orders.pair_relation.shape[0]
         return message_passing(
             self.dropout(h),
             p,
-            table_fwd,
-            table_inv,
-            own,
-            self.update.weight[:, :width].t(),
+            rows[0, :pairs],
+            rows[1, :pairs],
+            rows[0, pairs:] + rows[1, pairs:],
+            tables.own,
             self.update.bias,
             orders=orders,
             node_graph=node_graph,
@@ -173,7 +190,7 @@ class ReasoningLayer(nn.Module):
 
 
 class InstructionRevision(nn.Module):
-    """Gated update of the instructions from the topic nodes' states (method 3.6)."""
+    """Gated update of the instructions from the topic nodes' states (as in ReaRev)."""
 
     def __init__(self, hidden_dim: int, num_instructions: int) -> None:
         super().__init__()

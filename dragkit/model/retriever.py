@@ -22,17 +22,15 @@ class RetrieverOutput(NamedTuple):
         node: float [N, C] final node states.
         relation: float [P, C] relation part of a fact's representation, one row per (graph,
             relation) pair.
-        node_probability: float32 [N] last distribution over each graph's nodes.
     """
 
     fact_logits: Tensor
     node: Tensor
     relation: Tensor
-    node_probability: Tensor
 
 
 class Retriever(nn.Module):
-    """ReaRev (method 3) with D-RAG's fact head (method 4.1).
+    """ReaRev (Mavromatis and Karypis, 2022) with the linear fact head of D-RAG (docs/method.md).
 
     T stages of L layers; the distribution p restarts from the topics at every stage while the node
     states go on; between stages the K instructions are revised from the topic nodes. A fact (s, r,
@@ -87,8 +85,8 @@ class Retriever(nn.Module):
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
         start = self.start(x[:, 0])[orders.pair_relation.long()]
         h = torch.relu(relation_sum(start, orders=orders))
-        p = graph.topic
         topic = (graph.topic > 0).to(h.dtype)
+        tables = [layer.prepare(x, self.self_relation) for layer in self.layers]
         for stage in range(self.config.num_stages):
             if stage:
                 topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
@@ -96,21 +94,22 @@ class Retriever(nn.Module):
                 )
                 instruction = self.revision(instruction, topic_state)
             p = graph.topic
-            for layer in self.layers:
-                h = layer(h, p, x, self.self_relation, instruction, orders, graph.node_graph)
-                score = self.node_score(self.dropout(h)).squeeze(1)
-                p = segment_softmax(score, graph.node_ptr, None)
+            for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
+                if depth:
+                    score = self.node_score(self.dropout(h)).squeeze(1)
+                    p = segment_softmax(score, graph.node_ptr, None)
+                h = layer(h, p, layer_tables, instruction, orders, graph.node_graph)
         relation = self._relation_feature(x, instruction, orders)
-        w_head, w_relation, w_tail = self.fact_score.weight.view(3, -1)
-        node = self.dropout(h)
+        weight = self.fact_score.weight.view(3, -1)
+        ends = (self.dropout(h) @ weight[::2].t()).float()
         logits = fact_scores(
-            (node @ w_head).float(),
-            (relation @ w_relation).float(),
-            (node @ w_tail).float(),
+            ends[:, 0],
+            (relation @ weight[1]).float(),
+            ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
             orders=orders,
         )
-        return RetrieverOutput(logits, h, relation, p)
+        return RetrieverOutput(logits, h, relation)
 
     def _relation_feature(self, x: Tensor, instruction: Tensor, orders: object) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""

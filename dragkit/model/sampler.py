@@ -29,7 +29,7 @@ class FactSelection(NamedTuple):
 
 
 class FactSampler:
-    """Draws subgraphs (method 1.3, 5.2, 5.5).
+    """Draws subgraphs (docs/method.md, section 6).
 
     Args:
         config: mode, estimator, temperature, cap and inference threshold.

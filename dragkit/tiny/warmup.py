@@ -18,11 +18,12 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from tokenizers import Tokenizer
 from torch import nn
 
 from dragkit.data.relations import relation_text
 from dragkit.demo.kb import package_text, table_facts
-from dragkit.errors import WriteError
+from dragkit.errors import DragkitError, WriteError
 from dragkit.tiny.architecture import new_model
 from dragkit.tiny.batches import PromptWriter, collate
 from dragkit.tiny.curriculum import Curriculum
@@ -119,12 +120,6 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
     Raises:
         WriteError: if the folder cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(
-            f"{folder}: cannot make this folder ({error}); choose another --out"
-        ) from error
     torch.set_num_threads(1)
     names, texts = demo_texts()
     tokenizer = train_tokenizer(seed, names + texts)
@@ -157,17 +152,35 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
         "demo_texts_sha256": hashlib.sha256("\n".join(names + texts).encode()).hexdigest(),
         "float32_sha256": tensors_digest(model),
     }
-    model = model.half()
+    model.half()
+    # Training needs no cache; generation does.
     model.config.use_cache = True
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
     if num_questions:
         # What is measured is what is shipped: the weights after rounding to half precision.
         table = exact_match_table(model.float(), writer, kinds, num_questions=num_questions)
         record["exact_match"] = {"questions_per_cell": num_questions, "table": table}
-    text = json.dumps(record, indent=2) + "\n"
-    (folder / "provenance.json").write_text(text, encoding="utf-8")
+        model.half()
+    save(folder, model, tokenizer, record)
     return record
+
+
+def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, record: dict) -> None:
+    """Writes the model's folder, and adds the hash of the written weights to the record.
+
+    Raises:
+        WriteError: if the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        weights = (folder / "model.safetensors").read_bytes()
+        record["model_sha256"] = hashlib.sha256(weights).hexdigest()
+        text = json.dumps(record, indent=2) + "\n"
+        (folder / "provenance.json").write_text(text, encoding="utf-8")
+    except OSError as error:
+        message = f"{folder}: cannot write the model here ({error}); choose another --out"
+        raise WriteError(message) from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,7 +197,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    record = warm_up(args.out, args.seed, args.steps, args.questions)
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        record = warm_up(args.out, args.seed, args.steps, args.questions)
+    except DragkitError as error:
+        logger.error("%s", error)
+        return error.exit_code
     logger.info("%s", json.dumps(record, indent=2))
     return 0
 

@@ -23,20 +23,29 @@ from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
 
 
-def _questions(prompt: NeuralPrompt, first: int, last: int) -> NeuralPrompt:
-    """Prompts `first` to `last` of a pack, as a pack; slots still point into the whole."""
-    start = int(prompt.length[:first].sum())
-    end = start + int(prompt.length[first:last].sum())
-    supervised = (prompt.target_row >= start) & (prompt.target_row < end)
+# Without a packed forward, prompts of one pass are padded to the longest. On a CPU a few prompts of
+# similar length already fill the cores, so small groups waste least.
+_CPU_GROUP = 4
+
+
+def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
+    """Some prompts of a pack, int64 [G], as a pack; slots still point into the whole."""
+    place = torch.full_like(prompt.length, -1)
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
+    token = (place[prompt.question] >= 0).nonzero().squeeze(1)
+    token = token[torch.argsort(place[prompt.question[token]], stable=True)]
+    moved = torch.full_like(prompt.position, -1)
+    moved[token] = torch.arange(len(token), device=token.device)
+    supervised = moved[prompt.target_row] >= 0
     return NeuralPrompt(
-        input_ids=prompt.input_ids[start:end],
-        slot=prompt.slot[start:end],
-        position=prompt.position[start:end],
-        question=prompt.question[start:end] - first,
-        length=prompt.length[first:last],
-        target_row=prompt.target_row[supervised] - start,
+        input_ids=prompt.input_ids[token],
+        slot=prompt.slot[token],
+        position=prompt.position[token],
+        question=place[prompt.question[token]],
+        length=prompt.length[chosen],
+        target_row=moved[prompt.target_row[supervised]],
         target_id=prompt.target_id[supervised],
-        kept=prompt.kept[first:last],
+        kept=prompt.kept[chosen],
     )
 
 
@@ -45,7 +54,7 @@ class JointPhase:
 
     The graph is cut twice: at the structural vectors, so that the generator may run in
     micro-batches of questions, and at the fact logits, where the gradients of the generator and of
-    the retrieval loss meet and can be balanced by their norms without a second pass (method 4.4).
+    the retrieval loss meet and can be balanced by their norms without a second pass.
 
     Args:
         config: the whole configuration; model: the joint model.
@@ -94,14 +103,15 @@ class JointPhase:
         self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of the generator; gradients reach adapters and `vectors`."""
-        questions = prompt.length.shape[0]
-        size = self.config.generator.generator_microbatch or max(questions, 1)
-        loss = torch.zeros((), device=prompt.length.device)
-        correct = torch.zeros((), dtype=torch.int64, device=prompt.length.device)
-        for first in range(0, questions, size):
-            part = prompt
-            if size < questions:
-                part = _questions(prompt, first, min(first + size, questions))
+        questions, device = prompt.length.shape[0], prompt.length.device
+        size = self.config.generator.generator_microbatch or questions
+        if device.type == "cpu":
+            size = min(size, _CPU_GROUP)
+        loss = torch.zeros((), device=device)
+        correct = torch.zeros((), dtype=torch.int64, device=device)
+        by_length = torch.argsort(prompt.length, stable=True)
+        for chosen in by_length.split(max(size, 1)):
+            part = prompt if len(chosen) == questions else _questions(prompt, chosen)
             with nvtx_range("generator"):
                 out = self.model.generator(part, vectors, self.config.loss.eos_loss_weight)
             share = out.loss_sum / tokens

@@ -16,7 +16,7 @@ def fact_scores_ref(
     *,
     orders: FactOrders,
 ) -> Tensor:
-    """l_e = a[head_e] + b[pair_e] + c[tail_e] + bias (method 4.1), summed in float32 or float64."""
+    """l_e = a[head_e] + b[pair_e] + c[tail_e] + bias, summed in float32 or float64."""
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
     return (
         head_score.to(dtype).index_select(0, orders.head)

@@ -67,7 +67,7 @@ def select_largest(
 
 
 def budget_probability(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
-    """p_i = sigmoid(x_i - nu) with one nu per question such that its p sum to k (method 5.2).
+    """p_i = sigmoid(x_i - nu) with one nu per question such that its p sum to k.
 
     nu is found by bisection and differentiated implicitly: dx = d g - d (d . g) / sum(d) with
     d = p (1 - p). A question of at most k facts keeps them all: p = 1 and no gradient, the limit
