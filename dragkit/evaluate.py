@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from dragkit.cli import parse_evaluate_args, run_main
+from dragkit.console import setup_console
 
 
 def _evaluate(argv: list[str]) -> int:
     args = parse_evaluate_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    setup_console(debug=args.debug)
     from dragkit.trainer.run import run_of
     from dragkit.trainer.saved import evaluate_run
 

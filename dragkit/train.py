@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from dragkit.cli import parse_train_args, run_main
+from dragkit.console import setup_console
 
 
 def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
     # Heavy imports only once the arguments are known to be right.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    setup_console(debug=args.debug)
     from dragkit.trainer.run import Run
 
     run = Run(args.config, args.origins, args.in_phase(1))

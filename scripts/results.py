@@ -3,8 +3,8 @@
     python scripts/results.py [--seeds 0 1 2] [--sets demo webqsp ...] [--jobs 2]
 
 Every table comes from two `python -m dragkit.train` commands, shown in the document; the second
-one's `results.json` holds the test metrics of each stage. Published sets are read from DRAGKIT_DATA, or
-from ../shared/data beside the repository.
+one's `results.json` holds the test metrics of each stage. Published sets are read from
+DRAGKIT_DATA, or from ../shared/data beside the repository.
 """
 
 from __future__ import annotations

@@ -117,9 +117,12 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_table(self) -> str:
-        """Return an aligned text table: means in percent, questions scored, then the counts."""
+        """Return an aligned text table: means in percent (`facts-*`: counts), then the counts."""
         rows = [("metric", "percent", "scored")]
-        rows += [(n, f"{100 * m:.2f}", str(self.num_scored[n])) for n, m in self.means.items()]
+        for name, mean in self.means.items():
+            # Counts are means too, but not shares.
+            shown = f"{mean:.2f}" if name.startswith("facts-") else f"{100 * mean:.2f}"
+            rows.append((name, shown, str(self.num_scored[name])))
         counts = [(n, "unknown" if c is None else str(c), "") for n, c in self.counts.items()]
         labels = max(len(row[0]) for row in rows + counts)
         numbers = max(len(row[1]) for row in rows + counts)

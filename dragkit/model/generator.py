@@ -285,7 +285,9 @@ def load_generator(
         ConfigError: `generator_dim` or a LoRA target does not fit the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = check_generator(config, device, name=name)
     if config.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

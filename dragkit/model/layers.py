@@ -63,7 +63,10 @@ class TokenPooling(nn.Module):
 
 
 class InstructionStack(nn.Module):
-    """K instructions of a question, each attending to its tokens (ReaRev, Mavromatis and Karypis 2022)."""
+    """K instructions of a question, each attending to its tokens.
+
+    Source: ReaRev (Mavromatis and Karypis, 2022).
+    """
 
     def __init__(self, hidden_dim: int, num_instructions: int, dropout: float) -> None:
         super().__init__()

@@ -7,22 +7,29 @@ in every sum, all 2K sums kept apart, token states projected before they are poo
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import PackedGraph, QuestionBatch
 from dragkit.model.encoder import RelationStates
 from dragkit.model.retriever import Retriever
+from dragkit.trainer.compile import compile_retriever
 from dragkit_kernels import build_fact_orders
 
 TEXT = 12
 
 
-def make_graph(rng, num_nodes, num_facts, num_relations):
+def make_graph(rng, num_nodes, num_facts, num_relations, num_tokens=None):
+    if num_tokens is None:
+        num_tokens = int(rng.integers(1, 6))
     return {
         "head": rng.integers(0, max(num_nodes, 1), num_facts),
         "tail": rng.integers(0, max(num_nodes, 1), num_facts),
@@ -31,7 +38,7 @@ def make_graph(rng, num_nodes, num_facts, num_relations):
         if num_nodes
         else [],
         "num_nodes": num_nodes,
-        "question": torch.tensor(rng.normal(size=(int(rng.integers(1, 6)), TEXT))),
+        "question": torch.tensor(rng.normal(size=(num_tokens, TEXT))),
     }
 
 
@@ -226,11 +233,26 @@ def test_a_shuffled_pack_gives_shuffled_scores():
         torch.testing.assert_close(a, b)
 
 
-def test_compiled_equals_eager_with_gradients():
-    torch._dynamo.reset()
-    model, relations = double_retriever(), relation_states(5)
+@pytest.fixture
+def compile_with(monkeypatch) -> Iterator[Callable]:
+    """compile_retriever with another backend; the flags it sets are taken back afterwards."""
+
+    def compiled(model: Retriever, backend: object) -> Callable:
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return compile_retriever(model)
+
+    with (
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+        torch._dynamo.config.patch(recompile_limit=8),
+    ):
+        yield compiled
+
+
+def test_compiled_equals_eager_with_gradients(compile_with):
+    model, relations = double_retriever(num_instructions=1), relation_states(5)
     twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = compile_with(twin, "aot_eager")
     for seed in range(3):
         rng = np.random.default_rng(seed)
         batch = pack([make_graph(rng, 5 + seed, 11 + seed, 5) for _ in range(2 + seed)])
@@ -243,3 +265,29 @@ def test_compiled_equals_eager_with_gradients():
                 b.grad if b.grad is not None else torch.zeros_like(b),
                 msg=name,
             )
+
+
+def test_packs_of_all_sizes_share_a_few_graphs(compile_with):
+    # (questions, nodes, facts, relations, tokens): plain sizes, sizes that coincide, and sizes of
+    # one, which a compiler takes to be special.
+    sizes = [
+        (2, 6, 11, 5, 4),
+        (5, 5, 5, 5, 5),
+        (3, 40, 90, 4, 3),
+        (1, 7, 12, 5, 6),
+        (4, 9, 20, 3, 1),
+        (1, 3, 2, 1, 1),
+        (8, 4, 8, 2, 2),
+        (6, 21, 33, 5, 7),
+    ]
+    model, relations = double_retriever(num_instructions=1), relation_states(5)
+    counter = CompileCounter()
+    compiled = compile_with(model, counter)
+    for seed, (questions, nodes, facts, num_relations, tokens) in enumerate(sizes):
+        rng = np.random.default_rng(seed)
+        graphs = [make_graph(rng, nodes, facts, num_relations, tokens) for _ in range(questions)]
+        batch = pack(graphs)
+        torch.testing.assert_close(
+            compiled(batch, relations).fact_logits, model(batch, relations).fact_logits
+        )
+    assert 1 <= counter.frame_count <= 6
