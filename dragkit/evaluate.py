@@ -13,7 +13,7 @@ from dragkit.console import setup_console
 def _evaluate(argv: list[str]) -> int:
     args = parse_evaluate_args(argv)
     setup_console(debug=args.debug)
-    from dragkit.trainer.run import run_of
+    from dragkit.trainer.resume import run_of
     from dragkit.trainer.saved import evaluate_run
 
     content = evaluate_run(args)

@@ -22,7 +22,6 @@ from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
 
-
 # Without a packed forward, prompts of one pass are padded to the longest. On a CPU a few prompts of
 # similar length already fill the cores, so small groups waste least.
 _CPU_GROUP = 4

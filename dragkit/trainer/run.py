@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,25 +10,30 @@ import torch
 
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
-from dragkit.errors import CheckpointError, ConfigError, MissingInputError
-from dragkit.eval.evaluate import evaluate
+from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.generator import Generator, check_generator, load_generator
 from dragkit.model.joint import JointModel
 from dragkit.model.retriever import Retriever
-from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.manifest import step_of_folder
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
+from dragkit.trainer.resume import (
+    adopt_saved,
+    explicit_keys,
+    load_for_resume,
+    new_run_dir,
+    refuse_used_folder,
+    resume_dir,
+    resumed_config,
+)
 from dragkit.trainer.source import QuestionSource
+from dragkit.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
-
-HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,52 +88,6 @@ def setup(config: TrainConfig) -> torch.device:
     return device
 
 
-def new_run_dir(config: TrainConfig) -> Path:
-    """The folder of this run: the one named, or a new one under runs/."""
-    if config.run.checkpoint_dir is not None:
-        return Path(config.run.checkpoint_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = config.preset or Path(config.data.heuristics_path or "demo").name.split(".")[0]
-    return Path("runs") / f"{stamp}-phase{config.run.phase}-{name}"
-
-
-def run_of(folder: Path) -> Path:
-    """The run that a folder belongs to: itself, or its parent where it is one checkpoint of it."""
-    return folder.parent if step_of_folder(folder.name) is not None else folder
-
-
-def refuse_used_folder(run_dir: Path) -> None:
-    """A second run in one folder would mix its checkpoints with the first one's.
-
-    Raises:
-        ConfigError: the folder already holds checkpoints.
-    """
-    for folder in (run_dir, run_dir / "phase1"):
-        if folder.is_dir() and any(step_of_folder(p.name) is not None for p in folder.iterdir()):
-            raise ConfigError(
-                f"run.checkpoint_dir: {run_dir} already holds a run. Continue it with --resume "
-                f"{run_dir}, or name another folder."
-            )
-
-
-def resume_dir(config: TrainConfig) -> Path:
-    """The run that `--resume` means.
-
-    Raises:
-        MissingInputError: there is none.
-    """
-    if isinstance(config.run.resume, str):
-        return run_of(Path(config.run.resume))
-    if config.run.checkpoint_dir is not None:
-        return Path(config.run.checkpoint_dir)
-    runs = sorted(p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if p.is_dir())
-    if not runs:
-        raise MissingInputError(
-            "--resume: no run was named and there is none under runs/. Name one: --resume FOLDER."
-        )
-    return runs[-1]
-
-
 def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
     """A fresh retriever; its weights are a function of the seed."""
     torch.manual_seed(config.run.seed)
@@ -154,108 +111,6 @@ def maybe_compile(
     if wanted:
         phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
     return phase
-
-
-class Stages:
-    """The table of a run: test metrics after each stage, printed and kept in results.json."""
-
-    def __init__(self, run_dir: Path, test: QuestionSource | None, device: torch.device) -> None:
-        self.path = run_dir / "results.json"
-        self.test, self.device = test, device
-        self.rows: dict[str, dict] = {}
-        if self.path.is_file():
-            self.rows = json.loads(self.path.read_text(encoding="utf-8"))
-
-    def measure(self, name: str, phase: Phase) -> None:
-        """Evaluates on the test questions, where there are any."""
-        if self.test is None:
-            return
-        logger.info("evaluating %s on %s", name, self.test.path.name)
-        self.rows[name] = evaluate(phase, self.test, self.device).report.to_dict()
-        make_folders(self.path.parent)
-        replace_text(self.path, json.dumps(self.rows, indent=1) + "\n")
-
-    def table(self) -> str:
-        """Stages as rows, headline metrics in percent as columns."""
-        if not self.rows:
-            return ""
-        asked = next(iter(self.rows.values()))["counts"]["asked"]
-        title = f"test, {asked} questions"
-        names = [n for n in HEADLINE if any(n in row["metrics"] for row in self.rows.values())]
-        width = max(map(len, (title, *self.rows)))
-        lines = [f"{title:<{width}}  " + "  ".join(names)]
-        for stage, row in self.rows.items():
-            cells = [
-                f"{100 * row['metrics'][n]['mean']:.1f}" if n in row["metrics"] else "-"
-                for n in names
-            ]
-            padded = (cell.rjust(len(n)) for cell, n in zip(cells, names, strict=True))
-            lines.append(f"{stage:<{width}}  " + "  ".join(padded))
-        return "\n".join(lines)
-
-
-def _load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:
-    loaded = load_checkpoint(find_checkpoint(run_dir))
-    if loaded.state.phase != phase_name:
-        raise CheckpointError(
-            f"{loaded.folder}: a checkpoint of {loaded.state.phase}, not of {phase_name}. "
-            "Use it with --phase1_checkpoint to start phase 2, or resume with the other --phase."
-        )
-    return loaded
-
-
-def adopt_saved(
-    config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
-) -> TrainConfig:
-    """The configuration with the given sections taken from a checkpoint.
-
-    Args:
-        config: of this command; saved: of the checkpoint.
-        explicit: dotted keys that the user gave.
-        sections: which must agree, such as "retriever".
-
-    Raises:
-        CheckpointError: an explicit value contradicts the checkpoint; all of them are listed.
-    """
-    clashes = []
-    for section in sections:
-        ours, theirs = getattr(config, section), getattr(saved, section)
-        for key in type(ours).model_fields:
-            a, b = getattr(ours, key), getattr(theirs, key)
-            if a != b and f"{section}.{key}" in explicit:
-                clashes.append(f"  {section}.{key}: {a} was given, the checkpoint has {b}")
-    if clashes:
-        raise CheckpointError(
-            "the checkpoint was made with other settings:\n"
-            + "\n".join(clashes)
-            + "\nLeave these flags away, or train phase 1 again with them."
-        )
-    return config.model_copy(update={name: getattr(saved, name) for name in sections})
-
-
-def resumed_config(
-    config: TrainConfig, loaded: LoadedCheckpoint, explicit: set[str]
-) -> TrainConfig:
-    """The checkpoint's own settings, with this command's place, device and reporting."""
-    saved = TrainConfig.model_validate(loaded.json["config"])
-    if "run.seed" in explicit and config.run.seed != saved.run.seed:
-        raise CheckpointError(
-            f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "
-            f"{saved.run.seed}; leave the flag away to continue it."
-        )
-    sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
-    kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
-    config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
-    return adopt_saved(config, saved, explicit, sections)
-
-
-def explicit_keys(origins: dict[str, str]) -> set[str]:
-    """Dotted keys whose value comes from the user rather than from a default or a preset."""
-    return {
-        key
-        for key, origin in origins.items()
-        if origin not in ("default", "no data named") and not origin.startswith("preset ")
-    }
 
 
 class Run:
@@ -298,7 +153,7 @@ class Run:
                 find_checkpoint(self.run_dir)
             except MissingInputError:
                 return config  # interrupted while phase 1 was still training
-        self.resumed = _load_for_resume(self.run_dir, name)
+        self.resumed = load_for_resume(self.run_dir, name)
         return resumed_config(config, self.resumed, self.explicit)
 
     def source(
@@ -371,7 +226,7 @@ class Run:
             resumed = None
             if self.config.run.resume and folder.is_dir():
                 try:
-                    resumed = _load_for_resume(folder, "phase1")
+                    resumed = load_for_resume(folder, "phase1")
                     config = resumed_config(config, resumed, set())
                 except MissingInputError:
                     resumed = None  # stopped before its first checkpoint
