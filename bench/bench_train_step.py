@@ -134,9 +134,7 @@ def _raw_batches(source: QuestionSource, batches: list[list[int]]) -> list[list[
     return [[raw[row] for row in rows] for rows in batches]
 
 
-@pytest.mark.parametrize(
-    "facts,batch,steps,instructions", [("50", 16, 4, 2), ("2000", 16, 1, 3)]
-)
+@pytest.mark.parametrize("facts,batch,steps,instructions", [("50", 16, 4, 2), ("2000", 16, 1, 3)])
 def test_phase1_against_packed_pyg(
     facts: str,
     batch: int,

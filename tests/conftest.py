@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ def kgqa_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _process_state() -> Iterator[None]:
+    """Every test starts from one seed, and training's process-wide settings end with it."""
     torch.manual_seed(0)
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.config": ("dragkit.schema", "dragkit.cli"),
     "dragkit.flags": ("dragkit.config", "dragkit.schema"),
     "dragkit.cli": ("dragkit.config", "dragkit.flags"),
-    "dragkit.train": ("dragkit.cli", "dragkit.config", "dragkit.trainer"),
-    "dragkit.evaluate": ("dragkit.cli", "dragkit.config", "dragkit.trainer"),
+    "dragkit.console": (),
+    "dragkit.train": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
+    "dragkit.evaluate": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
     "dragkit.losses": (),
     "dragkit.observe": (),
     "dragkit.data": ("dragkit.config", "dragkit_kernels"),
@@ -46,7 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.eval.families": (),
     "dragkit.eval.metrics": ("dragkit.eval.families",),
     "dragkit.eval.report": ("dragkit.eval.metrics",),
-    "dragkit.tiny": ("dragkit.model.prompt",),
+    # The names of the demo's entities only train the tokeniser.
+    "dragkit.tiny": ("dragkit.data.relations", "dragkit.demo", "dragkit.model.prompt"),
     "dragkit.demo": ("dragkit.data.cache",),
     "dragkit.trainer": (
         "dragkit.cli",
@@ -62,7 +64,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # Imported inside functions only, so that the command lines answer before torch is loaded.
 ONLY_LAZILY = {"dragkit.train": "dragkit.trainer", "dragkit.evaluate": "dragkit.trainer"}
-LIGHT = ("", ".errors", ".schema", ".config", ".flags", ".cli", ".train", ".evaluate")
+LIGHT = ("", *(f".{n}" for n in "errors schema config flags cli console train evaluate".split()))
 # Graphs in, sorted graphs out: data takes no op.
 DATA_TAKES = {"FactOrders", "build_fact_orders", "concat_fact_orders"}
 

@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = build_demo(parser.parse_args(argv).out)
     except DragkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"dragkit: error: {error}\n")
         return error.exit_code
-    print("\n".join(str(path) for path in files))
+    sys.stdout.write("\n".join(str(path) for path in files) + "\n")
     return 0
 
 

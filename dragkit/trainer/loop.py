@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dragkit import __version__
 from dragkit.config import TrainConfig, dump_config
@@ -188,8 +188,9 @@ class Trainer:
                 batch = batch.to(self.device)
             outputs.append(self.phase.training_step(batch, self.relations, counts, self.state.step))
         with nvtx_range("optimizer"):
-            norm = clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
+            norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, batches, outputs)
+            clip_grads_with_norm_(self.parameters, self.config.optim.grad_clip, norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)

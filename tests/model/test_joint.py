@@ -156,8 +156,10 @@ def test_generator_micro_batches_change_nothing(relations, size):
     a, first = gradients(whole, batch, relations)
     b, second = gradients(parts, batch, relations)
     torch.testing.assert_close(a.loss, b.loss)
-    assert first.keys() == second.keys()
-    for name in first:
+    # A softmax does not see its scores' common part: that gradient is zero but for rounding.
+    noise = {"retriever.node_score.bias"}
+    assert first.keys() - noise == second.keys() - noise
+    for name in first.keys() - noise:
         # Other paddings, other orders of float32 sums: near-cancelling entries differ relatively.
         assert (first[name] - second[name]).norm() <= 1e-4 * first[name].norm() + 1e-7, name
 

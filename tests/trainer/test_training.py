@@ -158,17 +158,17 @@ def _gradient(tmp_path, name, batch_size, accumulation):
     class Stop(Exception):
         pass
 
-    def capture(parameters, limit):
+    def capture(parameters, limit, norm):
         seen["gradients"] = [None if p.grad is None else p.grad.clone() for p in parameters]
         raise Stop
 
-    original = loop.clip_grad_norm_
-    loop.clip_grad_norm_ = capture
+    original = loop.clip_grads_with_norm_
+    loop.clip_grads_with_norm_ = capture
     try:
         with pytest.raises(Stop):
             command.execute()
     finally:
-        loop.clip_grad_norm_ = original
+        loop.clip_grads_with_norm_ = original
     return seen["gradients"]
 
 
