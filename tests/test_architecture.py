@@ -64,7 +64,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 # Imported inside functions only, so that the command lines answer before torch is loaded.
 ONLY_LAZILY = {"dragkit.train": "dragkit.trainer", "dragkit.evaluate": "dragkit.trainer"}
-LIGHT = ("", *(f".{n}" for n in "errors schema config flags cli console train evaluate".split()))
+_LIGHT_MODULES = ("errors", "schema", "config", "flags", "cli", "console", "train", "evaluate")
+LIGHT = ("", *(f".{name}" for name in _LIGHT_MODULES))
 # Graphs in, sorted graphs out: data takes no op.
 DATA_TAKES = {"FactOrders", "build_fact_orders", "concat_fact_orders"}
 
