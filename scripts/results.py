@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
-SETS = ("demo", "worldcup", "pathquestion", "freebase_simple", "webqsp")
+SETS = ("demo", "worldcup", "freebase_simple", "pathquestion")
 
 HEAD = """# Results
 
