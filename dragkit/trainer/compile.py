@@ -19,6 +19,8 @@ def compile_retriever(retriever: nn.Module) -> Callable:
     """
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 32
+    # Dropout rates are constants; as inputs they make every graph be traced twice.
+    torch._dynamo.config.specialize_float = True
     return torch.compile(retriever, fullgraph=True, dynamic=True)
 
 
