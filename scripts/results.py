@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
 # A set of 5,000 questions needs no third pass to show what a pass does.
 EPOCHS = {("pathquestion", 2): 1}
-SETS = ("demo", "worldcup", "freebase_simple", "pathquestion")
+SETS = ("demo", "worldcup", "pathquestion", "webqsp", "freebase_simple")
 
 HEAD = """# Results
 
