@@ -120,3 +120,14 @@ def explicit_keys(origins: dict[str, str]) -> set[str]:
         for key, origin in origins.items()
         if origin not in ("default", "no data named") and not origin.startswith("preset ")
     }
+
+
+def chosen_checkpoint(run: Path, which: str | int) -> Path:
+    """The checkpoint that is meant: best (or latest, where there is no best), latest, a step."""
+    if step_of_folder(run.name) is not None:
+        return find_checkpoint(run)
+    if isinstance(which, int):
+        return find_checkpoint(run / f"step-{which:08d}")
+    if which == "best" and not (run / "best").exists():
+        which = "latest"
+    return find_checkpoint(run, which=which)

@@ -23,6 +23,7 @@ from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.resume import (
     adopt_saved,
+    chosen_checkpoint,
     explicit_keys,
     load_for_resume,
     new_run_dir,
@@ -205,7 +206,7 @@ class Run:
         elif only_phase:
             stages.measure("untrained", phase)
         trainer.fit()
-        best = find_checkpoint(run_dir, which="best" if val is not None else "latest")
+        best = chosen_checkpoint(run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 1", phase)
         data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
@@ -233,8 +234,7 @@ class Run:
             logger.info("no phase 1 checkpoint was named; training it first in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)
-        which = "best" if (Path(named) / "best").exists() else "latest"
-        return load_checkpoint(find_checkpoint(Path(named), which=which))
+        return load_checkpoint(chosen_checkpoint(Path(named), "best"))
 
     def _phase2(self) -> str:
         if self.resumed is None:
@@ -257,7 +257,7 @@ class Run:
             stages.measure("after phase 1 (cascade)", phase)
             phase.cascade = False
         trainer.fit()
-        best = find_checkpoint(self.run_dir, which="best" if val is not None else "latest")
+        best = chosen_checkpoint(self.run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 2 (joint)", phase)
         lines = [stages.table(), f"checkpoint: {best}", "next:"]

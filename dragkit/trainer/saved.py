@@ -11,10 +11,10 @@ from dragkit.data.cache import cache_root
 from dragkit.errors import MissingInputError
 from dragkit.eval.evaluate import evaluate
 from dragkit.model.encoder import TextEncoder, find_encoder
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
-from dragkit.trainer.manifest import step_of_folder
+from dragkit.trainer.checkpoint import load_checkpoint
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.resume import chosen_checkpoint
 from dragkit.trainer.run import build_joint, build_retriever, data_paths, setup
 from dragkit.trainer.source import QuestionSource
 
@@ -39,17 +39,6 @@ def _files(config: TrainConfig, args: EvaluateArguments) -> list[str]:
             f"{args.run}: the run names neither test nor validation questions; give --data FILE."
         )
     return [found]
-
-
-def chosen_checkpoint(run: Path, which: str | int) -> Path:
-    """The checkpoint that is meant: best (or latest, where there is no best), latest, a step."""
-    if step_of_folder(run.name) is not None:
-        return find_checkpoint(run)
-    if isinstance(which, int):
-        return find_checkpoint(run / f"step-{which:08d}")
-    if which == "best" and not (run / "best").exists():
-        which = "latest"
-    return find_checkpoint(run, which=which)
 
 
 def evaluate_run(args: EvaluateArguments) -> dict:
