@@ -20,6 +20,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         for number in _SIGNALS:
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue  # a background job: whoever started it does not want it interrupted
             try:
                 self._before[number] = signal.signal(number, self._handle)
             except ValueError:  # not the main thread: the embedding program owns the signals

@@ -109,6 +109,8 @@ def test_a_second_signal_ends_the_process_at_once(second: int, code: int) -> Non
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A background job starts with SIGINT ignored; the child is to be like one on a terminal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert child.stdout.readline() == "ready\n"
