@@ -14,10 +14,11 @@ from .message_passing import (
     relation_sum_ref,
 )
 from .noise import logistic_noise
-from .orders import FactOrders, build_fact_orders, concat_fact_orders
+from .orders import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
 from .segment_softmax import segment_softmax, segment_softmax_ref
 
 __all__ = [
+    "FactGroups",
     "FactOrders",
     "GumbelTopK",
     "build_fact_orders",

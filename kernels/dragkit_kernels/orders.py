@@ -15,7 +15,8 @@ class FactOrders(NamedTuple):
     """One set of E facts sorted by tail, by head and by (graph, relation); all int32.
 
     A fact's number is its place in the original triple order; every sort is stable, so sums run
-    in a fixed sequence.
+    in a fixed sequence. A fact may stand for several equal ones (see docs/method.md, section 4):
+    its counts say how many of them one head and one tail node has.
 
     Attributes:
         head, tail: [E] node rows of each fact.
@@ -25,6 +26,8 @@ class FactOrders(NamedTuple):
         pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by
             (graph, relation).
         fact_pair: [E] pair of each fact.
+        head_count, tail_count: [E] facts like this one that start at a single head node, and that
+            end in a single tail node; ones in a graph as it is.
     """
 
     head: Tensor
@@ -38,6 +41,8 @@ class FactOrders(NamedTuple):
     pair_relation: Tensor
     pair_graph: Tensor
     fact_pair: Tensor
+    head_count: Tensor
+    tail_count: Tensor
 
     @property
     def num_nodes(self) -> int:
@@ -55,6 +60,19 @@ class FactOrders(NamedTuple):
         return self.pair_relation.shape[0]
 
 
+class FactGroups(NamedTuple):
+    """Which of the E facts of the questions a fact of `FactOrders` stands for; all int32.
+
+    Attributes:
+        row: [E] its row in the orders.
+        ptr, fact: [Q+1], [E] the facts of row q, `fact[ptr[q]:ptr[q+1]]`; Q rows in the orders.
+    """
+
+    row: Tensor
+    ptr: Tensor
+    fact: Tensor
+
+
 def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     """Offsets [num_keys+1] and stable permutation [E] that group rows by key."""
     ptr = torch.zeros(num_keys + 1, dtype=torch.int32, device=key.device)
@@ -68,6 +86,9 @@ def build_fact_orders(
     relation: Tensor,
     num_nodes: int,
     fact_graph: Tensor | None = None,
+    *,
+    head_count: Tensor | None = None,
+    tail_count: Tensor | None = None,
 ) -> FactOrders:
     """Sorts the facts of one graph or of a pack.
 
@@ -79,6 +100,7 @@ def build_fact_orders(
         relation: int [E] relation rows, 0 or more.
         num_nodes: N.
         fact_graph: int [E] graph of each fact; None means one graph.
+        head_count, tail_count: int [E] see FactOrders; None means ones.
 
     Returns:
         The orders, on the device of `head`.
@@ -86,7 +108,13 @@ def build_fact_orders(
     Raises:
         ValueError: sizes differ, or a row is out of range.
     """
-    for name, tensor in (("tail", tail), ("relation", relation), ("fact_graph", fact_graph)):
+    for name, tensor in (
+        ("tail", tail),
+        ("relation", relation),
+        ("fact_graph", fact_graph),
+        ("head_count", head_count),
+        ("tail_count", tail_count),
+    ):
         if tensor is not None:
             check_shape("build_fact_orders", name, tensor, tuple(head.shape[:1]))
     check_shape("build_fact_orders", "head", head, (None,))
@@ -107,6 +135,7 @@ def build_fact_orders(
     tail_ptr, tail_fact = _sort_by(tail, num_nodes)
     head_ptr, head_fact = _sort_by(head, num_nodes)
     pair_ptr, pair_fact = _sort_by(fact_pair, keys.numel())
+    ones = torch.ones_like(head, dtype=torch.int32)
     return FactOrders(
         head=head.int(),
         tail=tail.int(),
@@ -119,6 +148,8 @@ def build_fact_orders(
         pair_relation=(keys % radix).int(),
         pair_graph=torch.div(keys, radix, rounding_mode="floor").int(),
         fact_pair=fact_pair.int(),
+        head_count=ones if head_count is None else head_count.int(),
+        tail_count=ones if tail_count is None else tail_count.int(),
     )
 
 
@@ -145,6 +176,8 @@ def concat_fact_orders(parts: Sequence[FactOrders]) -> FactOrders:
             "pair_relation": 0,
             "pair_graph": graph,
             "fact_pair": pairs,
+            "head_count": 0,
+            "tail_count": 0,
         }
         for name, column in zip(part._fields, part, strict=True):
             # Later parts drop their leading zero: it is the previous part's last offset.

@@ -48,9 +48,11 @@ def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = No
     Returns:
         [N, C].
     """
-    # A table that requires a gradient would make embedding_bag prepare its own backward.
+    # A table that requires a gradient would make embedding_bag prepare its own backward, and one
+    # with gaps would be summed by another routine, with other roundings.
+    table = table.detach().contiguous()
     return F.embedding_bag(
-        rows, table.detach(), ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
+        rows, table, ptr, mode="sum", per_sample_weights=weight, include_last_offset=True
     )
 
 

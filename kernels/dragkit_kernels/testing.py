@@ -56,8 +56,8 @@ def assert_close(
 
 
 class Adjacency(NamedTuple):
-    """A random pack: orders, int32 node_graph [N], node_ptr [B+1], fact_graph [E], fact_ptr [B+1]
-    and int64 relation [E]."""
+    """A random pack: orders, int32 node_graph [N], node_ptr [B+1], fact_graph [E], fact_ptr [B+1],
+    int64 relation [E] and int32 node_count [N]."""
 
     orders: FactOrders
     node_graph: Tensor
@@ -65,10 +65,18 @@ class Adjacency(NamedTuple):
     fact_graph: Tensor
     fact_ptr: Tensor
     relation: Tensor
+    node_count: Tensor
 
 
 def adjacency(
-    sizes: list[tuple[int, int]], head: Tensor, tail: Tensor, relation: Tensor
+    sizes: list[tuple[int, int]],
+    head: Tensor,
+    tail: Tensor,
+    relation: Tensor,
+    *,
+    head_count: Tensor | None = None,
+    tail_count: Tensor | None = None,
+    node_count: Tensor | None = None,
 ) -> Adjacency:
     """The pack of given facts.
 
@@ -76,6 +84,7 @@ def adjacency(
         sizes: (nodes, facts) of each graph.
         head, tail: int64 [E] node rows of the pack.
         relation: int64 [E].
+        head_count, tail_count: int [E] see FactOrders; node_count: int [N]; None means ones.
     """
     nodes = torch.tensor([n for n, _ in sizes])
     facts = torch.tensor([e for _, e in sizes])
@@ -83,19 +92,30 @@ def adjacency(
     fact_graph = graphs.repeat_interleave(facts)
     zero = torch.zeros(1, dtype=torch.int64)
     return Adjacency(
-        orders=build_fact_orders(head, tail, relation, int(nodes.sum()), fact_graph),
+        orders=build_fact_orders(
+            head,
+            tail,
+            relation,
+            int(nodes.sum()),
+            fact_graph,
+            head_count=head_count,
+            tail_count=tail_count,
+        ),
         node_graph=graphs.repeat_interleave(nodes).int(),
         node_ptr=torch.cat([zero, nodes.cumsum(0)]).int(),
         fact_graph=fact_graph.int(),
         fact_ptr=torch.cat([zero, facts.cumsum(0)]).int(),
         relation=relation,
+        node_count=torch.ones(int(nodes.sum()), dtype=torch.int32)
+        if node_count is None
+        else node_count.int(),
     )
 
 
 def random_adjacency(
     sizes: list[tuple[int, int]], num_relations: int, *, seed: int = 0, skew: float = 2.0
 ) -> Adjacency:
-    """A pack of random graphs with hubs, duplicate facts and self-loops left in.
+    """A pack of random graphs with hubs, duplicate facts, self-loops and counts of 1 to 3.
 
     Args:
         sizes: (nodes, facts) of each graph; a graph without nodes must have no facts.
@@ -112,7 +132,15 @@ def random_adjacency(
         for _ in range(2)
     )
     relation = torch.randint(0, num_relations, (len(graph),), generator=generator)
-    return adjacency(sizes, head, tail, relation)
+    counts = {
+        name: torch.randint(1, 4, (size,), generator=generator)
+        for name, size in (
+            ("head_count", len(graph)),
+            ("tail_count", len(graph)),
+            ("node_count", int(nodes.sum())),
+        )
+    }
+    return adjacency(sizes, head, tail, relation, **counts)
 
 
 def strided_like(tensor: Tensor) -> Tensor:

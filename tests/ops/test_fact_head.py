@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import build_fact_orders, fact_scores, fact_scores_ref
+from dragkit_kernels import FactGroups, build_fact_orders, fact_scores, fact_scores_ref
 from dragkit_kernels.testing import Adjacency, assert_close, leaves, random_adjacency, strided_like
 
 NAMES = ("head_score", "pair_score", "tail_score", "bias")
@@ -55,6 +55,31 @@ def test_equals_the_wide_linear_scorer() -> None:
     bias = torch.tensor(0.25, dtype=torch.float64)
     tables = (h @ w[:6], x @ w[6:11], h @ w[11:])
     assert_close(fact_scores(*tables, bias, orders=orders), wide @ w + 0.25)
+
+
+@pytest.mark.parametrize("function", [fact_scores, fact_scores_ref])
+def test_facts_of_a_group_share_a_row(function: object) -> None:
+    """A gather by hand from the ungrouped scores, with every gradient; one row has no fact."""
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    row = torch.randint(0, 26, (41,)).int()
+    order = torch.argsort(row, stable=True).int()
+    ptr = torch.cat([torch.zeros(1), torch.bincount(row, minlength=27).cumsum(0)]).int()
+    groups = FactGroups(row, ptr, order)
+    values = make_inputs(pack, torch.float64)
+    tried, exact = leaves(values), leaves(values)
+    actual = function(*tried, orders=pack.orders, groups=groups)
+    expected = fact_scores_ref(*exact, orders=pack.orders)[row.long()]
+    assert_close(actual, expected)
+    grad = torch.randn(41, dtype=torch.float64)
+    for name, got, want in zip(
+        NAMES,
+        torch.autograd.grad(actual, tried, grad),
+        torch.autograd.grad(expected, exact, grad),
+        strict=True,
+    ):
+        assert_close(got, want, name=name)
+    with pytest.raises(ValueError, match=r"groups.ptr must have shape \[28\], got \[27\]"):
+        fact_scores(*values, orders=pack.orders, groups=groups._replace(ptr=ptr[1:]))
 
 
 def test_gradcheck() -> None:

@@ -58,12 +58,16 @@ def loop_layer(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
         orders.tail.tolist(),
         pack.relation.tolist(),
         pack.fact_graph.tolist(),
+        orders.head_count.tolist(),
+        orders.tail_count.tolist(),
         strict=True,
     )
-    for head, tail, relation, graph in facts:
+    for head, tail, relation, graph, head_count, tail_count in facts:
         row = rows[graph, relation]
-        pre[tail] = pre[tail] + p[head] * table_fwd[row]
-        pre[head] = pre[head] + p[tail] * table_inv[row]
+        for _ in range(tail_count):
+            pre[tail] = pre[tail] + p[head] * table_fwd[row]
+        for _ in range(head_count):
+            pre[head] = pre[head] + p[tail] * table_inv[row]
     return torch.stack(pre).clamp(min=0)
 
 
@@ -191,6 +195,8 @@ def test_order_of_facts_does_not_matter() -> None:
         pack.relation[shuffle],
         pack.orders.num_nodes,
         pack.fact_graph[shuffle],
+        head_count=pack.orders.head_count[shuffle],
+        tail_count=pack.orders.tail_count[shuffle],
     )
     other = message_passing(*inputs, orders=shuffled, node_graph=pack.node_graph)
     assert_close(other, run(pack, inputs))
@@ -211,6 +217,8 @@ def test_a_pack_equals_its_graphs_one_at_a_time() -> None:
             pack.orders.tail[facts] - nodes.start,
             pack.relation[facts],
             nodes.stop - nodes.start,
+            head_count=pack.orders.head_count[facts],
+            tail_count=pack.orders.tail_count[facts],
         )
         h, p, table_fwd, table_inv, self_table, weight, bias = inputs
         alone = message_passing(

@@ -43,8 +43,9 @@ def loop_parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
         for e, relation in enumerate(pack.relation.tolist()):
             head, tail = int(orders.head[e]), int(orders.tail[e])
             i = instruction[graph_of[head], k]
-            fwd[tail] = fwd[tail] + p[head] * torch.relu(rel_fwd[relation] * i)
-            inv[head] = inv[head] + p[tail] * torch.relu(rel_inv[relation] * i)
+            into, out_of = int(orders.tail_count[e]), int(orders.head_count[e])
+            fwd[tail] = fwd[tail] + into * p[head] * torch.relu(rel_fwd[relation] * i)
+            inv[head] = inv[head] + out_of * p[tail] * torch.relu(rel_inv[relation] * i)
         out += [torch.stack(fwd), torch.stack(inv)]
     return torch.stack(out, dim=1)
 

@@ -49,6 +49,8 @@ def test_joined_graphs_equal_one_built_pack(sizes: list[tuple[int, int]], seed: 
                 whole.orders.tail[facts] - first,
                 whole.relation[facts],
                 nodes,
+                head_count=whole.orders.head_count[facts],
+                tail_count=whole.orders.tail_count[facts],
             )
         )
     joined = concat_fact_orders(parts)
@@ -73,5 +75,7 @@ def test_wrong_arguments() -> None:
         build_fact_orders(three, three, three, 2)
     with pytest.raises(ValueError, match="negative"):
         build_fact_orders(two, two, two - 1, 4)
+    with pytest.raises(ValueError, match=r"tail_count must have shape \[2\], got \[3\]"):
+        build_fact_orders(two, two, two, 4, tail_count=three)
     with pytest.raises(ValueError, match="at least one graph"):
         concat_fact_orders([])

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dragkit_kernels import (
+    FactGroups,
     fact_scores,
     gumbel_topk,
     message_passing,
@@ -34,6 +35,13 @@ def floats(pack: Adjacency, dtype: torch.dtype = torch.float32) -> dict[str, Ten
     return {n: torch.randn(s).to(dtype).requires_grad_() for n, s in shapes.items()}
 
 
+def fact_groups(rows: int) -> FactGroups:
+    """Two facts for every row."""
+    row = torch.arange(2 * rows, dtype=torch.int32) % rows
+    ptr = torch.arange(rows + 1, dtype=torch.int32) * 2
+    return FactGroups(row, ptr, torch.argsort(row, stable=True).int())
+
+
 def test_opcheck_message_passing() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = list(floats(pack).values())
@@ -53,21 +61,26 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(ops.relation_sum_fwd.default, (table, *_walks(o)))
     rows = torch.randn(9, WIDTH)
     torch.library.opcheck(
-        ops.relation_sum_bwd.default, (rows, o.head, o.tail, o.pair_ptr, o.pair_fact)
+        ops.relation_sum_bwd.default,
+        (rows, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count),
     )
     score = torch.randn(9).requires_grad_()
     mask = torch.rand(9) > 0.3
-    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask))
-    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, None))
+    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask, None))
+    counted = (score, pack.node_ptr, None, pack.node_count)
+    torch.library.opcheck(ops.segment_softmax_fwd.default, counted)
     p = torch.rand(9)
-    torch.library.opcheck(ops.segment_softmax_bwd.default, (p, p, pack.node_ptr))
+    torch.library.opcheck(ops.segment_softmax_bwd.default, (p, p, pack.node_ptr, pack.node_count))
     ordered = (o.head_ptr, o.head_fact, o.pair_ptr, o.pair_fact, o.tail_ptr, o.tail_fact)
     scores = [torch.randn(n).requires_grad_() for n in (9, o.num_pairs, 9)]
     bias = torch.zeros((), requires_grad=True)
-    torch.library.opcheck(
-        ops.fact_scores_fwd.default, (*scores, bias, o.head, o.tail, o.fact_pair, *ordered)
-    )
-    torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(15), *ordered))
+    for groups in ((None, None, None), fact_groups(o.num_facts)):
+        torch.library.opcheck(
+            ops.fact_scores_fwd.default,
+            (*scores, bias, o.head, o.tail, o.fact_pair, *ordered, *groups),
+        )
+        size = o.num_facts if groups[0] is None else groups.row.numel()
+        torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(size), *ordered, *groups))
     torch.library.opcheck(ops.budget_threshold.default, (torch.randn(15), pack.fact_ptr, 4, 9))
 
 
@@ -86,7 +99,7 @@ def test_fake_tensors_follow_low_precision() -> None:
     )
     torch.library.opcheck(
         torch.ops.dragkit.segment_softmax_fwd.default,
-        (x[1], pack.node_ptr, None),
+        (x[1], pack.node_ptr, None, pack.node_count),
         test_utils=utils,
     )
 
@@ -127,9 +140,14 @@ def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
             orders=pack.orders,
             node_graph=pack.node_graph,
         )
-        p = segment_softmax(h.sum(1), pack.node_ptr, None)
+        p = segment_softmax(h.sum(1), pack.node_ptr, None, count=pack.node_count)
     logits = fact_scores(
-        h @ x["bias"], x["table_fwd"].sum(1), h.sum(1), x["bias"][0], orders=pack.orders
+        h @ x["bias"],
+        x["table_fwd"].sum(1),
+        h.sum(1),
+        x["bias"][0],
+        orders=pack.orders,
+        groups=fact_groups(pack.orders.num_facts),
     )
     return h, p, logits
 

@@ -17,8 +17,11 @@ def test_relation_sum_matches_the_loop(pack: Adjacency, dtype: torch.dtype) -> N
     exact, tried = leaves([table.double()])[0], leaves([table])[0]
     rows = [torch.zeros(WIDTH, dtype=torch.float64) for _ in range(pack.orders.num_nodes)]
     for e, pair in enumerate(pack.orders.fact_pair.tolist()):
-        for node in (int(pack.orders.head[e]), int(pack.orders.tail[e])):
-            rows[node] = rows[node] + exact[pair]
+        for node, count in (
+            (int(pack.orders.head[e]), int(pack.orders.head_count[e])),
+            (int(pack.orders.tail[e]), int(pack.orders.tail_count[e])),
+        ):
+            rows[node] = rows[node] + count * exact[pair]
     expected, actual = torch.stack(rows), relation_sum(tried, orders=pack.orders)
     assert actual.dtype == dtype
     assert_close(actual, expected)

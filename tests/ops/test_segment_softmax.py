@@ -23,6 +23,14 @@ def loop_softmax(score: Tensor, ptr: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat(pieces)
 
 
+def repeated_softmax(score: Tensor, ptr: Tensor, count: Tensor) -> Tensor:
+    """Every row written out as often as it counts, and the share of its first copy."""
+    rows = torch.arange(score.shape[0]).repeat_interleave(count)
+    ends = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
+    first = ends[:-1]
+    return loop_softmax(score[rows], ends[ptr.long()].int(), None)[first]
+
+
 def masks(count: int) -> list[Tensor | None]:
     drawn = torch.rand(count) > 0.4
     return [None, drawn, torch.zeros(count, dtype=torch.bool)]
@@ -50,6 +58,23 @@ def test_matches_one_softmax_per_graph(
             assert_close(got, want)
         else:
             assert not got.any()
+
+
+@pytest.mark.parametrize("function", [segment_softmax, segment_softmax_ref])
+def test_a_counted_row_stands_for_equal_ones(pack: Adjacency, function: object) -> None:
+    score = torch.randn(pack.orders.num_nodes, dtype=torch.float64)
+    tried, exact = score.clone().requires_grad_(), score.clone().requires_grad_()
+    actual = function(tried, pack.node_ptr, None, count=pack.node_count)
+    expected = repeated_softmax(exact, pack.node_ptr, pack.node_count)
+    assert_close(actual, expected)
+    if score.numel():
+        grad = torch.randn_like(score)
+        (got,) = torch.autograd.grad(actual, tried, grad)
+        (want,) = torch.autograd.grad(expected, exact, grad)
+        assert_close(got, want)
+    low = score.bfloat16()
+    got = function(low, pack.node_ptr, None, count=pack.node_count)
+    assert_close(got, repeated_softmax(low.double(), pack.node_ptr, pack.node_count))
 
 
 def test_masked_nodes_get_no_probability_and_no_gradient() -> None:

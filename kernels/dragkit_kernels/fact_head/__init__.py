@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
-from ..orders import FactOrders
+from ..orders import FactGroups, FactOrders
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import fact_scores_ref
 
@@ -21,9 +21,10 @@ def fact_scores(
     bias: Tensor,
     *,
     orders: FactOrders,
+    groups: FactGroups | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """l_e = head_score[head_e] + pair_score[pair_e] + tail_score[tail_e] + bias.
+    """l_e = head_score[head_q] + pair_score[pair_q] + tail_score[tail_q] + bias, with q = row_e.
 
     This is w . [h_head ; x_relation ; h_tail] + b without the [E, 3C] tensor: the three dot
     products are taken per node and per (graph, relation) pair. Gradients are sums in a fixed order.
@@ -32,7 +33,7 @@ def fact_scores(
         head_score, tail_score: float [N].
         pair_score: float [P].
         bias: float [].
-        orders: the facts.
+        orders: Q facts; groups: the E facts that they stand for; None where each is its own.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -49,6 +50,10 @@ def fact_scores(
     check_shape(op, "bias", bias, ())
     check_float(op, head_score=head_score, pair_score=pair_score, tail_score=tail_score, bias=bias)
     check_index(op, **{"orders.head": orders.head, "orders.fact_pair": orders.fact_pair})
+    if groups is not None:
+        check_shape(op, "groups.ptr", groups.ptr, (orders.num_facts + 1,))
+        check_shape(op, "groups.fact", groups.fact, tuple(groups.row.shape))
+        check_index(op, **{f"groups.{name}": x for name, x in groups._asdict().items()})
     resolve_backend(op, head_score, backend)
     return torch.ops.dragkit.fact_scores_fwd(
         head_score,
@@ -64,4 +69,5 @@ def fact_scores(
         orders.pair_fact,
         orders.tail_ptr,
         orders.tail_fact,
+        *(groups or (None, None, None)),
     )

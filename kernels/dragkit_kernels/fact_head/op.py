@@ -11,7 +11,7 @@ from ..segments import ordered_sum
 
 _SORTED = (
     "Tensor head_ptr, Tensor head_fact, Tensor pair_ptr, Tensor pair_fact, "
-    "Tensor tail_ptr, Tensor tail_fact"
+    "Tensor tail_ptr, Tensor tail_fact, Tensor? group_row, Tensor? group_ptr, Tensor? group_fact"
 )
 
 
@@ -23,14 +23,16 @@ def fact_scores_fwd(
     head: Tensor,
     tail: Tensor,
     fact_pair: Tensor,
-    *sorted_facts: Tensor,
+    *sorted_facts: Tensor | None,
 ) -> Tensor:
-    """l_e = a[head_e] + b[pair_e] + c[tail_e] + bias; the sorted facts serve the backward only."""
+    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias; the sorted facts serve the backward."""
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
     out = head_score.to(dtype).index_select(0, head)
     out += pair_score.to(dtype).index_select(0, fact_pair)
     out += tail_score.to(dtype).index_select(0, tail)
-    return out.add_(bias.to(dtype))
+    out.add_(bias.to(dtype))
+    group_row = sorted_facts[-3]
+    return out if group_row is None else out.index_select(0, group_row)
 
 
 def fact_scores_bwd(
@@ -41,9 +43,14 @@ def fact_scores_bwd(
     pair_fact: Tensor,
     tail_ptr: Tensor,
     tail_fact: Tensor,
+    group_row: Tensor | None,
+    group_ptr: Tensor | None,
+    group_fact: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sums of grad over the facts with head v, of pair r, with tail v, and over all facts."""
     grad = grad.contiguous()  # sum().backward() sends a zero-stride gradient
+    if group_ptr is not None and group_fact is not None:
+        grad = ordered_sum(grad, group_fact, group_ptr)
     return (
         ordered_sum(grad, head_fact, head_ptr),
         ordered_sum(grad, pair_fact, pair_ptr),
@@ -58,10 +65,11 @@ def _fact_scores_fake(
     tail_score: Tensor,
     bias: Tensor,
     head: Tensor,
-    *orders: Tensor,
+    *orders: Tensor | None,
 ) -> Tensor:
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
-    return head_score.new_empty(head.shape, dtype=dtype)
+    group_row = orders[-3]
+    return head_score.new_empty((head if group_row is None else group_row).shape, dtype=dtype)
 
 
 def _fact_scores_bwd_fake(
@@ -72,6 +80,7 @@ def _fact_scores_bwd_fake(
     pair_fact: Tensor,
     tail_ptr: Tensor,
     tail_fact: Tensor,
+    *groups: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = (grad.new_empty(ptr.shape[0] - 1) for ptr in (head_ptr, pair_ptr, tail_ptr))
     return (*sums, grad.new_empty(()))
@@ -85,7 +94,7 @@ def _setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.dragkit.fact_scores_bwd(grad, *ctx.saved_tensors)
     cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-    return (*cast, *(None,) * 9)
+    return (*cast, *(None,) * 12)
 
 
 register(

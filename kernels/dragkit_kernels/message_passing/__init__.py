@@ -35,6 +35,8 @@ def _check_orders(op: str, orders: FactOrders) -> None:
         ("pair_ptr", pairs + 1),
         ("pair_fact", facts),
         ("fact_pair", facts),
+        ("head_count", facts),
+        ("tail_count", facts),
     ):
         check_shape(op, f"orders.{name}", getattr(orders, name), (size,))
     for name, tensor in zip(orders._fields, orders, strict=True):
@@ -57,8 +59,10 @@ def message_passing(
 ) -> Tensor:
     """One ReaRev layer, collapsed over instructions and directions (Mavromatis & Karypis 2022).
 
-    h'_v = relu(h_v W + b + sum_{e: tail=v} p[head_e] Y^F[pair_e]
-    + sum_{e: head=v} p[tail_e] Y^I[pair_e] + p_v Y^self[graph_v])
+    h'_v = relu(h_v W + b + sum_{e: tail=v} n_e p[head_e] Y^F[pair_e]
+    + sum_{e: head=v} m_e p[tail_e] Y^I[pair_e] + p_v Y^self[graph_v])
+
+    with n the orders' tail counts and m their head counts.
 
     Sums run in float32 (float64 if an argument is) and in a fixed order; a gradient that nobody
     asks for is not computed. Node rows in `orders` are trusted, not checked.
@@ -105,7 +109,9 @@ def message_passing(
 def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") -> Tensor:
     """Start of the node states: every node sums the rows of its incident facts, both directions.
 
-    out_v = sum_{e: tail=v} table[pair_e] + sum_{e: head=v} table[pair_e]
+    out_v = sum_{e: tail=v} n_e table[pair_e] + sum_{e: head=v} m_e table[pair_e]
+
+    with n the orders' tail counts and m their head counts.
 
     Args:
         table: float [P, C], one row per (graph, relation) pair.
@@ -139,8 +145,10 @@ def message_passing_parity(
 ) -> Tensor:
     """The sums of the published layer before its linear map, one per instruction and direction.
 
-    out[v, 2k]   = sum_{e: tail=v} p[head_e] relu(u^F[rel_e] * i_k) + p_v relu(u^F_self * i_k)
-    out[v, 2k+1] = sum_{e: head=v} p[tail_e] relu(u^I[rel_e] * i_k) + p_v relu(u^I_self * i_k)
+    out[v, 2k]   = sum_{e: tail=v} n_e p[head_e] relu(u^F[rel_e] * i_k) + p_v relu(u^F_self * i_k)
+    out[v, 2k+1] = sum_{e: head=v} m_e p[tail_e] relu(u^I[rel_e] * i_k) + p_v relu(u^I_self * i_k)
+
+    with n the orders' tail counts and m their head counts.
 
     Args:
         p: float [N].
@@ -192,4 +200,6 @@ def _walks(orders: FactOrders) -> tuple[Tensor, ...]:
         orders.pair_ptr,
         orders.pair_fact,
         orders.fact_pair,
+        orders.head_count,
+        orders.tail_count,
     )

@@ -16,7 +16,8 @@ from ..segments import bag_sum, ordered_sum
 
 _ORDERS = (
     "Tensor head, Tensor tail, Tensor tail_ptr, Tensor tail_fact, Tensor head_ptr, "
-    "Tensor head_fact, Tensor pair_ptr, Tensor pair_fact, Tensor fact_pair"
+    "Tensor head_fact, Tensor pair_ptr, Tensor pair_fact, Tensor fact_pair, Tensor head_count, "
+    "Tensor tail_count"
 )
 _INPUTS = (
     "Tensor h, Tensor p, Tensor table_fwd, Tensor table_inv, Tensor self_table, Tensor weight, "
@@ -56,19 +57,20 @@ def message_passing_fwd(
     pair_ptr: Tensor,
     pair_fact: Tensor,
     fact_pair: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
     node_graph: Tensor,
 ) -> Tensor:
     """The collapsed layer; see message_passing."""
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)
     out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype))
-    for table, source, order, ptr in (
-        (table_fwd, head, tail_fact, tail_ptr),
-        (table_inv, tail, head_fact, head_ptr),
+    for table, source, count, order, ptr in (
+        (table_fwd, head, tail_count, tail_fact, tail_ptr),
+        (table_inv, tail, head_count, head_fact, head_ptr),
     ):
-        rows = fact_pair.index_select(0, order)
-        p_source = p.index_select(0, source.index_select(0, order))
-        out += bag_sum(table.to(dtype), rows, ptr, p_source)
+        sent = (p.index_select(0, source) * count).index_select(0, order)
+        out += bag_sum(table.to(dtype), fact_pair.index_select(0, order), ptr, sent)
     out.addcmul_(p.unsqueeze(1), self_table.to(dtype).index_select(0, node_graph))
     return out.relu_().to(h.dtype)
 
@@ -92,6 +94,8 @@ def message_passing_bwd(
     pair_ptr: Tensor,
     pair_fact: Tensor,
     fact_pair: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
     node_graph: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
@@ -105,8 +109,8 @@ def message_passing_bwd(
     if output_mask[0]:
         out[0] = delta @ weight.to(dtype).t()
     if output_mask[1]:
-        by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail)
-        by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head)
+        by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail) * tail_count
+        by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head) * head_count
         own = _edge_dots(
             self_table.to(dtype),
             node_graph,
@@ -115,11 +119,10 @@ def message_passing_bwd(
         )
         out[1] = own + ordered_sum(by_head, head_fact, head_ptr)
         out[1] += ordered_sum(by_tail, tail_fact, tail_ptr)
-    for place, source, target in ((2, head, tail), (3, tail, head)):
+    for place, source, target, count in ((2, head, tail, tail_count), (3, tail, head, head_count)):
         if output_mask[place]:
-            rows = target.index_select(0, pair_fact)
-            p_source = p.index_select(0, source.index_select(0, pair_fact))
-            out[place] = bag_sum(delta, rows, pair_ptr, p_source)
+            sent = (p.index_select(0, source) * count).index_select(0, pair_fact)
+            out[place] = bag_sum(delta, target.index_select(0, pair_fact), pair_ptr, sent)
     if output_mask[4]:
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
         out[4] = bag_sum(delta, nodes, _graph_ptr(node_graph, self_table.shape[0]), p)
@@ -164,21 +167,35 @@ def relation_sum_fwd(
     pair_ptr: Tensor,
     pair_fact: Tensor,
     fact_pair: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
 ) -> Tensor:
     """Sum of the rows of a node's facts in both directions; see relation_sum."""
     rows = table.to(accumulator_dtype(table))
-    out = bag_sum(rows, fact_pair.index_select(0, tail_fact), tail_ptr)
-    out += bag_sum(rows, fact_pair.index_select(0, head_fact), head_ptr)
+    out = None
+    for count, order, ptr in ((tail_count, tail_fact, tail_ptr), (head_count, head_fact, head_ptr)):
+        times = count.index_select(0, order).to(rows.dtype)
+        part = bag_sum(rows, fact_pair.index_select(0, order), ptr, times)
+        out = part if out is None else out.add_(part)
     return out.to(table.dtype)
 
 
 def relation_sum_bwd(
-    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, pair_fact: Tensor
+    grad: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
 ) -> Tensor:
-    """dtable_r = sum over the facts of pair r of grad[tail] + grad[head]."""
+    """dtable_r = sum over the facts e of pair r of n_e grad[tail_e] + m_e grad[head_e]."""
     rows = grad.to(accumulator_dtype(grad)).contiguous()
-    out = bag_sum(rows, tail.index_select(0, pair_fact), pair_ptr)
-    out += bag_sum(rows, head.index_select(0, pair_fact), pair_ptr)
+    out = None
+    for count, target in ((tail_count, tail), (head_count, head)):
+        times = count.index_select(0, pair_fact).to(rows.dtype)
+        part = bag_sum(rows, target.index_select(0, pair_fact), pair_ptr, times)
+        out = part if out is None else out.add_(part)
     return out.to(grad.dtype)
 
 
@@ -189,18 +206,18 @@ def _relation_sum_fake(
 
 
 def _relation_sum_bwd_fake(
-    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, pair_fact: Tensor
+    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, *rest: Tensor
 ) -> Tensor:
     return grad.new_empty(pair_ptr.shape[0] - 1, grad.shape[1])
 
 
 def _relation_sum_setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _ = inputs
-    ctx.save_for_backward(head, tail, pair_ptr, pair_fact)
+    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count = inputs
+    ctx.save_for_backward(head, tail, pair_ptr, pair_fact, head_count, tail_count)
 
 
 def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (torch.ops.dragkit.relation_sum_bwd(grad, *ctx.saved_tensors), *(None,) * 9)
+    return (torch.ops.dragkit.relation_sum_bwd(grad, *ctx.saved_tensors), *(None,) * 11)
 
 
 register(f"message_passing_fwd({_INPUTS}) -> Tensor", message_passing_fwd, _message_passing_fake)
@@ -215,8 +232,8 @@ register(
     f"relation_sum_fwd(Tensor table, {_ORDERS}) -> Tensor", relation_sum_fwd, _relation_sum_fake
 )
 register(
-    "relation_sum_bwd(Tensor grad, Tensor head, Tensor tail, Tensor pair_ptr, Tensor pair_fact) "
-    "-> Tensor",
+    "relation_sum_bwd(Tensor grad, Tensor head, Tensor tail, Tensor pair_ptr, Tensor pair_fact, "
+    "Tensor head_count, Tensor tail_count) -> Tensor",
     relation_sum_bwd,
     _relation_sum_bwd_fake,
 )

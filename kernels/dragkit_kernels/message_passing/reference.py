@@ -22,13 +22,16 @@ def message_passing_ref(
     orders: FactOrders,
     node_graph: Tensor,
 ) -> Tensor:
-    """h'_v = relu(h_v W + b + sum_{e: t_e=v} p[s_e] Y^F[pair_e] + sum_{e: s_e=v} p[t_e] Y^I[pair_e]
-    + p_v Y^self[graph_v]), summed in float32 (float64 if any argument is).
+    """h'_v = relu(h_v W + b + sum_{e: t_e=v} n_e p[s_e] Y^F[pair_e]
+    + sum_{e: s_e=v} m_e p[t_e] Y^I[pair_e] + p_v Y^self[graph_v]), with n the tail and m the head
+    counts, summed in float32 (float64 if any argument is).
     """
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p, head, tail, pair = p.to(dtype), orders.head, orders.tail, orders.fact_pair
-    forward = p.index_select(0, head).unsqueeze(1) * table_fwd.to(dtype).index_select(0, pair)
-    inverse = p.index_select(0, tail).unsqueeze(1) * table_inv.to(dtype).index_select(0, pair)
+    sent, returned = p.index_select(0, head), p.index_select(0, tail)
+    sent, returned = sent * orders.tail_count, returned * orders.head_count
+    forward = sent.unsqueeze(1) * table_fwd.to(dtype).index_select(0, pair)
+    inverse = returned.unsqueeze(1) * table_inv.to(dtype).index_select(0, pair)
     own = p.unsqueeze(1) * self_table.to(dtype).index_select(0, node_graph)
     out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype)) + own
     out = out.index_add(0, tail, forward).index_add(0, head, inverse)
@@ -36,11 +39,12 @@ def message_passing_ref(
 
 
 def relation_sum_ref(table: Tensor, *, orders: FactOrders) -> Tensor:
-    """out_v = sum_{e: t_e=v} table[pair_e] + sum_{e: s_e=v} table[pair_e]."""
+    """out_v = sum_{e: t_e=v} n_e table[pair_e] + sum_{e: s_e=v} m_e table[pair_e]."""
     dtype = accumulator_dtype(table)
     rows = table.to(dtype).index_select(0, orders.fact_pair)
     out = rows.new_zeros(orders.num_nodes, table.shape[1])
-    return out.index_add(0, orders.tail, rows).index_add(0, orders.head, rows).to(table.dtype)
+    out = out.index_add(0, orders.tail, rows * orders.tail_count.unsqueeze(1))
+    return out.index_add(0, orders.head, rows * orders.head_count.unsqueeze(1)).to(table.dtype)
 
 
 def message_passing_parity_ref(
@@ -54,7 +58,7 @@ def message_passing_parity_ref(
     orders: FactOrders,
     node_graph: Tensor,
 ) -> Tensor:
-    """o_{v,k} = sum_e p[src_e] relu(u[rel_e] * i_k) + p_v relu(u_self * i_k), both directions.
+    """o_{v,k} = sum_e n_e p[src_e] relu(u[rel_e] * i_k) + p_v relu(u_self * i_k), both directions.
 
     relu(a b) = relu(a) relu(b) + relu(-a) relu(-b) takes the instruction out of the sum over
     facts: two C-wide sums per direction serve all instructions.
@@ -66,13 +70,13 @@ def message_passing_parity_ref(
     gate = gate.index_select(0, node_graph)  # [N, I, 2C]
     width = rel_fwd.shape[1]
     sums = []
-    for u, own, source, order, ptr in (
-        (rel_fwd, self_fwd, orders.head, orders.tail_fact, orders.tail_ptr),
-        (rel_inv, self_inv, orders.tail, orders.head_fact, orders.head_ptr),
+    for u, own, source, count, order, ptr in (
+        (rel_fwd, self_fwd, orders.head, orders.tail_count, orders.tail_fact, orders.tail_ptr),
+        (rel_inv, self_inv, orders.tail, orders.head_count, orders.head_fact, orders.head_ptr),
     ):
         u, own = u.to(dtype), own.to(dtype)
         split = torch.cat([u.relu(), (-u).relu()], dim=1)
-        weight = p.index_select(0, source.index_select(0, order))
+        weight = (p.index_select(0, source) * count).index_select(0, order)
         total = F.embedding_bag(
             relation.index_select(0, order),
             split,

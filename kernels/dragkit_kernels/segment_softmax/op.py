@@ -10,41 +10,44 @@ from ..segments import segment_ids
 from .reference import segment_softmax_ref
 
 
-def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor) -> Tensor:
-    """ds_v = p_v (dp_v - sum_u p_u dp_u), the sum over v's graph."""
+def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
+    """ds_v = p_v (dp_v - n_v sum_u p_u dp_u), the sum over v's graph."""
     segment = segment_ids(ptr, p.shape[0])
     weighted = p * grad
     total = p.new_zeros(ptr.shape[0]).index_add_(0, segment, weighted)
-    return weighted.addcmul_(p, total.index_select(0, segment), value=-1)
+    mass = p if count is None else p * count
+    return weighted.addcmul_(mass, total.index_select(0, segment), value=-1)
 
 
-def _segment_softmax_fake(score: Tensor, ptr: Tensor, mask: Tensor | None) -> Tensor:
+def _segment_softmax_fake(
+    score: Tensor, ptr: Tensor, mask: Tensor | None, count: Tensor | None
+) -> Tensor:
     dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
     return score.new_empty(score.shape, dtype=dtype)
 
 
-def _segment_softmax_bwd_fake(grad: Tensor, p: Tensor, ptr: Tensor) -> Tensor:
+def _segment_softmax_bwd_fake(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
     return p.new_empty(p.shape)
 
 
 def _setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    score, ptr, _ = inputs
-    ctx.save_for_backward(output, ptr)
+    score, ptr, _, count = inputs
+    ctx.save_for_backward(output, ptr, count)
     ctx.score_dtype = score.dtype
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     ds = torch.ops.dragkit.segment_softmax_bwd(grad, *ctx.saved_tensors)
-    return ds.to(ctx.score_dtype), None, None
+    return ds.to(ctx.score_dtype), None, None, None
 
 
 register(
-    "segment_softmax_fwd(Tensor score, Tensor ptr, Tensor? mask) -> Tensor",
+    "segment_softmax_fwd(Tensor score, Tensor ptr, Tensor? mask, Tensor? count) -> Tensor",
     segment_softmax_ref,
     _segment_softmax_fake,
 )
 register(
-    "segment_softmax_bwd(Tensor grad, Tensor p, Tensor ptr) -> Tensor",
+    "segment_softmax_bwd(Tensor grad, Tensor p, Tensor ptr, Tensor? count) -> Tensor",
     segment_softmax_bwd,
     _segment_softmax_bwd_fake,
 )
