@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dragkit_kernels import FactOrders, message_passing, message_passing_parity
+from dragkit_kernels import FactOrders, message_passing, message_passing_parity, relation_gate
 
 
 def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
@@ -172,11 +172,12 @@ class ReasoningLayer(nn.Module):
             joined = torch.cat([h, sums.flatten(1)], dim=1)
             return torch.relu(self.update(self.dropout(joined)))
         # The self-loops are one more pair of every graph.
-        graphs = torch.arange(instruction.shape[0], device=instruction.device)
+        graphs = torch.arange(instruction.shape[0], dtype=torch.int32, device=instruction.device)
         last = torch.full_like(graphs, u.shape[1] - 1)
-        pair_relation = torch.cat([orders.pair_relation.long(), last])
-        gate = instruction[torch.cat([orders.pair_graph.long(), graphs])]
-        c = torch.relu(u[:, pair_relation].unsqueeze(2) * gate)
+        pair_relation = torch.cat([orders.pair_relation, last])
+        pair_graph = torch.cat([orders.pair_graph, graphs])
+        # Under autocast the two come from maps of different precision.
+        c = relation_gate(u, instruction.to(u.dtype), pair_relation, pair_graph)
         rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
         pairs = orders.pair_relation.shape[0]
         return message_passing(
