@@ -125,18 +125,16 @@ class ReasoningLayer(nn.Module):
         self.num_instructions = num_instructions
         self.parity = parity
 
-    def prepare(self, relation: Tensor, self_relation: Tensor) -> LayerTables:
+    def prepare(self, relation: Tensor) -> LayerTables:
         """What the layer computes once per pack, however many stages use it.
 
         Args:
-            relation: float [R, 2, C] relation vectors, forward and inverse.
-            self_relation: float [C] vector of the self-loop relation.
+            relation: float [2, R+1, C] relation vectors, forward and inverse, self-loop last.
         """
         width = self.hidden_dim
-        both = torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1)
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
-        return LayerTables(self.relation(both), own.t(), blocks.reshape(2, -1, width))
+        return LayerTables(self.relation(relation), own.t(), blocks.reshape(2, -1, width))
 
     def forward(
         self,
@@ -179,13 +177,14 @@ class ReasoningLayer(nn.Module):
         # Under autocast the two come from maps of different precision.
         c = relation_gate(u, instruction.to(u.dtype), pair_relation, pair_graph)
         rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
-        pairs = orders.pair_relation.shape[0]
+        pair_rows, own_rows = rows.split([orders.num_pairs, instruction.shape[0]], dim=1)
+        table_fwd, table_inv = pair_rows.unbind()
         return message_passing(
             self.dropout(h),
             p,
-            rows[0, :pairs],
-            rows[1, :pairs],
-            rows[0, pairs:] + rows[1, pairs:],
+            table_fwd,
+            table_inv,
+            own_rows.sum(0),
             tables.own,
             self.update.bias,
             orders=orders,

@@ -87,7 +87,8 @@ class Retriever(nn.Module):
         h = torch.relu(relation_sum(start, orders=orders))
         topic_row = graph.topic_row.long()
         topic_count = graph.node_count[topic_row].to(h.dtype).unsqueeze(1)
-        tables = [layer.prepare(x, self.self_relation) for layer in self.layers]
+        relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
+        tables = [layer.prepare(relation) for layer in self.layers]
         for stage in range(self.config.num_stages):
             if stage:
                 topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
