@@ -18,13 +18,14 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         length = query.shape[1]
-        future = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool, device=query.device).triu(1)
+        future = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=query.dtype, device=query.device)
+        future.triu_(1)
         output, kept = torch.empty_like(query), []
         for start in range(0, length, _BLOCK):
             end = min(start + _BLOCK, length)
             score = torch.bmm(query[:, start:end] * scale, key[:, :end].mT)
             size = end - start
-            score[:, :, start:].masked_fill_(future[:size, :size], float("-inf"))
+            score[:, :, start:] += future[:size, :size]
             probability = score.softmax(-1)
             output[:, start:end] = torch.bmm(probability, value[:, :end])
             kept.append(probability)
@@ -50,65 +51,50 @@ class _CausalAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    """[B, L, H * D] as contiguous [B * H, L, D]."""
-    batch, length, width = x.shape
-    x = x.view(batch, length, heads, width // heads).transpose(1, 2)
-    return x.reshape(batch * heads, length, width // heads)
+def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
+    """[B, L, H, D] as contiguous [B * H * repeat, L, D]."""
+    x = x.transpose(1, 2)
+    if repeat > 1:
+        x = x.repeat_interleave(repeat, 1)
+    return x.flatten(0, 1).contiguous()
 
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, heads: int, groups: int, scale: float
-) -> Tensor:
-    """Every token attends to itself and those before it in its row.
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Every token attends to itself and to those before it in its row.
 
     Args:
-        query: float [B, L, heads * D]; key, value: float [B, L, groups * D], a group of keys for
-            heads / groups consecutive heads.
+        query: float [B, L, H, D]; key, value: float [B, L, G, D], each for H / G successive heads.
         scale: of the scores.
 
     Returns:
-        float [B, L, heads * D].
+        float [B, L, H, D].
     """
-    batch, length, width = query.shape
-    repeat = heads // groups
-    split = [_split(query, heads)]
-    for x in (key, value):
-        x = _split(x, groups)
-        split.append(x.repeat_interleave(repeat, 0) if repeat > 1 else x)
-    output = _CausalAttention.apply(*split, scale)
-    return output.view(batch, heads, length, -1).transpose(1, 2).reshape(batch, length, width)
+    repeat = query.shape[2] // key.shape[2]
+    heads = _CausalAttention.apply(
+        _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale
+    )
+    return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
 
 
-def attention_of_rows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    position: Tensor,
-    *,
-    heads: int,
-    groups: int,
-    scale: float,
+def attention_at(
+    query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float
 ) -> Tensor:
-    """The same for a few queries of every row.
+    """The same for a few tokens of one row.
 
     Args:
-        query: float [B, R, heads * D]; key, value: float [B, L, groups * D].
-        position: int64 [B, R] places of the queries in their row.
-        scale: of the scores.
+        query: float [R, H, D]; key, value: float [L, G, D]; scale: of the scores.
+        place: int64 [R] of the queries in the row.
 
     Returns:
-        float [B, R, heads * D].
+        float [R, H, D].
     """
-    batch, count, width = query.shape
-    length, dim = key.shape[1], width // heads
-    # Heads of one group stand below each other, so keys are not repeated.
-    query = query.view(batch, count, groups, -1, dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    key = key.view(batch, length, groups, dim).transpose(1, 2)
-    value = value.view(batch, length, groups, dim).transpose(1, 2)
-    future = torch.arange(length, device=key.device) > position[..., None]
-    future = future.repeat(1, heads // groups, 1)[:, None]
-    score = (query * scale) @ key.mT
-    output = score.masked_fill(future, float("-inf")).softmax(-1) @ value
-    output = output.view(batch, groups, heads // groups, count, dim)
-    return output.permute(0, 3, 1, 2, 4).reshape(batch, count, width)
+    count, heads, dim = query.shape
+    groups = key.shape[1]
+    # Heads of one group stand below each other, so that keys need not be repeated.
+    query = query.view(count, groups, -1, dim).permute(1, 2, 0, 3).flatten(1, 2)
+    future = torch.arange(len(key), device=key.device) > place[:, None]
+    bias = torch.zeros(future.shape, dtype=query.dtype, device=key.device)
+    bias = bias.masked_fill_(future, float("-inf")).repeat(heads // groups, 1)
+    score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)
+    output = score.softmax(-1) @ value.transpose(0, 1)
+    return output.view(groups, -1, count, dim).permute(2, 0, 1, 3).flatten(1, 2)

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit.model.lora import adapted_linear
+from dragkit.model.norm import rms_norm
 
 # Tokens of a chunk on a CPU; the size changes no result but rounding.
 _CHUNK = 32
+
+
+class _CausalConv(torch.autograd.Function):
+    """Depthwise convolution as shifted sums; a gradient for the input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
+        for back in range(1, min(weight.shape[1], x.shape[1])):
+            y[:, back:].addcmul_(x[:, :-back], weight[:, -1 - back])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad_x = grad * weight[:, -1]
+        for back in range(1, min(weight.shape[1], grad.shape[1])):
+            grad_x[:, :-back].addcmul_(grad[:, back:], weight[:, -1 - back])
+        return grad_x, None, None
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -22,12 +45,11 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         float [B, L, C].
     """
-    length, taps = x.shape[1], weight.shape[1]
-    y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
-    padded = F.pad(x, (0, 0, taps - 1, 0))
-    for tap in range(taps - 1):
-        y = torch.addcmul(y, padded[:, tap : tap + length], weight[:, tap])
-    return y
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        taps, channels = weight.shape[1], weight.shape[0]
+        padded = F.pad(x.mT, (taps - 1, 0))
+        return F.conv1d(padded, weight[:, None], bias, groups=channels).mT
+    return _CausalConv.apply(x, weight, bias)
 
 
 def chunk_scan(
@@ -36,7 +58,8 @@ def chunk_scan(
     """Mamba-2: s_t = exp(rate dt_t) s_{t-1} + dt_t x_t into_t^T from zero, y_t = s_t out_of_t.
 
     Inside a chunk the recurrence is one masked product per head, and between chunks one over the
-    chunks' states (Dao and Gu 2024, section 6). Maps stay at the width of their groups.
+    chunks' states (Dao and Gu 2024, section 6). Maps stay at the width of their groups, and the
+    heads of a group share the products with them.
 
     Args:
         x: float [B, L, H, P] inputs; dt: float [B, L, H] step sizes, not negative.
@@ -47,61 +70,51 @@ def chunk_scan(
         float [B, L, H, P].
     """
     batch, length, heads, width = x.shape
-    groups = into.shape[2]
+    groups, states = into.shape[2:]
+    share = heads // groups
     pad = -length % chunk
     count = (length + pad) // chunk
 
-    def chunked(tensor: Tensor, *inner: int) -> Tensor:
+    def chunked(tensor: Tensor) -> Tensor:
         """[B, L, ...] as [B, c, q, ...] with zeros behind."""
         if pad:
             tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
-        return tensor.reshape(batch, count, chunk, *inner)
+        return tensor.unflatten(1, (count, chunk))
 
-    # [B, c, G, H/G, q, P], [B, c, G, 1, q, N] and [B, c, G, H/G, q]
-    value = chunked(x * dt[..., None], groups, heads // groups, width).permute(0, 1, 3, 4, 2, 5)
-    into = chunked(into, groups, 1, into.shape[3]).permute(0, 1, 3, 4, 2, 5)
-    out_of = chunked(out_of, groups, 1, out_of.shape[3]).permute(0, 1, 3, 4, 2, 5)
-    decay = chunked(rate * dt, groups, heads // groups).permute(0, 1, 3, 4, 2).cumsum(-1)
+    value = chunked(x * dt[..., None])  # [B, c, q, H, P]
+    into, out_of = chunked(into).transpose(2, 3), chunked(out_of).transpose(2, 3)  # [B, c, G, q, N]
+    decay = chunked(rate * dt).cumsum(2)  # [B, c, q, H]
 
+    by_head = decay.transpose(2, 3)
     future = torch.full((chunk, chunk), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-    kept = (decay[..., :, None] - (decay[..., None, :] - future)).exp()
-    y = ((out_of @ into.mT) * kept) @ value
+    kept = (by_head[..., :, None] - by_head[..., None, :]).add_(future).exp_()
+    kept = kept.unflatten(2, (groups, share))
+    seen = ((out_of @ into.mT).unsqueeze(3) * kept).flatten(2, 3)  # [B, c, H, q, q]
+    y = (seen @ value.transpose(2, 3)).transpose(2, 3)
     if count > 1:
-        end = decay[..., -1:]
-        gained = (value * (end - decay).exp()[..., None]).mT @ into  # [B, c, G, H/G, P, N]
-        start = _carry(gained, end.squeeze(-1))
-        y = y + (out_of @ start.mT) * decay.exp()[..., None]
-    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, heads, width)
-    return y[:, :length]
+        to_end = (decay[:, :, -1:] - decay).exp()
+        rows = (value * to_end[..., None]).unflatten(3, (groups, share)).flatten(4)
+        gained = into.mT @ rows.transpose(2, 3)  # [B, c, G, N, H/G * P]
+        start = _carry(gained.unflatten(4, (share, width)), decay[:, :, -1])
+        carried = (out_of @ start.flatten(4)).transpose(2, 3)  # [B, c, q, G, H/G * P]
+        carried = carried.reshape(batch, count, chunk, heads, width)
+        y = torch.addcmul(y, carried, decay.exp()[..., None])
+    return y.reshape(batch, count * chunk, heads, width)[:, :length]
 
 
 def _carry(gained: Tensor, decay: Tensor) -> Tensor:
-    """States at the chunks' starts from what each chunk adds, [B, c, G, R, P, N] both.
+    """States at the chunks' starts from what each chunk adds, [B, c, G, N, R, P] both.
 
-    `decay` [B, c, G, R] is the logarithm of what a whole chunk leaves of the state before it.
+    `decay` [B, c, G * R] is the logarithm of what a whole chunk leaves of the state before it.
     """
-    count = gained.shape[1]
-    total = decay.permute(0, 2, 3, 1).cumsum(-1)  # [B, G, R, c]
-    before = torch.cat([torch.zeros_like(total[..., :1]), total[..., :-1]], -1)
-    later = torch.full((count, count), float("-inf"), dtype=total.dtype, device=total.device)
-    share = (before[..., :, None] - (total[..., None, :] - later.triu(0))).exp()
-    flat = gained.permute(0, 2, 3, 1, 4, 5).flatten(4)  # [B, G, R, c, P * N]
-    states = (share @ flat).unflatten(4, gained.shape[4:])
-    return states.permute(0, 3, 1, 2, 4, 5)
-
-
-def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
-    """RMS norm of x silu(gate) within each of the groups.
-
-    Args:
-        x, gate: float [..., D]; weight: float [D]; groups: a divisor of D; eps: of the norm.
-
-    Returns:
-        float [..., D].
-    """
-    gated = (x * F.silu(gate)).unflatten(-1, (groups, -1))
-    scale = torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
-    return (gated * scale).flatten(-2) * weight
+    count, groups = gained.shape[1:3]
+    total = decay.mT.cumsum(-1)  # [B, H, c]
+    before = F.pad(total[..., :-1], (1, 0))
+    late = torch.full((count, count), float("-inf"), dtype=total.dtype, device=total.device).triu()
+    share = (before[..., :, None] - total[..., None, :]).add_(late).exp_()
+    added = gained.permute(0, 2, 4, 1, 3, 5)  # [B, G, R, c, N, P]
+    states = share.unflatten(1, (groups, -1)) @ added.flatten(4)
+    return states.unflatten(4, added.shape[4:]).permute(0, 3, 1, 4, 2, 5)
 
 
 def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
@@ -113,24 +126,19 @@ def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
     Returns:
         float [B, L, M], of the type of `hidden`.
     """
-    states = mixer.n_groups * mixer.ssm_state_size
-    inner, heads = mixer.intermediate_size, mixer.num_heads
+    groups, heads, inner = mixer.n_groups, mixer.num_heads, mixer.intermediate_size
+    states = groups * mixer.ssm_state_size
     kind = torch.promote_types(hidden.dtype, torch.float32)
     projected = adapted_linear(hidden, [mixer.in_proj])
     gate, mixed, dt = projected.split([inner, mixer.conv_dim, heads], dim=-1)
-    bias = mixer.conv1d.bias
-    mixed = mixer.act(causal_conv(mixed, mixer.conv1d.weight.squeeze(1), bias)).to(kind)
+    conv = mixer.conv1d
+    mixed = mixer.act(causal_conv(mixed, conv.weight.squeeze(1), conv.bias)).to(kind)
     x, into, out_of = mixed.split([inner, states, states], dim=-1)
     x = x.unflatten(-1, (heads, -1))
     dt = F.softplus((dt + mixer.dt_bias).to(kind)).clamp(*mixer.time_step_limit)
-    y = chunk_scan(
-        x,
-        dt,
-        -mixer.A_log.to(kind).exp(),
-        into.unflatten(-1, (mixer.n_groups, -1)),
-        out_of.unflatten(-1, (mixer.n_groups, -1)),
-    )
-    y = (y + x * mixer.D[:, None]).flatten(-2).to(hidden.dtype).to(kind)
+    maps = [tensor.unflatten(-1, (groups, -1)) for tensor in (into, out_of)]
+    y = chunk_scan(x, dt, -mixer.A_log.to(kind).exp(), *maps)
+    y = torch.addcmul(y, x, mixer.D.to(kind)[:, None]).flatten(-2)
     norm = mixer.norm
-    y = gated_norm(y, gate.to(kind), norm.weight, mixer.n_groups, norm.variance_epsilon)
+    y = rms_norm(y * F.silu(gate.to(kind)), norm.weight, norm.variance_epsilon, groups)
     return adapted_linear(y.to(hidden.dtype), [mixer.out_proj])
