@@ -91,10 +91,11 @@ def attention_at(
     count, heads, dim = query.shape
     groups = key.shape[1]
     # Heads of one group stand below each other, so that keys need not be repeated.
-    query = query.view(count, groups, -1, dim).permute(1, 2, 0, 3).flatten(1, 2)
+    shape = (groups, heads // groups, count, dim)
+    query = query.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2)
     future = torch.arange(len(key), device=key.device) > place[:, None]
     bias = torch.zeros(future.shape, dtype=query.dtype, device=key.device)
     bias = bias.masked_fill_(future, float("-inf")).repeat(heads // groups, 1)
     score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)
     output = score.softmax(-1) @ value.transpose(0, 1)
-    return output.view(groups, -1, count, dim).permute(2, 0, 1, 3).flatten(1, 2)
+    return output.view(shape).permute(2, 0, 1, 3).flatten(1, 2)
