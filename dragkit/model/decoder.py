@@ -16,16 +16,13 @@ _SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
 def _project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
     """Some of query, key and value ("qkv"), each [..., its heads, D]."""
     projected = adapted_linear(hidden, [getattr(mixer, f"{name}_proj") for name in names])
-    config = mixer.config
-    heads = {"q": config.num_attention_heads}
-    counts = [heads.get(name, config.num_key_value_heads) for name in names]
-    return projected.unflatten(-1, (sum(counts), mixer.head_dim)).split(counts, dim=-2)
+    return tuple(x.unflatten(-1, (-1, mixer.head_dim)) for x in projected)
 
 
 def _attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
     query, key, value = _project(mixer, "qkv", hidden)
     mixed = causal_attention(query, key, value, mixer.scaling)
-    return adapted_linear(mixed.flatten(-2), [mixer.o_proj])
+    return adapted_linear(mixed.flatten(-2), [mixer.o_proj])[0]
 
 
 def _attention_at(mixer: nn.Module, hidden: Tensor, places: list[Tensor]) -> Tensor:
@@ -36,7 +33,7 @@ def _attention_at(mixer: nn.Module, hidden: Tensor, places: list[Tensor]) -> Ten
         attention_at(q, k, v, at, mixer.scaling)
         for q, k, v, at in zip(query.split([len(p) for p in places]), key, value, places, strict=True)
     ]
-    return adapted_linear(torch.cat(mixed).flatten(-2), [mixer.o_proj])
+    return adapted_linear(torch.cat(mixed).flatten(-2), [mixer.o_proj])[0]
 
 
 def _gather(hidden: Tensor, places: list[Tensor]) -> Tensor:
@@ -46,8 +43,8 @@ def _gather(hidden: Tensor, places: list[Tensor]) -> Tensor:
 
 
 def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
-    up = adapted_linear(hidden, [mixer.up_proj])
-    return adapted_linear(mixer.act_fn(up), [mixer.down_proj])
+    (up,) = adapted_linear(hidden, [mixer.up_proj])
+    return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
 def hidden_at_rows(model: nn.Module, embeds: Tensor, row: Tensor, place: Tensor) -> Tensor:

@@ -23,28 +23,45 @@ class _AdaptedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        sizes: Sequence[int],
         down: Tensor,
         scale: float,
         *up: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, ...]:
         ranks = [b.shape[1] for b in up]
         update = [b @ a for b, a in zip(up, down.split(ranks), strict=True)]
-        whole = torch.add(weight, torch.cat(update) if len(up) > 1 else update[0], alpha=scale)
+        whole = torch.add(weight, _joined(update), alpha=scale)
         ctx.save_for_backward(x, whole, down, *up)
-        ctx.scale = scale
-        return F.linear(x, whole, bias)
+        ctx.scale, ctx.sizes = scale, list(sizes)
+        biases = [None] * len(sizes) if bias is None else bias.split(ctx.sizes)
+        return tuple(
+            F.linear(x, part, b) for part, b in zip(whole.split(ctx.sizes), biases, strict=True)
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, whole, down, *up = ctx.saved_tensors
-        grad_x = grad @ whole if ctx.needs_input_grad[0] else None
-        rows, flat = x.flatten(0, -2), grad.flatten(0, -2)
-        parts = flat.split([b.shape[0] for b in up], dim=1)
-        inner = torch.cat([g @ b for g, b in zip(parts, up, strict=True)], dim=1)
+        grads = [grad.flatten(0, -2) for grad in grads]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            first, *rest = whole.split(ctx.sizes)
+            grad_x = grads[0] @ first
+            for grad, part in zip(grads[1:], rest, strict=True):
+                grad_x.addmm_(grad, part)
+            grad_x = grad_x.view_as(x)
+        heights = [b.shape[0] for b in up]
+        if heights != ctx.sizes:
+            grads = _joined(grads, 1).split(heights, dim=1)
+        rows = x.flatten(0, -2)
+        inner = _joined([grad @ b for grad, b in zip(grads, up, strict=True)], 1)
         grad_down = (inner.mT @ rows) * ctx.scale
         reduced = (rows @ down.mT).split([b.shape[1] for b in up], dim=1)
-        grad_up = [(g.mT @ r) * ctx.scale for g, r in zip(parts, reduced, strict=True)]
-        return grad_x, None, None, grad_down, None, *grad_up
+        grad_up = [(grad.mT @ r) * ctx.scale for grad, r in zip(grads, reduced, strict=True)]
+        return grad_x, None, None, None, grad_down, None, *grad_up
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(tensors), dim) if len(tensors) > 1 else tensors[0]
 
 
 def _plain_adapter(layer: nn.Module) -> str | None:
@@ -66,34 +83,34 @@ def _plain_adapter(layer: nn.Module) -> str | None:
     return name if exact else None
 
 
-def adapted_linear(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-    """Outputs of linear layers that read the same rows, side by side.
+def adapted_linear(
+    x: Tensor, layers: Sequence[nn.Module], sizes: Sequence[int] | None = None
+) -> tuple[Tensor, ...]:
+    """Outputs of linear layers that read the same rows.
 
-    Layers under plain LoRA in float32 or float64 are computed in one product; whatever else stands
-    there (no adapter, dropout at work, several adapters, half precision) computes itself.
+    Layers under plain LoRA in float32 or float64 share their products; whatever else stands there
+    (no adapter, dropout at work, several adapters, half precision) computes itself.
 
     Args:
         x: float [..., I]; layers: linear layers of width I, with a PEFT adapter or without.
+        sizes: widths into which all outputs, side by side, are cut; None is one per layer.
 
     Returns:
-        float [..., O], O the sum of the layers' widths, in their order.
+        float [..., O_i], contiguous where computed here.
     """
-    names = [_plain_adapter(layer) for layer in layers]
-    scales = {
-        layer.scaling[name] for layer, name in zip(layers, names, strict=True) if name is not None
-    }
     bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    biases = [base.bias for base in bases]
-    together = None not in names and len(scales) == 1 and len({b is None for b in biases}) == 1
-    if not together or x.dtype != bases[0].weight.dtype:
+    names = [_plain_adapter(layer) for layer in layers]
+    widths = [base.out_features for base in bases]
+    alike = {base.bias is None for base in bases}
+    scales = {layer.scaling[n] for layer, n in zip(layers, names, strict=True) if n is not None}
+    same_type = all(base.weight.dtype == x.dtype for base in bases)
+    if None in names or len(scales) > 1 or len(alike) > 1 or not same_type:
         outputs = [layer(x) for layer in layers]
-        return torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
-
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
-
-    down = joined([layer.lora_A[n].weight for layer, n in zip(layers, names, strict=True)])
+        if sizes is None or list(sizes) == widths:
+            return tuple(outputs)
+        return _joined(outputs, -1).split(list(sizes), dim=-1)
+    down = _joined([layer.lora_A[n].weight for layer, n in zip(layers, names, strict=True)])
     up = [layer.lora_B[n].weight for layer, n in zip(layers, names, strict=True)]
-    weight = joined([base.weight for base in bases])
-    bias = None if biases[0] is None else joined(biases)
-    return _AdaptedLinear.apply(x, weight, bias, down, scales.pop(), *up)
+    weight = _joined([base.weight for base in bases])
+    bias = None if bases[0].bias is None else _joined([base.bias for base in bases])
+    return _AdaptedLinear.apply(x, weight, bias, sizes or widths, down, scales.pop(), *up)

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from dragkit.model.lora import adapted_linear
 from dragkit.model.norm import rms_norm
-
-# Tokens of a chunk on a CPU; the size changes no result but rounding.
-_CHUNK = 32
+from dragkit.model.scan import chunk_scan
 
 
 class _CausalConv(torch.autograd.Function):
@@ -20,18 +18,21 @@ class _CausalConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        y = x * weight[:, -1] if bias is None else torch.addcmul(bias, x, weight[:, -1])
-        for back in range(1, min(weight.shape[1], x.shape[1])):
-            y[:, back:].addcmul_(x[:, :-back], weight[:, -1 - back])
-        return y
+        # A tap for every token: products of whole arrays run at several times the speed of
+        # products with a short row.
+        taps = weight.mT[:, None].expand(-1, x.shape[1], -1).contiguous()
+        ctx.save_for_backward(taps)
+        y = x * taps[-1]
+        for back in range(1, min(len(taps), x.shape[1])):
+            y[:, back:].addcmul_(x[:, :-back], taps[-1 - back, back:])
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_x = grad * weight[:, -1]
-        for back in range(1, min(weight.shape[1], grad.shape[1])):
-            grad_x[:, :-back].addcmul_(grad[:, back:], weight[:, -1 - back])
+        (taps,) = ctx.saved_tensors
+        grad_x = grad * taps[-1]
+        for back in range(1, min(len(taps), grad.shape[1])):
+            grad_x[:, :-back].addcmul_(grad[:, back:], taps[-1 - back, back:])
         return grad_x, None, None
 
 
@@ -52,71 +53,6 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _CausalConv.apply(x, weight, bias)
 
 
-def chunk_scan(
-    x: Tensor, dt: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, chunk: int = _CHUNK
-) -> Tensor:
-    """Mamba-2: s_t = exp(rate dt_t) s_{t-1} + dt_t x_t into_t^T from zero, y_t = s_t out_of_t.
-
-    Inside a chunk the recurrence is one masked product per head, and between chunks one over the
-    chunks' states (Dao and Gu 2024, section 6). Maps stay at the width of their groups, and the
-    heads of a group share the products with them.
-
-    Args:
-        x: float [B, L, H, P] inputs; dt: float [B, L, H] step sizes, not negative.
-        rate: float [H], negative; into, out_of: float [B, L, G, N] with H a multiple of G.
-        chunk: tokens per chunk.
-
-    Returns:
-        float [B, L, H, P].
-    """
-    batch, length, heads, width = x.shape
-    groups, states = into.shape[2:]
-    share = heads // groups
-    pad = -length % chunk
-    count = (length + pad) // chunk
-
-    def chunked(tensor: Tensor) -> Tensor:
-        """[B, L, ...] as [B, c, q, ...] with zeros behind."""
-        if pad:
-            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, pad))
-        return tensor.unflatten(1, (count, chunk))
-
-    value = chunked(x * dt[..., None])  # [B, c, q, H, P]
-    into, out_of = chunked(into).transpose(2, 3), chunked(out_of).transpose(2, 3)  # [B, c, G, q, N]
-    decay = chunked(rate * dt).cumsum(2)  # [B, c, q, H]
-
-    by_head = decay.transpose(2, 3)
-    future = torch.full((chunk, chunk), float("-inf"), dtype=x.dtype, device=x.device).triu(1)
-    kept = (by_head[..., :, None] - by_head[..., None, :]).add_(future).exp_()
-    kept = kept.unflatten(2, (groups, share))
-    seen = ((out_of @ into.mT).unsqueeze(3) * kept).flatten(2, 3)  # [B, c, H, q, q]
-    y = (seen @ value.transpose(2, 3)).transpose(2, 3)
-    if count > 1:
-        to_end = (decay[:, :, -1:] - decay).exp()
-        rows = (value * to_end[..., None]).unflatten(3, (groups, share)).flatten(4)
-        gained = into.mT @ rows.transpose(2, 3)  # [B, c, G, N, H/G * P]
-        start = _carry(gained.unflatten(4, (share, width)), decay[:, :, -1])
-        carried = (out_of @ start.flatten(4)).transpose(2, 3)  # [B, c, q, G, H/G * P]
-        carried = carried.reshape(batch, count, chunk, heads, width)
-        y = torch.addcmul(y, carried, decay.exp()[..., None])
-    return y.reshape(batch, count * chunk, heads, width)[:, :length]
-
-
-def _carry(gained: Tensor, decay: Tensor) -> Tensor:
-    """States at the chunks' starts from what each chunk adds, [B, c, G, N, R, P] both.
-
-    `decay` [B, c, G * R] is the logarithm of what a whole chunk leaves of the state before it.
-    """
-    count, groups = gained.shape[1:3]
-    total = decay.mT.cumsum(-1)  # [B, H, c]
-    before = F.pad(total[..., :-1], (1, 0))
-    late = torch.full((count, count), float("-inf"), dtype=total.dtype, device=total.device).triu()
-    share = (before[..., :, None] - total[..., None, :]).add_(late).exp_()
-    added = gained.permute(0, 2, 4, 1, 3, 5)  # [B, G, R, c, N, P]
-    states = share.unflatten(1, (groups, -1)) @ added.flatten(4)
-    return states.unflatten(4, added.shape[4:]).permute(0, 3, 1, 4, 2, 5)
-
-
 def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """What the library's mixer computes without cache and mask.
 
@@ -129,8 +65,7 @@ def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
     groups, heads, inner = mixer.n_groups, mixer.num_heads, mixer.intermediate_size
     states = groups * mixer.ssm_state_size
     kind = torch.promote_types(hidden.dtype, torch.float32)
-    projected = adapted_linear(hidden, [mixer.in_proj])
-    gate, mixed, dt = projected.split([inner, mixer.conv_dim, heads], dim=-1)
+    gate, mixed, dt = adapted_linear(hidden, [mixer.in_proj], [inner, mixer.conv_dim, heads])
     conv = mixer.conv1d
     mixed = mixer.act(causal_conv(mixed, conv.weight.squeeze(1), conv.bias)).to(kind)
     x, into, out_of = mixed.split([inner, states, states], dim=-1)
@@ -141,4 +76,4 @@ def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
     y = torch.addcmul(y, x, mixer.D.to(kind)[:, None]).flatten(-2)
     norm = mixer.norm
     y = rms_norm(y * F.silu(gate.to(kind)), norm.weight, norm.variance_epsilon, groups)
-    return adapted_linear(y.to(hidden.dtype), [mixer.out_proj])
+    return adapted_linear(y.to(hidden.dtype), [mixer.out_proj])[0]

@@ -13,8 +13,9 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 from dragkit.model.attention import attention_at, causal_attention
 from dragkit.model.decoder import hidden_at_rows
 from dragkit.model.lora import adapted_linear
-from dragkit.model.mixer import causal_conv, chunk_scan
+from dragkit.model.mixer import causal_conv
 from dragkit.model.norm import rms_norm
+from dragkit.model.scan import chunk_scan
 
 WIDTH = 32
 
@@ -173,6 +174,7 @@ def test_scan_equals_the_recurrence(length, groups):
     dt = torch.rand(batch, length, heads, dtype=torch.float64) * 3
     dt.requires_grad_()
     rate = -torch.tensor([0.01, 0.5, 3.0, 200.0], dtype=torch.float64)
+    rate.requires_grad_()
     into, out_of = (
         torch.randn(batch, length, groups, states, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
@@ -187,7 +189,7 @@ def test_scan_equals_the_recurrence(length, groups):
     wanted = torch.stack(steps, 1)
     torch.testing.assert_close(y, wanted, rtol=1e-11, atol=1e-12)
     weight = torch.randn_like(wanted)
-    leaves = (x, dt, into, out_of)
+    leaves = (x, dt, rate, into, out_of)
     ours = torch.autograd.grad((y * weight).sum(), leaves)
     theirs = torch.autograd.grad((wanted * weight).sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
@@ -260,11 +262,14 @@ def adapted(dtype=torch.float64, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
-def test_adapted_layers_side_by_side(settings):
+@pytest.mark.parametrize("sizes", [None, [4, 7, 2], [1, 12], [13]])
+def test_adapted_layers_side_by_side(settings, sizes):
     model, layers = adapted(**settings)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    y = adapted_linear(x, layers)
+    parts = adapted_linear(x, layers, sizes)
+    assert sizes is None or [part.shape[-1] for part in parts] == sizes
+    y = torch.cat(parts, dim=-1)
     wanted = torch.cat([layer(x) for layer in layers], dim=-1)
     torch.testing.assert_close(y, wanted)
     weight = torch.randn_like(wanted)
@@ -278,17 +283,17 @@ def test_whatever_is_not_plain_lora_computes_itself():
     model, layers = adapted(lora_dropout=0.5)
     x = torch.randn(40, 5, dtype=torch.float64)
     model.eval()
-    torch.testing.assert_close(adapted_linear(x, layers[:1]), layers[0](x))
+    torch.testing.assert_close(adapted_linear(x, layers[:1])[0], layers[0](x))
     model.train()
     torch.manual_seed(0)
-    first = adapted_linear(x, layers[:1])
+    first = adapted_linear(x, layers[:1])[0]
     torch.manual_seed(0)
     assert torch.equal(first, layers[0](x)), "dropout has to be at work"
     with model.disable_adapter():
         bare = layers[0].base_layer(x)
-        assert torch.equal(adapted_linear(x, layers[:1]), bare)
+        assert torch.equal(adapted_linear(x, layers[:1])[0], bare)
     half, half_layers = adapted(torch.bfloat16)
-    y = adapted_linear(x.bfloat16(), half_layers[:1])
+    y = adapted_linear(x.bfloat16(), half_layers[:1])[0]
     assert torch.equal(y, half_layers[0](x.bfloat16()))
     plain = torch.nn.Linear(5, 3)
-    assert torch.equal(adapted_linear(x.float(), [plain]), plain(x.float()))
+    assert torch.equal(adapted_linear(x.float(), [plain])[0], plain(x.float()))
