@@ -42,12 +42,12 @@ class _CausalAttention(torch.autograd.Function):
             start = index * _BLOCK
             end = start + probability.shape[1]
             above = grad[:, start:end]
-            grad_value[:, :end].baddbmm_(probability.mT, above)
+            grad_value[:, :end] += torch.bmm(probability.mT, above)
             grad_score = torch.bmm(above, value[:, :end].mT)
             # d softmax: p (g - sum p g)
             grad_score = torch._softmax_backward_data(grad_score, probability, -1, grad.dtype)
             grad_query[:, start:end] = torch.bmm(grad_score, key[:, :end]) * ctx.scale
-            grad_key[:, :end].baddbmm_(grad_score.mT, query[:, start:end], alpha=ctx.scale)
+            grad_key[:, :end] += torch.bmm(grad_score.mT, query[:, start:end] * ctx.scale)
         return grad_query, grad_key, grad_value, None
 
 
@@ -76,9 +76,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
 
 
-def attention_at(
-    query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float
-) -> Tensor:
+def attention_at(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float) -> Tensor:
     """The same for a few tokens of one row.
 
     Args:

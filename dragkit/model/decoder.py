@@ -31,7 +31,9 @@ def _attention_at(mixer: nn.Module, hidden: Tensor, places: list[Tensor]) -> Ten
     (query,) = _project(mixer, "q", _gather(hidden, places))
     mixed = [
         attention_at(q, k, v, at, mixer.scaling)
-        for q, k, v, at in zip(query.split([len(p) for p in places]), key, value, places, strict=True)
+        for q, k, v, at in zip(
+            query.split([len(p) for p in places]), key, value, places, strict=True
+        )
     ]
     return adapted_linear(torch.cat(mixed).flatten(-2), [mixer.o_proj])[0]
 
@@ -45,6 +47,12 @@ def _gather(hidden: Tensor, places: list[Tensor]) -> Tensor:
 def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     (up,) = adapted_linear(hidden, [mixer.up_proj])
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
+
+
+def computes(config: object) -> bool:
+    """Whether `hidden_at_rows` computes what a model of this configuration does in training."""
+    kind = getattr(config, "model_type", None)
+    return kind == "nemotron_h" and not getattr(config, "attention_dropout", 0.0)
 
 
 def hidden_at_rows(model: nn.Module, embeds: Tensor, row: Tensor, place: Tensor) -> Tensor:
@@ -78,8 +86,8 @@ def hidden_at_rows(model: nn.Module, embeds: Tensor, row: Tensor, place: Tensor)
             change = _attention(mixer, normed)
         elif kind == "mlp":
             change = _feed_forward(mixer, normed)
-        else:  # the library's experts take their tokens in any shape of three axes
-            change = mixer(normed.view(len(normed), -1, normed.shape[-1])).view_as(normed)
+        else:  # the library's experts take three axes
+            change = mixer(normed if normed.dim() == 3 else normed[None]).view_as(normed)
         hidden = hidden + change
         if index == last:
             hidden = _gather(hidden, places)

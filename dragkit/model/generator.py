@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
-from dragkit.model.decoder import hidden_at_rows
+from dragkit.model.decoder import computes, hidden_at_rows
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Generator(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # In lists, so that the modules are not registered a second time.
         self._decoder = [base.base_model, base.get_output_embeddings()]
-        self._is_nemotron_h = base.config.model_type == "nemotron_h"
+        self._computed_here = computes(base.config)
         self._embedding = [base.get_input_embeddings()]
 
     @property
@@ -255,7 +255,7 @@ class Generator(nn.Module):
         embeds, _ = self.embed(prompt, vectors, left=False)
         decoder, head = self._decoder
         row, place = prompt.question[prompt.target_row], prompt.position[prompt.target_row]
-        if self._is_nemotron_h and embeds.device.type == "cpu":
+        if self._computed_here and embeds.device.type == "cpu":
             hidden = hidden_at_rows(decoder, embeds, row, place)
         else:
             # Every layer is causal, so padding on the right reaches no real token: no mask is

@@ -72,8 +72,7 @@ def mamba_mixer(mixer: nn.Module, hidden: Tensor) -> Tensor:
     x = x.unflatten(-1, (heads, -1))
     dt = F.softplus((dt + mixer.dt_bias).to(kind)).clamp(*mixer.time_step_limit)
     maps = [tensor.unflatten(-1, (groups, -1)) for tensor in (into, out_of)]
-    y = chunk_scan(x, dt, -mixer.A_log.to(kind).exp(), *maps)
-    y = torch.addcmul(y, x, mixer.D.to(kind)[:, None]).flatten(-2)
+    y = chunk_scan(x, dt, -mixer.A_log.to(kind).exp(), *maps, mixer.D.to(kind)).flatten(-2)
     norm = mixer.norm
     y = rms_norm(y * F.silu(gate.to(kind)), norm.weight, norm.variance_epsilon, groups)
     return adapted_linear(y.to(hidden.dtype), [mixer.out_proj])[0]

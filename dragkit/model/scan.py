@@ -42,7 +42,14 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, chunk: int
+        ctx: Any,
+        x: Tensor,
+        dt: Tensor,
+        rate: Tensor,
+        into: Tensor,
+        out_of: Tensor,
+        skip: Tensor,
+        chunk: int,
     ) -> Tensor:
         length, heads, groups = x.shape[1], x.shape[2], into.shape[2]
         x, dt = _chunks(x, chunk), _chunks(dt, chunk)
@@ -53,8 +60,8 @@ class _ChunkScan(torch.autograd.Function):
         split = (groups, heads // groups)
         seen = (out_of @ into.mT).unsqueeze(3) * kept.unflatten(2, split)
         seen = seen.flatten(2, 3)
-        y = seen @ value
-        saved = [x, dt, rate, into, out_of, value, kept, seen]
+        y = (seen @ value).addcmul_(x, skip[:, None, None])
+        saved = [x, dt, rate, into, out_of, skip, value, kept, seen]
         if x.shape[1] > 1:
             from_start = decay.exp()
             to_end = (decay[..., -1:] - decay).exp()
@@ -73,7 +80,7 @@ class _ChunkScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, rate, into, out_of, value, kept, seen, *carried = ctx.saved_tensors
+        x, dt, rate, into, out_of, skip, value, kept, seen, *carried = ctx.saved_tensors
         grad = _chunks(grad, x.shape[3])
         d_value = seen.mT @ grad
         d_seen = grad @ value.mT
@@ -103,25 +110,34 @@ class _ChunkScan(torch.autograd.Function):
         d_step = d_decay.flip(-1).cumsum(-1).flip(-1)
         d_dt = (d_value * x).sum(-1).addcmul_(d_step, rate[:, None])
         d_rate = (d_step * dt).sum((0, 1, 3)) if ctx.needs_input_grad[2] else None
-        d_x = d_value.mul_(dt[..., None])
+        d_skip = (grad * x).sum((0, 1, 3, 4)) if ctx.needs_input_grad[5] else None
+        d_x = d_value.mul_(dt[..., None]).addcmul_(grad, skip[:, None, None])
         by_token = [_tokens(tensor, ctx.length) for tensor in (d_x, d_dt, d_into, d_out_of)]
-        return by_token[0], by_token[1], d_rate, by_token[2], by_token[3], None
+        return by_token[0], by_token[1], d_rate, by_token[2], by_token[3], d_skip, None
 
 
 def chunk_scan(
-    x: Tensor, dt: Tensor, rate: Tensor, into: Tensor, out_of: Tensor, chunk: int = CHUNK
+    x: Tensor,
+    dt: Tensor,
+    rate: Tensor,
+    into: Tensor,
+    out_of: Tensor,
+    skip: Tensor,
+    chunk: int = CHUNK,
 ) -> Tensor:
-    """Mamba-2: s_t = exp(rate dt_t) s_{t-1} + dt_t x_t into_t^T from zero, y_t = s_t out_of_t.
+    """Mamba-2: s_t = exp(rate dt_t) s_{t-1} + dt_t x_t into_t^T, y_t = s_t out_of_t + skip x_t.
 
-    Inside a chunk the recurrence is one masked product per head, and between chunks one over the
-    chunks' states (Dao and Gu 2024, section 6). Maps stay at the width of their groups.
+    The state is zero before the first token. Inside a chunk the recurrence is one masked product
+    per head, and between chunks one over the chunks' states (Dao and Gu 2024, section 6). Maps stay
+    at the width of their groups.
 
     Args:
         x: float [B, L, H, P] inputs; dt: float [B, L, H] step sizes, not negative.
-        rate: float [H], negative; into, out_of: float [B, L, G, N] with H a multiple of G.
+        rate: float [H], negative; skip: float [H].
+        into, out_of: float [B, L, G, N], with H a multiple of G.
         chunk: tokens per chunk.
 
     Returns:
         float [B, L, H, P].
     """
-    return _ChunkScan.apply(x, dt, rate, into, out_of, chunk)
+    return _ChunkScan.apply(x, dt, rate, into, out_of, skip, chunk)

@@ -11,7 +11,7 @@ import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.model.attention import attention_at, causal_attention
-from dragkit.model.decoder import hidden_at_rows
+from dragkit.model.decoder import computes, hidden_at_rows
 from dragkit.model.lora import adapted_linear
 from dragkit.model.mixer import causal_conv
 from dragkit.model.norm import rms_norm
@@ -88,7 +88,6 @@ def run_both(model, lengths, wanted):
     leaves = [e.clone().requires_grad_() for e in embeds]
     theirs = []
     for leaf, places, w in zip(leaves, wanted, weight, strict=True):
-        # The library's chunk scan works in float32; its masked product is replaced nowhere else.
         hidden = decoder(inputs_embeds=leaf[None], use_cache=False).last_hidden_state[0]
         theirs.append(hidden[places])
         (theirs[-1] * w).sum().backward()
@@ -148,6 +147,14 @@ def test_one_question_and_rows_in_any_order():
         assert (mixed[i] - alone[0]).abs().max() < 1e-5, (b, p)
 
 
+def test_what_is_computed_here():
+    config = make_model("M").config
+    assert computes(config)
+    config.attention_dropout = 0.1
+    assert not computes(config)
+    assert not computes(object())
+
+
 def test_a_question_without_rows_gets_no_gradient():
     embeds = torch.randn(2, 9, WIDTH, requires_grad=True)
     model = decoder_of(make_model(dtype=torch.float32))
@@ -179,17 +186,18 @@ def test_scan_equals_the_recurrence(length, groups):
         torch.randn(batch, length, groups, states, dtype=torch.float64, requires_grad=True)
         for _ in range(2)
     )
-    y = chunk_scan(x, dt, rate, into, out_of, chunk=8)
+    skip = torch.randn(heads, dtype=torch.float64, requires_grad=True)
+    y = chunk_scan(x, dt, rate, into, out_of, skip, chunk=8)
     state, steps = torch.zeros(batch, heads, width, states, dtype=torch.float64), []
     for t in range(length):
         b, c = (m[:, t].repeat_interleave(heads // groups, 1) for m in (into, out_of))
         state = state * (rate * dt[:, t]).exp()[..., None, None]
         state = state + (dt[:, t, :, None] * x[:, t])[..., None] * b[:, :, None]
-        steps.append((state * c[:, :, None]).sum(-1))
+        steps.append((state * c[:, :, None]).sum(-1) + skip[:, None] * x[:, t])
     wanted = torch.stack(steps, 1)
     torch.testing.assert_close(y, wanted, rtol=1e-11, atol=1e-12)
     weight = torch.randn_like(wanted)
-    leaves = (x, dt, rate, into, out_of)
+    leaves = (x, dt, rate, into, out_of, skip)
     ours = torch.autograd.grad((y * weight).sum(), leaves)
     theirs = torch.autograd.grad((wanted * weight).sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
