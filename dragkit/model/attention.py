@@ -92,8 +92,7 @@ def attention_at(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale
     shape = (groups, heads // groups, count, dim)
     query = query.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2)
     future = torch.arange(len(key), device=key.device) > place[:, None]
-    bias = torch.zeros(future.shape, dtype=query.dtype, device=key.device)
-    bias = bias.masked_fill_(future, float("-inf")).repeat(heads // groups, 1)
+    bias = torch.where(future, float("-inf"), 0.0).to(query.dtype).repeat(heads // groups, 1)
     score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)
     output = score.softmax(-1) @ value.transpose(0, 1)
     return output.view(shape).permute(2, 0, 1, 3).flatten(1, 2)
