@@ -68,7 +68,7 @@ def test_opcheck_the_others() -> None:
         ops.fact_scores_fwd.default, (*scores, bias, o.head, o.tail, o.fact_pair, *ordered)
     )
     torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(15), *ordered))
-    torch.library.opcheck(ops.budget_threshold.default, (torch.randn(15), pack.fact_ptr, 4, 9))
+
 
 
 def test_fake_tensors_follow_low_precision() -> None:
