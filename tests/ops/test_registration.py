@@ -70,7 +70,6 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(15), *ordered))
 
 
-
 def test_fake_tensors_follow_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
