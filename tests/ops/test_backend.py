@@ -113,3 +113,19 @@ def test_environment_variable() -> None:
     )
     assert result.returncode == 1
     assert "RuntimeError: segment_softmax: the Triton backend was asked for" in result.stderr
+
+
+def test_the_package_works_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, dragkit_kernels as k\n"
+        "logits, ptr = torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32)\n"
+        "print(k.top_facts(logits, ptr, 2).index.tolist())\n"
+        "k.top_facts(logits, ptr, 2, backend='triton')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "[[0, 1]]\n", result.stderr
+    assert "cannot run: triton is not installed" in result.stderr
