@@ -1,0 +1,209 @@
+"""Triton forward of message_passing and relation_sum: one launch each."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .walk import add_rows, block_rows
+
+BLOCK_N = 32
+BLOCK_K = 32
+MAX_BLOCK_C = 256
+NUM_WARPS = 8
+
+
+@triton.jit(do_not_specialize=["num_nodes"])
+def _message_passing_fwd_kernel(
+    h_ptr,
+    p_ptr,
+    table_fwd_ptr,
+    table_inv_ptr,
+    self_table_ptr,
+    weight_ptr,
+    bias_ptr,
+    head_ptr,
+    tail_ptr,
+    tail_begin_ptr,
+    tail_fact_ptr,
+    head_begin_ptr,
+    head_fact_ptr,
+    fact_pair_ptr,
+    head_count_ptr,
+    tail_count_ptr,
+    node_graph_ptr,
+    out_ptr,
+    num_nodes,
+    num_columns,
+    stride_wk,
+    stride_wc,
+    UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
+    + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns."""
+    offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    row = offs_n[:, None] * num_columns
+
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for start in range(0, num_columns, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < num_columns
+        mask = mask_n[:, None] & mask_k[None, :]
+        h = tl.load(h_ptr + row + offs_k[None, :], mask=mask, other=0.0)
+        at = offs_k[:, None].to(tl.int64) * stride_wk + offs_c[None, :].to(tl.int64) * stride_wc
+        w = tl.load(weight_ptr + at, mask=mask_k[:, None] & mask_c[None, :], other=0.0)
+        if UPCAST:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(h, w, acc, input_precision="ieee")
+
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+        fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+        fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+
+    mask = mask_n[:, None] & mask_c[None, :]
+    graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+    at = graph[:, None] * num_columns + offs_c[None, :]
+    own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    acc = tl.fma(p[:, None], own, acc)
+    acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    # A NaN stays one, as in torch.relu.
+    acc = tl.where(acc < 0.0, 0.0, acc)
+    tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_nodes"])
+def _relation_sum_fwd_kernel(
+    table_ptr,
+    head_ptr,
+    tail_ptr,
+    tail_begin_ptr,
+    tail_fact_ptr,
+    head_begin_ptr,
+    head_fact_ptr,
+    fact_pair_ptr,
+    head_count_ptr,
+    tail_count_ptr,
+    out_ptr,
+    num_nodes,
+    num_columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out_v = sum_in n Y[pair] + sum_out m Y[pair] for a tile of nodes v and a block of columns."""
+    offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+        fact_pair_ptr, head_ptr, tail_count_ptr, None, table_ptr, None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+        fact_pair_ptr, tail_ptr, head_count_ptr, None, table_ptr, None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    at = offs_n[:, None] * num_columns + offs_c[None, :]
+    mask = mask_n[:, None] & mask_c[None, :]
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def column_block(num_columns: int) -> int:
+    """Columns that one program holds: a power of two, wide enough for a matrix product."""
+    return min(MAX_BLOCK_C, max(16, triton.next_power_of_2(num_columns)))
+
+
+def message_passing_fwd(
+    h: Tensor,
+    p: Tensor,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    self_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    fact_pair: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
+    node_graph: Tensor,
+) -> Tensor:
+    """Launches the layer; see `dragkit::message_passing_fwd`."""
+    num_nodes, num_columns = h.shape
+    out = torch.empty((num_nodes, num_columns), dtype=h.dtype, device=h.device)
+    if out.numel() == 0:
+        return out
+    block_c = column_block(num_columns)
+    grid = (triton.cdiv(num_nodes, BLOCK_N), triton.cdiv(num_columns, block_c))
+    inputs = (h, p, table_fwd, table_inv, self_table)
+    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
+    _message_passing_fwd_kernel[grid](
+        *(x.contiguous() for x in inputs),
+        weight,
+        bias.contiguous(),
+        *(x.contiguous() for x in (*walks, head_count, tail_count, node_graph)),
+        out,
+        num_nodes,
+        num_columns,
+        *weight.stride(),
+        # The interpreter cannot multiply bfloat16.
+        UPCAST=h.dtype != weight.dtype or triton.knobs.runtime.interpret,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        BLOCK_C=block_c,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def relation_sum_fwd(
+    table: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    fact_pair: Tensor,
+    head_count: Tensor,
+    tail_count: Tensor,
+) -> Tensor:
+    """Launches the sum; see `dragkit::relation_sum_fwd`."""
+    num_nodes, num_columns = tail_ptr.shape[0] - 1, table.shape[1]
+    out = torch.empty((num_nodes, num_columns), dtype=table.dtype, device=table.device)
+    if out.numel() == 0:
+        return out
+    block_c = column_block(num_columns)
+    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
+    grid = (triton.cdiv(num_nodes, BLOCK_N), triton.cdiv(num_columns, block_c))
+    _relation_sum_fwd_kernel[grid](
+        table.contiguous(),
+        *(x.contiguous() for x in (*walks, head_count, tail_count)),
+        out,
+        num_nodes,
+        num_columns,
+        BLOCK_N=BLOCK_N,
+        BLOCK_C=block_c,
+        num_warps=NUM_WARPS,
+    )
+    return out
