@@ -7,12 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tiles import column_tile, layer_tile
 from .walk import add_rows, block_rows
-
-BLOCK_N = 32
-BLOCK_K = 32
-MAX_BLOCK_C = 256
-NUM_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
@@ -120,11 +116,6 @@ def _relation_sum_fwd_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def column_block(num_columns: int) -> int:
-    """Columns that one program holds: a power of two, wide enough for a matrix product."""
-    return min(MAX_BLOCK_C, max(16, triton.next_power_of_2(num_columns)))
-
-
 def message_passing_fwd(
     h: Tensor,
     p: Tensor,
@@ -151,11 +142,12 @@ def message_passing_fwd(
     out = torch.empty((num_nodes, num_columns), dtype=h.dtype, device=h.device)
     if out.numel() == 0:
         return out
-    block_c = column_block(num_columns)
-    grid = (triton.cdiv(num_nodes, BLOCK_N), triton.cdiv(num_columns, block_c))
+    # The interpreter cannot multiply bfloat16.
+    upcast = h.dtype != weight.dtype or triton.knobs.runtime.interpret
+    tile = layer_tile(num_columns, exact=upcast or h.dtype == torch.float32)
     inputs = (h, p, table_fwd, table_inv, self_table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
-    _message_passing_fwd_kernel[grid](
+    _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
         *(x.contiguous() for x in inputs),
         weight,
         bias.contiguous(),
@@ -164,12 +156,11 @@ def message_passing_fwd(
         num_nodes,
         num_columns,
         *weight.stride(),
-        # The interpreter cannot multiply bfloat16.
-        UPCAST=h.dtype != weight.dtype or triton.knobs.runtime.interpret,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
-        BLOCK_C=block_c,
-        num_warps=NUM_WARPS,
+        UPCAST=upcast,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.num_warps,
     )
     return out
 
@@ -193,17 +184,16 @@ def relation_sum_fwd(
     out = torch.empty((num_nodes, num_columns), dtype=table.dtype, device=table.device)
     if out.numel() == 0:
         return out
-    block_c = column_block(num_columns)
+    tile = column_tile(num_columns, rows=32)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
-    grid = (triton.cdiv(num_nodes, BLOCK_N), triton.cdiv(num_columns, block_c))
-    _relation_sum_fwd_kernel[grid](
+    _relation_sum_fwd_kernel[tile.grid(num_nodes, num_columns)](
         table.contiguous(),
         *(x.contiguous() for x in (*walks, head_count, tail_count)),
         out,
         num_nodes,
         num_columns,
-        BLOCK_N=BLOCK_N,
-        BLOCK_C=block_c,
-        num_warps=NUM_WARPS,
+        BLOCK_N=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.num_warps,
     )
     return out

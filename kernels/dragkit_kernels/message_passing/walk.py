@@ -37,19 +37,28 @@ def add_facts(
 ):
     """acc_i += n_f p[end_f] table[row_f] for the fact f = order[slot_i] of every live lane i.
 
-    Without p (None) its factor is one; with `other` the row is multiplied by other[end_f].
+    Without an order f is the slot, without rows or ends they are f, without counts or p these
+    factors are one; with `other` the table's row is multiplied by other[end_f].
     """
-    fact = tl.load(order_ptr + slot, mask=live, other=0)
-    row = tl.load(row_ptr + fact, mask=live, other=0).to(tl.int64)
-    weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
-    end = tl.load(end_ptr + fact, mask=live, other=0).to(tl.int64)
+    fact = slot
+    if order_ptr is not None:
+        fact = tl.load(order_ptr + slot, mask=live, other=0)
+    row = fact
+    if row_ptr is not None:
+        row = tl.load(row_ptr + fact, mask=live, other=0)
+    end = fact
+    if end_ptr is not None:
+        end = tl.load(end_ptr + fact, mask=live, other=0)
+    weight = live.to(tl.float32)
+    if count_ptr is not None:
+        weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
     if p_ptr is not None:
         weight *= tl.load(p_ptr + end, mask=live, other=0.0).to(tl.float32)
     mask = live[:, None] & mask_c[None, :]
-    at = row[:, None] * num_columns + offs_c[None, :]
+    at = row[:, None].to(tl.int64) * num_columns + offs_c[None, :]
     value = tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if other_ptr is not None:
-        at = end[:, None] * num_columns + offs_c[None, :]
+        at = end[:, None].to(tl.int64) * num_columns + offs_c[None, :]
         value *= tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return tl.fma(weight[:, None], value, acc)
 

@@ -1,0 +1,204 @@
+"""Triton backward of message_passing and relation_sum: ordered row sums and row dots.
+
+The matrix products are left to the library.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..segments import segment_ptr
+from .tiles import column_tile
+from .walk import add_rows, block_rows, sum_long_row
+
+
+@triton.jit(do_not_specialize=["num_nodes"])
+def _message_passing_bwd_p_kernel(
+    delta_ptr,
+    table_fwd_ptr,
+    table_inv_ptr,
+    self_table_ptr,
+    head_ptr,
+    tail_ptr,
+    tail_begin_ptr,
+    tail_fact_ptr,
+    head_begin_ptr,
+    head_fact_ptr,
+    fact_pair_ptr,
+    head_count_ptr,
+    tail_count_ptr,
+    node_graph_ptr,
+    dp_ptr,
+    num_nodes,
+    num_columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dp_v = sum_{e: head=v} n <Y^F[pair], d[tail]> + sum_{e: tail=v} m <Y^I[pair], d[head]>
+    + <Y^self[graph_v], d_v> for a tile of nodes v."""
+    offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
+    graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+    dp = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, num_columns, BLOCK_C):
+        offs_c = start + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < num_columns
+        mask = mask_n[:, None] & mask_c[None, :]
+        own_at = graph[:, None] * num_columns + offs_c[None, :]
+        own = tl.load(self_table_ptr + own_at, mask=mask, other=0.0).to(tl.float32)
+        at = offs_n[:, None] * num_columns + offs_c[None, :]
+        acc = own * tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        acc = add_rows(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+            fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
+            BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+        acc = add_rows(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+            fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
+            BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+        dp += tl.sum(acc, 1)
+    tl.store(dp_ptr + offs_n, dp.to(dp_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
+def _message_passing_bwd_tables_kernel(
+    delta_ptr,
+    p_ptr,
+    head_ptr,
+    tail_ptr,
+    pair_begin_ptr,
+    pair_fact_ptr,
+    head_count_ptr,
+    tail_count_ptr,
+    d_fwd_ptr,
+    d_inv_ptr,
+    num_columns,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dY^F_r = sum_{e: pair=r} n p[head] d[tail] and dY^I_r = sum_{e: pair=r} m p[tail] d[head],
+    those of the two that have a place to go."""
+    pid_r = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    begin = tl.load(pair_begin_ptr + pid_r)
+    end = tl.load(pair_begin_ptr + pid_r + 1)
+    at = pid_r * num_columns + offs_c
+    if d_fwd_ptr is not None:
+        total = sum_long_row(
+            begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, tail_ptr, head_ptr,
+            tail_count_ptr, p_ptr, delta_ptr, None, BLOCK_E, BLOCK_C,
+        )  # fmt: skip
+        tl.store(d_fwd_ptr + at, total.to(d_fwd_ptr.dtype.element_ty), mask=mask_c)
+    if d_inv_ptr is not None:
+        total = sum_long_row(
+            begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, head_ptr, tail_ptr,
+            head_count_ptr, p_ptr, delta_ptr, None, BLOCK_E, BLOCK_C,
+        )  # fmt: skip
+        tl.store(d_inv_ptr + at, total.to(d_inv_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _message_passing_bwd_self_kernel(
+    delta_ptr,
+    p_ptr,
+    graph_begin_ptr,
+    d_self_ptr,
+    num_columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dY^self_g = sum of p_v d_v over the nodes v of graph g."""
+    pid_g = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    total = sum_long_row(
+        tl.load(graph_begin_ptr + pid_g), tl.load(graph_begin_ptr + pid_g + 1), offs_c, mask_c,
+        num_columns, None, None, None, None, p_ptr, delta_ptr, None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    at = pid_g * num_columns + offs_c
+    tl.store(d_self_ptr + at, total.to(d_self_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _relation_sum_bwd_kernel(
+    grad_ptr,
+    head_ptr,
+    tail_ptr,
+    pair_begin_ptr,
+    pair_fact_ptr,
+    head_count_ptr,
+    tail_count_ptr,
+    d_table_ptr,
+    num_columns,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dY_r = sum_{e: pair=r} n grad[tail] + m grad[head]."""
+    pid_r = tl.program_id(0).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    begin = tl.load(pair_begin_ptr + pid_r)
+    end = tl.load(pair_begin_ptr + pid_r + 1)
+    total = sum_long_row(
+        begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, tail_ptr, head_ptr,
+        tail_count_ptr, None, grad_ptr, None, BLOCK_E, BLOCK_C,
+    )  # fmt: skip
+    total += sum_long_row(
+        begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, head_ptr, tail_ptr,
+        head_count_ptr, None, grad_ptr, None, BLOCK_E, BLOCK_C,
+    )  # fmt: skip
+    at = pid_r * num_columns + offs_c
+    tl.store(d_table_ptr + at, total.to(d_table_ptr.dtype.element_ty), mask=mask_c)
+
+
+def message_passing_bwd(
+    grad: Tensor,
+    h_out: Tensor,
+    h: Tensor,
+    p: Tensor,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    self_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *rest: Tensor | list[bool],
+) -> tuple[Tensor, ...]:
+    """Launches what output_mask asks for; see `dragkit::message_passing_bwd`."""
+    *orders, node_graph, output_mask = rest
+    inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
+    out = [
+        torch.empty(x.shape if wanted else 0, dtype=x.dtype, device=x.device)
+        for x, wanted in zip(inputs, output_mask, strict=True)
+    ]
+    # The gradient keeps its dtype: nothing is rounded by setting elements to zero.
+    delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
+    p = p.contiguous()
+    if output_mask[0]:
+        out[0] = _product(delta, weight.t()).to(h.dtype)
+    if out[1].numel() > 0:
+        tables = (x.contiguous() for x in (table_fwd, table_inv, self_table))
+        _launch_p(out[1], delta, *tables, *orders, node_graph)
+    _launch_tables(out[2], out[3], delta, p, *orders)
+    if out[4].numel() > 0:
+        tile = SELF_TILE
+        ptr = segment_ptr(node_graph, self_table.shape[0])
+        _message_passing_bwd_self_kernel[tile.grid(self_table.shape)](
+            delta,
+            p,
+            ptr,
+            out[4],
+            h.shape[1],
+            BLOCK_N=tile.rows,
+            BLOCK_C=tile.columns,
+            num_warps=tile.num_warps,
+        )
+    if output_mask[5]:
+        out[5] = _product(h.t(), delta).to(weight.dtype)
+    if output_mask[6]:
+        out[6] = delta.sum(0, dtype=torch.float32).to(bias.dtype)
+    return tuple(out)
