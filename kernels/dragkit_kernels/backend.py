@@ -10,11 +10,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+try:
+    import triton
+except ImportError:  # the PyTorch paths need no Triton
+    triton = None
+
 _log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "triton", "torch")
 
-# Ops that have a Triton kernel; a kernel's own module adds its op when it is imported.
+# Whether op folders can import their kernels.
+HAS_TRITON = triton is not None
+# Whether kernels run interpreted, on tensors of any device. `triton.jit` looks at the switch
+# (TRITON_INTERPRET=1) when it decorates a kernel, so a later change would have no effect.
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+# Ops that have a Triton kernel: `library.register` adds them.
 TRITON_OPS: set[str] = set()
 
 # Read once: looking at the environment inside a compiled graph would be a guard on every call.
@@ -46,11 +56,12 @@ def resolve_backend(op: str, tensor: Tensor, backend: str = "auto") -> str:
     """The path that `op` takes for arguments like `tensor`.
 
     A call's own `backend` wins over `force_backend`, which wins over `DRAGKIT_BACKEND`. "auto"
-    means Triton for CUDA tensors of an op that has a Triton kernel, and PyTorch otherwise.
+    means Triton for CUDA tensors of an op that has a Triton kernel, and PyTorch otherwise. Under
+    Triton's interpreter (TRITON_INTERPRET=1) "triton" also takes CPU tensors.
 
     Args:
         op: stem of the op, such as "message_passing".
-        tensor: any tensor argument; its device decides.
+        tensor: any tensor argument of floats; its device and dtype decide.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -71,7 +82,8 @@ def resolve_backend(op: str, tensor: Tensor, backend: str = "auto") -> str:
             f"{op}: the Triton backend was asked for but cannot run: {obstacle}; "
             "use backend 'auto' or 'torch' (environment variable DRAGKIT_BACKEND)"
         )
-    chosen = "torch" if wanted == "torch" or obstacle else "triton"
+    use_triton = wanted == "triton" or (wanted == "auto" and tensor.is_cuda and not obstacle)
+    chosen = "triton" if use_triton else "torch"
     if not torch.compiler.is_compiling() and (op, chosen) not in _logged:
         _logged.add((op, chosen))
         _log.info("%s runs on the %s backend (%s)", op, chosen, tensor.device.type)
@@ -80,8 +92,12 @@ def resolve_backend(op: str, tensor: Tensor, backend: str = "auto") -> str:
 
 def _triton_obstacle(op: str, tensor: Tensor) -> str:
     """Why `op` cannot use Triton for this tensor, or an empty string."""
+    if not HAS_TRITON:
+        return "triton is not installed"
     if op not in TRITON_OPS:
         return "this op has no Triton kernel yet"
-    if not tensor.is_cuda:
-        return f"the tensors are on the {tensor.device.type} device"
+    if tensor.dtype == torch.float64:
+        return "the kernels compute in float32 and the tensors are float64"
+    if not tensor.is_cuda and not INTERPRETED:
+        return f"the tensors are on the {tensor.device.type} device (and TRITON_INTERPRET is off)"
     return ""

@@ -7,24 +7,52 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .backend import TRITON_OPS
+
 _LIBRARY = torch.library.Library("dragkit", "FRAGMENT")
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> None:
+def register(
+    schema: str, implementation: Callable, fake: Callable, *, triton: Callable | None = None
+) -> None:
     """Defines an op that torch.compile treats as one opaque node.
 
-    The implementation is plain PyTorch and serves every device it runs on.
+    `implementation` is plain PyTorch and serves every device it runs on. An op that may have a
+    Triton launcher too ends its arguments with "bool triton": the public function passes
+    `resolve_backend(...) == "triton"` there, the gradient formula passes the same to the backward
+    op, and the flag alone picks the path, on any device. Neither path receives the flag.
 
     Args:
-        schema: such as "segment_softmax_fwd(Tensor score, Tensor ptr) -> Tensor".
+        schema: such as "segment_softmax_fwd(Tensor score, Tensor ptr, bool triton) -> Tensor";
+            the first argument is a tensor.
         implementation: called with gradients switched off.
-        fake: same arguments; returns empty tensors of the right shapes, dtypes and devices.
+        fake: the arguments of the schema; returns empty tensors of the right shapes, dtypes and
+            devices.
+        triton: launcher with the arguments of `implementation`; None where Triton is not installed.
     """
     name = schema.partition("(")[0]
+    if "bool triton)" in schema:
+        implementation = _by_flag(implementation, triton)
+    if triton is not None:
+        TRITON_OPS.add(name.removesuffix("_fwd").removesuffix("_bwd"))
     _LIBRARY.define(schema)
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, implementation, key)
     torch.library.register_fake(f"dragkit::{name}", fake, lib=_LIBRARY)
+
+
+def _by_flag(torch_path: Callable, triton_path: Callable | None) -> Callable:
+    """Calls one of two paths by the last argument."""
+
+    def run(*arguments: object) -> object:
+        *rest, use_triton = arguments
+        if not use_triton:
+            return torch_path(*rest)
+        # A launch goes to the current device, which need not be the tensors'.
+        with torch.cuda.device_of(rest[0]):
+            return triton_path(*rest)
+
+    return run
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -9,10 +9,18 @@ of the key, 0), the two keys are the low and high words of the seed, and output 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .backend import HAS_TRITON, resolve_backend
 from .checks import check_shape
+from .library import register
 from .segments import segment_ids
+
+if HAS_TRITON:
+    from .noise_kernel import logistic_noise_fwd
+else:
+    logistic_noise_fwd = None
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -53,39 +61,71 @@ def logistic(word: Tensor) -> Tensor:
     return torch.log(u) - torch.log(1.0 - u)
 
 
+def check_counter(op: str, seed: Tensor, question_key: Tensor, fact_ptr: Tensor) -> None:
+    """Raises ValueError unless seed is int64 [] and question_key int64 [B]."""
+    check_shape(op, "seed", seed, ())
+    check_shape(op, "question_key", question_key, (fact_ptr.shape[0] - 1,))
+    if seed.dtype != torch.int64 or question_key.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: seed and question_key must be int64, got {seed.dtype} and {question_key.dtype}"
+        )
+
+
 def logistic_noise(
-    seed: Tensor, question_key: Tensor, fact_ptr: Tensor, *, num_facts: int | None = None
+    seed: Tensor,
+    question_key: Tensor,
+    fact_ptr: Tensor,
+    *,
+    num_facts: int | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One standard logistic variate per fact, from the counter and keys of the module's head.
+
+    Rows after the last question (padding) hold 0.
 
     Args:
         seed: int64 [] (a tensor, so that a captured CUDA graph can be replayed with another seed).
         question_key: int64 [B], one number per question, independent of the batch.
         fact_ptr: int [B+1] first fact of each question.
         num_facts: E; without it the last offset is read back, which waits for the device.
+        backend: "auto", "triton" or "torch".
 
     Returns:
         float32 [E].
 
     Raises:
         ValueError: sizes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
     """
-    check_shape("logistic_noise", "seed", seed, ())
-    check_shape("logistic_noise", "question_key", question_key, (fact_ptr.shape[0] - 1,))
-    if seed.dtype != torch.int64 or question_key.dtype != torch.int64:
-        raise ValueError(
-            "logistic_noise: seed and question_key must be int64, got "
-            f"{seed.dtype} and {question_key.dtype}"
-        )
+    check_counter("logistic_noise", seed, question_key, fact_ptr)
     if num_facts is None:
         num_facts = int(fact_ptr[-1])
+    use_triton = resolve_backend("logistic_noise", seed, backend) == "triton"
+    return torch.ops.dragkit.logistic_noise_fwd(seed, question_key, fact_ptr, num_facts, use_triton)
+
+
+def _torch_fwd(seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int) -> Tensor:
     question = segment_ids(fact_ptr, num_facts)
-    # Rows after the last question (padding) borrow its counter; nobody reads them.
-    question = question.clamp(max=max(question_key.shape[0] - 1, 0))
+    live = question < question_key.shape[0]
+    name = F.pad(question_key, (0, 1))[question]
     fact = torch.arange(num_facts, device=fact_ptr.device) - fact_ptr[question]
-    name = question_key[question]
     word = philox4x32(
         (fact & _WORD, name & _WORD, (name >> 32) & _WORD, torch.zeros_like(name)),
         (seed & _WORD, (seed >> 32) & _WORD),
     )[0]
-    return logistic(word)
+    return torch.where(live, logistic(word), 0.0)
+
+
+def _fake(
+    seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int, triton: bool
+) -> Tensor:
+    return seed.new_empty(num_facts, dtype=torch.float32)
+
+
+register(
+    "logistic_noise_fwd(Tensor seed, Tensor question_key, Tensor fact_ptr, SymInt num_facts,"
+    " bool triton) -> Tensor",
+    _torch_fwd,
+    _fake,
+    triton=logistic_noise_fwd,
+)

@@ -81,7 +81,6 @@ def test_opcheck_the_others() -> None:
         )
         size = o.num_facts if groups[0] is None else groups.row.numel()
         torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(size), *ordered, *groups))
-    torch.library.opcheck(ops.budget_threshold.default, (torch.randn(15), pack.fact_ptr, 4, 9))
 
 
 def test_fake_tensors_follow_low_precision() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_float, check_index, check_shape
-from ..noise import logistic_noise
+from ..checks import accumulator_dtype, check_float, check_index, check_shape
+from ..noise import check_counter
 from ..segments import segment_ids
-from . import op as _op  # noqa: F401  (registers the op)
-from .reference import GumbelTopK, gumbel_topk_ref, select_largest
+from . import op as _op  # noqa: F401  (registers the ops)
+from .reference import GumbelTopK, gumbel_topk_ref
 
 __all__ = ["GumbelTopK", "check_finite_logits", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
 
@@ -81,21 +83,27 @@ def gumbel_topk(
     if noise is None:
         if seed is None or question_key is None:
             raise ValueError("gumbel_topk: give either noise, or seed and question_key")
-        noise = logistic_noise(seed, question_key, fact_ptr, num_facts=logits.shape[0])
+        check_counter("gumbel_topk", seed, question_key, fact_ptr)
     elif seed is not None or question_key is not None:
         raise ValueError("gumbel_topk: give either noise, or seed and question_key, not both")
-    check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
-    resolve_backend("gumbel_topk", logits, backend)
-    return gumbel_topk_ref(
+    else:
+        check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
+        noise = noise.to(accumulator_dtype(logits))
+    index, gate, count, soft, _, _ = torch.ops.dragkit.gumbel_topk_fwd(
         logits,
         fact_ptr,
+        noise,
+        seed,
+        question_key,
         k,
-        temperature=temperature,
-        noise=noise,
-        mode=mode,
-        estimator=estimator,
-        max_facts=_largest(fact_ptr) if max_facts is None else max_facts,
+        _largest(fact_ptr) if max_facts is None else max_facts,
+        0.0,
+        temperature,
+        mode == "budget",
+        estimator == "concrete",
+        resolve_backend("gumbel_topk", logits, backend) == "triton",
     )
+    return GumbelTopK(index, gate, count, soft)
 
 
 def top_facts(
@@ -105,6 +113,7 @@ def top_facts(
     threshold: float = 0.0,
     *,
     max_facts: int | None = None,
+    backend: str = "auto",
 ) -> GumbelTopK:
     """The facts used at inference: the k largest logits with sigmoid(l) > threshold, best first.
 
@@ -115,20 +124,33 @@ def top_facts(
         logits: float [E].
         fact_ptr: int32 [B+1].
         k: slots per question.
-        threshold: probability a fact must exceed.
+        threshold: probability a fact must exceed; compared on the scale of the logits.
         max_facts: at least the facts of every question; without it the device is asked.
+        backend: "auto", "triton" or "torch".
 
     Returns:
         GumbelTopK; `soft` is sigmoid(logits).
 
     Raises:
         ValueError: shapes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
     """
     _check(logits, fact_ptr, k, "top_facts")
-    soft = torch.sigmoid(logits if logits.dtype == torch.float64 else logits.float())
-    width = _largest(fact_ptr) if max_facts is None else max_facts
-    index, count = select_largest(logits, soft > threshold, fact_ptr, k, width)
-    return GumbelTopK(index, (index >= 0).to(soft.dtype), count, soft)
+    index, gate, count, soft, _, _ = torch.ops.dragkit.gumbel_topk_fwd(
+        logits.detach(),
+        fact_ptr,
+        None,
+        None,
+        None,
+        k,
+        _largest(fact_ptr) if max_facts is None else max_facts,
+        _logit(threshold),
+        1.0,
+        False,
+        False,
+        resolve_backend("gumbel_topk", logits, backend) == "triton",
+    )
+    return GumbelTopK(index, gate, count, soft)
 
 
 def check_finite_logits(logits: Tensor, fact_ptr: Tensor) -> None:
@@ -162,3 +184,10 @@ def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:
 def _largest(fact_ptr: Tensor) -> int:
     """Most facts of one question; waits for the device."""
     return int((fact_ptr[1:] - fact_ptr[:-1]).max()) if fact_ptr.shape[0] > 1 else 0
+
+
+def _logit(probability: float) -> float:
+    """The logit of a probability; infinite at and beyond 0 and 1."""
+    if 0.0 < probability < 1.0:
+        return math.log(probability) - math.log1p(-probability)
+    return math.inf if probability >= 1.0 else -math.inf

@@ -1,4 +1,4 @@
-"""dragkit::budget_threshold: the bisection as one opaque op, so that compile does not unroll it."""
+"""dragkit::gumbel_topk_fwd and _bwd: one opaque op each way, noise drawn inside both."""
 
 from __future__ import annotations
 
@@ -6,41 +6,155 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..library import forbid_gradient, register
-from ..segments import padded_rows
+from ..backend import HAS_TRITON
+from ..checks import accumulator_dtype
+from ..library import forbid_gradient, register, register_gradient
+from ..noise import logistic_noise
+from ..segments import segment_ids
+from .reference import CERTAIN, choose
 
-# Halvings of a bracket as wide as the spread of the logits: beyond float32 resolution.
-_BISECTIONS = 40
-
-
-def budget_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
-    """nu [B] with sum_i sigmoid(x_i - nu) = k over each question of more than k facts.
-
-    Where a question has at most k facts there is no such nu and the value is meaningless.
-    """
-    if max_facts == 0:
-        return x.new_zeros(fact_ptr.shape[0] - 1)
-    rows = padded_rows(fact_ptr, x.shape[0], max_facts)
-    inner = F.pad(x, (0, 1))[rows]
-    padded = F.pad(x, (0, 1), value=float("-inf"))[rows]  # sigmoid(-inf - nu) = 0
-    # At these outer marks every p is on one side of k / size.
-    size = (fact_ptr[1:] - fact_ptr[:-1]).to(x.dtype)
-    spread = torch.log((size / k - 1).clamp(min=1 / k))
-    low, high = inner.amin(1) + spread - 1.0, inner.amax(1) + spread + 1.0
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        over = torch.sigmoid(padded - middle.unsqueeze(1)).sum(1) > k
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
-    return (low + high) / 2
+if HAS_TRITON:
+    from .backward import gumbel_topk_bwd
+    from .forward import gumbel_topk_fwd
+else:
+    gumbel_topk_fwd = gumbel_topk_bwd = None
 
 
-def _budget_threshold_fake(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
-    return x.new_empty(fact_ptr.shape[0] - 1)
+def _given_or_drawn(
+    noise: Tensor | None,
+    seed: Tensor | None,
+    question_key: Tensor | None,
+    fact_ptr: Tensor,
+    num_facts: int,
+) -> Tensor | None:
+    if seed is None:
+        return noise
+    return logistic_noise(seed, question_key, fact_ptr, num_facts=num_facts, backend="torch")
+
+
+def _torch_fwd(
+    logits: Tensor,
+    fact_ptr: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    question_key: Tensor | None,
+    k: int,
+    max_facts: int,
+    bound: float,
+    temperature: float,
+    budget: bool,
+    concrete: bool,
+) -> tuple[Tensor, ...]:
+    """The reference, with the slot of every fact (-1 for none) and nu (inf for padding)."""
+    num_facts = logits.shape[0]
+    drawn, nu = choose(
+        logits,
+        fact_ptr,
+        k,
+        temperature=temperature,
+        noise=_given_or_drawn(noise, seed, question_key, fact_ptr, num_facts),
+        budget=budget,
+        concrete=concrete,
+        max_facts=max_facts,
+        bound=bound,
+    )
+    place = torch.where(drawn.index >= 0, drawn.index, num_facts).long()
+    column = torch.arange(k, dtype=torch.int32, device=place.device).expand(place.shape)
+    slot = fact_ptr.new_full((num_facts + 1,), -1)
+    slot = slot.scatter_(0, place.flatten(), column.flatten())[:-1].clone()
+    return *drawn, slot, F.pad(nu, (0, 1), value=float("inf"))
+
+
+def _torch_bwd(
+    d_gate: Tensor,
+    d_soft: Tensor,
+    logits: Tensor,
+    fact_ptr: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    question_key: Tensor | None,
+    slot: Tensor,
+    nu: Tensor,
+    max_facts: int,
+    temperature: float,
+    budget: bool,
+) -> Tensor:
+    """dl = d (g - m) / T with d = s (1 - s), g the gradient of s, and m = (d . g) / sum(d) in a
+    budget, else 0."""
+    num_facts = logits.shape[0]
+    noise = _given_or_drawn(noise, seed, question_key, fact_ptr, num_facts)
+    key = logits.to(nu.dtype)
+    key = key if noise is None else key + noise
+    segment = segment_ids(fact_ptr, num_facts)
+    x = (key / temperature).clamp(-CERTAIN, CERTAIN)
+    soft = torch.sigmoid(x - nu.index_select(0, segment))
+    slope = soft * (1 - soft)
+    place = torch.where(slot >= 0, segment * d_gate.shape[1] + slot, d_gate.numel())
+    grad = d_soft + F.pad(d_gate.flatten(), (0, 1))[place]
+    if budget:
+        steepness = torch.zeros_like(nu).index_add_(0, segment, slope).clamp_(min=1e-30)
+        mean = torch.zeros_like(nu).index_add_(0, segment, slope * grad).div_(steepness)
+        grad = grad - mean.index_select(0, segment)
+    return (slope * grad / temperature).to(logits.dtype)
+
+
+def _fwd_fake(
+    logits: Tensor,
+    fact_ptr: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    question_key: Tensor | None,
+    k: int,
+    *options: object,
+) -> tuple[Tensor, ...]:
+    num_questions, dtype = fact_ptr.shape[0] - 1, accumulator_dtype(logits)
+    return (
+        fact_ptr.new_empty(num_questions, k),
+        logits.new_empty(num_questions, k, dtype=dtype),
+        fact_ptr.new_empty(num_questions),
+        logits.new_empty(logits.shape, dtype=dtype),
+        fact_ptr.new_empty(logits.shape),
+        logits.new_empty(num_questions + 1, dtype=dtype),
+    )
+
+
+def _bwd_fake(d_gate: Tensor, d_soft: Tensor, logits: Tensor, *rest: object) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
+    logits, fact_ptr, noise, seed, question_key, _, max_facts, _, temperature, *flags = inputs
+    budget, concrete, triton = flags
+    if not concrete:  # x = l
+        noise = seed = question_key = None
+        temperature = 1.0
+    _, _, _, _, slot, nu = output
+    ctx.save_for_backward(logits, fact_ptr, noise, seed, question_key, slot, nu)
+    ctx.options = (max_facts, temperature, budget, triton)
+
+
+def _backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    _, d_gate, _, d_soft, _, _ = grads
+    d_logits = torch.ops.dragkit.gumbel_topk_bwd(d_gate, d_soft, *ctx.saved_tensors, *ctx.options)
+    return d_logits, *(None,) * 11
 
 
 register(
-    "budget_threshold(Tensor x, Tensor fact_ptr, SymInt k, SymInt max_facts) -> Tensor",
-    budget_threshold,
-    _budget_threshold_fake,
+    "gumbel_topk_fwd(Tensor logits, Tensor fact_ptr, Tensor? noise, Tensor? seed,"
+    " Tensor? question_key, SymInt k, SymInt max_facts, float bound, float temperature,"
+    " bool budget, bool concrete, bool triton)"
+    " -> (Tensor index, Tensor gate, Tensor count, Tensor soft, Tensor slot, Tensor nu)",
+    _torch_fwd,
+    _fwd_fake,
+    triton=gumbel_topk_fwd,
 )
-forbid_gradient("budget_threshold")
+register(
+    "gumbel_topk_bwd(Tensor d_gate, Tensor d_soft, Tensor logits, Tensor fact_ptr, Tensor? noise,"
+    " Tensor? seed, Tensor? question_key, Tensor slot, Tensor nu, SymInt max_facts,"
+    " float temperature, bool budget, bool triton) -> Tensor",
+    _torch_bwd,
+    _bwd_fake,
+    triton=gumbel_topk_bwd,
+)
+register_gradient("gumbel_topk_fwd", _backward, _setup)
+forbid_gradient("gumbel_topk_bwd")

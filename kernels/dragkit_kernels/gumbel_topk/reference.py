@@ -11,7 +11,7 @@ from torch import Tensor
 from ..segments import padded_rows, segment_ids
 
 # Logits beyond this are certain; it keeps infinities out of the bisection.
-_CERTAIN = 1e4
+CERTAIN = 1e4
 
 
 class GumbelTopK(NamedTuple):
@@ -21,7 +21,8 @@ class GumbelTopK(NamedTuple):
         index: int32 [B, k] facts of the pack, best key first, -1 for an empty slot.
         gate: float [B, k] 1 for a kept slot, 0 for an empty one; carries the gradient.
         count: int32 [B] kept facts.
-        soft: float [E] relaxed choice of every fact, with the same derivative as the gate.
+        soft: float [E] relaxed choice of every fact, with the same derivative as the gate; 0 for
+            rows after the last question (padding).
     """
 
     index: Tensor
@@ -31,15 +32,15 @@ class GumbelTopK(NamedTuple):
 
 
 def select_largest(
-    key: Tensor, fires: Tensor | None, fact_ptr: Tensor, k: int, max_facts: int
+    key: Tensor, bound: float | None, fact_ptr: Tensor, k: int, max_facts: int
 ) -> tuple[Tensor, Tensor]:
-    """The k largest keys of each question, of those that fire; at least one if k allows.
+    """The k largest keys of each question, of those above the bound; at least one if k allows.
 
     Keys are compared in float32; equal keys are taken by lowest fact. A 64-bit code (sortable bits
     of the key, then the fact counted backwards) makes any top-k routine exact about ties.
 
     Args:
-        key: float [E]; fires: bool [E] or None for all.
+        key: float [E]; bound: a number, or None for no bound.
         fact_ptr: int [B+1].
         k: slots; max_facts: at least the facts of every question.
 
@@ -57,47 +58,53 @@ def select_largest(
     best = padded.topk(min(k, max_facts), dim=1).values
     kept = best != lowest
     fact = 0x7FFFFFFF - (best & 0x7FFFFFFF)
-    if fires is not None:
+    if bound is not None:
         first = torch.arange(best.shape[1], device=key.device) == 0
-        fired = F.pad(fires, (0, 1))[torch.where(kept, fact, num_facts)]
-        kept = kept & (fired | first)
+        fires = F.pad(key.detach() > bound, (0, 1))[torch.where(kept, fact, num_facts)]
+        kept = kept & (fires | first)
     index = torch.where(kept, fact, -1).to(torch.int32)
     index = F.pad(index, (0, k - index.shape[1]), value=-1)
     return index, kept.sum(1, dtype=torch.int32)
 
 
-def budget_probability(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
-    """p_i = sigmoid(x_i - nu) with one nu per question such that its p sum to k.
+def budget_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
+    """nu [B] with sum_i sigmoid(x_i - nu) = k over each question, by bisection.
 
-    nu is found by bisection and differentiated implicitly: dx = d g - d (d . g) / sum(d) with
-    d = p (1 - p). A question of at most k facts keeps them all: p = 1 and no gradient, the limit
-    nu -> -inf. For k = 0 all p are 0.
+    A question of at most k facts keeps them all: the limit nu = -inf. For k = 0 nu is inf.
+    """
+    size = fact_ptr[1:] - fact_ptr[:-1]
+    low = x.new_full(size.shape, -2 * CERTAIN)
+    high = -low
+    rows = padded_rows(fact_ptr, x.shape[0], max_facts)
+    padded = F.pad(x, (0, 1), value=float("-inf"))[rows]  # sigmoid(-inf - nu) = 0
+    # Halvings of that bracket: beyond the resolution of the type.
+    for _ in range(64 if x.dtype == torch.float64 else 42):
+        middle = (low + high) / 2
+        over = torch.sigmoid(padded - middle.unsqueeze(1)).sum(1) > k
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    nu = ((low + high) / 2).masked_fill(size <= k, float("-inf"))
+    return nu if k > 0 else torch.full_like(nu, float("inf"))
+
+
+def relaxed_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, budget: bool) -> Tensor:
+    """s_i = sigmoid(x_i - nu), nu of i's question; 0 after the last question.
+
+    In a budget nu moves with x such that its s keep their sum: ds = d g - d (d . g) / sum(d) with
+    d = s (1 - s).
 
     Args:
-        x: float [E]; fact_ptr: int [B+1]; k: budget; max_facts: at least the facts of every
-            question.
-
-    Returns:
-        [E] with the dtype of `x`.
+        x: float [E], finite; nu: [B]; fact_ptr: int [B+1].
     """
-    x = x.clamp(-_CERTAIN, _CERTAIN)
-    if k == 0:
-        return torch.sigmoid(x) * 0.0
-    num_facts, segments = x.shape[0], fact_ptr.shape[0]
-    size = fact_ptr[1:] - fact_ptr[:-1]
-    with torch.no_grad():
-        nu = torch.ops.dragkit.budget_threshold(x, fact_ptr, k, max_facts)
-        nu = F.pad(nu, (0, 1))  # for rows after the last question
-    segment = segment_ids(fact_ptr, num_facts)
-    fixed = torch.sigmoid(x - nu.index_select(0, segment))
-    slope = (fixed * (1 - fixed)).detach()
-    total = x.new_zeros(segments).index_add(0, segment, fixed)
-    steepness = x.new_zeros(segments).index_add(0, segment, slope).clamp(min=1e-30)
-    # The value of nu stays as bisected; only its derivative d_i / sum(d) is added.
-    nu = nu + (total - total.detach()) / steepness
-    p = torch.sigmoid(x - nu.index_select(0, segment))
-    whole = F.pad(size <= k, (0, 1)).index_select(0, segment)
-    return torch.where(whole, torch.ones_like(p), p)
+    segment = segment_ids(fact_ptr, x.shape[0])
+    nu = F.pad(nu, (0, 1), value=float("inf"))
+    if budget:
+        fixed = torch.sigmoid(x - nu.index_select(0, segment))
+        slope = (fixed * (1 - fixed)).detach()
+        total = torch.zeros_like(nu).index_add(0, segment, fixed)
+        steepness = torch.zeros_like(nu).index_add(0, segment, slope).clamp(min=1e-30)
+        # The value of nu stays as bisected; only its derivative d_i / sum(d) is added.
+        nu = nu + (total - total.detach()) / steepness
+    return torch.sigmoid(x - nu.index_select(0, segment))
 
 
 def straight_through(soft: Tensor, index: Tensor) -> Tensor:
@@ -114,20 +121,50 @@ def gumbel_topk_ref(
     k: int,
     *,
     temperature: float,
-    noise: Tensor,
+    noise: Tensor | None,
     mode: str,
     estimator: str,
     max_facts: int,
+    bound: float = 0.0,
 ) -> GumbelTopK:
-    """See gumbel_topk; the noise is an argument so that any two implementations can be compared."""
+    """See gumbel_topk; the noise is an argument so that any two implementations can be compared.
+
+    `bound` is what a key must exceed in bernoulli mode; without noise and with the logit of a
+    threshold this is top_facts.
+    """
+    return choose(
+        logits,
+        fact_ptr,
+        k,
+        temperature=temperature,
+        noise=noise,
+        budget=mode == "budget",
+        concrete=estimator == "concrete",
+        max_facts=max_facts,
+        bound=bound,
+    )[0]
+
+
+def choose(
+    logits: Tensor,
+    fact_ptr: Tensor,
+    k: int,
+    *,
+    temperature: float,
+    noise: Tensor | None,
+    budget: bool,
+    concrete: bool,
+    max_facts: int,
+    bound: float,
+) -> tuple[GumbelTopK, Tensor]:
+    """gumbel_topk_ref together with nu [B] (0 in bernoulli mode)."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    key = logits + noise
-    x = logits if estimator == "mean" else key / temperature
-    if mode == "budget":
-        fires = None
-        soft = budget_probability(x, fact_ptr, k, max_facts)
+    key = logits if noise is None else logits + noise
+    x = (key / temperature if concrete else logits).clamp(-CERTAIN, CERTAIN)
+    if budget:
+        nu = budget_threshold(x.detach(), fact_ptr, k, max_facts)
     else:
-        fires = key > 0
-        soft = torch.sigmoid(x)
-    index, count = select_largest(key, fires, fact_ptr, k, max_facts)
-    return GumbelTopK(index, straight_through(soft, index), count, soft)
+        nu = x.new_zeros(fact_ptr.shape[0] - 1)
+    soft = relaxed_choice(x, nu, fact_ptr, budget)
+    index, count = select_largest(key, None if budget else bound, fact_ptr, k, max_facts)
+    return GumbelTopK(index, straight_through(soft, index), count, soft), nu

@@ -1,4 +1,4 @@
-"""Triton backward of message_passing and relation_sum: ordered row sums and row dots.
+"""Triton backward of message_passing: row dots per node, row sums per pair and per graph.
 
 The matrix products are left to the library.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import segment_ptr
-from .tiles import column_tile
+from .tiles import SELF_TILE, column_tile
 from .walk import add_rows, block_rows, sum_long_row
 
 
@@ -124,38 +124,6 @@ def _message_passing_bwd_self_kernel(
     tl.store(d_self_ptr + at, total.to(d_self_ptr.dtype.element_ty), mask=mask_c)
 
 
-@triton.jit
-def _relation_sum_bwd_kernel(
-    grad_ptr,
-    head_ptr,
-    tail_ptr,
-    pair_begin_ptr,
-    pair_fact_ptr,
-    head_count_ptr,
-    tail_count_ptr,
-    d_table_ptr,
-    num_columns,
-    BLOCK_E: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dY_r = sum_{e: pair=r} n grad[tail] + m grad[head]."""
-    pid_r = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_columns
-    begin = tl.load(pair_begin_ptr + pid_r)
-    end = tl.load(pair_begin_ptr + pid_r + 1)
-    total = sum_long_row(
-        begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, tail_ptr, head_ptr,
-        tail_count_ptr, None, grad_ptr, None, BLOCK_E, BLOCK_C,
-    )  # fmt: skip
-    total += sum_long_row(
-        begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, head_ptr, tail_ptr,
-        head_count_ptr, None, grad_ptr, None, BLOCK_E, BLOCK_C,
-    )  # fmt: skip
-    at = pid_r * num_columns + offs_c
-    tl.store(d_table_ptr + at, total.to(d_table_ptr.dtype.element_ty), mask=mask_c)
-
-
 def message_passing_bwd(
     grad: Tensor,
     h_out: Tensor,
@@ -170,35 +138,85 @@ def message_passing_bwd(
 ) -> tuple[Tensor, ...]:
     """Launches what output_mask asks for; see `dragkit::message_passing_bwd`."""
     *orders, node_graph, output_mask = rest
+    orders = [x.contiguous() for x in orders]
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     out = [
-        torch.empty(x.shape if wanted else 0, dtype=x.dtype, device=x.device)
+        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
         for x, wanted in zip(inputs, output_mask, strict=True)
     ]
-    # The gradient keeps its dtype: nothing is rounded by setting elements to zero.
+    # The gradient keeps its dtype: setting elements to zero rounds nothing.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
     p = p.contiguous()
     if output_mask[0]:
-        out[0] = _product(delta, weight.t()).to(h.dtype)
+        out[0] = _product(delta, weight.t(), h.dtype)
     if out[1].numel() > 0:
-        tables = (x.contiguous() for x in (table_fwd, table_inv, self_table))
-        _launch_p(out[1], delta, *tables, *orders, node_graph)
-    _launch_tables(out[2], out[3], delta, p, *orders)
+        tables = [x.contiguous() for x in (table_fwd, table_inv, self_table)]
+        _launch_p(out[1], delta, tables, orders, node_graph.contiguous())
+    if out[2].numel() + out[3].numel() > 0:
+        _launch_tables(out[2:4], delta, p, orders)
     if out[4].numel() > 0:
-        tile = SELF_TILE
-        ptr = segment_ptr(node_graph, self_table.shape[0])
-        _message_passing_bwd_self_kernel[tile.grid(self_table.shape)](
-            delta,
-            p,
-            ptr,
-            out[4],
-            h.shape[1],
-            BLOCK_N=tile.rows,
-            BLOCK_C=tile.columns,
-            num_warps=tile.num_warps,
-        )
+        _launch_self(out[4], delta, p, node_graph)
     if output_mask[5]:
-        out[5] = _product(h.t(), delta).to(weight.dtype)
+        out[5] = _product(h.t(), delta, weight.dtype)
     if output_mask[6]:
         out[6] = delta.sum(0, dtype=torch.float32).to(bias.dtype)
     return tuple(out)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in float32."""
+    if a.dtype == b.dtype == dtype:
+        return a @ b
+    return (a.float() @ b.float()).to(dtype)
+
+
+def _launch_p(
+    dp: Tensor, delta: Tensor, tables: list[Tensor], orders: list[Tensor], node_graph: Tensor
+) -> None:
+    head, tail, tail_ptr, tail_fact, head_ptr, head_fact, _, _, *rest = orders
+    num_nodes, num_columns = delta.shape
+    tile = column_tile(num_columns, rows=16)
+    _message_passing_bwd_p_kernel[(triton.cdiv(num_nodes, tile.rows),)](
+        delta,
+        *tables,
+        *(head, tail, tail_ptr, tail_fact, head_ptr, head_fact),
+        *rest,
+        node_graph,
+        dp,
+        num_nodes,
+        num_columns,
+        BLOCK_N=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.num_warps,
+    )
+
+
+def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: list[Tensor]) -> None:
+    head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count = orders
+    num_pairs, num_columns = pair_ptr.shape[0] - 1, delta.shape[1]
+    tile = column_tile(num_columns, rows=32)
+    _message_passing_bwd_tables_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
+        delta,
+        p,
+        *(head, tail, pair_ptr, pair_fact, head_count, tail_count),
+        *(x if x.numel() > 0 else None for x in d_tables),
+        num_columns,
+        BLOCK_E=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.num_warps,
+    )
+
+
+def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -> None:
+    num_graphs, num_columns = d_self.shape
+    tile = SELF_TILE
+    _message_passing_bwd_self_kernel[tile.grid(num_graphs * tile.rows, num_columns)](
+        delta,
+        p,
+        segment_ptr(node_graph, num_graphs),
+        d_self,
+        num_columns,
+        BLOCK_N=tile.rows,
+        BLOCK_C=tile.columns,
+        num_warps=tile.num_warps,
+    )

@@ -1,4 +1,4 @@
-"""Triton forward of message_passing and relation_sum: one launch each."""
+"""Triton forward of message_passing: the whole layer in one launch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import column_tile, layer_tile
+from .tiles import layer_tile
 from .walk import add_rows, block_rows
 
 
@@ -80,42 +80,6 @@ def _message_passing_fwd_kernel(
     tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
-def _relation_sum_fwd_kernel(
-    table_ptr,
-    head_ptr,
-    tail_ptr,
-    tail_begin_ptr,
-    tail_fact_ptr,
-    head_begin_ptr,
-    head_fact_ptr,
-    fact_pair_ptr,
-    head_count_ptr,
-    tail_count_ptr,
-    out_ptr,
-    num_nodes,
-    num_columns,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out_v = sum_in n Y[pair] + sum_out m Y[pair] for a tile of nodes v and a block of columns."""
-    offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_columns
-    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    acc = add_rows(
-        acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-        fact_pair_ptr, head_ptr, tail_count_ptr, None, table_ptr, None, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
-    acc = add_rows(
-        acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-        fact_pair_ptr, tail_ptr, head_count_ptr, None, table_ptr, None, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
-    at = offs_n[:, None] * num_columns + offs_c[None, :]
-    mask = mask_n[:, None] & mask_c[None, :]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
 def message_passing_fwd(
     h: Tensor,
     p: Tensor,
@@ -159,40 +123,6 @@ def message_passing_fwd(
         UPCAST=upcast,
         BLOCK_N=tile.rows,
         BLOCK_K=tile.rows,
-        BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
-    )
-    return out
-
-
-def relation_sum_fwd(
-    table: Tensor,
-    head: Tensor,
-    tail: Tensor,
-    tail_ptr: Tensor,
-    tail_fact: Tensor,
-    head_ptr: Tensor,
-    head_fact: Tensor,
-    pair_ptr: Tensor,
-    pair_fact: Tensor,
-    fact_pair: Tensor,
-    head_count: Tensor,
-    tail_count: Tensor,
-) -> Tensor:
-    """Launches the sum; see `dragkit::relation_sum_fwd`."""
-    num_nodes, num_columns = tail_ptr.shape[0] - 1, table.shape[1]
-    out = torch.empty((num_nodes, num_columns), dtype=table.dtype, device=table.device)
-    if out.numel() == 0:
-        return out
-    tile = column_tile(num_columns, rows=32)
-    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
-    _relation_sum_fwd_kernel[tile.grid(num_nodes, num_columns)](
-        table.contiguous(),
-        *(x.contiguous() for x in (*walks, head_count, tail_count)),
-        out,
-        num_nodes,
-        num_columns,
-        BLOCK_N=tile.rows,
         BLOCK_C=tile.columns,
         num_warps=tile.num_warps,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
-from ..segments import bag_sum, ordered_sum
+from ..segments import bag_sum, ordered_sum, segment_ptr
 
 _ORDERS = (
     "Tensor head, Tensor tail, Tensor tail_ptr, Tensor tail_fact, Tensor head_ptr, "
@@ -32,12 +32,6 @@ def _edge_dots(table: Tensor, rows: Tensor, delta: Tensor, node: Tensor) -> Tens
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
         delta, table, rows, rows, node, 0, -1
     )
-
-
-def _graph_ptr(node_graph: Tensor, num_graphs: int) -> Tensor:
-    """First node of every graph, from the ascending node_graph."""
-    graphs = torch.arange(num_graphs + 1, dtype=node_graph.dtype, device=node_graph.device)
-    return torch.searchsorted(node_graph, graphs, out_int32=True)
 
 
 def message_passing_fwd(
@@ -125,7 +119,7 @@ def message_passing_bwd(
             out[place] = bag_sum(delta, target.index_select(0, pair_fact), pair_ptr, sent)
     if output_mask[4]:
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
-        out[4] = bag_sum(delta, nodes, _graph_ptr(node_graph, self_table.shape[0]), p)
+        out[4] = bag_sum(delta, nodes, segment_ptr(node_graph, self_table.shape[0]), p)
     if output_mask[5]:
         out[5] = h.to(dtype).t() @ delta
     if output_mask[6]:

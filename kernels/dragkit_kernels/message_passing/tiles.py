@@ -20,6 +20,9 @@ class WideTile(NamedTuple):
 # Columns of a tile and the warps that hold 32 rows of them in 32 registers a thread.
 COLUMN_BLOCKS = ((64, 2), (128, 4), (256, 8))
 
+# Nodes of a graph are many and graphs few: tall and narrow.
+SELF_TILE = WideTile(rows=128, columns=64, num_warps=8)
+
 
 def column_tile(num_columns: int, rows: int) -> WideTile:
     """The narrowest tile that holds all columns; several of the widest share more."""

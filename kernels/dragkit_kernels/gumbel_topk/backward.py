@@ -1,0 +1,146 @@
+"""Triton backward of gumbel_topk: noise and relaxed choice are made again, nothing was stored."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import TOPK_TILES, Budget, KernelSpec, topk_tile
+from .forward import load_logits, question_bounds, relaxed_argument
+
+
+@triton.jit
+def _slope_and_grad(
+    d_gate_ptr,
+    d_soft_ptr,
+    logits_ptr,
+    noise_ptr,
+    seed_ptr,
+    slot_ptr,
+    question_key,
+    first,
+    row,
+    offs_e,
+    mask_e,
+    nu,
+    temperature,
+):
+    """d_e = s_e (1 - s_e) and g_e = d_soft_e + d_gate at the fact's slot."""
+    _, key = load_logits(logits_ptr, noise_ptr, seed_ptr, question_key, first, offs_e, mask_e)
+    soft = tl.sigmoid(relaxed_argument(key, temperature, mask_e) - nu)
+    grad = tl.load(d_soft_ptr + first + offs_e, mask=mask_e, other=0.0).to(tl.float32)
+    slot = tl.load(slot_ptr + first + offs_e, mask=mask_e, other=-1)
+    grad += tl.load(d_gate_ptr + row + slot, mask=slot >= 0, other=0.0).to(tl.float32)
+    return tl.where(mask_e, soft * (1.0 - soft), 0.0), grad
+
+
+@triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "budget"])
+def _gumbel_topk_bwd_logits_kernel(
+    d_gate_ptr,
+    d_soft_ptr,
+    logits_ptr,
+    noise_ptr,
+    seed_ptr,
+    question_key_ptr,
+    fact_ptr,
+    slot_ptr,
+    nu_ptr,
+    d_logits_ptr,
+    num_facts,
+    num_questions,
+    k,
+    temperature,
+    budget,
+    BLOCK: tl.constexpr,
+):
+    """dl_e = d_e (g_e - m) / T with m = (d . g) / sum d in a budget, else 0; d, g as above."""
+    pid_q = tl.program_id(0)
+    first, size, question_key = question_bounds(
+        fact_ptr, question_key_ptr, pid_q, num_questions, num_facts
+    )
+    row = pid_q.to(tl.int64) * k
+    nu = tl.load(nu_ptr + pid_q)
+    mean = tl.full((), 0.0, tl.float32)
+    if budget != 0:
+        slopes = tl.zeros((BLOCK,), tl.float32)
+        products = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, size, BLOCK):
+            offs_e = start + tl.arange(0, BLOCK)
+            slope, grad = _slope_and_grad(
+                d_gate_ptr,
+                d_soft_ptr,
+                logits_ptr,
+                noise_ptr,
+                seed_ptr,
+                slot_ptr,
+                question_key,
+                first,
+                row,
+                offs_e,
+                offs_e < size,
+                nu,
+                temperature,
+            )
+            slopes += slope
+            products = tl.fma(slope, grad, products)
+        mean = tl.sum(products, 0) / tl.maximum(tl.sum(slopes, 0), 1e-30)
+    for start in range(0, size, BLOCK):
+        offs_e = start + tl.arange(0, BLOCK)
+        slope, grad = _slope_and_grad(
+            d_gate_ptr,
+            d_soft_ptr,
+            logits_ptr,
+            noise_ptr,
+            seed_ptr,
+            slot_ptr,
+            question_key,
+            first,
+            row,
+            offs_e,
+            offs_e < size,
+            nu,
+            temperature,
+        )
+        d_logit = slope * (grad - mean) / temperature
+        tl.store(d_logits_ptr + first + offs_e, d_logit, mask=offs_e < size)
+
+
+def gumbel_topk_bwd(
+    d_gate: Tensor,
+    d_soft: Tensor,
+    logits: Tensor,
+    fact_ptr: Tensor,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    question_key: Tensor | None,
+    slot: Tensor,
+    nu: Tensor,
+    max_facts: int,
+    temperature: float,
+    budget: bool,
+) -> Tensor:
+    """Launches the kernel; see `dragkit::gumbel_topk_bwd`."""
+    num_questions, num_facts = fact_ptr.shape[0] - 1, logits.shape[0]
+    tile, _ = topk_tile(max_facts)
+    d_logits = logits.new_empty(num_facts)
+    _gumbel_topk_bwd_logits_kernel[(num_questions + 1,)](
+        d_gate.contiguous(),
+        d_soft.contiguous(),
+        logits.contiguous(),
+        None if noise is None else noise.contiguous(),
+        seed,
+        None if seed is None else question_key.contiguous(),
+        fact_ptr.contiguous(),
+        slot,
+        nu,
+        d_logits,
+        num_facts,
+        num_questions,
+        d_gate.shape[1],
+        temperature,
+        int(budget),
+        BLOCK=tile.block,
+        num_warps=tile.num_warps,
+    )
+    return d_logits

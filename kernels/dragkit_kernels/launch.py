@@ -1,0 +1,67 @@
+"""Block sizes and warps from sizes: plain functions over short tables, no autotuning.
+
+A table lists every configuration a launcher can choose, so that `aot` can compile all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Rows that one program holds at a time, and the warps that share them."""
+
+    block: int
+    num_warps: int
+
+
+class Budget(NamedTuple):
+    """What one compiled kernel may use; spills and stack are never allowed.
+
+    Attributes:
+        registers: per thread.
+        shared: bytes per program.
+        wide_loads: least number of 128-bit global loads in the machine code.
+    """
+
+    registers: int
+    shared: int
+    wide_loads: int = 0
+
+
+class KernelSpec(NamedTuple):
+    """One configuration of a kernel as its launcher compiles it, for `aot`.
+
+    Attributes:
+        kernel: the jit function.
+        types: argument name to type, such as "*fp32", "i32" or "fp32"; an argument the launcher
+            passes as None has None here.
+        constants: constexpr name to value.
+        num_warps: warps of a program.
+        budget: see Budget.
+        divisible: integer arguments that the launcher knows to be multiples of 16. Pointers always
+            are; integers that the kernel does not specialise never are.
+    """
+
+    kernel: object
+    types: Mapping[str, str | None]
+    constants: Mapping[str, int]
+    num_warps: int
+    budget: Budget
+    divisible: tuple[str, ...] = ()
+
+
+NOISE_TILE = Tile(1024, 8)
+TOPK_TILES = (Tile(512, 4), Tile(2048, 8), Tile(8192, 16))
+# Kept facts ranked by one program, and how many it compares them with at a time.
+RANK_TILE = Tile(128, 4)
+RANK_STEP = 32
+
+
+def topk_tile(max_facts: int) -> tuple[Tile, bool]:
+    """The tile for questions of up to `max_facts` facts, and whether some need several tiles."""
+    for tile in TOPK_TILES:
+        if max_facts <= tile.block:
+            return tile, False
+    return TOPK_TILES[-1], True

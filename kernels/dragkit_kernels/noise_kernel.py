@@ -1,0 +1,68 @@
+"""Triton forward of logistic_noise."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import NOISE_TILE, Budget, KernelSpec
+from .triton_math import logistic_noise_block
+
+
+@triton.jit(do_not_specialize=["num_facts", "num_questions"])
+def _logistic_noise_fwd_kernel(
+    seed_ptr, question_key_ptr, fact_ptr, noise_ptr, num_facts, num_questions, BLOCK: tl.constexpr
+):
+    """noise_e = log u - log(1 - u), u from the counter of fact e; 0 after the last question.
+
+    One program per question and one for the rows after them; each walks its facts in blocks.
+    """
+    pid_q = tl.program_id(0)
+    live = pid_q < num_questions
+    first = tl.load(fact_ptr + pid_q)
+    size = tl.load(fact_ptr + pid_q + 1, mask=live, other=num_facts) - first
+    question_key = tl.load(question_key_ptr + pid_q, mask=live, other=0)
+    seed = tl.load(seed_ptr)
+    for start in range(0, size, BLOCK):
+        offs_e = start + tl.arange(0, BLOCK)
+        noise = logistic_noise_block(seed, question_key, offs_e)
+        tl.store(noise_ptr + first + offs_e, tl.where(live, noise, 0.0), mask=offs_e < size)
+
+
+def logistic_noise_fwd(
+    seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int
+) -> Tensor:
+    """Launches the kernel; arguments and result as in `logistic_noise`."""
+    noise = seed.new_empty(num_facts, dtype=torch.float32)
+    num_questions = fact_ptr.shape[0] - 1
+    _logistic_noise_fwd_kernel[(num_questions + 1,)](
+        seed,
+        question_key.contiguous(),
+        fact_ptr.contiguous(),
+        noise,
+        num_facts,
+        num_questions,
+        BLOCK=NOISE_TILE.block,
+        num_warps=NOISE_TILE.num_warps,
+    )
+    return noise
+
+
+KERNELS = (
+    KernelSpec(
+        _logistic_noise_fwd_kernel,
+        types={
+            "seed_ptr": "*i64",
+            "question_key_ptr": "*i64",
+            "fact_ptr": "*i32",
+            "noise_ptr": "*fp32",
+            "num_facts": "i32",
+            "num_questions": "i32",
+        },
+        constants={"BLOCK": NOISE_TILE.block},
+        num_warps=NOISE_TILE.num_warps,
+        budget=Budget(registers=64, shared=0),
+    ),
+)

@@ -1,0 +1,28 @@
+"""Triton helpers shared by the kernels of several ops."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def order_code(x):
+    """An int32 that sorts as the float32 `x` does; 0.0 and -0.0 share one, NaN sorts as bits."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def logistic_noise_block(seed, question_key, offs_e):
+    """log u - log(1 - u), u = (w >> 9 + 1/2) 2^-23, w = Philox(fact, key low, key high, 0)[0].
+
+    The words are those of `noise.py`, bit for bit: `seed` and `question_key` are int64 scalars and
+    `offs_e` an int32 block of facts within the question.
+    """
+    zero = offs_e.to(tl.uint32, bitcast=True) * 0
+    key_low = (question_key & 0xFFFFFFFF).to(tl.uint32) + zero
+    key_high = ((question_key >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
+    word, _, _, _ = tl.philox(seed, offs_e, key_low, key_high, zero)
+    u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+    return tl.log(u) - tl.log(1.0 - u)
