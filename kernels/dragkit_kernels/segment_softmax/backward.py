@@ -22,17 +22,17 @@ def _segment_softmax_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """ds_v = p_v (dp_v - n_v sum_u p_u dp_u), the sum over v's graph; 0 after the last graph."""
-    begin, end, is_graph = graph_rows(ptr_ptr, num_graphs, num_rows)
+    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
     part = tl.zeros((BLOCK,), tl.float32)
-    for start in range(begin, end, BLOCK):
+    for start in range(begin, graph_end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = (offs_n < end) & is_graph
+        live = offs_n < graph_end
         p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
         part = tl.fma(p, tl.load(grad_ptr + offs_n, mask=live, other=0.0), part)
     total = tl.sum(part, 0)
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = (offs_n < end) & is_graph
+        live = offs_n < graph_end
         p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
         share = total + tl.zeros((BLOCK,), tl.float32)
         if count_ptr is not None:

@@ -14,11 +14,12 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 @triton.jit
 def graph_rows(ptr_ptr, num_graphs, num_rows):
-    """(first row, end, whether it is a graph): program `num_graphs` owns the rows after the last."""
+    """(first row, end of the graph, end of its rows): a graph's rows end with it, and program
+    `num_graphs` has no graph but the rows after the last one."""
     pid_g = tl.program_id(0)
-    is_graph = pid_g < num_graphs
     begin = tl.load(ptr_ptr + pid_g)
-    return begin, tl.load(ptr_ptr + pid_g + 1, mask=is_graph, other=num_rows), is_graph
+    graph_end = tl.load(ptr_ptr + tl.minimum(pid_g + 1, num_graphs))
+    return begin, graph_end, tl.where(pid_g < num_graphs, graph_end, num_rows)
 
 
 @triton.jit
@@ -44,12 +45,12 @@ def _segment_softmax_fwd_kernel(
 
     The first walk keeps a running maximum and the sum of exponentials relative to it.
     """
-    begin, end, is_graph = graph_rows(ptr_ptr, num_graphs, num_rows)
+    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
     top = LOWEST + tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(begin, end, BLOCK):
+    for start in range(begin, graph_end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = (offs_n < end) & is_graph
+        live = offs_n < graph_end
         score = load_scores(score_ptr, mask_ptr, offs_n, live)
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - new_top)
@@ -61,7 +62,7 @@ def _segment_softmax_fwd_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        score = load_scores(score_ptr, mask_ptr, offs_n, (offs_n < end) & is_graph)
+        score = load_scores(score_ptr, mask_ptr, offs_n, offs_n < graph_end)
         tl.store(p_ptr + offs_n, tl.exp(score - top) / total, mask=offs_n < end)
 
 
@@ -74,7 +75,7 @@ def segment_softmax_fwd(
     _segment_softmax_fwd_kernel[(num_graphs + 1,)](
         score.contiguous(),
         ptr.contiguous(),
-        None if mask is None else mask.contiguous(),
+        None if mask is None else mask.contiguous().view(torch.uint8),
         None if count is None else count.contiguous(),
         p,
         num_graphs,
