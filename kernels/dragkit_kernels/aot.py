@@ -2,9 +2,10 @@
 
     python -m dragkit_kernels.aot [--triton-path DIR] [--markdown]
 
-One row per kernel, configuration and architecture: registers, spills, stack and shared memory as
-the assembler reports them, 128-bit loads in the machine code, and the theoretical occupancy. Exits
-with 1 if a kernel is over the budget that stands beside it. Needs triton and its bundled tools.
+One row per kernel, configuration and architecture, read from the machine code: registers and stack
+of a thread, instructions that spill, shared memory of a program, 128-bit loads, and the share of a
+multiprocessor's warps that fit. Exits with 1 if a kernel is over the budget that stands beside it.
+Needs nothing but torch, triton and the tools in triton's wheel.
 """
 
 from __future__ import annotations
@@ -26,25 +27,29 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import dragkit_kernels
+from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.launch import KernelSpec
 
 ARCHITECTURES = (90, 100)
-# Of one multiprocessor, both architectures: registers, bytes of shared memory, warps, programs.
+# Of one multiprocessor on either: registers, bytes of shared memory, warps, programs.
 _REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 233472, 64, 32
-_SHARED_RESERVED = 1024  # bytes of every program
+_SHARED_RESERVED = 1024  # bytes, for every program
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _COLUMNS = (
     *("kernel", "configuration", "arch", "triton", "registers", "spills", "stack", "shared"),
     *("wide loads", "occupancy", "over budget"),
 )
 
 
-class Report(NamedTuple):
-    """What the assembler made of one configuration of a kernel.
+class Usage(NamedTuple):
+    """What one configuration of a kernel takes.
 
     Attributes:
-        registers: per thread; spills, stack: bytes per thread; shared: bytes per program.
+        registers: per thread.
+        spills: instructions that move registers to or from local memory.
+        stack: bytes per thread.
+        shared: bytes per program.
         wide_loads: 128-bit global loads.
-        occupancy: warps a multiprocessor can hold, of 64.
     """
 
     registers: int
@@ -52,17 +57,27 @@ class Report(NamedTuple):
     stack: int
     shared: int
     wide_loads: int
-    occupancy: float
+
+    def occupancy(self, num_warps: int) -> float:
+        """Share of a multiprocessor's warps that fit at once."""
+        granular = -(-self.registers // 8) * 8
+        programs = min(
+            _REGISTERS // (granular * 32 * num_warps),
+            _SHARED // (self.shared + _SHARED_RESERVED),
+            _WARPS // num_warps,
+            _PROGRAMS,
+        )
+        return programs * num_warps / _WARPS
 
     def excess(self, spec: KernelSpec) -> str:
         """What is over the budget, or an empty string."""
-        budget = spec.budget
+        limit = spec.budget
         over = {
-            f"registers > {budget.registers}": self.registers > budget.registers,
+            f"registers > {limit.registers}": self.registers > limit.registers,
             "spills": self.spills > 0,
             "stack": self.stack > 0,
-            f"shared > {budget.shared}": self.shared > budget.shared,
-            f"wide loads < {budget.wide_loads}": self.wide_loads < budget.wide_loads,
+            f"shared > {limit.shared}": self.shared > limit.shared,
+            f"wide loads < {limit.wide_loads}": self.wide_loads < limit.wide_loads,
         }
         return ", ".join(name for name, is_over in over.items() if is_over)
 
@@ -70,15 +85,14 @@ class Report(NamedTuple):
 def all_specs() -> Iterator[KernelSpec]:
     """The KERNELS of every module of this package."""
     for module in pkgutil.walk_packages(dragkit_kernels.__path__, "dragkit_kernels."):
-        if module.name != __name__ and not module.name.endswith(".aot"):
+        if module.name != "dragkit_kernels.aot":
             yield from getattr(importlib.import_module(module.name), "KERNELS", ())
 
 
-def compile_kernel(spec: KernelSpec, architecture: int) -> Report:
+def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     """Compiles as the launcher would: same types, constants, warps and known divisibility."""
+    constants = {**spec.constants, **{n: None for n, kind in spec.types.items() if kind is None}}
     names = spec.kernel.arg_names
-    absent = {name: None for name, kind in spec.types.items() if kind is None}
-    constants = {**spec.constants, **absent}
     signature = {n: "constexpr" if n in constants else spec.types[n] for n in names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -88,18 +102,82 @@ def compile_kernel(spec: KernelSpec, architecture: int) -> Report:
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
     compiled = triton.compile(source, target=target, options={"num_warps": spec.num_warps})
-    return _assemble(compiled.asm["ptx"], architecture, compiled.metadata.shared, spec.num_warps)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
 
 
-def _assemble(ptx: str, architecture: int, shared: int, num_warps: int) -> Report:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    assembler = tools / "ptxas"
-    if f".version {_newest_ptx(ptx)}" and architecture >= 100:
-        assembler = tools / "ptxas-blackwell"
+def _usage(cubin: bytes, shared: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.ptx").write_text(ptx, encoding="utf-8")
-        log = _run(
-            [assembler, "-v", f"--gpu-name=sm_{architecture}a", "kernel.ptx", "-o", "cubin"], folder
-        ).stderr
-        code = _run([tools / "nvdisasm", "-c", "cubin"], folder).stdout
-    return Report()
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        resources = _output(_TOOLS / "cuobjdump", "-res-usage", path)
+        code = _output(_TOOLS / "nvdisasm", "-c", path)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
+    return Usage(
+        registers=int(registers),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        stack=int(stack),
+        shared=shared,
+        wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
+    )
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _configuration(spec: KernelSpec) -> str:
+    parts = [f"{name}={value}" for name, value in spec.constants.items()]
+    parts.append(f"{spec.num_warps} warps")
+    absent = [name.removesuffix("_ptr") for name, kind in spec.types.items() if kind is None]
+    return ", ".join(parts) + (f", no {' '.join(absent)}" if absent else "")
+
+
+def _rows() -> Iterator[tuple[str, ...]]:
+    for spec in all_specs():
+        for architecture in ARCHITECTURES:
+            usage = compile_spec(spec, architecture)
+            name = spec.kernel.fn.__name__
+            yield (
+                *(name, _configuration(spec), f"sm_{architecture}", triton.__version__),
+                *map(str, usage),
+                f"{usage.occupancy(spec.num_warps):.2f}",
+                usage.excess(spec),
+            )
+
+
+def _write(rows: list[tuple[str, ...]], markdown: bool) -> None:
+    if markdown:
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        lines.insert(1, "|---|---|---|---|" + "---:|" * (len(_COLUMNS) - 5) + "---|")
+    else:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m dragkit_kernels.aot", description=__doc__)
+    parser.add_argument("--triton-path", help="folder with a second triton to check with as well")
+    parser.add_argument("--markdown", action="store_true", help="write the table as Markdown")
+    options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+    rows = list(_rows())
+    _write([_COLUMNS, *rows], options.markdown)
+    status = int(any(row[-1] for row in rows))
+    if options.triton_path:
+        path = os.pathsep.join([options.triton_path, os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-m", "dragkit_kernels.aot"]
+        command += ["--markdown"] if options.markdown else []
+        second = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False)
+        status = status or second.returncode
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

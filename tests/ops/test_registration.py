@@ -82,7 +82,6 @@ def test_opcheck_the_others() -> None:
         size = o.num_facts if groups[0] is None else groups.row.numel()
         torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(size), *ordered, *groups))
 
-
 def test_fake_tensors_follow_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TOPK_TILES, Budget, KernelSpec, topk_tile
-from .forward import load_logits, question_bounds, relaxed_argument
+from ..launch import WALK_TILES, Budget, KernelSpec, walk_tile
+from .facts import DRAWN, GIVEN, NO_NOISE, load_logits, question_bounds, relaxed_argument
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def gumbel_topk_bwd(
 ) -> Tensor:
     """Launches the kernel; see `dragkit::gumbel_topk_bwd`."""
     num_questions, num_facts = fact_ptr.shape[0] - 1, logits.shape[0]
-    tile, _ = topk_tile(max_facts)
+    tile = walk_tile(max_facts)
     d_logits = logits.new_empty(num_facts)
     _gumbel_topk_bwd_logits_kernel[(num_questions + 1,)](
         d_gate.contiguous(),
@@ -144,3 +144,30 @@ def gumbel_topk_bwd(
         num_warps=tile.num_warps,
     )
     return d_logits
+
+
+_TYPES = {
+    "d_gate_ptr": "*fp32",
+    "d_soft_ptr": "*fp32",
+    "logits_ptr": "*fp32",
+    "fact_ptr": "*i32",
+    "slot_ptr": "*i32",
+    "nu_ptr": "*fp32",
+    "d_logits_ptr": "*fp32",
+    "num_facts": "i32",
+    "num_questions": "i32",
+    "k": "i32",
+    "temperature": "fp32",
+    "budget": "i32",
+}
+KERNELS = tuple(
+    KernelSpec(
+        _gumbel_topk_bwd_logits_kernel,
+        types={**_TYPES, **noise},
+        constants={"BLOCK": tile.block},
+        num_warps=tile.num_warps,
+        budget=Budget(registers=128, shared=2048),
+    )
+    for tile in WALK_TILES
+    for noise in (DRAWN, GIVEN, NO_NOISE)
+)
