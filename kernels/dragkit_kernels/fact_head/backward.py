@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,7 +70,7 @@ def fact_scores_bwd(
 
 def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
     num_rows = ptr.shape[0] - 1
-    out = torch.empty(num_rows, dtype=torch.float32, device=grad.device)
+    out = grad.new_empty(num_rows)
     if num_rows > 0:
         _fact_scores_bwd_sum_kernel[(triton.cdiv(num_rows, BLOCK_V),)](
             grad,

@@ -54,7 +54,7 @@ def fact_scores_fwd(
     """Launches the gathers; see `dragkit::fact_scores_fwd`."""
     group_row = sorted_facts[-3]
     num_facts = (head if group_row is None else group_row).shape[0]
-    score = torch.empty(num_facts, dtype=torch.float32, device=head.device)
+    score = head_score.new_empty(num_facts, dtype=torch.float32)
     if num_facts == 0:
         return score
     arguments = (head_score, pair_score, tail_score, bias, head, tail, fact_pair)

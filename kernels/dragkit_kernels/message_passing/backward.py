@@ -141,7 +141,7 @@ def message_passing_bwd(
     orders = [x.contiguous() for x in orders]
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     out = [
-        torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device)
+        x.new_empty(x.shape if wanted else (0,))
         for x, wanted in zip(inputs, output_mask, strict=True)
     ]
     # The gradient keeps its dtype: setting elements to zero rounds nothing.

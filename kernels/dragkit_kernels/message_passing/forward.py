@@ -103,12 +103,12 @@ def message_passing_fwd(
 ) -> Tensor:
     """Launches the layer; see `dragkit::message_passing_fwd`."""
     num_nodes, num_columns = h.shape
-    out = torch.empty((num_nodes, num_columns), dtype=h.dtype, device=h.device)
+    out = h.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
     # The interpreter cannot multiply bfloat16.
     upcast = h.dtype != weight.dtype or triton.knobs.runtime.interpret
-    tile = layer_tile(num_columns, exact=upcast or h.dtype == torch.float32)
+    tile, depth = layer_tile(num_columns, exact=upcast or h.dtype == torch.float32)
     inputs = (h, p, table_fwd, table_inv, self_table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
@@ -122,7 +122,7 @@ def message_passing_fwd(
         *weight.stride(),
         UPCAST=upcast,
         BLOCK_N=tile.rows,
-        BLOCK_K=tile.rows,
+        BLOCK_K=depth,
         BLOCK_C=tile.columns,
         num_warps=tile.num_warps,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -95,7 +94,7 @@ def relation_sum_fwd(
 ) -> Tensor:
     """Launches the sum; see `dragkit::relation_sum_fwd`."""
     num_nodes, num_columns = tail_ptr.shape[0] - 1, table.shape[1]
-    out = torch.empty((num_nodes, num_columns), dtype=table.dtype, device=table.device)
+    out = table.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
     tile = column_tile(num_columns, rows=32)
@@ -124,7 +123,7 @@ def relation_sum_bwd(
 ) -> Tensor:
     """Launches the gradient; see `dragkit::relation_sum_bwd`."""
     num_pairs, num_columns = pair_ptr.shape[0] - 1, grad.shape[1]
-    d_table = torch.empty((num_pairs, num_columns), dtype=grad.dtype, device=grad.device)
+    d_table = grad.new_empty(num_pairs, num_columns)
     if d_table.numel() == 0:
         return d_table
     tile = column_tile(num_columns, rows=32)

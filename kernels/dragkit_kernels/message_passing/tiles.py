@@ -17,21 +17,23 @@ class WideTile(NamedTuple):
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
-# Columns of a tile and the warps that hold 32 rows of them in 32 registers a thread.
-COLUMN_BLOCKS = ((64, 2), (128, 4), (256, 8))
-
+# A tile of 32 rows takes 32 registers a thread.
+_WARPS = {64: 2, 128: 4, 256: 8}
+COLUMNS = tuple(_WARPS)
 # Nodes of a graph are many and graphs few: tall and narrow.
 SELF_TILE = WideTile(rows=128, columns=64, num_warps=8)
 
 
 def column_tile(num_columns: int, rows: int) -> WideTile:
     """The narrowest tile that holds all columns; several of the widest share more."""
-    for columns, num_warps in COLUMN_BLOCKS:
-        if num_columns <= columns:
-            break
-    return WideTile(rows, columns, num_warps)
+    columns = next((size for size in COLUMNS if num_columns <= size), COLUMNS[-1])
+    return WideTile(rows, columns, _WARPS[columns])
 
 
-def layer_tile(num_columns: int, exact: bool) -> WideTile:
-    """Tile of the layer's forward: products of float32 take twice the registers."""
-    return column_tile(num_columns, rows=16 if exact else 32)
+def layer_tile(num_columns: int, exact: bool) -> tuple[WideTile, int]:
+    """Tile of the layer's forward, and the rows of the weight that it takes at a time.
+
+    Products of float32 (`exact`) run outside the tensor cores and take more registers.
+    """
+    tile = column_tile(num_columns, rows=16 if exact else 32)
+    return tile, 4096 // tile.columns if exact else 32

@@ -70,7 +70,7 @@ def segment_softmax_fwd(
     score: Tensor, ptr: Tensor, mask: Tensor | None, count: Tensor | None
 ) -> Tensor:
     """Launches the softmax; see `dragkit::segment_softmax_fwd`."""
-    p = torch.empty(score.shape, dtype=torch.float32, device=score.device)
+    p = score.new_empty(score.shape, dtype=torch.float32)
     num_graphs = ptr.shape[0] - 1
     _segment_softmax_fwd_kernel[(num_graphs + 1,)](
         score.contiguous(),
