@@ -7,8 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import layer_tile
+from ..backend import INTERPRETED
+from .tiles import node_tile
 from .walk import add_rows, block_rows
+
+# Others are multiplied by the library; the interpreter computes bfloat16 wrongly.
+TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
+# Rows of the weight that a program takes at a time.
+DEPTH = 32
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
@@ -30,34 +36,40 @@ def _message_passing_fwd_kernel(
     head_count_ptr,
     tail_count_ptr,
     node_graph_ptr,
+    product_ptr,
     out_ptr,
     num_nodes,
     num_columns,
     stride_wk,
     stride_wc,
-    UPCAST: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
-    + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns."""
+    + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
+
+    The product h W is read from `product` or, where that is None, made here on the tensor cores.
+    """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     row = offs_n[:, None] * num_columns
 
-    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for start in range(0, num_columns, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < num_columns
-        mask = mask_n[:, None] & mask_k[None, :]
-        h = tl.load(h_ptr + row + offs_k[None, :], mask=mask, other=0.0)
-        at = offs_k[:, None].to(tl.int64) * stride_wk + offs_c[None, :].to(tl.int64) * stride_wc
-        w = tl.load(weight_ptr + at, mask=mask_k[:, None] & mask_c[None, :], other=0.0)
-        if UPCAST:
-            h, w = h.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(h, w, acc, input_precision="ieee")
+    mask = mask_n[:, None] & mask_c[None, :]
+    if product_ptr is not None:
+        acc = tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for start in range(0, num_columns, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < num_columns
+            h_mask = mask_n[:, None] & mask_k[None, :]
+            h = tl.load(h_ptr + row + offs_k[None, :], mask=h_mask, other=0.0)
+            at = offs_k[:, None].to(tl.int64) * stride_wk + offs_c[None, :].to(tl.int64) * stride_wc
+            w_mask = mask_k[:, None] & mask_c[None, :]
+            w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
+            acc = tl.dot(h, w, acc)
 
     acc = add_rows(
         acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
@@ -68,7 +80,6 @@ def _message_passing_fwd_kernel(
         fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
 
-    mask = mask_n[:, None] & mask_c[None, :]
     graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
     at = graph[:, None] * num_columns + offs_c[None, :]
     own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -106,23 +117,24 @@ def message_passing_fwd(
     out = h.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
-    # The interpreter cannot multiply bfloat16.
-    upcast = h.dtype != weight.dtype or triton.knobs.runtime.interpret
-    tile, depth = layer_tile(num_columns, exact=upcast or h.dtype == torch.float32)
-    inputs = (h, p, table_fwd, table_inv, self_table)
+    on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
+    product = None if on_tensor_cores else torch.mm(h.float(), weight.float())
+    tile = node_tile(num_columns, table_fwd)
+    inputs = (p, table_fwd, table_inv, self_table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
+        h.contiguous() if on_tensor_cores else None,
         *(x.contiguous() for x in inputs),
-        weight,
+        weight if on_tensor_cores else None,
         bias.contiguous(),
         *(x.contiguous() for x in (*walks, head_count, tail_count, node_graph)),
+        product,
         out,
         num_nodes,
         num_columns,
         *weight.stride(),
-        UPCAST=upcast,
         BLOCK_N=tile.rows,
-        BLOCK_K=depth,
+        BLOCK_K=DEPTH,
         BLOCK_C=tile.columns,
         num_warps=tile.num_warps,
     )

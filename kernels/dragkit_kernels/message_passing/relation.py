@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import column_tile
+from .tiles import column_tile, node_tile
 from .walk import add_rows, block_rows, sum_long_row
 
 
@@ -97,7 +97,7 @@ def relation_sum_fwd(
     out = table.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
-    tile = column_tile(num_columns, rows=32)
+    tile = node_tile(num_columns, table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _relation_sum_fwd_kernel[tile.grid(num_nodes, num_columns)](
         table.contiguous(),

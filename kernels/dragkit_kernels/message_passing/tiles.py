@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class WideTile(NamedTuple):
     """Rows and columns of one program, and the warps that share them."""
@@ -17,7 +19,7 @@ class WideTile(NamedTuple):
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
-# A tile of 32 rows takes 32 registers a thread.
+# Warps such that a tile of 32 rows takes 32 registers a thread.
 _WARPS = {64: 2, 128: 4, 256: 8}
 COLUMNS = tuple(_WARPS)
 # Nodes of a graph are many and graphs few: tall and narrow.
@@ -30,10 +32,6 @@ def column_tile(num_columns: int, rows: int) -> WideTile:
     return WideTile(rows, columns, _WARPS[columns])
 
 
-def layer_tile(num_columns: int, exact: bool) -> tuple[WideTile, int]:
-    """Tile of the layer's forward, and the rows of the weight that it takes at a time.
-
-    Products of float32 (`exact`) run outside the tensor cores and take more registers.
-    """
-    tile = column_tile(num_columns, rows=16 if exact else 32)
-    return tile, 4096 // tile.columns if exact else 32
+def node_tile(num_columns: int, table: Tensor) -> WideTile:
+    """Tile of nodes that sums rows of `table`: half as many of float32."""
+    return column_tile(num_columns, rows=32 if table.element_size() == 2 else 16)
