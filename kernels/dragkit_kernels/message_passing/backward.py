@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..segments import segment_ptr
+from .product import product
 from .tiles import SELF_TILE, column_tile
 from .walk import add_rows, block_rows, sum_long_row
 
@@ -148,7 +149,7 @@ def message_passing_bwd(
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
     p = p.contiguous()
     if output_mask[0]:
-        out[0] = _product(delta, weight.t(), h.dtype)
+        out[0] = product(delta, weight.t(), _common(delta, weight)).to(h.dtype)
     if out[1].numel() > 0:
         tables = [x.contiguous() for x in (table_fwd, table_inv, self_table)]
         _launch_p(out[1], delta, tables, orders, node_graph.contiguous())
@@ -157,17 +158,16 @@ def message_passing_bwd(
     if out[4].numel() > 0:
         _launch_self(out[4], delta, p, node_graph)
     if output_mask[5]:
-        out[5] = _product(h.t(), delta, weight.dtype)
+        out[5] = product(h.t(), delta, _common(h, delta, weight)).to(weight.dtype)
     if output_mask[6]:
         out[6] = delta.sum(0, dtype=torch.float32).to(bias.dtype)
     return tuple(out)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b, summed in float32."""
-    if a.dtype == b.dtype == dtype:
-        return a @ b
-    return (a.float() @ b.float()).to(dtype)
+def _common(*tensors: Tensor) -> torch.dtype:
+    """The dtype that all share, else float32."""
+    dtypes = {x.dtype for x in tensors}
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def _launch_p(

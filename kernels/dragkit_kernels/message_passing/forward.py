@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import INTERPRETED
+from .product import product
 from .tiles import node_tile
 from .walk import add_rows, block_rows
 
@@ -56,11 +57,8 @@ def _message_passing_fwd_kernel(
     mask_c = offs_c < num_columns
     row = offs_n[:, None] * num_columns
 
-    mask = mask_n[:, None] & mask_c[None, :]
-    if product_ptr is not None:
-        acc = tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
-    else:
-        acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    if product_ptr is None:
         for start in range(0, num_columns, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < num_columns
@@ -80,12 +78,15 @@ def _message_passing_fwd_kernel(
         fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
 
+    mask = mask_n[:, None] & mask_c[None, :]
     graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
     at = graph[:, None] * num_columns + offs_c[None, :]
     own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
     p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     acc = tl.fma(p[:, None], own, acc)
     acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    if product_ptr is not None:
+        acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
     # A NaN stays one, as in torch.relu.
     acc = tl.where(acc < 0.0, 0.0, acc)
     tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -118,7 +119,7 @@ def message_passing_fwd(
     if out.numel() == 0:
         return out
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
-    product = None if on_tensor_cores else torch.mm(h.float(), weight.float())
+    whole = None if on_tensor_cores else product(h, weight, torch.float32)
     tile = node_tile(num_columns, table_fwd)
     inputs = (p, table_fwd, table_inv, self_table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
@@ -128,7 +129,7 @@ def message_passing_fwd(
         weight if on_tensor_cores else None,
         bias.contiguous(),
         *(x.contiguous() for x in (*walks, head_count, tail_count, node_graph)),
-        product,
+        whole,
         out,
         num_nodes,
         num_columns,

@@ -14,6 +14,7 @@ from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 from ..segments import bag_sum, ordered_sum, segment_ptr
+from .product import product
 
 if HAS_TRITON:
     from .backward import message_passing_bwd
@@ -66,7 +67,7 @@ def _torch_message_passing_fwd(
     """The collapsed layer; see message_passing."""
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)
-    out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype))
+    out = product(h, weight, dtype).add_(bias)
     for table, source, count, order, ptr in (
         (table_fwd, head, tail_count, tail_fact, tail_ptr),
         (table_inv, tail, head_count, head_fact, head_ptr),
@@ -109,7 +110,7 @@ def _torch_message_passing_bwd(
     # delta = dLoss/dpre; contiguous() because sum().backward() sends a zero-stride gradient.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).to(dtype).contiguous()
     if output_mask[0]:
-        out[0] = delta @ weight.to(dtype).t()
+        out[0] = product(delta, weight.t(), dtype)
     if output_mask[1]:
         by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail) * tail_count
         by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head) * head_count
@@ -129,7 +130,7 @@ def _torch_message_passing_bwd(
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
         out[4] = bag_sum(delta, nodes, segment_ptr(node_graph, self_table.shape[0]), p)
     if output_mask[5]:
-        out[5] = h.to(dtype).t() @ delta
+        out[5] = product(h.t(), delta, dtype)
     if output_mask[6]:
         out[6] = delta.sum(0)
     return tuple(g.to(x.dtype) for g, x in zip(out, inputs, strict=True))
