@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -53,6 +57,40 @@ def assert_close(
             f"worst at flat index {worst}: got {float(got.flatten()[worst]):.6g}, "
             f"expected {float(want.flatten()[worst]):.6g}"
         )
+
+
+# Elements before and after a fenced allocation: enough to keep its alignment.
+_FENCE = 64
+
+
+@contextmanager
+def fenced_allocations() -> Iterator[None]:
+    """Every `Tensor.new_empty` inside holds NaN (the lowest integer), and so does memory around it.
+
+    What a kernel forgets to write is seen in its results; what it writes outside its buffers raises
+    AssertionError at the end of the block. Launchers allocate by new_empty for this reason.
+    """
+    plain, roomy_tensors = torch.Tensor.new_empty, []
+
+    def fenced(self: Tensor, *size: int | tuple[int, ...], **options: object) -> Tensor:
+        shape = size if all(isinstance(n, int) for n in size) else tuple(size[0])
+        count = math.prod(shape)
+        roomy = plain(self, count + 2 * _FENCE, **options)
+        roomy.fill_(_poison(roomy))
+        roomy_tensors.append(roomy)
+        return roomy[_FENCE : _FENCE + count].view(shape)
+
+    with mock.patch.object(torch.Tensor, "new_empty", fenced):
+        yield
+    for roomy in roomy_tensors:
+        fences = torch.cat([roomy[:_FENCE], roomy[-_FENCE:]])
+        intact = fences.isnan() if fences.is_floating_point() else fences == _poison(fences)
+        if not bool(intact.all()):
+            raise AssertionError(f"written outside a buffer of {roomy.numel() - 2 * _FENCE}")
+
+
+def _poison(tensor: Tensor) -> float | int:
+    return math.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min
 
 
 class Adjacency(NamedTuple):

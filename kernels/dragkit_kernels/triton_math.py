@@ -14,15 +14,21 @@ def order_code(x):
 
 
 @triton.jit
-def logistic_noise_block(seed, question_key, offs_e):
-    """log u - log(1 - u), u = (w >> 9 + 1/2) 2^-23, w = Philox(fact, key low, key high, 0)[0].
+def noise_word(seed, question_key, offs_e):
+    """Word 0 of Philox4x32-10 with the counter (fact, key low, key high, 0), as in `noise.py`.
 
-    The words are those of `noise.py`, bit for bit: `seed` and `question_key` are int64 scalars and
-    `offs_e` an int32 block of facts within the question.
+    `seed` and `question_key` are int64 scalars, `offs_e` an int32 block of facts within a question.
     """
     zero = offs_e.to(tl.uint32, bitcast=True) * 0
     key_low = (question_key & 0xFFFFFFFF).to(tl.uint32) + zero
     key_high = ((question_key >> 32) & 0xFFFFFFFF).to(tl.uint32) + zero
     word, _, _, _ = tl.philox(seed, offs_e, key_low, key_high, zero)
+    return word
+
+
+@triton.jit
+def logistic_noise_block(seed, question_key, offs_e):
+    """log u - log(1 - u) with u = (noise_word >> 9 + 1/2) 2^-23, exact and never 0 or 1."""
+    word = noise_word(seed, question_key, offs_e)
     u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return tl.log(u) - tl.log(1.0 - u)

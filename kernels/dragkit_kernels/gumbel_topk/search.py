@@ -1,4 +1,4 @@
-"""Counts and sums over a question for the bisections: a block in registers and what is behind it."""
+"""Counts and sums over a question, for its two bisections."""
 
 from __future__ import annotations
 
