@@ -6,9 +6,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_V = 32
-BLOCK_E = 128
-NUM_WARPS = 4
+from ..launch import Budget, KernelSpec, Tile
+
+TILE = Tile(32, 4)
+# Facts that the rows of a tile pick from at a time.
+FACTS = 128
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -72,14 +74,31 @@ def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
     num_rows = ptr.shape[0] - 1
     out = grad.new_empty(num_rows)
     if num_rows > 0:
-        _fact_scores_bwd_sum_kernel[(triton.cdiv(num_rows, BLOCK_V),)](
+        _fact_scores_bwd_sum_kernel[(triton.cdiv(num_rows, TILE.block),)](
             grad,
             ptr.contiguous(),
             order.contiguous(),
             out,
             num_rows,
-            BLOCK_V=BLOCK_V,
-            BLOCK_E=BLOCK_E,
-            num_warps=NUM_WARPS,
+            BLOCK_V=TILE.block,
+            BLOCK_E=FACTS,
+            num_warps=TILE.num_warps,
         )
     return out
+
+
+KERNELS = (
+    KernelSpec(
+        _fact_scores_bwd_sum_kernel,
+        types={
+            "grad_ptr": "*fp32",
+            "ptr_ptr": "*i32",
+            "order_ptr": "*i32",
+            "out_ptr": "*fp32",
+            "num_rows": "i32",
+        },
+        constants={"BLOCK_V": TILE.block, "BLOCK_E": FACTS},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=96, shared=4096),
+    ),
+)

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-NUM_WARPS = 4
+from ..launch import Budget, KernelSpec, Tile
+
+TILE = Tile(1024, 4)
 
 
 @triton.jit(do_not_specialize=["num_facts"])
@@ -58,12 +59,36 @@ def fact_scores_fwd(
     if num_facts == 0:
         return score
     arguments = (head_score, pair_score, tail_score, bias, head, tail, fact_pair)
-    _fact_scores_fwd_kernel[(triton.cdiv(num_facts, BLOCK),)](
+    _fact_scores_fwd_kernel[(triton.cdiv(num_facts, TILE.block),)](
         *(x.contiguous() for x in arguments),
         None if group_row is None else group_row.contiguous(),
         score,
         num_facts,
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
     )
     return score
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _fact_scores_fwd_kernel,
+        types={
+            "head_score_ptr": score,
+            "pair_score_ptr": score,
+            "tail_score_ptr": score,
+            "bias_ptr": "*fp32",
+            "head_ptr": "*i32",
+            "tail_ptr": "*i32",
+            "fact_pair_ptr": "*i32",
+            "group_row_ptr": group_row,
+            "score_ptr": "*fp32",
+            "num_facts": "i32",
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=80, shared=0),
+    )
+    for score in ("*bf16", "*fp32")
+    for group_row in ("*i32", None)
+)

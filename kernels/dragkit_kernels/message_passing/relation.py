@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import column_tile, node_tile
+from ..launch import Budget
+from .tiles import COLUMNS, DTYPES, node_tile, pair_tile, wide_spec
 from .walk import add_rows, block_rows, sum_long_row
 
 
@@ -97,7 +98,7 @@ def relation_sum_fwd(
     out = table.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
-    tile = node_tile(num_columns, table)
+    tile = node_tile(num_columns, table.dtype)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _relation_sum_fwd_kernel[tile.grid(num_nodes, num_columns)](
         table.contiguous(),
@@ -126,7 +127,7 @@ def relation_sum_bwd(
     d_table = grad.new_empty(num_pairs, num_columns)
     if d_table.numel() == 0:
         return d_table
-    tile = column_tile(num_columns, rows=32)
+    tile = pair_tile(num_columns)
     orders = (head, tail, pair_ptr, pair_fact, head_count, tail_count)
     _relation_sum_bwd_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
         grad.contiguous(),
@@ -138,3 +139,14 @@ def relation_sum_bwd(
         num_warps=tile.num_warps,
     )
     return d_table
+
+
+KERNELS = tuple(
+    wide_spec(kernel, kind, tile, rows, Budget(registers, shared=8192, wide_loads=8))
+    for columns in COLUMNS
+    for kind, dtype in DTYPES.items()
+    for kernel, tile, rows, registers in (
+        (_relation_sum_fwd_kernel, node_tile(columns, dtype), "BLOCK_N", 112),
+        (_relation_sum_bwd_kernel, pair_tile(columns), "BLOCK_E", 80),
+    )
+)

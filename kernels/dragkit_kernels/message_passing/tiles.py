@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+
+from ..launch import Budget, KernelSpec
 
 
 class WideTile(NamedTuple):
@@ -32,6 +34,57 @@ def column_tile(num_columns: int, rows: int) -> WideTile:
     return WideTile(rows, columns, _WARPS[columns])
 
 
-def node_tile(num_columns: int, table: Tensor) -> WideTile:
-    """Tile of nodes that sums rows of `table`: half as many of float32."""
-    return column_tile(num_columns, rows=32 if table.element_size() == 2 else 16)
+def pair_tile(num_columns: int) -> WideTile:
+    """Tile of one pair's facts."""
+    return column_tile(num_columns, rows=32)
+
+
+def dot_tile(num_columns: int) -> WideTile:
+    """Tile of nodes that multiplies two gathered rows per fact."""
+    return column_tile(num_columns, rows=16)
+
+
+def node_tile(num_columns: int, table: torch.dtype) -> WideTile:
+    """Tile of nodes that sums rows of a table: half as many of float32."""
+    return column_tile(num_columns, rows=32 if table.itemsize == 2 else 16)
+
+
+# What `aot` compiles: tables, states and gradients in one dtype, p in float32.
+DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
+INDEX = (
+    *("head_ptr", "tail_ptr", "tail_begin_ptr", "tail_fact_ptr", "head_begin_ptr"),
+    *("head_fact_ptr", "pair_begin_ptr", "pair_fact_ptr", "graph_begin_ptr", "fact_pair_ptr"),
+    *("head_count_ptr", "tail_count_ptr", "node_graph_ptr"),
+)
+
+
+def wide_spec(
+    kernel: object,
+    kind: str,
+    tile: WideTile,
+    rows: str,
+    budget: Budget,
+    types: dict[str, str | None] | None = None,
+    constants: dict[str, int] | None = None,
+) -> KernelSpec:
+    """Specification of a kernel of this folder for a width of its tile's columns.
+
+    Args:
+        kernel: the jit function; kind: "*bf16" or "*fp32"; tile: of the launcher.
+        rows: name of the constant that holds the tile's rows.
+        budget: see Budget.
+        types, constants: what differs from the common arguments.
+    """
+    common = {
+        name: "*i32" if name in INDEX else kind if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+    }
+    common |= {name: "*fp32" for name in ("p_ptr", "dp_ptr") if name in common}
+    return KernelSpec(
+        kernel,
+        types={**common, **(types or {})},
+        constants={**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns},
+        num_warps=tile.num_warps,
+        budget=budget,
+        divisible=("num_columns", "stride_wk", "stride_wc"),
+    )

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import BLOCK, NUM_WARPS, graph_rows
+from ..launch import Budget, KernelSpec
+from .forward import TILE, graph_rows
 
 
 @triton.jit(do_not_specialize=["num_graphs", "num_rows"])
@@ -52,7 +53,27 @@ def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | No
         d_score,
         num_graphs,
         p.shape[0],
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
     )
     return d_score
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _segment_softmax_bwd_kernel,
+        types={
+            "grad_ptr": "*fp32",
+            "p_ptr": "*fp32",
+            "ptr_ptr": "*i32",
+            "count_ptr": count,
+            "d_score_ptr": "*fp32",
+            "num_graphs": "i32",
+            "num_rows": "i32",
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=64, shared=512),
+    )
+    for count in ("*i32", None)
+)

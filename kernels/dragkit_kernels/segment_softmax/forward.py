@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-NUM_WARPS = 4
+from ..launch import Budget, KernelSpec, Tile
+
+# Rows of a graph at a time.
+TILE = Tile(1024, 4)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -80,7 +82,30 @@ def segment_softmax_fwd(
         p,
         num_graphs,
         score.shape[0],
-        BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
     )
     return p
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _segment_softmax_fwd_kernel,
+        types={
+            "score_ptr": score,
+            "ptr_ptr": "*i32",
+            "p_ptr": "*fp32",
+            "num_graphs": "i32",
+            "num_rows": "i32",
+            **options,
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=64, shared=512),
+    )
+    for score in ("*bf16", "*fp32")
+    for options in (
+        {"mask_ptr": "*u8", "count_ptr": "*i32"},
+        {"mask_ptr": None, "count_ptr": None},
+    )
+)
