@@ -80,11 +80,12 @@ def wide_spec(
         for name in kernel.arg_names
     }
     common |= {name: "*fp32" for name in ("p_ptr", "dp_ptr") if name in common}
+    constants = {**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns}
     return KernelSpec(
         kernel,
         types={**common, **(types or {})},
-        constants={**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns},
+        constants=constants,
         num_warps=tile.num_warps,
         budget=budget,
-        divisible=("num_columns", "stride_wk", "stride_wc"),
+        divisible=tuple({"num_columns", "stride_wk", "stride_wc"} - constants.keys()),
     )

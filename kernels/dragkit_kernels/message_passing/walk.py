@@ -10,8 +10,6 @@ import triton.language as tl
 
 # Facts of a row that its tile walks one by one; the rest of a longer row is summed side by side.
 LONG_ROW = tl.constexpr(64)
-# As many as that at a time: half a tile's registers, beside the tile itself.
-LONG_ROW_STEP = tl.constexpr(16)
 
 
 @triton.jit
@@ -127,7 +125,8 @@ def add_rows(
     """acc_v += sum of add_facts over the slots ptr[v]..ptr[v+1], for a tile of rows v.
 
     The j-th facts of all rows go together; a row of more than LONG_ROW facts would keep the others
-    waiting, so its rest is summed LONG_ROW_STEP facts at a time.
+    waiting, so its rest is summed BLOCK / 2 facts at a time: beside the tile there
+    are registers for half of one more.
     """
     begin = tl.load(ptr_ptr + offs_n, mask=mask_n, other=0)
     size = tl.load(ptr_ptr + offs_n + 1, mask=mask_n, other=0) - begin
@@ -167,7 +166,7 @@ def add_rows(
                     p_ptr,
                     table_ptr,
                     other_ptr,
-                    LONG_ROW_STEP,
+                    BLOCK // 2,
                     BLOCK_C,
                 )
                 acc += tl.where(lane[:, None] == i, rest[None, :], 0.0)
