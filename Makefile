@@ -16,6 +16,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/triton_ops
 	$(RUN) -m pytest -q
 
 lint: $(VENV)/.installed

@@ -10,6 +10,7 @@ VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "dragkit/__init__.py").r
 
 REQUIRES = [
     "torch>=2.11",
+    'triton>=3.6; platform_system == "Linux"',
     "transformers>=5.10",
     "peft>=0.19",
     "sentence-transformers>=5",

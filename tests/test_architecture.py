@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOTS = {"dragkit": ROOT / "dragkit", "dragkit_kernels": ROOT / "kernels" / "dragkit_kernels"}
 HARD_LIMIT_LINES = 400
+JIT_LIMIT_LINES = 80
+KERNEL_NAME = re.compile(r"_[a-z_]+_(fwd|bwd)(_[a-z_]+)?_kernel")
 
 # Package or module -> what of dragkit it may import besides itself and dragkit.errors; the longest
 # matching name decides. An entry admits a module and everything below it.
@@ -485,6 +488,21 @@ def test_kernels_have_no_float_atomics_and_no_autotune() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_kernels_are_short_and_well_named() -> None:
+    """_<op>_fwd_kernel, _<op>_bwd_<what>_kernel; a jit body has at most 80 lines."""
+    wrong = []
+    for module in modules():
+        for _, node, _ in functions(module):
+            if not _is_jit(node):
+                continue
+            body = node.end_lineno - node.body[0].lineno + 1
+            if body > JIT_LIMIT_LINES:
+                wrong.append(f"{module.at(node)}: {node.name} has {body} lines")
+            if node.name.endswith("_kernel") and not KERNEL_NAME.fullmatch(node.name):
+                wrong.append(f"{module.at(node)}: {node.name} is not _<op>_fwd.._kernel")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_shipped_code_leaves_the_import_path_alone() -> None:
     wrong = [module.at(node) for module, node in nodes(ast.Attribute) if dotted(node) == "sys.path"]
     assert not wrong, "\n".join(wrong)
@@ -518,6 +536,9 @@ def test_shipped_code_leaves_the_import_path_alone() -> None:
         ("def f(a: int): ...\n", test_every_function_is_annotated),
         ("def f(*a, **b) -> int: ...\n", test_every_function_is_annotated),
         ("tl.atomic_add(p, v)\n", test_kernels_have_no_float_atomics_and_no_autotune),
+        ("f = triton.autotune(c)(f)\n", test_kernels_have_no_float_atomics_and_no_autotune),
+        ("@triton.jit\ndef _x_kernel(): ...\n", test_kernels_are_short_and_well_named),
+        ("@triton.jit\ndef f():\n" + "    a\n" * 81, test_kernels_are_short_and_well_named),
         ("import sys\nsys.path.insert(0, 'x')\n", test_shipped_code_leaves_the_import_path_alone),
         ("\n" * 401, test_modules_are_not_longer_than_the_hard_limit),
     ],

@@ -229,7 +229,6 @@ def test_what_is_imported_is_required(arguments: dict) -> None:
     homes = {
         "yaml": "pyyaml",
         "pynvml": "nvidia-ml-py",
-        "triton": "torch",
         "tokenizers": "transformers",
     }
     homes |= {"huggingface_hub": "transformers"}
@@ -280,6 +279,7 @@ def test_requirements_keep_the_floors_that_the_layout_needs(arguments: dict) -> 
         "5.17.0"
     )
     assert floors["torch"].contains("2.11.0") and floors["numpy"].contains("2.5.0")
+    assert floors["triton"].contains("3.6.0")
     assert arguments["python_requires"] == ">=3.11"
 
 

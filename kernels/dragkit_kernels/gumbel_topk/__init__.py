@@ -89,7 +89,7 @@ def gumbel_topk(
     else:
         check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
         noise = noise.to(accumulator_dtype(logits))
-    index, gate, count, soft, _, _ = torch.ops.dragkit.gumbel_topk_fwd(
+    gate, soft, _, index, count, _ = torch.ops.dragkit.gumbel_topk_fwd(
         logits,
         fact_ptr,
         noise,
@@ -136,7 +136,7 @@ def top_facts(
         RuntimeError: Triton was asked for where it cannot run.
     """
     _check(logits, fact_ptr, k, "top_facts")
-    index, gate, count, soft, _, _ = torch.ops.dragkit.gumbel_topk_fwd(
+    gate, soft, _, index, count, _ = torch.ops.dragkit.gumbel_topk_fwd(
         logits.detach(),
         fact_ptr,
         None,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import WALK_TILES, Budget, KernelSpec, walk_tile
-from .facts import DRAWN, GIVEN, NO_NOISE, load_logits, question_bounds, relaxed_argument
+from .facts import CERTAIN, DRAWN, GIVEN, NO_NOISE, load_logits, question_bounds, relaxed_argument
 
 
 @triton.jit
@@ -26,13 +26,14 @@ def _slope_and_grad(
     nu,
     temperature,
 ):
-    """d_e = s_e (1 - s_e) and g_e = d_soft_e + d_gate at the fact's slot."""
+    """d_e = s_e (1 - s_e), g_e = d_soft_e + d_gate at e's slot, whether x_e is certain."""
     _, key = load_logits(logits_ptr, noise_ptr, seed_ptr, question_key, first, offs_e, mask_e)
     soft = tl.sigmoid(relaxed_argument(key, temperature, mask_e) - nu)
     grad = tl.load(d_soft_ptr + first + offs_e, mask=mask_e, other=0.0).to(tl.float32)
     slot = tl.load(slot_ptr + first + offs_e, mask=mask_e, other=-1)
     grad += tl.load(d_gate_ptr + row + slot, mask=slot >= 0, other=0.0).to(tl.float32)
-    return tl.where(mask_e, soft * (1.0 - soft), 0.0), grad
+    certain = tl.abs(key / temperature) > CERTAIN
+    return tl.where(mask_e, soft * (1.0 - soft), 0.0), grad, certain
 
 
 @triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "budget"])
@@ -54,7 +55,7 @@ def _gumbel_topk_bwd_logits_kernel(
     budget,
     BLOCK: tl.constexpr,
 ):
-    """dl_e = d_e (g_e - m) / T with m = (d . g) / sum d in a budget, else 0; d, g as above."""
+    """dl_e = d_e (g_e - m) / T, m = (d . g) / sum d in a budget, else 0; 0 where x_e is certain."""
     pid_q = tl.program_id(0)
     first, size, question_key = question_bounds(
         fact_ptr, question_key_ptr, pid_q, num_questions, num_facts
@@ -67,7 +68,7 @@ def _gumbel_topk_bwd_logits_kernel(
         products = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, size, BLOCK):
             offs_e = start + tl.arange(0, BLOCK)
-            slope, grad = _slope_and_grad(
+            slope, grad, certain = _slope_and_grad(
                 d_gate_ptr,
                 d_soft_ptr,
                 logits_ptr,
@@ -87,7 +88,7 @@ def _gumbel_topk_bwd_logits_kernel(
         mean = tl.sum(products, 0) / tl.maximum(tl.sum(slopes, 0), 1e-30)
     for start in range(0, size, BLOCK):
         offs_e = start + tl.arange(0, BLOCK)
-        slope, grad = _slope_and_grad(
+        slope, grad, certain = _slope_and_grad(
             d_gate_ptr,
             d_soft_ptr,
             logits_ptr,
@@ -102,7 +103,7 @@ def _gumbel_topk_bwd_logits_kernel(
             nu,
             temperature,
         )
-        d_logit = slope * (grad - mean) / temperature
+        d_logit = tl.where(certain, 0.0, slope * (grad - mean) / temperature)
         tl.store(d_logits_ptr + first + offs_e, d_logit, mask=offs_e < size)
 
 

@@ -186,7 +186,7 @@ def gumbel_topk_fwd(
         num_warps=tile.num_warps,
     )
     gumbel_topk_fwd_rank(kept_fact, kept_code, count, index, gate, slot)
-    return index, gate, count, soft, slot, nu
+    return gate, soft, nu, index, count, slot
 
 
 _TYPES = {

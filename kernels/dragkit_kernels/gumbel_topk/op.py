@@ -62,7 +62,8 @@ def _torch_fwd(
     column = torch.arange(k, dtype=torch.int32, device=place.device).expand(place.shape)
     slot = fact_ptr.new_full((num_facts + 1,), -1)
     slot = slot.scatter_(0, place.flatten(), column.flatten())[:-1].clone()
-    return *drawn, slot, F.pad(nu, (0, 1), value=float("inf"))
+    nu = F.pad(nu, (0, 1), value=float("inf"))
+    return drawn.gate, drawn.soft, nu, drawn.index, drawn.count, slot
 
 
 def _torch_bwd(
@@ -80,14 +81,14 @@ def _torch_bwd(
     budget: bool,
 ) -> Tensor:
     """dl = d (g - m) / T with d = s (1 - s), g the gradient of s, and m = (d . g) / sum(d) in a
-    budget, else 0."""
+    budget, else 0; nothing where x is certain."""
     num_facts = logits.shape[0]
     noise = _given_or_drawn(noise, seed, question_key, fact_ptr, num_facts)
     key = logits.to(nu.dtype)
     key = key if noise is None else key + noise
     segment = segment_ids(fact_ptr, num_facts)
-    x = (key / temperature).clamp(-CERTAIN, CERTAIN)
-    soft = torch.sigmoid(x - nu.index_select(0, segment))
+    x = key / temperature
+    soft = torch.sigmoid(x.clamp(-CERTAIN, CERTAIN) - nu.index_select(0, segment))
     slope = soft * (1 - soft)
     place = torch.where(slot >= 0, segment * d_gate.shape[1] + slot, d_gate.numel())
     grad = d_soft + F.pad(d_gate.flatten(), (0, 1))[place]
@@ -95,7 +96,8 @@ def _torch_bwd(
         steepness = torch.zeros_like(nu).index_add_(0, segment, slope).clamp_(min=1e-30)
         mean = torch.zeros_like(nu).index_add_(0, segment, slope * grad).div_(steepness)
         grad = grad - mean.index_select(0, segment)
-    return (slope * grad / temperature).to(logits.dtype)
+    d_logits = (slope * grad / temperature).masked_fill(x.abs() > CERTAIN, 0.0)
+    return d_logits.to(logits.dtype)
 
 
 def _fwd_fake(
@@ -109,12 +111,12 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:
     num_questions, dtype = fact_ptr.shape[0] - 1, accumulator_dtype(logits)
     return (
-        fact_ptr.new_empty(num_questions, k),
         logits.new_empty(num_questions, k, dtype=dtype),
-        fact_ptr.new_empty(num_questions),
         logits.new_empty(logits.shape, dtype=dtype),
-        fact_ptr.new_empty(logits.shape),
         logits.new_empty(num_questions + 1, dtype=dtype),
+        fact_ptr.new_empty(num_questions, k),
+        fact_ptr.new_empty(num_questions),
+        fact_ptr.new_empty(logits.shape),
     )
 
 
@@ -128,13 +130,13 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
     if not concrete:  # x = l
         noise = seed = question_key = None
         temperature = 1.0
-    _, _, _, _, slot, nu = output
+    _, _, nu, _, _, slot = output
     ctx.save_for_backward(logits, fact_ptr, noise, seed, question_key, slot, nu)
     ctx.options = (max_facts, temperature, budget, triton)
 
 
 def _backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    _, d_gate, _, d_soft, _, _ = grads
+    d_gate, d_soft, *_ = grads
     d_logits = torch.ops.dragkit.gumbel_topk_bwd(d_gate, d_soft, *ctx.saved_tensors, *ctx.options)
     return d_logits, *(None,) * 11
 
@@ -143,7 +145,7 @@ register(
     "gumbel_topk_fwd(Tensor logits, Tensor fact_ptr, Tensor? noise, Tensor? seed,"
     " Tensor? question_key, SymInt k, SymInt max_facts, float bound, float temperature,"
     " bool budget, bool concrete, bool triton)"
-    " -> (Tensor index, Tensor gate, Tensor count, Tensor soft, Tensor slot, Tensor nu)",
+    " -> (Tensor gate, Tensor soft, Tensor nu, Tensor index, Tensor count, Tensor slot)",
     _torch_fwd,
     _fwd_fake,
     triton=gumbel_topk_fwd,
