@@ -188,7 +188,7 @@ def _launch_p(
         num_columns,
         BLOCK_N=tile.rows,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
 
 
@@ -204,7 +204,7 @@ def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: lis
         num_columns,
         BLOCK_E=tile.rows,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
 
 
@@ -219,7 +219,7 @@ def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -
         num_columns,
         BLOCK_N=tile.rows,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
 
 

@@ -138,7 +138,7 @@ def message_passing_fwd(
         BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
     return out
 

@@ -108,7 +108,7 @@ def relation_sum_fwd(
         num_columns,
         BLOCK_N=tile.rows,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
     return out
 
@@ -136,7 +136,7 @@ def relation_sum_bwd(
         num_columns,
         BLOCK_E=tile.rows,
         BLOCK_C=tile.columns,
-        num_warps=tile.num_warps,
+        **tile.options,
     )
     return d_table
 

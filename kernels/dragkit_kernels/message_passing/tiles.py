@@ -16,11 +16,18 @@ class WideTile(NamedTuple):
     columns: int
     num_warps: int
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told beside its arguments."""
+        return {"num_warps": self.num_warps, "maxnreg": MAX_REGISTERS}
+
     def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Programs that cover the given sizes."""
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
+# Without a limit of its own the assembler spills a few registers to fit one more program.
+MAX_REGISTERS = 128
 # Warps such that a tile of 32 rows takes 32 registers a thread.
 _WARPS = {64: 2, 128: 4, 256: 8}
 COLUMNS = tuple(_WARPS)
@@ -87,5 +94,6 @@ def wide_spec(
         constants=constants,
         num_warps=tile.num_warps,
         budget=budget,
+        max_registers=MAX_REGISTERS,
         divisible=tuple({"num_columns", "stride_wk", "stride_wc"} - constants.keys()),
     )
