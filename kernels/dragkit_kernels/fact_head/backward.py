@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import Budget, KernelSpec, Tile
 
-TILE = Tile(32, 4)
+TILE = Tile(16, 4)
 # Facts that the rows of a tile pick from at a time.
 FACTS = 128
 
@@ -99,6 +99,6 @@ KERNELS = (
         },
         constants={"BLOCK_V": TILE.block, "BLOCK_E": FACTS},
         num_warps=TILE.num_warps,
-        budget=Budget(registers=96, shared=4096),
+        budget=Budget(registers=80, shared=512),
     ),
 )

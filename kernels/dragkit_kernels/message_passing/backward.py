@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launch import Budget
 from ..segments import segment_ptr
 from .product import product
-from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, pair_tile, wide_spec
+from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, sum_tile, wide_spec
 from .walk import add_rows, block_rows, sum_long_row
 
 
@@ -176,7 +176,7 @@ def _launch_p(
 ) -> None:
     head, tail, tail_ptr, tail_fact, head_ptr, head_fact, _, _, *rest = orders
     num_nodes, num_columns = delta.shape
-    tile = dot_tile(num_columns)
+    tile = dot_tile(num_columns, delta.dtype)
     _message_passing_bwd_p_kernel[(triton.cdiv(num_nodes, tile.rows),)](
         delta,
         *tables,
@@ -195,7 +195,7 @@ def _launch_p(
 def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: list[Tensor]) -> None:
     head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count = orders
     num_pairs, num_columns = pair_ptr.shape[0] - 1, delta.shape[1]
-    tile = pair_tile(num_columns)
+    tile = sum_tile(num_columns, delta.dtype)
     _message_passing_bwd_tables_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
         delta,
         p,
@@ -223,12 +223,13 @@ def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -
     )
 
 
+BUDGET = Budget(registers=80, shared=8192, wide_loads=4)
 KERNELS = tuple(
-    wide_spec(kernel, kind, tile, rows, Budget(registers, shared=8192, wide_loads=4))
-    for kind in DTYPES
-    for kernel, tile, rows, registers in (
-        *((_message_passing_bwd_p_kernel, dot_tile(c), "BLOCK_N", 128) for c in COLUMNS),
-        *((_message_passing_bwd_tables_kernel, pair_tile(c), "BLOCK_E", 112) for c in COLUMNS),
-        (_message_passing_bwd_self_kernel, SELF_TILE, "BLOCK_N", 72),
+    wide_spec(kernel, kind, tile, rows, BUDGET)
+    for kind, dtype in DTYPES.items()
+    for kernel, tile, rows in (
+        *((_message_passing_bwd_p_kernel, dot_tile(c, dtype), "BLOCK_N") for c in COLUMNS),
+        *((_message_passing_bwd_tables_kernel, sum_tile(c, dtype), "BLOCK_E") for c in COLUMNS),
+        (_message_passing_bwd_self_kernel, SELF_TILE, "BLOCK_N"),
     )
 )

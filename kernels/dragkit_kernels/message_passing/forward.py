@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import INTERPRETED
 from ..launch import Budget
 from .product import product
-from .tiles import COLUMNS, DTYPES, node_tile, wide_spec
+from .tiles import COLUMNS, DTYPES, layer_tile, wide_spec
 from .walk import add_rows, block_rows
 
 # Others are multiplied by the library; the interpreter computes bfloat16 wrongly.
@@ -121,7 +121,7 @@ def message_passing_fwd(
         return out
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
     whole = None if on_tensor_cores else product(h, weight, torch.float32)
-    tile = node_tile(num_columns, table_fwd.dtype)
+    tile = layer_tile(num_columns, table_fwd.dtype)
     inputs = (p, table_fwd, table_inv, self_table)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
@@ -149,7 +149,7 @@ KERNELS = tuple(
     wide_spec(
         _message_passing_fwd_kernel,
         kind,
-        node_tile(columns, DTYPES[kind]),
+        layer_tile(columns, DTYPES[kind]),
         "BLOCK_N",
         Budget(registers=128, shared=40960, wide_loads=8),
         types,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Budget
-from .tiles import COLUMNS, DTYPES, node_tile, pair_tile, wide_spec
+from .tiles import COLUMNS, DTYPES, sum_tile, wide_spec
 from .walk import add_rows, block_rows, sum_long_row
 
 
@@ -98,7 +98,7 @@ def relation_sum_fwd(
     out = table.new_empty(num_nodes, num_columns)
     if out.numel() == 0:
         return out
-    tile = node_tile(num_columns, table.dtype)
+    tile = sum_tile(num_columns, table.dtype)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
     _relation_sum_fwd_kernel[tile.grid(num_nodes, num_columns)](
         table.contiguous(),
@@ -127,7 +127,7 @@ def relation_sum_bwd(
     d_table = grad.new_empty(num_pairs, num_columns)
     if d_table.numel() == 0:
         return d_table
-    tile = pair_tile(num_columns)
+    tile = sum_tile(num_columns, grad.dtype)
     orders = (head, tail, pair_ptr, pair_fact, head_count, tail_count)
     _relation_sum_bwd_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
         grad.contiguous(),
@@ -141,12 +141,13 @@ def relation_sum_bwd(
     return d_table
 
 
+BUDGET = Budget(registers=80, shared=8192, wide_loads=8)
 KERNELS = tuple(
-    wide_spec(kernel, kind, tile, rows, Budget(registers, shared=8192, wide_loads=8))
+    wide_spec(kernel, kind, sum_tile(columns, dtype), rows, BUDGET)
     for columns in COLUMNS
     for kind, dtype in DTYPES.items()
-    for kernel, tile, rows, registers in (
-        (_relation_sum_fwd_kernel, node_tile(columns, dtype), "BLOCK_N", 112),
-        (_relation_sum_bwd_kernel, pair_tile(columns), "BLOCK_E", 80),
+    for kernel, rows in (
+        (_relation_sum_fwd_kernel, "BLOCK_N"),
+        (_relation_sum_bwd_kernel, "BLOCK_E"),
     )
 )

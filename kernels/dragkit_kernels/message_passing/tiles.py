@@ -10,24 +10,26 @@ from ..launch import Budget, KernelSpec
 
 
 class WideTile(NamedTuple):
-    """Rows and columns of one program, and the warps that share them."""
+    """Rows and columns of one program, the warps that share them, and registers of a thread.
+
+    Without a limit of its own the assembler spills a few registers to fit one more program.
+    """
 
     rows: int
     columns: int
     num_warps: int
+    max_registers: int = 80
 
     @property
     def options(self) -> dict[str, int]:
         """What a launch is told beside its arguments."""
-        return {"num_warps": self.num_warps, "maxnreg": MAX_REGISTERS}
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Programs that cover the given sizes."""
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
-# Without a limit of its own the assembler spills a few registers to fit one more program.
-MAX_REGISTERS = 128
 # Warps such that a tile of 32 rows takes 32 registers a thread.
 _WARPS = {64: 2, 128: 4, 256: 8}
 COLUMNS = tuple(_WARPS)
@@ -35,25 +37,26 @@ COLUMNS = tuple(_WARPS)
 SELF_TILE = WideTile(rows=128, columns=64, num_warps=8)
 
 
-def column_tile(num_columns: int, rows: int) -> WideTile:
-    """The narrowest tile that holds all columns; several of the widest share more."""
+def _tile(num_columns: int, dtype: torch.dtype, rows: int) -> WideTile:
+    """The narrowest tile that holds all columns, half as high for four bytes; several of the widest
+    share more columns."""
     columns = next((size for size in COLUMNS if num_columns <= size), COLUMNS[-1])
-    return WideTile(rows, columns, _WARPS[columns])
+    return WideTile(rows if dtype.itemsize == 2 else rows // 2, columns, _WARPS[columns])
 
 
-def pair_tile(num_columns: int) -> WideTile:
-    """Tile of one pair's facts."""
-    return column_tile(num_columns, rows=32)
+def layer_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
+    """Tile of nodes of the layer's forward, for tables of a dtype."""
+    return _tile(num_columns, dtype, rows=32)._replace(max_registers=128)
 
 
-def dot_tile(num_columns: int) -> WideTile:
+def sum_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
+    """Tile of rows, or of the facts of one, that sums rows of a table of a dtype."""
+    return _tile(num_columns, dtype, rows=32)
+
+
+def dot_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
     """Tile of nodes that multiplies two gathered rows per fact."""
-    return column_tile(num_columns, rows=16)
-
-
-def node_tile(num_columns: int, table: torch.dtype) -> WideTile:
-    """Tile of nodes that sums rows of a table: half as many of float32."""
-    return column_tile(num_columns, rows=32 if table.itemsize == 2 else 16)
+    return _tile(num_columns, dtype, rows=16)
 
 
 # What `aot` compiles: tables, states and gradients in one dtype, p in float32.
@@ -82,18 +85,19 @@ def wide_spec(
         budget: see Budget.
         types, constants: what differs from the common arguments.
     """
+    constants = {**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns}
     common = {
         name: "*i32" if name in INDEX else kind if name.endswith("_ptr") else "i32"
         for name in kernel.arg_names
+        if name not in constants
     }
     common |= {name: "*fp32" for name in ("p_ptr", "dp_ptr") if name in common}
-    constants = {**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns}
     return KernelSpec(
         kernel,
         types={**common, **(types or {})},
         constants=constants,
         num_warps=tile.num_warps,
         budget=budget,
-        max_registers=MAX_REGISTERS,
+        max_registers=tile.max_registers,
         divisible=tuple({"num_columns", "stride_wk", "stride_wc"} - constants.keys()),
     )
