@@ -136,7 +136,10 @@ class ReasoningLayer(nn.Module):
         both = torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1)
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
-        return LayerTables(self.relation(both), own.t(), blocks.reshape(2, -1, width))
+        projected = self.relation(both)
+        # Like the node states: autocast does not look into the op that multiplies the two.
+        own = own.t().to(projected.dtype)
+        return LayerTables(projected, own, blocks.reshape(2, -1, width))
 
     def forward(
         self,
