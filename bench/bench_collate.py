@@ -26,8 +26,16 @@ from dragkit_kernels import FactOrders, build_fact_orders
 
 
 def _sorted_anew(graph: PackedGraph) -> FactOrders:
+    orders = graph.orders
+    pair = orders.fact_pair.long()
     return build_fact_orders(
-        graph.orders.head, graph.orders.tail, graph.relation, graph.num_nodes, graph.fact_graph
+        orders.head,
+        orders.tail,
+        orders.pair_relation[pair],
+        graph.num_nodes,
+        orders.pair_graph[pair],
+        head_count=orders.head_count,
+        tail_count=orders.tail_count,
     )
 
 

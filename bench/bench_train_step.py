@@ -34,12 +34,15 @@ from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.losses import retrieval_loss
+from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.run import build_joint, build_retriever
 from dragkit.trainer.source import QuestionSource
 
+# Packed PyG takes many seconds a step on graphs of 2,000 facts.
+pytestmark = pytest.mark.timeout(1800)
 _CPU = torch.device("cpu")
 _BATCHES = 8
 
@@ -62,6 +65,25 @@ class _Ours:
 def _phase1(config: TrainConfig, source: QuestionSource, cache: Path, run_dir: Path) -> Trainer:
     phase = RetrieverPhase(config, build_retriever(config, text_encoder(cache)))
     return Trainer(config, phase, source, None, run_dir, _CPU)
+
+
+def _compiled(
+    trainer: Trainer,
+    batches: list[list[int]],
+    batch: int,
+    steps: int,
+    request: pytest.FixtureRequest,
+) -> list[Way]:
+    """Our step with `--compile`, once every kind of batch is compiled; only when asked for."""
+    if not request.config.getoption("--bench-compiled"):
+        return []
+    config, phase = trainer.config, RetrieverPhase(trainer.config, trainer.phase.model)
+    phase.forward = compile_retriever(phase.model)
+    other = Trainer(config, phase, trainer.train, None, trainer.run_dir, _CPU)
+    step = _Ours(other, batches)
+    for _ in batches:
+        step()
+    return [Way("dragkit, compiled retriever", step, batch, steps)]
 
 
 class _PackedPyG:
@@ -143,6 +165,7 @@ def test_phase1_against_packed_pyg(
     timed: Callable[..., Comparison],
     cache_dir: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Goals: 1.8 times the questions/s of eager PyG at 50 facts, 10 times at 2,000.
 
@@ -160,7 +183,8 @@ def test_phase1_against_packed_pyg(
     for name, way in others.items():
         way.check(trainer, batches[0], name)
     ours = Way("dragkit", _Ours(trainer, batches), batch, steps)
-    ways = [ours, *(Way(name, way, batch, steps) for name, way in others.items())]
+    ways = [ours, *_compiled(trainer, batches, batch, steps, request)]
+    ways += [Way(name, way, batch, steps) for name, way in others.items()]
     about = {"data": file.name, "K": instructions} | sizes(source.collator(batches[0]))
     timed(f"phase 1, {facts}-fact graphs, packed PyG", ways, about)
 
@@ -199,6 +223,7 @@ def test_phase1_against_earlier_loop(
     timed: Callable[..., Comparison],
     cache_dir: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Goal: 40 times the earlier loop, which encodes the relations of every question.
 
@@ -222,6 +247,7 @@ def test_phase1_against_earlier_loop(
         later.step(questions)
     ways = [
         Way("dragkit", _Ours(trainer, batches), batch, 4),
+        *_compiled(trainer, batches, batch, 4, request),
         Way("earlier loop, first epoch", first_epoch, batch),
         Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
     ]

@@ -104,18 +104,23 @@ def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[in
 
 def pyg_questions(source: QuestionSource, rows: Sequence[int]) -> dict[int, Data]:
     """The same questions as PyG graphs, by row."""
-    return {row: _as_pyg(source.collator([row])) for row in rows}
+    return {row: _as_pyg(source, row) for row in rows}
 
 
-def _as_pyg(batch: QuestionBatch) -> Data:
-    graph = batch.graph
+def _as_pyg(source: QuestionSource, row: int) -> Data:
+    batch, store = source.collator([row]), source.store
     states: Tensor = batch.question_states[0][batch.question_mask[0]]
+    asked, relation_of = store.question(row), {n: i for i, n in enumerate(store.relation_names)}
+    head, tail = torch.from_numpy(store.block("facts", row)[:2].astype("int64"))
+    topic = torch.zeros(len(asked.entities))
+    start = list(asked.topic_nodes) or list(range(len(topic)))
+    topic[start] = 1 / max(len(start), 1)
     return pyg_question(
-        head=graph.orders.head,
-        tail=graph.orders.tail,
-        relation=batch.relation_row[graph.relation.long()],
-        topic=graph.topic,
-        label=graph.label,
+        head=head,
+        tail=tail,
+        relation=torch.tensor([relation_of[name] for _, name, _ in asked.triples]),
+        topic=topic,
+        label=batch.graph.label,
         states=states,
     )
 
@@ -125,8 +130,10 @@ def sizes(batch: QuestionBatch) -> dict[str, int]:
     graph = batch.graph
     return {
         "questions": graph.num_graphs,
-        "nodes": graph.num_nodes,
+        "nodes": int(graph.node_count.sum()),
         "facts": graph.num_facts,
+        "merged to nodes": graph.num_nodes,
+        "merged to facts": graph.orders.num_facts,
         "relations": len(batch.relation_row),
         "pairs": graph.orders.num_pairs,
     }

@@ -55,6 +55,11 @@ class DataConfig(Section):
         description="Which facts are positive: on a shortest topic-answer path, or on the given "
         "paths; auto takes shortest where topics and answers are known.",
     )
+    merge_equal_nodes: bool = Field(
+        True,
+        description="Share the states of nodes that the retriever cannot tell apart: the same "
+        "scores in less time. Dropout is then drawn per class of equal nodes.",
+    )
     max_facts_per_batch: int = Field(200_000, ge=1, description="Facts in a batch, at most.")
     max_bad_share: float = Field(
         0.0,

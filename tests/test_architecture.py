@@ -70,7 +70,7 @@ ONLY_LAZILY = {"dragkit.train": "dragkit.trainer", "dragkit.evaluate": "dragkit.
 _LIGHT_MODULES = ("errors", "schema", "config", "flags", "cli", "console", "train", "evaluate")
 LIGHT = ("", *(f".{name}" for name in _LIGHT_MODULES))
 # Graphs in, sorted graphs out: data takes no op.
-DATA_TAKES = {"FactOrders", "build_fact_orders", "concat_fact_orders"}
+DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orders"}
 
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}
 CONFINED: dict[str, tuple[str, ...]] = {

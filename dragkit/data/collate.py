@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.packing import COUNTS, PER_FACT
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
-from dragkit_kernels import FactOrders
+from dragkit_kernels import FactGroups, FactOrders
 
 
 class QuestionStates(Protocol):
@@ -23,26 +25,60 @@ class QuestionStates(Protocol):
         ...
 
 
-def _offsets(ptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First item in the store [B], number of items [B], and first item in the pack [B+1]."""
-    first = ptr[rows]
-    count = ptr[rows + 1] - first
-    base = np.zeros(len(rows) + 1, dtype=np.int32)
-    np.cumsum(count, out=base[1:])
-    return first, count, base
+class _Slices:
+    """Some questions' items in the store, and where they go in the pack.
+
+    Args:
+        ptr: int64 [Q+1] first item of each question in the store; rows: int64 [B] questions.
+
+    Attributes:
+        count: [B] items of each; base: int32 [B+1] first in the pack; owner: int32 [total].
+    """
+
+    def __init__(self, ptr: np.ndarray, rows: np.ndarray) -> None:
+        self.first = ptr[rows]
+        self.count = ptr[rows + 1] - self.first
+        self.base = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(self.count, out=self.base[1:])
+        self.total = int(self.base[-1])
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """Place in the batch of every item's question."""
+        return np.repeat(np.arange(len(self.count), dtype=np.int32), self.count)
+
+    def join(
+        self, blocks: np.ndarray, shift: Sequence[np.ndarray | None], skip: int = 0
+    ) -> np.ndarray:
+        """Each question's block [height, count] plus its offset in every row.
+
+        Args:
+            blocks: blocks of the store end to end, of `skip` rows and one per entry of `shift`.
+            shift: [B+1] bases to add, None for none; skip: rows of a block to leave out.
+
+        Returns:
+            int32 [len(shift), total].
+        """
+        height = skip + len(shift)
+        zero = np.zeros_like(self.base)
+        offsets = np.stack([zero if base is None else base for base in shift])
+        joined = np.empty((len(shift), self.total), dtype=np.int32)
+        ends = self.base.tolist()
+        for graph, start in enumerate((self.first * height).tolist()):
+            left, right = ends[graph], ends[graph + 1]
+            first, last = start + skip * (right - left), start + height * (right - left)
+            block = blocks[first:last].reshape(len(shift), right - left)
+            np.add(block, offsets[:, graph : graph + 1], out=joined[:, left:right])
+        return joined
 
 
-def _join(blocks: np.ndarray, first: np.ndarray, base: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """int32 [K, total]: each question's [K, count] block plus its own column of `shift` [K, B]."""
-    height = len(shift)
-    joined = np.empty((height, base[-1]), dtype=np.int32)
-    ends = base.tolist()
-    starts = (first * height).tolist()
-    for graph, start in enumerate(starts):
-        left, right = ends[graph], ends[graph + 1]
-        block = blocks[start : start + height * (right - left)].reshape(height, right - left)
-        np.add(block, shift[:, graph : graph + 1], out=joined[:, left:right])
-    return joined
+def _ptr(ends: np.ndarray) -> np.ndarray:
+    """Offsets from segment ends."""
+    return np.concatenate([np.zeros(1, dtype=np.int32), ends])
+
+
+def _fact_orders(fields: dict[str, np.ndarray]) -> FactOrders:
+    return FactOrders(**{name: torch.from_numpy(value) for name, value in fields.items()})
 
 
 class PackedCollator:
@@ -63,72 +99,67 @@ class PackedCollator:
     def graph(self, rows: Sequence[int]) -> tuple[PackedGraph, Tensor]:
         """The pack of some questions, and int64 [R] the data set's relations it uses, ascending."""
         store, index = self.store, np.asarray(rows, dtype=np.int64)
-        fact_first, fact_count, fact_base = _offsets(store.fact_ptr, index)
-        node_first, node_count, node_base = _offsets(store.node_ptr, index)
-        pair_first, pair_count, pair_base = _offsets(store.pair_ptr, index)
-        f, n, p = fact_base[:-1], node_base[:-1], pair_base[:-1]
-        facts = _join(store.facts, fact_first, fact_base, np.stack([n, n, f, f, f, p]))
-        nodes = _join(store.nodes, node_first, node_base, np.stack([f, f]))
-        pairs = _join(store.pairs, pair_first, pair_base, np.stack([f, np.zeros_like(f)]))
-        # Rows of the store ascend within a graph; so do their ranks in the sorted list.
-        relation_row = np.unique(pairs[1])
-        pair_relation = np.searchsorted(relation_row, pairs[1]).astype(np.int32)
-        graphs = np.arange(len(index), dtype=np.int32)
-
-        def ptr(ends: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.concatenate([np.zeros(1, dtype=np.int32), ends]))
-
-        head, tail, tail_fact, head_fact, pair_fact, fact_pair = torch.from_numpy(facts)
-        orders = FactOrders(
-            head=head,
-            tail=tail,
-            tail_ptr=ptr(nodes[0]),
-            tail_fact=tail_fact,
-            head_ptr=ptr(nodes[1]),
-            head_fact=head_fact,
-            pair_ptr=ptr(pairs[0]),
-            pair_fact=pair_fact,
-            pair_relation=torch.from_numpy(pair_relation),
-            pair_graph=torch.from_numpy(np.repeat(graphs, pair_count)),
-            fact_pair=fact_pair,
+        fact, edge, node = (
+            _Slices(getattr(store, f"{name}_ptr"), index) for name in ("fact", "edge", "class")
         )
+        facts = fact.join(store.facts, [edge.base, fact.base], skip=2)
+        nodes = node.join(store.classes, [edge.base, edge.base, None])
+        edges, orders = self._orders("", index, node, edge, nodes, more=[fact.base])
+        start_edge = _Slices(store.start_edge_ptr, index)
+        ends = node.join(store.start_classes, [start_edge.base, start_edge.base])
+        _, start = self._orders("start_", index, node, start_edge, ends, more=[])
+        topic = _Slices(store.topic_class_ptr, index)
+        topic_row = topic.join(store.topic_classes, [node.base])[0]
+        size = nodes[2][topic_row]
+        total = np.bincount(topic.owner, weights=size, minlength=len(index))
+        share = np.zeros(node.total, dtype=np.float32)
+        share[topic_row] = (1 / np.maximum(total, 1))[topic.owner]
+        # Rows of the store ascend within a graph; so do their ranks in the sorted list.
+        relation_row = np.unique(orders["pair_relation"])
+        for part in (orders, start):
+            rank = np.searchsorted(relation_row, part["pair_relation"])
+            part["pair_relation"] = rank.astype(np.int32)
+        groups = (facts[0], _ptr(edges[-1]), facts[1])
         graph = PackedGraph(
-            orders=orders,
-            relation=torch.from_numpy(pair_relation[facts[5]]),
-            topic=torch.from_numpy(self._topic(index, node_base)),
-            node_graph=torch.from_numpy(np.repeat(graphs, node_count)),
-            fact_graph=torch.from_numpy(np.repeat(graphs, fact_count)),
-            node_ptr=torch.from_numpy(node_base),
-            fact_ptr=torch.from_numpy(fact_base),
-            label=torch.from_numpy(self._label(fact_first, fact_base)),
+            orders=_fact_orders(orders),
+            start=_fact_orders(start),
+            groups=FactGroups(*map(torch.from_numpy, groups)),
+            topic=torch.from_numpy(share),
+            topic_row=torch.from_numpy(topic_row),
+            topic_graph=torch.from_numpy(topic.owner),
+            node_count=torch.from_numpy(nodes[2]),
+            node_graph=torch.from_numpy(node.owner),
+            fact_graph=torch.from_numpy(fact.owner),
+            node_ptr=torch.from_numpy(node.base),
+            fact_ptr=torch.from_numpy(fact.base),
+            label=torch.from_numpy(fact.join(store.labels, [None])[0].astype(np.float32)),
             question_key=torch.from_numpy(store.question_key[index]),
             num_graphs=len(index),
-            num_nodes=int(node_base[-1]),
-            num_facts=int(fact_base[-1]),
-            max_facts=int(fact_count.max(initial=0)),
+            num_nodes=node.total,
+            num_facts=fact.total,
+            max_facts=int(fact.count.max(initial=0)),
         )
         return graph, torch.from_numpy(relation_row.astype(np.int64))
 
-    def _label(self, first: np.ndarray, base: np.ndarray) -> np.ndarray:
-        label = np.empty(base[-1], dtype=np.float32)
-        ends = base.tolist()
-        for graph, start in enumerate(first.tolist()):
-            left, right = ends[graph], ends[graph + 1]
-            label[left:right] = self.store.labels[start : start + right - left]
-        return label
-
-    def _topic(self, index: np.ndarray, node_base: np.ndarray) -> np.ndarray:
-        """float32 [N]: uniform over a graph's topic nodes; over all nodes where it has none."""
-        topic = np.zeros(node_base[-1], dtype=np.float32)
-        ends, ptr = node_base.tolist(), self.store.topic_node_ptr
-        for graph, row in enumerate(index.tolist()):
-            left, right = ends[graph], ends[graph + 1]
-            rows = self.store.topic_nodes[ptr[row] : ptr[row + 1]]
-            if len(rows):
-                topic[left:right][rows] = 1 / len(rows)
-            elif right > left:
-                topic[left:right] = 1 / (right - left)
-        return topic
+    def _orders(
+        self,
+        prefix: str,
+        index: np.ndarray,
+        node: _Slices,
+        edge: _Slices,
+        ends: np.ndarray,
+        more: list[np.ndarray],
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The joined block of merged facts, and the fields of `FactOrders` by name."""
+        store = self.store
+        pair = _Slices(getattr(store, f"{prefix}pair_ptr"), index)
+        shift = {"head": node.base, "tail": node.base, "fact_pair": pair.base}
+        offsets = [shift.get(name, edge.base) for name in PER_FACT]
+        edges = edge.join(getattr(store, f"{prefix}edges"), [*offsets, None, None, *more])
+        pairs = pair.join(getattr(store, f"{prefix}pairs"), [edge.base, None])
+        fields = dict(zip((*PER_FACT, *COUNTS), edges, strict=False))
+        fields |= {"tail_ptr": _ptr(ends[0]), "head_ptr": _ptr(ends[1]), "pair_ptr": _ptr(pairs[0])}
+        return edges, fields | {"pair_relation": pairs[1], "pair_graph": pair.owner}
 
     def __call__(self, rows: Sequence[int]) -> QuestionBatch:
         """The batch of the questions `rows`, in their order.

@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactOrders
+from dragkit_kernels import FactGroups, FactOrders
 
 
 class _Movable:
@@ -24,8 +24,8 @@ class _Movable:
                 changes[field.name] = move(value)  # type: ignore[operator]
             elif isinstance(value, _Movable):
                 changes[field.name] = value._map(move)
-            elif isinstance(value, FactOrders):
-                changes[field.name] = FactOrders(*(move(t) for t in value))  # type: ignore[operator]
+            elif isinstance(value, FactOrders | FactGroups):
+                changes[field.name] = type(value)(*(move(t) for t in value))  # type: ignore[operator]
         return replace(self, **changes)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str) -> Self:
@@ -39,12 +39,18 @@ class _Movable:
 
 @dataclass(frozen=True, slots=True)
 class PackedGraph(_Movable):
-    """B question subgraphs as one graph.
+    """B question subgraphs as one graph, whose nodes are classes of equal ones (see `quotient`).
+
+    E facts as the questions have them, N nodes and Q merged facts between them.
 
     Attributes:
-        orders: the facts in three orders, with `head`, `tail` (node rows) in original order.
-        relation: int32 [E] row of each fact's relation in the pack's relation list, 0..R-1.
-        topic: float32 [N] seed distribution: uniform over a graph's topic nodes, else 0.
+        orders: the Q merged facts in three orders; rows of relations count in the pack's list.
+        start: of those the ones that touch a topic, with pairs of their own.
+        groups: which of the E facts each merged one stands for.
+        topic: float32 [N] seed distribution: the share of one node of each class, uniform over a
+            graph's topic nodes (over all nodes where it has none).
+        topic_row: int32 [T] the nodes with a share; topic_graph: int32 [T] their graphs.
+        node_count: int32 [N] how many nodes each stands for.
         node_graph, fact_graph: int32 [N], [E] graph of each node and fact.
         node_ptr, fact_ptr: int32 [B+1] first node and fact of each graph.
         label: float32 [E] 1 where the fact lies on a gold path.
@@ -53,8 +59,12 @@ class PackedGraph(_Movable):
     """
 
     orders: FactOrders
-    relation: Tensor
+    start: FactOrders
+    groups: FactGroups
     topic: Tensor
+    topic_row: Tensor
+    topic_graph: Tensor
+    node_count: Tensor
     node_graph: Tensor
     fact_graph: Tensor
     node_ptr: Tensor

@@ -14,6 +14,7 @@ from dragkit.data.arrays import FolderWriter, seal_folder
 from dragkit.data.heuristics import HeuristicsReader, Question
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import copy_lines
+from dragkit.data.quotient import Quotient, quotient
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
 from dragkit_kernels import build_fact_orders
@@ -31,31 +32,76 @@ def question_key(name: str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
+# What has offsets of its own.
+RAGGED = (
+    *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
+    *("topic", "topic_node", "topic_class", "answer", "answer_node"),
+)
+# The parts of a `FactOrders` that are stored: rows of each fact, ends of each node's two segments,
+# and end and relation of each pair, all counted from the question's own zero.
+PER_FACT = ("head", "tail", "tail_fact", "head_fact", "pair_fact", "fact_pair")
+COUNTS = ("head_count", "tail_count")
+FACT_PAIR = PER_FACT.index("fact_pair")
+
+
+class _Segments:
+    """Items of some graphs end to end: how many each has, its first, and the graph of every item.
+
+    Args:
+        count: int [G].
+    """
+
+    def __init__(self, count: np.ndarray) -> None:
+        self.count = count
+        self.base = np.cumsum(count) - count
+        self.owner = np.repeat(np.arange(len(count)), count)
+
+    @classmethod
+    def sorted(cls, owner: np.ndarray, num_graphs: int) -> _Segments:
+        """From the ascending graph of every item."""
+        return cls(np.bincount(owner, minlength=num_graphs))
+
+    @classmethod
+    def of(cls, owner: np.ndarray, group: np.ndarray, num_graphs: int) -> _Segments:
+        """Of groups of items, none across graphs, numbered by first member."""
+        first = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int64)
+        first[group] = owner
+        return cls.sorted(first, num_graphs)
+
+
 class Packer:
     """Takes questions one by one and appends them to the arrays of a folder.
 
-    Every question gets the blocks `facts` [6, E] (head, tail, tail_fact, head_fact, pair_fact,
-    fact_pair), `nodes` [2, N] (end of each node's tail and head segment) and `pairs` [2, P] (end of
-    each pair's segment, relation row), all counted from the question's own zero, so that a pack is
-    made by adding offsets to whole blocks.
+    Every question gets blocks, counted from its own zero, so that a pack is made by adding offsets
+    to whole blocks. E facts on N nodes become Q merged facts on M classes (see `quotient`); S of
+    those touch a topic, the only ones whose sender has a share of the distribution when a stage
+    starts.
+
+        facts [4, E]: head node, tail node, merged fact, facts in the order of merged facts
+        edges [9, Q]: of `FactOrders` head, tail, tail_fact, head_fact, pair_fact, fact_pair,
+            head_count, tail_count; end of the facts of each
+        classes [3, M]: end of each class's tail and head segment, nodes in the class
+        pairs [2, P]: end of each pair's segment, relation row
+        start_edges [8, S], start_classes [2, M], start_pairs [2, P']: the same for the start
     """
 
-    def __init__(self, folder: Path, label_rule: LabelRule) -> None:
+    def __init__(self, folder: Path, label_rule: LabelRule, *, merge: bool = True) -> None:
         self.vocab = RelationVocab()
         self.summary: Counter[str] = Counter()
-        self.label_rule = label_rule
+        self.label_rule: LabelRule = label_rule
+        self.merge = merge
         self._writer = FolderWriter(folder)
         self._waiting: list[Subgraph] = []
         self._waiting_facts = 0
-        for name in ("fact", "node", "pair", "topic", "topic_node", "answer", "answer_node"):
+        for name in RAGGED:
             self._writer.array(f"{name}_ptr", np.int64).append([0])
         self._ends: Counter[str] = Counter()
 
-    def _extend(self, name: str, counts: list[int]) -> None:
+    def _extend(self, name: str, counts: np.ndarray | list[int]) -> None:
         """Appends rows of `counts` items to the offsets `<name>_ptr`."""
         ends = np.cumsum(counts, dtype=np.int64) + self._ends[name]
         self._writer.array(f"{name}_ptr", np.int64).append(ends)
-        self._ends[name] += sum(counts)
+        self._ends[name] += int(np.sum(counts))
 
     def add(self, question: Question, *, named: bool) -> None:
         """Appends one question; `named` says that its id stood in the file.
@@ -103,53 +149,102 @@ class Packer:
         graphs, self._waiting, self._waiting_facts = self._waiting, [], 0
         if not graphs:
             return
-        nodes = np.array([graph.num_nodes for graph in graphs])
-        facts = np.array([graph.num_facts for graph in graphs])
-        node_base, fact_base = np.cumsum(nodes) - nodes, np.cumsum(facts) - facts
-        graph_of_fact = np.repeat(np.arange(len(graphs)), facts)
-        shift = node_base[graph_of_fact]
-        orders = build_fact_orders(
-            torch.from_numpy(np.concatenate([graph.head for graph in graphs]) + shift),
-            torch.from_numpy(np.concatenate([graph.tail for graph in graphs]) + shift),
-            torch.from_numpy(np.concatenate([graph.relation for graph in graphs])),
-            int(nodes.sum()),
-            torch.from_numpy(graph_of_fact),
+        nodes = _Segments(np.array([graph.num_nodes for graph in graphs]))
+        facts = _Segments(np.array([graph.num_facts for graph in graphs]))
+        shifted = list(zip(graphs, nodes.base, strict=True))
+        head, tail, topics = (
+            np.concatenate([getattr(g, end) + first for g, first in shifted])
+            for end in ("head", "tail", "topics")
         )
-        pair_graph = orders.pair_graph.numpy()
-        pairs = np.bincount(pair_graph, minlength=len(graphs))
-        pair_base = np.cumsum(pairs) - pairs
-        # Segments of a graph's nodes and pairs cover exactly its own facts, so a row of the sorted
-        # orders belongs to the graph of the fact that stands in the same place.
-        from_fact, from_pair = fact_base[graph_of_fact], pair_base[graph_of_fact]
-        fact_block = np.stack(
-            [
-                orders.head.numpy() - shift,
-                orders.tail.numpy() - shift,
-                orders.tail_fact.numpy() - from_fact,
-                orders.head_fact.numpy() - from_fact,
-                orders.pair_fact.numpy() - from_fact,
-                orders.fact_pair.numpy() - from_pair,
-            ]
-        ).astype(np.int32)
-        from_node = np.repeat(fact_base, nodes)
-        node_block = np.stack(
-            [orders.tail_ptr.numpy()[1:] - from_node, orders.head_ptr.numpy()[1:] - from_node]
-        ).astype(np.int32)
-        pair_end = orders.pair_ptr.numpy()[1:] - fact_base[pair_graph]
-        pair_block = np.stack([pair_end, orders.pair_relation.numpy()]).astype(np.int32)
-        for name, block, base, count in (
-            ("fact", fact_block, fact_base, facts),
-            ("node", node_block, node_base, nodes),
-            ("pair", pair_block, pair_base, pairs),
-        ):
-            pieces = [
-                block[:, first : first + size].ravel()
-                for first, size in zip(base.tolist(), count.tolist(), strict=True)
-            ]
-            self._writer.array(f"{name}s", np.int32).append(np.concatenate(pieces))
-            self._extend(name, count.tolist())
+        mark = np.zeros(len(nodes.owner), dtype=bool)
+        mark[topics] = True
+        relation = np.concatenate([graph.relation for graph in graphs])
+        merged = quotient(head, tail, relation, nodes.owner, mark, merge=self.merge)
+        classes = _Segments.of(nodes.owner, merged.node_class, len(graphs))
+        edges = _Segments.of(facts.owner, merged.fact_row, len(graphs))
+        by_edge = np.argsort(merged.fact_row, kind="stable")
+        edge_end = np.cumsum(np.bincount(merged.fact_row, minlength=len(edges.owner)))
+        # Where a graph has no topic its search starts from all nodes alike.
+        mark |= ~np.isin(nodes.owner, nodes.owner[topics])
+        started = np.zeros(len(classes.owner), dtype=bool)
+        started[merged.node_class[mark]] = True
+
+        fact_block = [
+            head - nodes.base[facts.owner],
+            tail - nodes.base[facts.owner],
+            merged.fact_row - edges.base[facts.owner],
+            by_edge - facts.base[facts.owner],
+        ]
+        self._blocks("facts", fact_block, facts)
+        self._extend("fact", facts.count)
+        self._extend("node", nodes.count)
+        self._extend("class", classes.count)
+        every = np.ones(len(edges.owner), dtype=bool)
+        sizes = [merged.size]
+        self._orders("", merged, every, edges, classes, [edge_end - facts.base[edges.owner]], sizes)
+        near = started[merged.head] | started[merged.tail]
+        starting = _Segments(np.bincount(edges.owner[near], minlength=len(graphs)))
+        self._orders("start_", merged, near, starting, classes, [], [])
+        topic_class = np.flatnonzero(started)
+        owner = classes.owner[topic_class]
+        self._writer.array("topic_classes", np.int32).append(topic_class - classes.base[owner])
+        self._extend("topic_class", np.bincount(owner, minlength=len(graphs)))
         labels = np.concatenate([graph.label for graph in graphs])
         self._writer.array("labels", np.uint8).append(labels)
+        self.summary["classes"] += len(classes.owner)
+        self.summary["merged_facts"] += len(edges.owner)
+
+    def _orders(
+        self,
+        prefix: str,
+        merged: Quotient,
+        chosen: np.ndarray,
+        edges: _Segments,
+        classes: _Segments,
+        edge_columns: list[np.ndarray],
+        class_columns: list[np.ndarray],
+    ) -> None:
+        """Sorts the chosen merged facts and appends their blocks, with some columns more."""
+        columns = {
+            name: torch.from_numpy(getattr(merged, name)[chosen])
+            for name in ("head", "tail", "relation", *COUNTS)
+        }
+        orders = build_fact_orders(
+            columns["head"],
+            columns["tail"],
+            columns["relation"],
+            len(classes.owner),
+            torch.from_numpy(edges.owner),
+            **{name: columns[name] for name in COUNTS},
+        )
+        pairs = _Segments.sorted(orders.pair_graph.numpy(), len(edges.count))
+        # Segments of a graph's nodes and pairs cover exactly its own facts, so a row of the sorted
+        # orders belongs to the graph of the fact that stands in the same place.
+        base = {"head": classes, "tail": classes, "fact_pair": pairs}
+        block = [
+            getattr(orders, name).numpy() - base.get(name, edges).base[edges.owner]
+            for name in PER_FACT
+        ]
+        block += [getattr(orders, name).numpy() for name in COUNTS]
+        self._blocks(f"{prefix}edges", [*block, *edge_columns], edges)
+        self._extend(f"{prefix}edge", edges.count)
+        ends = [
+            ptr.numpy()[1:] - edges.base[classes.owner]
+            for ptr in (orders.tail_ptr, orders.head_ptr)
+        ]
+        self._blocks(f"{prefix}classes", [*ends, *class_columns], classes)
+        pair_end = orders.pair_ptr.numpy()[1:] - edges.base[pairs.owner]
+        self._blocks(f"{prefix}pairs", [pair_end, orders.pair_relation.numpy()], pairs)
+        self._extend(f"{prefix}pair", pairs.count)
+
+    def _blocks(self, name: str, rows: list[np.ndarray], segments: _Segments) -> None:
+        """Appends every graph's part of some rows as a block of its own."""
+        stacked = np.stack(rows).astype(np.int32)
+        pieces = [
+            stacked[:, first : first + size].ravel()
+            for first, size in zip(segments.base.tolist(), segments.count.tolist(), strict=True)
+        ]
+        self._writer.array(name, np.int32).append(np.concatenate(pieces))
 
     def close(self) -> None:
         """Writes what is waiting and finishes the files."""
@@ -158,18 +253,21 @@ class Packer:
         self._writer.close()
 
 
-def pack_file(path: Path, folder: Path, *, label_rule: LabelRule, max_bad: float) -> None:
+def pack_file(
+    path: Path, folder: Path, *, label_rule: LabelRule, max_bad: float, merge: bool
+) -> None:
     """Reads, labels, sorts and seals a heuristics file.
 
     Args:
         path: the file; folder: an empty one to fill.
         label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out.
+        merge: see `quotient`.
 
     Raises:
         DataError, MissingInputError: as `read_heuristics`.
     """
     reader = HeuristicsReader(path)
-    packer = Packer(folder, label_rule)
+    packer = Packer(folder, label_rule, merge=merge)
     for question in reader:
         # A file that will be refused is still read to its end, for the whole list of faults.
         if max_bad > 0 or not reader.rejects:

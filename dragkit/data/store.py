@@ -21,13 +21,18 @@ from dragkit.data.cache import cache_root
 from dragkit.data.heuristics import Triple, made_id
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
-from dragkit.data.packing import pack_file
+from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 # Part of every key: raise it whenever the same file would be packed differently.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
+
+_ARRAYS = (
+    *("facts", "edges", "classes", "pairs", "start_edges", "start_classes", "start_pairs"),
+    *("labels", "topic_nodes", "topic_classes", "answer_nodes", "lines"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,23 +66,34 @@ class PackedStore:
     Attributes:
         fingerprint: hex key of the file's content, the options and the builder.
         summary: counts of what the file holds and of what was left out.
-        facts, nodes, pairs: int32 blocks of all questions end to end, see `Packer`.
-        fact_ptr, node_ptr, pair_ptr, topic_node_ptr: int64 [Q+1] first row of each question.
-        labels: uint8 [E]; topic_nodes: int32; question_key: int64 [Q].
+        facts, edges, classes, pairs, start_edges, start_classes, start_pairs: int32 blocks of all
+            questions end to end, see `Packer`.
+        fact_ptr, node_ptr, edge_ptr, ...: int64 [Q+1] first item of each question.
+        labels: uint8 [E]; topic_nodes, topic_classes: int32; question_key: int64 [Q].
     """
 
     facts: np.ndarray
-    nodes: np.ndarray
+    edges: np.ndarray
+    classes: np.ndarray
     pairs: np.ndarray
+    start_edges: np.ndarray
+    start_classes: np.ndarray
+    start_pairs: np.ndarray
     labels: np.ndarray
     topic_nodes: np.ndarray
+    topic_classes: np.ndarray
     answer_nodes: np.ndarray
     lines: np.ndarray
     fact_ptr: np.ndarray
     node_ptr: np.ndarray
+    edge_ptr: np.ndarray
+    class_ptr: np.ndarray
     pair_ptr: np.ndarray
+    start_edge_ptr: np.ndarray
+    start_pair_ptr: np.ndarray
     topic_ptr: np.ndarray
     topic_node_ptr: np.ndarray
+    topic_class_ptr: np.ndarray
     answer_ptr: np.ndarray
     answer_node_ptr: np.ndarray
 
@@ -86,10 +102,10 @@ class PackedStore:
         self.folder, self.path = folder, path
         self.fingerprint = folder.name
         self.summary: dict[str, int] = dict(meta["summary"])  # type: ignore[call-overload]
-        for name in ("facts", "nodes", "pairs", "labels", "topic_nodes", "answer_nodes", "lines"):
+        for name in _ARRAYS:
             setattr(self, name, read_array(folder, name))
         # Offsets are looked up for every question of every batch: they are worth the memory.
-        for name in ("fact", "node", "pair", "topic", "topic_node", "answer", "answer_node"):
+        for name in RAGGED:
             setattr(self, f"{name}_ptr", np.array(read_array(folder, f"{name}_ptr")))
         self.question_key = np.array(read_array(folder, "question_key"))
         self._ids = Strings(folder, "ids")
@@ -111,6 +127,7 @@ class PackedStore:
         cache_dir: str | Path | None = None,
         label_rule: LabelRule = "auto",
         max_bad: float = 0.0,
+        merge: bool = True,
     ) -> PackedStore:
         """Opens the packed form of a file, and packs it first where that was not yet done.
 
@@ -121,6 +138,7 @@ class PackedStore:
             path: heuristics JSONL, plain or gzip.
             cache_dir: where packed sets are kept; None takes the user's cache folder.
             label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out and count.
+            merge: share the states of nodes that cannot be told apart, see `quotient`.
 
         Raises:
             DataError, MissingInputError: as `read_heuristics`.
@@ -129,12 +147,12 @@ class PackedStore:
         path = Path(path)
         open_source(path).close()
         before = path.stat()
-        key = key_of(BUILDER_VERSION, file_digest(path), label_rule, float(max_bad))
+        key = key_of(BUILDER_VERSION, file_digest(path), label_rule, float(max_bad), merge)
         folder = cache_root(cache_dir) / "packed" / key
 
         def fill(target: Path) -> None:
             logger.info("packing %s", path)
-            pack_file(path, target, label_rule=label_rule, max_bad=max_bad)
+            pack_file(path, target, label_rule=label_rule, max_bad=max_bad, merge=merge)
             after = path.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise DataError(f"{path}: changed while it was being read. Start again.")
@@ -191,10 +209,11 @@ class PackedStore:
         """Gold answers of one question."""
         return tuple(self._answers.slice(*self.answer_ptr[row : row + 2].tolist()))
 
-    def fact_block(self, row: int) -> np.ndarray:
-        """int32 [6, E] see `Packer`."""
-        first, last = self.fact_ptr[row : row + 2].tolist()
-        return self.facts[6 * first : 6 * last].reshape(6, last - first)
+    def block(self, name: str, row: int) -> np.ndarray:
+        """int32 [height, items] one of `facts`, `edges`, `pairs` of a question, see `Packer`."""
+        height = {"facts": 4, "edges": 9, "pairs": 2}[name]
+        first, last = getattr(self, f"{name[:-1]}_ptr")[row : row + 2].tolist()
+        return getattr(self, name)[height * first : height * last].reshape(height, last - first)
 
     def question(self, row: int) -> StoredQuestion:
         """Everything about one question in words.
@@ -205,10 +224,10 @@ class PackedStore:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} questions")
         entities = self._entities.slice(*self.node_ptr[row : row + 2].tolist())
-        block = self.fact_block(row)
-        first, last = self.pair_ptr[row : row + 2].tolist()
-        relation_of_pair = self.pairs[2 * first : 2 * last].reshape(2, last - first)[1]
-        facts = (block[0].tolist(), relation_of_pair[block[5]].tolist(), block[1].tolist())
+        head, tail, edge, _ = self.block("facts", row)
+        pair = self.block("edges", row)[FACT_PAIR][edge]
+        relation = self.block("pairs", row)[1][pair]
+        facts = (head.tolist(), relation.tolist(), tail.tolist())
         names = self.relation_names
         line = int(self.lines[row])
         return StoredQuestion(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model.decoder import computes, hidden_at_rows
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,7 @@ class Generator(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # In lists, so that the modules are not registered a second time.
         self._decoder = [base.base_model, base.get_output_embeddings()]
+        self._computed_here = computes(base.config)
         self._embedding = [base.get_input_embeddings()]
 
     @property
@@ -252,11 +254,13 @@ class Generator(nn.Module):
         """
         embeds, _ = self.embed(prompt, vectors, left=False)
         decoder, head = self._decoder
-        # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
-        # and without one attention takes its fastest path.
-        hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        row = prompt.question * embeds.shape[1] + prompt.position
-        hidden = hidden.flatten(0, 1)[row[prompt.target_row]]
+        row, place = prompt.question[prompt.target_row], prompt.position[prompt.target_row]
+        if self._computed_here and embeds.device.type == "cpu":
+            hidden = hidden_at_rows(decoder, embeds, row, place)
+        else:
+            # Every layer is causal, so padding on the right reaches no real token: no mask is
+            # needed, and without one attention takes its fastest path.
+            hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[row, place]
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for rows, ids in zip(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dragkit_kernels import FactOrders, message_passing, message_passing_parity
+from dragkit_kernels import FactOrders, message_passing, message_passing_parity, relation_gate
 
 
 def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
@@ -125,18 +125,16 @@ class ReasoningLayer(nn.Module):
         self.num_instructions = num_instructions
         self.parity = parity
 
-    def prepare(self, relation: Tensor, self_relation: Tensor) -> LayerTables:
+    def prepare(self, relation: Tensor) -> LayerTables:
         """What the layer computes once per pack, however many stages use it.
 
         Args:
-            relation: float [R, 2, C] relation vectors, forward and inverse.
-            self_relation: float [C] vector of the self-loop relation.
+            relation: float [2, R+1, C] relation vectors, forward and inverse, self-loop last.
         """
         width = self.hidden_dim
-        both = torch.cat([relation.transpose(0, 1), self_relation.expand(2, 1, -1)], 1)
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
-        projected = self.relation(both)
+        projected = self.relation(relation)
         # Like the node states: autocast does not look into the op that multiplies the two.
         own = own.t().to(projected.dtype)
         return LayerTables(projected, own, blocks.reshape(2, -1, width))
@@ -175,19 +173,21 @@ class ReasoningLayer(nn.Module):
             joined = torch.cat([h, sums.flatten(1)], dim=1)
             return torch.relu(self.update(self.dropout(joined)))
         # The self-loops are one more pair of every graph.
-        graphs = torch.arange(instruction.shape[0], device=instruction.device)
+        graphs = torch.arange(instruction.shape[0], dtype=torch.int32, device=instruction.device)
         last = torch.full_like(graphs, u.shape[1] - 1)
-        pair_relation = torch.cat([orders.pair_relation.long(), last])
-        gate = instruction[torch.cat([orders.pair_graph.long(), graphs])]
-        c = torch.relu(u[:, pair_relation].unsqueeze(2) * gate)
+        pair_relation = torch.cat([orders.pair_relation, last])
+        pair_graph = torch.cat([orders.pair_graph, graphs])
+        # Under autocast the two come from maps of different precision.
+        c = relation_gate(u, instruction.to(u.dtype), pair_relation, pair_graph)
         rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
-        pairs = orders.pair_relation.shape[0]
+        pair_rows, own_rows = rows.split([orders.num_pairs, instruction.shape[0]], dim=1)
+        table_fwd, table_inv = pair_rows.unbind()
         return message_passing(
             self.dropout(h),
             p,
-            rows[0, :pairs],
-            rows[1, :pairs],
-            rows[0, pairs:] + rows[1, pairs:],
+            table_fwd,
+            table_inv,
+            own_rows.sum(0),
             tables.own,
             self.update.bias,
             orders=orders,

@@ -42,12 +42,12 @@ class Projector(nn.Module):
         fact = index.clamp(min=0).long()
         if output.fact_logits.numel() == 0:
             return output.node.new_zeros(*index.shape, self.output.out_features)
-        orders = graph.orders
+        orders, row = graph.orders, graph.groups.row[fact].long()
         features = torch.cat(
             [
-                output.node[orders.head[fact].long()],
-                output.relation[orders.fact_pair[fact].long()],
-                output.node[orders.tail[fact].long()],
+                output.node[orders.head[row].long()],
+                output.relation[orders.fact_pair[row].long()],
+                output.node[orders.tail[row].long()],
             ],
             dim=-1,
         )

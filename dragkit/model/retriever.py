@@ -85,20 +85,24 @@ class Retriever(nn.Module):
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
         start = self.start(x[:, 0])[orders.pair_relation.long()]
         h = torch.relu(relation_sum(start, orders=orders))
-        topic = (graph.topic > 0).to(h.dtype)
-        tables = [layer.prepare(x, self.self_relation) for layer in self.layers]
+        topic_row = graph.topic_row.long()
+        topic_count = graph.node_count[topic_row].to(h.dtype).unsqueeze(1)
+        relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
+        tables = [layer.prepare(relation) for layer in self.layers]
         for stage in range(self.config.num_stages):
             if stage:
                 topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
-                    0, graph.node_graph, h * topic.unsqueeze(1)
+                    0, graph.topic_graph, h[topic_row] * topic_count
                 )
                 instruction = self.revision(instruction, topic_state)
             p = graph.topic
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
                 if depth:
                     score = self.node_score(self.dropout(h)).squeeze(1)
-                    p = segment_softmax(score, graph.node_ptr, None)
-                h = layer(h, p, layer_tables, instruction, orders, graph.node_graph)
+                    p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
+                # At first p is zero away from the topics, so other facts carry nothing.
+                facts = orders if depth else graph.start
+                h = layer(h, p, layer_tables, instruction, facts, graph.node_graph)
         relation = self._relation_feature(x, instruction, orders)
         weight = self.fact_score.weight.view(3, -1)
         ends = (self.dropout(h) @ weight[::2].t()).float()
@@ -108,6 +112,7 @@ class Retriever(nn.Module):
             ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
             orders=orders,
+            groups=graph.groups,
         )
         return RetrieverOutput(logits, h, relation)
 

@@ -46,6 +46,7 @@ class QuestionSource:
             cache_dir=cache,
             label_rule=config.data.label_rule,
             max_bad=config.data.max_bad_share,
+            merge=config.data.merge_equal_nodes,
         )
         vocab = RelationVocab(self.store.relation_names)
         self.relations: RelationStates = encoder.relation_states(

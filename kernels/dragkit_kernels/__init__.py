@@ -1,4 +1,4 @@
-"""Ops of the retriever over packs of ragged graphs: PyTorch today, Triton where a kernel exists."""
+"""Ops of the retriever over packs of ragged graphs: PyTorch, and Triton where a kernel exists."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .message_passing import (
 )
 from .noise import logistic_noise
 from .orders import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
+from .relation_gate import relation_gate, relation_gate_ref
 from .segment_softmax import segment_softmax, segment_softmax_ref
 
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "message_passing_parity",
     "message_passing_parity_ref",
     "message_passing_ref",
+    "relation_gate",
+    "relation_gate_ref",
     "relation_sum",
     "relation_sum_ref",
     "resolve_backend",

@@ -15,7 +15,7 @@ class FactOrders(NamedTuple):
     """One set of E facts sorted by tail, by head and by (graph, relation); all int32.
 
     A fact's number is its place in the original triple order; every sort is stable, so sums run
-    in a fixed sequence. A fact may stand for several equal ones (see docs/method.md, section 4):
+    in a fixed sequence. A fact may stand for several equal ones (see docs/method.md, section 3):
     its counts say how many of them one head and one tail node has.
 
     Attributes:

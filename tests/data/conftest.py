@@ -86,3 +86,33 @@ def question() -> Callable[..., Question]:
         return Question(triples=tuple(map(tuple, triples)), **{**known, **fields})  # type: ignore[arg-type]
 
     return make
+
+
+def _slow_classes(
+    names: Sequence[str], topics: Sequence[str], triples: Sequence[tuple]
+) -> list[int]:
+    """Class of every node: partitions divided by sorted lists of neighbours until none changes."""
+    colour = {name: int(name in topics) for name in names}
+    while True:
+        seen = {
+            name: (
+                colour[name],
+                sorted((r, colour[h]) for h, r, t in triples if t == name),
+                sorted((r, colour[t]) for h, r, t in triples if h == name),
+            )
+            for name in names
+        }
+        known: list[tuple] = []
+        for name in names:
+            if seen[name] not in known:
+                known.append(seen[name])
+        divided = {name: known.index(seen[name]) for name in names}
+        if len(known) == len(set(colour.values())):
+            return [divided[name] for name in names]
+        colour = divided
+
+
+@pytest.fixture(scope="session")
+def slow_classes() -> Callable[..., list[int]]:
+    """An independent way to the classes that `quotient` finds."""
+    return _slow_classes

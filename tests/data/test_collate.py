@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 
 from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import QuestionBatch
-from dragkit.data.store import PackedStore
-from dragkit_kernels import build_fact_orders, concat_fact_orders
+from dragkit.data.store import PackedStore, StoredQuestion
+from dragkit_kernels import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
 
 ROWS = 40
 
@@ -26,66 +27,123 @@ def packed(
     return PackedStore.build_or_open(write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path)
 
 
-def from_scratch(store: PackedStore, rows: list[int]) -> dict[str, torch.Tensor]:
+class Scratch:
     """Every field of a pack by way of names, one fact at a time."""
-    used = sorted(
-        {r for row in rows for _, r, _ in store.question(row).triples},
-        key=store.relation_names.index,
-    )
-    head, tail, relation, fact_graph, node_graph, topic, label = [], [], [], [], [], [], []
-    for graph, row in enumerate(rows):
-        asked = store.question(row)
-        base = len(node_graph)
-        node = {name: base + place for place, name in enumerate(asked.entities)}
+
+    def __init__(
+        self, store: PackedStore, rows: list[int], classes: Callable[..., list[int]] | None
+    ) -> None:
+        self.columns: dict[str, list] = defaultdict(list)
+        names = store.relation_names
+        every = {r for row in rows for _, r, _ in store.question(row).triples}
+        self.used = sorted(every, key=names.index)
+        for graph, row in enumerate(rows):
+            self.add(graph, store.question(row), classes)
+        as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+        c = {name: as_int(values) for name, values in self.columns.items()}
+        empty = as_int([])
+        get = lambda name: c.get(name, empty)  # noqa: E731
+        nodes = len(self.columns["node_graph"])
+
+        def orders(chosen: list[int]) -> FactOrders:
+            at = torch.tensor(chosen, dtype=torch.int64)
+            columns = [get(name)[at] for name in ("head", "tail", "relation")]
+            counts = {name: get(name)[at] for name in ("head_count", "tail_count")}
+            return build_fact_orders(*columns, nodes, get("edge_graph")[at], **counts)
+
+        self.orders = orders(list(range(len(self.columns["head"]))))
+        self.start = orders(self.columns["near"])
+        by_edge = sorted(range(len(self.columns["row"])), key=self.columns["row"].__getitem__)
+        ends = np.cumsum(np.bincount(get("row").numpy(), minlength=self.orders.num_facts))
+        self.groups = FactGroups(get("row"), as_int([0, *ends.tolist()]), as_int(by_edge))
+        self.fields = {
+            "topic": torch.tensor(self.columns["topic"], dtype=torch.float32),
+            "label": torch.tensor(self.columns["label"], dtype=torch.float32),
+        } | {
+            name: get(name)
+            for name in ("topic_row", "topic_graph", "node_count", "node_graph", "fact_graph")
+        }
+        self.relation_row = torch.tensor([names.index(r) for r in self.used], dtype=torch.int64)
+
+    def add(
+        self, graph: int, asked: StoredQuestion, classes: Callable[..., list[int]] | None
+    ) -> None:
+        c = self.columns
+        names = list(asked.entities)
+        topics = [name for name in dict.fromkeys(asked.topics) if name in names]
+        of = classes(names, topics, asked.triples) if classes else list(range(len(names)))
+        base, members = len(c["node_graph"]), Counter(of)
+        node = {name: base + place for name, place in zip(names, of, strict=True)}
+        started = sorted({node[name] for name in topics or names})
+        for place in range(len(members)):
+            share = 1 / len(topics or names) if base + place in started else 0
+            c["topic"].append(share)
+            c["node_count"].append(members[place])
+        c["node_graph"] += [graph] * len(members)
+        c["topic_row"] += started
+        c["topic_graph"] += [graph] * len(started)
+        merged: dict[tuple, int] = {}
         for h, r, t in asked.triples:
-            head.append(node[h])
-            tail.append(node[t])
-            relation.append(used.index(r))
-        known = [name for name in dict.fromkeys(asked.topics) if name in node]
-        start = known or list(node)
-        topic += [1 / len(start) if name in start else 0 for name in asked.entities]
-        fact_graph += [graph] * len(asked.triples)
-        node_graph += [graph] * len(node)
-        label += asked.labels
-    as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    orders = build_fact_orders(
-        as_int(head), as_int(tail), as_int(relation), len(node_graph), as_int(fact_graph)
-    )
-    return orders._asdict() | {
-        "relation": as_int(relation),
-        "topic": torch.tensor(topic, dtype=torch.float32),
-        "node_graph": as_int(node_graph),
-        "fact_graph": as_int(fact_graph),
-        "label": torch.tensor(label, dtype=torch.float32),
-        "relation_row": torch.tensor(
-            [store.relation_names.index(r) for r in used], dtype=torch.int64
-        ),
-    }
+            key = (node[h], self.used.index(r), node[t])
+            if key not in merged:
+                merged[key] = len(c["head"])
+                same = [
+                    (a, z)
+                    for a, q, z in asked.triples
+                    if (node[a], self.used.index(q), node[z]) == key
+                ]
+                c["head"].append(key[0])
+                c["relation"].append(key[1])
+                c["tail"].append(key[2])
+                c["head_count"].append(sum(a == h for a, _ in same))
+                c["tail_count"].append(sum(z == t for _, z in same))
+                c["edge_graph"].append(graph)
+                if key[0] in started or key[2] in started:
+                    c["near"].append(merged[key])
+            c["row"].append(merged[key])
+        c["fact_graph"] += [graph] * len(asked.triples)
+        c["label"] += asked.labels
 
 
-def check(batch: QuestionBatch, expected: dict[str, torch.Tensor]) -> None:
+def check(batch: QuestionBatch, expected: Scratch) -> None:
     graph = batch.graph
-    for name, want in expected.items():
-        found = batch.relation_row if name == "relation_row" else getattr(graph, name, None)
-        found = getattr(graph.orders, name) if found is None else found
+    assert torch.equal(batch.relation_row, expected.relation_row)
+    pairs = [(name, getattr(graph, name), want) for name, want in expected.fields.items()]
+    for part in ("orders", "start", "groups"):
+        found, want = getattr(graph, part), getattr(expected, part)
+        pairs += [(f"{part}.{n}", getattr(found, n), getattr(want, n)) for n in want._fields]
+    for name, found, want in pairs:
         assert found.dtype == want.dtype, name
         assert torch.equal(found, want), name
 
 
+@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize(
     "rows", [[0], [3, 1, 2], list(range(ROWS)), list(range(ROWS))[::-1], [5, 5, 5]]
 )
 def test_equal_to_orders_from_scratch(
-    packed: PackedStore, rows: list[int], zero_states: object
+    rows: list[int],
+    merge: bool,
+    random_rows: Callable[..., list[dict]],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    zero_states: object,
+    slow_classes: Callable[..., list[int]],
 ) -> None:
+    packed = PackedStore.build_or_open(
+        write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path, merge=merge
+    )
     batch = PackedCollator(packed, zero_states)(rows)  # type: ignore[arg-type]
-    check(batch, from_scratch(packed, rows))
+    expected = Scratch(packed, rows, slow_classes if merge else None)
+    check(batch, expected)
     graph = batch.graph
     facts = [packed.num_facts(row) for row in rows]
-    nodes = [len(packed.question(row).entities) for row in rows]
+    nodes = np.bincount(expected.fields["node_graph"].numpy(), minlength=len(rows))
+    asked = sum(len(packed.question(row).entities) for row in rows)
+    assert int(graph.node_count.sum()) == asked and (merge or graph.num_nodes == asked)
     assert graph.fact_ptr.tolist() == np.cumsum([0, *facts]).tolist()
     assert graph.node_ptr.tolist() == np.cumsum([0, *nodes]).tolist()
-    assert (graph.num_graphs, graph.num_nodes) == (len(rows), sum(nodes))
+    assert (graph.num_graphs, graph.num_nodes) == (len(rows), nodes.sum())
     assert (graph.num_facts, graph.max_facts) == (sum(facts), max(facts))
     assert graph.question_key.tolist() == packed.question_key[rows].tolist()
     assert batch.question_states.flatten().tolist() == rows
@@ -95,10 +153,12 @@ def test_equal_to_orders_from_scratch(
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
-def test_any_choice_of_questions(store_of_forty: PackedStore, data: st.DataObject) -> None:
+def test_any_choice_of_questions(
+    store_of_forty: PackedStore, slow_classes: Callable[..., list[int]], data: st.DataObject
+) -> None:
     rows = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12))
     batch = PackedCollator(store_of_forty, _NoStates())(rows)  # type: ignore[arg-type]
-    check(batch, from_scratch(store_of_forty, rows))
+    check(batch, Scratch(store_of_forty, rows, slow_classes))
 
 
 class _NoStates:
@@ -151,7 +211,7 @@ def test_permuted_questions_permute_the_pack(packed: PackedStore, zero_states: o
     assert torch.equal(first.relation_row, turned.relation_row)
     for place in range(4):
         other = 3 - place
-        for name, ptr in (("label", "fact_ptr"), ("relation", "fact_ptr"), ("topic", "node_ptr")):
+        for name, ptr in (("label", "fact_ptr"), ("node_count", "node_ptr"), ("topic", "node_ptr")):
             a, b = getattr(first.graph, ptr)[place : place + 2].tolist()
             c, d = getattr(turned.graph, ptr)[other : other + 2].tolist()
             assert torch.equal(getattr(first.graph, name)[a:b], getattr(turned.graph, name)[c:d])
@@ -208,9 +268,10 @@ def test_shuffled_triples_give_the_same_pack(
     ]
     assert stores[0].fingerprint != stores[1].fingerprint
     first, second = (PackedCollator(s, zero_states)(range(8)) for s in stores)  # type: ignore[arg-type]
-    for name, value in first.graph.orders._asdict().items():
-        assert torch.equal(value, getattr(second.graph.orders, name)), name
-    for name in ("relation", "topic", "label", "question_key"):
+    for part in ("orders", "start", "groups"):
+        pairs = zip(getattr(first.graph, part), getattr(second.graph, part), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), part
+    for name in ("topic", "topic_row", "node_count", "label", "question_key"):
         assert torch.equal(getattr(first.graph, name), getattr(second.graph, name)), name
 
 
@@ -223,6 +284,15 @@ def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> Non
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
     graph = PackedCollator(store, zero_states)([0]).graph  # type: ignore[arg-type]
     assert graph.num_facts == len({tuple(fact) for fact in columns})
-    want = build_fact_orders(graph.orders.head, graph.orders.tail, graph.relation, graph.num_nodes)
+    orders = graph.orders
+    assert orders.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
+    want = build_fact_orders(
+        orders.head,
+        orders.tail,
+        orders.pair_relation[orders.fact_pair.long()],
+        graph.num_nodes,
+        head_count=orders.head_count,
+        tail_count=orders.tail_count,
+    )
     for name, value in want._asdict().items():
-        assert torch.equal(getattr(graph.orders, name), value), name
+        assert torch.equal(getattr(orders, name), value), name

@@ -280,6 +280,6 @@ def test_chunks_do_not_show(
     one = PackedStore.build_or_open(path, cache_dir=tmp_path / "one")
     monkeypatch.setattr(packing, "_CHUNK_FACTS", 1)
     many = PackedStore.build_or_open(path, cache_dir=tmp_path / "many")
-    for name in ("facts", "nodes", "pairs", "labels", "fact_ptr", "node_ptr", "pair_ptr"):
+    for name in (*store._ARRAYS, *(f"{name}_ptr" for name in packing.RAGGED)):
         assert np.array_equal(getattr(one, name), getattr(many, name)), name
     assert one.summary == many.summary

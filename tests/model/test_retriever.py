@@ -19,10 +19,11 @@ from torch._dynamo.testing import CompileCounter
 
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.quotient import quotient
 from dragkit.model.encoder import RelationStates
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.compile import compile_retriever
-from dragkit_kernels import build_fact_orders
+from dragkit_kernels import FactGroups, build_fact_orders
 
 TEXT = 12
 
@@ -42,20 +43,35 @@ def make_graph(rng, num_nodes, num_facts, num_relations, num_tokens=None):
     }
 
 
-def pack(graphs, dtype=torch.float64) -> QuestionBatch:
+def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
     nodes = np.cumsum([0] + [g["num_nodes"] for g in graphs])
     facts = np.cumsum([0] + [len(g["head"]) for g in graphs])
     head = np.concatenate([g["head"] + o for g, o in zip(graphs, nodes, strict=False)])
     tail = np.concatenate([g["tail"] + o for g, o in zip(graphs, nodes, strict=False)])
-    relation = np.concatenate([g["relation"] for g in graphs])
-    used = np.unique(relation)
-    local = np.searchsorted(used, relation)
-    as_int = lambda a: torch.tensor(np.asarray(a), dtype=torch.int32)  # noqa: E731
-    fact_graph = as_int(np.repeat(np.arange(len(graphs)), np.diff(facts)))
-    topic = torch.zeros(int(nodes[-1]), dtype=dtype)
+    used, relation = np.unique(np.concatenate([g["relation"] for g in graphs]), return_inverse=True)
+    owner = np.repeat(np.arange(len(graphs)), np.diff(nodes))
+    mark = np.zeros(nodes[-1], dtype=bool)
     for g, o in zip(graphs, nodes, strict=False):
-        for t in g["topics"]:
-            topic[int(o) + t] = 1 / len(g["topics"])
+        mark[[o + t for t in g["topics"]]] = True
+    merged = quotient(head, tail, relation, owner, mark, merge=merge)
+    num_nodes, num_rows = len(merged.size), len(merged.head)
+    node_graph, row_graph = np.zeros(num_nodes, np.int32), np.zeros(num_rows, np.int32)
+    node_graph[merged.node_class] = owner
+    row_graph[merged.fact_row] = np.repeat(np.arange(len(graphs)), np.diff(facts))
+    topic_row = np.unique(merged.node_class[mark])
+    topic = torch.zeros(num_nodes, dtype=dtype)
+    for row in topic_row:
+        topic[row] = 1 / len(graphs[node_graph[row]]["topics"])
+    as_int = lambda a: torch.tensor(np.asarray(a), dtype=torch.int32)  # noqa: E731
+
+    def orders(chosen):
+        head, tail, relation, *counts = (as_int(column[chosen]) for column in merged[3:])
+        counts = dict(zip(("head_count", "tail_count"), counts, strict=True))
+        graph = as_int(row_graph[chosen])
+        return build_fact_orders(head, tail, relation, num_nodes, graph, **counts)
+
+    near = np.isin(merged.head, topic_row) | np.isin(merged.tail, topic_row)
+    ends = np.cumsum(np.bincount(merged.fact_row, minlength=num_rows))
     longest = max(len(g["question"]) for g in graphs)
     states = torch.zeros(len(graphs), longest, TEXT, dtype=dtype)
     mask = torch.zeros(len(graphs), longest, dtype=torch.bool)
@@ -63,19 +79,25 @@ def pack(graphs, dtype=torch.float64) -> QuestionBatch:
         states[i, : len(g["question"])] = g["question"].to(dtype)
         mask[i, : len(g["question"])] = True
     graph = PackedGraph(
-        orders=build_fact_orders(
-            as_int(head), as_int(tail), as_int(local), int(nodes[-1]), fact_graph
+        orders=orders(np.arange(num_rows)),
+        start=orders(np.flatnonzero(near)),
+        groups=FactGroups(
+            as_int(merged.fact_row),
+            as_int([0, *ends]),
+            as_int(np.argsort(merged.fact_row, kind="stable")),
         ),
-        relation=as_int(local),
         topic=topic,
-        node_graph=as_int(np.repeat(np.arange(len(graphs)), np.diff(nodes))),
-        fact_graph=fact_graph,
-        node_ptr=as_int(nodes),
+        topic_row=as_int(topic_row),
+        topic_graph=as_int(node_graph[topic_row]),
+        node_count=as_int(merged.size),
+        node_graph=as_int(node_graph),
+        fact_graph=as_int(np.repeat(np.arange(len(graphs)), np.diff(facts))),
+        node_ptr=as_int([0, *np.cumsum(np.bincount(node_graph, minlength=len(graphs)))]),
         fact_ptr=as_int(facts),
         label=torch.zeros(int(facts[-1]), dtype=dtype),
         question_key=torch.arange(len(graphs)),
         num_graphs=len(graphs),
-        num_nodes=int(nodes[-1]),
+        num_nodes=num_nodes,
         num_facts=int(facts[-1]),
         max_facts=int(np.diff(facts).max()),
     )
@@ -177,16 +199,29 @@ def double_retriever(**settings) -> Retriever:
     return Retriever(config, TEXT).double()
 
 
+def star(rng):
+    """Equal leaves around a topic, of which one more fact sets one apart: 9 nodes, 4 classes."""
+    graph = make_graph(rng, 9, 9, 5)
+    graph["head"] = np.array([0] * 8 + [3])
+    graph["tail"] = np.array([*range(1, 9), 4])
+    graph["relation"] = np.array([2] * 8 + [1])
+    return graph | {"topics": [0]}
+
+
+@pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("message", ["collapsed", "parity"])
 @pytest.mark.parametrize("instructions,stages", [(1, 1), (2, 2), (3, 2)])
-def test_equals_one_question_at_a_time(message, instructions, stages):
+def test_equals_one_question_at_a_time(message, instructions, stages, merge):
     rng = np.random.default_rng(instructions)
     graphs = [make_graph(rng, n, e, 5) for n, e in ((6, 14), (1, 2), (4, 3), (9, 20))]
+    graphs.insert(1, star(rng))
     relations = relation_states(5)
     model = double_retriever(message=message, num_instructions=instructions, num_stages=stages)
     weights = [torch.randn(len(g["head"]), dtype=torch.float64) for g in graphs]
 
-    logits = model(pack(graphs), relations).fact_logits
+    batch = pack(graphs, merge=merge)
+    assert batch.graph.num_nodes < 29 if merge else batch.graph.num_nodes == 29
+    logits = model(batch, relations).fact_logits
     (logits * torch.cat(weights)).sum().backward()
     plain = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
     wanted = [reference(plain, g, relations, model.config) for g in graphs]

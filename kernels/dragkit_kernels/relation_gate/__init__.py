@@ -1,0 +1,52 @@
+"""What a relation says under an instruction: the rows that message passing starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve_backend
+from ..checks import check_float, check_index, check_shape
+from . import op as _op  # noqa: F401  (registers the ops)
+from .reference import relation_gate_ref
+
+__all__ = ["relation_gate", "relation_gate_ref"]
+
+
+def relation_gate(
+    relation: Tensor,
+    instruction: Tensor,
+    pair_relation: Tensor,
+    pair_graph: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """c[d, r, k] = relu(u[d, relation_r] * i[graph_r, k]), for both directions d (ReaRev).
+
+    Args:
+        relation: float [2, R, C] projected relation vectors u, forward and inverse.
+        instruction: float [B, I, C], I at least 1, with the dtype of `relation`.
+        pair_relation, pair_graph: int32 [P] relation and graph of every pair.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [2, P, I, C] with the dtype of `relation`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    op = "relation_gate"
+    check_shape(op, "instruction", instruction, (None, None, None))
+    check_shape(op, "relation", relation, (2, None, instruction.shape[2]))
+    check_shape(op, "pair_relation", pair_relation, (None,))
+    check_shape(op, "pair_graph", pair_graph, tuple(pair_relation.shape))
+    check_float(op, relation=relation, instruction=instruction)
+    check_index(op, pair_relation=pair_relation, pair_graph=pair_graph)
+    if instruction.shape[1] == 0 or instruction.dtype != relation.dtype:
+        raise ValueError(
+            f"{op}: at least one instruction of {relation.dtype} is needed, got "
+            f"{instruction.shape[1]} of {instruction.dtype}"
+        )
+    resolve_backend(op, relation, backend)
+    return torch.ops.dragkit.relation_gate_fwd(relation, instruction, pair_relation, pair_graph)
