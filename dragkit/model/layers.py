@@ -134,7 +134,10 @@ class ReasoningLayer(nn.Module):
         width = self.hidden_dim
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
-        return LayerTables(self.relation(relation), own.t(), blocks.reshape(2, -1, width))
+        projected = self.relation(relation)
+        # Like the node states: autocast does not look into the op that multiplies the two.
+        own = own.t().to(projected.dtype)
+        return LayerTables(projected, own, blocks.reshape(2, -1, width))
 
     def forward(
         self,

@@ -101,7 +101,8 @@ def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     }
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": spec.num_warps})
+    options = {"num_warps": spec.num_warps, "maxnreg": spec.max_registers}
+    compiled = triton.compile(source, target=target, options=options)
     return _usage(compiled.asm["cubin"], compiled.metadata.shared)
 
 

@@ -41,3 +41,8 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any argument is, else float32: the precision of every sum."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
+
+
+def widest(*tensors: Tensor) -> Tensor:
+    """The first float64 argument, else the first: its dtype decides which path can run."""
+    return next((x for x in tensors if x.dtype == torch.float64), tensors[0])

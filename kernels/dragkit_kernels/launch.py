@@ -42,6 +42,8 @@ class KernelSpec(NamedTuple):
         budget: see Budget.
         divisible: integer arguments that the launcher knows to be multiples of 16. Pointers always
             are; integers that the kernel does not specialise never are.
+        max_registers: what the launcher allows a thread (`maxnreg`); None leaves it to the
+            assembler, which may spill a few to fit one more program.
     """
 
     kernel: object
@@ -50,6 +52,7 @@ class KernelSpec(NamedTuple):
     num_warps: int
     budget: Budget
     divisible: tuple[str, ...] = ()
+    max_registers: int | None = None
 
 
 NOISE_TILE = Tile(1024, 8)

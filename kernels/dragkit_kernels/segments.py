@@ -21,6 +21,19 @@ def segment_ids(ptr: Tensor, num_rows: int) -> Tensor:
     return torch.searchsorted(ptr[1:].contiguous(), rows, right=True)
 
 
+def segment_ptr(segment: Tensor, num_segments: int) -> Tensor:
+    """First row of every segment and the end of the last, the inverse of `segment_ids`.
+
+    Args:
+        segment: int [N], ascending; num_segments: B.
+
+    Returns:
+        int32 [B+1].
+    """
+    numbers = torch.arange(num_segments + 1, dtype=segment.dtype, device=segment.device)
+    return torch.searchsorted(segment, numbers, out_int32=True)
+
+
 def padded_rows(ptr: Tensor, num_rows: int, width: int) -> Tensor:
     """Rows of every segment side by side.
 

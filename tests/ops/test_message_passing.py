@@ -157,7 +157,7 @@ def test_unwanted_gradients_are_not_computed() -> None:
     out = run(pack, values)
     mask = [False, True, False, False, True, False, False]
     got = torch.ops.dragkit.message_passing_bwd(
-        torch.ones_like(out), out, *values, *_walks(pack.orders), pack.node_graph, mask
+        torch.ones_like(out), out, *values, *_walks(pack.orders), pack.node_graph, mask, False
     )
     assert [g.numel() > 0 for g in got] == mask
 

@@ -46,11 +46,11 @@ def test_opcheck_message_passing() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = list(floats(pack).values())
     walks = (*_walks(pack.orders), pack.node_graph)
-    torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks))
+    torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks, False))
     plain = [t.detach() for t in x]
-    out = torch.ops.dragkit.message_passing_fwd(*plain, *walks)
+    out = torch.ops.dragkit.message_passing_fwd(*plain, *walks, False)
     for mask in ([True] * 7, [False, True, False, True, False, True, False]):
-        arguments = (torch.randn_like(out), out, *plain, *walks, mask)
+        arguments = (torch.randn_like(out), out, *plain, *walks, mask, False)
         torch.library.opcheck(torch.ops.dragkit.message_passing_bwd.default, arguments)
 
 
@@ -58,29 +58,33 @@ def test_opcheck_the_others() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     o, ops = pack.orders, torch.ops.dragkit
     table = torch.randn(o.num_pairs, WIDTH).requires_grad_()
-    torch.library.opcheck(ops.relation_sum_fwd.default, (table, *_walks(o)))
+    torch.library.opcheck(ops.relation_sum_fwd.default, (table, *_walks(o), False))
     rows = torch.randn(9, WIDTH)
     torch.library.opcheck(
         ops.relation_sum_bwd.default,
-        (rows, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count),
+        (rows, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count, False),
     )
     score = torch.randn(9).requires_grad_()
     mask = torch.rand(9) > 0.3
-    torch.library.opcheck(ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask, None))
-    counted = (score, pack.node_ptr, None, pack.node_count)
+    torch.library.opcheck(
+        ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask, None, False)
+    )
+    counted = (score, pack.node_ptr, None, pack.node_count, False)
     torch.library.opcheck(ops.segment_softmax_fwd.default, counted)
     p = torch.rand(9)
-    torch.library.opcheck(ops.segment_softmax_bwd.default, (p, p, pack.node_ptr, pack.node_count))
+    counted = (p, p, pack.node_ptr, pack.node_count, False)
+    torch.library.opcheck(ops.segment_softmax_bwd.default, counted)
     ordered = (o.head_ptr, o.head_fact, o.pair_ptr, o.pair_fact, o.tail_ptr, o.tail_fact)
     scores = [torch.randn(n).requires_grad_() for n in (9, o.num_pairs, 9)]
     bias = torch.zeros((), requires_grad=True)
     for groups in ((None, None, None), fact_groups(o.num_facts)):
         torch.library.opcheck(
             ops.fact_scores_fwd.default,
-            (*scores, bias, o.head, o.tail, o.fact_pair, *ordered, *groups),
+            (*scores, bias, o.head, o.tail, o.fact_pair, *ordered, *groups, False),
         )
         size = o.num_facts if groups[0] is None else groups.row.numel()
-        torch.library.opcheck(ops.fact_scores_bwd.default, (torch.randn(size), *ordered, *groups))
+        arguments = (torch.randn(size), *ordered, *groups, False)
+        torch.library.opcheck(ops.fact_scores_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
@@ -109,15 +113,15 @@ def test_fake_tensors_follow_low_precision() -> None:
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.dragkit.message_passing_fwd.default,
-        (*x, *walks, pack.node_graph),
+        (*x, *walks, pack.node_graph, False),
         test_utils=utils,
     )
     torch.library.opcheck(
-        torch.ops.dragkit.relation_sum_fwd.default, (x[2], *walks), test_utils=utils
+        torch.ops.dragkit.relation_sum_fwd.default, (x[2], *walks, False), test_utils=utils
     )
     torch.library.opcheck(
         torch.ops.dragkit.segment_softmax_fwd.default,
-        (x[1], pack.node_ptr, None, pack.node_count),
+        (x[1], pack.node_ptr, None, pack.node_count, False),
         test_utils=utils,
     )
 
@@ -128,7 +132,7 @@ def test_second_derivatives_are_refused() -> None:
     walks, node_graph = _walks(pack.orders), pack.node_graph
     outputs = {
         "message_passing_bwd": torch.ops.dragkit.message_passing_fwd(
-            *x.values(), *walks, node_graph
+            *x.values(), *walks, node_graph, False
         ),
         "segment_softmax_bwd": segment_softmax(x["p"], pack.node_ptr),
         "relation_sum_bwd": relation_sum(x["table_fwd"], orders=pack.orders),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_float, check_index, check_shape
+from ..checks import check_float, check_index, check_shape, widest
 from ..orders import FactGroups, FactOrders
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import fact_scores_ref
@@ -54,12 +54,10 @@ def fact_scores(
         check_shape(op, "groups.ptr", groups.ptr, (orders.num_facts + 1,))
         check_shape(op, "groups.fact", groups.fact, tuple(groups.row.shape))
         check_index(op, **{f"groups.{name}": x for name, x in groups._asdict().items()})
-    resolve_backend(op, head_score, backend)
+    scores = (head_score, pair_score, tail_score, bias)
+    triton = resolve_backend(op, widest(*scores), backend) == "triton"
     return torch.ops.dragkit.fact_scores_fwd(
-        head_score,
-        pair_score,
-        tail_score,
-        bias,
+        *scores,
         orders.head,
         orders.tail,
         orders.fact_pair,
@@ -70,4 +68,5 @@ def fact_scores(
         orders.tail_ptr,
         orders.tail_fact,
         *(groups or (None, None, None)),
+        triton,
     )

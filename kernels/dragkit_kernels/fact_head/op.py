@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 from ..segments import ordered_sum
+
+if HAS_TRITON:
+    from .backward import fact_scores_bwd
+    from .forward import fact_scores_fwd
+else:
+    fact_scores_bwd = fact_scores_fwd = None
 
 _SORTED = (
     "Tensor head_ptr, Tensor head_fact, Tensor pair_ptr, Tensor pair_fact, "
@@ -15,7 +22,7 @@ _SORTED = (
 )
 
 
-def fact_scores_fwd(
+def _torch_fwd(
     head_score: Tensor,
     pair_score: Tensor,
     tail_score: Tensor,
@@ -35,7 +42,7 @@ def fact_scores_fwd(
     return out if group_row is None else out.index_select(0, group_row)
 
 
-def fact_scores_bwd(
+def _torch_bwd(
     grad: Tensor,
     head_ptr: Tensor,
     head_fact: Tensor,
@@ -65,10 +72,10 @@ def _fact_scores_fake(
     tail_score: Tensor,
     bias: Tensor,
     head: Tensor,
-    *orders: Tensor | None,
+    *rest: object,
 ) -> Tensor:
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
-    group_row = orders[-3]
+    group_row = rest[-4]
     return head_score.new_empty((head if group_row is None else group_row).shape, dtype=dtype)
 
 
@@ -80,33 +87,36 @@ def _fact_scores_bwd_fake(
     pair_fact: Tensor,
     tail_ptr: Tensor,
     tail_fact: Tensor,
-    *groups: Tensor | None,
+    *rest: object,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sums = (grad.new_empty(ptr.shape[0] - 1) for ptr in (head_ptr, pair_ptr, tail_ptr))
     return (*sums, grad.new_empty(()))
 
 
-def _setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.dtypes = [x.dtype for x in inputs[:4]]
-    ctx.save_for_backward(*inputs[7:])
+    ctx.save_for_backward(*inputs[7:-1])
+    ctx.triton = inputs[-1]
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.dragkit.fact_scores_bwd(grad, *ctx.saved_tensors)
+    grads = torch.ops.dragkit.fact_scores_bwd(grad, *ctx.saved_tensors, ctx.triton)
     cast = (g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-    return (*cast, *(None,) * 12)
+    return (*cast, *(None,) * 13)
 
 
 register(
     "fact_scores_fwd(Tensor head_score, Tensor pair_score, Tensor tail_score, Tensor bias, "
-    f"Tensor head, Tensor tail, Tensor fact_pair, {_SORTED}) -> Tensor",
-    fact_scores_fwd,
+    f"Tensor head, Tensor tail, Tensor fact_pair, {_SORTED}, bool triton) -> Tensor",
+    _torch_fwd,
     _fact_scores_fake,
+    triton=fact_scores_fwd,
 )
 register(
-    f"fact_scores_bwd(Tensor grad, {_SORTED}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fact_scores_bwd,
+    f"fact_scores_bwd(Tensor grad, {_SORTED}, bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
+    _torch_bwd,
     _fact_scores_bwd_fake,
+    triton=fact_scores_bwd,
 )
 register_gradient("fact_scores_fwd", _backward, _setup)
 forbid_gradient("fact_scores_bwd")

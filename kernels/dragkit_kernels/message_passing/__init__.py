@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_float, check_index, check_shape
+from ..checks import check_float, check_index, check_shape, widest
 from ..orders import FactOrders
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import message_passing_parity_ref, message_passing_ref, relation_sum_ref
@@ -100,10 +100,9 @@ def message_passing(
     check_float(op, self_table=self_table, weight=weight, bias=bias)
     check_index(op, node_graph=node_graph)
     _check_orders(op, orders)
-    resolve_backend(op, h, backend)
-    return torch.ops.dragkit.message_passing_fwd(
-        h, p, table_fwd, table_inv, self_table, weight, bias, *_walks(orders), node_graph
-    )
+    inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
+    triton = resolve_backend(op, widest(*inputs), backend) == "triton"
+    return torch.ops.dragkit.message_passing_fwd(*inputs, *_walks(orders), node_graph, triton)
 
 
 def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") -> Tensor:
@@ -128,8 +127,8 @@ def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") ->
     check_shape("relation_sum", "table", table, (orders.num_pairs, None))
     check_float("relation_sum", table=table)
     _check_orders("relation_sum", orders)
-    resolve_backend("relation_sum", table, backend)
-    return torch.ops.dragkit.relation_sum_fwd(table, *_walks(orders))
+    triton = resolve_backend("relation_sum", table, backend) == "triton"
+    return torch.ops.dragkit.relation_sum_fwd(table, *_walks(orders), triton)
 
 
 def message_passing_parity(

@@ -10,9 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
-from ..segments import bag_sum, ordered_sum
+from ..segments import bag_sum, ordered_sum, segment_ptr
+from .product import product
+
+if HAS_TRITON:
+    from .backward import message_passing_bwd
+    from .forward import message_passing_fwd
+    from .relation import relation_sum_bwd, relation_sum_fwd
+else:
+    message_passing_bwd = message_passing_fwd = relation_sum_bwd = relation_sum_fwd = None
 
 _ORDERS = (
     "Tensor head, Tensor tail, Tensor tail_ptr, Tensor tail_fact, Tensor head_ptr, "
@@ -34,13 +43,7 @@ def _edge_dots(table: Tensor, rows: Tensor, delta: Tensor, node: Tensor) -> Tens
     )
 
 
-def _graph_ptr(node_graph: Tensor, num_graphs: int) -> Tensor:
-    """First node of every graph, from the ascending node_graph."""
-    graphs = torch.arange(num_graphs + 1, dtype=node_graph.dtype, device=node_graph.device)
-    return torch.searchsorted(node_graph, graphs, out_int32=True)
-
-
-def message_passing_fwd(
+def _torch_message_passing_fwd(
     h: Tensor,
     p: Tensor,
     table_fwd: Tensor,
@@ -64,7 +67,7 @@ def message_passing_fwd(
     """The collapsed layer; see message_passing."""
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)
-    out = torch.addmm(bias.to(dtype), h.to(dtype), weight.to(dtype))
+    out = product(h, weight, dtype).add_(bias)
     for table, source, count, order, ptr in (
         (table_fwd, head, tail_count, tail_fact, tail_ptr),
         (table_inv, tail, head_count, head_fact, head_ptr),
@@ -75,7 +78,7 @@ def message_passing_fwd(
     return out.relu_().to(h.dtype)
 
 
-def message_passing_bwd(
+def _torch_message_passing_bwd(
     grad: Tensor,
     h_out: Tensor,
     h: Tensor,
@@ -107,7 +110,7 @@ def message_passing_bwd(
     # delta = dLoss/dpre; contiguous() because sum().backward() sends a zero-stride gradient.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).to(dtype).contiguous()
     if output_mask[0]:
-        out[0] = delta @ weight.to(dtype).t()
+        out[0] = product(delta, weight.t(), dtype)
     if output_mask[1]:
         by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail) * tail_count
         by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head) * head_count
@@ -125,38 +128,39 @@ def message_passing_bwd(
             out[place] = bag_sum(delta, target.index_select(0, pair_fact), pair_ptr, sent)
     if output_mask[4]:
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
-        out[4] = bag_sum(delta, nodes, _graph_ptr(node_graph, self_table.shape[0]), p)
+        out[4] = bag_sum(delta, nodes, segment_ptr(node_graph, self_table.shape[0]), p)
     if output_mask[5]:
-        out[5] = h.to(dtype).t() @ delta
+        out[5] = product(h.t(), delta, dtype)
     if output_mask[6]:
         out[6] = delta.sum(0)
     return tuple(g.to(x.dtype) for g, x in zip(out, inputs, strict=True))
 
 
-def _message_passing_fake(h: Tensor, *args: Tensor) -> Tensor:
+def _message_passing_fake(h: Tensor, *args: object) -> Tensor:
     return torch.empty_like(h, memory_format=torch.contiguous_format)
 
 
 def _message_passing_bwd_fake(grad: Tensor, h_out: Tensor, *args: object) -> tuple[Tensor, ...]:
-    inputs, mask = args[:_NUM_DIFFERENTIABLE], args[-1]
+    inputs, mask = args[:_NUM_DIFFERENTIABLE], args[-2]
     return tuple(
         x.new_empty(x.shape) if wanted else x.new_empty(0)
         for x, wanted in zip(inputs, mask, strict=True)
     )
 
 
-def _message_passing_setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs)
+def _message_passing_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    *tensors, ctx.triton = inputs
+    ctx.save_for_backward(output, *tensors)
 
 
 def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     mask = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
-    grads = torch.ops.dragkit.message_passing_bwd(grad, *ctx.saved_tensors, mask)
+    grads = torch.ops.dragkit.message_passing_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
     wanted = tuple(g if need else None for g, need in zip(grads, mask, strict=True))
     return wanted + (None,) * (len(ctx.needs_input_grad) - _NUM_DIFFERENTIABLE)
 
 
-def relation_sum_fwd(
+def _torch_relation_sum_fwd(
     table: Tensor,
     head: Tensor,
     tail: Tensor,
@@ -180,7 +184,7 @@ def relation_sum_fwd(
     return out.to(table.dtype)
 
 
-def relation_sum_bwd(
+def _torch_relation_sum_bwd(
     grad: Tensor,
     head: Tensor,
     tail: Tensor,
@@ -200,42 +204,52 @@ def relation_sum_bwd(
 
 
 def _relation_sum_fake(
-    table: Tensor, head: Tensor, tail: Tensor, tail_ptr: Tensor, *rest: Tensor
+    table: Tensor, head: Tensor, tail: Tensor, tail_ptr: Tensor, *rest: object
 ) -> Tensor:
     return table.new_empty(tail_ptr.shape[0] - 1, table.shape[1])
 
 
 def _relation_sum_bwd_fake(
-    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, *rest: Tensor
+    grad: Tensor, head: Tensor, tail: Tensor, pair_ptr: Tensor, *rest: object
 ) -> Tensor:
     return grad.new_empty(pair_ptr.shape[0] - 1, grad.shape[1])
 
 
-def _relation_sum_setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count = inputs
+def _relation_sum_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count, ctx.triton = inputs
     ctx.save_for_backward(head, tail, pair_ptr, pair_fact, head_count, tail_count)
 
 
 def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (torch.ops.dragkit.relation_sum_bwd(grad, *ctx.saved_tensors), *(None,) * 11)
+    return (torch.ops.dragkit.relation_sum_bwd(grad, *ctx.saved_tensors, ctx.triton), *(None,) * 12)
 
 
-register(f"message_passing_fwd({_INPUTS}) -> Tensor", message_passing_fwd, _message_passing_fake)
 register(
-    f"message_passing_bwd(Tensor grad, Tensor h_out, {_INPUTS}, bool[] output_mask) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    message_passing_bwd,
+    f"message_passing_fwd({_INPUTS}, bool triton) -> Tensor",
+    _torch_message_passing_fwd,
+    _message_passing_fake,
+    triton=message_passing_fwd,
+)
+register(
+    f"message_passing_bwd(Tensor grad, Tensor h_out, {_INPUTS}, bool[] output_mask, bool triton) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _torch_message_passing_bwd,
     _message_passing_bwd_fake,
+    triton=message_passing_bwd,
 )
 register_gradient("message_passing_fwd", _message_passing_backward, _message_passing_setup)
 register(
-    f"relation_sum_fwd(Tensor table, {_ORDERS}) -> Tensor", relation_sum_fwd, _relation_sum_fake
+    f"relation_sum_fwd(Tensor table, {_ORDERS}, bool triton) -> Tensor",
+    _torch_relation_sum_fwd,
+    _relation_sum_fake,
+    triton=relation_sum_fwd,
 )
 register(
     "relation_sum_bwd(Tensor grad, Tensor head, Tensor tail, Tensor pair_ptr, Tensor pair_fact, "
-    "Tensor head_count, Tensor tail_count) -> Tensor",
-    relation_sum_bwd,
+    "Tensor head_count, Tensor tail_count, bool triton) -> Tensor",
+    _torch_relation_sum_bwd,
     _relation_sum_bwd_fake,
+    triton=relation_sum_bwd,
 )
 register_gradient("relation_sum_fwd", _relation_sum_backward, _relation_sum_setup)
 forbid_gradient("message_passing_bwd")

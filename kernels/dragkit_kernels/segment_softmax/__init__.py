@@ -52,5 +52,5 @@ def segment_softmax(
     if count is not None:
         check_shape("segment_softmax", "count", count, tuple(score.shape))
         check_index("segment_softmax", count=count)
-    resolve_backend("segment_softmax", score, backend)
-    return torch.ops.dragkit.segment_softmax_fwd(score, ptr, mask, count)
+    triton = resolve_backend("segment_softmax", score, backend) == "triton"
+    return torch.ops.dragkit.segment_softmax_fwd(score, ptr, mask, count, triton)

@@ -1,0 +1,104 @@
+"""Triton backward of fact_scores: ordered sums of a scalar per fact."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec, Tile
+
+TILE = Tile(16, 4)
+# Facts that the rows of a tile pick from at a time.
+FACTS = 128
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _fact_scores_bwd_sum_kernel(
+    grad_ptr,
+    ptr_ptr,
+    order_ptr,
+    out_ptr,
+    num_rows,
+    BLOCK_V: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out_v = sum of grad[order_i] over ptr[v] <= i < ptr[v+1], for a tile of rows v.
+
+    The facts of consecutive rows lie side by side in the order, so a tile walks them all in blocks
+    and every row picks its own: a long row costs its facts, not those of its neighbours.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_V
+    offs_v = first + tl.arange(0, BLOCK_V)
+    mask_v = offs_v < num_rows
+    begin = tl.load(ptr_ptr + offs_v, mask=mask_v, other=0)[:, None]
+    end = tl.load(ptr_ptr + offs_v + 1, mask=mask_v, other=0)[:, None]
+    tile_begin = tl.load(ptr_ptr + first)
+    tile_end = tl.load(ptr_ptr + tl.minimum(first + BLOCK_V, num_rows))
+    acc = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
+    for start in range(tile_begin, tile_end, BLOCK_E):
+        slot = start + tl.arange(0, BLOCK_E)
+        mask_e = slot < tile_end
+        fact = tl.load(order_ptr + slot, mask=mask_e, other=0)
+        grad = tl.load(grad_ptr + fact, mask=mask_e, other=0.0)[None, :]
+        own = (slot[None, :] >= begin) & (slot[None, :] < end)
+        acc += tl.where(own, grad, 0.0)
+    tl.store(out_ptr + offs_v, tl.sum(acc, 1), mask=mask_v)
+
+
+def fact_scores_bwd(
+    grad: Tensor,
+    head_ptr: Tensor,
+    head_fact: Tensor,
+    pair_ptr: Tensor,
+    pair_fact: Tensor,
+    tail_ptr: Tensor,
+    tail_fact: Tensor,
+    group_row: Tensor | None,
+    group_ptr: Tensor | None,
+    group_fact: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches one sum per table; see `dragkit::fact_scores_bwd`."""
+    grad = grad.contiguous()
+    if group_ptr is not None and group_fact is not None:
+        grad = _ordered_sum(grad, group_ptr, group_fact)
+    return (
+        _ordered_sum(grad, head_ptr, head_fact),
+        _ordered_sum(grad, pair_ptr, pair_fact),
+        _ordered_sum(grad, tail_ptr, tail_fact),
+        grad.sum(),
+    )
+
+
+def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
+    num_rows = ptr.shape[0] - 1
+    out = grad.new_empty(num_rows)
+    if num_rows > 0:
+        _fact_scores_bwd_sum_kernel[(triton.cdiv(num_rows, TILE.block),)](
+            grad,
+            ptr.contiguous(),
+            order.contiguous(),
+            out,
+            num_rows,
+            BLOCK_V=TILE.block,
+            BLOCK_E=FACTS,
+            num_warps=TILE.num_warps,
+        )
+    return out
+
+
+KERNELS = (
+    KernelSpec(
+        _fact_scores_bwd_sum_kernel,
+        types={
+            "grad_ptr": "*fp32",
+            "ptr_ptr": "*i32",
+            "order_ptr": "*i32",
+            "out_ptr": "*fp32",
+            "num_rows": "i32",
+        },
+        constants={"BLOCK_V": TILE.block, "BLOCK_E": FACTS},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=80, shared=512),
+    ),
+)

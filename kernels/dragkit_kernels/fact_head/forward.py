@@ -1,0 +1,94 @@
+"""Triton forward of fact_scores: three scalar gathers per fact."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec, Tile
+
+TILE = Tile(1024, 4)
+
+
+@triton.jit(do_not_specialize=["num_facts"])
+def _fact_scores_fwd_kernel(
+    head_score_ptr,
+    pair_score_ptr,
+    tail_score_ptr,
+    bias_ptr,
+    head_ptr,
+    tail_ptr,
+    fact_pair_ptr,
+    group_row_ptr,
+    score_ptr,
+    num_facts,
+    BLOCK: tl.constexpr,
+):
+    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, with q = row_e, or e without groups."""
+    offs_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask_e = offs_e < num_facts
+    row = offs_e
+    if group_row_ptr is not None:
+        row = tl.load(group_row_ptr + offs_e, mask=mask_e, other=0)
+    head = tl.load(head_ptr + row, mask=mask_e, other=0)
+    pair = tl.load(fact_pair_ptr + row, mask=mask_e, other=0)
+    tail = tl.load(tail_ptr + row, mask=mask_e, other=0)
+    score = tl.load(head_score_ptr + head, mask=mask_e, other=0.0).to(tl.float32)
+    score += tl.load(pair_score_ptr + pair, mask=mask_e, other=0.0).to(tl.float32)
+    score += tl.load(tail_score_ptr + tail, mask=mask_e, other=0.0).to(tl.float32)
+    score += tl.load(bias_ptr).to(tl.float32)
+    tl.store(score_ptr + offs_e, score, mask=mask_e)
+
+
+def fact_scores_fwd(
+    head_score: Tensor,
+    pair_score: Tensor,
+    tail_score: Tensor,
+    bias: Tensor,
+    head: Tensor,
+    tail: Tensor,
+    fact_pair: Tensor,
+    *sorted_facts: Tensor | None,
+) -> Tensor:
+    """Launches the gathers; see `dragkit::fact_scores_fwd`."""
+    group_row = sorted_facts[-3]
+    num_facts = (head if group_row is None else group_row).shape[0]
+    score = head_score.new_empty(num_facts, dtype=torch.float32)
+    if num_facts == 0:
+        return score
+    arguments = (head_score, pair_score, tail_score, bias, head, tail, fact_pair)
+    _fact_scores_fwd_kernel[(triton.cdiv(num_facts, TILE.block),)](
+        *(x.contiguous() for x in arguments),
+        None if group_row is None else group_row.contiguous(),
+        score,
+        num_facts,
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
+    )
+    return score
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _fact_scores_fwd_kernel,
+        types={
+            "head_score_ptr": score,
+            "pair_score_ptr": score,
+            "tail_score_ptr": score,
+            "bias_ptr": "*fp32",
+            "head_ptr": "*i32",
+            "tail_ptr": "*i32",
+            "fact_pair_ptr": "*i32",
+            "group_row_ptr": group_row,
+            "score_ptr": "*fp32",
+            "num_facts": "i32",
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=80, shared=0),
+    )
+    for score in ("*bf16", "*fp32")
+    for group_row in ("*i32", None)
+)

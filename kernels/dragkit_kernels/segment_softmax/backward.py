@@ -1,0 +1,79 @@
+"""Triton backward of segment_softmax: one program per graph."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec
+from .forward import TILE, graph_rows
+
+
+@triton.jit(do_not_specialize=["num_graphs", "num_rows"])
+def _segment_softmax_bwd_kernel(
+    grad_ptr,
+    p_ptr,
+    ptr_ptr,
+    count_ptr,
+    d_score_ptr,
+    num_graphs,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    """ds_v = p_v (dp_v - n_v sum_u p_u dp_u), the sum over v's graph; 0 after the last graph."""
+    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
+    part = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, graph_end, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        live = offs_n < graph_end
+        p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
+        part = tl.fma(p, tl.load(grad_ptr + offs_n, mask=live, other=0.0), part)
+    total = tl.sum(part, 0)
+    for start in range(begin, end, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        live = offs_n < graph_end
+        p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
+        share = total + tl.zeros((BLOCK,), tl.float32)
+        if count_ptr is not None:
+            share *= tl.load(count_ptr + offs_n, mask=live, other=0).to(tl.float32)
+        d_score = p * (tl.load(grad_ptr + offs_n, mask=live, other=0.0) - share)
+        tl.store(d_score_ptr + offs_n, d_score, mask=offs_n < end)
+
+
+def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
+    """Launches the gradient; see `dragkit::segment_softmax_bwd`."""
+    d_score = p.new_empty(p.shape)
+    num_graphs = ptr.shape[0] - 1
+    _segment_softmax_bwd_kernel[(num_graphs + 1,)](
+        grad.contiguous(),
+        p.contiguous(),
+        ptr.contiguous(),
+        None if count is None else count.contiguous(),
+        d_score,
+        num_graphs,
+        p.shape[0],
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
+    )
+    return d_score
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _segment_softmax_bwd_kernel,
+        types={
+            "grad_ptr": "*fp32",
+            "p_ptr": "*fp32",
+            "ptr_ptr": "*i32",
+            "count_ptr": count,
+            "d_score_ptr": "*fp32",
+            "num_graphs": "i32",
+            "num_rows": "i32",
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=64, shared=512),
+    )
+    for count in ("*i32", None)
+)

@@ -1,0 +1,111 @@
+"""Triton forward of segment_softmax: one program per graph."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec, Tile
+
+# Rows of a graph at a time.
+TILE = Tile(1024, 4)
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def graph_rows(ptr_ptr, num_graphs, num_rows):
+    """(first row, end of the graph, end of its rows): a graph's rows end with it, and program
+    `num_graphs` has no graph but the rows after the last one."""
+    pid_g = tl.program_id(0)
+    begin = tl.load(ptr_ptr + pid_g)
+    graph_end = tl.load(ptr_ptr + tl.minimum(pid_g + 1, num_graphs))
+    return begin, graph_end, tl.where(pid_g < num_graphs, graph_end, num_rows)
+
+
+@triton.jit
+def load_scores(score_ptr, mask_ptr, offs_n, live):
+    """Scores in float32, -inf where a row takes no part."""
+    if mask_ptr is not None:
+        live = live & (tl.load(mask_ptr + offs_n, mask=live, other=0) != 0)
+    return tl.load(score_ptr + offs_n, mask=live, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_graphs", "num_rows"])
+def _segment_softmax_fwd_kernel(
+    score_ptr,
+    ptr_ptr,
+    mask_ptr,
+    count_ptr,
+    p_ptr,
+    num_graphs,
+    num_rows,
+    BLOCK: tl.constexpr,
+):
+    """p_v = exp(s_v - max) / sum_u n_u exp(s_u - max) over a graph's unmasked rows, else 0.
+
+    The first walk keeps a running maximum and the sum of exponentials relative to it.
+    """
+    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
+    top = LOWEST + tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
+    for start in range(begin, graph_end, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        live = offs_n < graph_end
+        score = load_scores(score_ptr, mask_ptr, offs_n, live)
+        new_top = tl.maximum(top, tl.max(score, 0))
+        weight = tl.exp(score - new_top)
+        if count_ptr is not None:
+            weight *= tl.load(count_ptr + offs_n, mask=live, other=0).to(tl.float32)
+        total = tl.fma(total, tl.exp(top - new_top), tl.sum(weight, 0))
+        top = new_top
+    # Without a live row every weight is zero.
+    total = tl.where(total == 0.0, 1.0, total)
+    for start in range(begin, end, BLOCK):
+        offs_n = start + tl.arange(0, BLOCK)
+        score = load_scores(score_ptr, mask_ptr, offs_n, offs_n < graph_end)
+        tl.store(p_ptr + offs_n, tl.exp(score - top) / total, mask=offs_n < end)
+
+
+def segment_softmax_fwd(
+    score: Tensor, ptr: Tensor, mask: Tensor | None, count: Tensor | None
+) -> Tensor:
+    """Launches the softmax; see `dragkit::segment_softmax_fwd`."""
+    p = score.new_empty(score.shape, dtype=torch.float32)
+    num_graphs = ptr.shape[0] - 1
+    _segment_softmax_fwd_kernel[(num_graphs + 1,)](
+        score.contiguous(),
+        ptr.contiguous(),
+        None if mask is None else mask.contiguous().view(torch.uint8),
+        None if count is None else count.contiguous(),
+        p,
+        num_graphs,
+        score.shape[0],
+        BLOCK=TILE.block,
+        num_warps=TILE.num_warps,
+    )
+    return p
+
+
+KERNELS = tuple(
+    KernelSpec(
+        _segment_softmax_fwd_kernel,
+        types={
+            "score_ptr": score,
+            "ptr_ptr": "*i32",
+            "p_ptr": "*fp32",
+            "num_graphs": "i32",
+            "num_rows": "i32",
+            **options,
+        },
+        constants={"BLOCK": TILE.block},
+        num_warps=TILE.num_warps,
+        budget=Budget(registers=64, shared=512),
+    )
+    for score in ("*bf16", "*fp32")
+    for options in (
+        {"mask_ptr": "*u8", "count_ptr": "*i32"},
+        {"mask_ptr": None, "count_ptr": None},
+    )
+)

@@ -1,0 +1,215 @@
+"""The kernels of message_passing and relation_sum against the references, with every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragkit_kernels import (
+    FactOrders,
+    message_passing,
+    message_passing_ref,
+    relation_sum,
+    relation_sum_ref,
+)
+from dragkit_kernels.message_passing import _walks, backward
+from dragkit_kernels.testing import (
+    Adjacency,
+    adjacency,
+    assert_close,
+    fenced_allocations,
+    gradients,
+    leaves,
+    random_adjacency,
+    strided_like,
+)
+
+NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias")
+# Sums of the kernel and of float64 differ by float32 rounding alone.
+FORWARD = {torch.float32: 2e-6}
+
+
+def _star() -> Adjacency:
+    """Node 0 is the tail of 150 facts of one relation and the head of none; node 151 is alone."""
+    head = torch.arange(1, 151)
+    return adjacency([(152, 150)], head, torch.zeros_like(head), torch.zeros_like(head))
+
+
+def _chain() -> Adjacency:
+    node = torch.arange(39)
+    return adjacency([(40, 39)], node, node + 1, node % 3)
+
+
+PACKS: dict[str, Callable[[], Adjacency]] = {
+    "empty_first_middle_last": lambda: random_adjacency(
+        [(0, 0), (5, 12), (1, 3), (0, 0), (34, 71), (4, 0), (0, 0)], 6
+    ),
+    "many_graphs": lambda: random_adjacency([(3, 4)] * 20, 5),
+    # Nodes and pairs of more facts than are walked one by one.
+    "hubs": lambda: random_adjacency([(9, 400), (3, 0)], 2),
+    "star": _star,
+    "chain": _chain,
+    "no_facts": lambda: random_adjacency([(3, 0), (2, 0)], 1),
+    "no_nodes": lambda: random_adjacency([(0, 0), (0, 0)], 1),
+}
+
+
+@pytest.fixture(params=PACKS, ids=list(PACKS))
+def pack(request: pytest.FixtureRequest, device: torch.device) -> Adjacency:
+    return to_device(PACKS[request.param](), device)
+
+
+def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
+    orders, *rest = pack
+    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
+
+
+def make_inputs(pack: Adjacency, dtype: torch.dtype, width: int) -> list[Tensor]:
+    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    graphs = len(pack.node_ptr) - 1
+    shapes = [
+        *((nodes, width), (nodes,), (pairs, width), (pairs, width)),
+        *((graphs, width), (width, width), (width,)),
+    ]
+    generator = torch.Generator().manual_seed(width)
+    device = pack.node_graph.device
+    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
+
+
+def layer(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
+    return message_passing(
+        *inputs, orders=pack.orders, node_graph=pack.node_graph, backend="triton"
+    )
+
+
+def check(pack: Adjacency, values: list[Tensor], grad: Tensor | None = None) -> None:
+    """Result and gradients of kernels and float64 reference agree; every buffer is filled."""
+    exact, tried = leaves([x.double() for x in values]), leaves(values)
+    expected = message_passing_ref(*exact, orders=pack.orders, node_graph=pack.node_graph)
+    if grad is None:
+        grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        grad = grad.to(expected.device, values[0].dtype)
+    with fenced_allocations():
+        actual = layer(pack, tried)
+        got = gradients(actual, tried, grad)
+    assert actual.dtype == values[0].dtype
+    assert_close(actual, expected, name="out", tolerance=FORWARD.get(actual.dtype))
+    # The kernels see where the rounded output is positive.
+    wanted = torch.autograd.grad(expected, exact, torch.where(actual > 0, grad.double(), 0.0))
+    for name, x, g, want in zip(NAMES, values, got, wanted, strict=True):
+        assert g.dtype == x.dtype
+        assert_close(g, want, name=f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layer_with_every_gradient(pack: Adjacency, dtype: torch.dtype) -> None:
+    check(pack, make_inputs(pack, dtype, 7))
+
+
+@pytest.mark.parametrize("width", [1, 64, 96, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_widths(device: torch.device, dtype: torch.dtype, width: int) -> None:
+    pack = to_device(random_adjacency([(9, 20), (0, 0), (33, 60)], 4), device)
+    check(pack, make_inputs(pack, dtype, width))
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("places", [(0, 2, 3, 5), (0, 2, 3, 4), (1, 5, 6)])
+def test_mixed_precision(device: torch.device, low: torch.dtype, places: tuple[int, ...]) -> None:
+    pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
+    values = make_inputs(pack, torch.float32, 16)
+    for place in places:
+        values[place] = values[place].to(low)
+    check(pack, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strides(device: torch.device, dtype: torch.dtype) -> None:
+    pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
+    values = make_inputs(pack, dtype, 20)
+    one = torch.ones((), device=device, dtype=dtype).expand(13, 20)
+    check(pack, [strided_like(x) for x in values], one)
+    columns = torch.randn(20, 13, device=device).to(dtype).t()
+    check(pack, [*values[:5], values[5].t().contiguous().t(), values[6]], columns)
+
+
+@pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
+def test_each_gradient_alone(device: torch.device, place: int) -> None:
+    pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
+    values = make_inputs(pack, torch.float32, 20)
+    every = leaves(values)
+    want = gradients(layer(pack, every), every, torch.ones(13, 20, device=device))[place]
+    alone = [x.detach() for x in values]
+    alone[place].requires_grad_()
+    (got,) = gradients(layer(pack, alone), [alone[place]], torch.ones(13, 20, device=device))
+    assert torch.equal(got, want)
+
+
+def test_unwanted_gradients_are_not_computed(device: torch.device) -> None:
+    pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
+    values = make_inputs(pack, torch.float32, 20)
+    out = layer(pack, values)
+    mask = [False, True, False, False, True, False, False]
+    got = backward.message_passing_bwd(
+        torch.ones_like(out), out, *values, *_walks(pack.orders), pack.node_graph, mask
+    )
+    assert [g.numel() > 0 for g in got] == mask
+
+
+def test_infinite_and_missing_numbers_stay_in_their_rows(device: torch.device) -> None:
+    pack = to_device(_chain(), device)
+    values = make_inputs(pack, torch.float32, 20)
+    values[0][3, 0] = float("nan")
+    values[1][7] = float("inf")
+    out = layer(pack, values)
+    wanted = message_passing_ref(*values, orders=pack.orders, node_graph=pack.node_graph)
+    assert torch.equal(out.isfinite(), wanted.isfinite())
+    assert torch.equal(out.isnan(), wanted.isnan())
+    assert 0 < int((~out.isfinite()).any(1).sum()) <= 4
+
+
+def test_two_runs_are_bit_equal(device: torch.device) -> None:
+    pack = to_device(random_adjacency([(20, 200), (30, 100)], 5), device)
+    inputs = leaves(make_inputs(pack, torch.float32, 33))
+    runs = []
+    for _ in range(2):
+        out = layer(pack, inputs)
+        runs.append([out, *gradients(out, inputs, out.detach())])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_autocast_changes_nothing(device: torch.device) -> None:
+    pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
+    inputs = leaves(make_inputs(pack, torch.float32, 20))
+    plain = layer(pack, inputs)
+    wanted = gradients(plain, inputs, torch.ones_like(plain))
+    with torch.autocast(device.type, torch.bfloat16):
+        out = layer(pack, inputs)
+        got = gradients(out, inputs, torch.ones_like(out))
+    assert all(torch.equal(x, y) for x, y in zip((out, *got), (plain, *wanted), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_relation_sum(pack: Adjacency, dtype: torch.dtype) -> None:
+    check_relation_sum(pack, make_inputs(pack, dtype, 7)[2])
+
+
+@pytest.mark.parametrize("width", [1, 64, 96, 257])
+def test_relation_sum_widths(device: torch.device, width: int) -> None:
+    pack = to_device(random_adjacency([(9, 20), (0, 0), (33, 60)], 4), device)
+    check_relation_sum(pack, strided_like(make_inputs(pack, torch.float32, width)[2]))
+
+
+def check_relation_sum(pack: Adjacency, table: Tensor) -> None:
+    tried, exact = table.detach().requires_grad_(), table.double().requires_grad_()
+    expected = relation_sum_ref(exact, orders=pack.orders)
+    grad = torch.ones((), device=table.device).expand(expected.shape)
+    with fenced_allocations():
+        actual = relation_sum(tried, orders=pack.orders, backend="triton")
+        (got,) = gradients(actual, [tried], grad)
+    assert actual.dtype == table.dtype
+    assert_close(actual, expected, tolerance=FORWARD.get(table.dtype))
+    assert_close(got, gradients(expected, [exact], grad)[0])
