@@ -3,6 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
+# Kernels are compiled with the pinned Triton and with the one of the GPU target.
+OLDER_TRITON = $(VENV)/triton-3.6
+ifeq ($(shell uname -s),Linux)
+COMPILED = $(OLDER_TRITON)/.installed
+endif
+
 .PHONY: train test lint bench results clean
 
 $(VENV)/.installed: setup.py constraints.txt
@@ -10,14 +16,21 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+$(OLDER_TRITON)/.installed: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps --target $(OLDER_TRITON) triton==3.6.0
+	touch $@
+
 train: $(VENV)/.installed
 	$(RUN) -m dragkit.train --phase 2
 
-test: $(VENV)/.installed
+test: $(VENV)/.installed $(COMPILED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/triton_ops
 	$(RUN) -m pytest -q
+ifdef COMPILED
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/triton_ops
+	$(RUN) -m dragkit_kernels.aot --triton-path $(OLDER_TRITON)
+endif
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check --fix .

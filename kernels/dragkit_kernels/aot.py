@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,17 +136,43 @@ def _configuration(spec: KernelSpec) -> str:
     return ", ".join(parts) + (f", no {' '.join(absent)}" if absent else "")
 
 
-def _rows() -> Iterator[tuple[str, ...]]:
-    for spec in all_specs():
-        for architecture in ARCHITECTURES:
-            usage = compile_spec(spec, architecture)
-            name = spec.kernel.fn.__name__
-            yield (
-                *(name, _configuration(spec), f"sm_{architecture}", triton.__version__),
-                *map(str, usage),
-                f"{usage.occupancy(spec.num_warps):.2f}",
-                usage.excess(spec),
-            )
+def _compile_at(place: tuple[int, int]) -> Usage:
+    """For a worker, which cannot be sent a kernel: the spec by its place among all."""
+    number, architecture = place
+    return compile_spec(next(islice(all_specs(), number, None)), architecture)
+
+
+def measure(specs: list[KernelSpec]) -> list[tuple[KernelSpec, int, Usage]]:
+    """Compiles `all_specs()` for every architecture, one process a core."""
+    places = [(number, arch) for number in range(len(specs)) for arch in ARCHITECTURES]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        found = list(pool.map(_compile_at, places))
+    return [(specs[n], arch, usage) for (n, arch), usage in zip(places, found, strict=True)]
+
+
+def _row(spec: KernelSpec, architecture: int, usage: Usage) -> tuple[str, ...]:
+    name = spec.kernel.fn.__name__
+    return (
+        *(name, _configuration(spec), f"sm_{architecture}", triton.__version__),
+        *map(str, usage),
+        f"{usage.occupancy(spec.num_warps):.2f}",
+        usage.excess(spec),
+    )
+
+
+def summary(measured: list[tuple[KernelSpec, int, Usage]]) -> str:
+    """One line: how much was compiled, and the worst of it."""
+    usages = [usage for _, _, usage in measured]
+    kernels = {spec.kernel.fn.__name__ for spec, _, _ in measured}
+    over = sum(bool(usage.excess(spec)) for spec, _, usage in measured)
+    return (
+        f"triton {triton.__version__}: {len(kernels)} kernels in "
+        f"{len(measured) // len(ARCHITECTURES)} configurations x {len(ARCHITECTURES)} "
+        f"architectures = {len(measured)} compiled; registers "
+        f"{min(u.registers for u in usages)}-{max(u.registers for u in usages)}, spills "
+        f"{sum(u.spills for u in usages)}, shared memory up to {max(u.shared for u in usages)} "
+        f"bytes, over budget {over}"
+    )
 
 
 def _write(rows: list[tuple[str, ...]], markdown: bool) -> None:
@@ -168,9 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    rows = list(_rows())
-    _write([_COLUMNS, *rows], options.markdown)
-    status = int(any(row[-1] for row in rows))
+    measured = measure(list(all_specs()))
+    _write([_COLUMNS, *(_row(*entry) for entry in measured)], options.markdown)
+    sys.stdout.write(summary(measured) + "\n")
+    sys.stdout.flush()
+    status = int(any(usage.excess(spec) for spec, _, usage in measured))
     if options.triton_path:
         path = os.pathsep.join([options.triton_path, os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "dragkit_kernels.aot"]
