@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
-from dragkit.model.decoder import computes, hidden_at_rows
+from dragkit.model.nemotron_h import computes, hidden_at_rows
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
 
 logger = logging.getLogger(__name__)

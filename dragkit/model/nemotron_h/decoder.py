@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dragkit.model.attention import attention_at, causal_attention
-from dragkit.model.lora import adapted_linear
-from dragkit.model.mixer import mamba_mixer
-from dragkit.model.norm import rms_norm
+from dragkit.model.nemotron_h.attention import attention_at, causal_attention
+from dragkit.model.nemotron_h.lora import adapted_linear
+from dragkit.model.nemotron_h.mixer import mamba_mixer
+from dragkit.model.nemotron_h.norm import rms_norm
 
 _SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dragkit.model.lora import adapted_linear
-from dragkit.model.norm import rms_norm
-from dragkit.model.scan import chunk_scan
+from dragkit.model.nemotron_h.lora import adapted_linear
+from dragkit.model.nemotron_h.norm import rms_norm
+from dragkit.model.nemotron_h.scan import chunk_scan
 
 
 class _CausalConv(torch.autograd.Function):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
-from dragkit.model.attention import attention_at, causal_attention
-from dragkit.model.decoder import computes, hidden_at_rows
-from dragkit.model.lora import adapted_linear
-from dragkit.model.mixer import causal_conv
-from dragkit.model.norm import rms_norm
-from dragkit.model.scan import chunk_scan
+from dragkit.model.nemotron_h.attention import attention_at, causal_attention
+from dragkit.model.nemotron_h.decoder import computes, hidden_at_rows
+from dragkit.model.nemotron_h.lora import adapted_linear
+from dragkit.model.nemotron_h.mixer import causal_conv
+from dragkit.model.nemotron_h.norm import rms_norm
+from dragkit.model.nemotron_h.scan import chunk_scan
 
 WIDTH = 32
 
