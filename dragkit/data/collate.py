@@ -60,15 +60,16 @@ class _Slices:
             int32 [len(shift), total].
         """
         height = skip + len(shift)
-        zero = np.zeros_like(self.base)
-        offsets = np.stack([zero if base is None else base for base in shift])
-        joined = np.empty((len(shift), self.total), dtype=np.int32)
-        ends = self.base.tolist()
-        for graph, start in enumerate((self.first * height).tolist()):
-            left, right = ends[graph], ends[graph + 1]
-            first, last = start + skip * (right - left), start + height * (right - left)
-            block = blocks[first:last].reshape(len(shift), right - left)
-            np.add(block, offsets[:, graph : graph + 1], out=joined[:, left:right])
+        pieces = [
+            blocks[(start := first * height) + skip * count : start + height * count].reshape(
+                len(shift), count
+            )
+            for first, count in zip(self.first.tolist(), self.count.tolist(), strict=True)
+        ]
+        joined = np.concatenate(pieces, axis=1, dtype=np.int32)
+        for row, base in zip(joined, shift, strict=True):
+            if base is not None:
+                row += base[self.owner]
         return joined
 
 
