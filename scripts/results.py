@@ -4,7 +4,8 @@
 
 Every table comes from two `python -m dragkit.train` commands, shown in the document; the second
 one's `results.json` holds the test metrics of each stage. Published sets are read from
-DRAGKIT_DATA, or from ../shared/data beside the repository.
+DRAGKIT_DATA, or from ../shared/data beside the repository. Sections of sets that are not asked for
+stay as they are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
 # A set of 5,000 questions needs no third pass to show what a pass does.
 EPOCHS = {("pathquestion", 2): 1}
-SETS = ("demo", "worldcup", "pathquestion", "webqsp", "freebase_simple")
+SETS = ("demo", "worldcup", "pathquestion", "webqsp", "cwq", "freebase_simple")
 
 HEAD = """# Results
 
@@ -42,7 +43,7 @@ Nemotron-H), mean and standard deviation over seeds, in percent. The stages of e
 sets, one-to-one. `rog-hit`: some gold answer occurs anywhere in the output. All test questions are
 in the denominator, also those whose answer is not in their subgraph. The published sets are small
 reconstructions with about 50 facts a question: the figures say that training works, and are not
-comparable with published ones.
+comparable with published ones. `python scripts/results.py` makes this page.
 """
 
 
@@ -112,10 +113,10 @@ def cell(values: list[float]) -> str:
     return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def table(name: str, results: list[dict]) -> list[str]:
-    """One set's table: stages as rows."""
+def table(name: str, results: list[dict], made: str) -> str:
+    """One set's section: stages as rows."""
     asked = results[0]["untrained"]["counts"]["asked"]
-    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds.", ""]
+    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {made}", ""]
     lines += ["| stage | " + " | ".join(METRICS) + " |", "| --- |" + " ---: |" * len(METRICS)]
     for stage in results[0]:
         cells = []
@@ -127,7 +128,34 @@ def table(name: str, results: list[dict]) -> list[str]:
     for phase in (1, 2):
         shown = " ".join(command(name, phase, 0, f"runs/{name}-0", "$DRAGKIT_DATA"))
         lines.append(f"python -m dragkit.train {shown}")
-    return [*lines, "```", ""]
+    return "\n".join([*lines, "```", ""])
+
+
+def made_by() -> str:
+    """When, where and with what the runs were made."""
+    import torch
+    import transformers
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return (
+        f"Made on {time.strftime('%Y-%m-%d')} at commit {commit} with Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, on a CPU ({os.cpu_count()} cores)."
+    )
+
+
+def sections(document: Path) -> dict[str, str]:
+    """The sections of an earlier document, by set."""
+    if not document.is_file():
+        return {}
+    _, *parts = document.read_text(encoding="utf-8").split("\n## ")
+    return {part.split("\n", 1)[0]: f"## {part.rstrip()}\n" for part in parts}
 
 
 def main() -> None:
@@ -150,25 +178,9 @@ def main() -> None:
     for (name, _), result in zip(work, found, strict=True):
         if result is not None:
             by_set.setdefault(name, []).append(result)
-    import torch
-    import transformers
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    made = (
-        f"Made on {time.strftime('%Y-%m-%d')} by `python scripts/results.py` at commit {commit} "
-        f"with Python {platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, on a CPU ({os.cpu_count()} cores)."
-    )
-    lines = [HEAD, made, ""]
-    for name in args.sets:
-        if name in by_set:
-            lines += table(name, by_set[name])
+    known, made = sections(args.output), made_by()
+    known |= {name: table(name, results, made) for name, results in by_set.items()}
+    lines = [HEAD, *(known[name] for name in SETS if name in known)]
     args.output.write_text("\n".join(lines), encoding="utf-8")
     if len(found) != sum(len(r) for r in by_set.values()):
         raise SystemExit("some runs failed; see their logs")

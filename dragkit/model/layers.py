@@ -17,10 +17,8 @@ from dragkit_kernels import FactOrders, message_passing, message_passing_parity,
 
 def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
     """Softmax over the last dimension of the True places; rows without any give zeros."""
-    score = score.float().masked_fill(~mask, float("-inf"))
-    top = score.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    weight = (score - top).exp()
-    return weight / weight.sum(-1, keepdim=True).clamp(min=1e-30)
+    lowest = torch.finfo(torch.float32).min
+    return torch.softmax(score.float().masked_fill(~mask, lowest), -1) * mask
 
 
 class TokenPooling(nn.Module):
