@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.data.packing import COUNTS, PER_FACT
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
@@ -87,15 +87,32 @@ class PackedCollator:
 
     Args:
         store: the packed questions; question_states: their cached token states.
+        relation_mask: bool [relations, 2, W] real tokens of the relations' padded texts.
         tokens: prompt rows; None in phase 1.
     """
 
     def __init__(
-        self, store: PackedStore, question_states: QuestionStates, tokens: TokenRows | None = None
+        self,
+        store: PackedStore,
+        question_states: QuestionStates,
+        relation_mask: Tensor,
+        tokens: TokenRows | None = None,
     ) -> None:
         self.store = store
         self.question_states = question_states
         self.tokens = tokens
+        self.relation_width = relation_mask.shape[2]
+        self.relation_lengths = relation_mask.sum(2).numpy()
+
+    def _relation_tokens(self, relation_row: np.ndarray) -> TokenPack:
+        """Rows of the token states of some relations, [R]: without the padding."""
+        length = self.relation_lengths[relation_row].ravel()
+        ptr = np.zeros(len(length) + 1, dtype=np.int32)
+        np.cumsum(length, out=ptr[1:])
+        first = (2 * relation_row[:, None] + np.arange(2)).ravel() * self.relation_width
+        ids = np.repeat(first - ptr[:-1], length) + np.arange(ptr[-1])
+        longest = int(length.max(initial=0))
+        return TokenPack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(ptr), longest)
 
     def graph(self, rows: Sequence[int]) -> tuple[PackedGraph, Tensor]:
         """The pack of some questions, and int64 [R] the data set's relations it uses, ascending."""
@@ -183,6 +200,7 @@ class PackedCollator:
             question_states=states,
             question_mask=mask,
             relation_row=relation_row,
+            relation_tokens=self._relation_tokens(relation_row.numpy()),
             prefix=prefix,
             facts=facts,
             target=target,

@@ -95,6 +95,8 @@ class QuestionBatch(_Movable):
         question_states: float32 [B, T, D] cached token states of the questions, zero-padded.
         question_mask: bool [B, T] True at real tokens.
         relation_row: int64 [R] rows of the data set's relation table used by this pack.
+        relation_tokens: their 2R texts, forward and inverse after each other, as rows of the
+            table's token states.
         prefix, facts, target: token rows of B prompts' beginnings, E facts and B answers; None in
             phase 1.
         rows: the questions' indices in the store, in batch order (host).
@@ -104,6 +106,7 @@ class QuestionBatch(_Movable):
     question_states: Tensor
     question_mask: Tensor
     relation_row: Tensor
+    relation_tokens: TokenPack
     prefix: TokenPack | None
     facts: TokenPack | None
     target: TokenPack | None

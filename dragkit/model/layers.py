@@ -12,7 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dragkit_kernels import FactOrders, message_passing, message_passing_parity, relation_gate
+from dragkit.data.packed import TokenPack
+from dragkit_kernels import (
+    FactOrders,
+    attention_pool,
+    message_passing,
+    message_passing_parity,
+    relation_gate,
+)
 
 
 def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
@@ -55,9 +62,20 @@ class TokenPooling(nn.Module):
         pooled = (attention.unsqueeze(-2).to(states.dtype) @ states).squeeze(-2)
         return self.project(pooled)
 
-    def relations(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Relation vectors x_r: float [R, 2, W, D] and bool [R, 2, W] to float [R, 2, C]."""
-        return self.pool(states, mask, self.relation_query)
+    def relations(self, states: Tensor, tokens: TokenPack) -> Tensor:
+        """Relation vectors x_r, forward and inverse.
+
+        Args:
+            states: float [..., D] token states of all relations, frozen.
+            tokens: the states' rows of 2R texts, each relation's two after each other.
+
+        Returns:
+            float [R, 2, C].
+        """
+        table = states.flatten(0, -2)
+        query = (self.relation_query @ self.project.weight).to(table.dtype)
+        pooled = attention_pool(table, query, tokens.ids, tokens.ptr)
+        return self.project(pooled).unflatten(0, (-1, 2))
 
 
 class InstructionStack(nn.Module):

@@ -79,9 +79,7 @@ class Retriever(nn.Module):
             Logits and representations.
         """
         graph, orders = batch.graph, batch.graph.orders
-        x = self.pooling.relations(
-            relations.states[batch.relation_row], relations.mask[batch.relation_row]
-        )
+        x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
         start = self.start(x[:, 0])[orders.pair_relation.long()]
         h = torch.relu(relation_sum(start, orders=orders))

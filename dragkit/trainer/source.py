@@ -66,7 +66,7 @@ class QuestionSource:
                 max_answers=config.generator.max_answers,
             )
             self._check_lengths(config, generator)
-        self.collator = PackedCollator(self.store, states, self.tokens)
+        self.collator = PackedCollator(self.store, states, self.relations.mask, self.tokens)
         self.sampler = FactBudgetSampler(
             self.store.fact_counts,
             batch_size=batch_size,

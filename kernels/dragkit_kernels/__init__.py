@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention_pool import attention_pool, attention_pool_ref
 from .backend import force_backend, resolve_backend
 from .fact_head import fact_scores, fact_scores_ref
 from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
@@ -22,6 +23,8 @@ __all__ = [
     "FactGroups",
     "FactOrders",
     "GumbelTopK",
+    "attention_pool",
+    "attention_pool_ref",
     "build_fact_orders",
     "check_finite_logits",
     "concat_fact_orders",

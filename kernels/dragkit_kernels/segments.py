@@ -69,6 +69,23 @@ def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = No
     )
 
 
+def row_dots(table: Tensor, rows: Tensor, other: Tensor, other_rows: Tensor) -> Tensor:
+    """<table[rows_e], other[other_rows_e]> for every e, without the gathered [E, C] tensors.
+
+    Not differentiable: for the inside of ops.
+
+    Args:
+        table: [P, C], other: [N, C], float32 or float64; rows, other_rows: int32 [E].
+
+    Returns:
+        [E].
+    """
+    # The formula embedding_bag's own backward uses for per-sample weights (mode 0 is "sum").
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        other, table, rows, rows, other_rows, 0, -1
+    )
+
+
 def ordered_sum(value: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
     """out_v = sum of value[order_i] over the segment v, in the order's sequence: [E] to [N]."""
     return bag_sum(value.unsqueeze(1), order, ptr).squeeze(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dragkit.data.heuristics import Question
+from dragkit.data.store import PackedStore
 
 
 class ZeroStates:
@@ -22,8 +23,13 @@ class ZeroStates:
         states = torch.tensor([[[float(row)]] for row in rows])
         return states, torch.ones(len(rows), 1, dtype=torch.bool)
 
+    @staticmethod
+    def one_token(store: PackedStore) -> Tensor:
+        """The mask of relation texts of one token each."""
+        return torch.ones(store.num_relations, 2, 1, dtype=torch.bool)
 
-@pytest.fixture
+
+@pytest.fixture(scope="session")
 def zero_states() -> ZeroStates:
     return ZeroStates()
 

@@ -133,7 +133,7 @@ def test_equal_to_orders_from_scratch(
     packed = PackedStore.build_or_open(
         write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path, merge=merge
     )
-    batch = PackedCollator(packed, zero_states)(rows)  # type: ignore[arg-type]
+    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed))(rows)  # type: ignore[arg-type]
     expected = Scratch(packed, rows, slow_classes if merge else None)
     check(batch, expected)
     graph = batch.graph
@@ -154,16 +154,14 @@ def test_equal_to_orders_from_scratch(
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_choice_of_questions(
-    store_of_forty: PackedStore, slow_classes: Callable[..., list[int]], data: st.DataObject
+    store_of_forty: PackedStore,
+    slow_classes: Callable[..., list[int]],
+    zero_states: object,
+    data: st.DataObject,
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12))
-    batch = PackedCollator(store_of_forty, _NoStates())(rows)  # type: ignore[arg-type]
+    batch = PackedCollator(store_of_forty, zero_states, zero_states.one_token(store_of_forty))(rows)  # type: ignore[arg-type]
     check(batch, Scratch(store_of_forty, rows, slow_classes))
-
-
-class _NoStates:
-    def rows(self, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(rows), 0, 1), torch.zeros(len(rows), 0, dtype=torch.bool)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +186,7 @@ def store_of_forty(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
 
 def test_joined_packs_equal_one_pack(packed: PackedStore, zero_states: object) -> None:
     """Packing one by one and joining gives the pack of all, once relations count the same."""
-    collate = PackedCollator(packed, zero_states)  # type: ignore[arg-type]
+    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
     rows = list(range(0, ROWS, 2))
     whole = collate(rows)
     place = {int(row): i for i, row in enumerate(whole.relation_row)}
@@ -205,7 +203,7 @@ def test_joined_packs_equal_one_pack(packed: PackedStore, zero_states: object) -
 
 
 def test_permuted_questions_permute_the_pack(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states)  # type: ignore[arg-type]
+    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
     rows = [4, 9, 17, 30]
     first, turned = collate(rows), collate(rows[::-1])
     assert torch.equal(first.relation_row, turned.relation_row)
@@ -222,7 +220,7 @@ def test_only_empty_graphs(
 ) -> None:
     path = write_rows([{"question": "q", "triples": []}] * 2)
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
-    batch = PackedCollator(store, zero_states)([0, 1])  # type: ignore[arg-type]
+    batch = PackedCollator(store, zero_states, zero_states.one_token(store))([0, 1])  # type: ignore[arg-type]
     graph = batch.graph
     assert (graph.num_facts, graph.num_nodes, graph.max_facts) == (0, 0, 0)
     assert graph.fact_ptr.tolist() == graph.node_ptr.tolist() == [0, 0, 0]
@@ -231,7 +229,7 @@ def test_only_empty_graphs(
 
 
 def test_wrong_rows(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states)  # type: ignore[arg-type]
+    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one"):
         collate([])
     for rows in ([ROWS], [0, -1]):
@@ -240,7 +238,7 @@ def test_wrong_rows(packed: PackedStore, zero_states: object) -> None:
 
 
 def test_loader_processes_give_the_same_batches(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states)  # type: ignore[arg-type]
+    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
     batches = [[3, 1], [8], [20, 21, 22]]
     loader = torch.utils.data.DataLoader(
         range(ROWS), batch_sampler=batches, collate_fn=collate, num_workers=1
@@ -267,7 +265,9 @@ def test_shuffled_triples_give_the_same_pack(
         for path in (tiny_file, write_rows(rows))
     ]
     assert stores[0].fingerprint != stores[1].fingerprint
-    first, second = (PackedCollator(s, zero_states)(range(8)) for s in stores)  # type: ignore[arg-type]
+    first, second = (
+        PackedCollator(s, zero_states, zero_states.one_token(s))(range(8)) for s in stores
+    )  # type: ignore[arg-type]
     for part in ("orders", "start", "groups"):
         pairs = zip(getattr(first.graph, part), getattr(second.graph, part), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), part
@@ -282,7 +282,7 @@ def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> Non
     path = tmp_path / "large.jsonl"
     path.write_text(f'{{"question":"q","topic_entities":["e1"],"triples":[{facts}]}}\n')
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
-    graph = PackedCollator(store, zero_states)([0]).graph  # type: ignore[arg-type]
+    graph = PackedCollator(store, zero_states, zero_states.one_token(store))([0]).graph  # type: ignore[arg-type]
     assert graph.num_facts == len({tuple(fact) for fact in columns})
     orders = graph.orders
     assert orders.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
@@ -296,3 +296,21 @@ def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> Non
     )
     for name, value in want._asdict().items():
         assert torch.equal(getattr(orders, name), value), name
+
+
+def test_relation_tokens_leave_the_padding_out(
+    store_of_forty: PackedStore, zero_states: object
+) -> None:
+    mask = torch.rand(store_of_forty.num_relations, 2, 4) < 0.5
+    mask = mask.sort(2, descending=True).values  # texts of 0 to 4 tokens
+    batch = PackedCollator(store_of_forty, zero_states, mask)(range(ROWS))  # type: ignore[arg-type]
+    rows, ptr = [], [0]
+    for relation in batch.relation_row.tolist():
+        for direction in (0, 1):
+            first = (2 * relation + direction) * 4
+            rows += [first + t for t in range(int(mask[relation, direction].sum()))]
+            ptr.append(len(rows))
+    tokens = batch.relation_tokens
+    assert (tokens.ids.tolist(), tokens.ptr.tolist()) == (rows, ptr)
+    assert tokens.ids.dtype == tokens.ptr.dtype == torch.int32
+    assert tokens.max_row == max(b - a for a, b in zip(ptr, ptr[1:], strict=False))

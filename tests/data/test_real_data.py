@@ -37,5 +37,5 @@ def test_shortest_paths_agree_with_given_paths(kgqa_data: Path, tmp_path: Path) 
 def test_a_large_real_graph_collates(kgqa_data: Path, tmp_path: Path, zero_states: object) -> None:
     store = PackedStore.build_or_open(kgqa_data / "cwq_nsm_sample.jsonl.gz", cache_dir=tmp_path)
     assert (len(store), store.fact_counts.max()) == (8, 9035)
-    batch = PackedCollator(store, zero_states)(range(8))  # type: ignore[arg-type]
+    batch = PackedCollator(store, zero_states, zero_states.one_token(store))(range(8))  # type: ignore[arg-type]
     assert batch.graph.num_facts == store.summary["facts"]

@@ -59,7 +59,7 @@ def test_rows_are_the_texts_of_the_pack(
     monkeypatch.setattr(tokens, "_CHUNK_FACTS", chunk)
     rows = build(packed, tmp_path, ByteTokeniser())
     order = [7, 2, 0, 5]
-    batch = PackedCollator(packed, zero_states, rows)(order)  # type: ignore[arg-type]
+    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)(order)  # type: ignore[arg-type]
     text, asked = PromptTemplate(), [packed.question(row) for row in order]
     assert rows_of(batch.prefix) == [[BOS, *text.prefix(q.text).encode()] for q in asked]
     assert rows_of(batch.target) == [[*text.target(q.answers).encode(), EOS] for q in asked]
@@ -129,7 +129,7 @@ def test_no_fact_at_all(
         write_rows([{"question": "q", "triples": [], "answer": "a"}]), cache_dir=tmp_path
     )
     rows = build(packed, tmp_path, ByteTokeniser())
-    batch = PackedCollator(packed, zero_states, rows)([0])  # type: ignore[arg-type]
+    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)([0])  # type: ignore[arg-type]
     assert rows_of(batch.facts) == []
     assert rows_of(batch.target) == [[*b" a", EOS]]
 
@@ -141,5 +141,5 @@ def test_a_target_takes_whole_answers_and_those_of_the_graph_first(
     packed = PackedStore.build_or_open(write_rows([row]), cache_dir=tmp_path)
     for most, taught in ((1, ["c"]), (3, ["c", "a", "x"]), (9, ["c", "a", "x", "y"])):
         rows = build(packed, tmp_path, ByteTokeniser(), max_answers=most)
-        batch = PackedCollator(packed, zero_states, rows)([0])  # type: ignore[arg-type]
+        batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)([0])  # type: ignore[arg-type]
         assert rows_of(batch.target) == [[*PromptTemplate().target(taught).encode(), EOS]]

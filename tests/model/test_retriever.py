@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from dragkit.config import RetrieverConfig
-from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.data.quotient import quotient
 from dragkit.model.encoder import RelationStates
 from dragkit.model.retriever import Retriever
@@ -41,6 +41,14 @@ def make_graph(rng, num_nodes, num_facts, num_relations, num_tokens=None):
         "num_nodes": num_nodes,
         "question": torch.tensor(rng.normal(size=(num_tokens, TEXT))),
     }
+
+
+WORDS = 4
+
+
+def lengths(num_relations):
+    """Tokens of every relation's two texts, 1 to WORDS."""
+    return 1 + (torch.arange(2 * num_relations) * 7 % WORDS).view(num_relations, 2)
 
 
 def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
@@ -101,11 +109,15 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
         num_facts=int(facts[-1]),
         max_facts=int(np.diff(facts).max()),
     )
+    words = lengths(int(max(used, default=0)) + 1)[used].flatten().tolist()
+    firsts = [(2 * r + d) * WORDS for r in used for d in (0, 1)]
+    rows = [first + t for first, n in zip(firsts, words, strict=True) for t in range(n)]
     return QuestionBatch(
         graph,
         states,
         mask,
         torch.tensor(used, dtype=torch.int64),
+        TokenPack(as_int(rows), as_int([0, *np.cumsum(words)]), WORDS),
         None,
         None,
         None,
@@ -115,9 +127,8 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
 
 def relation_states(num_relations, dtype=torch.float64) -> RelationStates:
     generator = torch.Generator().manual_seed(5)
-    states = torch.randn(num_relations, 2, 4, TEXT, generator=generator, dtype=dtype)
-    mask = torch.rand(num_relations, 2, 4, generator=generator) < 0.7
-    mask[:, :, 0] = True
+    states = torch.randn(num_relations, 2, WORDS, TEXT, generator=generator, dtype=dtype)
+    mask = torch.arange(WORDS) < lengths(num_relations).unsqueeze(2)
     return RelationStates(states * mask[..., None], mask)
 
 

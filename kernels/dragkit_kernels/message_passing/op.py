@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
-from ..segments import bag_sum, ordered_sum, segment_ptr
+from ..segments import bag_sum, ordered_sum, row_dots, segment_ptr
 from .product import product
 
 if HAS_TRITON:
@@ -33,14 +33,6 @@ _INPUTS = (
     f"Tensor bias, {_ORDERS}, Tensor node_graph"
 )
 _NUM_DIFFERENTIABLE = 7
-
-
-def _edge_dots(table: Tensor, rows: Tensor, delta: Tensor, node: Tensor) -> Tensor:
-    """<table[rows_e], delta[node_e]> for every e, without the gathered [E, C] tensors."""
-    # The formula embedding_bag's own backward uses for per-sample weights (mode 0 is "sum").
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        delta, table, rows, rows, node, 0, -1
-    )
 
 
 def _torch_message_passing_fwd(
@@ -112,9 +104,9 @@ def _torch_message_passing_bwd(
     if output_mask[0]:
         out[0] = product(delta, weight.t(), dtype)
     if output_mask[1]:
-        by_head = _edge_dots(table_fwd.to(dtype), fact_pair, delta, tail) * tail_count
-        by_tail = _edge_dots(table_inv.to(dtype), fact_pair, delta, head) * head_count
-        own = _edge_dots(
+        by_head = row_dots(table_fwd.to(dtype), fact_pair, delta, tail) * tail_count
+        by_tail = row_dots(table_inv.to(dtype), fact_pair, delta, head) * head_count
+        own = row_dots(
             self_table.to(dtype),
             node_graph,
             delta,
