@@ -31,7 +31,7 @@ from dragkit.trainer.resume import (
     resume_dir,
     resumed_config,
 )
-from dragkit.trainer.source import QuestionSource
+from dragkit.trainer.source import QuestionSource, evaluation_batch
 from dragkit.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
@@ -245,8 +245,9 @@ class Run:
         phase = build_joint(config, self.encoder, self.device)
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
-        val = self.source(self.paths.val, generator, 32)
-        stages = Stages(self.run_dir, self.source(self.paths.test, generator, 32), self.device)
+        size = evaluation_batch(self.device)
+        val = self.source(self.paths.val, generator, size)
+        stages = Stages(self.run_dir, self.source(self.paths.test, generator, size), self.device)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device)
         if self.resumed is not None:
             trainer.resume(self.resumed)

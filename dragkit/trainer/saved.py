@@ -16,7 +16,7 @@ from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.resume import chosen_checkpoint
 from dragkit.trainer.run import build_joint, build_retriever, data_paths, setup
-from dragkit.trainer.source import QuestionSource
+from dragkit.trainer.source import QuestionSource, evaluation_batch
 
 
 def _config(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
@@ -72,7 +72,8 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     for path in _files(config, args):
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file.")
-        source = QuestionSource(path, config, encoder, generator, args.batch_size or 32)
+        size = args.batch_size or evaluation_batch(device)
+        source = QuestionSource(path, config, encoder, generator, size)
         result = evaluate(phase, source, device, limit=args.limit)
         content["files"][str(path)] = {
             "data_fingerprint": source.store.fingerprint,

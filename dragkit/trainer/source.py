@@ -22,6 +22,15 @@ from dragkit.model.generator import Generator
 from dragkit.model.prompt import PromptTemplate
 
 
+def evaluation_batch(device: torch.device) -> int:
+    """Questions evaluated at once with a generator.
+
+    A decoding step costs a CPU about the same for 32 prompts as for 128; on a GPU the generator may
+    be large, and its prompts with it.
+    """
+    return 128 if device.type == "cpu" else 32
+
+
 class QuestionSource:
     """One heuristics file, packed and encoded once, as batches.
 
