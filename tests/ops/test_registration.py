@@ -62,7 +62,7 @@ def test_opcheck_the_others() -> None:
     rows = torch.randn(9, WIDTH)
     torch.library.opcheck(
         ops.relation_sum_bwd.default,
-        (rows, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count, False),
+        (rows, o.head, o.tail, *_walks(o)[6:], False),
     )
     score = torch.randn(9).requires_grad_()
     mask = torch.rand(9) > 0.3

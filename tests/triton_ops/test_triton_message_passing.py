@@ -15,7 +15,7 @@ from dragkit_kernels import (
     relation_sum,
     relation_sum_ref,
 )
-from dragkit_kernels.message_passing import _walks, backward
+from dragkit_kernels.message_passing import _walks, backward, chunks
 from dragkit_kernels.testing import (
     Adjacency,
     adjacency,
@@ -107,6 +107,30 @@ def check(pack: Adjacency, values: list[Tensor], grad: Tensor | None = None) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer_with_every_gradient(pack: Adjacency, dtype: torch.dtype) -> None:
     check(pack, make_inputs(pack, dtype, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_rows_are_summed_by_chunks(
+    pack: Adjacency, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a large pack, where every whole chunk has its program; other places hold NaN."""
+    monkeypatch.setattr(chunks, "SPLIT_FACTS", 1)
+    check(pack, make_inputs(pack, dtype, 7))
+    check_relation_sum(pack, make_inputs(pack, dtype, 7)[2])
+
+
+@pytest.mark.parametrize("sizes", [(64, 128, 63, 1, 192), (1, 65, 64, 0, 130), (127, 129)])
+def test_chunks_begin_with_their_rows(
+    device: torch.device, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows just below, at and above whole chunks, at every offset of the slots."""
+    monkeypatch.setattr(chunks, "SPLIT_FACTS", 1)
+    tail = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    head = torch.arange(len(tail)) % len(sizes)
+    relation = head.flip(0)
+    pack = to_device(adjacency([(len(sizes), len(tail))], head, tail, relation), device)
+    check(pack, make_inputs(pack, torch.float32, 3))
+    check_relation_sum(pack, make_inputs(pack, torch.float32, 3)[2])
 
 
 @pytest.mark.parametrize("width", [1, 64, 96, 257])

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..launch import Budget
 from ..segments import segment_ptr
+from .chunks import chunk_sums
 from .product import product
 from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, sum_tile, wide_spec
-from .walk import add_rows, block_rows, sum_long_row
+from .walk import add_rows, block_rows, chunk_rows, sum_row
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
@@ -33,6 +34,8 @@ def _message_passing_bwd_p_kernel(
     head_count_ptr,
     tail_count_ptr,
     node_graph_ptr,
+    chunk_out_ptr,
+    chunk_in_ptr,
     dp_ptr,
     num_nodes,
     num_columns,
@@ -55,14 +58,19 @@ def _message_passing_bwd_p_kernel(
         acc = add_rows(
             acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
             fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
-            BLOCK_N, BLOCK_C,
+            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         acc = add_rows(
             acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
             fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
-            BLOCK_N, BLOCK_C,
+            chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         dp += tl.sum(acc, 1)
+    if chunk_out_ptr is not None:
+        row, live = chunk_rows(offs_n, mask_n, head_begin_ptr)
+        dp += tl.load(chunk_out_ptr + row, mask=live, other=0.0)
+        row, live = chunk_rows(offs_n, mask_n, tail_begin_ptr)
+        dp += tl.load(chunk_in_ptr + row, mask=live, other=0.0)
     tl.store(dp_ptr + offs_n, dp.to(dp_ptr.dtype.element_ty), mask=mask_n)
 
 
@@ -76,6 +84,8 @@ def _message_passing_bwd_tables_kernel(
     pair_fact_ptr,
     head_count_ptr,
     tail_count_ptr,
+    chunk_fwd_ptr,
+    chunk_inv_ptr,
     d_fwd_ptr,
     d_inv_ptr,
     num_columns,
@@ -91,15 +101,15 @@ def _message_passing_bwd_tables_kernel(
     end = tl.load(pair_begin_ptr + pid_r + 1)
     at = pid_r * num_columns + offs_c
     if d_fwd_ptr is not None:
-        total = sum_long_row(
+        total = sum_row(
             begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, tail_ptr, head_ptr,
-            tail_count_ptr, p_ptr, delta_ptr, None, BLOCK_E, BLOCK_C,
+            tail_count_ptr, p_ptr, delta_ptr, None, chunk_fwd_ptr, BLOCK_E, BLOCK_C,
         )  # fmt: skip
         tl.store(d_fwd_ptr + at, total.to(d_fwd_ptr.dtype.element_ty), mask=mask_c)
     if d_inv_ptr is not None:
-        total = sum_long_row(
+        total = sum_row(
             begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, head_ptr, tail_ptr,
-            head_count_ptr, p_ptr, delta_ptr, None, BLOCK_E, BLOCK_C,
+            head_count_ptr, p_ptr, delta_ptr, None, chunk_inv_ptr, BLOCK_E, BLOCK_C,
         )  # fmt: skip
         tl.store(d_inv_ptr + at, total.to(d_inv_ptr.dtype.element_ty), mask=mask_c)
 
@@ -109,6 +119,7 @@ def _message_passing_bwd_self_kernel(
     delta_ptr,
     p_ptr,
     graph_begin_ptr,
+    chunk_ptr,
     d_self_ptr,
     num_columns,
     BLOCK_N: tl.constexpr,
@@ -118,9 +129,9 @@ def _message_passing_bwd_self_kernel(
     pid_g = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
-    total = sum_long_row(
+    total = sum_row(
         tl.load(graph_begin_ptr + pid_g), tl.load(graph_begin_ptr + pid_g + 1), offs_c, mask_c,
-        num_columns, None, None, None, None, p_ptr, delta_ptr, None, BLOCK_N, BLOCK_C,
+        num_columns, None, None, None, None, p_ptr, delta_ptr, None, chunk_ptr, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     at = pid_g * num_columns + offs_c
     tl.store(d_self_ptr + at, total.to(d_self_ptr.dtype.element_ty), mask=mask_c)
@@ -157,7 +168,7 @@ def message_passing_bwd(
     if out[2].numel() + out[3].numel() > 0:
         _launch_tables(out[2:4], delta, p, orders)
     if out[4].numel() > 0:
-        _launch_self(out[4], delta, p, node_graph)
+        _launch_self(out[4], delta, p, node_graph.contiguous())
     if output_mask[5]:
         out[5] = product(h.t(), delta, _common(h, delta, weight)).to(weight.dtype)
     if output_mask[6]:
@@ -175,6 +186,8 @@ def _launch_p(
     dp: Tensor, delta: Tensor, tables: list[Tensor], orders: list[Tensor], node_graph: Tensor
 ) -> None:
     head, tail, tail_ptr, tail_fact, head_ptr, head_fact, _, _, *rest = orders
+    fact_pair, head_count, tail_count = rest
+    table_fwd, table_inv, _ = tables
     num_nodes, num_columns = delta.shape
     tile = dot_tile(num_columns, delta.dtype)
     _message_passing_bwd_p_kernel[(triton.cdiv(num_nodes, tile.rows),)](
@@ -183,6 +196,8 @@ def _launch_p(
         *(head, tail, tail_ptr, tail_fact, head_ptr, head_fact),
         *rest,
         node_graph,
+        chunk_sums(head_ptr, head, head_fact, fact_pair, tail, tail_count, None, table_fwd, delta),
+        chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, head_count, None, table_inv, delta),
         dp,
         num_nodes,
         num_columns,
@@ -193,13 +208,20 @@ def _launch_p(
 
 
 def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: list[Tensor]) -> None:
-    head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count = orders
+    head, tail, _, _, _, _, pair_ptr, pair_fact, fact_pair, head_count, tail_count = orders
     num_pairs, num_columns = pair_ptr.shape[0] - 1, delta.shape[1]
     tile = sum_tile(num_columns, delta.dtype)
+    walk = (pair_ptr, fact_pair, pair_fact)
+    sides = ((tail, head, tail_count), (head, tail, head_count))
+    chunks = [
+        chunk_sums(*walk, *side, p, delta) if out.numel() > 0 else None
+        for out, side in zip(d_tables, sides, strict=True)
+    ]
     _message_passing_bwd_tables_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
         delta,
         p,
         *(head, tail, pair_ptr, pair_fact, head_count, tail_count),
+        *chunks,
         *(x if x.numel() > 0 else None for x in d_tables),
         num_columns,
         BLOCK_E=tile.rows,
@@ -211,10 +233,12 @@ def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: lis
 def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -> None:
     num_graphs, num_columns = d_self.shape
     tile = SELF_TILE
+    graph_ptr = segment_ptr(node_graph, num_graphs)
     _message_passing_bwd_self_kernel[tile.grid(num_graphs * tile.rows, num_columns)](
         delta,
         p,
-        segment_ptr(node_graph, num_graphs),
+        graph_ptr,
+        chunk_sums(graph_ptr, node_graph, None, None, None, None, p, delta),
         d_self,
         num_columns,
         BLOCK_N=tile.rows,
@@ -225,8 +249,9 @@ def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -
 
 BUDGET = Budget(registers=80, shared=8192, wide_loads=4)
 KERNELS = tuple(
-    wide_spec(kernel, kind, tile, rows, BUDGET)
+    wide_spec(kernel, kind, tile, rows, BUDGET, chunks=chunks)
     for kind, dtype in DTYPES.items()
+    for chunks in (None, "*fp32")
     for kernel, tile, rows in (
         *((_message_passing_bwd_p_kernel, dot_tile(c, dtype), "BLOCK_N") for c in COLUMNS),
         *((_message_passing_bwd_tables_kernel, sum_tile(c, dtype), "BLOCK_E") for c in COLUMNS),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..backend import INTERPRETED
 from ..launch import Budget
+from .chunks import chunk_sums
 from .product import product
 from .tiles import COLUMNS, DTYPES, layer_tile, wide_spec
-from .walk import add_rows, block_rows
+from .walk import add_chunks, add_rows, block_rows
 
 # Others are multiplied by the library; the interpreter computes bfloat16 wrongly.
 TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
@@ -39,6 +40,8 @@ def _message_passing_fwd_kernel(
     tail_count_ptr,
     node_graph_ptr,
     product_ptr,
+    chunk_in_ptr,
+    chunk_out_ptr,
     out_ptr,
     num_nodes,
     num_columns,
@@ -72,12 +75,21 @@ def _message_passing_fwd_kernel(
 
     acc = add_rows(
         acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-        fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None, BLOCK_N, BLOCK_C,
+        fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
+        chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     acc = add_rows(
         acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-        fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None, BLOCK_N, BLOCK_C,
+        fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
+        chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
+    if chunk_in_ptr is not None:
+        acc = add_chunks(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, chunk_in_ptr
+        )
+        acc = add_chunks(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, chunk_out_ptr
+        )
 
     mask = mask_n[:, None] & mask_c[None, :]
     graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
@@ -122,15 +134,22 @@ def message_passing_fwd(
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
     whole = None if on_tensor_cores else product(h, weight, torch.float32)
     tile = layer_tile(num_columns, table_fwd.dtype)
-    inputs = (p, table_fwd, table_inv, self_table)
-    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair)
+    p, table_fwd, table_inv, self_table = (
+        x.contiguous() for x in (p, table_fwd, table_inv, self_table)
+    )
+    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count)
+    walks = tuple(x.contiguous() for x in (*walks, tail_count))
+    head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count, tail_count = walks
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
         h.contiguous() if on_tensor_cores else None,
-        *(x.contiguous() for x in inputs),
+        *(p, table_fwd, table_inv, self_table),
         weight if on_tensor_cores else None,
         bias.contiguous(),
-        *(x.contiguous() for x in (*walks, head_count, tail_count, node_graph)),
+        *walks,
+        node_graph.contiguous(),
         whole,
+        chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
+        chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
         out,
         num_nodes,
         num_columns,
@@ -154,8 +173,10 @@ KERNELS = tuple(
         Budget(registers=128, shared=40960, wide_loads=8),
         types,
         {"BLOCK_K": DEPTH, unit_stride: 1},
+        chunks,
     )
     for columns in COLUMNS
+    for chunks in (None, "*fp32")
     for kind, types, unit_stride in (
         ("*bf16", _FUSED, "stride_wk"),
         ("*bf16", _FUSED, "stride_wc"),

@@ -182,6 +182,7 @@ def _torch_relation_sum_bwd(
     tail: Tensor,
     pair_ptr: Tensor,
     pair_fact: Tensor,
+    fact_pair: Tensor,
     head_count: Tensor,
     tail_count: Tensor,
 ) -> Tensor:
@@ -208,8 +209,8 @@ def _relation_sum_bwd_fake(
 
 
 def _relation_sum_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, head, tail, _, _, _, _, pair_ptr, pair_fact, _, head_count, tail_count, ctx.triton = inputs
-    ctx.save_for_backward(head, tail, pair_ptr, pair_fact, head_count, tail_count)
+    _, head, tail, _, _, _, _, *rest, ctx.triton = inputs
+    ctx.save_for_backward(head, tail, *rest)
 
 
 def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -238,7 +239,7 @@ register(
 )
 register(
     "relation_sum_bwd(Tensor grad, Tensor head, Tensor tail, Tensor pair_ptr, Tensor pair_fact, "
-    "Tensor head_count, Tensor tail_count, bool triton) -> Tensor",
+    "Tensor fact_pair, Tensor head_count, Tensor tail_count, bool triton) -> Tensor",
     _torch_relation_sum_bwd,
     _relation_sum_bwd_fake,
     triton=relation_sum_bwd,

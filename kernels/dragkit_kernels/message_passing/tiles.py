@@ -55,7 +55,7 @@ def sum_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
 
 
 def dot_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
-    """Tile of nodes that multiplies two gathered rows per fact."""
+    """Low tile, for two gathered rows per fact, or for a kernel that runs once a step."""
     return _tile(num_columns, dtype, rows=16)
 
 
@@ -76,6 +76,7 @@ def wide_spec(
     budget: Budget,
     types: dict[str, str | None] | None = None,
     constants: dict[str, int] | None = None,
+    chunks: str | None = None,
 ) -> KernelSpec:
     """Specification of a kernel of this folder for a width of its tile's columns.
 
@@ -84,6 +85,7 @@ def wide_spec(
         rows: name of the constant that holds the tile's rows.
         budget: see Budget.
         types, constants: what differs from the common arguments.
+        chunks: type of the sums of long rows' chunks; None where there are none.
     """
     constants = {**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns}
     common = {
@@ -92,6 +94,7 @@ def wide_spec(
         if name not in constants
     }
     common |= {name: "*fp32" for name in ("p_ptr", "dp_ptr") if name in common}
+    common |= {name: chunks for name in common if name.startswith("chunk_")}
     return KernelSpec(
         kernel,
         types={**common, **(types or {})},
