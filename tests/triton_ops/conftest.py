@@ -1,6 +1,11 @@
-"""Kernels against their references: interpreted under TRITON_INTERPRET=1, else on a CUDA device."""
+"""Kernels against their references: interpreted under TRITON_INTERPRET=1, else on a CUDA device.
+
+All of these tests are of the `gpu` tier: `pytest -m gpu` on a device runs them compiled.
+"""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,12 @@ from dragkit_kernels.backend import HAS_TRITON, INTERPRETED
 
 if not HAS_TRITON:
     collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,226 @@
+"""What holds for every pack: facts may be shuffled, packs split and joined, nothing comes of zero.
+
+The kernels are held to it too, in a process with TRITON_INTERPRET=1 or on a CUDA device.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dragkit_kernels import (
+    FactOrders,
+    fact_scores,
+    gumbel_topk,
+    message_passing,
+    relation_sum,
+    segment_softmax,
+)
+from dragkit_kernels.backend import HAS_TRITON, INTERPRETED
+from dragkit_kernels.testing import (
+    Adjacency,
+    adjacency,
+    assert_close,
+    gradients,
+    leaves,
+    random_adjacency,
+)
+
+WIDTH, RELATIONS = 5, 4
+RUNS_TRITON = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
+needs_kernels = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
+
+few = settings(
+    max_examples=4 if INTERPRETED else 15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+graphs = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(0, 14)), min_size=1, max_size=4
+) | st.just([(3, 90), (0, 0), (2, 5)])
+seeds = st.integers(0, 2**16)
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=[needs_kernels, pytest.mark.gpu])])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def place(backend: str, *tensors: Tensor) -> list[Tensor]:
+    """Where that backend runs."""
+    on_gpu = backend == "triton" and not INTERPRETED
+    return [x.cuda() if on_gpu else x for x in tensors]
+
+
+class Pack:
+    """A pack with states, tables and scores, and the ops over it."""
+
+    def __init__(self, adjacency: Adjacency, values: dict[str, Tensor], backend: str) -> None:
+        orders, self.node_graph, self.node_ptr, _, self.fact_ptr, _, self.node_count = adjacency
+        self.backend = backend
+        self.orders = FactOrders(*place(backend, *orders))
+        self.node_graph, self.node_ptr, self.fact_ptr, self.node_count = place(
+            backend, self.node_graph, self.node_ptr, self.fact_ptr, self.node_count
+        )
+        self.values = dict(zip(values, place(backend, *values.values()), strict=True))
+        self.inputs = leaves(list(self.values.values()))
+
+    def outputs(self) -> dict[str, Tensor]:
+        h, p, fwd, inv, own, weight, bias, table, pair_score, logits, noise = self.inputs
+        walk = {"orders": self.orders, "backend": self.backend}
+        drawn = gumbel_topk(
+            logits, self.fact_ptr, 3, noise=noise, max_facts=90, backend=self.backend
+        )
+        return {
+            "layer": message_passing(
+                h, p, fwd, inv, own, weight, bias, node_graph=self.node_graph, **walk
+            ),
+            "start": relation_sum(table, **walk),
+            "softmax": segment_softmax(
+                h.sum(1), self.node_ptr, count=self.node_count, backend=self.backend
+            ),
+            "scores": fact_scores(h.sum(1), pair_score, p, bias[0], **walk),
+            "soft": drawn.soft,
+            "gate": drawn.gate,
+        }
+
+
+def random_values(pack: Adjacency, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    nodes, pairs, facts = pack.orders.num_nodes, pack.orders.num_pairs, pack.orders.num_facts
+    shapes = {
+        "h": (nodes, WIDTH),
+        "p": (nodes,),
+        "fwd": (pairs, WIDTH),
+        "inv": (pairs, WIDTH),
+        "own": (len(pack.node_ptr) - 1, WIDTH),
+        "weight": (WIDTH, WIDTH),
+        "bias": (WIDTH,),
+        "table": (pairs, WIDTH),
+        "pair_score": (pairs,),
+        "logits": (facts,),
+        "noise": (facts,),
+    }
+    return {n: torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+
+
+def rebuilt(pack: Adjacency, order: Tensor, sizes: list[tuple[int, int]]) -> Adjacency:
+    """The pack with its facts in another order."""
+    o = pack.orders
+    return adjacency(
+        sizes,
+        o.head.long()[order],
+        o.tail.long()[order],
+        pack.relation[order],
+        head_count=o.head_count[order],
+        tail_count=o.tail_count[order],
+        node_count=pack.node_count,
+    )
+
+
+@few
+@given(sizes=graphs, seed=seeds)
+def test_the_order_of_the_facts_is_of_no_account(
+    backend: str, sizes: list[tuple[int, int]], seed: int
+) -> None:
+    pack = random_adjacency(sizes, RELATIONS, seed=seed)
+    values = random_values(pack, seed)
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [
+        int(first) + torch.randperm(size, generator=generator)
+        for first, (_, size) in zip(pack.fact_ptr, sizes, strict=False)
+    ]
+    order = torch.cat(pieces)
+    moved = rebuilt(pack, order, sizes)
+    shuffled = values | {name: values[name][order] for name in ("logits", "noise")}
+    want = Pack(pack, values, backend).outputs()
+    got = Pack(moved, shuffled, backend).outputs()
+    (order,) = place(backend, order)
+    for name in ("scores", "soft"):
+        want[name] = want[name][order]
+    for name in want:
+        if name != "gate":
+            assert_close(got[name], want[name].double(), name=name, tolerance=2e-6)
+    assert torch.equal(got["gate"].sum(1), want["gate"].sum(1))
+
+
+@few
+@given(sizes=graphs, seed=seeds)
+def test_a_question_does_not_see_its_neighbours(
+    backend: str, sizes: list[tuple[int, int]], seed: int
+) -> None:
+    """Values and gradients of every graph alone are those it has in the pack."""
+    pack = random_adjacency(sizes, RELATIONS, seed=seed)
+    values = random_values(pack, seed)
+    joined = Pack(pack, values, backend)
+    want = joined.outputs()
+    common = {"weight": slice(None), "bias": slice(None)}
+    facts_of, nodes_of = pack.fact_ptr.tolist(), pack.node_ptr.tolist()
+    pair_of = torch.searchsorted(pack.orders.pair_graph, torch.arange(len(sizes) + 1)).tolist()
+    for g, size in enumerate(sizes):
+        node = slice(nodes_of[g], nodes_of[g + 1])
+        fact = slice(facts_of[g], facts_of[g + 1])
+        pair = slice(pair_of[g], pair_of[g + 1])
+        rows = {"h": node, "p": node, "own": slice(g, g + 1), "logits": fact, "noise": fact}
+        rows |= common | dict.fromkeys(("fwd", "inv", "table", "pair_score"), pair)
+        o = pack.orders
+        alone = adjacency(
+            [size],
+            o.head[fact].long() - nodes_of[g],
+            o.tail[fact].long() - nodes_of[g],
+            pack.relation[fact],
+            head_count=o.head_count[fact],
+            tail_count=o.tail_count[fact],
+            node_count=pack.node_count[node],
+        )
+        single = Pack(alone, {n: x[rows[n]] for n, x in values.items()}, backend)
+        got = single.outputs()
+        part = dict.fromkeys(("layer", "start", "softmax"), node)
+        part |= dict.fromkeys(("scores", "soft"), fact) | {"gate": slice(g, g + 1)}
+        for name, x in got.items():
+            assert_close(x, want[name][part[name]].double(), name=name, tolerance=2e-6)
+        loss = sum(x.square().sum() for x in got.values())
+        in_pack = sum(want[name][part[name]].square().sum() for name in got)
+        found = gradients(loss, single.inputs, torch.ones(()))
+        wanted = torch.autograd.grad(
+            in_pack, joined.inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for name, x, y in zip(values, found, wanted, strict=True):
+            assert_close(x, y[rows[name]].double(), name=f"d{name}")
+
+
+@few
+@given(sizes=graphs, seed=seeds)
+def test_no_gradient_in_gives_no_gradient_out(
+    backend: str, sizes: list[tuple[int, int]], seed: int
+) -> None:
+    pack = random_adjacency(sizes, RELATIONS, seed=seed)
+    whole = Pack(pack, random_values(pack, seed), backend)
+    for name in whole.outputs():
+        out = whole.outputs()[name]
+        for x in gradients(out, whole.inputs, torch.zeros_like(out)):
+            assert not bool(x.any()), name
+
+
+@few
+@given(
+    sizes=st.lists(st.integers(0, 20), min_size=1, max_size=5), k=st.integers(0, 200), seed=seeds
+)
+def test_a_budget_keeps_min_of_k_and_the_facts(
+    backend: str, sizes: list[int], k: int, seed: int
+) -> None:
+    ptr = torch.tensor([0, *sizes]).cumsum(0).int()
+    generator = torch.Generator().manual_seed(seed)
+    # Few different values: most facts are tied with others.
+    logits = torch.randint(-2, 3, (sum(sizes),), generator=generator).float()
+    logits, noise, ptr = place(backend, logits, torch.zeros(sum(sizes)), ptr)
+    drawn = gumbel_topk(logits, ptr, k, noise=noise, mode="budget", max_facts=20, backend=backend)
+    assert drawn.count.tolist() == [min(k, size) for size in sizes]
+    for g, (first, size) in enumerate(zip(ptr.tolist(), sizes, strict=False)):
+        own = logits[first : first + size]
+        best = torch.argsort(own, descending=True, stable=True)[:k] + first
+        assert drawn.index[g, : min(k, size)].tolist() == best.tolist()
+        assert bool((drawn.index[g, min(k, size) :] == -1).all())
