@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.model.encoder import RelationStates
-from dragkit.model.layers import InstructionRevision, InstructionStack, ReasoningLayer, TokenPooling
+from dragkit.model.layers import (
+    InstructionRevision,
+    InstructionStack,
+    ReasoningLayer,
+    TokenPooling,
+    gate_pairs,
+)
 from dragkit_kernels import fact_scores, relation_sum, segment_softmax
 
 
@@ -87,6 +93,9 @@ class Retriever(nn.Module):
         topic_count = graph.node_count[topic_row].to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
+        start_pairs, all_pairs = (
+            gate_pairs(facts, graph.num_graphs, x.shape[0]) for facts in (graph.start, orders)
+        )
         for stage in range(self.config.num_stages):
             if stage:
                 topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
@@ -99,8 +108,8 @@ class Retriever(nn.Module):
                     score = self.node_score(self.dropout(h)).squeeze(1)
                     p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
                 # At first p is zero away from the topics, so other facts carry nothing.
-                facts = orders if depth else graph.start
-                h = layer(h, p, layer_tables, instruction, facts, graph.node_graph)
+                facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
+                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
         relation = self._relation_feature(x, instruction, orders)
         weight = self.fact_score.weight.view(3, -1)
         ends = (self.dropout(h) @ weight[::2].t()).float()

@@ -15,7 +15,14 @@ from .message_passing import (
     relation_sum_ref,
 )
 from .noise import logistic_noise
-from .orders import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
+from .orders import (
+    FactGroups,
+    FactOrders,
+    RowOrder,
+    build_fact_orders,
+    concat_fact_orders,
+    row_order,
+)
 from .relation_gate import relation_gate, relation_gate_ref
 from .segment_softmax import segment_softmax, segment_softmax_ref
 
@@ -23,6 +30,7 @@ __all__ = [
     "FactGroups",
     "FactOrders",
     "GumbelTopK",
+    "RowOrder",
     "attention_pool",
     "attention_pool_ref",
     "build_fact_orders",
@@ -43,6 +51,7 @@ __all__ = [
     "relation_sum",
     "relation_sum_ref",
     "resolve_backend",
+    "row_order",
     "segment_softmax",
     "segment_softmax_ref",
     "top_facts",
