@@ -24,6 +24,16 @@ from .orders import (
     row_order,
 )
 from .relation_gate import relation_gate, relation_gate_ref
+from .rows import (
+    fact_rows,
+    fact_rows_ref,
+    gated_rows,
+    gated_rows_ref,
+    gather_rows,
+    gather_rows_ref,
+    segment_sum,
+    segment_sum_ref,
+)
 from .segment_softmax import segment_softmax, segment_softmax_ref
 
 __all__ = [
@@ -36,9 +46,15 @@ __all__ = [
     "build_fact_orders",
     "check_finite_logits",
     "concat_fact_orders",
+    "fact_rows",
+    "fact_rows_ref",
     "fact_scores",
     "fact_scores_ref",
     "force_backend",
+    "gated_rows",
+    "gated_rows_ref",
+    "gather_rows",
+    "gather_rows_ref",
     "gumbel_topk",
     "gumbel_topk_ref",
     "logistic_noise",
@@ -54,5 +70,7 @@ __all__ = [
     "row_order",
     "segment_softmax",
     "segment_softmax_ref",
+    "segment_sum",
+    "segment_sum_ref",
     "top_facts",
 ]
