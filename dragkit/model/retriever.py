@@ -17,7 +17,14 @@ from dragkit.model.layers import (
     TokenPooling,
     gate_pairs,
 )
-from dragkit_kernels import fact_scores, relation_sum, segment_softmax
+from dragkit_kernels import (
+    FactOrders,
+    fact_scores,
+    gather_rows,
+    relation_sum,
+    segment_softmax,
+    segment_sum,
+)
 
 
 class RetrieverOutput(NamedTuple):
@@ -87,10 +94,9 @@ class Retriever(nn.Module):
         graph, orders = batch.graph, batch.graph.orders
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        start = self.start(x[:, 0])[orders.pair_relation.long()]
+        start = gather_rows(self.start(x[:, 0]), orders.pair_relation)
         h = torch.relu(relation_sum(start, orders=orders))
-        topic_row = graph.topic_row.long()
-        topic_count = graph.node_count[topic_row].to(h.dtype).unsqueeze(1)
+        topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
         start_pairs, all_pairs = (
@@ -98,9 +104,8 @@ class Retriever(nn.Module):
         )
         for stage in range(self.config.num_stages):
             if stage:
-                topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
-                    0, graph.topic_graph, h[topic_row] * topic_count
-                )
+                topics = gather_rows(h, graph.topic_row) * topic_count
+                topic_state = segment_sum(topics, graph.topic_graph, graph.num_graphs)
                 instruction = self.revision(instruction, topic_state)
             p = graph.topic
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
@@ -123,10 +128,10 @@ class Retriever(nn.Module):
         )
         return RetrieverOutput(logits, h, relation)
 
-    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: object) -> Tensor:
+    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: FactOrders) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = x[:, 0][orders.pair_relation.long()]  # type: ignore[attr-defined]
+        static = gather_rows(x[:, 0], orders.pair_relation)
         if self.config.fact_relation == "static":
             return static
-        gate = instruction.mean(1)[orders.pair_graph.long()]  # type: ignore[attr-defined]
+        gate = gather_rows(instruction.mean(1), orders.pair_graph)
         return static + static * gate
