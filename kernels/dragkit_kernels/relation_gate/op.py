@@ -57,13 +57,14 @@ def _torch_bwd(
         for k in range(1, gate.shape[1]):
             by_pair.addcmul_(delta[:, :, k], gate[:, k])
         zeros = relation.new_zeros(relation.shape[1:], dtype=dtype)
-        sums = [zeros.clone().index_add_(0, pair_relation, rows) for rows in by_pair]
+        rows = pair_relation.long()  # index_add takes these several times as fast
+        sums = [zeros.clone().index_add_(0, rows, one) for one in by_pair]
         d_relation = torch.stack(sums).to(relation.dtype)
     if output_mask[1]:
         u = relation.index_select(1, pair_relation).to(dtype)
         by_instruction = (delta[0] * u[0].unsqueeze(1)).addcmul_(delta[1], u[1].unsqueeze(1))
         zeros = instruction.new_zeros(instruction.shape, dtype=dtype)
-        d_instruction = zeros.index_add_(0, pair_graph, by_instruction).to(instruction.dtype)
+        d_instruction = zeros.index_add_(0, pair_graph.long(), by_instruction).to(instruction.dtype)
     return d_relation, d_instruction
 
 

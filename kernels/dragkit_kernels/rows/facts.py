@@ -60,10 +60,10 @@ def _torch_fact_bwd(
     # One more row takes what comes from empty places.
     if output_mask[0]:
         out = by_head.new_zeros(num_nodes + 1, node_columns)
-        out.index_add_(0, rows.head, by_head).index_add_(0, rows.tail, by_tail)
+        out.index_add_(0, rows.head.long(), by_head).index_add_(0, rows.tail.long(), by_tail)
         d_node = out[:-1].to(grad.dtype)
     if output_mask[1]:
-        out = by_pair.new_zeros(num_pairs + 1, widths[1]).index_add_(0, rows.pair, by_pair)
+        out = by_pair.new_zeros(num_pairs + 1, widths[1]).index_add_(0, rows.pair.long(), by_pair)
         d_relation = out[:-1].to(grad.dtype)
     return d_node, d_relation
 

@@ -24,7 +24,8 @@ def _sum_at(value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """[num_rows, C] out_r = sum of value_i over rows_i = r, in float32 or float64."""
     dtype = accumulator_dtype(value)
     out = value.new_zeros(num_rows, value.shape[1], dtype=dtype)
-    return out.index_add_(0, rows, value.to(dtype)).to(value.dtype)
+    # index_add takes rows of 64 bits several times as fast.
+    return out.index_add_(0, rows.long(), value.to(dtype)).to(value.dtype)
 
 
 def _gather_fwd(table: Tensor, rows: Tensor, place: Tensor | None, ptr: Tensor | None) -> Tensor:
