@@ -13,6 +13,7 @@ from dragkit.model.projector import Projector
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate, assemble_prompt
 from dragkit.model.retriever import Retriever, RetrieverOutput
 from dragkit.model.sampler import FactSampler, FactSelection
+from dragkit_kernels import gated_rows, segment_sum
 
 
 class JointModel(nn.Module):
@@ -49,6 +50,10 @@ class JointModel(nn.Module):
         """Ungated structural vectors of the selected facts, float [B, K, M]."""
         return self.projector(output, batch.graph, selection.index)
 
+    def gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
+        """Slots of the selected facts: their vectors times their gates, float [B*K, M]."""
+        return gated_rows(vectors, selection.gate).flatten(0, 1)
+
     def residual(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
@@ -59,14 +64,15 @@ class JointModel(nn.Module):
         """
         graph = batch.graph
         with torch.no_grad():  # the slot is zero, so no gradient passes to the vectors themselves
-            everything = torch.arange(graph.num_facts, device=selection.index.device)
+            everything = torch.arange(
+                graph.num_facts, dtype=torch.int32, device=selection.index.device
+            )
             vectors = self.projector(output, graph, everything)
         drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
         drawn[selection.index.long().flatten()] = 1.0  # -1 lands on the spare last place
         z = selection.soft - selection.soft.detach()
-        weight = (z * (1.0 - drawn[:-1])).unsqueeze(1)
-        slot = vectors.new_zeros(graph.num_graphs, vectors.shape[1])
-        return slot.index_add(0, graph.fact_graph.long(), weight * vectors)
+        weighted = gated_rows(vectors, z * (1.0 - drawn[:-1]))
+        return segment_sum(weighted, graph.fact_graph, graph.num_graphs)
 
     def prompt(
         self,

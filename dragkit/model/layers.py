@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from dragkit.data.packed import TokenPack
 from dragkit_kernels import (
     FactOrders,
+    RowOrder,
     attention_pool,
     message_passing,
     message_passing_parity,
     relation_gate,
+    row_order,
 )
 
 
@@ -121,6 +123,36 @@ class LayerTables(NamedTuple):
     sums: Tensor
 
 
+class GatePairs(NamedTuple):
+    """The (graph, relation) pairs of some facts, and then one pair a graph: its self-loops.
+
+    Attributes:
+        relation, graph: int32 [P+B] row of the layers' relations and graph of each.
+        relation_order, graph_order: places of both in the order of the gates' backward sums; None
+            where only PyTorch runs, which sums without.
+    """
+
+    relation: Tensor
+    graph: Tensor
+    relation_order: RowOrder | None
+    graph_order: RowOrder | None
+
+
+def gate_pairs(orders: FactOrders, num_graphs: int, num_relations: int) -> GatePairs:
+    """What all layers over the same facts share.
+
+    Args:
+        orders: the facts; num_graphs: B; num_relations: R, so that row R stands for the self-loop.
+    """
+    graphs = torch.arange(num_graphs, dtype=torch.int32, device=orders.pair_graph.device)
+    relation = torch.cat([orders.pair_relation, torch.full_like(graphs, num_relations)])
+    graph = torch.cat([orders.pair_graph, graphs])
+    if not relation.is_cuda:
+        return GatePairs(relation, graph, None, None)
+    by_relation = row_order(relation, num_relations + 1)
+    return GatePairs(relation, graph, by_relation, row_order(graph, num_graphs))
+
+
 class ReasoningLayer(nn.Module):
     """One ReaRev layer in its collapsed form (docs/method.md, section 3).
 
@@ -162,6 +194,7 @@ class ReasoningLayer(nn.Module):
         tables: LayerTables,
         instruction: Tensor,
         orders: FactOrders,
+        pairs: GatePairs,
         node_graph: Tensor,
     ) -> Tensor:
         """Node states after one hop.
@@ -169,7 +202,7 @@ class ReasoningLayer(nn.Module):
         Args:
             h: float [N, C]; p: float32 [N] node distribution.
             tables: of `prepare`; instruction: float [B, I, C].
-            orders: the facts; node_graph: int32 [N].
+            orders: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
 
         Returns:
             float [N, C].
@@ -188,13 +221,14 @@ class ReasoningLayer(nn.Module):
             )
             joined = torch.cat([h, sums.flatten(1)], dim=1)
             return torch.relu(self.update(self.dropout(joined)))
-        # The self-loops are one more pair of every graph.
-        graphs = torch.arange(instruction.shape[0], dtype=torch.int32, device=instruction.device)
-        last = torch.full_like(graphs, u.shape[1] - 1)
-        pair_relation = torch.cat([orders.pair_relation, last])
-        pair_graph = torch.cat([orders.pair_graph, graphs])
-        # Under autocast the two come from maps of different precision.
-        c = relation_gate(u, instruction.to(u.dtype), pair_relation, pair_graph)
+        c = relation_gate(
+            u,
+            instruction.to(u.dtype),  # under autocast the two come from maps of other precisions
+            pairs.relation,
+            pairs.graph,
+            relation_order=pairs.relation_order,
+            graph_order=pairs.graph_order,
+        )
         rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
         pair_rows, own_rows = rows.split([orders.num_pairs, instruction.shape[0]], dim=1)
         table_fwd, table_inv = pair_rows.unbind()

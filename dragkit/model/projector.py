@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dragkit.data.packed import PackedGraph
 from dragkit.model.retriever import RetrieverOutput
+from dragkit_kernels import fact_rows
 
 
 class Projector(nn.Module):
@@ -34,21 +35,14 @@ class Projector(nn.Module):
         """Vectors of the selected facts.
 
         Args:
-            output: of the retriever; graph: its pack; index: int [..., K] facts, -1 for none.
+            output: of the retriever; graph: its pack; index: int32 [..., K] facts, -1 for none.
 
         Returns:
             float [..., K, M]; what stands at an empty place is not used.
         """
-        fact = index.clamp(min=0).long()
         if output.fact_logits.numel() == 0:
             return output.node.new_zeros(*index.shape, self.output.out_features)
-        orders, row = graph.orders, graph.groups.row[fact].long()
-        features = torch.cat(
-            [
-                output.node[orders.head[row].long()],
-                output.relation[orders.fact_pair[row].long()],
-                output.node[orders.tail[row].long()],
-            ],
-            dim=-1,
+        features = fact_rows(
+            output.node, output.relation, index, orders=graph.orders, groups=graph.groups
         )
         return self.norm(self.output(torch.relu(self.hidden(features))))

@@ -10,8 +10,21 @@ from torch import Tensor, nn
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.model.encoder import RelationStates
-from dragkit.model.layers import InstructionRevision, InstructionStack, ReasoningLayer, TokenPooling
-from dragkit_kernels import fact_scores, relation_sum, segment_softmax
+from dragkit.model.layers import (
+    InstructionRevision,
+    InstructionStack,
+    ReasoningLayer,
+    TokenPooling,
+    gate_pairs,
+)
+from dragkit_kernels import (
+    FactOrders,
+    fact_scores,
+    gather_rows,
+    relation_sum,
+    segment_softmax,
+    segment_sum,
+)
 
 
 class RetrieverOutput(NamedTuple):
@@ -81,17 +94,18 @@ class Retriever(nn.Module):
         graph, orders = batch.graph, batch.graph.orders
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        start = self.start(x[:, 0])[orders.pair_relation.long()]
+        start = gather_rows(self.start(x[:, 0]), orders.pair_relation)
         h = torch.relu(relation_sum(start, orders=orders))
-        topic_row = graph.topic_row.long()
-        topic_count = graph.node_count[topic_row].to(h.dtype).unsqueeze(1)
+        topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
+        start_pairs, all_pairs = (
+            gate_pairs(facts, graph.num_graphs, x.shape[0]) for facts in (graph.start, orders)
+        )
         for stage in range(self.config.num_stages):
             if stage:
-                topic_state = h.new_zeros(graph.num_graphs, h.shape[1]).index_add(
-                    0, graph.topic_graph, h[topic_row] * topic_count
-                )
+                topics = gather_rows(h, graph.topic_row) * topic_count
+                topic_state = segment_sum(topics, graph.topic_graph, graph.num_graphs)
                 instruction = self.revision(instruction, topic_state)
             p = graph.topic
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
@@ -99,8 +113,8 @@ class Retriever(nn.Module):
                     score = self.node_score(self.dropout(h)).squeeze(1)
                     p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
                 # At first p is zero away from the topics, so other facts carry nothing.
-                facts = orders if depth else graph.start
-                h = layer(h, p, layer_tables, instruction, facts, graph.node_graph)
+                facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
+                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
         relation = self._relation_feature(x, instruction, orders)
         weight = self.fact_score.weight.view(3, -1)
         ends = (self.dropout(h) @ weight[::2].t()).float()
@@ -114,10 +128,10 @@ class Retriever(nn.Module):
         )
         return RetrieverOutput(logits, h, relation)
 
-    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: object) -> Tensor:
+    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: FactOrders) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = x[:, 0][orders.pair_relation.long()]  # type: ignore[attr-defined]
+        static = gather_rows(x[:, 0], orders.pair_relation)
         if self.config.fact_relation == "static":
             return static
-        gate = instruction.mean(1)[orders.pair_graph.long()]  # type: ignore[attr-defined]
+        gate = gather_rows(instruction.mean(1), orders.pair_graph)
         return static + static * gate

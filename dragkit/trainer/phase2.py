@@ -138,10 +138,9 @@ class JointPhase:
             if model.uses_vectors:
                 with autocast(config.run.precision, logits.device):
                     ungated = model.vectors(output, batch, selection)
-                slots = (selection.gate.unsqueeze(-1) * ungated.detach()).flatten(0, 1)
-                if residual:
-                    extra = model.residual(output, batch, selection)
-                    slots = torch.cat([slots, extra])
+                    slots = model.gate(ungated, selection)
+                    if residual:
+                        slots = torch.cat([slots, model.residual(output, batch, selection)])
         leaf = None if slots is None else slots.detach().requires_grad_()
         generator_loss, correct = self._generator_passes(prompt, leaf, counts["tokens"])
 
@@ -149,12 +148,13 @@ class JointPhase:
             roots, gradients = [output.fact_logits], []
             from_generator = torch.zeros_like(logits)
             if leaf is not None and leaf.grad is not None:
-                (found,) = torch.autograd.grad(slots, logits, leaf.grad, allow_unused=True)
+                # Both cuts at once: what reaches the logits stops there, what reaches the vectors
+                # waits for the retriever's pass.
+                ends = [logits, ungated] if ungated.requires_grad else [logits]
+                found, *own = torch.autograd.grad(slots, ends, leaf.grad, allow_unused=True)
                 from_generator = from_generator if found is None else found
-                own = leaf.grad[: ungated.shape[0] * ungated.shape[1]].view_as(ungated)
-                if ungated.requires_grad:  # not where every graph of the batch is empty
-                    roots.append(ungated)
-                    gradients.append(own * selection.gate.detach().unsqueeze(-1))
+                roots += ends[1:]  # none where every graph of the batch is empty
+                gradients += own
             retrieval, _ = retrieval_loss(
                 logits,
                 graph.label,

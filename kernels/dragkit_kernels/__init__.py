@@ -15,22 +15,46 @@ from .message_passing import (
     relation_sum_ref,
 )
 from .noise import logistic_noise
-from .orders import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
+from .orders import (
+    FactGroups,
+    FactOrders,
+    RowOrder,
+    build_fact_orders,
+    concat_fact_orders,
+    row_order,
+)
 from .relation_gate import relation_gate, relation_gate_ref
+from .rows import (
+    fact_rows,
+    fact_rows_ref,
+    gated_rows,
+    gated_rows_ref,
+    gather_rows,
+    gather_rows_ref,
+    segment_sum,
+    segment_sum_ref,
+)
 from .segment_softmax import segment_softmax, segment_softmax_ref
 
 __all__ = [
     "FactGroups",
     "FactOrders",
     "GumbelTopK",
+    "RowOrder",
     "attention_pool",
     "attention_pool_ref",
     "build_fact_orders",
     "check_finite_logits",
     "concat_fact_orders",
+    "fact_rows",
+    "fact_rows_ref",
     "fact_scores",
     "fact_scores_ref",
     "force_backend",
+    "gated_rows",
+    "gated_rows_ref",
+    "gather_rows",
+    "gather_rows_ref",
     "gumbel_topk",
     "gumbel_topk_ref",
     "logistic_noise",
@@ -43,7 +67,10 @@ __all__ = [
     "relation_sum",
     "relation_sum_ref",
     "resolve_backend",
+    "row_order",
     "segment_softmax",
     "segment_softmax_ref",
+    "segment_sum",
+    "segment_sum_ref",
     "top_facts",
 ]

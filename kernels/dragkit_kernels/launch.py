@@ -16,6 +16,27 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+class WideTile(NamedTuple):
+    """Rows and columns of one program, the warps that share them, and registers of a thread.
+
+    Without a limit of its own the assembler spills a few registers to fit one more program.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    max_registers: int = 80
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch is told beside its arguments."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
+
+    def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
+        """Programs that cover the given sizes."""
+        return -(-num_rows // self.rows), -(-num_columns // self.columns)
+
+
 class Budget(NamedTuple):
     """What one compiled kernel may use; spills and stack are never allowed.
 
@@ -55,6 +76,9 @@ class KernelSpec(NamedTuple):
     max_registers: int | None = None
 
 
+# Matrix rows that are summed: columns are split over programs, since a sum of many rows is the work
+# of one. A tile takes 16 registers a thread.
+ROW_TILE = WideTile(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
 # Facts of a question that a program holds from one end to the other, or walks in blocks.
 TOPK_TILES = (Tile(512, 4), Tile(2048, 8), Tile(8192, 16))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_shape
+from .checks import check_index, check_shape
+from .segments import segment_ptr
 
 
 class FactOrders(NamedTuple):
@@ -71,6 +72,41 @@ class FactGroups(NamedTuple):
     row: Tensor
     ptr: Tensor
     fact: Tensor
+
+
+class RowOrder(NamedTuple):
+    """Which places of an index tensor hold each of R rows; int32.
+
+    Attributes:
+        place: [P] the places ascending by the row that they hold; equal rows keep their sequence.
+        ptr: [R+1] `place[ptr[r]:ptr[r+1]]` hold row r.
+    """
+
+    place: Tensor
+    ptr: Tensor
+
+
+def row_order(rows: Tensor, num_rows: int) -> RowOrder:
+    """Sorts the places of an index tensor by row, without asking the device for anything.
+
+    Args:
+        rows: int32 [P]; a row of `num_rows` or more belongs to none and comes last.
+        num_rows: R.
+
+    Raises:
+        ValueError: `rows` does not have one dimension, or is not int32.
+    """
+    check_shape("row_order", "rows", rows, (None,))
+    check_index("row_order", rows=rows)
+    sorted_rows, place = torch.sort(rows, stable=True)
+    return RowOrder(place.int(), segment_ptr(sorted_rows, num_rows))
+
+
+def check_row_order(op: str, name: str, order: RowOrder, places: int, num_rows: int) -> None:
+    """Raises ValueError unless `order` sorts `places` places by `num_rows` rows."""
+    check_shape(op, f"{name}.place", order.place, (places,))
+    check_shape(op, f"{name}.ptr", order.ptr, (num_rows + 1,))
+    check_index(op, **{f"{name}.place": order.place, f"{name}.ptr": order.ptr})
 
 
 def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:

@@ -196,6 +196,18 @@ def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations):
     assert reached[True][0] > 2 * reached[False][0]
 
 
+@pytest.mark.parametrize("fact_relation", ["static", "instructed"])
+def test_mixed_precision_trains_through_every_slot(relations, fact_relation):
+    phase = make(
+        retriever={"fact_relation": fact_relation},
+        sampler={"residual_slot": True, "k_facts": 2},
+        run={"precision": "bfloat16"},
+    )
+    out, grads = gradients(phase, make_batch(phase.model.generator), relations)
+    assert out.loss.isfinite() and "retriever.fact_score.weight" in grads
+    assert all(bool(g.isfinite().all()) for g in grads.values())
+
+
 def test_the_same_step_draws_the_same_facts_whatever_the_batch(relations):
     phase = make()
     batch = make_batch(phase.model.generator)

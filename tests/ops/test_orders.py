@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit_kernels import FactOrders, build_fact_orders, concat_fact_orders
+from dragkit_kernels import FactOrders, build_fact_orders, concat_fact_orders, row_order
 from dragkit_kernels.testing import Adjacency, random_adjacency
 
 
@@ -79,3 +79,19 @@ def test_wrong_arguments() -> None:
         build_fact_orders(two, two, two, 4, tail_count=three)
     with pytest.raises(ValueError, match="at least one graph"):
         concat_fact_orders([])
+
+
+@given(st.lists(st.integers(0, 6), max_size=30))
+def test_row_order_lists_the_places_of_every_row(rows: list[int]) -> None:
+    """Rows 5 and 6 belong to none of five: they come after the end of the last."""
+    order = row_order(torch.tensor(rows).int(), 5)
+    assert order.place.dtype == order.ptr.dtype == torch.int32
+    check_grouping(order.ptr, order.place, rows, 5)
+    assert sorted(order.place.tolist()) == list(range(len(rows)))
+
+
+def test_row_order_refuses_other_tensors() -> None:
+    with pytest.raises(ValueError, match="row_order: rows must be int32"):
+        row_order(torch.zeros(3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match=r"rows must have shape \[\*\], got \[1, 3\]"):
+        row_order(torch.zeros(1, 3, dtype=torch.int32), 2)

@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from ..launch import Budget, KernelSpec
-
-
-class WideTile(NamedTuple):
-    """Rows and columns of one program, the warps that share them, and registers of a thread.
-
-    Without a limit of its own the assembler spills a few registers to fit one more program.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    max_registers: int = 80
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What a launch is told beside its arguments."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
-
-    def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Programs that cover the given sizes."""
-        return -(-num_rows // self.rows), -(-num_columns // self.columns)
-
+from ..launch import Budget, KernelSpec, WideTile
 
 # Warps such that a tile of 32 rows takes 32 registers a thread.
 _WARPS = {64: 2, 128: 4, 256: 8}

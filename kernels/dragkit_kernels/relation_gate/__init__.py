@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
+from ..orders import RowOrder, check_row_order
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import relation_gate_ref
 
@@ -19,14 +20,23 @@ def relation_gate(
     pair_relation: Tensor,
     pair_graph: Tensor,
     *,
+    relation_order: RowOrder | None = None,
+    graph_order: RowOrder | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """c[d, r, k] = relu(u[d, relation_r] * i[graph_r, k]), for both directions d (ReaRev).
+
+    Backward, with delta the gradient where c is positive: du[d, r] = sum delta[d, pair, k]
+    i[graph, k] over the pairs of r and over k, di[g, k] = sum delta[d, pair, k] u[d, relation] over
+    the pairs of g and over d. Pairs may come in any sequence.
 
     Args:
         relation: float [2, R, C] projected relation vectors u, forward and inverse.
         instruction: float [B, I, C], I at least 1, with the dtype of `relation`.
         pair_relation, pair_graph: int32 [P] relation and graph of every pair.
+        relation_order, graph_order: `row_order(pair_relation, R)` and `row_order(pair_graph, B)`,
+            for callers with several gates over the same pairs. Only the kernels' backward reads
+            them, and makes what is None; the PyTorch path has no use for them.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -48,5 +58,17 @@ def relation_gate(
             f"{op}: at least one instruction of {relation.dtype} is needed, got "
             f"{instruction.shape[1]} of {instruction.dtype}"
         )
-    resolve_backend(op, relation, backend)
-    return torch.ops.dragkit.relation_gate_fwd(relation, instruction, pair_relation, pair_graph)
+    pairs = pair_relation.shape[0]
+    if relation_order is not None:
+        check_row_order(op, "relation_order", relation_order, pairs, relation.shape[1])
+    if graph_order is not None:
+        check_row_order(op, "graph_order", graph_order, pairs, instruction.shape[0])
+    return torch.ops.dragkit.relation_gate_fwd(
+        relation,
+        instruction,
+        pair_relation,
+        pair_graph,
+        *(relation_order or (None, None)),
+        *(graph_order or (None, None)),
+        resolve_backend(op, relation, backend) == "triton",
+    )

@@ -1,7 +1,7 @@
 """dragkit::relation_gate_fwd and _bwd: each value is written once, and none is kept but the output.
 
 Autograd of the formula writes the products with both factors out before it adds them up; these are
-the largest tensors of a layer.
+the largest tensors of a layer. The kernels' backward does without the output as well.
 """
 
 from __future__ import annotations
@@ -9,70 +9,103 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import HAS_TRITON
+from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 
-_INPUTS = "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph"
+if HAS_TRITON:
+    from .backward import relation_gate_bwd
+    from .forward import relation_gate_fwd
+else:
+    relation_gate_bwd = relation_gate_fwd = None
+
+_INPUTS = (
+    "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, "
+    "Tensor? relation_place, Tensor? relation_ptr, Tensor? graph_place, Tensor? graph_ptr"
+)
 
 
-def relation_gate_fwd(
-    relation: Tensor, instruction: Tensor, pair_relation: Tensor, pair_graph: Tensor
-) -> Tensor:
-    """See relation_gate."""
-    u = relation.index_select(1, pair_relation).unsqueeze(2)
-    return torch.mul(u, instruction.index_select(0, pair_graph)).relu_()
-
-
-def relation_gate_bwd(
-    grad: Tensor,
-    out: Tensor,
+def _torch_fwd(
     relation: Tensor,
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
+    *orders: Tensor | None,
+) -> Tensor:
+    """See relation_gate; the orders serve the kernels' backward."""
+    u = relation.index_select(1, pair_relation).unsqueeze(2)
+    return torch.mul(u, instruction.index_select(0, pair_graph)).relu_()
+
+
+def _torch_bwd(
+    grad: Tensor,
+    out: Tensor | None,
+    relation: Tensor,
+    instruction: Tensor,
+    pair_relation: Tensor,
+    pair_graph: Tensor,
+    *rest: object,
 ) -> tuple[Tensor, Tensor]:
     """du[d, r] = sum_k delta[d, :, k] i[:, k] over the pairs of r, di[g, k] = sum_d delta u."""
-    delta = torch.ops.aten.threshold_backward(grad, out, 0)  # [2, P, I, C]
-    u = relation.index_select(1, pair_relation)
-    gate = instruction.index_select(0, pair_graph)
-    by_pair = delta[:, :, 0] * gate[:, 0]
-    for k in range(1, gate.shape[1]):
-        by_pair.addcmul_(delta[:, :, k], gate[:, k])
-    by_instruction = (delta[0] * u[0].unsqueeze(1)).addcmul_(delta[1], u[1].unsqueeze(1))
-    d_relation = torch.stack(
-        [
-            relation.new_zeros(relation.shape[1:]).index_add_(0, pair_relation, rows)
-            for rows in by_pair
-        ]
-    )
-    d_instruction = torch.zeros_like(instruction, memory_format=torch.contiguous_format)
-    return d_relation, d_instruction.index_add_(0, pair_graph, by_instruction)
+    output_mask = rest[-1]
+    dtype = accumulator_dtype(relation, instruction)
+    delta = torch.ops.aten.threshold_backward(grad, out, 0).to(dtype)  # [2, P, I, C]
+    d_relation, d_instruction = relation.new_empty(0), instruction.new_empty(0)
+    if output_mask[0]:
+        gate = instruction.index_select(0, pair_graph).to(dtype)
+        by_pair = delta[:, :, 0] * gate[:, 0]
+        for k in range(1, gate.shape[1]):
+            by_pair.addcmul_(delta[:, :, k], gate[:, k])
+        zeros = relation.new_zeros(relation.shape[1:], dtype=dtype)
+        rows = pair_relation.long()  # index_add takes these several times as fast
+        sums = [zeros.clone().index_add_(0, rows, one) for one in by_pair]
+        d_relation = torch.stack(sums).to(relation.dtype)
+    if output_mask[1]:
+        u = relation.index_select(1, pair_relation).to(dtype)
+        by_instruction = (delta[0] * u[0].unsqueeze(1)).addcmul_(delta[1], u[1].unsqueeze(1))
+        zeros = instruction.new_zeros(instruction.shape, dtype=dtype)
+        d_instruction = zeros.index_add_(0, pair_graph.long(), by_instruction).to(instruction.dtype)
+    return d_relation, d_instruction
 
 
 def _relation_gate_fake(
-    relation: Tensor, instruction: Tensor, pair_relation: Tensor, pair_graph: Tensor
+    relation: Tensor, instruction: Tensor, pair_relation: Tensor, *rest: object
 ) -> Tensor:
     return relation.new_empty(2, pair_relation.shape[0], *instruction.shape[1:])
 
 
 def _relation_gate_bwd_fake(
-    grad: Tensor, out: Tensor, relation: Tensor, instruction: Tensor, *pairs: Tensor
-) -> tuple[Tensor, Tensor]:
-    return relation.new_empty(relation.shape), instruction.new_empty(instruction.shape)
+    grad: Tensor, out: Tensor | None, relation: Tensor, instruction: Tensor, *rest: object
+) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape if wanted else 0)
+        for x, wanted in zip((relation, instruction), rest[-2], strict=True)
+    )
 
 
-def _setup(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(output, *inputs)
+def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
+    *tensors, ctx.triton = inputs
+    ctx.save_for_backward(None if ctx.triton else output, *tensors)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*torch.ops.dragkit.relation_gate_bwd(grad, *ctx.saved_tensors), None, None)
+    mask = list(ctx.needs_input_grad[:2])
+    grads = torch.ops.dragkit.relation_gate_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
+    return (*(g if need else None for g, need in zip(grads, mask, strict=True)), *(None,) * 7)
 
 
-register(f"relation_gate_fwd({_INPUTS}) -> Tensor", relation_gate_fwd, _relation_gate_fake)
 register(
-    f"relation_gate_bwd(Tensor grad, Tensor out, {_INPUTS}) -> (Tensor, Tensor)",
-    relation_gate_bwd,
+    f"relation_gate_fwd({_INPUTS}, bool triton) -> Tensor",
+    _torch_fwd,
+    _relation_gate_fake,
+    triton=relation_gate_fwd,
+)
+register(
+    f"relation_gate_bwd(Tensor grad, Tensor? out, {_INPUTS}, bool[] output_mask, bool triton) "
+    "-> (Tensor, Tensor)",
+    _torch_bwd,
     _relation_gate_bwd_fake,
+    triton=relation_gate_bwd,
 )
 register_gradient("relation_gate_fwd", _backward, _setup)
 forbid_gradient("relation_gate_bwd")

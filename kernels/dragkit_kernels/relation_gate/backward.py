@@ -1,0 +1,155 @@
+"""Triton backward of relation_gate: ordered sums per relation and per graph.
+
+Nothing of the size of the output is written, and the output is not read: where it is positive
+follows from the two factors, one of which a program holds from one end to the other.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import ROW_TILE, Budget
+from ..orders import RowOrder, row_order
+from .forward import gate_spec, product_gate
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_relations", "num_instructions"])
+def _relation_gate_bwd_relation_kernel(
+    grad_ptr,
+    relation_ptr,
+    instruction_ptr,
+    pair_graph_ptr,
+    place_ptr,
+    begin_ptr,
+    d_relation_ptr,
+    num_pairs,
+    num_relations,
+    num_instructions,
+    num_columns,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """du[d, r] = sum over the pairs of r and over k of delta[d, pair, k] i[graph, k]."""
+    pid_r = tl.program_id(0).to(tl.int64)
+    pid_d = tl.program_id(2).to(tl.int64)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    row_at = (pid_d * num_relations + pid_r) * num_columns + offs_c
+    u = tl.load(relation_ptr + row_at, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    end = tl.load(begin_ptr + pid_r + 1)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(tl.load(begin_ptr + pid_r), end, BLOCK_P):
+        slot = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(place_ptr + slot, mask=slot < end, other=0).to(tl.int64)
+        graph = tl.load(pair_graph_ptr + pair, mask=slot < end, other=0).to(tl.int64)
+        mask = (slot < end)[:, None] & mask_c[None, :]
+        for k in range(0, num_instructions):
+            at = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
+            gate = tl.load(instruction_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            row = (pid_d * num_pairs + pair) * num_instructions + k
+            at = row[:, None] * num_columns + offs_c[None, :]
+            grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            acc = tl.fma(product_gate(u, gate, grad, relation_ptr), gate, acc)
+    total = tl.sum(acc, 0).to(d_relation_ptr.dtype.element_ty)
+    tl.store(d_relation_ptr + row_at, total, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_relations", "num_instructions"])
+def _relation_gate_bwd_instruction_kernel(
+    grad_ptr,
+    relation_ptr,
+    instruction_ptr,
+    pair_relation_ptr,
+    place_ptr,
+    begin_ptr,
+    d_instruction_ptr,
+    num_pairs,
+    num_relations,
+    num_instructions,
+    num_columns,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """di[g, k] = sum over the pairs of g and over d of delta[d, pair, k] u[d, relation]."""
+    pid_i = tl.program_id(0).to(tl.int64)  # g I + k
+    graph, k = pid_i // num_instructions, pid_i % num_instructions
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    row_at = pid_i * num_columns + offs_c
+    gate = tl.load(instruction_ptr + row_at, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    end = tl.load(begin_ptr + graph + 1)
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for start in range(tl.load(begin_ptr + graph), end, BLOCK_P):
+        slot = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(place_ptr + slot, mask=slot < end, other=0).to(tl.int64)
+        relation = tl.load(pair_relation_ptr + pair, mask=slot < end, other=0).to(tl.int64)
+        mask = (slot < end)[:, None] & mask_c[None, :]
+        for d in tl.static_range(2):
+            at = (relation + d * num_relations)[:, None] * num_columns + offs_c[None, :]
+            u = tl.load(relation_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            row = (pair + d * num_pairs) * num_instructions + k
+            at = row[:, None] * num_columns + offs_c[None, :]
+            grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            acc = tl.fma(product_gate(u, gate, grad, relation_ptr), u, acc)
+    total = tl.sum(acc, 0).to(d_instruction_ptr.dtype.element_ty)
+    tl.store(d_instruction_ptr + row_at, total, mask=mask_c)
+
+
+def relation_gate_bwd(
+    grad: Tensor,
+    out: Tensor | None,
+    relation: Tensor,
+    instruction: Tensor,
+    pair_relation: Tensor,
+    pair_graph: Tensor,
+    relation_place: Tensor | None,
+    relation_ptr: Tensor | None,
+    graph_place: Tensor | None,
+    graph_ptr: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """Launches the sums that output_mask asks for; see `dragkit::relation_gate_bwd`."""
+    grad, relation, instruction = grad.contiguous(), relation.contiguous(), instruction.contiguous()
+    num_graphs, num_instructions, num_columns = instruction.shape
+    num_relations, num_pairs = relation.shape[1], pair_relation.shape[0]
+    d_relation = relation.new_empty(relation.shape if output_mask[0] else 0)
+    d_instruction = instruction.new_empty(instruction.shape if output_mask[1] else 0)
+    sizes = (num_pairs, num_relations, num_instructions, num_columns)
+    constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns, **ROW_TILE.options}
+    blocks = triton.cdiv(num_columns, ROW_TILE.columns)
+    if d_relation.numel() > 0:
+        order = _given_or_made(relation_place, relation_ptr, pair_relation, num_relations)
+        _relation_gate_bwd_relation_kernel[(num_relations, blocks, 2)](
+            *(grad, relation, instruction, pair_graph.contiguous()),
+            *(x.contiguous() for x in order),
+            d_relation,
+            *sizes,
+            **constants,
+        )
+    if d_instruction.numel() > 0:
+        order = _given_or_made(graph_place, graph_ptr, pair_graph, num_graphs)
+        _relation_gate_bwd_instruction_kernel[(num_graphs * num_instructions, blocks)](
+            *(grad, relation, instruction, pair_relation.contiguous()),
+            *(x.contiguous() for x in order),
+            d_instruction,
+            *sizes,
+            **constants,
+        )
+    return d_relation, d_instruction
+
+
+def _given_or_made(
+    place: Tensor | None, ptr: Tensor | None, rows: Tensor, num_rows: int
+) -> RowOrder:
+    if place is None or ptr is None:
+        return row_order(rows, num_rows)
+    return RowOrder(place, ptr)
+
+
+KERNELS = tuple(
+    gate_spec(kernel, kind, Budget(registers=80, shared=8192, wide_loads=2))
+    for kernel in (_relation_gate_bwd_relation_kernel, _relation_gate_bwd_instruction_kernel)
+    for kind in ("*bf16", "*fp32")
+)

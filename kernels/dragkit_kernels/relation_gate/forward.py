@@ -1,0 +1,104 @@
+"""Triton forward of relation_gate: a tile of pairs by a block of columns, all instructions."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import ROW_TILE, Budget, KernelSpec
+
+
+@triton.jit
+def product_gate(u, instruction, value, like_ptr):
+    """`value` where the product is positive (or NaN) in the dtype of `like`, else zero.
+
+    The product is rounded first: what underflows in a low precision is no positive output.
+    """
+    product = (u * instruction).to(like_ptr.dtype.element_ty).to(tl.float32)
+    return tl.where(product <= 0.0, 0.0, value)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_relations", "num_instructions"])
+def _relation_gate_fwd_kernel(
+    relation_ptr,
+    instruction_ptr,
+    pair_relation_ptr,
+    pair_graph_ptr,
+    out_ptr,
+    num_pairs,
+    num_relations,
+    num_instructions,
+    num_columns,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """c[d, r, k] = relu(u[d, relation_r] i[graph_r, k]) for a tile of pairs r and a direction d."""
+    pid_d = tl.program_id(2).to(tl.int64)
+    offs_p = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask_p = offs_p < num_pairs
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask = mask_p[:, None] & (offs_c < num_columns)[None, :]
+    relation = tl.load(pair_relation_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
+    graph = tl.load(pair_graph_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
+    at = (pid_d * num_relations + relation)[:, None] * num_columns + offs_c[None, :]
+    u = tl.load(relation_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    for k in range(0, num_instructions):
+        at = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
+        value = u * tl.load(instruction_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        value = tl.where(value <= 0.0, 0.0, value)  # a NaN stays one, as in torch.relu
+        row = (pid_d * num_pairs + offs_p) * num_instructions + k
+        at = row[:, None] * num_columns + offs_c[None, :]
+        tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def relation_gate_fwd(
+    relation: Tensor,
+    instruction: Tensor,
+    pair_relation: Tensor,
+    pair_graph: Tensor,
+    *orders: Tensor | None,
+) -> Tensor:
+    """Launches the products; see `dragkit::relation_gate_fwd`."""
+    num_pairs, num_columns = pair_relation.shape[0], relation.shape[2]
+    out = relation.new_empty(2, num_pairs, *instruction.shape[1:])
+    if out.numel() == 0:
+        return out
+    _relation_gate_fwd_kernel[(*ROW_TILE.grid(num_pairs, num_columns), 2)](
+        *(x.contiguous() for x in (relation, instruction, pair_relation, pair_graph)),
+        out,
+        num_pairs,
+        relation.shape[1],
+        instruction.shape[1],
+        num_columns,
+        BLOCK_P=ROW_TILE.rows,
+        BLOCK_C=ROW_TILE.columns,
+        **ROW_TILE.options,
+    )
+    return out
+
+
+def gate_spec(kernel: object, kind: str, budget: Budget) -> KernelSpec:
+    """Specification of a kernel of this folder whose floats are of one kind."""
+    index = ("pair_relation_ptr", "pair_graph_ptr", "place_ptr", "begin_ptr")
+    constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns}
+    types = {
+        name: "*i32" if name in index else kind if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+        if name not in constants
+    }
+    return KernelSpec(
+        kernel,
+        types=types,
+        constants=constants,
+        num_warps=ROW_TILE.num_warps,
+        budget=budget,
+        divisible=("num_columns",),
+        max_registers=ROW_TILE.max_registers,
+    )
+
+
+KERNELS = tuple(
+    gate_spec(_relation_gate_fwd_kernel, kind, Budget(registers=80, shared=8192, wide_loads=3))
+    for kind in ("*bf16", "*fp32")
+)
