@@ -7,7 +7,7 @@ import torch
 from ..launch import Budget, KernelSpec, WideTile
 
 # Warps such that a tile of 32 rows takes 32 registers a thread.
-_WARPS = {64: 2, 128: 4, 256: 8}
+_WARPS = {64: 2, 256: 8}
 COLUMNS = tuple(_WARPS)
 # Nodes of a graph are many and graphs few: tall and narrow.
 SELF_TILE = WideTile(rows=128, columns=64, num_warps=8)
