@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,26 +98,27 @@ class Buckets:
         return self.at(level)
 
 
-def _filled(tensor: Tensor, size: int, value: float) -> Tensor:
+def _filled(tensor: Tensor, size: int, value: int) -> Tensor:
     """A copy with `size` rows, the added ones all `value`."""
-    out = tensor.new_full((size, *tensor.shape[1:]), value)
-    out[: tensor.shape[0]] = tensor
-    return out
+    # By numpy: there are some forty of these in a batch, and its calls are the cheaper ones.
+    given = tensor.numpy()
+    out = np.empty(size, dtype=given.dtype)
+    out[: len(given)] = given
+    out[len(given) :] = value
+    return torch.from_numpy(out)
 
 
 def _spread(tensor: Tensor, size: int, first: int, last: int) -> Tensor:
     """A copy with `size` rows, of which the added ones ascend evenly from `first` to `last`."""
-    out = tensor.new_empty(size)
-    count = tensor.shape[0]
-    out[:count] = tensor
-    steps = torch.arange(size - count, dtype=torch.int64)
-    out[count:] = first + steps * (last - first + 1) // max(size - count, 1)
-    return out
+    given = tensor.numpy()
+    added = size - len(given)
+    steps = first + np.arange(added) * (last - first + 1) // max(added, 1)
+    return torch.from_numpy(np.concatenate([given, steps.astype(given.dtype)]))
 
 
 def _ptr(ptr: Tensor, segments: int) -> Tensor:
     """Offsets of `segments` segments, the added ones empty."""
-    return _filled(ptr, segments + 1, int(ptr[-1]))
+    return _filled(ptr, segments + 1, ptr.numpy()[-1])
 
 
 def _orders(
@@ -219,5 +221,5 @@ def _token_ptr(tokens: TokenPack, capacity: Capacity) -> Tensor:
     """
     texts, have = 2 * capacity.relations, tokens.ptr.shape[0] - 1
     left = capacity.relation_tokens - tokens.ids.shape[0]
-    ends = torch.arange(1, texts - have + 1, dtype=torch.int64) * left // (texts - have)
-    return torch.cat([tokens.ptr, (tokens.ids.shape[0] + ends).to(tokens.ptr.dtype)])
+    ends = tokens.ids.shape[0] + np.arange(1, texts - have + 1) * left // (texts - have)
+    return torch.from_numpy(np.concatenate([tokens.ptr.numpy(), ends.astype(np.int32)]))

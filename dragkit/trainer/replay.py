@@ -11,7 +11,9 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,23 +74,28 @@ def capture_for(device: torch.device) -> Capture | None:
 
 def _join(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
     """The bytes of all tensors in one, each from an aligned place: one copy to the device."""
-    gap = torch.zeros(_ALIGN, dtype=torch.uint8)
-    pieces = []
-    for tensor in tensors:
-        data = tensor.contiguous().view(-1).view(torch.uint8)
-        pieces += [data, gap[: -data.shape[0] % _ALIGN]]
-    size = sum(piece.shape[0] for piece in pieces)
-    return torch.cat(pieces, out=torch.empty(size, dtype=torch.uint8, pin_memory=pin))
+    arrays = [tensor.contiguous().numpy().reshape(-1).view(np.uint8) for tensor in tensors]
+    starts = _starts(tensors)
+    joined = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
+    target = joined.numpy()
+    for start, array in zip(starts, arrays, strict=False):
+        target[start : start + len(array)] = array
+    return joined
+
+
+def _starts(tensors: Sequence[Tensor]) -> list[int]:
+    """Where each tensor begins, and the size of all."""
+    sizes = (-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors)
+    return list(accumulate(sizes, initial=0))
 
 
 def _split(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Views of what `_join` joined, with the shapes and dtypes of `like`."""
-    views, start = [], 0
-    for tensor in like:
-        end = start + tensor.numel() * tensor.element_size()
-        views.append(joined[start:end].view(tensor.dtype).view(tensor.shape))
-        start = end + -end % _ALIGN
-    return views
+    places = zip(like, _starts(like), strict=False)
+    return [
+        joined[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        for tensor, start in places
+    ]
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from dragkit.config import load_config
 from dragkit.data.capacity import Buckets, pad_batch
@@ -22,6 +22,7 @@ from dragkit.errors import Interrupted
 from dragkit.trainer import replay as replay_module
 from dragkit.trainer import run as run_module
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.replay import CudaCapture, StepReplay, _join, _split, capture_for
@@ -30,6 +31,8 @@ from dragkit.trainer.source import QuestionSource
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 CPU = torch.device("cpu")
+# Question 2 has an empty graph.
+MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
 
 
 class Rerun:
@@ -68,10 +71,28 @@ def command(tmp_path: Path, name: str = "run", **overrides: object) -> Run:
     return Run(config, origins, config)
 
 
-def phase_and_source(tmp_path: Path, **overrides: object) -> tuple[RetrieverPhase, QuestionSource]:
-    made = command(tmp_path, **overrides)
-    phase = RetrieverPhase(made.config, build_retriever(made.config, made.encoder))
-    return phase, made.source(made.paths.train, None, 3)
+def new_phase(made: Run, **changes: object) -> RetrieverPhase:
+    """A fresh phase; `changes` are of the retriever."""
+    retriever = made.config.retriever.model_copy(update=changes)
+    config = made.config.model_copy(update={"retriever": retriever})
+    return RetrieverPhase(config, build_retriever(config, made.encoder))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The parts of a run; a fixture for a module comes before the one that moves the cache."""
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    return command(tmp_path_factory.mktemp("replay"), data__cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def source(made: Run) -> QuestionSource:
+    return made.source(made.paths.train, None, 3)
+
+
+@pytest.fixture(scope="module")
+def batches(source: QuestionSource) -> list[QuestionBatch]:
+    return [source.collator(rows) for rows in MICRO_BATCHES]
 
 
 def with_replay(
@@ -96,19 +117,16 @@ def gradients(phase: RetrieverPhase) -> dict[str, Tensor | None]:
 
 
 def assert_close(ours: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+    """Equal but for the rounding of products with more rows."""
     for name, theirs in wanted.items():
         assert (ours[name] is None) == (theirs is None), name
         if theirs is not None:
             scale = theirs.abs().max().clamp(min=1e-2)
-            assert (ours[name] - theirs).abs().max() <= 2e-6 * scale, name
+            assert (ours[name] - theirs).abs().max() <= 5e-6 * scale, name
 
 
-MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
-
-
-def test_a_replayed_step_adds_the_gradients_of_a_plain_one(tmp_path):
-    phase, source = phase_and_source(tmp_path)
-    batches = [source.collator(rows) for rows in MICRO_BATCHES]
+def test_a_replayed_step_adds_the_gradients_of_a_plain_one(made, source, batches):
+    phase = new_phase(made)
     counts = {"questions": 7.0}
     phase.model.train()
 
@@ -135,8 +153,8 @@ def test_a_replayed_step_adds_the_gradients_of_a_plain_one(tmp_path):
     assert capture.replays == 9 and 1 <= capture.recorded < len(MICRO_BATCHES)
 
 
-def test_gradient_tensors_stay_and_take_over_what_others_left(tmp_path):
-    phase, source = phase_and_source(tmp_path)
+def test_gradient_tensors_stay_and_take_over_what_others_left(made, source):
+    phase = new_phase(made)
     batch = source.collator([0, 1, 2])
     counts = {"questions": 3.0}
     phase.training_step(batch, source.relations, counts, 0)
@@ -157,17 +175,17 @@ def test_gradient_tensors_stay_and_take_over_what_others_left(tmp_path):
     assert len(step._recorded) == 1
 
 
-def test_a_parameter_without_a_gradient_keeps_none(tmp_path):
+def test_a_parameter_without_a_gradient_keeps_none(made, source):
     """The optimizer would decay a weight with a gradient of zeros."""
-    phase, source = phase_and_source(tmp_path, retriever__num_stages=1)
+    phase = new_phase(made, num_stages=1)
     with_replay(phase, source, Rerun())
     phase.training_step(source.collator([0, 1]), source.relations, {"questions": 2.0}, 0)
     assert phase.model.revision.gate.grad is None
     assert phase.model.start.weight.grad is not None
 
 
-def test_recording_draws_no_random_numbers_from_later_steps(tmp_path):
-    phase, source = phase_and_source(tmp_path, retriever__dropout=0.3)
+def test_recording_draws_no_random_numbers_from_later_steps(made, source):
+    phase = new_phase(made, dropout=0.3)
     phase.model.train()
     first, second = source.collator([0, 1, 2]), source.collator([2])
     counts = {"questions": 3.0}
@@ -194,14 +212,13 @@ def test_recording_draws_no_random_numbers_from_later_steps(tmp_path):
     for other in (losses(Rerun(), 16, True), losses(Rerun(), 0, False), losses(Rerun(), 1, False)):
         for (loss, grads), (again, others) in zip(fresh, other, strict=True):
             assert loss == again
-            assert all(
-                g is None or torch.equal(g, others[name]) for name, g in grads.items()
-            )
+            assert all(g is None or torch.equal(g, others[name]) for name, g in grads.items())
 
 
-def test_beyond_the_limit_steps_run_unrecorded_and_say_so_once(tmp_path, caplog, monkeypatch):
-    phase, source = phase_and_source(tmp_path)
-    batches = [source.collator(rows) for rows in MICRO_BATCHES]
+def test_beyond_the_limit_steps_run_unrecorded_and_say_so_once(
+    made, source, batches, caplog, monkeypatch
+):
+    phase = new_phase(made)
     counts = {"questions": 3.0}
     plain = []
     for batch in batches:
@@ -221,8 +238,8 @@ def test_beyond_the_limit_steps_run_unrecorded_and_say_so_once(tmp_path, caplog,
     assert len(said) == 2 and "run.max_cuda_graphs" in said[0] and "facts" in said[1]
 
 
-def test_a_failed_recording_names_the_way_out(tmp_path):
-    phase, source = phase_and_source(tmp_path)
+def test_a_failed_recording_names_the_way_out(made, source):
+    phase = new_phase(made)
 
     def broken(work: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -252,11 +269,10 @@ def test_bytes_come_back_as_they_went():
     assert not joined[:60].any()
 
 
-def test_the_step_asks_the_device_for_nothing(tmp_path):
+def test_the_step_asks_the_device_for_nothing(made, source, batches):
     """Traced on one batch and run on others of its capacity, as a CUDA graph is: a value read back
     to the host would stop the trace, and a size taken from the first batch would be wrong."""
-    phase, source = phase_and_source(tmp_path)
-    batches = [source.collator(rows) for rows in MICRO_BATCHES]
+    phase = new_phase(made, num_instructions=1, num_reasoning_steps=2)
     buckets = Buckets(batches)
     padded = [pad_batch(batch, buckets.at(0)) for batch in batches]
     names = [name for name, _ in phase.model.named_parameters()]
@@ -293,20 +309,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}
 
 
-@pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> Rerun:
-    """Runs on a CPU replay their steps."""
-    capture = Rerun()
-    monkeypatch.setattr(run_module, "capture_for", lambda device: capture)
-    return capture
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {},
-        {"optim__accumulation_steps": 2},
-        {"run__max_cuda_graphs": 1},
+        {"optim__accumulation_steps": 2, "run__max_cuda_graphs": 1},
         {"retriever__num_stages": 1, "run__precision": "bfloat16"},
     ],
 )
@@ -314,12 +321,9 @@ def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, se
     command(tmp_path, "plain", **settings).execute()
     capture = Rerun()
     monkeypatch.setattr(run_module, "capture_for", lambda device: capture)
-    command(tmp_path, "off", run__cuda_graphs=False, **settings).execute()
-    assert capture.recorded == 0
     command(tmp_path, "replayed", **settings).execute()
     assert capture.recorded and capture.replays > 1
-    plain, off, ours = (tensors(tmp_path / name) for name in ("plain", "off", "replayed"))
-    assert all(torch.equal(plain[name], off[name]) for name in plain)
+    plain, ours = (tensors(tmp_path / name) for name in ("plain", "replayed"))
     assert plain.keys() == ours.keys()
     limit = 1e-6 if "run__precision" not in settings else 2e-3
     for name in plain:
@@ -334,7 +338,8 @@ def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, se
         assert line["step"] == other["step"] and line["lr"] == other["lr"]
 
 
-def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch, replayed):
+def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "capture_for", lambda device: Rerun())
     settings = {"retriever__dropout": 0.2, "run__max_cuda_graphs": 1}
     command(tmp_path, "whole", **settings).execute()
     original = Trainer.train_step
@@ -357,8 +362,76 @@ def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch, repl
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
-def test_a_cpu_records_nothing(tmp_path):
+def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monkeypatch):
     assert capture_for(CPU) is None
-    phase, source = phase_and_source(tmp_path)
+    phase = new_phase(made)
     run_module.maybe_replay(phase, source, phase.config, CPU)
     assert phase.replay is None
+    monkeypatch.setattr(run_module, "capture_for", lambda device: Rerun())
+    monkeypatch.setattr(source, "pin", source.pin)
+    off = phase.config.run.model_copy(update={"cuda_graphs": False})
+    run_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
+    assert phase.replay is None
+    run_module.maybe_replay(phase, source, phase.config, CPU)
+    assert phase.replay is not None and phase.replay.max_graphs == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cuda_graphs_give_the_gradients_of_plain_steps(made, source, batches, compiled):
+    device = torch.device("cuda")
+    phase = new_phase(made)
+    phase.model.to(device).train()
+    if compiled:
+        phase.forward = compile_retriever(phase.model)
+    relations, counts = source.relations.to(device), {"questions": 3.0}
+    steps = [[b] for b in batches] + [batches[:3]] + [[b] for b in reversed(batches)]
+    plain = []
+    for window in steps:
+        losses = [phase.training_step(b, relations, counts, 0).loss for b in window]
+        plain.append((losses, gradients(phase)))
+        phase.model.zero_grad(set_to_none=True)
+    capture, recorded = CudaCapture(device), []
+
+    def counted(work: Callable[[], None]) -> Callable[[], None]:
+        recorded.append(work)
+        return capture(work)
+
+    with_replay(phase, source, counted)
+    for window, (losses, wanted) in zip(steps, plain, strict=True):
+        ours = [phase.training_step(b, relations, counts, 0).loss for b in window]
+        for loss, other in zip(ours, losses, strict=True):
+            torch.testing.assert_close(loss, other, rtol=1e-2, atol=1e-3)
+        for name, found in gradients(phase).items():
+            if wanted[name] is None:
+                assert found is None
+                continue
+            # Precision "auto" is bfloat16 here.
+            scale = wanted[name].norm().clamp(min=1e-2)
+            assert (found - wanted[name]).norm() <= 2e-2 * scale, name
+        phase.model.zero_grad(set_to_none=True)
+    assert 1 <= len(recorded) < len(batches)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_dropout_in_a_cuda_graph_follows_the_seed_of_the_step(made, source, batches):
+    device = torch.device("cuda")
+    phase = new_phase(made, dropout=0.3)
+    phase.model.to(device).train()
+    relations, counts = source.relations.to(device), {"questions": 3.0}
+
+    def losses(seed: int) -> list[float]:
+        torch.manual_seed(seed)
+        phase.model.zero_grad()
+        window = (batches[0], batches[2], batches[0])
+        return [float(phase.training_step(b, relations, counts, 0).loss) for b in window]
+
+    with_replay(phase, source, CudaCapture(device))
+    first = losses(1)  # records both sizes on the way
+    assert first[0] != first[2]
+    assert losses(2)[0] != first[0]
+    torch.testing.assert_close(losses(1), first, rtol=1e-4, atol=1e-6)
+    with_replay(phase, source, CudaCapture(device), max_graphs=0)
+    torch.testing.assert_close(losses(1), first, rtol=1e-4, atol=1e-6)
