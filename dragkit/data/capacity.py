@@ -25,13 +25,15 @@ class Capacity(NamedTuple):
     """The sizes of a batch on which shapes depend.
 
     `rows` are the merged facts of `PackedGraph.orders`; `start_rows` and `start_pairs` are those of
-    `PackedGraph.start`; `question_tokens` is the width of the questions' states.
+    `PackedGraph.start`; `max_facts` are those of one graph, which choose a kernel's tiles;
+    `question_tokens` is the width of the questions' states.
     """
 
     graphs: int
     nodes: int
     rows: int
     facts: int
+    max_facts: int
     pairs: int
     start_rows: int
     start_pairs: int
@@ -53,6 +55,7 @@ def needed_capacity(batch: QuestionBatch) -> Capacity:
         graph.num_nodes,
         graph.orders.num_facts,
         graph.num_facts,
+        graph.max_facts,
         graph.orders.num_pairs,
         graph.start.num_facts,
         graph.start.num_pairs,
@@ -168,7 +171,7 @@ def _graph(graph: PackedGraph, relation: tuple[int, int], capacity: Capacity) ->
         num_graphs=capacity.graphs,
         num_nodes=nodes,
         num_facts=facts,
-        max_facts=facts,
+        max_facts=capacity.max_facts,
     )
 
 
