@@ -260,6 +260,12 @@ def test_the_padding_is_where_it_says(collate):
         # No pair of the padding shares a relation with a real one.
         added = orders.pair_relation[before.num_pairs :]
         assert int(added.min()) >= batch.relation_row.shape[0]
+    for rows in (graph.topic, graph.node_count):
+        assert not rows[plain.num_nodes :].any()
+    assert not graph.label[plain.num_facts :].any()
+    topics = plain.topic_row.shape[0]
+    assert (graph.topic_row[topics:] == capacity.nodes - 1).all()
+    assert (graph.topic_graph[topics:] == capacity.graphs - 1).all()
     for owner in (graph.node_graph, graph.fact_graph):
         assert (owner.diff() >= 0).all() and int(owner.max()) == capacity.graphs - 1
     tokens = padded.relation_tokens
