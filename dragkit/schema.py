@@ -270,6 +270,12 @@ class RunConfig(Section):
         "auto", description="Type of the mixed-precision arithmetic; auto: bfloat16 on GPU."
     )
     compile: bool | None = Field(None, description="Compile the retriever. Unset: on GPU only.")
+    cuda_graphs: bool = Field(
+        True, description="Replay phase 1's step as CUDA graphs; without a GPU it has no effect."
+    )
+    max_cuda_graphs: int = Field(
+        16, ge=0, description="Sizes of batches that get a graph; further ones run without."
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")

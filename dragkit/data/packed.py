@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -27,6 +28,22 @@ class _Movable:
             elif isinstance(value, FactOrders | FactGroups):
                 changes[field.name] = type(value)(*(move(t) for t in value))  # type: ignore[operator]
         return replace(self, **changes)  # type: ignore[type-var]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in one order for all batches."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._map(note)
+        return found
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
+        """The same with other tensors, in the order of `tensors`."""
+        following = iter(tensors)
+        return self._map(lambda _: next(following))
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on `device`; non-blocking, so pinned memory overlaps with compute."""

@@ -24,8 +24,13 @@ def compile_retriever(retriever: nn.Module) -> Callable:
     return torch.compile(retriever, fullgraph=True, dynamic=True)
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Mixed precision of retriever and projector: bfloat16 on a GPU unless told otherwise."""
+def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager:
+    """Mixed precision of retriever and projector: bfloat16 on a GPU unless told otherwise.
+
+    Args:
+        precision: of the configuration; device: of the tensors.
+        cache: keep the converted weights; not while a CUDA graph is recorded.
+    """
     if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)
     return nullcontext()

@@ -184,8 +184,6 @@ class Trainer:
         counts = self.phase.normaliser(batches)
         outputs = []
         for batch in batches:
-            with nvtx_range("copy"):
-                batch = batch.to(self.device)
             outputs.append(self.phase.training_step(batch, self.relations, counts, self.state.step))
         with nvtx_range("optimizer"):
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])

@@ -68,7 +68,10 @@ class Phase(Protocol):
     def training_step(
         self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
     ) -> StepOutput:
-        """Forward and backward of one micro-batch; gradients add up until the optimizer steps."""
+        """Forward and backward of one micro-batch; gradients add up until the optimizer steps.
+
+        The batch is in host memory, the relations are where the model is.
+        """
         ...
 
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:

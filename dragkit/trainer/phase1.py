@@ -17,6 +17,7 @@ from dragkit.observe.profiling import nvtx_range
 from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
+from dragkit.trainer.replay import StepReplay
 
 
 def labelled_questions(batches: Sequence[QuestionBatch]) -> float:
@@ -62,6 +63,10 @@ class RetrieverPhase:
 
     Args:
         config: the whole configuration; retriever: the model.
+
+    Attributes:
+        forward: what is called in the model's place, such as its compiled form.
+        replay: runs the training step as recorded work; None runs it as it is written.
     """
 
     name = "phase1"
@@ -72,10 +77,26 @@ class RetrieverPhase:
         self.model = retriever
         self.sampler = FactSampler(config.sampler, config.run.seed)
         self.forward = retriever.__call__
+        self.replay: StepReplay | None = None
 
     def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
-        with autocast(self.config.run.precision, batch.graph.topic.device):
+        precision, device = self.config.run.precision, batch.graph.topic.device
+        with autocast(precision, device, cache=self.replay is None):
             return self.forward(batch, relations)
+
+    def loss(self, batch: QuestionBatch, relations: RelationStates) -> Tensor:
+        """The retrieval loss, summed over the labelled questions of a batch on the device."""
+        graph = batch.graph
+        output = self._retrieve(batch, relations)
+        loss, _ = retrieval_loss(
+            output.fact_logits,
+            graph.label,
+            graph.fact_graph,
+            graph.num_graphs,
+            rho=self.config.loss.rho,
+            margin=self.config.loss.margin,
+        )
+        return loss
 
     def parameter_groups(self) -> list[dict]:
         """One group: the retriever."""
@@ -96,21 +117,17 @@ class RetrieverPhase:
         self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
     ) -> StepOutput:
         """Forward and backward of one micro-batch."""
-        graph = batch.graph
-        with nvtx_range("retriever"):
-            output = self._retrieve(batch, relations)
-            loss, _ = retrieval_loss(
-                output.fact_logits,
-                graph.label,
-                graph.fact_graph,
-                graph.num_graphs,
-                rho=self.config.loss.rho,
-                margin=self.config.loss.margin,
-            )
-            loss = loss / counts["questions"]
-        with nvtx_range("backward"):
-            loss.backward()
-        loss = loss.detach()
+        graph, questions = batch.graph, counts["questions"]
+        if self.replay is not None:
+            loss = self.replay(batch, relations, questions)
+        else:
+            with nvtx_range("copy"):
+                batch = batch.to(relations.states.device)
+            with nvtx_range("retriever"):
+                loss = self.loss(batch, relations) / questions
+            with nvtx_range("backward"):
+                loss.backward()
+            loss = loss.detach()
         return StepOutput(loss, {"retrieval": loss}, graph.num_graphs, graph.num_facts, 0)
 
     @torch.no_grad()

@@ -125,6 +125,8 @@ class JointPhase:
         self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
     ) -> StepOutput:
         """Forward and backward of one micro-batch."""
+        with nvtx_range("copy"):
+            batch = batch.to(relations.states.device)
         model, graph, config = self.model, batch.graph, self.config
         with nvtx_range("retriever"):
             output = self._retrieve(batch, relations)

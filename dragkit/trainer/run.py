@@ -10,6 +10,7 @@ import torch
 
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
+from dragkit.data.capacity import Buckets
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.generator import Generator, check_generator, load_generator
@@ -21,6 +22,7 @@ from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
+from dragkit.trainer.replay import StepReplay, capture_for
 from dragkit.trainer.resume import (
     adopt_saved,
     chosen_checkpoint,
@@ -35,6 +37,8 @@ from dragkit.trainer.source import QuestionSource, evaluation_batch
 from dragkit.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
+
+_BUCKET_SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,27 @@ def maybe_compile(
     if wanted:
         phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
     return phase
+
+
+def maybe_replay(
+    phase: RetrieverPhase, train: QuestionSource, config: TrainConfig, device: torch.device
+) -> None:
+    """Lets phase 1 replay its step, where the device can and the configuration does not object.
+
+    The usual size of a batch is that of the first ones of epoch 0, also in a resumed run.
+    """
+    capture = capture_for(device) if config.run.cuda_graphs else None
+    if capture is None or train.store.num_relations == 0:
+        return
+    samples = train.sampler.batches(0)[:_BUCKET_SAMPLES]
+    phase.replay = StepReplay(
+        phase.loss,
+        list(phase.model.parameters()),
+        Buckets([train.collator(rows) for rows in samples]),
+        capture,
+        max_graphs=config.run.max_cuda_graphs,
+    )
+    train.pin = False  # the replay makes page-locked copies of its own
 
 
 class Run:
@@ -200,6 +225,7 @@ class Run:
         stages = Stages(
             run_dir, self.source(self.paths.test, None, 64) if only_phase else None, self.device
         )
+        maybe_replay(phase, train, config, self.device)
         trainer = Trainer(config, phase, train, val, run_dir, self.device, command_dir=self.run_dir)
         if resumed is not None:
             trainer.resume(resumed)

@@ -55,7 +55,8 @@ def bag_sum(table: Tensor, rows: Tensor, ptr: Tensor, weight: Tensor | None = No
 
     Args:
         table: float32 or float64 [P, C].
-        rows: int32 [E]; ptr: int32 [N+1].
+        rows: int32 [E]; ptr: int32 [N+1]. Rows at or after `ptr[-1]` are left out or counted to the
+            last segment, as PyTorch's device and dtype have it: padding has to weigh nothing.
         weight: like `table`, [E]; None stands for ones.
 
     Returns:

@@ -77,10 +77,13 @@ def message_passing_parity_ref(
         u, own = u.to(dtype), own.to(dtype)
         split = torch.cat([u.relu(), (-u).relu()], dim=1)
         weight = (p.index_select(0, source) * count).index_select(0, order)
+        # Facts after the last offset, as padding has them, have no weight; but embedding_bag would
+        # leave their gradient unwritten, so they go to the last node.
+        whole = torch.cat([ptr[:-1], ptr.new_full((1,), order.shape[0])])
         total = F.embedding_bag(
             relation.index_select(0, order),
             split,
-            ptr,
+            whole,
             mode="sum",
             per_sample_weights=weight,
             include_last_offset=True,
