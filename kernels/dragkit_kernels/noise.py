@@ -75,7 +75,7 @@ def dropout_scale(dropout: float) -> float:
 
 
 # Counters drawn at a time on a CPU, so that they stay in its cache.
-_CHUNK = 32768
+_CHUNK = 65536
 
 
 def dropped(

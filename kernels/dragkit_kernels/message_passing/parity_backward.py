@@ -136,7 +136,7 @@ def _message_passing_parity_bwd_slots_kernel(
     begin += (tile - tl.load(tile_begin_ptr + graph, mask=live, other=0)).to(tl.int64) * BLOCK_N
     graph = tl.where(live, graph, 0)
     offs_n = begin + tl.arange(0, BLOCK_N)
-    mask_n = (offs_n < end) & live
+    mask_n = offs_n < end
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     plus = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
