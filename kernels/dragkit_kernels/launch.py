@@ -77,3 +77,15 @@ def topk_tile(max_facts: int) -> tuple[Tile, bool]:
 def walk_tile(max_facts: int) -> Tile:
     """The tile in which a program walks the facts of a question."""
     return WALK_TILES[int(max_facts > WALK_TILES[0].block)]
+
+
+# Facts compared at a time by a program of fact_loss, with how many of the other kind, and the
+# most programs for one question.
+PAIR_TILE = Tile(16, 4)
+PAIR_STEP = 64
+PAIR_PROGRAMS = 1024
+
+
+def pair_programs(max_facts: int) -> int:
+    """Programs that share a question of up to `max_facts` facts."""
+    return min(-(-max_facts // PAIR_TILE.block), PAIR_PROGRAMS)
