@@ -116,8 +116,7 @@ class _PackedPyG:
         loss, labelled = retrieval_loss(
             logits,
             batch.label,
-            batch.fact_graph,
-            batch.num_graphs,
+            batch.fact_ptr,
             rho=self.config.loss.rho,
             margin=self.config.loss.margin,
         )

@@ -102,10 +102,10 @@ class RetrieverPhase:
             loss, _ = retrieval_loss(
                 output.fact_logits,
                 graph.label,
-                graph.fact_graph,
-                graph.num_graphs,
+                graph.fact_ptr,
                 rho=self.config.loss.rho,
                 margin=self.config.loss.margin,
+                max_facts=graph.max_facts,
             )
             loss = loss / counts["questions"]
         with nvtx_range("backward"):

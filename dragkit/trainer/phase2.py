@@ -158,10 +158,10 @@ class JointPhase:
             retrieval, _ = retrieval_loss(
                 logits,
                 graph.label,
-                graph.fact_graph,
-                graph.num_graphs,
+                graph.fact_ptr,
                 rho=config.loss.rho,
                 margin=config.loss.margin,
+                max_facts=graph.max_facts,
             )
             retrieval = retrieval / counts["questions"]
             (from_labels,) = torch.autograd.grad(retrieval, logits)

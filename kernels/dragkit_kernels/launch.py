@@ -81,7 +81,7 @@ def walk_tile(max_facts: int) -> Tile:
 
 # Facts compared at a time by a program of fact_loss, with how many of the other kind, and the
 # most programs for one question.
-PAIR_TILE = Tile(16, 4)
+PAIR_TILE = Tile(32, 8)
 PAIR_STEP = 64
 PAIR_PROGRAMS = 1024
 

@@ -90,7 +90,7 @@ def fact_loss(
         rank = (1/PN) sum_{p, q} max(0, m - (l_p - l_q))      dR/dl_p = -#{q: l_q > l_p - m} / PN
 
     and dR/dl_q = +#{p: l_p < l_q + m} / PN, over the n facts of a question, its P positives p
-    (label above 1/2) and its N negatives q; rank is 0 without pairs. A question without a positive
+    (y = 1) and its N negatives q; rank is 0 without pairs. A question without a positive
     says nothing about which facts are relevant: its loss is 0, whatever its logits are. So is the
     gradient of a pair exactly at the margin. The gradient comes with the value, in closed form.
 
@@ -99,7 +99,7 @@ def fact_loss(
 
     Args:
         logits: float [E]; rows at or after `fact_ptr[-1]` are padding, without part or gradient.
-        label: float [E], 0 or 1; gets no gradient.
+        label: float [E], y: above 1/2 is a positive, 1, the rest is 0; gets no gradient.
         fact_ptr: int32 [B+1] first fact of each question.
         rho: weight of the BCE.
         margin: m, in logits.
@@ -123,6 +123,6 @@ def fact_loss(
     if max_facts is None:
         max_facts = longest(fact_ptr) if triton else 0
     loss, _ = torch.ops.dragkit.fact_loss_fwd(
-        logits, label, fact_ptr, rho, margin, max_facts, triton
+        logits, label.detach(), fact_ptr, rho, margin, max_facts, triton
     )
     return loss

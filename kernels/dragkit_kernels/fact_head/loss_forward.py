@@ -45,7 +45,6 @@ def _violations(
 
 @triton.jit(do_not_specialize=["num_blocks"])
 def _fact_loss_fwd_kernel(
-    label_ptr,
     fact_ptr,
     split_logit_ptr,
     split_fact_ptr,
@@ -90,8 +89,7 @@ def _fact_loss_fwd_kernel(
         below, _ = _violations(x, split_logit_ptr, from_middle, end, margin, False, ROWS, COLS)
         total += tl.where(mask & (offs >= middle), hinge, 0.0)
         fact = tl.load(split_fact_ptr + offs, mask=mask, other=0)
-        y = tl.load(label_ptr + fact, mask=mask, other=0.0).to(tl.float32)
-        _, slope = cross_entropy(x, y)
+        _, slope = cross_entropy(x, positive)
         count = tl.where(positive, -below, above)
         gradient = tl.fma(per_fact, slope, per_pair * count)
         tl.store(gradient_ptr + fact, tl.where(positives > 0, gradient, 0.0), mask=mask)
@@ -137,15 +135,16 @@ def fact_loss_fwd(
     num_questions, num_facts = fact_ptr.shape[0] - 1, logits.shape[0]
     loss = logits.new_empty(num_questions, dtype=torch.float32)
     gradient = logits.new_empty(num_facts, dtype=torch.float32)
-    label, fact_ptr = label.contiguous(), fact_ptr.contiguous()
-    split = fact_loss_fwd_split(logits.contiguous(), label, fact_ptr, gradient, max_facts)
+    fact_ptr = fact_ptr.contiguous()
+    split = fact_loss_fwd_split(
+        logits.contiguous(), label.contiguous(), fact_ptr, gradient, max_facts
+    )
     if num_questions == 0:
         return loss, gradient
     num_blocks = pair_programs(max_facts)
     hinge = loss.new_empty(num_questions * num_blocks)
     if num_blocks > 0:
         _fact_loss_fwd_kernel[(num_questions * num_blocks,)](
-            label,
             fact_ptr,
             *split,
             gradient,
@@ -173,7 +172,6 @@ def fact_loss_fwd(
 
 
 _TYPES = {
-    "label_ptr": "*fp32",
     "fact_ptr": "*i32",
     "split_logit_ptr": "*fp32",
     "split_fact_ptr": "*i32",
@@ -188,7 +186,7 @@ KERNELS = (
         types={**_TYPES, "hinge_ptr": "*fp32", **_WEIGHTS, "margin": "fp32"},
         constants={"ROWS": PAIR_TILE.block, "COLS": PAIR_STEP},
         num_warps=PAIR_TILE.num_warps,
-        budget=Budget(registers=80, shared=512),
+        budget=Budget(registers=96, shared=512),
     ),
     KernelSpec(
         _fact_loss_fwd_sum_kernel,

@@ -29,43 +29,39 @@ def _torch_fwd(
     num_facts = logits.shape[0]
     # Zeros all positive: equal logits must have equal bits.
     x = logits.to(accumulator_dtype(logits)) + 0.0
-    y = label.to(x.dtype)
     ptr = F.pad(fact_ptr.long(), (0, 1), value=num_facts)
-    question = _questions(ptr, num_facts)
+    facts = ptr.diff()
+    question = torch.repeat_interleave(facts, output_size=num_facts)
     positive = label > 0.5
     row = positive.nonzero().squeeze(1)  # on a GPU this waits for the device
     positive_ptr = F.pad(positive.cumsum(0), (1, 0)).index_select(0, ptr)
-    count = _violations(x, row, question, ptr, positive_ptr, margin)
-    bce, d_bce = _cross_entropy(x, y)
+    # In float64, because with a common offset of the logits the terms of a question cancel.
+    shifted = x.to(torch.float64, copy=True)
+    shifted.index_copy_(0, row, shifted.index_select(0, row) - margin)
+    count = _violations(x, shifted, row, question, ptr, positive_ptr)
+    # Every violating pair is counted at both of its facts, with opposite signs; without violations
+    # even an infinite logit adds nothing.
+    hinges = _sums(shifted.mul_(count).masked_fill_(count == 0, 0.0), ptr)
 
-    facts, positives = ptr.diff(), positive_ptr.diff()
-    pairs = (positives * (facts - positives)).clamp_(min=1).double()
-    facts = facts.clamp_(min=1).double()
-    # In float64, because with a common offset of the logits these terms cancel. A fact without
-    # violations adds nothing even if it is infinite.
-    term = count.double().mul_(x).masked_fill_(count == 0, 0.0)
-    # Every violating pair is counted at both of its facts, with opposite signs.
-    margins = _sums(count.clamp(min=0).double(), ptr) * margin
-    rank = (_sums(term, ptr) + margins) / pairs
-    mean = _sums(bce.double(), ptr) / facts
+    # softplus(l) - y l and its derivative sigmoid(l) - y, without loss where a fact is certain.
+    sign = torch.rsub(positive.to(x.dtype), 1, alpha=2)
+    wrong = sign * x
+    bce = _sums(F.softplus(wrong, threshold=40.0).double(), ptr)
+    gradient = wrong.sigmoid_().mul_(sign)
+
+    positives = positive_ptr.diff()
+    per_fact = rho / facts.double()
+    per_pair = (1 - rho) / ((facts - positives) * positives).clamp_(min=1).double()
     dead = positives == 0
     dead[-1:] = True
-    loss = _weighted(mean, rho) + _weighted(rank, 1 - rho)
+    loss = _weighted(bce, per_fact, rho) + _weighted(hinges, per_pair, 1 - rho)
     loss = loss.masked_fill_(dead, 0.0)
-
     # NaN at one fact is NaN at all facts of its question.
-    per_fact = (rho / facts).masked_fill_(loss.isnan(), math.nan).to(x.dtype)
-    per_pair = ((1 - rho) / pairs).to(x.dtype)
-    gradient = d_bce.mul_(per_fact.index_select(0, question))
-    gradient.addcmul_(per_pair.index_select(0, question), count.to(x.dtype))
+    per_fact = per_fact.masked_fill_(loss.isnan(), math.nan).to(x.dtype)
+    gradient.mul_(per_fact.index_select(0, question))
+    gradient.addcmul_(per_pair.to(x.dtype).index_select(0, question), count.to(x.dtype))
     gradient.masked_fill_(dead.index_select(0, question), 0.0)
     return loss[:-1].to(x.dtype), gradient
-
-
-def _questions(ptr: Tensor, num_facts: int) -> Tensor:
-    """Segment of every row, int64 [E], for segments that cover all rows."""
-    numbers = torch.arange(ptr.shape[0] - 1, device=ptr.device)
-    return numbers.repeat_interleave(ptr.diff(), output_size=num_facts)
 
 
 def _sums(value: Tensor, ptr: Tensor) -> Tensor:
@@ -73,22 +69,13 @@ def _sums(value: Tensor, ptr: Tensor) -> Tensor:
     return torch.segment_reduce(value, "sum", offsets=ptr, unsafe=True)
 
 
-def _weighted(value: Tensor, weight: float) -> Tensor:
-    """weight * value, where no weight makes nothing even of infinity."""
-    return value * weight if weight else value.masked_fill(value.isinf(), 0.0) * 0.0
-
-
-def _cross_entropy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """softplus(x) - y x and sigmoid(x) - y, without cancellation where the fact is certain."""
-    e = x.abs().neg_().exp_()
-    slope = (x >= 0).to(x.dtype).sub_(y)
-    # Infinite logits on the right side cost nothing.
-    bce = (slope * x).masked_fill_(slope == 0, 0.0).add_(e.log1p())
-    return bce, slope.sub_((e / (1 + e)).copysign_(x))
+def _weighted(value: Tensor, weight: Tensor, share: float) -> Tensor:
+    """weight * value, where no share in the loss makes nothing even of infinity."""
+    return (value if share else value.masked_fill(value.isinf(), 0.0)) * weight
 
 
 def _violations(
-    x: Tensor, row: Tensor, question: Tensor, ptr: Tensor, positive_ptr: Tensor, margin: float
+    x: Tensor, shifted: Tensor, row: Tensor, question: Tensor, ptr: Tensor, positive_ptr: Tensor
 ) -> Tensor:
     """Partners with which a fact violates the margin, int64 [E], negative at the positives.
 
@@ -97,59 +84,52 @@ def _violations(
     positives.
 
     Args:
-        x: float32 or float64 [E]; row: int64 [P] its positives; question: int64 [E].
+        x: float32 or float64 [E]; shifted: float64 [E], the margin subtracted at the positives.
+        row: int64 [P] the positives; question: int64 [E].
         ptr, positive_ptr: int64 [B+2] facts and positives before each question.
     """
     of_row = question.index_select(0, row)
-    key, positive_key = _keys(x, row, question, of_row, margin)
-    positive_key, order = positive_key.sort()
-    below = torch.searchsorted(positive_key, key)
+    key = _keys(x, shifted.index_select(0, row), torch.cat([question, of_row]))
+    positive_key, order = key[x.shape[0] :].sort()
+    below = torch.searchsorted(positive_key, key[: x.shape[0]])
     # One place for every count from none to all of a question's positives, and one for the rest.
     size = row.shape[0] + ptr.shape[0]
     place = (below + question).index_fill_(0, row, size - 1)
     up_to = torch.bincount(place, minlength=size).cumsum(0)
     below -= positive_ptr.index_select(0, question)
-    rank = torch.arange(row.shape[0], device=x.device)
+    # Rows ascend by question, so the positive of a rank belongs to the question of that row.
     negatives = (ptr - positive_ptr).index_select(0, of_row + 1)
-    # Rows ascend by question, so the sorted positive of a rank has the question of that row.
-    above = negatives - up_to.index_select(0, rank + of_row)
+    place = torch.arange(row.shape[0], device=x.device).add_(of_row)
+    above = negatives - up_to.index_select(0, place)
     return below.index_copy_(0, row.index_select(0, order), above.neg_())
 
 
-def _keys(
-    x: Tensor, row: Tensor, question: Tensor, of_row: Tensor, margin: float
-) -> tuple[Tensor, Tensor]:
-    """int64 keys of all facts and of the positives shifted by the margin, by (question, logit).
+def _keys(x: Tensor, shifted: Tensor, owner: Tensor) -> Tensor:
+    """int64 keys of all facts, then of the shifted positives, by (question, logit).
 
-    The shift is rounded down, which leaves no logit between it and the exact value.
+    Shifts are rounded down, which leaves no logit between the key and the exact value.
     """
-    exact = x.index_select(0, row).double() - margin
-    shifted = exact.to(x.dtype)
     if x.dtype == torch.float32:
-        lower = torch.nextafter(shifted, torch.full_like(shifted, -math.inf))
-        shifted = torch.where(shifted > exact, lower, shifted) + 0.0
-        return _code(x).add_(question << 32), _code(shifted).add_(of_row << 32)
+        rounded = shifted.to(x.dtype)
+        bits = torch.cat([x, rounded]).view(torch.int32)
+        # Sorts as the floats do, NaN as its bits.
+        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + (owner << 32)
+        key[x.shape[0] :] -= (rounded > shifted).long()
+        return key
     # Wider than a key: ranks in its place.
-    value, owner = torch.cat([x, shifted]), torch.cat([question, of_row])
+    value = torch.cat([x, shifted])
     order = torch.argsort(value, stable=True)
     order = order[torch.argsort(owner[order], stable=True)]
     value, owner = value[order], owner[order]
     fresh = (value[1:] != value[:-1]) | (owner[1:] != owner[:-1])
     rank = F.pad(fresh.cumsum(0), (1, 0))[: len(order)]
-    key = torch.empty_like(order).index_copy_(0, order, rank)
-    return key[: x.shape[0]], key[x.shape[0] :]
-
-
-def _code(x: Tensor) -> Tensor:
-    """An int64 within 32 bits that sorts as the float32 does, NaN as its bits."""
-    bits = x.view(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    return torch.empty_like(order).index_copy_(0, order, rank)
 
 
 def _torch_bwd(grad: Tensor, gradient: Tensor, fact_ptr: Tensor, max_facts: int) -> Tensor:
     """The gradient of every fact times the one of its question."""
-    num_facts = gradient.shape[0]
-    question = _questions(F.pad(fact_ptr.long(), (0, 1), value=num_facts), num_facts)
+    facts = F.pad(fact_ptr.long(), (0, 1), value=gradient.shape[0]).diff()
+    question = torch.repeat_interleave(facts, output_size=gradient.shape[0])
     return F.pad(grad, (0, 1)).index_select(0, question).mul_(gradient)
 
 

@@ -24,14 +24,14 @@ def log1p_block(e):
 
 
 @triton.jit
-def cross_entropy(x, y):
+def cross_entropy(x, positive):
     """softplus(x) - y x and its derivative sigmoid(x) - y, exact where the fact is certain."""
-    e = tl.exp(-tl.abs(x))
-    slope = tl.where(x >= 0.0, 1.0, 0.0) - y
-    far = e / (1.0 + e)
-    # Infinite logits on the right side cost nothing.
-    bce = tl.where(slope == 0.0, 0.0, slope * x) + log1p_block(e)
-    return bce, slope - tl.where(x >= 0.0, far, -far)
+    wrong = tl.where(positive, -x, x)
+    e = tl.exp(-tl.abs(wrong))
+    slope = tl.where(wrong >= 0.0, 1.0, e) / (1.0 + e)
+    # A maximum need not keep NaN; this sum does.
+    bce = tl.where(wrong > 0.0, wrong, 0.0) + log1p_block(e)
+    return bce, tl.where(positive, -slope, slope)
 
 
 @triton.jit(do_not_specialize=["num_questions", "num_facts"])
@@ -65,9 +65,9 @@ def _fact_loss_fwd_split_kernel(
         mask_e = offs_e < end
         x = tl.load(logits_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
         y = tl.load(label_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-        bce, _ = cross_entropy(x, y)
-        total += tl.where(mask_e, bce, 0.0)
         positive = y > 0.5
+        bce, _ = cross_entropy(x, positive)
+        total += tl.where(mask_e, bce, 0.0)
         before = tl.cumsum(positive.to(tl.int32), 0)
         # The i-th fact has i + 1 - before negatives up to itself.
         place = tl.where(positive, front + before - 1, back - lane + before)

@@ -39,12 +39,11 @@ def fact_loss_ref(
     bounds = fact_ptr.tolist()
     losses = []
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
-        own, y = x[begin:end], label[begin:end].to(x.dtype)
-        positive = y > 0.5
+        own, positive = x[begin:end], label[begin:end] > 0.5
         if not bool(positive.any()):
             losses.append(own.sum() * 0)
             continue
-        bce = -(y * F.logsigmoid(own) + (1 - y) * F.logsigmoid(-own)).mean()
+        bce = -F.logsigmoid(torch.where(positive, own, -own)).mean()
         gap = own[positive].unsqueeze(1) - own[~positive]
         rank = torch.relu(margin - gap).sum() / max(gap.numel(), 1)
         losses.append(rho * bce + (1 - rho) * rank)
