@@ -6,16 +6,23 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dragkit_kernels import fact_loss, fact_loss_ref
+from dragkit_kernels.fact_head import loss_op
 from dragkit_kernels.testing import assert_close, strided_like
 
 # Empty questions first, in the middle and last; one fact; without a positive; without a negative.
 SIZES = [0, 7, 0, 1, 12, 5, 30, 257, 0]
 FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True, params=[loss_op.FEW_PAIRS, -1], ids=["few_pairs", "sorted"])
+def few_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small packs compare all pairs; everything here is also done the other way."""
+    monkeypatch.setattr(loss_op, "FEW_PAIRS", request.param)
 
 
 def ptr_of(sizes: list[int]) -> Tensor:
@@ -281,7 +288,11 @@ def test_two_runs_are_bit_equal() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_packs_and_orders_change_nothing(sizes: list[int], seed: int) -> None:
     """A question alone, and with its facts in another order."""

@@ -11,12 +11,16 @@ from torch import Tensor
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
+from ..segments import longest
 
 if HAS_TRITON:
     from .loss_backward import fact_loss_bwd
     from .loss_forward import fact_loss_fwd
 else:
     fact_loss_bwd = fact_loss_fwd = None
+
+# Positives of a pack times the most facts of a question, up to which all are compared.
+FEW_PAIRS = 2**14
 
 
 def _torch_fwd(
@@ -27,18 +31,21 @@ def _torch_fwd(
     Rows after the last question are treated as one more question, whose results are dropped.
     """
     num_facts = logits.shape[0]
-    # Zeros all positive: equal logits must have equal bits.
-    x = logits.to(accumulator_dtype(logits)) + 0.0
-    ptr = F.pad(fact_ptr.long(), (0, 1), value=num_facts)
+    x = logits.to(accumulator_dtype(logits))
+    ptr = F.pad(fact_ptr, (0, 1), value=num_facts)
     facts = ptr.diff()
     question = torch.repeat_interleave(facts, output_size=num_facts)
     positive = label > 0.5
     row = positive.nonzero().squeeze(1)  # on a GPU this waits for the device
-    positive_ptr = F.pad(positive.cumsum(0), (1, 0)).index_select(0, ptr)
     # In float64, because with a common offset of the logits the terms of a question cancel.
-    shifted = x.to(torch.float64, copy=True)
-    shifted.index_copy_(0, row, shifted.index_select(0, row) - margin)
-    count = _violations(x, shifted, row, question, ptr, positive_ptr)
+    shifted = torch.add(x.double(), positive, alpha=-margin)
+    of_row = question.index_select(0, row)
+    width = max_facts or longest(fact_ptr)
+    if row.shape[0] * width <= FEW_PAIRS:
+        count = _compare(shifted, positive, row, of_row, ptr, width)
+    else:
+        positive_ptr = F.pad(positive.cumsum(0), (1, 0)).index_select(0, ptr)
+        count = _violations(x, shifted, row, question, of_row, ptr, positive_ptr)
     # Every violating pair is counted at both of its facts, with opposite signs; without violations
     # even an infinite logit adds nothing.
     hinges = _sums(shifted.mul_(count).masked_fill_(count == 0, 0.0), ptr)
@@ -49,13 +56,13 @@ def _torch_fwd(
     bce = _sums(F.softplus(wrong, threshold=40.0).double(), ptr)
     gradient = wrong.sigmoid_().mul_(sign)
 
-    positives = positive_ptr.diff()
+    positives = _sums(positive.double(), ptr)
     per_fact = rho / facts.double()
-    per_pair = (1 - rho) / ((facts - positives) * positives).clamp_(min=1).double()
+    per_pair = (1 - rho) / (facts - positives).mul_(positives).clamp_(min=1)
     dead = positives == 0
-    dead[-1:] = True
-    loss = _weighted(bce, per_fact, rho) + _weighted(hinges, per_pair, 1 - rho)
-    loss = loss.masked_fill_(dead, 0.0)
+    dead[-1:].fill_(True)
+    loss = _finite_without(rho, bce) * per_fact
+    loss.addcmul_(_finite_without(1 - rho, hinges), per_pair).masked_fill_(dead, 0.0)
     # NaN at one fact is NaN at all facts of its question.
     per_fact = per_fact.masked_fill_(loss.isnan(), math.nan).to(x.dtype)
     gradient.mul_(per_fact.index_select(0, question))
@@ -69,13 +76,35 @@ def _sums(value: Tensor, ptr: Tensor) -> Tensor:
     return torch.segment_reduce(value, "sum", offsets=ptr, unsafe=True)
 
 
-def _weighted(value: Tensor, weight: Tensor, share: float) -> Tensor:
-    """weight * value, where no share in the loss makes nothing even of infinity."""
-    return (value if share else value.masked_fill(value.isinf(), 0.0)) * weight
+def _finite_without(share: float, value: Tensor) -> Tensor:
+    """`value`, in which infinity counts for nothing if the term has no share in the loss."""
+    return value if share else value.masked_fill(value.isinf(), 0.0)
+
+
+def _compare(
+    shifted: Tensor, positive: Tensor, row: Tensor, of_row: Tensor, ptr: Tensor, width: int
+) -> Tensor:
+    """As `_violations`, every positive with the `width` facts from its question's first on: for few
+    facts, where the number of calls is what costs."""
+    end = ptr.index_select(0, of_row + 1).unsqueeze(1)
+    fact = torch.arange(width, device=ptr.device) + ptr.index_select(0, of_row).unsqueeze(1)
+    found = fact < end
+    fact = fact.clamp_(max=shifted.shape[0] - 1)
+    other = shifted.masked_fill(positive, -math.inf)
+    found &= other[fact] > shifted.index_select(0, row).unsqueeze(1)
+    below = torch.zeros_like(shifted, dtype=torch.int64)
+    below.index_add_(0, fact.flatten(), found.flatten().long())
+    return below.index_copy_(0, row, found.sum(1).neg_())
 
 
 def _violations(
-    x: Tensor, shifted: Tensor, row: Tensor, question: Tensor, ptr: Tensor, positive_ptr: Tensor
+    x: Tensor,
+    shifted: Tensor,
+    row: Tensor,
+    question: Tensor,
+    of_row: Tensor,
+    ptr: Tensor,
+    positive_ptr: Tensor,
 ) -> Tensor:
     """Partners with which a fact violates the margin, int64 [E], negative at the positives.
 
@@ -85,10 +114,9 @@ def _violations(
 
     Args:
         x: float32 or float64 [E]; shifted: float64 [E], the margin subtracted at the positives.
-        row: int64 [P] the positives; question: int64 [E].
-        ptr, positive_ptr: int64 [B+2] facts and positives before each question.
+        row: int64 [P] the positives; question: int32 [E]; of_row: int32 [P] question[row].
+        ptr, positive_ptr: int [B+2] facts and positives before each question.
     """
-    of_row = question.index_select(0, row)
     key = _keys(x, shifted.index_select(0, row), torch.cat([question, of_row]))
     positive_key, order = key[x.shape[0] :].sort()
     below = torch.searchsorted(positive_key, key[: x.shape[0]])
@@ -111,9 +139,9 @@ def _keys(x: Tensor, shifted: Tensor, owner: Tensor) -> Tensor:
     """
     if x.dtype == torch.float32:
         rounded = shifted.to(x.dtype)
-        bits = torch.cat([x, rounded]).view(torch.int32)
-        # Sorts as the floats do, NaN as its bits.
-        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + (owner << 32)
+        # Sorts as the floats do, NaN as its bits; adding zero leaves no negative zero.
+        bits = torch.cat([x, rounded]).add_(0.0).view(torch.int32)
+        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) + (owner.long() << 32)
         key[x.shape[0] :] -= (rounded > shifted).long()
         return key
     # Wider than a key: ranks in its place.
@@ -128,7 +156,7 @@ def _keys(x: Tensor, shifted: Tensor, owner: Tensor) -> Tensor:
 
 def _torch_bwd(grad: Tensor, gradient: Tensor, fact_ptr: Tensor, max_facts: int) -> Tensor:
     """The gradient of every fact times the one of its question."""
-    facts = F.pad(fact_ptr.long(), (0, 1), value=gradient.shape[0]).diff()
+    facts = F.pad(fact_ptr, (0, 1), value=gradient.shape[0]).diff()
     question = torch.repeat_interleave(facts, output_size=gradient.shape[0])
     return F.pad(grad, (0, 1)).index_select(0, question).mul_(gradient)
 
