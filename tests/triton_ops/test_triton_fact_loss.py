@@ -16,7 +16,7 @@ from dragkit_kernels.testing import assert_close, fenced_allocations, strided_li
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # Blocks are of 32 facts by 64 of the other kind, and walked 512 or 2,048 at a time.
-SIZES = [[], [0], [0, 1, 5, 0, 31, 33, 100, 0], [513]]
+SIZES = [[], [0], [0, 1, 5, 0, 31, 33, 100, 0], [600]]
 FORWARD = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -171,6 +171,19 @@ def test_broken_logits_are_handled_as_by_the_other_path(device: torch.device) ->
         nan_logit = logits.view(-1, 3).isnan().any(1)[:-1]
         assert torch.equal(got[0][:-1].isnan(), nan_logit)
         assert got[0][-1] == 0 and not got[1][-3:].any()
+
+
+def test_the_backward_writes_only_its_own_rows(device: torch.device) -> None:
+    """With numbers on, not only before, the end of what it reads."""
+    gradient = torch.randn(90, device=device)
+    ptr = torch.tensor([0, 30, 30, 80], dtype=torch.int32, device=device)
+    grad = torch.randn(3, device=device)
+    for rows in (80, 85):
+        with fenced_allocations():
+            got = torch.ops.dragkit.fact_loss_bwd(grad, gradient[:rows], ptr, 50, True)
+        factor = torch.cat([grad, grad[:1] * 0])
+        sizes = torch.tensor([30, 0, 50, rows - 80], device=device)
+        assert torch.equal(got, gradient[:rows] * factor.repeat_interleave(sizes))
 
 
 def test_zero_gradient_in_zero_out(device: torch.device) -> None:
