@@ -79,6 +79,15 @@ def walk_tile(max_facts: int) -> Tile:
     return WALK_TILES[int(max_facts > WALK_TILES[0].block)]
 
 
+# Facts of a question that fact_loss walks at a time to split them.
+SPLIT_TILES = (Tile(512, 4), Tile(1024, 8))
+
+
+def split_tile(max_facts: int) -> Tile:
+    """The tile in which a program splits the facts of a question."""
+    return SPLIT_TILES[int(max_facts > SPLIT_TILES[0].block)]
+
+
 # Facts compared at a time by a program of fact_loss, with how many of the other kind, and the
 # most programs for one question.
 PAIR_TILE = Tile(32, 8)

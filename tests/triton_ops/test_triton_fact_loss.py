@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import fact_loss, fact_loss_ref
-from dragkit_kernels.fact_head import loss_backward, loss_forward
+from dragkit_kernels.fact_head import loss_backward, loss_forward, loss_split
+from dragkit_kernels.launch import Tile
 from dragkit_kernels.testing import assert_close, fenced_allocations, strided_like
 
 # The interpreter computes masked elements too.
@@ -106,6 +107,7 @@ def test_max_facts_may_be_too_large(device: torch.device) -> None:
 def test_programs_that_take_several_blocks(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loss_split, "split_tile", lambda _: Tile(64, 4))
     monkeypatch.setattr(loss_forward, "pair_programs", lambda _: 2)
     monkeypatch.setattr(loss_backward, "PAIR_PROGRAMS", 1)
     check(*make([300, 7, 0, 49], device, padding=1100))
