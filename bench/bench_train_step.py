@@ -113,15 +113,15 @@ class _PackedPyG:
     def backward(self, batch: Batch) -> Tensor:
         """Forward and backward; returns the logits."""
         logits = self.call(batch, self.relations)
-        loss, labelled = retrieval_loss(
+        loss = retrieval_loss(
             logits,
             batch.label,
-            batch.fact_graph,
-            batch.num_graphs,
+            batch.fact_ptr,
             rho=self.config.loss.rho,
             margin=self.config.loss.margin,
         )
-        (loss / labelled.clamp(min=1)).backward()
+        positive = torch.segment_reduce(batch.label, "sum", offsets=batch.fact_ptr) > 0
+        (loss / positive.sum().clamp(min=1)).backward()
         return logits
 
     def __call__(self) -> None:
