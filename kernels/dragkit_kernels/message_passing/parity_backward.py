@@ -69,24 +69,21 @@ def _slots_of_direction(
                 grad = tl.where(((keep >> (k - first)) & 1) != 0, grad * scale, 0.0)
             at = (graph * num_instructions + k) * num_columns + offs_c
             instruction = tl.load(instruction_ptr + at, mask=mask_c, other=0.0).to(tl.float32)
-            if ds_ptr is not None:
-                up, down = split(instruction)
-                d_plus = tl.fma(grad, up[None, :], d_plus)
-                d_minus = tl.fma(grad, down[None, :], d_minus)
-            if part_instruction_ptr is not None:
-                part = tl.sum(grad * tl.where(instruction[None, :] < 0, -minus, plus), 0)
-                part = tl.where(instruction == 0, 0.0, part)
-                at = ((tile * 2 + DIRECTION) * num_instructions + k) * num_columns + offs_c
-                tl.store(part_instruction_ptr + at, part, mask=mask_c)
-    if ds_ptr is not None:
-        at = (offs_n * 4 + 2 * DIRECTION)[:, None] * num_columns + offs_c[None, :]
-        tl.store(ds_ptr + at, d_plus, mask=mask)
-        tl.store(ds_ptr + num_columns + at, d_minus, mask=mask)
-        p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-        own = tl.load(own_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-        part = tl.sum(p[:, None] * tl.where(own[None, :] < 0, -d_minus, d_plus), 0)
-        at = (tile * 2 + DIRECTION) * num_columns + offs_c
-        tl.store(part_self_ptr + at, tl.where(own == 0, 0.0, part), mask=mask_c)
+            up, down = split(instruction)
+            d_plus = tl.fma(grad, up[None, :], d_plus)
+            d_minus = tl.fma(grad, down[None, :], d_minus)
+            part = tl.sum(grad * tl.where(instruction[None, :] < 0, -minus, plus), 0)
+            part = tl.where(instruction == 0, 0.0, part)
+            at = ((tile * 2 + DIRECTION) * num_instructions + k) * num_columns + offs_c
+            tl.store(part_instruction_ptr + at, part, mask=mask_c)
+    at = (offs_n * 4 + 2 * DIRECTION)[:, None] * num_columns + offs_c[None, :]
+    tl.store(ds_ptr + at, d_plus, mask=mask)
+    tl.store(ds_ptr + num_columns + at, d_minus, mask=mask)
+    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    own = tl.load(own_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    part = tl.sum(p[:, None] * tl.where(own[None, :] < 0, -d_minus, d_plus), 0)
+    at = (tile * 2 + DIRECTION) * num_columns + offs_c
+    tl.store(part_self_ptr + at, tl.where(own == 0, 0.0, part), mask=mask_c)
 
 
 @triton.jit(do_not_specialize=["num_graphs", "num_instructions", "threshold"])
@@ -125,7 +122,7 @@ def _message_passing_parity_bwd_slots_kernel(
     """dS+_d[v] = sum_k g[v, 2k + d] relu(i_k), dS-_d[v] with relu(-i_k), where the forward kept g.
 
     Parts of a tile: of the instructions i_k > 0: sum_v g S+, i_k < 0: -sum_v g S-; of the
-    self-loops u > 0: sum_v p_v dS+, u < 0: -sum_v p_v dS-. Only what has a place to go is made.
+    self-loops u > 0: sum_v p_v dS+, u < 0: -sum_v p_v dS-.
     """
     tile = tl.program_id(0)
     graph = tl.load(tile_graph_ptr + tile)
@@ -139,25 +136,21 @@ def _message_passing_parity_bwd_slots_kernel(
     mask_n = offs_n < end
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
-    plus = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    minus = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    if part_instruction_ptr is not None:
-        plus, minus = sums_of_rows(
-            offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-            fact_relation_ptr, head_ptr, tail_count_ptr, p_ptr, rel_fwd_ptr, self_fwd_ptr,
-            BLOCK_N, BLOCK_C,
-        )  # fmt: skip
+    plus, minus = sums_of_rows(
+        offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+        fact_relation_ptr, head_ptr, tail_count_ptr, p_ptr, rel_fwd_ptr, self_fwd_ptr,
+        BLOCK_N, BLOCK_C,
+    )  # fmt: skip
     _slots_of_direction(
         plus, minus, offs_n, mask_n, graph, offs_c, mask_c, num_columns, grad_ptr, p_ptr,
         self_fwd_ptr, instruction_ptr, seed_ptr, ds_ptr, part_self_ptr, part_instruction_ptr,
         num_instructions, threshold, scale, 0,
     )  # fmt: skip
-    if part_instruction_ptr is not None:
-        plus, minus = sums_of_rows(
-            offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-            fact_relation_ptr, tail_ptr, head_count_ptr, p_ptr, rel_inv_ptr, self_inv_ptr,
-            BLOCK_N, BLOCK_C,
-        )  # fmt: skip
+    plus, minus = sums_of_rows(
+        offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+        fact_relation_ptr, tail_ptr, head_count_ptr, p_ptr, rel_inv_ptr, self_inv_ptr,
+        BLOCK_N, BLOCK_C,
+    )  # fmt: skip
     _slots_of_direction(
         plus, minus, offs_n, mask_n, graph, offs_c, mask_c, num_columns, grad_ptr, p_ptr,
         self_inv_ptr, instruction_ptr, seed_ptr, ds_ptr, part_self_ptr, part_instruction_ptr,
@@ -213,12 +206,9 @@ def message_passing_parity_bwd(
     tile = slots_tile(num_columns)
     tiles = graph_tiles(node_graph.contiguous(), num_graphs, tile.rows)
     parts = len(tiles.graph)
-    ds = part_self = part_instruction = None
-    if any(output_mask[:5]):
-        ds = grad.new_empty((p.shape[0], 4, num_columns))
-        part_self = grad.new_empty((parts, 2, num_columns))
-    if output_mask[5]:
-        part_instruction = grad.new_empty((parts, 2, num_instructions, num_columns))
+    ds = grad.new_empty((p.shape[0], 4, num_columns))
+    part_self = grad.new_empty((parts, 2, num_columns))
+    part_instruction = grad.new_empty((parts, 2, num_instructions, num_columns))
     walks += [pair_relation.index_select(0, fact_pair), head_count, tail_count]
     _message_passing_parity_bwd_slots_kernel[tile.grid(parts * tile.rows, num_columns)](
         grad.contiguous(),
@@ -264,14 +254,9 @@ KERNELS = tuple(
         slots_tile(columns),
         "BLOCK_N",
         Budget(registers=128, shared=8192, wide_loads=2),
-        {**_TYPES, "seed_ptr": seed, **absent},
+        {**_TYPES, "seed_ptr": seed},
     )
     for columns in COLUMNS
     for kind in DTYPES
     for seed in (None, "*i64")
-    for absent in (
-        {},
-        {"part_instruction_ptr": None},
-        {"ds_ptr": None, "part_self_ptr": None},
-    )
 )
