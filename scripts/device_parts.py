@@ -73,35 +73,42 @@ class Profiled:
     """One profiled training command.
 
     Attributes:
-        name: of its trace; phase: 1 or 2; settings: besides the common ones.
-        ranges: names that the trace must hold.
+        name: of its folder; phase: 1 or 2; settings: besides the common ones.
+        traces: name, folder below the run's, and the ranges that the trace must hold.
     """
 
     name: str
     phase: int
     settings: tuple[str, ...]
-    ranges: frozenset[str]
+    traces: tuple[tuple[str, str, frozenset[str]], ...]
 
 
 def commands(*, cpu: bool) -> list[Profiled]:
-    """Phase 1 step by step, phase 1 as CUDA graphs (on a GPU), phase 2."""
-    plain = ("run.cuda_graphs=false",)
-    found = [Profiled("phase1", 1, plain, frozenset(_STEP | {"retriever"}))]
+    """Both phases, range by range; on a GPU also phase 1 as CUDA graphs."""
+    alone = frozenset(_STEP | {"retriever"})
+    joint = alone | {"sampler", "prompt", "generator"}
+    # Phase 2 without a checkpoint trains phase 1 first, in a folder of its own.
+    both = (("phase1", "phase1", alone), ("phase2", ".", joint))
+    found = [Profiled("joint", 2, ("run.cuda_graphs=false",), both)]
     if not cpu:
         replayed = frozenset({"copy", "replay", "optimizer"})
-        found.append(Profiled("phase1_graphs", 1, (), replayed))
-    joint = frozenset(_STEP | {"retriever", "sampler", "prompt", "generator"})
-    return [*found, Profiled("phase2", 2, (), joint)]
+        found.append(Profiled("graphs", 1, (), (("phase1_graphs", ".", replayed),)))
+    return found
+
+
+def write_questions(path: Path, count: int) -> None:
+    """The first questions of the bundled demo."""
+    from dragkit.demo import demo_files
+
+    lines = Path(demo_files().train).read_text(encoding="utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:count]), encoding="utf-8")
 
 
 def profile(out: Path, work: Path, *, cpu: bool) -> int:
     """Trains on a few demo questions, keeps the traces, and looks for names in them."""
-    from dragkit.demo import demo_files
-
     batch, steps = (4, "1:4") if cpu else (16, "10:13")
-    lines = Path(demo_files().train).read_text(encoding="utf-8").splitlines(keepends=True)
     questions = work / "questions.jsonl"
-    questions.write_text("".join(lines[: 4 * batch]), encoding="utf-8")
+    write_questions(questions, 4 * batch)
     common = ["--preset", "tiny", "--generator_model", "tiny", "--heuristics_path", str(questions)]
     common += ["--profile_steps", steps, "--batch_size", str(batch)]
     common += ["--epochs", "1" if cpu else "4"]
@@ -113,19 +120,19 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
         folder = work / asked.name
         arguments = ["-m", "dragkit.train", "--phase", str(asked.phase), *common]
         arguments += ["--checkpoint_dir", str(folder)]
-        if asked.phase == 2:
-            arguments += ["--phase1_checkpoint", str(work / "phase1")]
         for setting in (*settings, *asked.settings):
             arguments += ["--set", setting]
         code = subprocess.run([sys.executable, *arguments], cwd=ROOT, check=False).returncode
-        trace = folder / f"trace-{steps.replace(':', '-')}.json.gz"
-        if code or not trace.is_file():
-            problems.append(f"{asked.name}: exit code {code}, trace: {trace.is_file()}")
-            continue
-        (out / f"trace_{asked.name}.json.gz").write_bytes(trace.read_bytes())
-        found = summarise(trace)
-        report[asked.name] = found
-        problems += [f"{asked.name}: {text}" for text in lacking(found, asked.ranges, cpu=cpu)]
+        if code:
+            problems.append(f"{asked.name}: exit code {code}")
+        for name, below, ranges in asked.traces:
+            trace = folder / below / f"trace-{steps.replace(':', '-')}.json.gz"
+            if not trace.is_file():
+                problems.append(f"{name}: no trace")
+                continue
+            (out / f"trace_{name}.json.gz").write_bytes(trace.read_bytes())
+            report[name] = found = summarise(trace)
+            problems += [f"{name}: {text}" for text in lacking(found, ranges, cpu=cpu)]
     (out / "profile.json").write_text(
         json.dumps({"steps": steps, "problems": problems, "traces": report}, indent=1) + "\n"
     )
@@ -169,6 +176,9 @@ def lacking(found: dict, ranges: frozenset[str], *, cpu: bool) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Runs one part; returns the exit code."""
     name, out, *rest = arguments
+    if name == "questions":
+        write_questions(Path(out), 48)
+        return 0
     if name == "env":
         return environment(Path(out), rest)
     if name == "profile":

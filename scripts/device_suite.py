@@ -60,7 +60,8 @@ from importlib.util import find_spec
 print(*[name for name in sys.argv[1:] if not find_spec(name)])
 """
 _NO_MODULE = re.compile(r"No module named '([\w.]+)'")
-NO_TESTS = 5
+# Exit codes of pytest.
+NO_TESTS, NOT_COLLECTED = 5, (2, 4)
 
 
 @dataclass
@@ -108,6 +109,10 @@ class Suite:
     ) -> int:
         """Runs Python with arguments until it is done or its time is up; 124 if that was so."""
         words = [f"{name}={value}" for name, value in variables.items()]
+        if time.monotonic() >= min(end, self.end):
+            part.notes.append(f"not begun, out of time: {' '.join(arguments)}")
+            part.exit_code = part.exit_code or 124
+            return 124
         command = " ".join([*words, "python", *arguments])
         for folder, name in ((self.work, "$WORK"), (self.out, "$OUT")):
             command = command.replace(str(folder), name)
@@ -127,9 +132,15 @@ class Suite:
                 code = 124
                 part.notes.append(f"out of time: {command}")
                 _stop(process)
-        if code and not part.exit_code:
-            part.exit_code = code
+        if code and (lacking := self.lacking(log)):
+            part.notes.append(f"needs {', '.join(lacking)}")
+        part.exit_code = part.exit_code or code
         return code
+
+    def lacking(self, log: Path) -> list[str]:
+        """Missing modules that a log complains of."""
+        named = _NO_MODULE.findall(log.read_text(errors="replace"))
+        return sorted({name.split(".")[0] for name in named} & {*self.missing})
 
     def prepare(self) -> None:
         """Carried wheels, the list of what is missing, and an encoder."""
@@ -168,31 +179,31 @@ class Suite:
         folder = self.work / "tests"
         folder.mkdir()
 
-        def run(file: str) -> tuple[Part, str]:
+        def run(file: str) -> tuple[Part, Path]:
             one, stem = Part(file), file.replace("/", ".").removesuffix(".py")
             arguments = ["-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
             arguments += ["-m", "gpu", "--junitxml", str(folder / f"{stem}.xml"), file]
             log = folder / f"{stem}.log"
             self.call(one, arguments, log, end, **variables)
-            return one, log.read_text(errors="replace")
+            return one, log
 
         # Most of the time goes into compiling kernels, on the host.
         workers = max(1, min(6, (os.cpu_count() or 2) // 2))
         with ThreadPoolExecutor(workers) as pool:
             results = list(pool.map(run, files))
-        log = self.out / "gpu_tests.log"
-        log.write_text("\n".join(f"===== {one.name}\n{text}" for one, text in results))
-        for one, text in results:
+        with (self.out / "gpu_tests.log").open("w") as file:
+            for one, log in results:
+                file.write(f"===== {one.name}\n{log.read_text(errors='replace')}\n")
+        for one, log in results:
             part.commands += one.commands
-            part.notes += one.notes
-            lacking = {name.split(".")[0] for name in _NO_MODULE.findall(text)} & {*self.missing}
+            why = "".join(f", {note}" for note in one.notes)
             if one.exit_code == NO_TESTS:
                 part.notes.append(f"no tests: {one.name}")
-            elif one.exit_code in (2, 4) and lacking:
-                part.notes.append(f"left out: {one.name} needs {', '.join(sorted(lacking))}")
+            elif one.exit_code in NOT_COLLECTED and self.lacking(log):
+                part.notes.append(f"left out: {one.name}{why}")
             elif one.exit_code:
                 part.exit_code = part.exit_code or one.exit_code
-                part.notes.append(f"failed: {one.name} (exit code {one.exit_code})")
+                part.notes.append(f"failed: {one.name} (exit code {one.exit_code}{why})")
         part.tests = merge_reports(sorted(folder.glob("*.xml")), self.out / "gpu_tests.xml")
 
     def kernels(self, part: Part, end: float) -> None:
@@ -203,14 +214,25 @@ class Suite:
     def train_step(self, part: Part, end: float) -> None:
         """Phase 1's step against packed PyG; compiled in a run of its own, as that may fail."""
         if self.cpu:
-            self.bench(part, end, "train_step", ["-k", "packed_pyg and 50"])
+            folder = self.work / "few_questions"
+            maker = ["scripts/device_parts.py", "questions", str(folder / "webqsp.train.jsonl")]
+            folder.mkdir()
+            self.call(part, maker, self.out / "train_step.log", end)
+            chosen = ["-k", "packed_pyg and 50"]
+            self.bench(part, end, "train_step", chosen, DRAGKIT_DATA=str(folder))
             return
         self.bench(part, end, "train_step", ["-k", "packed_pyg"])
         small = ["-k", "packed_pyg and 50", "--bench-compiled"]
         self.bench(part, end, "train_step", small, suffix="_compiled")
 
     def bench(
-        self, part: Part, end: float, theme: str, chosen: Sequence[str], suffix: str = ""
+        self,
+        part: Part,
+        end: float,
+        theme: str,
+        chosen: Sequence[str],
+        suffix: str = "",
+        **variables: str,
     ) -> None:
         """Runs one file of benchmarks and moves its tables to OUT."""
         file = f"bench/bench_{theme}.py"
@@ -221,7 +243,7 @@ class Suite:
         arguments = ["-m", "pytest", file, "--benchmark-only", "-v", "--tb=short", "-rfE"]
         arguments += ["-p", "no:cacheprovider", "--results", str(folder), *chosen]
         arguments += ["--bench-repeats", "2"] if self.cpu else []
-        self.call(part, arguments, self.out / f"{theme}{suffix}.log", end)
+        self.call(part, arguments, self.out / f"{theme}{suffix}.log", end, **variables)
         for made in folder.glob("*/*"):
             shutil.copy(made, self.out / f"{made.stem}{suffix}{made.suffix}")
 

@@ -130,7 +130,7 @@ def test_files_that_need_a_missing_module_are_left_out(suite, monkeypatch, tmp_p
     part = run_tests_part(suite, monkeypatch, tmp_path)
     assert part.exit_code == 0
     assert [note.split(":")[0] for note in sorted(part.notes)] == ["left out", "no tests"]
-    assert "test_absent.py needs absent_module" in " ".join(part.notes)
+    assert "test_absent.py, needs absent_module" in " ".join(part.notes)
     assert (
         part.tests["failures"] == 0 and "test_good.py" in (suite.out / "gpu_tests.log").read_text()
     )
