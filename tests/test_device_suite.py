@@ -144,6 +144,16 @@ def test_a_module_that_should_be_there_fails_the_part(suite, monkeypatch, tmp_pa
     assert any(note.startswith("failed") and "test_absent" in note for note in part.notes)
 
 
+def test_a_report_that_is_cut_off_is_passed_over(tmp_path):
+    whole = '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/></testsuites>'
+    (tmp_path / "a.xml").write_text(whole)
+    (tmp_path / "b.xml").write_text(whole[:30])
+    reports, target = sorted(tmp_path.glob("*.xml")), tmp_path / "all.xml"
+    sums = suite_module.merge_reports(reports, target)
+    assert sums == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
+    assert [suite.get("name") for suite in ET.parse(target).getroot()] == ["a"]
+
+
 def test_every_gpu_test_is_found():
     found = suite_module.gpu_test_files()
     assert "tests/model/test_retriever_on_gpu.py" in found
