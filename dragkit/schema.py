@@ -293,6 +293,9 @@ class RunConfig(Section):
         pattern=r"^[0-9]+:[0-9]+$",
         description="Steps first:end to profile, for example 10:13.",
     )
+    profile_trace: bool = Field(
+        False, description="Write these steps as a Chrome trace too; not under nsys or ncu."
+    )
 
     @field_validator("profile_steps")
     @classmethod

@@ -24,7 +24,10 @@ def kgqa_data() -> Path:
 def _process_state() -> Iterator[None]:
     """Every test starts from one seed, and training's process-wide settings end with it."""
     torch.manual_seed(0)
+    # By hand: monkeypatch cannot put back what a module answers for by `__getattr__`.
+    tf32 = torch.backends.cuda.matmul.allow_tf32
     yield
+    torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.set_flush_denormal(False)
 
 

@@ -1,43 +1,87 @@
-"""Named NVTX ranges, and the window of steps that a profiler captures."""
+"""Named ranges, and the window of steps that a profiler captures."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+logger = logging.getLogger(__name__)
+
+# Traces that are being recorded now. A range costs a trace's entry only while there is one.
+_open_traces: list[profile] = []
 
 
 @contextmanager
 def nvtx_range(name: str) -> Iterator[None]:
-    """A range in an nsys trace; nothing at all on a machine without CUDA."""
-    if not torch.cuda.is_available():
-        yield
-        return
-    torch.cuda.nvtx.range_push(name)
-    try:
-        yield
-    finally:
-        torch.cuda.nvtx.range_pop()
+    """A range in an nsys trace, and in an open trace of PyTorch's profiler; else nothing at all."""
+    with record_function(name) if _open_traces else nullcontext():
+        if not torch.cuda.is_available():
+            yield
+            return
+        torch.cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            torch.cuda.nvtx.range_pop()
 
 
 class ProfileWindow:
-    """Starts and stops the CUDA profiler at given steps (`--profile_steps a:b`).
+    """Starts and stops profilers at given steps (`--profile_steps a:b`).
+
+    CUDA's profiler is what nsys and ncu listen to. PyTorch's own writes a Chrome trace, on a CPU
+    too; both at once cannot read a GPU's counters, so that it has to be asked for.
+
+    As a context manager it closes a window that is still open at the end.
 
     Args:
         steps: "a:b", the first step captured and the first one that is not; None captures nothing.
+        trace_dir: folder of `trace-a-b.json.gz`; None writes no trace.
     """
 
-    def __init__(self, steps: str | None) -> None:
+    def __init__(self, steps: str | None, trace_dir: Path | None = None) -> None:
         first, last = steps.split(":") if steps else ("-1", "-1")
         self.first, self.last = int(first), int(last)
+        self.path = None if trace_dir is None else trace_dir / f"trace-{first}-{last}.json.gz"
+        self._open = False
+
+    def __enter__(self) -> ProfileWindow:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop()
 
     def tick(self, step: int) -> None:
         """To be called before step `step` runs."""
-        if not torch.cuda.is_available():
-            return
         if step == self.first:
-            torch.cuda.cudart().cudaProfilerStart()
+            self._start()
         elif step == self.last:
+            self._stop()
+
+    def _start(self) -> None:
+        self._open = True
+        cuda = torch.cuda.is_available()
+        if self.path is not None:
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+            trace = profile(activities=kinds)
+            trace.start()
+            _open_traces.append(trace)
+        if cuda:
+            torch.cuda.cudart().cudaProfilerStart()
+
+    def _stop(self) -> None:
+        if not self._open:
+            return
+        self._open = False
+        if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStop()
+        if self.path is not None:
+            trace = _open_traces.pop()
+            trace.stop()
+            trace.export_chrome_trace(str(self.path))
+            logger.info("steps %d to %d: %s", self.first, self.last - 1, self.path)

@@ -100,7 +100,9 @@ class Trainer:
             },
         )
         self.meter = ThroughputMeter(device)
-        self.window = ProfileWindow(config.run.profile_steps)
+        self.window = ProfileWindow(
+            config.run.profile_steps, run_dir if config.run.profile_trace else None
+        )
 
     def _steps_in_epoch(self, epoch: int) -> int:
         return math.ceil(
@@ -144,7 +146,7 @@ class Trainer:
             NumericalError: a loss or gradient was not finite; nothing was updated by it.
         """
         make_folders(self.run_dir)
-        with StopSignal() as stop, Progress(self) as progress:
+        with StopSignal() as stop, Progress(self) as progress, self.window:
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
                     self.window.tick(self.state.step)

