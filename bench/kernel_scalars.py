@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,7 @@ from dragkit_kernels import (
 from dragkit_kernels.segments import padded_rows
 
 _TEMPERATURE = 0.5
+_APART = 1e-5
 
 
 def node_softmax(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool) -> Problem:
@@ -131,17 +133,22 @@ def fact_head(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: 
 
 
 def _distinct_keys(logits: Tensor, noise: Tensor, graph: Tensor) -> Tensor:
-    """Logits such that no two facts of a graph tie, which libraries break as they like."""
+    """Logits such that no two keys of a graph, and no key and zero, are next to each other.
+
+    Libraries break ties as they like, and two ways to draw the same noise differ in last digits.
+    """
     for seed in range(100):
         key, order = (logits + noise).sort(stable=True)
         owner, by_graph = graph[order].sort(stable=True)
         key, order = key[by_graph], order[by_graph]
-        tied = order[1:][(key[1:] == key[:-1]) & (owner[1:] == owner[:-1])]
-        if not len(tied):
+        near = key.abs() < _APART
+        near[1:] |= (key.diff() < _APART) & (owner.diff() == 0)
+        moved = order[near]
+        if not len(moved):
             return logits
         generator = torch.Generator().manual_seed(seed)
-        logits[tied] = torch.randn(len(tied), generator=generator).to(logits)
-    raise ValueError("random keys tie again and again")
+        logits[moved] += 0.01 * torch.randn(len(moved), generator=generator).to(logits)
+    raise ValueError("random keys meet again and again")
 
 
 def choice(mode: str) -> Callable[..., Problem]:
@@ -161,6 +168,9 @@ def _choice(pack: Pack, dtype: torch.dtype, mode: str, compile_: bool) -> Proble
     question = torch.arange(graphs, device=device)
     noise = logistic_noise(seed, question, ptr, num_facts=facts)
     drawn = random_leaf(facts, dtype=dtype, device=device, seed=1).detach()
+    # About k facts of a graph fire. More would leave keys whose relaxed choice is one to the last
+    # digit, and then its slope s (1 - s) is rounding.
+    drawn += math.log(k / max(facts / graphs - k, 1))
     logits = _distinct_keys(drawn, noise, pack.fact_graph).requires_grad_()
     options = {"temperature": _TEMPERATURE, "mode": mode}
     given = {"noise": noise, "max_facts": most} | options

@@ -21,7 +21,7 @@ _REPEAT_MS = 4.0
 _FLUSH_BYTES = 256 << 20
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 _LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
-_MIN_CUDA_REPEATS = 20
+_MIN_CUDA_REPEATS, _MIN_CPU_REPEATS, _CPU_SECONDS = 20, 5, 15.0
 
 
 @dataclass(slots=True)
@@ -38,7 +38,8 @@ class KernelTiming:
         peak_mb: above what was allocated before, CUDA only.
         launches: on CUDA calls of the runtime that start work, else PyTorch operators without
             others inside.
-        error: largest norm of a difference from float64 over the norm of that; note: why there are no times.
+        error: largest norm of a difference from float64 over the norm of that.
+        note: why there are no times.
     """
 
     name: str
@@ -88,9 +89,9 @@ class KernelComparison:
                 f"{ms:.3f} ({low:.3f}-{high:.3f})",
                 _cell(row.host_ms, ".3f"),
                 _cell(row.ratio, ".2f"),
-                _cell(row.gb_s, ".1f"),
-                _cell(row.copy_share, ".1%"),
-                _cell(row.tflop_s, ".3f"),
+                _cell(row.gb_s, ".3g"),
+                _cell(row.copy_share, ".2g"),
+                _cell(row.tflop_s, ".3g"),
                 _cell(row.peak_mb, ".1f"),
                 _cell(row.launches, "d"),
                 _cell(row.error, ".0e"),
@@ -129,6 +130,11 @@ class _Clock:
             self.step()
         self.ms.append((time.perf_counter() - wall) * 1e3 / self.calls)
         self.host_ms.append((time.process_time() - used) * 1e3 / self.calls)
+
+    def forget(self) -> None:
+        """Drops the times so far, as those of a warm-up."""
+        self.ms.clear()
+        self.host_ms.clear()
 
     def _on_cuda(self) -> None:
         torch.cuda.synchronize()
@@ -178,6 +184,18 @@ def _calls(step: Step, device: torch.device) -> int:
     clock()
     clock()
     return max(1, min(500, math.ceil(_REPEAT_MS / clock.ms[1])))
+
+
+def _repeats(clocks: list[_Clock], device: torch.device, wanted: int) -> int:
+    """On CUDA at least 20; on a CPU fewer than wanted, but at least five, of what takes long."""
+    if device.type == "cuda":
+        return max(wanted, _MIN_CUDA_REPEATS)
+    start = time.perf_counter()
+    for clock in clocks:
+        clock()
+        clock.forget()
+    fitting = int(_CPU_SECONDS / (time.perf_counter() - start))
+    return min(wanted, max(fitting, _MIN_CPU_REPEATS))
 
 
 def check_contenders(
@@ -239,9 +257,10 @@ def compare_kernels(
     device = problem.leaves[0].device
     checked = check_contenders(problem, backward=backward)
     clocks = []
-    for _, timing, step in checked:
+    for contender, timing, step in checked:
         if step is not None:
-            timing.peak_mb = _peak_mb(step, device)
+            # A graph's memory is set aside when it is recorded.
+            timing.peak_mb = None if contender.replay else _peak_mb(step, device)
             timing.launches = _launches(step, device)
             clocks.append((timing, _Clock(step, device, _calls(step, device))))
     first = clocks[0][1]
@@ -250,8 +269,7 @@ def compare_kernels(
         for _, clock in clocks[1:]:
             clock()
 
-    if device.type == "cuda":
-        repeats = max(repeats, _MIN_CUDA_REPEATS)
+    repeats = _repeats([clock for _, clock in clocks], device, repeats)
     benchmark.pedantic(first, setup=others, rounds=repeats, iterations=1, warmup_rounds=0)
     for timing, clock in clocks:
         timing.ms, timing.host_ms = spread(clock.ms), statistics.median(clock.host_ms)
@@ -260,6 +278,7 @@ def compare_kernels(
     limits = {tolerances(problem, contender) for contender, _, _ in checked}
     about = problem.about | {
         "dtype": str(problem.dtype).removeprefix("torch."),
+        "repeats": repeats,
         "copy": f"{copy:.1f} GB/s",
         "tolerance of results and gradients": " or ".join(
             f"{value:.0e} and {slope:.0e}" for value, slope in sorted(limits)

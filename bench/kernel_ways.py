@@ -56,7 +56,8 @@ class Problem:
         dtype: of the leaves; cost: see `Cost`.
         kink: the first result is before a last ReLU that the contenders apply. Where it is next to
             zero no gradient comes in, since rounding decides which side it is on.
-        tolerance: of results and of gradients, for peers and for us; None stands for the dtype's.
+        tolerance: of results and of gradients; None stands for the dtype's. Peers get no less than
+            the dtype's.
     """
 
     name: str
