@@ -81,8 +81,11 @@ def compared(
 
     def run(build: Callable[..., Problem], dtype: torch.dtype, backward: bool) -> None:
         option = request.config.getoption
+        compile_ = option("--bench-compiled")
         torch.compiler.reset()
-        problem = build(pack, dtype, WIDTH, INSTRUCTIONS, _ON_CUDA or option("--bench-compiled"))
+        problem = build(
+            pack, dtype, WIDTH, INSTRUCTIONS, _ON_CUDA if compile_ is None else compile_
+        )
         comparison = compare_kernels(
             benchmark, problem, backward=backward, copy=copy_gb_s, repeats=option("--bench-repeats")
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
     group.addoption("--bench-repeats", type=int, default=9, help="repeats of every way")
-    group.addoption("--bench-compiled", action="store_true", help="also time compiled opponents")
+    group.addoption(
+        "--bench-compiled",
+        action=argparse.BooleanOptionalAction,
+        help="also time compiled opponents; if not said, only bench_kernels does, and on CUDA",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -234,7 +234,7 @@ def _choice(pack: Pack, dtype: torch.dtype, mode: str, compile_: bool) -> Proble
             Contender("torch.topk, a loop over questions", loop),
         ]
     else:
-        contenders.append(Contender("reference, autograd", lambda: reference(logits)))
+        contenders.append(Contender("our reference, autograd", lambda: reference(logits)))
     chosen = 8 * graphs * k
     return Problem(
         name=f"gumbel_topk, {mode}",

@@ -131,11 +131,6 @@ class _Clock:
         self.ms.append((time.perf_counter() - wall) * 1e3 / self.calls)
         self.host_ms.append((time.process_time() - used) * 1e3 / self.calls)
 
-    def forget(self) -> None:
-        """Drops the times so far, as those of a warm-up."""
-        self.ms.clear()
-        self.host_ms.clear()
-
     def _on_cuda(self) -> None:
         torch.cuda.synchronize()
         wall = time.perf_counter()
@@ -176,26 +171,23 @@ def _peak_mb(step: Step, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _calls(step: Step, device: torch.device) -> int:
-    """Calls of one repeat on a CPU, such that it lasts long enough to be timed."""
-    if device.type == "cuda":
-        return 1
+def _clock(step: Step, device: torch.device) -> tuple[_Clock, float]:
+    """The clock of a step that has run before, and the milliseconds of one repeat.
+
+    On a CPU a repeat is as many calls as it takes to last long enough.
+    """
     clock = _Clock(step, device, calls=1)
     clock()
-    clock()
-    return max(1, min(500, math.ceil(_REPEAT_MS / clock.ms[1])))
+    ms = clock.ms[0]
+    calls = 1 if device.type == "cuda" else max(1, min(500, math.ceil(_REPEAT_MS / ms)))
+    return _Clock(step, device, calls), calls * ms
 
 
-def _repeats(clocks: list[_Clock], device: torch.device, wanted: int) -> int:
+def _repeats(round_ms: float, device: torch.device, wanted: int) -> int:
     """On CUDA at least 20; on a CPU fewer than wanted, but at least five, of what takes long."""
     if device.type == "cuda":
         return max(wanted, _MIN_CUDA_REPEATS)
-    start = time.perf_counter()
-    for clock in clocks:
-        clock()
-        clock.forget()
-    fitting = int(_CPU_SECONDS / (time.perf_counter() - start))
-    return min(wanted, max(fitting, _MIN_CPU_REPEATS))
+    return min(wanted, max(int(1e3 * _CPU_SECONDS / round_ms), _MIN_CPU_REPEATS))
 
 
 def check_contenders(
@@ -256,20 +248,22 @@ def compare_kernels(
     """
     device = problem.leaves[0].device
     checked = check_contenders(problem, backward=backward)
-    clocks = []
+    clocks, round_ms = [], 0.0
     for contender, timing, step in checked:
         if step is not None:
             # A graph's memory is set aside when it is recorded.
             timing.peak_mb = None if contender.replay else _peak_mb(step, device)
             timing.launches = _launches(step, device)
-            clocks.append((timing, _Clock(step, device, _calls(step, device))))
+            clock, ms = _clock(step, device)
+            clocks.append((timing, clock))
+            round_ms += ms
     first = clocks[0][1]
 
     def others() -> None:
         for _, clock in clocks[1:]:
             clock()
 
-    repeats = _repeats([clock for _, clock in clocks], device, repeats)
+    repeats = _repeats(round_ms, device, repeats)
     benchmark.pedantic(first, setup=others, rounds=repeats, iterations=1, warmup_rounds=0)
     for timing, clock in clocks:
         timing.ms, timing.host_ms = spread(clock.ms), statistics.median(clock.host_ms)
