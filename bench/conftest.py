@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measure import Comparison, Way, compare, write_results
+from bench.measure import Comparison, Reported, Way, compare, write_results
 
-_COMPARISONS = pytest.StashKey[dict[str, list[Comparison]]]()
+_COMPARISONS = pytest.StashKey[dict[str, list[Reported]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
     group.addoption("--bench-repeats", type=int, default=9, help="repeats of every way")
-    group.addoption("--bench-compiled", action="store_true", help="also time compiled opponents")
+    group.addoption(
+        "--bench-compiled",
+        action=argparse.BooleanOptionalAction,
+        help="also time compiled opponents; if not said, only bench_kernels does, and on CUDA",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,14 +66,22 @@ def flush_denormals() -> Iterator[None]:
 
 
 @pytest.fixture
-def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., Comparison]:
-    """`timed(name, ways, about)`: compares, and keeps the result for the tables."""
+def keep(request: pytest.FixtureRequest) -> Callable[[Reported], None]:
+    """`keep(comparison)`: puts it into the tables of its module."""
     theme = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
+    return request.config.stash[_COMPARISONS].setdefault(theme, []).append
+
+
+@pytest.fixture
+def timed(
+    benchmark: Callable, request: pytest.FixtureRequest, keep: Callable[[Reported], None]
+) -> Callable[..., Comparison]:
+    """`timed(name, ways, about)`: compares, and keeps the result for the tables."""
 
     def run(name: str, ways: list[Way], about: dict[str, object]) -> Comparison:
         repeats = request.config.getoption("--bench-repeats")
         comparison = compare(benchmark, name, ways, about, repeats=repeats)
-        request.config.stash[_COMPARISONS].setdefault(theme, []).append(comparison)
+        keep(comparison)
         return comparison
 
     return run

@@ -15,11 +15,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import torch
 
 _PACKAGES = ("torch", "torch_geometric", "transformers", "peft", "numpy")
 _REPEATS, _WARMUP = 9, 2
+
+
+class Reported(Protocol):
+    """A dataclass that goes into the result files."""
+
+    __dataclass_fields__: ClassVar[dict]
+
+    def markdown(self) -> str:
+        """Its part of the Markdown file."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +90,8 @@ class Comparison:
         return "\n".join(lines) + "\n"
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float, float]:
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[-1]
 
@@ -147,7 +159,7 @@ def compare(
     ours_cpu = statistics.median(clocks[0].cpu) / ways[0].questions
     comparison = Comparison(name, about)
     for way, clock in zip(ways, clocks, strict=True):
-        wall, cpu = _spread(clock.wall), _spread(clock.cpu)
+        wall, cpu = spread(clock.wall), spread(clock.cpu)
         comparison.timings.append(
             Timing(
                 name=way.name,
@@ -219,7 +231,7 @@ def machine_info() -> dict[str, object]:
     }
 
 
-def write_results(folder: Path, theme: str, comparisons: Sequence[Comparison]) -> Path:
+def write_results(folder: Path, theme: str, comparisons: Sequence[Reported]) -> Path:
     """Writes `<folder>/<device>/<theme>.json` and the same as a Markdown table.
 
     Args:
