@@ -44,15 +44,15 @@ def retriever_step(
     graph = batch.graph
 
     def loss(logits: Tensor) -> tuple[Tensor, ...]:
-        total, labelled = retrieval_loss(
+        total = retrieval_loss(
             logits.float() if logits.dtype == torch.bfloat16 else logits,
             graph.label,
-            pyg.fact_graph,
-            graph.num_graphs,
+            graph.fact_ptr,
             rho=0.7,
             margin=1.0,
+            max_facts=graph.max_facts,
         )
-        return total / labelled, logits.detach()
+        return total / graph.num_graphs, logits.detach()
 
     def step(model: Callable[..., Tensor], data: QuestionBatch | Batch) -> tuple[Tensor, ...]:
         with torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16):
