@@ -209,8 +209,10 @@ class Suite:
         part.tests = merge_reports(sorted(folder.glob("*.xml")), self.out / "gpu_tests.xml")
 
     def kernels(self, part: Part, end: float) -> None:
-        """The benchmark of the kernels."""
-        chosen = ["-k", "segment_softmax and forward"] if self.cpu else []
+        """The layers and the whole step; all ops and compiled opponents take more than an hour."""
+        chosen = ["--no-bench-compiled", "-k", "layer or retriever_step"]
+        if self.cpu:
+            chosen = ["-k", "segment_softmax and forward"]
         self.bench(part, end, "kernels", chosen)
 
     def train_step(self, part: Part, end: float) -> None:
