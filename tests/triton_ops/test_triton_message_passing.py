@@ -15,6 +15,7 @@ from dragkit_kernels import (
     relation_sum,
     relation_sum_ref,
 )
+from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.message_passing import _walks, backward, chunks
 from dragkit_kernels.testing import (
     Adjacency,
@@ -28,8 +29,13 @@ from dragkit_kernels.testing import (
 )
 
 NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias")
-# Sums of the kernel and of float64 differ by float32 rounding alone.
-FORWARD = {torch.float32: 2e-6}
+# Sums of the kernel and of float64 differ by float32 rounding, and that of the result: the
+# interpreter cuts a bfloat16 off instead.
+FORWARD = {
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
+}
 
 
 def _star() -> Adjacency:
