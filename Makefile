@@ -28,7 +28,7 @@ test: $(VENV)/.installed $(COMPILED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -q
 ifdef COMPILED
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q tests/triton_ops
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto tests/triton_ops tests/ops/test_properties.py
 	$(RUN) -m dragkit_kernels.aot --triton-path $(OLDER_TRITON)
 endif
 

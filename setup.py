@@ -29,6 +29,7 @@ TEST = [
     "pytest>=8",
     "pytest-benchmark>=5",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "networkx>=3",
 ]

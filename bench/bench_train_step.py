@@ -149,15 +149,15 @@ class _PackedPyG:
         batch = batch.to(self.device)
         with autocast(precision, self.device):
             logits = self.call(batch, self.relations).float()
-        loss, labelled = retrieval_loss(
+        loss = retrieval_loss(
             logits,
             batch.label,
-            batch.fact_graph,
-            batch.num_graphs,
+            batch.fact_ptr,
             rho=self.config.loss.rho,
             margin=self.config.loss.margin,
         )
-        (loss / labelled.clamp(min=1)).backward()
+        positive = torch.segment_reduce(batch.label, "sum", offsets=batch.fact_ptr) > 0
+        (loss / positive.sum().clamp(min=1)).backward()
         return logits
 
     def __call__(self) -> None:

@@ -219,5 +219,6 @@ def pyg_batch(questions: list[Data]) -> Batch:
     batch.question = nn.utils.rnn.pad_sequence(texts, batch_first=True)
     length = torch.tensor([len(text) for text in texts])
     batch.question_mask = torch.arange(int(length.max())) < length.unsqueeze(1)
-    batch.fact_graph = batch.batch[batch.edge_index[0]]
+    facts = torch.tensor([0, *(question.num_edges for question in questions)])
+    batch.fact_ptr = facts.cumsum(0).int()
     return batch

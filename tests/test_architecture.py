@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.console": (),
     "dragkit.train": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
     "dragkit.evaluate": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
-    "dragkit.losses": (),
+    "dragkit.losses": ("dragkit_kernels",),
     "dragkit.observe": (),
     "dragkit.data": ("dragkit.config", "dragkit_kernels"),
     "dragkit.model": (

@@ -209,6 +209,9 @@ class ReasoningLayer(nn.Module):
         """
         u = tables.relation
         if self.parity:
+            dropout = self.dropout.p if self.training else 0.0
+            # A tensor on the device: drawing it stops nothing.
+            seed = torch.randint(2**63 - 1, (), device=h.device) if dropout > 0 else None
             sums = message_passing_parity(
                 p,
                 u[0, :-1],
@@ -218,9 +221,11 @@ class ReasoningLayer(nn.Module):
                 instruction,
                 orders=orders,
                 node_graph=node_graph,
+                dropout=dropout,
+                seed=seed,
             )
-            joined = torch.cat([h, sums.flatten(1)], dim=1)
-            return torch.relu(self.update(self.dropout(joined)))
+            joined = torch.cat([self.dropout(h), sums.flatten(1)], dim=1)
+            return torch.relu(self.update(joined))
         c = relation_gate(
             u,
             instruction.to(u.dtype),  # under autocast the two come from maps of other precisions

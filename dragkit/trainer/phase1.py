@@ -88,15 +88,14 @@ class RetrieverPhase:
         """The retrieval loss, summed over the labelled questions of a batch on the device."""
         graph = batch.graph
         output = self._retrieve(batch, relations)
-        loss, _ = retrieval_loss(
+        return retrieval_loss(
             output.fact_logits,
             graph.label,
-            graph.fact_graph,
-            graph.num_graphs,
+            graph.fact_ptr,
             rho=self.config.loss.rho,
             margin=self.config.loss.margin,
+            max_facts=graph.max_facts,
         )
-        return loss
 
     def parameter_groups(self) -> list[dict]:
         """One group: the retriever."""

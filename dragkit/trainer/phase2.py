@@ -157,13 +157,13 @@ class JointPhase:
                 from_generator = from_generator if found is None else found
                 roots += ends[1:]  # none where every graph of the batch is empty
                 gradients += own
-            retrieval, _ = retrieval_loss(
+            retrieval = retrieval_loss(
                 logits,
                 graph.label,
-                graph.fact_graph,
-                graph.num_graphs,
+                graph.fact_ptr,
                 rho=config.loss.rho,
                 margin=config.loss.margin,
+                max_facts=graph.max_facts,
             )
             retrieval = retrieval / counts["questions"]
             (from_labels,) = torch.autograd.grad(retrieval, logits)

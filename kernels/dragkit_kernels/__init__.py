@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attention_pool import attention_pool, attention_pool_ref
 from .backend import force_backend, resolve_backend
-from .fact_head import fact_scores, fact_scores_ref
+from .fact_head import fact_loss, fact_loss_ref, fact_scores, fact_scores_ref
 from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
     message_passing,
@@ -46,6 +46,8 @@ __all__ = [
     "build_fact_orders",
     "check_finite_logits",
     "concat_fact_orders",
+    "fact_loss",
+    "fact_loss_ref",
     "fact_rows",
     "fact_rows_ref",
     "fact_scores",

@@ -2,9 +2,9 @@
 
     python -m dragkit_kernels.aot [--triton-path DIR] [--markdown]
 
-One row per kernel, configuration and architecture, read from the machine code: registers and stack
-of a thread, instructions that spill, shared memory of a program, 128-bit loads, and the share of a
-multiprocessor's warps that fit. Exits with 1 if a kernel is over the budget that stands beside it.
+One row per kernel, configuration and architecture: registers and stack of a thread, instructions
+that spill, shared memory of a program, 128-bit loads, and the share of a multiprocessor's warps
+that fit. Exits with 1 if a kernel is over the budget that stands beside it.
 Needs nothing but torch, triton and the tools in triton's wheel.
 """
 
@@ -52,7 +52,7 @@ class Usage(NamedTuple):
         spills: instructions that move registers to or from local memory.
         stack: bytes per thread.
         shared: bytes per program.
-        wide_loads: 128-bit global loads.
+        wide_loads: global loads of 128 bits or more, each loop counted once.
     """
 
     registers: int
@@ -106,22 +106,24 @@ def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     target = GPUTarget("cuda", architecture, 32)
     options = {"num_warps": spec.num_warps, "maxnreg": spec.max_registers}
     compiled = triton.compile(source, target=target, options=options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return _usage(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
 
 
-def _usage(cubin: bytes, shared: int) -> Usage:
+def _usage(cubin: bytes, ptx: str, shared: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         resources = _output(_TOOLS / "cuobjdump", "-res-usage", path)
-        code = _output(_TOOLS / "nvdisasm", "-c", path)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", resources).groups()
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+        # What spills goes to the stack; disassembling takes longer than compiling.
+        code = _output(_TOOLS / "nvdisasm", "-c", path) if stack else ""
+    vectors = re.findall(r"\bld\.global[.\w:]*?\.v(\d)\.[bfsu](\d+)\b", ptx)
     return Usage(
-        registers=int(registers),
+        registers=registers,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        stack=int(stack),
+        stack=stack,
         shared=shared,
-        wide_loads=len(re.findall(r"\bLDG\.E\S*\.128\b", code)),
+        wide_loads=sum(int(count) * int(bits) >= 128 for count, bits in vectors),
     )
 
 

@@ -123,9 +123,7 @@ def step(
     model.zero_grad()
     graph = batch.graph
     logits = call(batch, relations).fact_logits
-    loss, _ = retrieval_loss(
-        logits, graph.label, graph.fact_graph, graph.num_graphs, rho=0.7, margin=1.0
-    )
+    loss = retrieval_loss(logits, graph.label, graph.fact_ptr, rho=0.7, margin=1.0)
     loss.backward()
     return logits, loss, {name: p.grad for name, p in model.named_parameters()}
 

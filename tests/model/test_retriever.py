@@ -332,6 +332,29 @@ def test_compiled_equals_eager_with_gradients(compile_with):
             )
 
 
+def test_parity_with_dropout_compiles_and_is_drawn_anew(compile_with):
+    model, relations = double_retriever(message="parity"), relation_states(5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    batch = pack([make_graph(np.random.default_rng(0), 9, 31, 5) for _ in range(2)])
+    compiled = compile_with(model, "aot_eager")
+    results = []
+    for call, seed in ((model, 1), (compiled, 1), (model, 2)):
+        torch.manual_seed(seed)
+        model.zero_grad()
+        logits = call(batch, relations).fact_logits
+        logits.pow(2).sum().backward()
+        results.append((logits.detach(), model.instructions.attend.grad.clone()))
+    for want, got, other in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+        assert not torch.allclose(other, want)
+    model.eval()
+    with torch.no_grad():
+        first = model(batch, relations).fact_logits
+        assert torch.equal(first, model(batch, relations).fact_logits)
+
+
 def test_packs_of_all_sizes_share_a_few_graphs(compile_with):
     # (questions, nodes, facts, relations, tokens): as many questions or relations as tokens, as
     # many questions as relations, nothing equal, and sizes of one, which a compiler sets apart.

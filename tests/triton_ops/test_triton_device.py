@@ -13,14 +13,21 @@ from torch import Tensor
 
 from dragkit_kernels import (
     FactOrders,
+    fact_loss,
+    fact_rows,
     fact_scores,
+    gated_rows,
+    gather_rows,
     gumbel_topk,
     message_passing,
+    message_passing_parity,
     message_passing_ref,
+    relation_gate,
     relation_sum,
     relation_sum_ref,
     segment_softmax,
     segment_softmax_ref,
+    segment_sum,
 )
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import (
@@ -73,7 +80,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         inputs = leaves(list(values))
         out = function(*inputs)
         graded = [x for x in out if x.requires_grad]
-        grads = [torch.linspace(-1, 1, x.numel()).view_as(x).to(x) for x in graded]
+        # Of the case's dtype, so that float64 sees the same numbers.
+        grads = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype).to(x) for x in graded]
         found = torch.autograd.grad(graded, inputs, grads, materialize_grads=True)
         return (*(x.detach() for x in out), *found)
 
@@ -105,7 +113,46 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
             found += run(draw, logits)
         return tuple(found)
 
+    relations = int(pack.relation.max()) + 1
+    table = torch.randn(2, relations, WIDTH, generator=generator).to(device, dtype)
+    instruction = torch.randn(len(SIZES), 3, WIDTH, generator=generator).to(device, dtype)
+    label = (torch.rand(facts, generator=generator) < 0.1).float().to(device)
+
+    def parity_case(backend: str) -> tuple[Tensor, ...]:
+        found: list[Tensor] = []
+        for dropout in (0.0, 0.2):
+            options = {"dropout": dropout, "seed": seed, "backend": backend}
+            walk = {"orders": pack.orders, "node_graph": pack.node_graph, **options}
+            values = layer[1], table[0], table[1], layer[6], layer[0][0], instruction
+            found += run(lambda *x, walk=walk: (message_passing_parity(*x, **walk),), *values)
+        return tuple(found)
+
+    def gate_case(backend: str) -> tuple[Tensor, ...]:
+        pairs = pack.orders.pair_relation, pack.orders.pair_graph
+        return run(lambda *x: (relation_gate(*x, *pairs, backend=backend),), table, instruction)
+
+    def loss_case(backend: str) -> tuple[Tensor, ...]:
+        options = {"rho": 0.7, "margin": 1.0, "max_facts": longest, "backend": backend}
+        return run(lambda x: (fact_loss(x, label, pack.fact_ptr, **options),), logits)
+
+    def rows_case(backend: str) -> tuple[Tensor, ...]:
+        index = pack.fact_ptr[:-1, None] + torch.arange(20, device=device, dtype=torch.int32)
+        index = torch.where(index < pack.fact_ptr[1:, None], index, -1).int()
+
+        def rows(h: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+            chosen = fact_rows(h, x, index, orders=pack.orders, backend=backend)
+            gathered = gather_rows(h, pack.orders.head, backend=backend)
+            added = segment_sum(h, pack.node_graph, len(SIZES), backend=backend)
+            return gated_rows(chosen, gate, backend=backend), gathered, added
+
+        gate = torch.rand(index.shape, generator=torch.Generator().manual_seed(4)).to(device)
+        return run(rows, layer[0], layer[2], gate)
+
     return {
+        "message_passing_parity": parity_case,
+        "relation_gate": gate_case,
+        "fact_loss": loss_case,
+        "rows": rows_case,
         "message_passing": layer_case,
         "relation_sum": start_case,
         "segment_softmax": softmax_case,
@@ -114,7 +161,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     }
 
 
-NAMES = ("message_passing", "relation_sum", "segment_softmax", "fact_scores", "gumbel_topk")
+NAMES = (
+    *("message_passing", "message_passing_parity", "relation_sum", "relation_gate", "rows"),
+    *("segment_softmax", "fact_scores", "fact_loss", "gumbel_topk"),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

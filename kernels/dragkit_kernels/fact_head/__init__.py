@@ -1,4 +1,4 @@
-"""The linear fact head: a score per fact from three scalar tables."""
+"""The linear fact head: a score per fact from three scalar tables, and the loss of the scores."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape, widest
 from ..orders import FactGroups, FactOrders
+from ..segments import longest
+from . import loss_op as _loss_op  # noqa: F401  (registers the ops)
 from . import op as _op  # noqa: F401  (registers the ops)
-from .reference import fact_scores_ref
+from .reference import fact_loss_ref, fact_scores_ref
 
-__all__ = ["fact_scores", "fact_scores_ref"]
+__all__ = ["fact_loss", "fact_loss_ref", "fact_scores", "fact_scores_ref"]
 
 
 def fact_scores(
@@ -70,3 +72,57 @@ def fact_scores(
         *(groups or (None, None, None)),
         triton,
     )
+
+
+def fact_loss(
+    logits: Tensor,
+    label: Tensor,
+    fact_ptr: Tensor,
+    *,
+    rho: float,
+    margin: float,
+    max_facts: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """rho * BCE + (1 - rho) * rank of every question, the loss of D-RAG's phase 1.
+
+        BCE  = (1/n) sum_e softplus(l_e) - y_e l_e            dBCE/dl_e = (sigmoid(l_e) - y_e) / n
+        rank = (1/PN) sum_{p, q} max(0, m - (l_p - l_q))      dR/dl_p = -#{q: l_q > l_p - m} / PN
+
+    and dR/dl_q = +#{p: l_p < l_q + m} / PN, over the n facts of a question, its P positives p
+    (y = 1) and its N negatives q; rank is 0 without pairs. A question without a positive
+    says nothing about which facts are relevant: its loss is 0, whatever its logits are. So is the
+    gradient of a pair exactly at the margin. The gradient comes with the value, in closed form.
+
+    An infinite logit counts as the limit: no BCE on its right side, and two equal ones violate no
+    margin. NaN makes the loss and the gradient of its question NaN, and of no other.
+
+    Args:
+        logits: float [E]; rows at or after `fact_ptr[-1]` are padding, without part or gradient.
+        label: float [E], y: above 1/2 is a positive, 1, the rest is 0; gets no gradient.
+        fact_ptr: int32 [B+1] first fact of each question.
+        rho: weight of the BCE.
+        margin: m, in logits.
+        max_facts: at least the facts of every question; without it the device may be asked.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        float32 [B] (float64 for float64 logits).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    op = "fact_loss"
+    check_shape(op, "logits", logits, (None,))
+    check_shape(op, "label", label, tuple(logits.shape))
+    check_shape(op, "fact_ptr", fact_ptr, (None,))
+    check_float(op, logits=logits, label=label)
+    check_index(op, fact_ptr=fact_ptr)
+    triton = resolve_backend(op, logits, backend) == "triton"
+    if max_facts is None:
+        max_facts = longest(fact_ptr) if triton else 0
+    loss, _ = torch.ops.dragkit.fact_loss_fwd(
+        logits, label.detach(), fact_ptr, rho, margin, max_facts, triton
+    )
+    return loss

@@ -1,7 +1,9 @@
-"""Fact scores by their formula: plain PyTorch, differentiable."""
+"""Fact scores and their loss by their formulas: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype
@@ -26,3 +28,23 @@ def fact_scores_ref(
         + bias.to(dtype)
     )
     return score if groups is None else score.index_select(0, groups.row)
+
+
+def fact_loss_ref(
+    logits: Tensor, label: Tensor, fact_ptr: Tensor, *, rho: float, margin: float
+) -> Tensor:
+    """rho * mean(BCE) + (1 - rho) * mean over pairs of max(0, m - (l_pos - l_neg)), for finite
+    logits; every pair is formed, and the questions' sizes are read from the device."""
+    x = logits.to(accumulator_dtype(logits))
+    bounds = fact_ptr.tolist()
+    losses = []
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        own, positive = x[begin:end], label[begin:end] > 0.5
+        if not bool(positive.any()):
+            losses.append(own.sum() * 0)
+            continue
+        bce = -F.logsigmoid(torch.where(positive, own, -own)).mean()
+        gap = own[positive].unsqueeze(1) - own[~positive]
+        rank = torch.relu(margin - gap).sum() / max(gap.numel(), 1)
+        losses.append(rho * bce + (1 - rho) * rank)
+    return torch.stack(losses) if losses else x.new_zeros(0)

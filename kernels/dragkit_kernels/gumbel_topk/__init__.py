@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import accumulator_dtype, check_float, check_index, check_shape
 from ..noise import check_counter
-from ..segments import segment_ids
+from ..segments import longest, segment_ids
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import GumbelTopK, gumbel_topk_ref
 
@@ -96,7 +96,7 @@ def gumbel_topk(
         seed,
         question_key,
         k,
-        _largest(fact_ptr) if max_facts is None else max_facts,
+        longest(fact_ptr) if max_facts is None else max_facts,
         0.0,
         temperature,
         mode == "budget",
@@ -143,7 +143,7 @@ def top_facts(
         None,
         None,
         k,
-        _largest(fact_ptr) if max_facts is None else max_facts,
+        longest(fact_ptr) if max_facts is None else max_facts,
         _logit(threshold),
         1.0,
         False,
@@ -179,11 +179,6 @@ def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:
     check_index(op, fact_ptr=fact_ptr)
     if k < 0:
         raise ValueError(f"{op}: k must be 0 or more, got {k}")
-
-
-def _largest(fact_ptr: Tensor) -> int:
-    """Most facts of one question; waits for the device."""
-    return int((fact_ptr[1:] - fact_ptr[:-1]).max()) if fact_ptr.shape[0] > 1 else 0
 
 
 def _logit(probability: float) -> float:

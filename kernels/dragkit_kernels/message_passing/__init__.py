@@ -13,6 +13,7 @@ from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape, widest
 from ..orders import FactOrders
 from . import op as _op  # noqa: F401  (registers the ops)
+from . import parity_op as _parity_op  # noqa: F401
 from .reference import message_passing_parity_ref, message_passing_ref, relation_sum_ref
 
 __all__ = [
@@ -141,26 +142,40 @@ def message_passing_parity(
     *,
     orders: FactOrders,
     node_graph: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The sums of the published layer before its linear map, one per instruction and direction.
 
     out[v, 2k]   = sum_{e: tail=v} n_e p[head_e] relu(u^F[rel_e] * i_k) + p_v relu(u^F_self * i_k)
     out[v, 2k+1] = sum_{e: head=v} m_e p[tail_e] relu(u^I[rel_e] * i_k) + p_v relu(u^I_self * i_k)
 
-    with n the orders' tail counts and m their head counts.
+    with n the orders' tail counts and m their head counts. With dropout an element (node, slot,
+    column) is zero with that probability and else divided by 1 - dropout; which ones follows from
+    the seed and the three numbers alone, and the backward pass draws them again.
+
+    Sums run in a fixed order; a gradient that nobody asks for is not computed. Node rows and
+    relation rows in `orders` are trusted, not checked.
 
     Args:
         p: float [N].
         rel_fwd, rel_inv: float [R, C] projected relation vectors u, forward and inverse.
         self_fwd, self_inv: float [C] those of the self-loop.
         instruction: float [B, I, C].
-        orders: the facts; node_graph: int32 [N].
+        orders: the facts; node_graph: int32 [N], ascending.
+        dropout: probability of an element to be dropped, 0 or more and below 1.
+        seed: int64 [], needed with dropout (a tensor, so that nothing waits for the device).
+        backend: "auto", "triton" or "torch".
 
     Returns:
         [N, 2I, C] in float32 (float64 if an argument is).
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or dropout has no seed.
+        RuntimeError: Triton was asked for where it cannot run.
+
+    Source: the sums of ReaRev (Mavromatis & Karypis 2022).
     """
     op = "message_passing_parity"
     check_shape(op, "instruction", instruction, (None, None, None))
@@ -175,16 +190,30 @@ def message_passing_parity(
     check_float(op, self_fwd=self_fwd, self_inv=self_inv)
     check_index(op, node_graph=node_graph)
     _check_orders(op, orders)
-    return message_passing_parity_ref(
-        p,
-        rel_fwd,
-        rel_inv,
-        self_fwd,
-        self_inv,
-        instruction,
-        orders=orders,
-        node_graph=node_graph,
+    _check_dropout(op, dropout, seed)
+    inputs = (p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
+    triton = resolve_backend(op, widest(*inputs), backend) == "triton"
+    return torch.ops.dragkit.message_passing_parity_fwd(
+        *inputs, *_parity_walks(orders), node_graph, seed if dropout > 0 else None, dropout, triton
     )
+
+
+def _check_dropout(op: str, dropout: float, seed: Tensor | None) -> None:
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{op}: dropout must be in [0, 1), got {dropout}")
+    if seed is None:
+        if dropout > 0:
+            raise ValueError(f"{op}: dropout {dropout} needs a seed of shape [], got None")
+        return
+    check_shape(op, "seed", seed, ())
+    if seed.dtype != torch.int64:
+        raise ValueError(f"{op}: seed must be int64, got {seed.dtype}")
+
+
+def _parity_walks(orders: FactOrders) -> tuple[Tensor, ...]:
+    """The fields of `_walks`, with the relations of the pairs before the facts' pairs."""
+    *walks, fact_pair, head_count, tail_count = _walks(orders)
+    return (*walks, orders.pair_relation, fact_pair, head_count, tail_count)
 
 
 def _walks(orders: FactOrders) -> tuple[Tensor, ...]:

@@ -37,7 +37,7 @@ def _row_of_block(pid_b, ptr_ptr, key_ptr, order_ptr, CHUNK_E: tl.constexpr):
 
 
 @triton.jit
-def _chunk_sums_kernel(
+def _message_passing_fwd_chunks_kernel(
     ptr_ptr,
     key_ptr,
     order_ptr,
@@ -76,7 +76,7 @@ def _chunk_sums_kernel(
 
 
 @triton.jit
-def _row_chunks_kernel(
+def _message_passing_fwd_row_chunks_kernel(
     ptr_ptr,
     key_ptr,
     order_ptr,
@@ -126,7 +126,7 @@ def chunk_sums(
     grid = (num_slots // CHUNK, tile.grid(1, num_columns)[1])
     shape = (grid[0], num_columns) if other is None else grid[::-1]
     out = table.new_empty(shape, dtype=torch.float32)
-    _chunk_sums_kernel[grid](
+    _message_passing_fwd_chunks_kernel[grid](
         ptr,
         key,
         order,
@@ -145,7 +145,7 @@ def chunk_sums(
     )
     out = out if other is None else out.sum(0)
     tile = dot_tile(1 if other is not None else num_columns, torch.float32)
-    _row_chunks_kernel[(grid[0], tile.grid(1, out[0].numel())[1])](
+    _message_passing_fwd_row_chunks_kernel[(grid[0], tile.grid(1, out[0].numel())[1])](
         ptr,
         key,
         order,
@@ -165,7 +165,7 @@ _EVERY = ("key_ptr", "order_ptr", "row_ptr", "end_ptr", "count_ptr", "ptr_ptr")
 def _spec(columns: int, kind: str, absent: tuple[str, ...]) -> KernelSpec:
     types = dict.fromkeys(_EVERY, "*i32") | {"chunk_ptr": "*fp32"}
     return wide_spec(
-        _chunk_sums_kernel,
+        _message_passing_fwd_chunks_kernel,
         kind,
         (sum_tile if "other_ptr" in absent else dot_tile)(columns, DTYPES[kind]),
         "BLOCK_E",
@@ -186,7 +186,7 @@ KERNELS = (
     *(_spec(columns, kind, absent) for columns in COLUMNS for kind in DTYPES for absent in _SUMS),
     *(
         wide_spec(
-            _row_chunks_kernel,
+            _message_passing_fwd_row_chunks_kernel,
             "*fp32",
             dot_tile(columns, torch.float32),
             "BLOCK_E",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype
+from ..noise import dropout_scale, dropped
 from ..orders import FactOrders
 
 
@@ -57,8 +58,11 @@ def message_passing_parity_ref(
     *,
     orders: FactOrders,
     node_graph: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """o_{v,k} = sum_e n_e p[src_e] relu(u[rel_e] * i_k) + p_v relu(u_self * i_k), both directions.
+    """o_{v,k} = sum_e n_e p[src_e] relu(u[rel_e] * i_k) + p_v relu(u_self * i_k), both directions;
+    with dropout those in `noise.dropped` are zero and the others scaled by 1 / (1 - dropout).
 
     relu(a b) = relu(a) relu(b) + relu(-a) relu(-b) takes the instruction out of the sum over
     facts: two C-wide sums per direction serve all instructions.
@@ -91,4 +95,8 @@ def message_passing_parity_ref(
         total = total + p.unsqueeze(1) * torch.cat([own.relu(), (-own).relu()])
         product = total.unsqueeze(1) * gate
         sums.append(product[..., :width] + product[..., width:])
-    return torch.stack(sums, dim=2).flatten(1, 2).to(instruction.dtype)
+    out = torch.stack(sums, dim=2)
+    if dropout > 0:
+        drop = dropped(seed, out.shape[0], out.shape[1], width, dropout)
+        out = torch.where(drop, 0.0, out * dropout_scale(dropout))
+    return out.flatten(1, 2)
