@@ -310,6 +310,12 @@ def _times(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in files if file.name != "summary.json"}
 
 
+def hear_interrupts() -> None:
+    """A shell starts what runs in its background deaf to interrupts, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _stop(process: subprocess.Popen) -> None:
     """An interrupt first: pytest then writes what it has measured."""
     for number, seconds in ((signal.SIGINT, 8), (signal.SIGKILL, 8)):
@@ -372,6 +378,7 @@ def main() -> int:
     names = args.parts.split(",")
     if unknown := [name for name in names if name not in LIMITS]:
         parser.error(f"unknown parts {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    hear_interrupts()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         out = (args.out or default_folder(work, cpu=args.cpu)).resolve()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -30,10 +32,13 @@ Part = suite_module.Part
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> object:
+def suite(tmp_path: Path) -> Iterator[object]:
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
-    return suite_module.Suite(tmp_path / "out", tmp_path / "work", cpu=True)
+    before = signal.getsignal(signal.SIGINT)
+    suite_module.hear_interrupts()
+    yield suite_module.Suite(tmp_path / "out", tmp_path / "work", cpu=True)
+    signal.signal(signal.SIGINT, before)
 
 
 def summary(out: Path) -> dict[str, dict]:
