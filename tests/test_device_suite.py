@@ -97,7 +97,8 @@ def test_a_command_out_of_time_is_interrupted_with_its_children(suite):
     """It may still write what it has; a child of its own ends too."""
     code = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(sleep, stderr=subprocess.DEVNULL)\n"
         "print(child.pid)\n"
         "try:\n    time.sleep(60)\n"
         "except KeyboardInterrupt:\n    print('written'); child.wait()\n"
