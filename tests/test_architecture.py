@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit_kernels",
     ),
     # Only to find the bundled weights, when they are asked for.
-    "dragkit.model.generator": (
+    "dragkit.model.load": (
         "dragkit.config",
         "dragkit.data.packed",
         "dragkit.model",
@@ -76,10 +76,10 @@ COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "
 CONFINED: dict[str, tuple[str, ...]] = {
     "torch_geometric": ("dragkit.data.subgraph",),
     "sentence_transformers": ("dragkit.model.encoder",),
-    "transformers": ("dragkit.model.generator", "dragkit.tiny"),
+    "transformers": ("dragkit.model.load", "dragkit.tiny"),
     "tokenizers": ("dragkit.tiny",),
-    "peft": ("dragkit.model.generator", "dragkit.tiny"),
-    "huggingface_hub": ("dragkit.model.encoder", "dragkit.model.generator"),
+    "peft": ("dragkit.model.adapters", "dragkit.model.generator", "dragkit.tiny"),
+    "huggingface_hub": ("dragkit.model.encoder", "dragkit.model.load"),
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
     "pydantic": ("dragkit.schema", "dragkit.config"),
@@ -98,7 +98,7 @@ NARROW: dict[str, set[str]] = {
 }
 # Functions without full annotations, each marked `noqa: ANN` where it stands: a method that
 # replaces a library's and has to keep its signature.
-UNANNOTATED = {"dragkit.model.generator.prepare"}
+UNANNOTATED = {"dragkit.model.load.prepare"}
 # Float atomics make sums depend on the order of arrival; an entry needs a deterministic twin.
 FLOAT_ATOMICS: set[str] = set()
 

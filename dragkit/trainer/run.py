@@ -13,8 +13,9 @@ from dragkit.data.cache import cache_root
 from dragkit.data.capacity import Buckets
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.encoder import TextEncoder, find_encoder
-from dragkit.model.generator import Generator, check_generator, load_generator
+from dragkit.model.generator import Generator
 from dragkit.model.joint import JointModel
+from dragkit.model.load import check_generator, load_generator
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever

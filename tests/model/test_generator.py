@@ -8,14 +8,10 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model.adapters import lora_targets
 from dragkit.model.decode import greedy_decode
-from dragkit.model.generator import (
-    Generator,
-    _prepare_nemotron_h,
-    load_generator,
-    lora_targets,
-    resolve_generator,
-)
+from dragkit.model.generator import Generator
+from dragkit.model.load import load_generator, prepare_nemotron_h, resolve_generator
 from dragkit.model.prompt import NeuralPrompt
 
 WIDTH = 32
@@ -57,7 +53,7 @@ def generator() -> Generator:
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             torch.nn.init.normal_(parameter, std=0.15)
-    _prepare_nemotron_h(model)
+    prepare_nemotron_h(model)
     model.requires_grad_(False)
     return Generator(model, Words())
 

@@ -12,8 +12,8 @@ import torch
 from dragkit.config import TrainConfig
 from dragkit.data.packed import TokenPack
 from dragkit.losses import retrieval_loss
-from dragkit.model.generator import load_generator
 from dragkit.model.joint import JointModel
+from dragkit.model.load import load_generator
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.phase2 import JointPhase
 

@@ -112,7 +112,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from dragkit.model.generator import _prepare_nemotron_h
+    from dragkit.model.load import prepare_nemotron_h
     from dragkit.tiny import tiny_generator_path
     from dragkit.trainer.run import build_joint
 
@@ -125,7 +125,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path):
     stock = AutoModelForCausalLM.from_pretrained(tiny_generator_path(), dtype=torch.float32)
     # transformers floors the time step at its initialisation's minimum, whatever the configuration
     # says; the same repair on both sides leaves the adapters as the only thing compared.
-    _prepare_nemotron_h(stock)
+    prepare_nemotron_h(stock)
     stock = PeftModel.from_pretrained(stock, folder / "adapter").eval()
     ids = torch.randint(8, 900, (2, 40))
     with torch.no_grad():

@@ -1,0 +1,150 @@
+"""Finding, checking and loading the language model."""
+
+from __future__ import annotations
+
+import os
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dragkit.config import GeneratorConfig
+from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model.adapters import add_adapters
+from dragkit.model.generator import Generator
+
+
+def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
+    """The folder of a generator.
+
+    Args:
+        config: for the revision; name: "tiny", a folder, or a hub name.
+
+    Raises:
+        MissingInputError: its weights are not there; says where it looked and what to do.
+    """
+    if name == "tiny":
+        from dragkit.tiny import tiny_generator_path
+
+        return str(tiny_generator_path())
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise MissingInputError(f"{name}: no config.json in this folder, so it holds no model.")
+        return name
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    # Weights are never fetched behind the user's back: they can be tens of gigabytes.
+    try:
+        folder = Path(snapshot_download(name, revision=config.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        folder = None
+    if folder is not None and any(folder.glob("*.safetensors")):
+        return str(folder)
+    revision = "" if config.revision is None else f" --revision {config.revision}"
+    raise MissingInputError(
+        f"the weights of the generator {name} are not on this machine. Looked at: a folder of that "
+        f"name, and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')}. Get them "
+        f"with: hf download {name}{revision}"
+        " (the 30B is about 63 GB and needs a card of 80 GB or more); or name a folder with "
+        "--generator_model FOLDER; or run the bundled tiny one on any machine: --preset tiny "
+        "--generator_model tiny."
+    )
+
+
+def _check_memory(folder: str, name: str, device: torch.device) -> None:
+    """Stops before loading weights that cannot fit on the device."""
+    need = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    if device.type == "cuda":
+        have = torch.cuda.get_device_properties(device).total_memory
+        where = torch.cuda.get_device_name(device)
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        where = "this machine (no GPU in use)"
+    if need > have:
+        raise MissingInputError(
+            f"the generator {name} needs {need / 2**30:.0f} GiB for its weights and {where} has "
+            f"{have / 2**30:.0f} GiB. Use a larger card, a smaller model, or the bundled tiny one: "
+            "--preset tiny --generator_model tiny."
+        )
+
+
+def check_generator(config: GeneratorConfig, device: torch.device, *, name: str) -> str:
+    """The generator's folder, once its weights are known to be there and to fit.
+
+    Raises:
+        MissingInputError: no weights, or no room for them.
+    """
+    folder = resolve_generator(config, name=name)
+    _check_memory(folder, name, device)
+    return folder
+
+
+def prepare_nemotron_h(model: nn.Module) -> None:
+    """Two repairs on the instance; the class itself stays the library's."""
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
+
+    if not isinstance(model, NemotronHForCausalLM):
+        return
+
+    # generate() reads this signature to learn whether a model takes embeddings; the class hides
+    # the argument in its keyword arguments, although its forward handles it.
+    def prepare(self, input_ids, inputs_embeds=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
+        return NemotronHForCausalLM.prepare_inputs_for_generation(
+            self, input_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    model.prepare_inputs_for_generation = types.MethodType(prepare, model)
+    # The mixers floor dt at the initialisation's minimum; the configuration's limit is what the
+    # checkpoint was trained with, and what the one-token path uses.
+    for module in model.modules():
+        if hasattr(module, "time_step_limit"):
+            module.time_step_limit = tuple(float(x) for x in model.config.time_step_limit)
+
+
+def load_generator(
+    config: GeneratorConfig, device: torch.device, *, name: str, adapters: bool = True
+) -> Generator:
+    """Loads the model, freezes it and adds LoRA.
+
+    Args:
+        config: revision, type and adapters; device: where the weights go.
+        name: "tiny", a folder, or a hub name.
+        adapters: False loads the bare model.
+
+    Raises:
+        MissingInputError: no weights, or no room for them.
+        ConfigError: `generator_dim` or a LoRA target does not fit the model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    folder = check_generator(config, device, name=name)
+    if config.dtype == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    else:
+        dtype = getattr(torch, config.dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise MissingInputError(
+            f"the generator {name} in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {name} has no end token, which training needs.")
+    prepare_nemotron_h(model)
+    width = model.get_input_embeddings().weight.shape[1]
+    if config.generator_dim not in (None, width):
+        raise ConfigError(
+            f"generator.generator_dim: {config.generator_dim} was given, but {name} is {width} "
+            "wide. Leave the flag away; the width is read from the model."
+        )
+    model.requires_grad_(False)
+    if adapters and not config.freeze_lm:
+        model = add_adapters(model, config)
+    return Generator(model.to(device), tokenizer)
