@@ -181,6 +181,18 @@ class GeneratorConfig(Section):
         "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."
     )
 
+    mamba: Literal["dragkit", "mamba_ssm", "reference"] = Field(
+        "dragkit",
+        description="Convolution and scan of Mamba-2 layers: our ops, the packages mamba-ssm and "
+        "causal-conv1d, or our ops' plain PyTorch definitions.",
+    )
+    pack_multiple: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of a generator pass are padded to a multiple of this. Unset: 256 on "
+        "GPU, none on CPU.",
+    )
+
     @field_validator("max_new_tokens")
     @classmethod
     def _leaves_room(cls, value: int, info: ValidationInfo) -> int:

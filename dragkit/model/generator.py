@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dragkit.model.nemotron_h import computes, hidden_at_rows
+from dragkit.model.nemotron_h import (
+    Pack,
+    computes,
+    hidden_at_rows,
+    make_pack,
+    mamba_ops,
+    pad_to_multiple,
+    prefill,
+    step,
+)
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
 
 _LOGIT_ROWS = 4096
@@ -27,12 +36,25 @@ class GeneratorOutput(NamedTuple):
 class Generator(nn.Module):
     """A causal language model that reads neural prompts.
 
+    A Nemotron-H runs over packs, prompts end to end, by our own forward
+    (`dragkit.model.nemotron_h`); other models by their own, in batches padded on the right.
+
     Args:
         model: a Hugging Face causal LM, with its adapters if any.
         tokenizer: of that model.
+        mamba: who computes Mamba-2 layers, see `GeneratorConfig.mamba`.
+        pack_multiple: packs are padded to a multiple of so many tokens; None is 256 on a GPU, where
+            few sizes save compiled graphs, and 1 elsewhere.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: object) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: object,
+        *,
+        mamba: str = "dragkit",
+        pack_multiple: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
@@ -40,8 +62,9 @@ class Generator(nn.Module):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         # In lists, so that the modules are not registered a second time.
         self._decoder = [base.base_model, base.get_output_embeddings()]
-        self._computed_here = computes(base.config)
         self._embedding = [base.get_input_embeddings()]
+        self._mamba = mamba_ops(mamba) if computes(base.config) else None
+        self._pack_multiple = pack_multiple
 
     @property
     def dim(self) -> int:
@@ -89,17 +112,36 @@ class Generator(nn.Module):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
 
-    def embed(
-        self, prompt: NeuralPrompt, vectors: Tensor | None, *, left: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Embeddings of the prompts in a padded batch.
+    @property
+    def packs(self) -> bool:
+        """Whether the model runs over packs here."""
+        return self._mamba is not None
+
+    def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
+        """Embeddings of packed prompts.
 
         Args:
             prompt: packed prompts; vectors: float [S, M] structural vectors that `slot` points at.
+
+        Returns:
+            float [L, M].
+        """
+        embeds = self._embedding[0](prompt.input_ids)
+        if vectors is None:
+            return embeds
+        slotted = (prompt.slot >= 0).nonzero().squeeze(1)
+        rows = vectors[prompt.slot[slotted]].to(embeds.dtype)
+        return embeds.index_copy(0, slotted, rows)
+
+    def pad(self, embeds: Tensor, prompt: NeuralPrompt, *, left: bool) -> tuple[Tensor, Tensor]:
+        """The same as a batch, for models that run in batches.
+
+        Args:
+            embeds: float [L, M] of `embed`; prompt: theirs.
             left: pad on the left (generation) instead of the right (training).
 
         Returns:
-            float [B, L, M] and the attention mask, int64 [B, L].
+            float [B, W, M] and the attention mask, int64 [B, W].
         """
         batch = prompt.length.shape[0]
         width = int(prompt.length.max()) if batch else 0
@@ -107,15 +149,28 @@ class Generator(nn.Module):
         if left:
             column = column + (width - prompt.length)[prompt.question]
         place = prompt.question * width + column
-        packed = self._embedding[0](prompt.input_ids)
-        if vectors is not None:
-            slotted = (prompt.slot >= 0).nonzero().squeeze(1)
-            rows = vectors[prompt.slot[slotted]].to(packed.dtype)
-            packed = packed.index_copy(0, slotted, rows)
-        padded = packed.new_zeros(batch * width, packed.shape[1]).index_copy(0, place, packed)
-        mask = torch.zeros(batch * width, dtype=torch.int64, device=packed.device)
+        padded = embeds.new_zeros(batch * width, embeds.shape[1]).index_copy(0, place, embeds)
+        mask = torch.zeros(batch * width, dtype=torch.int64, device=embeds.device)
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
+
+    def _pack(self, prompt: NeuralPrompt) -> Pack:
+        longest = prompt.longest
+        if prompt.length.device.type == "cpu" and len(prompt.length):
+            longest = int(prompt.length.max())  # nothing waits, and padding of attention costs
+        return make_pack(prompt.length, prompt.input_ids.shape[0], longest)
+
+    def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
+        decoder, rows = self._decoder[0], prompt.target_row
+        if self._mamba is not None:
+            multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
+            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
+            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba)
+        # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
+        # and without one attention takes its fastest path.
+        padded, _ = self.pad(embeds, prompt, left=False)
+        hidden = decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
+        return hidden[prompt.question[rows], prompt.position[rows]]
 
     def forward(
         self, prompt: NeuralPrompt, vectors: Tensor | None, eos_weight: float = 1.0
@@ -128,15 +183,8 @@ class Generator(nn.Module):
         Returns:
             Sums over the target tokens.
         """
-        embeds, _ = self.embed(prompt, vectors, left=False)
-        decoder, head = self._decoder
-        row, place = prompt.question[prompt.target_row], prompt.position[prompt.target_row]
-        if self._computed_here and embeds.device.type == "cpu":
-            hidden = hidden_at_rows(decoder, embeds, row, place)
-        else:
-            # Every layer is causal, so padding on the right reaches no real token: no mask is
-            # needed, and without one attention takes its fastest path.
-            hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state[row, place]
+        hidden = self._hidden_at_targets(self.embed(prompt, vectors), prompt)
+        head = self._decoder[1]
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for rows, ids in zip(
@@ -148,3 +196,49 @@ class Generator(nn.Module):
             loss = loss + (each * weight).sum()
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
+
+    @torch.no_grad()
+    def greedy_tokens(
+        self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """The most likely continuation of every prompt, token by token, without its end token.
+
+        Args:
+            prompt: without targets, at least one; vectors: float [S, M] or None.
+            max_new_tokens: bound on each.
+        """
+        embeds = self.embed(prompt, vectors)
+        if self._mamba is None:
+            rows = self._generate(embeds, prompt, max_new_tokens)
+        else:
+            rows = self._decode(embeds, prompt, max_new_tokens)
+        cut = [row + [self.eos_token_id] for row in rows]
+        return [row[: row.index(self.eos_token_id)] for row in cut]
+
+    def _generate(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
+        # On the left neither attention nor a state sees the padding of a cached model.
+        padded, mask = self.pad(embeds, prompt, left=True)
+        return self.model.generate(
+            inputs_embeds=padded,
+            attention_mask=mask,
+            max_new_tokens=limit,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=self.eos_token_id,
+            pad_token_id=self.eos_token_id,
+        ).tolist()
+
+    def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
+        decoder, head = self._decoder
+        hidden, states = prefill(decoder, embeds, self._pack(prompt), self._mamba, room=limit)
+        produced = []
+        going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        for _ in range(limit):
+            token = head(hidden).float().argmax(-1)
+            produced.append(token)
+            going = going & (token != self.eos_token_id)
+            if len(produced) == limit or not going.any():
+                break
+            hidden = step(decoder, self._embedding[0](token), states)
+        return torch.stack(produced, 1).tolist()

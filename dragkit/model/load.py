@@ -147,4 +147,6 @@ def load_generator(
     model.requires_grad_(False)
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
-    return Generator(model.to(device), tokenizer)
+    return Generator(
+        model.to(device), tokenizer, mamba=config.mamba, pack_multiple=config.pack_multiple
+    )

@@ -50,6 +50,7 @@ class NeuralPrompt:
         target_row: int64 [A] tokens whose successor is supervised.
         target_id: int64 [A] that successor.
         kept: int64 [B] facts that fitted.
+        longest: tokens of a prompt at most, known without looking at the device.
     """
 
     input_ids: Tensor
@@ -60,6 +61,7 @@ class NeuralPrompt:
     target_row: Tensor
     target_id: Tensor
     kept: Tensor
+    longest: int
 
 
 def _row_lengths(pack: TokenPack, device: torch.device) -> Tensor:
@@ -127,6 +129,9 @@ def assemble_prompt(
         ],
         dim=1,
     )
+    # What cannot be left out may alone exceed the bound.
+    whole = prefix.max_row + cue.numel() + int(residual) + (0 if target is None else target.max_row)
+    longest = max(whole, min(max_tokens, whole + capacity * (facts.max_row + int(vectors))))
     empty = torch.zeros(1, dtype=torch.int64, device=device)
     pieces = [prefix.ids.long(), facts.ids.long(), cue.to(device), empty]
     base_fact = pieces[0].numel()
@@ -176,4 +181,5 @@ def assemble_prompt(
         target_row=supervised - 1,
         target_id=ids[supervised],
         kept=fits.sum(1),
+        longest=longest,
     )

@@ -45,6 +45,7 @@ def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
         target_row=moved[prompt.target_row[supervised]],
         target_id=prompt.target_id[supervised],
         kept=prompt.kept[chosen],
+        longest=prompt.longest,
     )
 
 

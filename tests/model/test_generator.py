@@ -74,6 +74,7 @@ def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt
     return NeuralPrompt(
         *map(torch.tensor, (ids, slot, position, question, length, rows, wanted)),
         torch.ones(len(questions)),
+        longest=max(length) + 3,
     )
 
 
@@ -112,7 +113,7 @@ def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generato
     for i, question in enumerate(made):
         single = prompt_of([question])
         assert greedy_decode(generator, single, vectors[i : i + 1], 8) == [batch[i]]
-        embeds, _ = generator.embed(single, vectors[i : i + 1], left=False)
+        embeds = generator.embed(single, vectors[i : i + 1])[None]
         produced = []
         with torch.no_grad():
             for _ in range(8):
@@ -130,7 +131,7 @@ def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator):
     (question,) = questions()[3:4]
     prompt = prompt_of([question])
     vectors = torch.randn(1, WIDTH)
-    embeds, _ = generator.embed(prompt, vectors, left=False)
+    embeds = generator.embed(prompt, vectors)[None]
     logits = generator.model(inputs_embeds=embeds, use_cache=False).logits[0]
     first = len(question[0])
     wanted = torch.nn.functional.cross_entropy(

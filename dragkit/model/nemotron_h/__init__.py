@@ -1,7 +1,19 @@
-"""Our own training forward of Nemotron-H on a CPU: the library's parameters, fewer passes."""
+"""Our own forward of Nemotron-H: the library's parameters, over packs without padding."""
 
 from __future__ import annotations
 
-from dragkit.model.nemotron_h.decoder import computes, hidden_at_rows
+from dragkit.model.nemotron_h.backends import MambaOps, mamba_ops
+from dragkit.model.nemotron_h.decoder import computes, hidden_at_rows, prefill, step
+from dragkit.model.nemotron_h.pack import Pack, make_pack, pad_to_multiple
 
-__all__ = ["computes", "hidden_at_rows"]
+__all__ = [
+    "MambaOps",
+    "Pack",
+    "computes",
+    "hidden_at_rows",
+    "make_pack",
+    "mamba_ops",
+    "pad_to_multiple",
+    "prefill",
+    "step",
+]

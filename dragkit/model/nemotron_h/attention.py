@@ -1,11 +1,27 @@
-"""Causal attention in blocks of queries, for head widths at which CPU flash attention is slow."""
+"""Causal attention over packs, without a mask of all tokens by all tokens."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from dragkit.model.nemotron_h.pack import Pack
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older PyTorch
+    varlen_attn = None
+
+# Some versions want to be told that keys have fewer heads than queries, others see it.
+_GROUPED = {}
+if varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    _GROUPED = {"enable_gqa": True}
+# Types and head widths of the library's kernel for ragged sequences.
+_RAGGED_TYPES, _RAGGED_WIDTH = (torch.float16, torch.bfloat16), 256
 
 # Queries of one product. Smaller blocks skip more of the upper triangle, larger ones make fewer
 # calls.
@@ -62,6 +78,8 @@ def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Every token attends to itself and to those before it in its row.
 
+    On a CPU in blocks of queries: its flash attention is slow at small head widths.
+
     Args:
         query: float [B, L, H, D]; key, value: float [B, L, G, D], each for H / G successive heads.
         scale: of the scores.
@@ -70,18 +88,62 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         float [B, L, H, D].
     """
     repeat = query.shape[2] // key.shape[2]
+    if query.device.type != "cpu":
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
+        ).transpose(1, 2)
     heads = _CausalAttention.apply(
         _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale
     )
     return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
 
 
-def attention_at(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float) -> Tensor:
-    """The same for a few tokens of one row.
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
+    """Every token attends to itself and to those before it in its sequence.
+
+    In half precision on a GPU by the library's kernel for ragged sequences. Otherwise sequences
+    are laid in rows for this product alone: attention is causal, so no token sees what follows
+    its row's end.
+
+    Args:
+        query: float [T, H, D]; key, value: float [T, G, D], each for H / G successive heads.
+        pack: of the T tokens; scale: of the scores.
+
+    Returns:
+        float [T, H, D].
+    """
+    ragged = varlen_attn is not None and query.is_cuda and query.dtype in _RAGGED_TYPES
+    if ragged and query.shape[-1] <= _RAGGED_WIDTH:
+        return varlen_attn(
+            query,
+            key,
+            value,
+            pack.ptr,
+            pack.ptr,
+            pack.longest,
+            pack.longest,
+            scale=scale,
+            window_size=(-1, 0),
+            **_GROUPED,
+        )
+    rows = pack.ptr.shape[0] - 1
+    place = pack.sequence * pack.longest + pack.position
+
+    def in_rows(x: Tensor) -> Tensor:
+        flat = x.new_zeros(rows * pack.longest, *x.shape[1:])
+        return flat.index_copy(0, place, x).unflatten(0, (rows, pack.longest))
+
+    mixed = causal_attention(in_rows(query), in_rows(key), in_rows(value), scale)
+    return mixed.flatten(0, 1).index_select(0, place)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float) -> Tensor:
+    """A few tokens of one sequence.
 
     Args:
         query: float [R, H, D]; key, value: float [L, G, D]; scale: of the scores.
-        place: int64 [R] of the queries in the row.
+        place: int64 [R] of the queries in it.
 
     Returns:
         float [R, H, D].
@@ -96,3 +158,28 @@ def attention_at(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale
     score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)
     output = score.softmax(-1) @ value.transpose(0, 1)
     return output.view(shape).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def attention_at(
+    query: Tensor, key: Tensor, value: Tensor, pack: Pack, rows: Tensor, scale: float
+) -> Tensor:
+    """`packed_attention` at some tokens alone, sequence by sequence; for a CPU.
+
+    Args:
+        query: float [A, H, D] of the wanted tokens; key, value: float [T, G, D] of all.
+        pack: of the T tokens; rows: int64 [A] the wanted ones, in any order; scale: of the scores.
+
+    Returns:
+        float [A, H, D].
+    """
+    sequence = pack.sequence[rows]
+    order = torch.argsort(sequence, stable=True)
+    ends = pack.ptr.tolist()
+    counts = torch.bincount(sequence, minlength=len(ends) - 1).tolist()
+    parts = zip(query[order].split(counts), pack.position[rows[order]].split(counts), strict=True)
+    mixed = [
+        _attend(q, key[begin:end], value[begin:end], place, scale)
+        for (q, place), begin, end in zip(parts, ends, ends[1:], strict=False)
+        if len(q)
+    ]
+    return torch.cat([query.new_zeros(0, *query.shape[1:]), *mixed])[torch.argsort(order)]

@@ -1,16 +1,46 @@
-"""The blocks of a Nemotron-H in one training pass on a CPU."""
+"""The blocks of a Nemotron-H over packs: a training pass, and prefill and step of decoding."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dragkit.model.nemotron_h.attention import attention_at, causal_attention
+from dragkit.model.nemotron_h.attention import attention_at, packed_attention
+from dragkit.model.nemotron_h.backends import MambaOps
 from dragkit.model.nemotron_h.lora import adapted_linear
-from dragkit.model.nemotron_h.mixer import mamba_mixer
-from dragkit.model.nemotron_h.norm import rms_norm
+from dragkit.model.nemotron_h.mixer import MambaState, mamba_mixer, mamba_step
+from dragkit.model.nemotron_h.pack import Pack
+from dragkit_kernels import gated_rms_norm
 
 _SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
+_Mixer = Callable[[nn.Module, Tensor], Tensor]
+
+
+class KeyValues(NamedTuple):
+    """Keys and values of B sequences: float [B, S, G, D] each, and int64 [B] tokens in use."""
+
+    key: Tensor
+    value: Tensor
+    length: Tensor
+
+
+State = MambaState | KeyValues | None
+
+
+def computes(config: object) -> bool:
+    """Whether the functions here compute what a model of this configuration does."""
+    if getattr(config, "model_type", None) != "nemotron_h":
+        return False
+    return not getattr(config, "attention_dropout", 0.0) and config.mamba_hidden_act == "silu"
+
+
+def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    return gated_rms_norm(hidden, None, norm.weight, groups=1, eps=norm.variance_epsilon)
 
 
 def _project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -19,29 +49,8 @@ def _project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]
     return tuple(x.unflatten(-1, (-1, mixer.head_dim)) for x in projected)
 
 
-def _attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
-    query, key, value = _project(mixer, "qkv", hidden)
-    mixed = causal_attention(query, key, value, mixer.scaling)
-    return adapted_linear(mixed.flatten(-2), [mixer.o_proj])[0]
-
-
-def _attention_at(mixer: nn.Module, hidden: Tensor, places: list[Tensor]) -> Tensor:
-    """The attention mixer at int64 [R] places of each of B rows, end to end: float [A, M]."""
-    key, value = _project(mixer, "kv", hidden)
-    (query,) = _project(mixer, "q", _gather(hidden, places))
-    mixed = [
-        attention_at(q, k, v, at, mixer.scaling)
-        for q, k, v, at in zip(
-            query.split([len(p) for p in places]), key, value, places, strict=True
-        )
-    ]
-    return adapted_linear(torch.cat(mixed).flatten(-2), [mixer.o_proj])[0]
-
-
-def _gather(hidden: Tensor, places: list[Tensor]) -> Tensor:
-    """float [A, M] from [B, L, M]."""
-    rows = torch.cat([place + b * hidden.shape[1] for b, place in enumerate(places)])
-    return hidden.flatten(0, 1)[rows]
+def _joined(mixer: nn.Module, heads: Tensor) -> Tensor:
+    return adapted_linear(heads.flatten(-2), [mixer.o_proj])[0]
 
 
 def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
@@ -49,48 +58,126 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
-def computes(config: object) -> bool:
-    """Whether `hidden_at_rows` computes what a model of this configuration does in training."""
-    kind = getattr(config, "model_type", None)
-    return kind == "nemotron_h" and not getattr(config, "attention_dropout", 0.0)
+def _change(block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer) -> Tensor:
+    """What a block adds to the hidden states, float [T, M]."""
+    normed, kind, mixer = _norm(block.norm, hidden), block.block_type, block.mixer
+    if kind == "linear_attention":
+        return mamba(mixer, normed)
+    if kind == "full_attention":
+        return attention(mixer, normed)
+    if kind == "mlp":
+        return _feed_forward(mixer, normed)
+    return mixer(normed[None]).squeeze(0)  # the library's experts take three axes
 
 
-def hidden_at_rows(model: nn.Module, embeds: Tensor, row: Tensor, place: Tensor) -> Tensor:
+def hidden_at_rows(
+    model: nn.Module, embeds: Tensor, pack: Pack, rows: Tensor, ops: MambaOps
+) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
     From the last block on in which tokens see one another, only the wanted ones are computed.
 
     Args:
         model: a `NemotronHModel`, with adapters or without.
-        embeds: float [B, L, M], padded on the right: every layer is causal, so no token sees it.
-        row: int64 [A] and place: int64 [A] of the tokens.
+        embeds: float [T, M]; pack: of the tokens.
+        rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
 
     Returns:
         float [A, M].
     """
-    order = torch.argsort(row, stable=True)
-    places = place[order].split(torch.bincount(row, minlength=len(embeds)).tolist())
     kinds = [block.block_type for block in model.layers]
     last = max((i for i, kind in enumerate(kinds) if kind in _SEES_OTHER_TOKENS), default=-1)
 
-    hidden = embeds if last >= 0 else _gather(embeds, places)
-    for index, (kind, block) in enumerate(zip(kinds, model.layers, strict=True)):
-        mixer, norm = block.mixer, block.norm
-        normed = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-        if index == last and kind == "full_attention":
-            hidden = _gather(hidden, places) + _attention_at(mixer, normed, places)
+    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        return mamba_mixer(mixer, hidden, pack, ops)[0]
+
+    def attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        query, key, value = _project(mixer, "qkv", hidden)
+        return _joined(mixer, packed_attention(query, key, value, pack, mixer.scaling))
+
+    def attention_of_rows(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        key, value = _project(mixer, "kv", hidden)
+        (query,) = _project(mixer, "q", hidden[rows])
+        return _joined(mixer, attention_at(query, key, value, pack, rows, mixer.scaling))
+
+    hidden = embeds if last >= 0 else embeds[rows]
+    for index, block in enumerate(model.layers):
+        # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
+        if index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu":
+            hidden = hidden[rows] + _change(block, hidden, mamba, attention_of_rows)
             continue
-        if kind == "linear_attention":
-            change = mamba_mixer(mixer, normed)
-        elif kind == "full_attention":
-            change = _attention(mixer, normed)
-        elif kind == "mlp":
-            change = _feed_forward(mixer, normed)
-        else:  # the library's experts take three axes
-            change = mixer(normed if normed.dim() == 3 else normed[None]).view_as(normed)
-        hidden = hidden + change
+        hidden = hidden + _change(block, hidden, mamba, attention)
         if index == last:
-            hidden = _gather(hidden, places)
-    norm = model.norm_f
-    hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon)
-    return hidden[torch.argsort(order)]
+            hidden = hidden[rows]
+    return _norm(model.norm_f, hidden)
+
+
+def prefill(
+    model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, room: int
+) -> tuple[Tensor, list[State]]:
+    """Hidden states at the last tokens, and what every block remembers.
+
+    Args:
+        model, embeds, pack, ops: as above; every sequence has a token.
+        room: tokens that will follow in each sequence.
+
+    Returns:
+        float [B, M], and one state per block, None where a block sees one token only.
+    """
+    last = pack.ptr[1:].long() - 1
+    states: list[State] = []
+    length = pack.ptr.diff().long()
+    count = len(last)
+    place = pack.sequence * (pack.longest + room) + pack.position
+
+    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        change, states[-1] = mamba_mixer(mixer, hidden, pack, ops, last)
+        return change
+
+    def attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        query, key, value = _project(mixer, "qkv", hidden)
+        kept = [x.new_zeros(count * (pack.longest + room), *x.shape[1:]) for x in (key, value)]
+        kept = [k.index_copy_(0, place, x) for k, x in zip(kept, (key, value), strict=True)]
+        kept = [k.unflatten(0, (count, -1)) for k in kept]
+        states[-1] = KeyValues(*kept, length.clone())
+        return _joined(mixer, packed_attention(query, key, value, pack, mixer.scaling))
+
+    hidden = embeds
+    for block in model.layers:
+        states.append(None)
+        hidden = hidden + _change(block, hidden, mamba, attention)
+    return _norm(model.norm_f, hidden[last]), states
+
+
+def _attention_step(mixer: nn.Module, hidden: Tensor, *, state: KeyValues) -> Tensor:
+    query, key, value = _project(mixer, "qkv", hidden)
+    row = torch.arange(len(hidden), device=hidden.device)
+    state.key[row, state.length] = key
+    state.value[row, state.length] = value
+    state.length.add_(1)
+    slot = torch.arange(state.key.shape[1], device=hidden.device)
+    heads = F.scaled_dot_product_attention(
+        query.unsqueeze(2),
+        state.key.transpose(1, 2),
+        state.value.transpose(1, 2),
+        attn_mask=(slot < state.length[:, None])[:, None, None],
+        scale=mixer.scaling,
+        enable_gqa=query.shape[1] > key.shape[1],
+    )
+    return _joined(mixer, heads.squeeze(2))
+
+
+def step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
+    """Hidden states of one more token of every sequence; the states move on in place.
+
+    Args:
+        model: as above; embeds: float [B, M]; states: of `prefill`.
+
+    Returns:
+        float [B, M].
+    """
+    hidden = embeds
+    for block, state in zip(model.layers, states, strict=True):
+        mamba = partial(mamba_step, state=state)
+        hidden = hidden + _change(block, hidden, mamba, partial(_attention_step, state=state))
+    return _norm(model.norm_f, hidden)
