@@ -35,6 +35,7 @@ from .rows import (
     segment_sum_ref,
 )
 from .segment_softmax import segment_softmax, segment_softmax_ref
+from .ssd_scan import ssd_scan, ssd_state
 
 __all__ = [
     "FactGroups",
@@ -74,5 +75,7 @@ __all__ = [
     "segment_softmax_ref",
     "segment_sum",
     "segment_sum_ref",
+    "ssd_scan",
+    "ssd_state",
     "top_facts",
 ]

@@ -1,0 +1,175 @@
+"""What both passes of the chunked scan make of a slab of chunks: layout, decays, states.
+
+Of n chunks of q rows everything is laid out [n, G, q, R, ...]: R heads stand beside one another in
+their group, so that a product with a map is one of a whole group. In products n and G are one axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A token's logarithm of the decay is not below this: float32 has no smaller decay than exp(-88),
+# and the differences of large sums would be rough.
+LOWEST_LOG = -88.0
+# Bytes that the temporary tensors of a slab may take, about.
+SLAB_BYTES = 48 * 2**20
+
+
+class Sizes(NamedTuple):
+    """T rows, G groups of R heads, head width P, N states, chunks of q rows."""
+
+    rows: int
+    groups: int
+    heads: int
+    width: int
+    states: int
+    chunk: int
+
+    @classmethod
+    def of(cls, x: Tensor, into: Tensor, chunk: int | None = None) -> Sizes:
+        """The sizes of the arguments of ssd_scan."""
+        rows, heads, width = x.shape
+        groups, states = into.shape[1:]
+        if chunk is None:
+            # Products within a chunk grow with its size, those with its states shrink.
+            chunk = 32 if width * states <= 2048 else 64
+        return cls(rows, groups, heads // groups, width, states, chunk)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks that cover all rows."""
+        return -(-self.rows // self.chunk)
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """(first chunk, end) of each slab, in order."""
+        inner, by_head = self.heads * self.width, 3 * self.chunk + 2 * self.states
+        row = self.groups * (6 * inner + by_head)
+        state = 3 * self.groups * inner * self.states
+        step = max(1, SLAB_BYTES // (4 * (self.chunk * row + state)))
+        for begin in range(0, self.chunks, step):
+            yield begin, min(begin + step, self.chunks)
+
+
+class Slab:
+    """Inputs and decays of the chunks begin to end.
+
+    Attributes:
+        shape: (n, G, q, R, P).
+        rows: slice of the rows that exist.
+        dt: [n, G, q, R, 1]; value: dt x, [n, G, q, R, P].
+        log: [R, n, G, q] sums of the logarithms of the decays from the chunk's first row on.
+        from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
+            from a row to the chunk's end; 0 where they are of different sequences.
+        through: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins in it.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        span: tuple[int, int],
+        x: Tensor,
+        dt: Tensor,
+        rate: Tensor,
+        into: Tensor,
+        position: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        begin, end = span
+        _, groups, heads, width, states, chunk = sizes
+        self.shape = (end - begin, groups, chunk, heads, width)
+        self.states, self.dtype = states, dtype
+        self.rows = slice(begin * chunk, min(end * chunk, sizes.rows))
+        self.dt = self.by_group(dt).unsqueeze(-1)
+        self.value = self.by_group(x).mul(self.dt)
+        self.into = self.map(into)
+        log = self.dt.squeeze(-1) * rate.to(dtype).view(groups, 1, heads)
+        # Summed in double precision: an error of the sum is one of all decays after it.
+        log = log.clamp_(min=LOWEST_LOG).cumsum(2, dtype=torch.float64).to(dtype)
+        place = torch.arange(chunk, device=x.device)
+        position = self.chunked(position).long()
+        last = position[:, -1:]
+        self._apart = self._between_sequences(place, position)
+        by_row = (len(position), 1, chunk, 1)
+        before = (position > place).view(by_row)
+        feeds = (chunk - 1 - place <= last).view(by_row)
+        self.from_start = log.exp().mul_(before).unsqueeze(-1)
+        self.to_end = (log[:, :, -1:] - log).exp_().mul_(feeds).unsqueeze(-1)
+        self.through = self.from_start[:, :, -1:]
+        self.log = log.permute(3, 0, 1, 2).contiguous()
+
+    def _between_sequences(self, place: Tensor, position: Tensor) -> Tensor:
+        """-inf where row i does not see row j, else 0: [n, 1, q, q]."""
+        behind = place[:, None] - place
+        sees = (behind >= 0) & (behind <= position[:, :, None])
+        apart = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
+        return apart.masked_fill_(~sees, float("-inf")).unsqueeze(1)
+
+    def chunked(self, tensor: Tensor) -> Tensor:
+        """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
+        n, _, q, _, _ = self.shape
+        tensor = tensor[self.rows]
+        if pad := n * q - len(tensor):
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, pad))
+        return tensor.reshape(n, q, *tensor.shape[1:])
+
+    def by_group(self, tensor: Tensor) -> Tensor:
+        """[T, H, ...] as contiguous [n, G, q, R, ...]."""
+        parts = self.chunked(tensor).unflatten(2, (self.shape[1], -1)).transpose(1, 2)
+        return parts.to(self.dtype).contiguous()
+
+    def map(self, tensor: Tensor) -> Tensor:
+        """[T, G, N] as contiguous [n G, q, N]."""
+        return self.chunked(tensor).transpose(1, 2).to(self.dtype).contiguous().flatten(0, 1)
+
+    def put(self, out: Tensor, tensor: Tensor) -> None:
+        """Writes [n, G, q, R, ...] or [n G, q, N] as rows of `out` [T, H, ...] or [T, G, N]."""
+        n, groups, chunk, _, _ = self.shape
+        rows = tensor.reshape(n, groups, chunk, -1).transpose(1, 2).flatten(0, 1)
+        target = out[self.rows]
+        target.copy_(rows[: len(target)].reshape(target.shape))
+
+    def wide(self, tensor: Tensor) -> Tensor:
+        """[n, G, q, R, P] as the matrices of whole groups [n G, q, R P]."""
+        return tensor.flatten(3).flatten(0, 1)
+
+    def head(self, tensor: Tensor, r: int) -> Tensor:
+        """[n, G, q, R, P] as the matrices of head r of every group, [n G, q, P]."""
+        return tensor[:, :, :, r].flatten(0, 1)
+
+    def kept(self, r: int, out: Tensor) -> Tensor:
+        """Decays from row j to row i for head r of every group: [n G, q, q]."""
+        log = self.log[r]
+        square = out.view(*log.shape, log.shape[-1])
+        torch.add(self._apart, log.unsqueeze(-1), out=square)
+        return square.sub_(log.unsqueeze(-2)).exp_().flatten(0, 1)
+
+    def square(self) -> Tensor:
+        """Room for one number per pair of rows: [n G, q, q]."""
+        n, groups, chunk, _, _ = self.shape
+        return self.value.new_empty(n * groups, chunk, chunk)
+
+    def gain(self, out: Tensor) -> Tensor:
+        """What the rows add to the state at the end of their chunk, into `out` [n, G, N, R P].
+
+        Returns the weighted values [n G, q, R P].
+        """
+        weighted = self.wide(self.value * self.to_end)
+        torch.bmm(self.into.mT, weighted, out=out.flatten(0, 1))
+        return weighted
+
+    def pass_on(self, states: Tensor) -> None:
+        """Turns gains into states: [n + 1, G, N, R P], the first of them the state before all."""
+        by_head = states.unflatten(3, self.shape[3:])
+        for k in range(self.shape[0]):
+            by_head[k + 1].addcmul_(by_head[k], self.through[k])
+
+    def pass_back(self, states: Tensor) -> None:
+        """The way back: each of [n + 1, G, N, R P] gets what the next one hands on."""
+        by_head = states.unflatten(3, self.shape[3:])
+        for k in reversed(range(self.shape[0])):
+            by_head[k].addcmul_(by_head[k + 1], self.through[k])
