@@ -87,7 +87,7 @@ def mamba_mixer(
     if last is not None:
         x, steps, rate, into, *_ = inputs
         state = MambaState(
-            causal_conv_state(mixed, pack.position, last, weight.shape[1]),
+            causal_conv_state(mixed, pack.position, last.int(), weight.shape[1]),
             ssd_state(x, steps, rate, into, pack.position, last),
         )
     y = ops.scan(*inputs, pack.position)

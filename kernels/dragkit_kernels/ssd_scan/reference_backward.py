@@ -114,7 +114,7 @@ def _slab_gradients(
             d_seen.mul_(seen)
             d_log[..., r] += (d_seen.sum(-1) - d_seen.sum(-2)).view(n, groups, chunk)
     if to_log:
-        d_step = d_log.flip(2).cumsum(2).flip(2)
+        d_step = slab.sum_from_row(d_log)
         by_head[0] += (d_step * slab.dt.squeeze(-1)).sum((0, 2)).flatten()
     if to_dt or to_x or to_skip:
         own = slab.by_group(x)

@@ -109,6 +109,14 @@ class Slab:
         apart = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
         return apart.masked_fill_(~sees, float("-inf")).unsqueeze(1)
 
+    def sum_from_row(self, tensor: Tensor) -> Tensor:
+        """[n, G, q, R] summed over the rows of a row's sequence from it to the chunk's end.
+
+        A product with zeros and ones: a running sum over the whole chunk would leave rounding
+        errors of later sequences in earlier ones.
+        """
+        return (self._apart == 0).to(tensor.dtype).mT @ tensor
+
     def chunked(self, tensor: Tensor) -> Tensor:
         """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
         n, _, q, _, _ = self.shape
