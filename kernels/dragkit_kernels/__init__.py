@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from .attention_pool import attention_pool, attention_pool_ref
 from .backend import force_backend, resolve_backend
+from .causal_conv import causal_conv, causal_conv_ref, causal_conv_state
 from .fact_head import fact_loss, fact_loss_ref, fact_scores, fact_scores_ref
+from .gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
     message_passing,
@@ -45,6 +47,9 @@ __all__ = [
     "attention_pool",
     "attention_pool_ref",
     "build_fact_orders",
+    "causal_conv",
+    "causal_conv_ref",
+    "causal_conv_state",
     "check_finite_logits",
     "concat_fact_orders",
     "fact_loss",
@@ -54,6 +59,8 @@ __all__ = [
     "fact_scores",
     "fact_scores_ref",
     "force_backend",
+    "gated_rms_norm",
+    "gated_rms_norm_ref",
     "gated_rows",
     "gated_rows_ref",
     "gather_rows",

@@ -1,0 +1,96 @@
+"""Causal depthwise convolution over packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve_backend
+from ..checks import check_float, check_index, check_shape, widest
+from . import op as _op  # noqa: F401  (registers the ops)
+from .reference import causal_conv_ref
+
+__all__ = ["causal_conv", "causal_conv_ref", "causal_conv_state"]
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    position: Tensor,
+    *,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """y_t = act(b + sum_{j < W, j <= position_t} weight[:, W-1-j] x_{t-j}).
+
+    Sequences lie end to end and none sees another, not even a NaN of it. Sums are in float32, or
+    float64 where x or weight is; the backward makes the sums again, so nothing is kept but the
+    inputs. The PyTorch form looks at `position`, which makes a GPU wait.
+
+    Args:
+        x: float [T, C], tokens of all sequences; rows may lie apart, such as a slice of the columns
+            of a wider matrix.
+        weight: float [C, W], the last tap for the token itself.
+        bias: float [C] or None.
+        position: int32 [T] place of a token in its own sequence; 0 starts one. Never above t, and
+            0 in every row of padding.
+        activation: "silu" or None.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [T, C] of x's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or another activation.
+        RuntimeError: Triton was asked for where it cannot run.
+
+    Source: the convolution of Mamba-2, https://arxiv.org/abs/2405.21060.
+    """
+    check_shape("causal_conv", "x", x, (None, None))
+    check_shape("causal_conv", "weight", weight, (x.shape[1], None))
+    check_shape("causal_conv", "position", position, (x.shape[0],))
+    check_float("causal_conv", x=x, weight=weight)
+    check_index("causal_conv", position=position)
+    if weight.shape[1] < 1:
+        raise ValueError(f"causal_conv: weight must have a tap, got shape {list(weight.shape)}")
+    if bias is not None:
+        check_shape("causal_conv", "bias", bias, (x.shape[1],))
+        check_float("causal_conv", bias=bias)
+    if activation not in ("silu", None):
+        raise ValueError(f"causal_conv: activation must be 'silu' or None, got {activation!r}")
+    triton = resolve_backend("causal_conv", widest(x, weight), backend) == "triton"
+    silu = activation == "silu"
+    return torch.ops.dragkit.causal_conv_fwd(x, weight, bias, position, silu, triton)
+
+
+def causal_conv_state(x: Tensor, position: Tensor, last: Tensor, width: int) -> Tensor:
+    """The last `width` inputs of each sequence: what a convolution needs to go on token by token.
+
+    As the cache of transformers keeps it (`conv_states` of a linear-attention layer, which
+    NemotronHMamba2Mixer fills with the convolution's input): a sequence, its channels, then time
+    from oldest to newest, so [..., -1] is the last token; zeros before the sequence's start.
+
+    Args:
+        x: float [T, C] input of `causal_conv`; position: int32 [T] as there.
+        last: int32 [S] row of the last token of each sequence.
+        width: taps W of the convolution.
+
+    Returns:
+        [S, C, width] of x's dtype, contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    check_shape("causal_conv_state", "x", x, (None, None))
+    check_shape("causal_conv_state", "position", position, (x.shape[0],))
+    check_shape("causal_conv_state", "last", last, (None,))
+    check_float("causal_conv_state", x=x)
+    check_index("causal_conv_state", position=position, last=last)
+    if width < 1:
+        raise ValueError(f"causal_conv_state: width must be at least 1, got {width}")
+    back = torch.arange(width - 1, -1, -1, device=x.device)
+    rows = (last.unsqueeze(1) - back).clamp(min=0)
+    live = position[last.long()].unsqueeze(1) >= back
+    inputs = torch.where(live.unsqueeze(2), x[rows], 0.0)
+    return inputs.mT.contiguous()
