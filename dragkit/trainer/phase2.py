@@ -22,10 +22,6 @@ from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
 
-# Without a packed forward, prompts of one pass are padded to the longest. On a CPU a few prompts of
-# similar length already fill the cores, so small groups waste least.
-_CPU_GROUP = 4
-
 
 def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
     """Some prompts of a pack, int64 [G], as a pack; slots still point into the whole."""
@@ -105,8 +101,6 @@ class JointPhase:
         """Forward and backward of the generator; gradients reach adapters and `vectors`."""
         questions, device = prompt.length.shape[0], prompt.length.device
         size = self.config.generator.generator_microbatch or questions
-        if device.type == "cpu":
-            size = min(size, _CPU_GROUP)
         loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
         by_length = torch.argsort(prompt.length, stable=True)

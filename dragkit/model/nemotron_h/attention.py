@@ -174,12 +174,14 @@ def attention_at(
     """
     sequence = pack.sequence[rows]
     order = torch.argsort(sequence, stable=True)
-    ends = pack.ptr.tolist()
-    counts = torch.bincount(sequence, minlength=len(ends) - 1).tolist()
-    parts = zip(query[order].split(counts), pack.position[rows[order]].split(counts), strict=True)
-    mixed = [
-        _attend(q, key[begin:end], value[begin:end], place, scale)
-        for (q, place), begin, end in zip(parts, ends, ends[1:], strict=False)
-        if len(q)
-    ]
+    lengths = pack.ptr.diff().tolist()
+    counts = torch.bincount(sequence, minlength=len(lengths)).tolist()
+    parts = zip(
+        query[order].split(counts),
+        key.split(lengths),
+        value.split(lengths),
+        pack.position[rows[order]].split(counts),
+        strict=True,
+    )
+    mixed = [_attend(*part, scale) for part in parts if len(part[0])]
     return torch.cat([query.new_zeros(0, *query.shape[1:]), *mixed])[torch.argsort(order)]

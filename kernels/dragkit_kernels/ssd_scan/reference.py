@@ -45,7 +45,7 @@ def ssd_scan_ref(
         score, kept = reads @ slab.into.mT, slab.square()
         for r in range(sizes.heads):
             seen = slab.kept(r, kept).mul_(score)
-            slab.head(part, r).baddbmm_(seen, slab.head(slab.value, r))
+            slab.add_head(part, r, torch.bmm(seen, slab.head(slab.value, r)))
         rows = part.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: len(x[slab.rows])]
         y[slab.rows] = rows.addcmul_(x[slab.rows].to(dtype), skip)
     return y

@@ -105,7 +105,7 @@ def _slab_gradients(
         torch.mul(kept, score, out=seen)
         head_grad = slab.head(grad, r)
         if to_x or to_log:
-            slab.head(d_value, r).baddbmm_(seen.mT, head_grad)
+            slab.add_head(d_value, r, torch.bmm(seen.mT, head_grad))
         if to_score or to_log:
             torch.bmm(head_grad, slab.head(slab.value, r).mT, out=d_seen)
         if to_score:

@@ -149,6 +149,10 @@ class Slab:
         """[n, G, q, R, P] as the matrices of head r of every group, [n G, q, P]."""
         return tensor[:, :, :, r].flatten(0, 1)
 
+    def add_head(self, tensor: Tensor, r: int, part: Tensor) -> None:
+        """Adds [n G, q, P] to head r of every group of [n, G, q, R, P]."""
+        tensor[:, :, :, r].add_(part.view(*tensor.shape[:3], -1))
+
     def kept(self, r: int, out: Tensor) -> Tensor:
         """Decays from row j to row i for head r of every group: [n G, q, q]."""
         log = self.log[r]
