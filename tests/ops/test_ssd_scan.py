@@ -190,10 +190,8 @@ def test_extreme_steps(step: float, dtype: torch.dtype) -> None:
     check(inputs, position, tolerance=rough)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_ten_thousand_tokens_in_float32(seed: int) -> None:
-    shape = (2, 4, 1, 6)
-    inputs = make_inputs(10_000, shape, torch.float32, seed)
+def test_ten_thousand_tokens_in_float32() -> None:
+    inputs = make_inputs(10_000, (2, 4, 1, 6), torch.float32)
     # Slow and fast heads: a memory of thousands of tokens, and one of a few.
     inputs[2].copy_(torch.tensor([-1e-3, -8.0]))
     check(inputs, torch.arange(10_000).int())

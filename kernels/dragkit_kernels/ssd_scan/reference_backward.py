@@ -123,9 +123,9 @@ def _slab_gradients(
         by_head[1] += x_grad.sum((0, 2)).flatten()
     if to_log:
         d_step, dt = torch.mul(d_value, x, out=room).sum(-1), slab.dt.squeeze(-1)
-        # The decays to a row grow with the sum of logarithms up to it, those from it shrink.
-        d_log = d_log.addcmul_(d_step, dt, value=-1).flip(2).cumsum(2).flip(2)
-        d_log.masked_fill_(slab.lost, 0)
+        # Decays to a row grow with the logarithms up to it in its sequence, those from it shrink.
+        d_log.addcmul_(d_step, dt, value=-1)
+        d_log = (slab.sees.mT.unsqueeze(1) @ d_log).masked_fill_(slab.lost, 0)
         by_head[0] += (d_log * dt).sum((0, 2)).flatten()
     if to_dt:
         d_step.addcmul_(d_log, rate.to(slab.dtype).view(groups, 1, heads))

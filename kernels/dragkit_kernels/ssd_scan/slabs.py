@@ -77,6 +77,7 @@ class Slab:
         dt: [n, G, q, R, 1]; value: dt x, [n, G, q, R, P].
         log: [R, n, G, q] sums of the binary logarithms of the decays from the chunk's first row on.
         lost: bool [n, G, q, R], see binary_logs.
+        sees: [n, q, q] 1 where row i depends on row j, else 0.
         from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
             from a row to the chunk's end; 0 where they are of different sequences.
         through: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins in it.
@@ -105,7 +106,11 @@ class Slab:
         place = torch.arange(chunk, device=x.device)
         position = self.chunked(position).long()
         last = position[:, -1:]
-        self._apart = self._between_sequences(place, position)
+        behind = place[:, None] - place
+        sees = (behind >= 0) & (behind <= position[:, :, None])
+        self.sees = sees.to(dtype)
+        # As a logarithm: added before exp2, which would overflow above the diagonal.
+        self._apart = torch.zeros_like(self.sees).masked_fill_(~sees, float("-inf")).unsqueeze(1)
         by_row = (len(position), 1, chunk, 1)
         before = (position > place).view(by_row)
         feeds = (chunk - 1 - place <= last).view(by_row)
@@ -114,13 +119,6 @@ class Slab:
         self.through = self.from_start[:, :, -1:]
         self.log = log.permute(3, 0, 1, 2).contiguous()
         self.weighted = self.wide(self.value * self.to_end)
-
-    def _between_sequences(self, place: Tensor, position: Tensor) -> Tensor:
-        """-inf where row i does not see row j, else 0: [n, 1, q, q]."""
-        behind = place[:, None] - place
-        sees = (behind >= 0) & (behind <= position[:, :, None])
-        apart = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
-        return apart.masked_fill_(~sees, float("-inf")).unsqueeze(1)
 
     def chunked(self, tensor: Tensor) -> Tensor:
         """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
