@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from .slabs import LOWEST_LOG, Sizes, Slab
+from .slabs import Sizes, Slab, binary_logs
 
 
 def ssd_scan_ref(
@@ -41,13 +41,17 @@ def ssd_scan_ref(
         slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
         states = entering_states(slab, states)
         reads = slab.map(out_of)
-        part = torch.bmm(reads, states[:-1].flatten(0, 1)).view(slab.shape).mul_(slab.from_start)
-        score, kept = reads @ slab.into.mT, slab.square()
+        # Into memory that has served: new pages cost more than a pass over the numbers.
+        part = torch.bmm(reads, states[:-1].flatten(0, 1), out=slab.weighted).view(slab.shape)
+        part.mul_(slab.from_start)
+        score, kept = reads @ slab.into.mT, slab.room(sizes.chunk)
+        own = slab.room(sizes.width)
         for r in range(sizes.heads):
             seen = slab.kept(r, kept).mul_(score)
-            slab.add_head(part, r, torch.bmm(seen, slab.head(slab.value, r)))
-        rows = part.transpose(1, 2).flatten(2, 3).flatten(0, 1)[: len(x[slab.rows])]
-        y[slab.rows] = rows.addcmul_(x[slab.rows].to(dtype), skip)
+            # Added by itself: baddbmm_ with gaps in its result is a loop over matrices.
+            slab.head(part, r).add_(torch.bmm(seen, slab.head(slab.value, r), out=own))
+        own_rows = slab.by_row(part, y.shape[1:])
+        torch.addcmul(own_rows, x[slab.rows], skip, out=y[slab.rows])
     return y
 
 
@@ -56,7 +60,7 @@ def entering_states(slab: Slab, earlier: Tensor | None) -> Tensor:
     n, groups, _, heads, width = slab.shape
     states = slab.value.new_empty(n + 1, groups, slab.states, heads * width)
     states[0] = 0 if earlier is None else earlier[-1]
-    slab.gain(states[1:])
+    torch.bmm(slab.into.mT, slab.weighted, out=states[1:].flatten(0, 1))
     slab.pass_on(states)
     return states
 
@@ -86,14 +90,14 @@ def ssd_state_ref(
     sees = (ahead >= 0) & (ahead <= position[last].unsqueeze(1))
     row = row.clamp(max=sizes.rows - 1)
     step = dt[row].to(dtype)
-    log = (step * rate.to(dtype)).clamp_(min=LOWEST_LOG).cumsum(1, dtype=torch.float64).to(dtype)
+    log, _ = binary_logs(step, rate, 1, dtype)
     at_last = log.gather(1, (last % sizes.chunk).view(-1, 1, 1).expand(-1, 1, log.shape[2]))
-    kept = (at_last - log).masked_fill_(~sees.unsqueeze(2), float("-inf")).exp_().mul_(step)
+    kept = (at_last - log).masked_fill_(~sees.unsqueeze(2), float("-inf")).exp2_().mul_(step)
     # Of every group its heads side by side, as in a slab.
     value = (x[row].to(dtype) * kept.unsqueeze(3)).unflatten(2, (sizes.groups, -1))
     value = value.transpose(1, 2).flatten(3)
     state = into[row].to(dtype).permute(0, 2, 3, 1) @ value
-    before = at_last.exp().mul_((position[last] > last % sizes.chunk).view(-1, 1, 1))
+    before = at_last.exp2().mul_((position[last] > last % sizes.chunk).view(-1, 1, 1))
     entered = torch.cat(found)[whole].unflatten(3, (sizes.heads, -1))
     entered = entered * before.view(-1, sizes.groups, 1, sizes.heads, 1)
     state = state.view_as(entered).add_(entered)

@@ -68,11 +68,11 @@ def _slab_gradients(
 
     Returns the gradients of the states [n + 1, G, N, R P], the first of them for the slab before.
     """
-    grad, x, rate, out_of, skip = tensors
+    row_grad, x, rate, out_of, skip = tensors
     n, groups, chunk, heads, width = slab.shape
     to_x, to_dt, to_rate, to_into, to_out_of, to_skip = output_mask
     to_log, to_score = to_dt or to_rate, to_into or to_out_of
-    grad = slab.by_group(grad)
+    grad = slab.by_group(row_grad)
     reads = slab.map(out_of)
     before = states[:-1].flatten(0, 1)
 
@@ -86,48 +86,59 @@ def _slab_gradients(
     d_value = torch.bmm(slab.into, d_after).view(slab.shape).mul_(slab.to_end)
     d_into = d_out_of = d_score = d_log = None
     if to_into:
-        d_into = slab.wide(slab.value * slab.to_end) @ d_after.mT
+        d_into = slab.weighted @ d_after.mT
     if to_out_of:
         d_out_of = from_before @ before.mT
+    # From here on `room` and the states serve as memory: new pages cost more than a pass over them.
+    room = slab.weighted
     if to_log:
-        read = torch.bmm(reads, before).mul_(from_before).view(slab.shape).sum(-1)
-        fed = (d_value * slab.value).sum(-1)
-        through = (d_states[1:] * states[:-1]).unflatten(3, (heads, width)).sum((2, 4))
-        d_log = read - fed
-        d_log[:, :, -1] += through.mul_(slab.through[:, :, 0, :, 0]) + fed.sum(2)
+        torch.bmm(reads, before, out=room).mul_(from_before)
+        d_log = room.view(slab.shape).sum(-1)
+        # Whatever is in the state after the chunk has passed the chunk's end.
+        passed = states[1:].mul_(d_states[1:]).sum(2)
+        d_log[:, :, -1] += passed.unflatten(2, (heads, width)).sum(3)
+    room = room.view(slab.shape)
 
-    # Within chunks, one head of every group at a time.
-    score, kept = reads @ slab.into.mT, slab.square()
-    seen, d_seen = slab.square(), slab.square()
-    d_score = slab.square().zero_() if to_score else None
+    # Within chunks, one head of every group at a time. The part of a row in its own result stands
+    # aside: no decay enters it, and it would drown the small gradients of strong decays.
+    score, d_score = reads @ slab.into.mT, slab.room(chunk).zero_() if to_score else None
+    own_score = score.diagonal(dim1=1, dim2=2).clone().view(n, groups, chunk, 1)
+    score.diagonal(dim1=1, dim2=2).zero_()
+    kept, seen, d_seen, part = (slab.room(size) for size in (chunk, chunk, chunk, width))
     for r in range(heads):
         slab.kept(r, kept)
         torch.mul(kept, score, out=seen)
         head_grad = slab.head(grad, r)
         if to_x or to_log:
-            slab.add_head(d_value, r, torch.bmm(seen.mT, head_grad))
+            slab.head(d_value, r).add_(torch.bmm(seen.mT, head_grad, out=part))
         if to_score or to_log:
             torch.bmm(head_grad, slab.head(slab.value, r).mT, out=d_seen)
         if to_score:
             d_score.addcmul_(d_seen, kept)
         if to_log:
-            d_seen.mul_(seen)
-            d_log[..., r] += (d_seen.sum(-1) - d_seen.sum(-2)).view(n, groups, chunk)
+            d_log[..., r] += d_seen.mul_(seen).sum(-1).view(n, groups, chunk)
+    if to_log or to_skip:
+        x = slab.by_group(x)
+        x_grad = torch.mul(grad, x, out=room).sum(-1)
+        by_head[1] += x_grad.sum((0, 2)).flatten()
     if to_log:
-        d_step = slab.sum_from_row(d_log)
-        by_head[0] += (d_step * slab.dt.squeeze(-1)).sum((0, 2)).flatten()
-    if to_dt or to_x or to_skip:
-        own = slab.by_group(x)
+        d_step, dt = torch.mul(d_value, x, out=room).sum(-1), slab.dt.squeeze(-1)
+        # Decays to a row grow with the logarithms up to it in its sequence, those from it shrink.
+        d_log.addcmul_(d_step, dt, value=-1)
+        d_log = (slab.sees.mT.unsqueeze(1) @ d_log).masked_fill_(slab.lost, 0)
+        by_head[0] += (d_log * dt).sum((0, 2)).flatten()
     if to_dt:
-        scale = rate.to(slab.dtype).view(groups, 1, heads)
-        slab.put(out[1], (d_value * own).sum(-1).addcmul_(d_step, scale))
-    if to_skip:
-        by_head[1] += (grad * own).sum((0, 2, 4)).flatten()
+        d_step.addcmul_(d_log, rate.to(slab.dtype).view(groups, 1, heads))
+        out[1][slab.rows] = slab.by_row(d_step.addcmul_(x_grad, own_score), (groups * heads,))
     if to_x:
-        scale = skip.to(slab.dtype).view(groups, 1, heads, 1)
-        slab.put(out[0], d_value.mul_(slab.dt).addcmul_(grad, scale))
+        scale = skip.to(slab.dtype).view(groups, 1, heads) + slab.dt.squeeze(-1) * own_score
+        scale = slab.by_row(scale, (groups * heads, 1))
+        rows = slab.by_row(d_value.mul_(slab.dt), (groups * heads, width))
+        torch.addcmul(rows, row_grad[slab.rows], scale, out=out[0][slab.rows])
     if to_into:
-        slab.put(out[3], d_into.baddbmm_(d_score.mT, reads))
+        out[3][slab.rows] = slab.by_row(d_into.baddbmm_(d_score.mT, reads), (groups, slab.states))
     if to_out_of:
-        slab.put(out[4], d_out_of.baddbmm_(d_score, slab.into))
+        out[4][slab.rows] = slab.by_row(
+            d_out_of.baddbmm_(d_score, slab.into), (groups, slab.states)
+        )
     return d_states

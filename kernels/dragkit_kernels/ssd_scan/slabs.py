@@ -6,6 +6,7 @@ their group, so that a product with a map is one of a whole group. In products n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A token's logarithm of the decay is not below this: float32 has no smaller decay than exp(-88),
+# A token's binary logarithm of the decay is not below this: float32 has hardly a smaller number,
 # and the differences of large sums would be rough.
-LOWEST_LOG = -88.0
+LOWEST_LOG = -127.0
 # Bytes that the temporary tensors of a slab may take, about.
 SLAB_BYTES = 48 * 2**20
 
@@ -55,6 +56,18 @@ class Sizes(NamedTuple):
             yield begin, min(begin + step, self.chunks)
 
 
+def binary_logs(dt: Tensor, rate: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums along `dim` of the binary logarithms of the decays exp(rate dt), and which are at their
+    lowest, where a change of the step makes none.
+
+    Binary because exp2 is several times faster than exp where results are 0 or nearly.
+    """
+    log = dt * (rate.double() * math.log2(math.e))
+    # Summed in double precision: an error of a sum is one of all decays after it.
+    lost = log < LOWEST_LOG
+    return log.clamp_(min=LOWEST_LOG).cumsum(dim).to(dtype), lost
+
+
 class Slab:
     """Inputs and decays of the chunks begin to end.
 
@@ -62,7 +75,9 @@ class Slab:
         shape: (n, G, q, R, P).
         rows: slice of the rows that exist.
         dt: [n, G, q, R, 1]; value: dt x, [n, G, q, R, P].
-        log: [R, n, G, q] sums of the logarithms of the decays from the chunk's first row on.
+        log: [R, n, G, q] sums of the binary logarithms of the decays from the chunk's first row on.
+        lost: bool [n, G, q, R], see binary_logs.
+        sees: [n, q, q] 1 where row i depends on row j, else 0.
         from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
             from a row to the chunk's end; 0 where they are of different sequences.
         through: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins in it.
@@ -87,35 +102,23 @@ class Slab:
         self.dt = self.by_group(dt).unsqueeze(-1)
         self.value = self.by_group(x).mul(self.dt)
         self.into = self.map(into)
-        log = self.dt.squeeze(-1) * rate.to(dtype).view(groups, 1, heads)
-        # Summed in double precision: an error of the sum is one of all decays after it.
-        log = log.clamp_(min=LOWEST_LOG).cumsum(2, dtype=torch.float64).to(dtype)
+        log, self.lost = binary_logs(self.dt.squeeze(-1), rate.view(groups, 1, heads), 2, dtype)
         place = torch.arange(chunk, device=x.device)
         position = self.chunked(position).long()
         last = position[:, -1:]
-        self._apart = self._between_sequences(place, position)
+        behind = place[:, None] - place
+        sees = (behind >= 0) & (behind <= position[:, :, None])
+        self.sees = sees.to(dtype)
+        # As a logarithm: added before exp2, which would overflow above the diagonal.
+        self._apart = torch.zeros_like(self.sees).masked_fill_(~sees, float("-inf")).unsqueeze(1)
         by_row = (len(position), 1, chunk, 1)
         before = (position > place).view(by_row)
         feeds = (chunk - 1 - place <= last).view(by_row)
-        self.from_start = log.exp().mul_(before).unsqueeze(-1)
-        self.to_end = (log[:, :, -1:] - log).exp_().mul_(feeds).unsqueeze(-1)
+        self.from_start = log.exp2().mul_(before).unsqueeze(-1)
+        self.to_end = (log[:, :, -1:] - log).exp2_().mul_(feeds).unsqueeze(-1)
         self.through = self.from_start[:, :, -1:]
         self.log = log.permute(3, 0, 1, 2).contiguous()
-
-    def _between_sequences(self, place: Tensor, position: Tensor) -> Tensor:
-        """-inf where row i does not see row j, else 0: [n, 1, q, q]."""
-        behind = place[:, None] - place
-        sees = (behind >= 0) & (behind <= position[:, :, None])
-        apart = torch.zeros(sees.shape, dtype=self.dtype, device=sees.device)
-        return apart.masked_fill_(~sees, float("-inf")).unsqueeze(1)
-
-    def sum_from_row(self, tensor: Tensor) -> Tensor:
-        """[n, G, q, R] summed over the rows of a row's sequence from it to the chunk's end.
-
-        A product with zeros and ones: a running sum over the whole chunk would leave rounding
-        errors of later sequences in earlier ones.
-        """
-        return (self._apart == 0).to(tensor.dtype).mT @ tensor
+        self.weighted = self.wide(self.value * self.to_end)
 
     def chunked(self, tensor: Tensor) -> Tensor:
         """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
@@ -134,12 +137,11 @@ class Slab:
         """[T, G, N] as contiguous [n G, q, N]."""
         return self.chunked(tensor).transpose(1, 2).to(self.dtype).contiguous().flatten(0, 1)
 
-    def put(self, out: Tensor, tensor: Tensor) -> None:
-        """Writes [n, G, q, R, ...] or [n G, q, N] as rows of `out` [T, H, ...] or [T, G, N]."""
+    def by_row(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """[n, G, q, R, ...] or [n G, q, N] as the slab's rows, each of the given shape."""
         n, groups, chunk, _, _ = self.shape
-        rows = tensor.reshape(n, groups, chunk, -1).transpose(1, 2).flatten(0, 1)
-        target = out[self.rows]
-        target.copy_(rows[: len(target)].reshape(target.shape))
+        rows = tensor.reshape(n, groups, chunk, math.prod(shape) // groups).transpose(1, 2)
+        return rows.reshape(n * chunk, *shape)[: self.rows.stop - self.rows.start]
 
     def wide(self, tensor: Tensor) -> Tensor:
         """[n, G, q, R, P] as the matrices of whole groups [n G, q, R P]."""
@@ -149,39 +151,28 @@ class Slab:
         """[n, G, q, R, P] as the matrices of head r of every group, [n G, q, P]."""
         return tensor[:, :, :, r].flatten(0, 1)
 
-    def add_head(self, tensor: Tensor, r: int, part: Tensor) -> None:
-        """Adds [n G, q, P] to head r of every group of [n, G, q, R, P]."""
-        tensor[:, :, :, r].add_(part.view(*tensor.shape[:3], -1))
-
     def kept(self, r: int, out: Tensor) -> Tensor:
         """Decays from row j to row i for head r of every group: [n G, q, q]."""
         log = self.log[r]
         square = out.view(*log.shape, log.shape[-1])
         torch.add(self._apart, log.unsqueeze(-1), out=square)
-        return square.sub_(log.unsqueeze(-2)).exp_().flatten(0, 1)
+        return square.sub_(log.unsqueeze(-2)).exp2_().flatten(0, 1)
 
-    def square(self) -> Tensor:
-        """Room for one number per pair of rows: [n G, q, q]."""
+    def room(self, columns: int) -> Tensor:
+        """New memory [n G, q, columns]."""
         n, groups, chunk, _, _ = self.shape
-        return self.value.new_empty(n * groups, chunk, chunk)
-
-    def gain(self, out: Tensor) -> Tensor:
-        """What the rows add to the state at the end of their chunk, into `out` [n, G, N, R P].
-
-        Returns the weighted values [n G, q, R P].
-        """
-        weighted = self.wide(self.value * self.to_end)
-        torch.bmm(self.into.mT, weighted, out=out.flatten(0, 1))
-        return weighted
+        return self.value.new_empty(n * groups, chunk, columns)
 
     def pass_on(self, states: Tensor) -> None:
         """Turns gains into states: [n + 1, G, N, R P], the first of them the state before all."""
-        by_head = states.unflatten(3, self.shape[3:])
-        for k in range(self.shape[0]):
-            by_head[k + 1].addcmul_(by_head[k], self.through[k])
+        by_head = states.unflatten(3, self.shape[3:]).unbind()
+        through = self.through.unbind()
+        for before, after, decay in zip(by_head, by_head[1:], through, strict=False):
+            after.addcmul_(before, decay)
 
     def pass_back(self, states: Tensor) -> None:
         """The way back: each of [n + 1, G, N, R P] gets what the next one hands on."""
-        by_head = states.unflatten(3, self.shape[3:])
-        for k in reversed(range(self.shape[0])):
-            by_head[k].addcmul_(by_head[k + 1], self.through[k])
+        by_head = states.unflatten(3, self.shape[3:]).unbind()[::-1]
+        through = self.through.unbind()[::-1]
+        for after, before, decay in zip(by_head, by_head[1:], through, strict=False):
+            before.addcmul_(after, decay)
