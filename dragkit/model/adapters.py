@@ -12,6 +12,7 @@ from torch import nn
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError
+from dragkit.model.nemotron_h.experts import install_grouped_experts
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
             model = get_peft_model(model, lora)
     else:
         model = get_peft_model(model, lora)
+    install_grouped_experts(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info("LoRA rank %d on %s: %d parameters", config.lora_rank, ", ".join(targets), count)
     return model
@@ -138,5 +140,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     lora = PeftConfig.from_pretrained(str(folder))
     if _GUARDED in (lora.target_modules or ()):
         with guard_lifted(model):
-            return PeftModel.from_pretrained(model, str(folder))
-    return PeftModel.from_pretrained(model, str(folder))
+            model = PeftModel.from_pretrained(model, str(folder))
+    else:
+        model = PeftModel.from_pretrained(model, str(folder))
+    install_grouped_experts(model)
+    return model
