@@ -12,6 +12,7 @@ from torch import nn
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError
+from dragkit.model.coverage import coverage, coverage_table
 from dragkit.model.nemotron_h.experts import install_grouped_experts
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,13 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
         model = get_peft_model(model, lora)
     install_grouped_experts(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("LoRA rank %d on %s: %d parameters", config.lora_rank, ", ".join(targets), count)
+    logger.info(
+        "LoRA rank %d on %s: %d parameters\n%s",
+        config.lora_rank,
+        ", ".join(targets),
+        count,
+        coverage_table(coverage(model)),
+    )
     return model
 
 
