@@ -292,3 +292,15 @@ def test_a_copied_model_computes_with_its_own_adapters():
         parameter.data.zero_()
     assert not other.base_model.model.experts(*given).any()
     assert wrapper(*given).any()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_values_and_gradients_are_the_eager_ones(backend):
+    """In bfloat16 one graph; other types fall back to the loop, which a graph cannot hold."""
+    model, wrapper = make(torch.bfloat16)
+    given = inputs(dtype=torch.bfloat16)
+    y, ours = value_and_gradients(wrapper, model, *given)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: wrapper(*args), backend=backend, fullgraph=True)
+    z, theirs = value_and_gradients(compiled, model, *given)
+    assert torch.equal(y, z) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -50,7 +50,10 @@ class _TakeRows(torch.autograd.Function):
 
 def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
     """Whether the library's grouped product computes x [S, I] by weight [E, O, I]."""
-    if not hasattr(F, "grouped_mm") or x.dtype not in (torch.float32, torch.bfloat16, torch.half):
+    compiling = torch.compiler.is_compiling()
+    # When traced, it knows bfloat16 alone.
+    kinds = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)
+    if not hasattr(F, "grouped_mm") or x.dtype not in kinds:
         return False
     if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
         return False
@@ -58,7 +61,7 @@ def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
     if any(width * x.dtype.itemsize % _ALIGNMENT for width in widths):
         return False
     # Weights mapped from a file may begin anywhere.
-    return torch.compiler.is_compiling() or weight.data_ptr() % _ALIGNMENT == 0
+    return compiling or weight.data_ptr() % _ALIGNMENT == 0
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
