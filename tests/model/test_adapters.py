@@ -204,11 +204,13 @@ def test_layers_side_by_side_in_every_type_and_mixture(dtype, adapters, limits, 
     assert torch.equal(torch.cat(joined, -1), torch.cat(got, -1))
 
 
-def test_half_precision_makes_no_adapted_weight_and_casts_no_rows(made):
-    _, layers = side_by_side(torch.bfloat16)
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+def test_half_precision_makes_no_adapted_weight_and_casts_no_rows(adapters, count, made):
+    _, layers = side_by_side(torch.bfloat16, adapters=adapters)
     x = torch.randn(300, 64, dtype=torch.bfloat16, requires_grad=True)
     with made:
-        sum(y.sum() for y in adapted_linear(x, layers)).backward()
+        sum(y.sum() for y in adapted_linear(x, layers[:count])).backward()
     assert ((300, 96), torch.bfloat16) in made.tensors
     assert not any(shape in ((96, 64), (167, 64)) for shape, _ in made.tensors)
     assert not any(shape[:1] == (300,) and kind == torch.float32 for shape, kind in made.tensors)

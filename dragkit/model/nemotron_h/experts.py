@@ -149,8 +149,7 @@ def _plan(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
         module = module.base_layer
     if not factors.keys() <= set(_PROJECTIONS) or getattr(module, "_is_expert_parallel", False):
         return None
-    frozen = not any(getattr(module, name).requires_grad for name in _PROJECTIONS)
-    return (module, factors) if frozen else None
+    return module, factors
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
