@@ -167,7 +167,10 @@ class GeneratorConfig(Section):
     lora_alpha: int = Field(32, ge=1, description="Scale of the adapter: alpha / rank.")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
     lora_targets: tuple[str, ...] | None = Field(
-        None, min_length=1, description="Module names to adapt. Unset: those fit for the model."
+        None,
+        min_length=1,
+        description="Layers to adapt, such as q_proj, out_proj, experts.up_proj. Unset: attention, "
+        "in_proj, dense and shared experts.",
     )
     generator_microbatch: int | None = Field(
         None, ge=1, description="Questions per generator pass. Unset: the whole batch."
@@ -199,6 +202,19 @@ class GeneratorConfig(Section):
         limit = info.data.get("max_prompt_tokens")
         if limit is not None and value >= limit:
             raise ValueError(f"must be less than generator.max_prompt_tokens ({limit})")
+        return value
+
+    @field_validator("lora_targets")
+    @classmethod
+    def _routed_experts_have_no_dropout(
+        cls, value: tuple[str, ...] | None, info: ValidationInfo
+    ) -> tuple[str, ...] | None:
+        routed = [name for name in value or () if name.startswith("experts.")]
+        if routed and info.data.get("lora_dropout"):
+            raise ValueError(
+                f"{', '.join(routed)}: adapters of routed experts take no dropout, but "
+                f"generator.lora_dropout is {info.data['lora_dropout']}; set it to 0"
+            )
         return value
 
     projector_dim: int | None = Field(

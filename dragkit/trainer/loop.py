@@ -191,6 +191,7 @@ class Trainer:
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, batches, outputs)
             clip_grads_with_norm_(self.parameters, self.config.optim.grad_clip, norm)
+            self.phase.check_gradients(batches)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)

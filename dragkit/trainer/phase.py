@@ -74,6 +74,10 @@ class Phase(Protocol):
         """
         ...
 
+    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+        """Looks at the clipped gradients of an optimizer step; raises where one is missing."""
+        ...
+
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
         """Deterministic predictions, one per question of the batch."""
         ...

@@ -129,6 +129,9 @@ class RetrieverPhase:
             loss = loss.detach()
         return StepOutput(loss, {"retrieval": loss}, graph.num_graphs, graph.num_facts, 0)
 
+    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+        """Nothing: no part of the retriever can stay out of its own forward."""
+
     @torch.no_grad()
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
         """The facts of every question, ranked."""

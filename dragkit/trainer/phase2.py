@@ -12,6 +12,7 @@ from torch import Tensor
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.losses import balance_weight, retrieval_loss
+from dragkit.model.adapter_watch import AdapterWatch
 from dragkit.model.encoder import RelationStates
 from dragkit.model.joint import JointModel
 from dragkit.model.prompt import NeuralPrompt
@@ -45,6 +46,10 @@ def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
     )
 
 
+def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:
+    return sum(b.target.ids.numel() for b in batches if b.target is not None)
+
+
 class JointPhase:
     """Trains `JointModel` end to end.
 
@@ -61,6 +66,7 @@ class JointPhase:
     def __init__(self, config: TrainConfig, model: JointModel) -> None:
         self.config = config
         self.model = model
+        self.watch = AdapterWatch(model.generator.model)
         self.forward = model.retriever.__call__
         self.cascade = False
         self.generates = True
@@ -92,8 +98,8 @@ class JointPhase:
 
     def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
         """Labelled questions and supervised tokens of the optimizer step."""
-        tokens = sum(b.target.ids.numel() for b in batches if b.target is not None)
-        return {"questions": labelled_questions(batches), "tokens": float(max(tokens, 1))}
+        tokens = float(max(_answer_tokens(batches), 1))
+        return {"questions": labelled_questions(batches), "tokens": tokens}
 
     def _generator_passes(
         self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
@@ -185,6 +191,10 @@ class JointPhase:
             num_facts=graph.num_facts,
             num_tokens=prompt.input_ids.numel(),
         )
+
+    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+        """Sees to it that training reaches every adapter."""
+        self.watch.check(_answer_tokens(batches))
 
     @torch.no_grad()
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:

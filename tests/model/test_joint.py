@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from dragkit.config import TrainConfig
 from dragkit.data.packed import TokenPack
 from dragkit.losses import retrieval_loss
+from dragkit.model.adapter_watch import DeadAdapterError
 from dragkit.model.joint import JointModel
 from dragkit.model.load import load_generator
 from dragkit.model.retriever import Retriever
@@ -55,8 +57,6 @@ def make_batch(generator, count=4):
     graphs = [cases.make_graph(rng, 5, 9, 5) for _ in range(count)]
     batch = cases.pack(graphs, dtype=torch.float32)
     label = (torch.arange(batch.graph.num_facts) % 4 == 0).float()
-    from dataclasses import replace
-
     facts = [f"node {i}, likes, thing {i % 3}\n" for i in range(batch.graph.num_facts)]
     return replace(
         batch,
@@ -92,6 +92,20 @@ def test_the_answers_loss_alone_moves_the_retriever(relations):
     assert any(n.startswith("retriever.layers") for n in grads)
     assert any(n.startswith("projector") for n in grads)
     assert any("lora_B" in n for n in grads)
+
+
+def test_the_watch_sees_steps_with_answers_only(relations):
+    phase = make()
+    batch = make_batch(phase.model.generator)
+    gradients(phase, batch, relations)
+    phase.check_gradients([replace(batch, target=None)])
+    assert phase.watch.step == 0
+    phase.check_gradients([batch])
+    assert phase.watch.step == 1
+    layer = next(m for m in phase.model.generator.modules() if hasattr(m, "lora_A"))
+    layer.lora_B["default"].weight.grad = None
+    with pytest.raises(DeadAdapterError, match="lora_B"):
+        phase.check_gradients([batch])
 
 
 def test_cutting_the_gate_stops_it(relations, monkeypatch):

@@ -108,16 +108,20 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
     assert (adapter / "adapter_config.json").is_file()
 
 
-def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path):
+def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     from dragkit.model.load import prepare_nemotron_h
     from dragkit.tiny import tiny_generator_path
+    from dragkit.trainer.phase2 import JointPhase
     from dragkit.trainer.run import build_joint
 
+    checked, check = [], JointPhase.check_gradients
+    monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checked.append(1) or check(*a))
     command = run(tmp_path, 2, **{"run.phase1_checkpoint": None, "optim.epochs": 1})
     command.execute()
+    assert len(checked) == load_checkpoint(find_checkpoint(tmp_path / "run")).state.step
     folder = find_checkpoint(tmp_path / "run")
     phase = build_joint(command.config, command.encoder, torch.device("cpu"))
     phase.load(load_checkpoint(folder))

@@ -77,10 +77,32 @@ def _plain_adapter(layer: nn.Module) -> str | None:
     dropout, up = layer.lora_dropout[name], layer.lora_B[name]
     if up.bias is not None or (dropout.training and getattr(dropout, "p", 0.0) > 0.0):
         return None
-    weights = (base.weight, layer.lora_A[name].weight, up.weight)
-    # In half precision W + s B A would round what the sum of two products keeps.
-    exact = all(w.dtype == base.weight.dtype and w.dtype.itemsize >= 4 for w in weights)
-    return name if exact else None
+    return name
+
+
+def _add_low_rank(
+    x: Tensor, layers: Sequence[nn.Module], names: Sequence[str | None]
+) -> list[Tensor]:
+    """Outputs of the layers; those with a name are base + s (x A^T) B^T, rounded once.
+
+    A and B take the type of x, not x that of PEFT's float32 adapters: x is by far the largest of
+    the three, and a cast of it would be kept for the backward.
+    """
+    outputs = [
+        layer(x) if name is None else layer.base_layer(x)
+        for layer, name in zip(layers, names, strict=True)
+    ]
+    plain = [i for i, name in enumerate(names) if name is not None]
+    if not plain:
+        return outputs
+    down = _joined([layers[i].lora_A[names[i]].weight for i in plain]).to(x.dtype)
+    ranks = [layers[i].lora_A[names[i]].weight.shape[0] for i in plain]
+    reduced = F.linear(x.flatten(0, -2), down).split(ranks, dim=1)
+    for i, part in zip(plain, reduced, strict=True):
+        up, scale = layers[i].lora_B[names[i]].weight.to(x.dtype), layers[i].scaling[names[i]]
+        y = outputs[i]
+        outputs[i] = torch.addmm(y.flatten(0, -2), part, up.mT, alpha=scale).view_as(y)
+    return outputs
 
 
 def adapted_linear(
@@ -88,8 +110,10 @@ def adapted_linear(
 ) -> tuple[Tensor, ...]:
     """Outputs of linear layers that read the same rows.
 
-    Layers under plain LoRA in float32 or float64 share their products; whatever else stands there
-    (no adapter, dropout at work, several adapters, half precision) computes itself.
+    Layers under plain LoRA share their products. In float32 or float64, where all have an adapter,
+    x passes through W + s B A; in half precision that sum would round what a sum of products keeps,
+    so there it is x W^T + s (x A^T) B^T. Whatever else stands there (no adapter, dropout at work,
+    several adapters) computes itself.
 
     Args:
         x: float [..., I]; layers: linear layers of width I, with a PEFT adapter or without.
@@ -103,9 +127,8 @@ def adapted_linear(
     widths = [base.out_features for base in bases]
     alike = {base.bias is None for base in bases}
     scales = {layer.scaling[n] for layer, n in zip(layers, names, strict=True) if n is not None}
-    same_type = all(base.weight.dtype == x.dtype for base in bases)
-    if None in names or len(scales) > 1 or len(alike) > 1 or not same_type:
-        outputs = [layer(x) for layer in layers]
+    if None in names or len(scales) > 1 or len(alike) > 1 or not _exact(x, layers, names):
+        outputs = _add_low_rank(x, layers, names)
         if sizes is None or list(sizes) == widths:
             return tuple(outputs)
         return _joined(outputs, -1).split(list(sizes), dim=-1)
@@ -114,3 +137,11 @@ def adapted_linear(
     weight = _joined([base.weight for base in bases])
     bias = None if bases[0].bias is None else _joined([base.bias for base in bases])
     return _AdaptedLinear.apply(x, weight, bias, sizes or widths, down, scales.pop(), *up)
+
+
+def _exact(x: Tensor, layers: Sequence[nn.Module], names: Sequence[str]) -> bool:
+    """Whether all is of one type, and W + s B A rounds no more than a sum of products."""
+    kinds = {x.dtype}
+    for layer, name in zip(layers, names, strict=True):
+        kinds |= {layer.base_layer.weight.dtype, layer.lora_A[name].weight.dtype}
+    return len(kinds) == 1 and x.dtype.itemsize >= 4

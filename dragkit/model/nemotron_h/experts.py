@@ -1,0 +1,176 @@
+"""Routed experts under LoRA: every token meets its experts' low-rank factors, never W + B A.
+
+PEFT adapts the stacked weights of all experts before each forward. Here the rows of a forward are
+sorted by expert once, and each projection is x W^T + s (x A^T) B^T over the groups.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PROJECTIONS = ("up_proj", "down_proj")
+# Rows of the operands of a grouped product begin at multiples of this many bytes.
+_ALIGNMENT = 16
+
+
+class _Factors(NamedTuple):
+    """Adapter of one projection: A float [E, R, I], B float [E, O, R] and its scale."""
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+class _TakeRows(torch.autograd.Function):
+    """y[i] = x[index[i] // copies], where `index` is a permutation.
+
+    The gradient is gathered by the inverse permutation and summed over the copies of a row, so its
+    order is fixed; that of an indexed read is a sum by atomics on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(inverse)
+        ctx.copies = copies
+        return x[index // copies if copies > 1 else index]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        rows = grad[inverse]
+        if ctx.copies > 1:
+            rows = rows.view(-1, ctx.copies, grad.shape[1]).sum(1)
+        return rows, None, None, None
+
+
+def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the library's grouped product computes x [S, I] by weight [E, O, I]."""
+    compiling = torch.compiler.is_compiling()
+    # When traced, it knows bfloat16 alone.
+    kinds = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)
+    if not hasattr(F, "grouped_mm") or x.dtype not in kinds:
+        return False
+    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return False
+    widths = weight.shape[1:]
+    if any(width * x.dtype.itemsize % _ALIGNMENT for width in widths):
+        return False
+    # Weights mapped from a file may begin anywhere.
+    return compiling or weight.data_ptr() % _ALIGNMENT == 0
+
+
+def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows of group e by weight[e]^T.
+
+    Args:
+        x: float [S, I], sorted by group; weight: float [E, O, I]; ends: int32 [E], where the groups
+            end.
+
+    Returns:
+        float [S, O].
+    """
+    if _grouped_mm_takes(x, weight):
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    begins = [0, *ends.tolist()]
+    sizes = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
+    pairs = zip(x.split(sizes), weight.unbind(0), strict=True)
+    return torch.cat([rows @ matrix.mT for rows, matrix in pairs])
+
+
+def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) -> Tensor:
+    y = _grouped(x, weight, ends)
+    if factors is None:
+        return y
+    down, up = factors.down.to(x.dtype), factors.up.to(x.dtype).contiguous()
+    # A rank that fills no whole 16 bytes: zeros beside it change no product.
+    step = _ALIGNMENT // x.dtype.itemsize
+    if missing := -down.shape[1] % step:
+        down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
+    return y.add_(_grouped(_grouped(x, down, ends) * factors.scale, up, ends))
+
+
+def routed_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    experts: nn.Module,
+    factors: dict[str, _Factors],
+) -> Tensor:
+    """sum_k w_k down(act(up(x))) over the experts of every token, adapters included.
+
+    Args:
+        x: float [T, M]; index: int64 [T, K] experts of each token; weights: float [T, K].
+        experts: a `NemotronHExperts`; factors: adapters of its projections, by name.
+
+    Returns:
+        float [T, M], of the type of `x`; sums over K have the type of `weights` if that is wider.
+    """
+    tokens, copies = index.shape
+    if tokens == 0:
+        return x
+    flat = index.reshape(-1)
+    order = torch.argsort(flat, stable=True)
+    inverse = torch.argsort(order)
+    number = torch.arange(len(experts.up_proj), device=flat.device)
+    ends = torch.searchsorted(flat[order], number, right=True).int()
+    rows = _TakeRows.apply(x.to(experts.up_proj.dtype), order, inverse, copies)
+    up = _adapted(rows, experts.up_proj, factors.get("up_proj"), ends)
+    down = _adapted(experts.act_fn(up), experts.down_proj, factors.get("down_proj"), ends)
+    back = _TakeRows.apply(down, inverse, order, 1).view(tokens, copies, -1)
+    return (back * weights[..., None]).sum(1).to(x.dtype)
+
+
+def _factors(wrapper: nn.Module, name: str) -> _Factors:
+    """The adapter of a PEFT `ParamWrapper`, whose linear layers hold all experts side by side."""
+    down, up = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    number = wrapper.num_experts
+    return _Factors(
+        down.view(number, -1, down.shape[1]),
+        up.view(up.shape[0], -1, number).permute(2, 0, 1),
+        wrapper.scaling[name],
+    )
+
+
+def _plan(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
+    """The experts and their adapters; None where PEFT's own forward has to run."""
+    factors, module = {}, outer
+    while hasattr(module, "parameter_name"):
+        active = module.active_adapters
+        if module.disable_adapters or module.merged or len(active) != 1:
+            return None
+        if active[0] not in module.lora_A:
+            return None
+        factors[module.parameter_name] = _factors(module, active[0])
+        module = module.base_layer
+    if not factors.keys() <= set(_PROJECTIONS) or getattr(module, "_is_expert_parallel", False):
+        return None
+    return module, factors
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    plan = _plan(self) if len(args) == 3 and not kwargs else None
+    if plan is None:
+        return type(self).forward(self, *args, **kwargs)
+    return routed_experts(*args, *plan)
+
+
+def install_grouped_experts(model: nn.Module) -> int:
+    """Lets adapted routed experts of a Nemotron-H compute by groups; returns how many modules.
+
+    Training and generation both go through it. Merged, disabled, several or foreign adapters
+    compute as PEFT does. A second call changes nothing.
+    """
+    inner = {id(m.base_layer) for m in model.modules() if hasattr(m, "parameter_name")}
+    count = 0
+    for module in model.modules():
+        if not hasattr(module, "parameter_name") or id(module) in inner:
+            continue
+        if type(module.get_base_layer()).__name__ == "NemotronHExperts":
+            module.forward = types.MethodType(_forward, module)
+            count += 1
+    return count
