@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..blocks import row_blocks
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 
-gated_rms_norm_bwd = gated_rms_norm_fwd = None
+if HAS_TRITON:
+    from .backward import gated_rms_norm_bwd
+    from .forward import gated_rms_norm_fwd
+else:
+    gated_rms_norm_bwd = gated_rms_norm_fwd = None
 
 
 def _normalised(
