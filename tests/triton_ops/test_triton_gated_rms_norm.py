@@ -98,20 +98,20 @@ def test_a_group_of_one_column_is_its_sign(device: torch.device) -> None:
     assert_close(signs, y.sign(), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 31, 32, 33, 70])
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 33, 70])
 def test_programs_meet(device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of 8 rows at a time walks down 32, and one with sums a third of all."""
     monkeypatch.setattr(backward, "SUM_PROGRAMS", 3)
     check(inputs(rows, 6, device), 2)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 26])
+@pytest.mark.parametrize("rows", [8, 9, 17])
 def test_programs_of_wide_groups_meet(
     device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backward, "SUM_PROGRAMS", 2)
-    check(inputs(rows, 260, device), 2)
-    check(inputs(rows, 600, device), 1)
+    check(inputs(rows, 260, device))
+    check(inputs(rows // 2, 600, device))
 
 
 @GATED
@@ -127,9 +127,9 @@ def test_a_bad_number_stays_in_its_group(device: torch.device, bad: float, gated
     out = gated_rms_norm(*in_order(values), groups=3, backend="triton")
     inside = torch.zeros(9, 12, dtype=torch.bool, device=device)
     inside[8, 4:8] = True
-    for got in gradients(out, [values[0], *values[2:]], grad):
+    d_y, d_weight, *d_gate = gradients(out, values, grad)
+    for got in (d_y, *d_gate):
         assert got[~inside].isfinite().all() and not got[inside].isfinite().any()
-    (d_weight,) = gradients(out, values[1:2], grad)
     assert (~d_weight.isfinite()).nonzero().flatten().tolist() == [4]
 
 
