@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import Budget, Tile
 from .forward import (
+    MAX_REGISTERS,
     ROWS,
     columns_of,
     conv_spec,
@@ -168,6 +169,7 @@ def causal_conv_bwd(
             STEP=SUM_STEP if with_sums else STEP,
             BLOCK_C=STRIPE.block,
             num_warps=STRIPE.num_warps,
+            maxnreg=MAX_REGISTERS,
         )
     total = sums.sum(0) if with_sums else sums  # in order
     return (
@@ -186,7 +188,7 @@ KERNELS = tuple(
         STRIPE,
         step,
         silu,
-        Budget(registers=128, shared=0, wide_loads=8 if kind == "*fp32" and step == STEP else 0),
+        Budget(MAX_REGISTERS, shared=0, wide_loads=8 if (kind, step) == ("*fp32", STEP) else 0),
         bias_ptr=kind if silu else None,
         sums_ptr=None if step == STEP else "*fp32",
     )

@@ -14,6 +14,7 @@ STRIPE = Tile(256, 1)
 ROWS = 32
 # Rows that it asks for at a time.
 STEP = 4
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -149,6 +150,7 @@ def causal_conv_fwd(
         STEP=STEP,
         BLOCK_C=STRIPE.block,
         num_warps=STRIPE.num_warps,
+        maxnreg=MAX_REGISTERS,
     )
     return out
 
@@ -176,6 +178,7 @@ def conv_spec(
         num_warps=tile.num_warps,
         budget=budget,
         divisible=tuple(n for n in found if n == "num_columns" or n.startswith("stride")),
+        max_registers=MAX_REGISTERS,
     )
 
 
@@ -186,7 +189,7 @@ KERNELS = tuple(
         STRIPE,
         STEP,
         silu,
-        Budget(registers=128, shared=0, wide_loads=1),
+        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=1),
         bias_ptr=kind if silu else None,
     )
     for kind in ("*bf16", "*fp32")
