@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Numbers of a block for each thread: a few such blocks fit into a core's second-level cache, and
-# half as many are what PyTorch gives a thread at least.
-_BLOCK = 1 << 16
+# Numbers of a block for each thread: a few such blocks fit into the cache, and fewer would make the
+# calls of the single passes count.
+_BLOCK = 1 << 18
 # Rows at least: a block may need some rows of its neighbours as well.
 _ROWS = 32
 

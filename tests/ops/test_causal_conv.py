@@ -252,10 +252,11 @@ def test_no_gradient_in_none_out_and_two_runs_bit_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_nobody_wants_are_not_computed() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_nobody_wants_are_not_computed(dtype: torch.dtype) -> None:
     lengths = [4, 9]
-    x, weight, bias = inputs(lengths, 5, 4)
-    position, grad = positions(lengths), torch.randn(13, 5)
+    x, weight, bias = (t.to(dtype) for t in inputs(lengths, 5, 4))
+    position, grad = positions(lengths), torch.randn(13, 5).to(dtype)
     bwd = torch.ops.dragkit.causal_conv_bwd
     every = bwd(grad, x, weight, bias, position, True, [True] * 3, False)
     for place in range(3):

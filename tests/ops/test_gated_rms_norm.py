@@ -206,9 +206,10 @@ def test_no_gradient_in_none_out_and_two_runs_bit_equal() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_gradients_nobody_wants_are_not_computed() -> None:
-    y, gate, weight = in_order(inputs(7, 10))
-    grad = torch.randn(7, 10)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_nobody_wants_are_not_computed(dtype: torch.dtype) -> None:
+    y, gate, weight = (x.to(dtype) for x in in_order(inputs(7, 10)))
+    grad = torch.randn(7, 10).to(dtype)
     bwd = torch.ops.dragkit.gated_rms_norm_bwd
     every = bwd(grad, y, gate, weight, 2, EPS, [True] * 3, False)
     for place in range(3):

@@ -13,11 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..blocks import row_blocks
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 
-causal_conv_bwd = causal_conv_fwd = None
+if HAS_TRITON:
+    from .backward import causal_conv_bwd
+    from .forward import causal_conv_fwd
+else:
+    causal_conv_bwd = causal_conv_fwd = None
 
 
 class _Starts:

@@ -6,38 +6,49 @@ The PyTorch form takes a block of rows through all passes while it is in the cac
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..blocks import row_blocks
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 
-gated_rms_norm_bwd = gated_rms_norm_fwd = None
+if HAS_TRITON:
+    from .backward import gated_rms_norm_bwd
+    from .forward import gated_rms_norm_fwd
+else:
+    gated_rms_norm_bwd = gated_rms_norm_fwd = None
 
 
-def _normalised(
-    y: Tensor, gate: Tensor | None, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """z of the groups [n, G, D/G], 1 / rms(z) [n, G, 1], and silu(gate) or None."""
-    activated = None if gate is None else F.silu(gate)
-    z = (y if activated is None else y * activated).unflatten(1, (groups, -1))
-    scale = z.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return z, scale, activated
+def _inverse_rms(z: Tensor, groups: int, eps: float) -> Tensor:
+    """1 / rms of the groups [n, G, 1]."""
+    (z,) = _by_group(groups, z)
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return norm.square_().div_(z.shape[-1]).add_(eps).rsqrt_()
+
+
+def _by_group(groups: int, *tensors: Tensor) -> list[Tensor]:
+    """[n, D] as [n, G, D/G]."""
+    return [x.unflatten(1, (groups, -1)) for x in tensors]
 
 
 def _torch_fwd(y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     """See gated_rms_norm."""
     wide_weight = weight.to(_accumulator(y, gate, weight))
     out = y.new_empty(y.shape)
+    if out.numel() == 0:
+        return out
+    narrow = out.dtype != wide_weight.dtype
     for begin, end in row_blocks(y):
-        part = out[begin:end]
-        z, scale, _ = _normalised(*_rows(wide_weight, begin, end, y, gate), groups, eps)
-        if part.dtype == z.dtype:
-            torch.mul(z, scale, out=part.unflatten(1, (groups, -1)))
-            part.mul_(wide_weight)
-        else:
-            part.copy_((z * scale).flatten(1).mul_(wide_weight))
+        wide_y, wide_gate = _rows(wide_weight, begin, end, y, gate)
+        z = torch.empty_like(wide_y) if narrow else out[begin:end]
+        if wide_gate is not None:
+            wide_y = torch.ops.aten.silu.out(wide_gate, out=z).mul_(wide_y)
+        scale = _inverse_rms(wide_y, groups, eps)
+        torch.mul(*_by_group(groups, wide_y), scale, out=_by_group(groups, z)[0])
+        z.mul_(wide_weight)
+        if narrow:
+            out[begin:end] = z
     return out
 
 
@@ -53,25 +64,43 @@ def _torch_bwd(
     """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; then its factors."""
     wide_weight = weight.to(_accumulator(y, gate, weight))
     d_y = y.new_empty(y.shape if output_mask[0] else 0)
-    d_gate = y.new_empty(0)
-    if gate is not None and output_mask[1]:
-        d_gate = gate.new_empty(gate.shape)
+    want_gate = gate is not None and output_mask[1]
+    d_gate = gate.new_empty(gate.shape) if want_gate else y.new_empty(0)
     total = torch.zeros_like(wide_weight)
-    for begin, end in row_blocks(y):
+    room: Tensor | None = None
+    for begin, end in row_blocks(y) if y.numel() else ():
+        if room is None:
+            # Memory that has been used before: fresh memory costs more than most of the passes.
+            room = wide_weight.new_empty(5, end, y.shape[1])
+        share, active, z, d_z, product = room[:, : end - begin]
         wide_grad, wide_y, wide_gate = _rows(wide_weight, begin, end, grad, y, gate)
-        z, scale, activated = _normalised(wide_y, wide_gate, groups, eps)
-        normed = z * scale
+        if wide_gate is None:
+            z = wide_y
+        else:
+            torch.sigmoid(wide_gate, out=share)
+            torch.mul(wide_gate, share, out=active)
+            torch.mul(wide_y, active, out=z)
+        scale = _inverse_rms(z, groups, eps)
         if output_mask[2]:
-            total += (wide_grad * normed.flatten(1)).sum(0)
-        if output_mask[0] or output_mask[1]:
-            d_z = (wide_grad * wide_weight).unflatten(1, (groups, -1))
-            along = (d_z * normed).mean(-1, keepdim=True)
-            d_z = d_z.addcmul_(normed, along, value=-1).mul_(scale).flatten(1)
-            if output_mask[1]:
-                part = torch.ops.aten.silu_backward(d_z * wide_y, wide_gate)
-                d_gate[begin:end] = part
-            if output_mask[0]:
-                d_y[begin:end] = d_z if activated is None else d_z.mul_(activated)
+            torch.mul(wide_grad, z, out=product)
+            total += (_by_group(groups, product)[0] * scale).flatten(1).sum(0)
+        if not output_mask[0] and not want_gate:
+            continue
+        if wide_gate is None and d_y.dtype == d_z.dtype:
+            d_z = d_y[begin:end]
+        torch.mul(wide_grad, wide_weight, out=d_z)
+        torch.mul(d_z, z, out=product)
+        z_group, d_group, product_group = _by_group(groups, z, d_z, product)
+        along = product_group.mean(-1, keepdim=True).mul_(scale).mul_(scale)
+        d_group.addcmul_(z_group, along, value=-1).mul_(scale)
+        if want_gate:
+            # silu'(gate) = share (1 + gate (1 - share)).
+            torch.addcmul(active, active, share, value=-1, out=product)
+            d_gate[begin:end] = product.add_(share).mul_(wide_y).mul_(d_z)
+        if output_mask[0] and wide_gate is not None:
+            d_y[begin:end] = d_z.mul_(active)
+        elif output_mask[0] and d_y.dtype != d_z.dtype:
+            d_y[begin:end] = d_z
     return d_y, d_gate, total.to(weight.dtype) if output_mask[2] else weight.new_empty(0)
 
 

@@ -1,0 +1,197 @@
+"""Triton forward of causal_conv: a program walks down some rows of a stripe of columns."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec, Tile
+
+# Columns of a program, eight for each thread: one load of 128 bits in low precision.
+STRIPE = Tile(256, 1)
+# Rows that a program walks down. The rows before them are read twice.
+ROWS = 32
+# Rows that it asks for at a time.
+STEP = 4
+MAX_REGISTERS = 128
+
+
+@triton.jit
+def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
+    """The weights of the token itself, the one before it, ... in float32."""
+    taps = ()
+    for back in tl.static_range(W):
+        tap = tl.load(weight_ptr + offs_c * W + (W - 1 - back), mask=mask_c, other=0.0)
+        taps = taps + (tap.to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def columns_of(row, end, num_columns):
+    """Columns of a row that exist: none from `end` on and before row 0."""
+    return tl.where((row >= 0) & (row < end), num_columns, 0)
+
+
+@triton.jit
+def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr):
+    """A stripe of STEP rows as they lie in memory, zeros where there is none.
+
+    All are asked for before the first is used: what hides the memory's delay.
+    """
+    rows = ()
+    for step in tl.static_range(STEP):
+        row = begin + step
+        at = row.to(tl.int64) * stride + offs_c
+        mask = offs_c < columns_of(row, end, num_columns)
+        rows = rows + (tl.load(x_ptr + at, mask=mask, other=0.0),)
+    return rows
+
+
+@triton.jit
+def load_past(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
+    """The W - 1 rows before `begin`, the nearest first, as they lie in memory."""
+    past = ()
+    if W > 1:
+        rows = load_rows(x_ptr, begin - (W - 1), begin, num_columns, stride, offs_c, W - 1)
+        for back in tl.static_range(1, W):
+            past = past + (rows[W - 1 - back],)
+    return past
+
+
+@triton.jit
+def convolve(x, past, taps, bias, position, W: tl.constexpr):
+    """bias + taps[0] x + taps[1] past[0] + ..., as far as the row's sequence reaches back."""
+    y = tl.fma(taps[0], x.to(tl.float32), bias)
+    for back in tl.static_range(1, W):
+        more = tl.fma(taps[back], past[back - 1].to(tl.float32), y)
+        y = tl.where(position >= back, more, y)
+    return y
+
+
+@triton.jit
+def pushed(x, past, W: tl.constexpr):
+    """The rows before the next one."""
+    moved = ()
+    if W > 1:
+        moved = (x,)
+        for back in tl.static_range(1, W - 1):
+            moved = moved + (past[back - 1],)
+    return moved
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows"])
+def _causal_conv_fwd_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    position_ptr,
+    out_ptr,
+    num_rows,
+    rows,
+    num_columns,
+    stride_x,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out_t = act(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
+    begin = tl.program_id(0) * rows
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < num_columns
+    taps = load_taps(weight_ptr, offs_c, mask_c, W)
+    bias = tl.zeros((BLOCK_C,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    past = load_past(x_ptr, begin, num_columns, stride_x, offs_c, W)
+    end = tl.minimum(begin + rows, num_rows)
+    for start in range(begin, end, STEP):
+        ahead = load_rows(x_ptr, start, end, num_columns, stride_x, offs_c, STEP)
+        for step in tl.static_range(STEP):
+            row = start + step
+            x = ahead[step]
+            position = tl.load(position_ptr + row, mask=row < end, other=0)
+            y = convolve(x, past, taps, bias, position, W)
+            if SILU:
+                y = y / (1.0 + tl.exp(-y))
+            out = out_ptr + row.to(tl.int64) * num_columns + offs_c
+            mask = offs_c < columns_of(row, end, num_columns)
+            tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
+            past = pushed(x, past, W)
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """x itself if the numbers of a row follow one another, however far apart its rows are."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def causal_conv_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, silu: bool
+) -> Tensor:
+    """Launches the walk; see `dragkit::causal_conv_fwd`."""
+    out = x.new_empty(x.shape)
+    if out.numel() == 0:
+        return out
+    x = with_unit_stride(x)
+    grid = triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], STRIPE.block)
+    _causal_conv_fwd_kernel[grid](
+        x,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        position.contiguous(),
+        out,
+        x.shape[0],
+        ROWS,
+        x.shape[1],
+        x.stride(0),
+        W=weight.shape[1],
+        SILU=silu,
+        STEP=STEP,
+        BLOCK_C=STRIPE.block,
+        num_warps=STRIPE.num_warps,
+        maxnreg=MAX_REGISTERS,
+    )
+    return out
+
+
+def conv_spec(
+    kernel: object,
+    kind: str,
+    tile: Tile,
+    step: int,
+    silu: bool,
+    budget: Budget,
+    **types: str | None,
+) -> KernelSpec:
+    """Specification for four taps, the most that models use; fewer take less."""
+    constants = {"W": 4, "SILU": silu, "STEP": step, "BLOCK_C": tile.block}
+    found = {
+        name: "*i32" if name == "position_ptr" else kind if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+        if name not in constants
+    }
+    return KernelSpec(
+        kernel,
+        types={**found, **types},
+        constants=constants,
+        num_warps=tile.num_warps,
+        budget=budget,
+        divisible=tuple(n for n in found if n == "num_columns" or n.startswith("stride")),
+        max_registers=MAX_REGISTERS,
+    )
+
+
+KERNELS = tuple(
+    conv_spec(
+        _causal_conv_fwd_kernel,
+        kind,
+        STRIPE,
+        STEP,
+        silu,
+        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=1),
+        bias_ptr=kind if silu else None,
+    )
+    for kind in ("*bf16", "*fp32")
+    for silu in (True, False)
+)

@@ -1,0 +1,134 @@
+"""Triton backward of gated_rms_norm: everything but the inputs is made again."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile, norm_spec, with_unit_stride
+
+# Programs that share the rows at most, where each writes a sum of its own.
+SUM_PROGRAMS = 256
+
+
+@triton.jit(do_not_specialize=["num_rows", "rows"])
+def _gated_rms_norm_bwd_kernel(
+    grad_ptr,
+    y_ptr,
+    gate_ptr,
+    weight_ptr,
+    d_y_ptr,
+    d_gate_ptr,
+    sums_ptr,
+    num_rows,
+    rows,
+    num_columns,
+    size,
+    stride_grad,
+    stride_y,
+    stride_gate,
+    eps,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight, of one group.
+
+    dy = dz silu(gate), dgate = dz y silu'(gate), and sums[program] = sum_t grad n over the
+    program's rows. What has no place to go is not computed.
+    """
+    begin = tl.program_id(0) * rows
+    end = tl.minimum(begin + rows, num_rows)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < size
+    offs_d = tl.program_id(1) * size + offs_k
+    weight = tl.load(weight_ptr + offs_d, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
+    for start in range(begin, end, BLOCK_R):
+        offs_t = start + tl.arange(0, BLOCK_R)
+        mask = (offs_t < end)[:, None] & mask_k[None, :]
+        grad = load_tile(grad_ptr, offs_t, stride_grad, offs_d, mask)
+        y = load_tile(y_ptr, offs_t, stride_y, offs_d, mask)
+        z = y
+        if gate_ptr is not None:
+            gate = load_tile(gate_ptr, offs_t, stride_gate, offs_d, mask)
+            share = 1.0 / (1.0 + tl.exp(-gate))
+            z = y * (gate * share)
+        scale = inverse_rms(z, size, eps)
+        normed = z * scale
+        if sums_ptr is not None:
+            # Rows that are not there may have a scale of infinity.
+            acc = tl.where(mask, tl.fma(grad, normed, acc), acc)
+        g = grad * weight
+        along = (tl.sum(g * normed, 1) / size)[:, None]
+        d_z = tl.fma(normed, -along, g) * scale
+        at = offs_t.to(tl.int64)[:, None] * num_columns + offs_d[None, :]
+        if d_gate_ptr is not None:
+            d_gate = d_z * y * share * tl.fma(gate, 1.0 - share, 1.0)
+            tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
+        if d_y_ptr is not None:
+            if gate_ptr is not None:
+                d_z = d_z * (gate * share)
+            tl.store(d_y_ptr + at, d_z.to(d_y_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None:
+        at = tl.program_id(0).to(tl.int64) * num_columns + offs_d
+        tl.store(sums_ptr + at, tl.sum(acc, 0), mask=mask_k)
+
+
+def gated_rms_norm_bwd(
+    grad: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    groups: int,
+    eps: float,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches what output_mask asks for in one walk; see `dragkit::gated_rms_norm_bwd`."""
+    num_rows, num_columns = y.shape
+    want_gate = gate is not None and output_mask[1]
+    d_y = y.new_empty(y.shape if output_mask[0] else 0)
+    d_gate = gate.new_empty(gate.shape) if want_gate else y.new_empty(0)
+    if y.numel() == 0:
+        return d_y, d_gate, weight.new_zeros(num_columns if output_mask[2] else 0)
+    size = num_columns // groups
+    tile = group_tile(size)
+    rows = STEPS * tile.rows
+    if output_mask[2]:
+        rows = max(rows, triton.cdiv(num_rows, SUM_PROGRAMS))
+    programs = triton.cdiv(num_rows, rows)
+    sums = y.new_empty((programs, num_columns) if output_mask[2] else 0, dtype=torch.float32)
+    grad, y = with_unit_stride(grad), with_unit_stride(y)
+    gate = None if gate is None else with_unit_stride(gate)
+    if any(output_mask):
+        _gated_rms_norm_bwd_kernel[programs, groups](
+            grad,
+            y,
+            gate,
+            weight.contiguous(),
+            d_y if output_mask[0] else None,
+            d_gate if want_gate else None,
+            sums if output_mask[2] else None,
+            num_rows,
+            rows,
+            num_columns,
+            size,
+            grad.stride(0),
+            y.stride(0),
+            0 if gate is None else gate.stride(0),
+            eps,
+            BLOCK_R=tile.rows,
+            BLOCK_K=tile.columns,
+            **tile.options,
+        )
+    # The programs' sums in their order.
+    d_weight = sums.sum(0).to(weight.dtype) if output_mask[2] else weight.new_empty(0)
+    return d_y, d_gate, d_weight
+
+
+KERNELS = tuple(
+    norm_spec(_gated_rms_norm_bwd_kernel, kind, tile, sums_ptr=sums)
+    for tile in TILES
+    for kind, sums in (("*bf16", None), ("*fp32", "*fp32"))
+)
