@@ -29,7 +29,7 @@ class KeyValues(NamedTuple):
     length: Tensor
 
 
-State = MambaState | KeyValues | None
+State = MambaState | KeyValues
 
 
 def computes(config: object) -> bool:
@@ -70,35 +70,29 @@ def _change(block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer) 
     return mixer(normed[None]).squeeze(0)  # the library's experts take three axes
 
 
-def hidden_at_rows(
-    model: nn.Module, embeds: Tensor, pack: Pack, rows: Tensor, ops: MambaOps
+def _pass(
+    model: nn.Module,
+    embeds: Tensor,
+    pack: Pack,
+    rows: Tensor,
+    mamba: _Mixer,
+    attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor],
 ) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
     From the last block on in which tokens see one another, only the wanted ones are computed.
-
-    Args:
-        model: a `NemotronHModel`, with adapters or without.
-        embeds: float [T, M]; pack: of the tokens.
-        rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
-
-    Returns:
-        float [A, M].
     """
     kinds = [block.block_type for block in model.layers]
     last = max((i for i, kind in enumerate(kinds) if kind in _SEES_OTHER_TOKENS), default=-1)
 
-    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        return mamba_mixer(mixer, hidden, pack, ops)[0]
-
     def attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
         query, key, value = _project(mixer, "qkv", hidden)
-        return _joined(mixer, packed_attention(query, key, value, pack, mixer.scaling))
+        return _joined(mixer, attend(mixer, query, key, value, None))
 
     def attention_of_rows(mixer: nn.Module, hidden: Tensor) -> Tensor:
         key, value = _project(mixer, "kv", hidden)
         (query,) = _project(mixer, "q", hidden[rows])
-        return _joined(mixer, attention_at(query, key, value, pack, rows, mixer.scaling))
+        return _joined(mixer, attend(mixer, query, key, value, rows))
 
     hidden = embeds if last >= 0 else embeds[rows]
     for index, block in enumerate(model.layers):
@@ -112,41 +106,68 @@ def hidden_at_rows(
     return _norm(model.norm_f, hidden)
 
 
+def _attend(
+    mixer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, pack: Pack
+) -> Tensor:
+    """Attention of all tokens, or of those that `query` holds."""
+    if rows is None:
+        return packed_attention(query, key, value, pack, mixer.scaling)
+    return attention_at(query, key, value, pack, rows, mixer.scaling)
+
+
+def hidden_at_rows(
+    model: nn.Module, embeds: Tensor, pack: Pack, rows: Tensor, ops: MambaOps
+) -> Tensor:
+    """Last hidden states at some tokens, with gradients.
+
+    Args:
+        model: a `NemotronHModel`, with adapters or without.
+        embeds: float [T, M]; pack: of the tokens.
+        rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
+
+    Returns:
+        float [A, M].
+    """
+
+    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
+        return mamba_mixer(mixer, hidden, pack, ops)[0]
+
+    return _pass(model, embeds, pack, rows, mamba, partial(_attend, pack=pack))
+
+
 def prefill(
     model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, room: int
 ) -> tuple[Tensor, list[State]]:
-    """Hidden states at the last tokens, and what every block remembers.
+    """Hidden states at the last tokens, and what the blocks remember of all.
 
     Args:
         model, embeds, pack, ops: as above; every sequence has a token.
         room: tokens that will follow in each sequence.
 
     Returns:
-        float [B, M], and one state per block, None where a block sees one token only.
+        float [B, M], and a state per block in which tokens see one another, in order.
     """
-    last = pack.ptr[1:].long() - 1
     states: list[State] = []
-    length = pack.ptr.diff().long()
-    count = len(last)
+    last, length = pack.ptr[1:].long() - 1, pack.ptr.diff().long()
+    rows = len(last)
     place = pack.sequence * (pack.longest + room) + pack.position
 
     def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        change, states[-1] = mamba_mixer(mixer, hidden, pack, ops, last)
+        change, state = mamba_mixer(mixer, hidden, pack, ops, last)
+        states.append(state)
         return change
 
-    def attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        query, key, value = _project(mixer, "qkv", hidden)
-        kept = [x.new_zeros(count * (pack.longest + room), *x.shape[1:]) for x in (key, value)]
-        kept = [k.index_copy_(0, place, x) for k, x in zip(kept, (key, value), strict=True)]
-        kept = [k.unflatten(0, (count, -1)) for k in kept]
-        states[-1] = KeyValues(*kept, length.clone())
-        return _joined(mixer, packed_attention(query, key, value, pack, mixer.scaling))
+    def kept(x: Tensor) -> Tensor:
+        flat = x.new_zeros(rows * (pack.longest + room), *x.shape[1:])
+        return flat.index_copy_(0, place, x).unflatten(0, (rows, -1))
 
-    hidden = embeds
-    for block in model.layers:
-        states.append(None)
-        hidden = hidden + _change(block, hidden, mamba, attention)
-    return _norm(model.norm_f, hidden[last]), states
+    def attend(
+        mixer: nn.Module, query: Tensor, key: Tensor, value: Tensor, wanted: Tensor | None
+    ) -> Tensor:
+        states.append(KeyValues(kept(key), kept(value), length.clone()))
+        return _attend(mixer, query, key, value, wanted, pack)
+
+    return _pass(model, embeds, pack, last, mamba, attend), states
 
 
 def _attention_step(mixer: nn.Module, hidden: Tensor, *, state: KeyValues) -> Tensor:
@@ -176,8 +197,10 @@ def step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
     Returns:
         float [B, M].
     """
+    remembered = iter(states)
     hidden = embeds
-    for block, state in zip(model.layers, states, strict=True):
+    for block in model.layers:
+        state = next(remembered) if block.block_type in _SEES_OTHER_TOKENS else None
         mamba = partial(mamba_step, state=state)
         hidden = hidden + _change(block, hidden, mamba, partial(_attention_step, state=state))
     return _norm(model.norm_f, hidden)

@@ -111,9 +111,9 @@ def adapted_linear(
     """Outputs of linear layers that read the same rows.
 
     Layers under plain LoRA share their products. In float32 or float64, where all have an adapter,
-    x passes through W + s B A; in half precision that sum would round what a sum of products keeps,
-    so there it is x W^T + s (x A^T) B^T. Whatever else stands there (no adapter, dropout at work,
-    several adapters) computes itself.
+    x passes through W + s B A if its rows are many enough to pay for that sum; in half precision
+    the sum would round what a sum of products keeps. Otherwise it is x W^T + s (x A^T) B^T.
+    Whatever else stands there (no adapter, dropout at work, several adapters) computes itself.
 
     Args:
         x: float [..., I]; layers: linear layers of width I, with a PEFT adapter or without.
@@ -127,7 +127,10 @@ def adapted_linear(
     widths = [base.out_features for base in bases]
     alike = {base.bias is None for base in bases}
     scales = {layer.scaling[n] for layer, n in zip(layers, names, strict=True) if n is not None}
-    if None in names or len(scales) > 1 or len(alike) > 1 or not _exact(x, layers, names):
+    inner, outer = x.shape[-1], sum(widths)
+    few = x.numel() // max(inner, 1) * (inner + outer) < inner * outer
+    alone = None in names or len(scales) > 1 or len(alike) > 1
+    if few or alone or not _exact(x, layers, names):
         outputs = _add_low_rank(x, layers, names)
         if sizes is None or list(sizes) == widths:
             return tuple(outputs)
