@@ -19,8 +19,9 @@ from bench.data import (
     sizes,
     whole_batches,
 )
-from bench.measure import Comparison, Way, check_agreement
+from bench.measure import Way, check_agreement
 from bench.pyg_rearev import pyg_batch
+from bench.tables import Comparison
 from dragkit.data.packed import PackedGraph
 from dragkit_kernels import FactOrders, build_fact_orders
 

@@ -30,7 +30,7 @@ def environment(out: Path, missing: Sequence[str]) -> int:
     """Writes env.json."""
     import torch
 
-    from bench.measure import machine_info
+    from bench.records import machine_info
     from dragkit.observe.gpu import GpuMonitor
 
     info: dict[str, object] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "missing": missing}

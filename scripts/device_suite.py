@@ -361,7 +361,7 @@ def default_folder(work: Path, *, cpu: bool) -> Path:
     """bench/results/<device>; without a GPU a new folder, since its figures are worth nothing."""
     if cpu:
         return Path(tempfile.mkdtemp(prefix="device-suite-"))
-    code = "from bench.measure import device_name; print(device_name())"
+    code = "from bench.records import device_name; print(device_name())"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

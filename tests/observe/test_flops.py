@@ -45,13 +45,12 @@ MAMBA = M * (64 + (64 + 2 * 2 * 8) + 4) + 64 * M
 MOE = 4 * M + 3 * (2 * M * 16) + 2 * M * 24
 ATTENTION = M * 4 * 8 + 2 * M * 2 * 8 + 4 * 8 * M
 MLP = 2 * M * 48
+BLOCKS = {"M": MAMBA, "E": MOE, "*": ATTENTION, "-": MLP}
 
 
-@pytest.mark.parametrize(
-    ("pattern", "blocks"),
-    [("M", MAMBA), ("E", MOE), ("*", ATTENTION), ("-", MLP), ("ME*-", MAMBA + MOE + ATTENTION + MLP)],
-)  # fmt: skip
-def test_counts_by_hand(pattern: str, blocks: int) -> None:
+@pytest.mark.parametrize("pattern", [*BLOCKS, "ME*-M"])
+def test_counts_by_hand(pattern: str) -> None:
+    blocks = sum(BLOCKS[kind] for kind in pattern)
     found = active_weights(tiny(pattern))
     assert found == ActiveWeights(blocks=blocks, head=M * V, lora=0)
     assert found.active == blocks + M * V
