@@ -40,7 +40,9 @@ def _sorted_anew(graph: PackedGraph) -> FactOrders:
     )
 
 
-@pytest.mark.parametrize("name,batch", [(SMALL, 16), (LARGE, 16)])
+@pytest.mark.parametrize(
+    "name,batch", [(SMALL, 16), pytest.param(LARGE, 16, marks=pytest.mark.full)]
+)
 def test_collation(
     name: str, batch: int, timed: Callable[..., Comparison], cache_dir: Path
 ) -> None:

@@ -79,7 +79,7 @@ def roofline(result: Results) -> tuple[Path | None, list[str]]:
             axes.axhline(peak * 1e3, ls="--", lw=1, color="0.4")
             axes.text(left, peak * 1e3, f"{name}, data sheet", fontsize=7, va="bottom")
     for place, (label, row) in enumerate(sorted(points.items())):
-        style = {"color": "0.6", "s": 14} if label == "opponents" else {"s": 28}
+        style = {"color": "0.6", "s": 14, "zorder": 1} if label == "opponents" else {"s": 28}
         mark = _MARKERS[place % len(_MARKERS)]
         axes.scatter(*zip(*row, strict=True), marker=mark, label=label, **style)
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
@@ -107,7 +107,7 @@ def _size_and_rates(
 
 
 def throughput(result: Results) -> Path | None:
-    """Graphs per second against facts per graph: layers, steps, and whatever has two sizes."""
+    """Graphs per second against facts per graph, of layers and steps timed at several sizes."""
     families: dict[str, dict[str, list[tuple[float, float]]]] = {}
     # Settings that may differ between the sizes of one line; the title then says so.
     settings: dict[str, list[str]] = defaultdict(list)
@@ -123,7 +123,11 @@ def throughput(result: Results) -> Path | None:
             settings[family].append(f"K {comparison.about['K']} at {size:,.0f} facts")
         for way, rate in rates.items():
             lines[way].append((size, rate))
-    families = {name: lines for name, lines in families.items() if lines}
+    sizes = {
+        name: {size for points in lines.values() for size, _ in points}
+        for name, lines in families.items()
+    }
+    families = {name: lines for name, lines in families.items() if len(sizes[name]) > 1}
     if not families:
         return None
     title = f"{result.theme}: throughput"

@@ -62,8 +62,8 @@ def command_line(arguments: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def machine_info() -> dict[str, object]:
-    """What a figure depends on besides the code."""
+def machine_info(command: str | None = None) -> dict[str, object]:
+    """What a figure depends on besides the code; `command` stands for this process's own."""
     packages = {}
     for package in _PACKAGES:
         try:
@@ -80,7 +80,7 @@ def machine_info() -> dict[str, object]:
         "packages": packages,
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "command": command_line(sys.argv),
+        "command": command or command_line(sys.argv),
     }
 
 
