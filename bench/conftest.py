@@ -116,7 +116,10 @@ def timed(
         name: str, ways: list[Way], about: dict[str, object], device: torch.device | None = None
     ) -> Comparison:
         repeats = request.config.getoption("--bench-repeats")
-        comparison = compare(benchmark, name, ways, about, repeats=repeats, device=device)
+        warmup = 1 if is_small(request.config) else 2
+        comparison = compare(
+            benchmark, name, ways, about, repeats=repeats, warmup=warmup, device=device
+        )
         keep(comparison)
         return comparison
 

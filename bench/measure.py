@@ -127,6 +127,7 @@ def compare(
     about: dict[str, object],
     *,
     repeats: int = _REPEATS,
+    warmup: int = _WARMUP,
     device: torch.device | None = None,
 ) -> Comparison:
     """Times the ways in turn; whether they agree is the caller's to have checked before.
@@ -138,7 +139,7 @@ def compare(
         benchmark: the fixture of pytest-benchmark.
         name: of the comparison; about: sizes and settings, for the table.
         ways: ours first.
-        repeats: of each way.
+        repeats: of each way; warmup: calls of each before.
         device: that the ways run on; a GPU's energy and peak rate are looked up.
 
     Returns:
@@ -150,7 +151,7 @@ def compare(
     if repeats < 2:
         raise ValueError(f"compare: at least 2 repeats are needed, got {repeats}")
     for way in ways:
-        for _ in range(_WARMUP):
+        for _ in range(warmup):
             way.step()
     on_gpu = device is not None and device.type == "cuda"
     monitor = GpuMonitor.open(device) if on_gpu else None
