@@ -19,8 +19,9 @@ from bench.data import (
     sizes,
     whole_batches,
 )
-from bench.measure import Comparison, Way, check_agreement
+from bench.measure import Way, check_agreement
 from bench.pyg_rearev import pyg_batch
+from bench.tables import Comparison
 from dragkit.data.packed import PackedGraph
 from dragkit_kernels import FactOrders, build_fact_orders
 
@@ -39,7 +40,9 @@ def _sorted_anew(graph: PackedGraph) -> FactOrders:
     )
 
 
-@pytest.mark.parametrize("name,batch", [(SMALL, 16), (LARGE, 16)])
+@pytest.mark.parametrize(
+    "name,batch", [(SMALL, 16), pytest.param(LARGE, 16, marks=pytest.mark.full)]
+)
 def test_collation(
     name: str, batch: int, timed: Callable[..., Comparison], cache_dir: Path
 ) -> None:

@@ -1,11 +1,12 @@
 """Every op and a six-layer retriever against the other ways to write them, on the same packs.
 
-A CPU takes the small shapes in float32; CUDA all of them, in float32 and bfloat16.
+A CPU takes the small shapes in float32, and unless --bench-full is given only the ops on the
+smallest pack and the layer on a larger one. CUDA takes all, in float32 and bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,9 @@ from bench.kernel_packs import CPU_SHAPES, SHAPES, Pack, random_pack, real_pack
 from bench.kernel_problems import gates, layer, messages, starts
 from bench.kernel_scalars import choice, fact_head, node_softmax, scores
 from bench.kernel_step import retriever_step
-from bench.kernel_timing import KernelComparison, compare_kernels, copy_bandwidth
+from bench.kernel_timing import compare_kernels, copy_bandwidth
 from bench.kernel_ways import Problem
+from bench.tables import KernelComparison
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -50,6 +52,19 @@ _FLOAT32_ONLY = {"fact_scores", "gumbel_topk_bernoulli", "gumbel_topk_budget"}
 _DTYPES = [torch.float32, torch.bfloat16] if _ON_CUDA else [torch.float32]
 _RANDOM = {shape.name: shape for shape in (SHAPES if _ON_CUDA else CPU_SHAPES)}
 _REAL = {"WebQSP": SMALL, "WebQSP and CWQ": LARGE} if _ON_CUDA else {"WebQSP": SMALL}
+_SMALLEST, _LARGER = CPU_SHAPES[0].name, CPU_SHAPES[-1].name
+
+
+def _is_layer_step(params: Mapping[str, object]) -> bool:
+    """The row that a CPU compares with compiled PyG without being asked."""
+    return params.get("name") == "layer" and bool(params.get("backward"))
+
+
+def in_small_set(params: Mapping[str, object]) -> bool:
+    """Whether a CPU runs a benchmark by these parameters without --bench-full."""
+    if params["pack"] == _LARGER:
+        return _is_layer_step(params)
+    return params["pack"] == _SMALLEST and "name" in params
 
 
 @pytest.fixture(scope="session")
@@ -78,14 +93,14 @@ def compared(
     keep: Callable[[KernelComparison], None],
 ) -> Callable[..., None]:
     """`compared(build, dtype, backward)`: checks and times a problem on the pack."""
+    params = request.node.callspec.params
+    default = _ON_CUDA or (params["pack"] == _LARGER and _is_layer_step(params))
 
     def run(build: Callable[..., Problem], dtype: torch.dtype, backward: bool) -> None:
         option = request.config.getoption
         compile_ = option("--bench-compiled")
         torch.compiler.reset()
-        problem = build(
-            pack, dtype, WIDTH, INSTRUCTIONS, _ON_CUDA if compile_ is None else compile_
-        )
+        problem = build(pack, dtype, WIDTH, INSTRUCTIONS, default if compile_ is None else compile_)
         comparison = compare_kernels(
             benchmark, problem, backward=backward, copy=copy_gb_s, repeats=option("--bench-repeats")
         )

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from bench.data import LARGE, SMALL, question_file, raw_questions
-from bench.measure import Comparison, Way
+from bench.measure import Way
+from bench.tables import Comparison
 from dragkit.data.store import PackedStore
 
 
-@pytest.mark.parametrize("name", [SMALL, LARGE])
+@pytest.mark.parametrize("name", [SMALL, pytest.param(LARGE, marks=pytest.mark.full)])
 def test_packing(
     name: str, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
 ) -> None:

@@ -7,194 +7,52 @@ there is one, both sides in the trainer's mixed precision; those with the earlie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from copy import copy
+from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch_geometric.data import Batch
 
 from bench.baselines import EarlierRetrieverLoop
 from bench.data import (
     LARGE,
     SMALL,
     bench_config,
-    pyg_questions,
     question_file,
     question_source,
-    raw_questions,
     sizes,
     text_encoder,
     whole_batches,
 )
 from bench.earlier_joint import EarlierJointLoop
-from bench.measure import Comparison, Way, check_agreement
-from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
-from dragkit.config import TrainConfig
-from dragkit.data.packed import QuestionBatch
-from dragkit.losses import retrieval_loss
-from dragkit.trainer.compile import autocast, compile_retriever
+from bench.measure import Tally, Way, check_agreement
+from bench.tables import Comparison
+from bench.train_ways import (
+    CPU,
+    DEVICE,
+    OurStep,
+    PackedPyGStep,
+    compiled_ways,
+    phase1_trainer,
+    raw_batches,
+    replayed_way,
+)
+from dragkit.observe.flops import FORMULA, ActiveWeights, active_weights
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.optim import build_optimizer
-from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.run import build_joint, build_retriever, maybe_replay
-from dragkit.trainer.source import QuestionSource
+from dragkit.trainer.run import build_joint
 
 # Packed PyG takes many seconds a step on graphs of 2,000 facts.
 pytestmark = pytest.mark.timeout(1800)
-_CPU = torch.device("cpu")
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _BATCHES = 8
+# On a CPU with --bench-full only.
+_FULL = pytest.mark.full
 
 
-class _Ours:
-    """The trainer's own step, fed by the source's own loader."""
-
-    def __init__(self, trainer: Trainer, batches: list[list[int]]) -> None:
-        self.trainer, self.batches = trainer, batches
-        self.stream = self._stream()
-
-    def _stream(self) -> Iterator[QuestionBatch]:
-        while True:
-            yield from self.trainer.train.load(self.batches)
-
-    def __call__(self) -> None:
-        self.trainer.train_step([next(self.stream)])
-
-
-def _phase1(
-    config: TrainConfig,
-    source: QuestionSource,
-    cache: Path,
-    run_dir: Path,
-    device: torch.device = _CPU,
-) -> Trainer:
-    phase = RetrieverPhase(config, build_retriever(config, text_encoder(cache)).to(device))
-    return Trainer(config, phase, source, None, run_dir, device)
-
-
-def _other_way(trainer: Trainer, *, compiled: bool, replay: bool) -> Trainer:
-    """A trainer of the same weights, with its step compiled or replayed as a CUDA graph."""
-    # Whether batches go to page-locked memory is the source's, and a replay makes its own copies.
-    config, source = trainer.config, copy(trainer.train)
-    phase = RetrieverPhase(config, trainer.phase.model)
-    if compiled:
-        phase.forward = compile_retriever(phase.model)
-    if replay:
-        maybe_replay(phase, source, config, trainer.device)
-    return Trainer(config, phase, source, None, trainer.run_dir, trainer.device)
-
-
-def _replayed(trainer: Trainer, batches: list[list[int]], batch: int, steps: int) -> list[Way]:
-    """Our step as CUDA graphs, once every size is recorded; on a GPU only."""
-    if trainer.device.type != "cuda":
-        return []
-    step = _Ours(_other_way(trainer, compiled=False, replay=True), batches)
-    for _ in batches:
-        step()
-    return [Way("dragkit, CUDA graphs", step, batch, steps)]
-
-
-def _compiled(
-    trainer: Trainer,
-    batches: list[list[int]],
-    batch: int,
-    steps: int,
-    request: pytest.FixtureRequest,
-) -> list[Way]:
-    """Our step with `--compile`, once every kind of batch is compiled; only when asked for."""
-    if not request.config.getoption("--bench-compiled"):
-        return []
-    on_gpu = trainer.device.type == "cuda"
-    ways = []
-    for replay in (False, True) if on_gpu else (False,):
-        step = _Ours(_other_way(trainer, compiled=True, replay=replay), batches)
-        for _ in batches:
-            step()
-        name = "dragkit, compiled retriever" + (", CUDA graphs" if replay else "")
-        ways.append(Way(name, step, batch, steps))
-    return ways
-
-
-class _PackedPyG:
-    """The same step written with PyG: its collation, its operators, the same loss and AdamW."""
-
-    def __init__(
-        self, trainer: Trainer, batches: list[list[int]], *, per_fact: bool, compiled: bool = False
-    ) -> None:
-        retriever = trainer.phase.model
-        text_dim = retriever.pooling.project.in_features
-        self.device = trainer.device
-        self.model = PackedPyGReaRev(retriever.config, text_dim, per_fact=per_fact).to(self.device)
-        self.model.load_state_dict(retriever.state_dict())
-        self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
-        self.config, self.relations = trainer.config, trainer.relations
-        questions = pyg_questions(trainer.train, sorted({row for rows in batches for row in rows}))
-        self.lists = [[questions[row] for row in rows] for rows in batches]
-        self.stream = cycle(self.lists)
-        self.parameters = list(self.model.parameters())
-        optim = trainer.config.optim
-        group = {
-            "params": self.parameters,
-            "lr": optim.lr,
-            "weight_decay": optim.weight_decay,
-        }
-        self.optimizer = build_optimizer([group], self.device)
-
-    def backward(self, batch: Batch, precision: str) -> Tensor:
-        """Forward and backward; returns the logits."""
-        batch = batch.to(self.device)
-        with autocast(precision, self.device):
-            logits = self.call(batch, self.relations).float()
-        loss = retrieval_loss(
-            logits,
-            batch.label,
-            batch.fact_ptr,
-            rho=self.config.loss.rho,
-            margin=self.config.loss.margin,
-        )
-        positive = torch.segment_reduce(batch.label, "sum", offsets=batch.fact_ptr) > 0
-        (loss / positive.sum().clamp(min=1)).backward()
-        return logits
-
-    def __call__(self) -> None:
-        self.backward(pyg_batch(next(self.stream)), self.config.run.precision)
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optim.grad_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def check(self, trainer: Trainer, rows: list[int], name: str) -> None:
-        """Logits and every gradient equal ours on one batch, in float32."""
-        run = trainer.config.run.model_copy(update={"precision": "float32"})
-        config = trainer.config.model_copy(update={"run": run})
-        batch, phase = trainer.train.collator(rows), RetrieverPhase(config, trainer.phase.model)
-        phase.model.train()
-        logits = phase.forward(batch.to(self.device), trainer.relations).fact_logits
-        theirs = self.backward(pyg_batch(self.lists[0]), "float32")
-        check_agreement(f"{name}: logits", logits, theirs, 1e-4)
-        phase.training_step(batch, trainer.relations, phase.normaliser([batch]), 0)
-        ours = dict(phase.model.named_parameters())
-        for key, parameter in self.model.named_parameters():
-            # Nothing reads a last layer's distribution, nor does a softmax its scores' common part.
-            if not key.startswith("node_score.bias"):
-                check_agreement(f"{name}: gradient of {key}", ours[key].grad, parameter.grad, 1e-3)
-        for model in (phase.model, self.model):
-            model.zero_grad(set_to_none=True)
-
-
-def _raw_batches(source: QuestionSource, batches: list[list[int]]) -> list[list[dict]]:
-    raw = raw_questions(source.path)
-    texts = source.store.question_texts
-    for row in {row for rows in batches for row in rows}:
-        if raw[row]["question"] != texts[row]:
-            raise ValueError(f"{source.path}: line {row + 1} is not row {row} of the store")
-    return [[raw[row] for row in rows] for rows in batches]
-
-
-@pytest.mark.parametrize("facts,batch,steps,instructions", [("50", 16, 4, 2), ("2000", 16, 1, 3)])
+@pytest.mark.parametrize(
+    "facts,batch,steps,instructions",
+    [("50", 16, 4, 2), pytest.param("2000", 16, 1, 3, marks=_FULL)],
+)
 def test_phase1_against_packed_pyg(
     facts: str,
     batch: int,
@@ -215,16 +73,16 @@ def test_phase1_against_packed_pyg(
     config = bench_config(1, retriever__num_instructions=instructions)
     source = question_source(file, config, cache_dir, None, batch)
     batches = whole_batches(source, batch, _BATCHES)
-    trainer = _phase1(config, source, cache_dir, tmp_path, _DEVICE)
+    trainer = phase1_trainer(config, source, cache_dir, tmp_path, DEVICE)
     others = {
-        "eager PyG, relations projected once": _PackedPyG(trainer, batches, per_fact=False),
-        "eager PyG, relations projected per fact": _PackedPyG(trainer, batches, per_fact=True),
+        "eager PyG, relations projected once": PackedPyGStep(trainer, batches, per_fact=False),
+        "eager PyG, relations projected per fact": PackedPyGStep(trainer, batches, per_fact=True),
     }
     for name, way in others.items():
         way.check(trainer, batches[0], name)
-    ours = Way("dragkit", _Ours(trainer, batches), batch, steps)
-    ways = [ours, *_replayed(trainer, batches, batch, steps)]
-    ways += _compiled(trainer, batches, batch, steps, request)
+    ours = Way("dragkit", OurStep(trainer, batches), batch, steps)
+    ways = [ours, *replayed_way(trainer, batches, batch, steps)]
+    ways += compiled_ways(trainer, batches, batch, steps, request)
     ways += [Way(name, way, batch, steps) for name, way in others.items()]
     about = {"data": file.name, "K": instructions} | sizes(source.collator(batches[0]))
     timed(f"phase 1, {facts}-fact graphs, packed PyG", ways, about)
@@ -246,18 +104,18 @@ def test_phase1_against_compiled_pyg(
     config = bench_config(1)
     source = question_source(file, config, cache_dir, None, batch)
     batches = whole_batches(source, batch, _BATCHES)
-    trainer = _phase1(config, source, cache_dir, tmp_path, _DEVICE)
-    other = _PackedPyG(trainer, batches, per_fact=False, compiled=True)
+    trainer = phase1_trainer(config, source, cache_dir, tmp_path, DEVICE)
+    other = PackedPyGStep(trainer, batches, per_fact=False, compiled=True)
     other.check(trainer, batches[0], "compiled PyG")
     ways = [
-        Way("dragkit", _Ours(trainer, batches), batch),
+        Way("dragkit", OurStep(trainer, batches), batch),
         Way("compiled PyG, relations projected once", other, batch),
     ]
     about = {"data": file.name} | sizes(source.collator(batches[0]))
     timed(f"phase 1, {facts}-fact graphs, compiled PyG", ways, about)
 
 
-@pytest.mark.parametrize("instructions,stages", [(2, 2), (1, 1)])
+@pytest.mark.parametrize("instructions,stages", [pytest.param(2, 2, marks=_FULL), (1, 1)])
 def test_phase1_against_earlier_loop(
     instructions: int,
     stages: int,
@@ -275,8 +133,8 @@ def test_phase1_against_earlier_loop(
     config = bench_config(1, retriever__num_instructions=instructions, retriever__num_stages=stages)
     source = question_source(file, config, cache_dir, None, batch)
     batches = whole_batches(source, batch, _BATCHES)
-    trainer = _phase1(config, source, cache_dir, tmp_path)
-    raw = _raw_batches(source, batches)
+    trainer = phase1_trainer(config, source, cache_dir, tmp_path)
+    raw = raw_batches(source, batches)
     first, later = EarlierRetrieverLoop(), EarlierRetrieverLoop()
     first_stream, later_stream = cycle(raw), cycle(raw[:2])
 
@@ -287,8 +145,8 @@ def test_phase1_against_earlier_loop(
     for questions in raw[:2]:
         later.step(questions)
     ways = [
-        Way("dragkit", _Ours(trainer, batches), batch, 4),
-        *_compiled(trainer, batches, batch, 4, request),
+        Way("dragkit", OurStep(trainer, batches), batch, 4),
+        *compiled_ways(trainer, batches, batch, 4, request),
         Way("earlier loop, first epoch", first_epoch, batch),
         Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
     ]
@@ -317,6 +175,41 @@ def _check_joint(trainer: Trainer, loop: EarlierJointLoop, row: int, question: d
     check_agreement("joint step: loss of one prompt", ours, theirs, 1e-4)
 
 
+def _flops(weights: ActiveWeights) -> dict[str, object]:
+    """The formula of model FLOPs and what goes into it, for the tables."""
+    return {
+        "model FLOPs of a step": FORMULA,
+        "N_blocks": f"{weights.blocks:,}",
+        "N_head": f"{weights.head:,}",
+        "N_lora": f"{weights.lora:,}",
+    }
+
+
+def test_phase2_rates(
+    timed: Callable[..., Comparison],
+    cache_dir: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Our joint step alone: tokens/s, MFU and energy, on a GPU or with a generator of one's own."""
+    name, batch = request.config.getoption("--bench-generator"), 16
+    if name is None and DEVICE.type != "cuda":
+        pytest.skip("a CPU's rates are in the comparison with the earlier loop")
+    generator = name or "tiny"
+    # Four prompts of a large generator at a time, as its activations are not small.
+    some = {} if generator == "tiny" else {"generator__generator_microbatch": 4}
+    config = bench_config(2, generator__model=generator, run__device=DEVICE.type, **some)
+    phase = build_joint(config, text_encoder(cache_dir), DEVICE)
+    file = question_file(SMALL, cache_dir)
+    source = question_source(file, config, cache_dir, phase.model.generator, batch)
+    batches = whole_batches(source, batch, _BATCHES)
+    trainer = Trainer(config, phase, source, None, tmp_path, DEVICE)
+    tally = Tally(weights=active_weights(phase.model.generator.model))
+    ways = [Way("dragkit", OurStep(trainer, batches, tally), batch, 4, tally)]
+    about = {"data": file.name} | sizes(source.collator(batches[0])) | _flops(tally.weights)
+    timed(f"phase 2, rates, generator {Path(generator).name}", ways, about, DEVICE)
+
+
 def test_phase2_against_earlier_loop(
     timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
 ) -> None:
@@ -324,14 +217,14 @@ def test_phase2_against_earlier_loop(
     batch = 16
     file = question_file(SMALL, cache_dir)
     config = bench_config(2)
-    phase = build_joint(config, text_encoder(cache_dir), _CPU)
+    phase = build_joint(config, text_encoder(cache_dir), CPU)
     source = question_source(file, config, cache_dir, phase.model.generator, batch)
     batches = whole_batches(source, batch, _BATCHES)
-    trainer = Trainer(config, phase, source, None, tmp_path, _CPU)
-    raw = _raw_batches(source, batches)
+    trainer = Trainer(config, phase, source, None, tmp_path, CPU)
+    raw = raw_batches(source, batches)
 
     def earlier() -> EarlierJointLoop:
-        generator = build_joint(config, text_encoder(cache_dir), _CPU).model.generator
+        generator = build_joint(config, text_encoder(cache_dir), CPU).model.generator
         return EarlierJointLoop(
             generator,
             k_facts=config.sampler.k_facts,
@@ -349,13 +242,20 @@ def test_phase2_against_earlier_loop(
 
     for questions in raw[:2]:
         later.step(questions)
+    weights = active_weights(phase.model.generator.model)
+    tally = Tally(weights=weights)
+    first.tally.weights = later.tally.weights = weights
+
+    def later_epoch() -> None:
+        later.step(next(later_stream))
+
     ways = [
-        Way("dragkit", _Ours(trainer, batches), batch),
-        Way("earlier loop, first epoch", first_epoch, batch),
-        Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
+        Way("dragkit", OurStep(trainer, batches, tally), batch, 1, tally),
+        Way("earlier loop, first epoch", first_epoch, batch, 1, first.tally),
+        Way("earlier loop, all texts in its cache", later_epoch, batch, 1, later.tally),
     ]
     kept = trainer.train_step([source.collator(batches[0])])[0].parts["facts_kept"]
     theirs = later.facts_used / later.prompts_made
     facts = f"{float(kept):.1f} (earlier loop {theirs:.1f})"
-    about = {"data": file.name, "facts per prompt": facts}
-    timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])))
+    about = {"data": file.name, "facts per prompt": facts} | _flops(weights)
+    timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])), CPU)

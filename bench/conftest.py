@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measure import Comparison, Reported, Way, compare, write_results
+from bench.measure import Way, compare
+from bench.records import write_results
+from bench.tables import Comparison, Reported
 
+_REPEATS, _SMALL_REPEATS = 9, 5
 _COMPARISONS = pytest.StashKey[dict[str, list[Reported]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds --results, --bench-threads and --bench-repeats."""
+    """Adds the options of the benchmarks."""
     group = parser.getgroup("dragkit benchmarks")
     group.addoption(
         "--results",
@@ -24,19 +27,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write JSON and Markdown tables under this folder, one folder per device",
     )
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
-    group.addoption("--bench-repeats", type=int, default=9, help="repeats of every way")
+    group.addoption(
+        "--bench-repeats", type=int, help="repeats of every way: 9 if not said, 5 of the small set"
+    )
+    group.addoption(
+        "--bench-full",
+        action="store_true",
+        help="on a CPU all of it, which takes an hour; without, what takes three minutes",
+    )
+    group.addoption(
+        "--bench-generator", help="also time phase 2 with this generator: tiny, a folder, a name"
+    )
     group.addoption(
         "--bench-compiled",
         action=argparse.BooleanOptionalAction,
-        help="also time compiled opponents; if not said, only bench_kernels does, and on CUDA",
+        help="also time compiled opponents; if not said, only bench_kernels does: all of them on "
+        "CUDA, on a CPU the layer's",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets up the store of comparisons and the number of threads."""
+    """Sets up the store of comparisons, the number of threads and of repeats."""
+    config.addinivalue_line("markers", "full: on a CPU only with --bench-full")
+    if config.getoption("--bench-repeats", None) is None:
+        config.option.bench_repeats = _SMALL_REPEATS if is_small(config) else _REPEATS
     config.stash[_COMPARISONS] = {}
     if (threads := config.getoption("--bench-threads", None)) is not None:
         torch.set_num_threads(threads)
+
+
+def is_small(config: pytest.Config) -> bool:
+    """Whether a run takes the small set: on a CPU, unless all of it is asked for."""
+    return not (torch.cuda.is_available() or config.getoption("--bench-full", False))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is not in the small set, by marker or by its module's word, and says so."""
+    if not is_small(config):
+        return
+    skip = pytest.mark.skip(reason="not in the small set: --bench-full")
+    for item in items:
+        chosen = getattr(item.module, "in_small_set", None)
+        left_out = chosen is not None and not chosen(item.callspec.params)
+        if left_out or item.get_closest_marker("full"):
+            item.add_marker(skip)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -76,11 +110,16 @@ def keep(request: pytest.FixtureRequest) -> Callable[[Reported], None]:
 def timed(
     benchmark: Callable, request: pytest.FixtureRequest, keep: Callable[[Reported], None]
 ) -> Callable[..., Comparison]:
-    """`timed(name, ways, about)`: compares, and keeps the result for the tables."""
+    """`timed(name, ways, about, device)`: compares, and keeps the result for the tables."""
 
-    def run(name: str, ways: list[Way], about: dict[str, object]) -> Comparison:
+    def run(
+        name: str, ways: list[Way], about: dict[str, object], device: torch.device | None = None
+    ) -> Comparison:
         repeats = request.config.getoption("--bench-repeats")
-        comparison = compare(benchmark, name, ways, about, repeats=repeats)
+        warmup = 1 if is_small(request.config) else 2
+        comparison = compare(
+            benchmark, name, ways, about, repeats=repeats, warmup=warmup, device=device
+        )
         keep(comparison)
         return comparison
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.baselines import GRAD_CLIP, EarlierOutput, EarlierRetriever, earlier_retrieval_loss
+from bench.measure import Tally
 from dragkit.model.generator import Generator
 from dragkit.model.prompt import PromptTemplate
 
@@ -47,6 +48,7 @@ class EarlierJointLoop:
         adapters = [p for p in generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW([*self.heads, *adapters], lr=lr, weight_decay=1e-3)
         self.facts_used = self.prompts_made = 0
+        self.tally = Tally()
 
     def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
         """Facts drawn by two-class Gumbel-Softmax, capped, with their straight-through masks."""
@@ -122,6 +124,9 @@ class EarlierJointLoop:
             retrieval = retrieval + earlier_retrieval_loss(output) / len(questions)
             self.facts_used += len(chosen)
             self.prompts_made += 1
+        for front, back, label in prompts:
+            self.tally.tokens += len(front) + len(back)
+            self.tally.supervised += int((label >= 0).sum())
         loss = self.generator_loss(prompts) + 0.1 * retrieval
         loss.backward()
         nn.utils.clip_grad_norm_(self.heads, GRAD_CLIP)

@@ -243,6 +243,7 @@ def starts(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: boo
         )
 
     size = width * (orders.num_nodes + orders.num_pairs) * dtype.itemsize + 16 * orders.num_facts
+    sums = 2 * width * orders.num_facts
     return Problem(
         name="relation_sum",
         about=pack.sizes() | {"C": width},
@@ -258,7 +259,7 @@ def starts(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: boo
             scattered(by(segment_csr_sum(pack))),
         ],
         dtype=dtype,
-        cost=Cost((size, size)),
+        cost=Cost((size, size), (sums, sums)),
     )
 
 
@@ -282,6 +283,8 @@ def gates(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
     def plain() -> tuple[Tensor, ...]:
         return (torch.relu(relation[:, row].unsqueeze(2) * instruction[graph]),)
 
+    # Product and ReLU; the backward's mask, and a product and a sum for each of two gradients.
+    values = 2 * pack.orders.num_pairs * count * width
     return Problem(
         name="relation_gate",
         about=pack.sizes() | {"C": width, "K": count},
@@ -293,5 +296,5 @@ def gates(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
             compiled("indexing, product, ReLU", plain, compile_),
         ],
         dtype=dtype,
-        cost=Cost(_gate_cost(pack, width, count, dtype.itemsize)),
+        cost=Cost(_gate_cost(pack, width, count, dtype.itemsize), (2 * values, 5 * values)),
     )

@@ -56,7 +56,8 @@ def node_softmax(pack: Pack, dtype: torch.dtype, width: int, count: int, compile
         ],
         dtype=dtype,
         # Scores in their dtype, shares in float32.
-        cost=Cost((nodes * (size + 4), nodes * (size + 8))),
+        # Maximum, difference, exponential, sum, quotient; s (g - sum s g).
+        cost=Cost((nodes * (size + 4), nodes * (size + 8)), (5 * nodes, 4 * nodes)),
     )
 
 
@@ -87,7 +88,7 @@ def scores(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: boo
             compiled("indexing and sums", plain, compile_),
         ],
         dtype=dtype,
-        cost=Cost((size, size)),
+        cost=Cost((size, size), (3 * orders.num_facts, 4 * orders.num_facts)),
     )
 
 
@@ -243,5 +244,6 @@ def _choice(pack: Pack, dtype: torch.dtype, mode: str, compile_: bool) -> Proble
         truth=reference,
         contenders=contenders,
         dtype=dtype,
-        cost=Cost((8 * facts + chosen, 8 * facts + chosen / 2)),
+        # Key and sigmoid of each fact, its slope at the chosen ones; choosing counts nothing.
+        cost=Cost((8 * facts + chosen, 8 * facts + chosen / 2), (6 * facts, 4 * graphs * k)),
     )

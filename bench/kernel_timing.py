@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.kernel_checks import Step, agreement, find_truth, make_step, tolerances
 from bench.kernel_ways import Contender, Problem
 from bench.measure import spread
+from bench.tables import KernelComparison, KernelTiming
 
 # A repeat on a CPU lasts at least so long; on CUDA one call is one repeat.
 _REPEAT_MS = 4.0
@@ -22,85 +23,6 @@ _FLUSH_BYTES = 256 << 20
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 _LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 _MIN_CUDA_REPEATS, _MIN_CPU_REPEATS, _CPU_SECONDS = 20, 5, 15.0
-
-
-@dataclass(slots=True)
-class KernelTiming:
-    """One contender: milliseconds of a call as median, 20th and 80th percentile.
-
-    Attributes:
-        ms: on CUDA the device's time between two events with a cold L2 cache, else wall time.
-        host_ms: on CUDA the wall time of a call that is waited for, with a warm cache; on a CPU the
-            processor time of all threads.
-        ratio: time of the strongest peer over this one's.
-        gb_s: least bytes over time; copy_share: of the bandwidth of a copy; tflop_s: of the
-            collapsed form's products, whatever the contender multiplies.
-        peak_mb: above what was allocated before, CUDA only.
-        launches: on CUDA calls of the runtime that start work, else PyTorch operators without
-            others inside.
-        error: largest norm of a difference from float64 over the norm of that.
-        note: why there are no times.
-    """
-
-    name: str
-    peer: bool
-    ms: tuple[float, float, float] | None = None
-    host_ms: float | None = None
-    ratio: float | None = None
-    gb_s: float | None = None
-    copy_share: float | None = None
-    tflop_s: float | None = None
-    peak_mb: float | None = None
-    launches: int | None = None
-    error: float | None = None
-    note: str = ""
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
-@dataclass(slots=True)
-class KernelComparison:
-    """The timings of one problem, ours first."""
-
-    name: str
-    about: dict[str, object]
-    timings: list[KernelTiming] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """A table with one line for each contender that ran, and what did not run below."""
-        about = ", ".join(f"{key} {value}" for key, value in self.about.items())
-        lines = [
-            f"### {self.name}",
-            "",
-            about,
-            "",
-            "| way | ms (p20-p80) | host ms | strongest peer / this | GB/s | of copy | TFLOP/s "
-            "| peak MB | launches | error |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-        ]
-        for row in self.timings:
-            if row.ms is None:
-                continue
-            ms, low, high = row.ms
-            cells = [
-                row.name,
-                f"{ms:.3f} ({low:.3f}-{high:.3f})",
-                _cell(row.host_ms, ".3f"),
-                _cell(row.ratio, ".2f"),
-                _cell(row.gb_s, ".3g"),
-                _cell(row.copy_share, ".2g"),
-                _cell(row.tflop_s, ".3g"),
-                _cell(row.peak_mb, ".1f"),
-                _cell(row.launches, "d"),
-                _cell(row.error, ".0e"),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        absent = [f"- {row.name}: {row.note}" for row in self.timings if row.ms is None]
-        if absent:
-            lines += ["", "Not timed:", "", *absent]
-        return "\n".join(lines) + "\n"
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -279,7 +201,16 @@ def compare_kernels(
         ),
     }
     name = f"{problem.name}, {'forward + backward' if backward else 'forward'}"
-    comparison = KernelComparison(name, about, timings)
+    count = 1 + backward
+    cost = problem.cost
+    comparison = KernelComparison(
+        name,
+        about,
+        timings,
+        copy_gb_s=copy,
+        bytes=None if cost.bytes is None else sum(cost.bytes[:count]),
+        flops=None if cost.flops is None else sum(cost.flops[:count]),
+    )
     benchmark.group = name
     benchmark.extra_info.update(asdict(comparison))
     return comparison

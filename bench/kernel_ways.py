@@ -38,7 +38,11 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Least bytes to move and floating-point operations, of the forward and of the backward."""
+    """Least bytes to move and floating-point operations, of the forward and of the backward.
+
+    One operation each is a sum, a product, a comparison, a quotient, an exponential and a
+    logarithm. Where there are matrix products, they alone are counted.
+    """
 
     bytes: tuple[float, float] | None = None
     flops: tuple[float, float] | None = None

@@ -1,4 +1,4 @@
-"""Interleaved timing of several ways to do one thing, and the tables it is written into.
+"""Interleaved timing of several ways to do one thing.
 
 Other work on a machine slows whatever happens to run at that moment. So the ways take turns, repeat
 by repeat, in one process, and the processor time of the process is kept beside the wall clock.
@@ -6,31 +6,32 @@ by repeat, in one process, and the processor time of the process is kept beside 
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import ClassVar, Protocol
+from dataclasses import asdict, dataclass
 
 import torch
 
-_PACKAGES = ("torch", "torch_geometric", "transformers", "peft", "numpy")
+from bench.tables import Comparison, Rates, Timing
+from dragkit.observe.flops import ActiveWeights, model_flops_utilisation
+from dragkit.observe.gpu import DeviceSpec, GpuMonitor, device_spec
+
 _REPEATS, _WARMUP = 9, 2
 
 
-class Reported(Protocol):
-    """A dataclass that goes into the result files."""
+@dataclass(slots=True)
+class Tally:
+    """Tokens that a way's steps have seen so far, counted by the steps themselves.
 
-    __dataclass_fields__: ClassVar[dict]
+    Attributes:
+        tokens, supervised: real ones, without padding.
+        weights: of the language model in training; None where FLOPs are not counted.
+    """
 
-    def markdown(self) -> str:
-        """Its part of the Markdown file."""
-        ...
+    tokens: int = 0
+    supervised: int = 0
+    weights: ActiveWeights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,54 +41,14 @@ class Way:
     Attributes:
         name: as printed; step: does `questions` questions' worth of work.
         questions: of one call; calls: of one repeat, so that a repeat is long enough to be timed.
+        tally: what its steps count, where they pass a language model.
     """
 
     name: str
     step: Callable[[], object]
     questions: int
     calls: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Milliseconds of one call: median, 20th and 80th percentile of wall and processor time."""
-
-    name: str
-    questions_per_s: float
-    wall_ms: tuple[float, float, float]
-    cpu_ms: tuple[float, float, float]
-    questions_per_cpu_s: float
-    speedup_wall: float
-    speedup_cpu: float
-
-
-@dataclass(slots=True)
-class Comparison:
-    """The timings of one comparison; the first way is ours, and speedups are of ours over each."""
-
-    name: str
-    about: dict[str, object]
-    timings: list[Timing] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """A table with one line for each way."""
-        # A speedup is how many times faster the first way is than this line's.
-        about = ", ".join(f"{key} {value}" for key, value in self.about.items())
-        lines = [
-            f"### {self.name}",
-            "",
-            about,
-            "",
-            "| way | questions/s | wall ms (p20-p80) | CPU ms (p20-p80) | speedup, wall | CPU |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for row in self.timings:
-            (w, w20, w80), (c, c20, c80) = row.wall_ms, row.cpu_ms
-            lines.append(
-                f"| {row.name} | {row.questions_per_s:.1f} | {w:.1f} ({w20:.1f}-{w80:.1f}) | "
-                f"{c:.1f} ({c20:.1f}-{c80:.1f}) | {row.speedup_wall:.2f} | {row.speedup_cpu:.2f} |"
-            )
-        return "\n".join(lines) + "\n"
+    tally: Tally | None = None
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -102,20 +63,61 @@ def _synchronise() -> None:
 
 
 class _Clock:
-    """Runs one repeat of a way and keeps its times per call, in milliseconds."""
+    """Runs one repeat of a way and keeps its times per call, in milliseconds.
 
-    def __init__(self, way: Way) -> None:
+    Args:
+        way: to run; monitor: of the GPU that it runs on.
+    """
+
+    def __init__(self, way: Way, monitor: GpuMonitor | None = None) -> None:
         self.way = way
+        self.monitor = monitor if way.tally is not None else None
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        # Tokens, supervised tokens and FLOPs per second.
+        self.rates: list[tuple[float, float, float]] = []
+        self.joules: float | None = 0.0
+
+    def _energy(self) -> float | None:
+        reading = None if self.monitor is None else self.monitor.read()
+        return None if reading is None else reading.energy_j
 
     def __call__(self) -> None:
+        tally = self.way.tally
+        before = (0, 0) if tally is None else (tally.tokens, tally.supervised)
+        energy = self._energy()
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(self.way.calls):
             self.way.step()
         _synchronise()
-        self.wall.append((time.perf_counter() - wall) * 1e3 / self.way.calls)
+        seconds = time.perf_counter() - wall
+        self.wall.append(seconds * 1e3 / self.way.calls)
         self.cpu.append((time.process_time() - cpu) * 1e3 / self.way.calls)
+        if tally is None:
+            return
+        tokens, supervised = tally.tokens - before[0], tally.supervised - before[1]
+        flops = 0.0 if tally.weights is None else tally.weights.step_flops(tokens, supervised)
+        self.rates.append((tokens / seconds, supervised / seconds, flops / seconds))
+        after = self._energy()
+        if self.joules is None or energy is None or after is None:
+            self.joules = None
+        else:
+            self.joules += after - energy
+
+    def medians(self, spec: DeviceSpec | None) -> Rates | None:
+        """Rates over all repeats; None for a way that counts no tokens."""
+        if not self.rates:
+            return None
+        tokens, supervised, flops = (statistics.median(x) for x in zip(*self.rates, strict=True))
+        # The driver renews its counter a few times a second: only the sum over all repeats counts.
+        questions = self.way.questions * self.way.calls * len(self.rates)
+        return Rates(
+            tokens_per_s=tokens,
+            supervised_tokens_per_s=supervised or None,
+            flop_per_s=flops or None,
+            mfu=model_flops_utilisation(flops, spec) if flops else None,
+            joules_per_question=None if self.joules is None else self.joules / questions,
+        )
 
 
 def compare(
@@ -125,6 +127,8 @@ def compare(
     about: dict[str, object],
     *,
     repeats: int = _REPEATS,
+    warmup: int = _WARMUP,
+    device: torch.device | None = None,
 ) -> Comparison:
     """Times the ways in turn; whether they agree is the caller's to have checked before.
 
@@ -135,7 +139,8 @@ def compare(
         benchmark: the fixture of pytest-benchmark.
         name: of the comparison; about: sizes and settings, for the table.
         ways: ours first.
-        repeats: of each way.
+        repeats: of each way; warmup: calls of each before.
+        device: that the ways run on; a GPU's energy and peak rate are looked up.
 
     Returns:
         The timings, in the order of `ways`.
@@ -146,9 +151,12 @@ def compare(
     if repeats < 2:
         raise ValueError(f"compare: at least 2 repeats are needed, got {repeats}")
     for way in ways:
-        for _ in range(_WARMUP):
+        for _ in range(warmup):
             way.step()
-    clocks = [_Clock(way) for way in ways]
+    on_gpu = device is not None and device.type == "cuda"
+    monitor = GpuMonitor.open(device) if on_gpu else None
+    spec = device_spec(torch.cuda.get_device_name(device)) if on_gpu else None
+    clocks = [_Clock(way, monitor) for way in ways]
 
     def opponents() -> None:
         for clock in clocks[1:]:
@@ -169,6 +177,7 @@ def compare(
                 questions_per_cpu_s=1e3 * way.questions / cpu[0],
                 speedup_wall=wall[0] / way.questions / ours_wall,
                 speedup_cpu=cpu[0] / way.questions / ours_cpu,
+                rates=clock.medians(spec),
             )
         )
     benchmark.group = name
@@ -187,70 +196,3 @@ def check_agreement(name: str, ours: torch.Tensor, theirs: torch.Tensor, toleran
     error = float((ours - theirs).abs().max()) / scale
     if not error <= tolerance:
         raise ValueError(f"{name}: differs from ours by {error:.1e} of its scale; not timed")
-
-
-def device_name() -> str:
-    """The GPU, or the processor where there is none, as a folder name."""
-    name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    elif Path("/proc/cpuinfo").is_file():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2]
-                break
-    return "-".join(name.lower().replace("(", " ").replace(")", " ").split())
-
-
-def _commit() -> str | None:
-    """The commit of the working tree, with a plus sign where it has changes."""
-    here = Path(__file__).parent
-    try:
-        head = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=10"]
-        return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def machine_info() -> dict[str, object]:
-    """What a figure depends on besides the code."""
-    packages = {}
-    for package in _PACKAGES:
-        try:
-            packages[package] = version(package)
-        except PackageNotFoundError:
-            packages[package] = None
-    return {
-        "device": device_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-    }
-
-
-def write_results(folder: Path, theme: str, comparisons: Sequence[Reported]) -> Path:
-    """Writes `<folder>/<device>/<theme>.json` and the same as a Markdown table.
-
-    Args:
-        folder: such as bench/results; theme: file name; comparisons: of one session.
-
-    Returns:
-        The path of the JSON file.
-    """
-    info = machine_info()
-    target = folder / str(info["device"])
-    target.mkdir(parents=True, exist_ok=True)
-    path = target / f"{theme}.json"
-    content = {"machine": info, "comparisons": [asdict(c) for c in comparisons]}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    packages = ", ".join(f"{k} {v}" for k, v in info["packages"].items())  # type: ignore[union-attr]
-    head = (
-        f"# {theme}\n\n{info['device']} ({info['cpu_capability']}), {info['threads']} threads, "
-        f"Python {info['python']}, {packages}, {info['date']}, commit {info['commit']}\n"
-    )
-    text = head + "".join("\n" + c.markdown() for c in comparisons)
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
-    return path

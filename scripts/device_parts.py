@@ -24,17 +24,18 @@ _OURS = re.compile(r"_[a-z_]+_kernel")
 _SMI = ("name", "driver_version", "pstate", "power.draw", "power.limit", "temperature.gpu")
 _SMI += ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "memory.total")
 _TOP = 40
+_COMMAND = "scripts/device_suite.sh"
 
 
 def environment(out: Path, missing: Sequence[str]) -> int:
     """Writes env.json."""
     import torch
 
-    from bench.measure import machine_info
+    from bench.records import machine_info
     from dragkit.observe.gpu import GpuMonitor
 
     info: dict[str, object] = {"date": time.strftime("%Y-%m-%d %H:%M:%S"), "missing": missing}
-    info["machine"] = machine_info()
+    info["machine"] = machine_info(_COMMAND)
     info["torch"] = {"version": torch.__version__, "cuda": torch.version.cuda}
     try:
         import triton
@@ -106,6 +107,8 @@ def write_questions(path: Path, count: int) -> None:
 
 def profile(out: Path, work: Path, *, cpu: bool) -> int:
     """Trains on a few demo questions, keeps the traces, and looks for names in them."""
+    from bench.records import machine_info
+
     batch, steps = (4, "1:4") if cpu else (16, "10:13")
     questions = work / "questions.jsonl"
     write_questions(questions, 4 * batch)
@@ -133,9 +136,13 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
             (out / f"trace_{name}.json.gz").write_bytes(trace.read_bytes())
             report[name] = found = summarise(trace)
             problems += [f"{name}: {text}" for text in lacking(found, ranges, cpu=cpu)]
-    (out / "profile.json").write_text(
-        json.dumps({"steps": steps, "problems": problems, "traces": report}, indent=1) + "\n"
-    )
+    content = {
+        "machine": machine_info(_COMMAND),
+        "steps": steps,
+        "problems": problems,
+        "traces": report,
+    }
+    (out / "profile.json").write_text(json.dumps(content, indent=1) + "\n")
     for problem in problems:
         sys.stderr.write(problem + "\n")
     return int(bool(problems))

@@ -1,10 +1,12 @@
 """Tests, benchmarks and profiles of this tree on the GPU of this machine, by one command.
 
-    scripts/device_suite.sh [--parts env,tests,kernels,train_step,profile] [--cpu] [OUT]
+    scripts/device_suite.sh [--parts PART,PART] [--cpu] [OUT]
 
-The parts run in this order, the most valuable first. Each has a time limit, and one that fails
-stops no other. OUT (default: bench/results/<device>/) gets their results and `summary.json`. With
-`--cpu` the same parts run at their smallest, without a GPU. The exit code is 0 if no part failed.
+The parts are env, tests, kernels, train_step, decode, profile and report. They run in this order,
+the most valuable first; the report makes tables and plots of the others. Each has a time limit, and
+one that fails stops no other. OUT (default: bench/results/<device>/) gets their results and
+`summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code is 0
+if no part failed.
 
 This file uses the standard library only: what is missing on a bare machine is named, and what does
 not need it runs.
@@ -30,8 +32,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Seconds. The limits of the parts add up to more: a part that is done early leaves its time.
-TOTAL = 470.0
-LIMITS = {"env": 40, "tests": 240, "kernels": 120, "train_step": 120, "profile": 100}
+TOTAL = 450.0  # without the report
+LIMITS = {
+    "env": 40,
+    "tests": 240,
+    "kernels": 120,
+    "train_step": 120,
+    "decode": 60,
+    "profile": 100,
+    "report": 30,
+}
 # Modules that something here imports, and what cannot run without them.
 MODULES = {
     "torch": "everything",
@@ -50,8 +60,9 @@ MODULES = {
     "torch_geometric": "training step benchmarks",
     "pytest": "tests and benchmarks",
     "pytest_benchmark": "benchmarks",
-    "pytest_timeout": "training step benchmarks",
+    "pytest_timeout": "benchmarks",
     "hypothesis": "tests of properties",
+    "matplotlib": "plots of the report",
     "pynvml": "power and clocks",
 }
 _MISSING = """
@@ -216,7 +227,10 @@ class Suite:
         self.bench(part, end, "kernels", chosen)
 
     def train_step(self, part: Part, end: float) -> None:
-        """Phase 1's step against packed PyG; compiled in a run of its own, as that may fail."""
+        """Phase 1's step against packed PyG, and phase 2's rates.
+
+        Compiled ways come in a run of their own, as that may fail.
+        """
         if self.cpu:
             folder = self.work / "few_questions"
             maker = ["scripts/device_parts.py", "questions", str(folder / "webqsp.train.jsonl")]
@@ -225,9 +239,13 @@ class Suite:
             chosen = ["-k", "packed_pyg and 50"]
             self.bench(part, end, "train_step", chosen, DRAGKIT_DATA=str(folder))
             return
-        self.bench(part, end, "train_step", ["-k", "packed_pyg"])
+        self.bench(part, end, "train_step", ["-k", "packed_pyg or phase2_rates"])
         small = ["-k", "packed_pyg and 50", "--bench-compiled"]
         self.bench(part, end, "train_step", small, suffix="_compiled")
+
+    def decode(self, part: Part, end: float) -> None:
+        """Greedy decoding with the cache and without."""
+        self.bench(part, end, "decode", [])
 
     def bench(
         self,
@@ -259,6 +277,11 @@ class Suite:
         arguments += ["--cpu"] if self.cpu else []
         self.call(part, arguments, self.out / "profile.log", end)
 
+    def report(self, part: Part, end: float) -> None:
+        """Tables and plots of what the other parts have measured, out of time or not."""
+        self.end = max(self.end, end)
+        self.call(part, ["-m", "bench.report", str(self.out)], self.out / "report.md", end)
+
     def run(self, names: Sequence[str]) -> list[Part]:
         """The parts in their order; `summary.json` is there from the first one on."""
         self.prepare()
@@ -269,7 +292,7 @@ class Suite:
             part, begin, before = Part(name), time.monotonic(), _times(self.out)
             parts.append(part)
             work: Callable[[Part, float], None] = getattr(self, name)
-            if begin >= self.end:
+            if begin >= self.end and name != "report":
                 part.exit_code = 124
                 part.notes.append("not begun: out of time")
             else:
@@ -361,7 +384,7 @@ def default_folder(work: Path, *, cpu: bool) -> Path:
     """bench/results/<device>; without a GPU a new folder, since its figures are worth nothing."""
     if cpu:
         return Path(tempfile.mkdtemp(prefix="device-suite-"))
-    code = "from bench.measure import device_name; print(device_name())"
+    code = "from bench.records import device_name; print(device_name())"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )

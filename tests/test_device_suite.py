@@ -50,14 +50,14 @@ def summary(out: Path) -> dict[str, dict]:
 def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON", sys.executable)
     out = tmp_path / "results"
-    command = [str(ROOT / "scripts" / "device_suite.sh"), "--cpu", "--parts", "profile,env"]
+    command = [str(ROOT / "scripts" / "device_suite.sh"), "--cpu", "--parts", "report,profile,env"]
     done = subprocess.run([*command, str(out)], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (out / "profile.log").read_text()
     parts = summary(out)
-    assert list(parts) == ["env", "profile"]
+    assert list(parts) == ["env", "profile", "report"]
     assert all(part["exit_code"] == 0 and not part["notes"] for part in parts.values())
     files = [out / file for part in parts.values() for file in part["files"]]
-    assert all(file.is_file() for file in files) and len(files) == 6
+    assert all(file.is_file() for file in files) and len(files) == 8
     machine = json.loads((out / "env.json").read_text())
     assert machine["machine"]["packages"]["torch"] and machine["torch"]["cuda"] is None
     profiled = json.loads((out / "profile.json").read_text())
@@ -67,6 +67,9 @@ def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("copy", "retriever", "sampler", "prompt", "optimizer"):
         assert ranges[name]["calls"] == 3, name
     assert profiled["traces"]["phase1"]["ranges"]["backward"]["ms"] > 0
+    report = (out / "report.md").read_text()
+    assert f"plot: {out / 'profile_parts.png'}" in report and "| generator |" in report
+    assert "scripts/device_suite.sh" in report and str(out) not in json.dumps(machine["machine"])
 
 
 def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys):
@@ -91,6 +94,21 @@ def test_the_time_of_all_parts_is_limited(suite, monkeypatch):
     monkeypatch.setattr(suite, "prepare", lambda: None)
     (part,) = suite.run(["kernels"])
     assert part.exit_code == 124 and part.notes == ["not begun: out of time"]
+
+
+def test_the_report_comes_even_if_time_is_out(suite, monkeypatch):
+    """Of what is in the folder; a damaged file fails it."""
+    suite.end = time.monotonic() - 1
+    monkeypatch.setattr(suite, "prepare", lambda: None)
+    traces = {"phase1": {"ranges": {"copy": {"calls": 1, "ms": 2.0}}}}
+    (suite.out / "profile.json").write_text(json.dumps({"steps": "1:2", "traces": traces}))
+    (part,) = suite.run(["report"])
+    assert part.exit_code == 0 and part.files == ["profile_parts.png", "report.md"]
+    assert "| copy | 2.000 |" in (suite.out / "report.md").read_text()
+    (suite.out / "kernels.json").write_text("{")
+    (part,) = suite.run(["report"])
+    assert part.exit_code == 65
+    assert "kernels.json: is no JSON" in (suite.out / "report.md").read_text()
 
 
 def test_a_command_out_of_time_is_interrupted_with_its_children(suite):

@@ -1,0 +1,171 @@
+"""Counts of active weights by hand, against PyTorch's own FLOP counter, and of the 30B."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from dragkit.observe.flops import ActiveWeights, active_weights, model_flops_utilisation
+from dragkit.observe.gpu import device_spec
+
+M, V = 32, 64
+PATTERN_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"]
+
+
+def tiny(pattern: str = "ME*-", **settings: object) -> NemotronHForCausalLM:
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": V,
+        "hidden_size": M,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "n_groups": 2,
+        "chunk_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 24,
+    }
+    config = NemotronHConfig(hybrid_override_pattern=pattern, use_cache=False, **shape | settings)
+    return NemotronHForCausalLM(config).eval().requires_grad_(False)
+
+
+# Widths: Mamba 4 heads of 16 = 64 inside, 2 groups of 8 states for B and for C, one dt a head.
+MAMBA = M * (64 + (64 + 2 * 2 * 8) + 4) + 64 * M
+# Router over 4, three of the experts of width 16, the shared one of width 24.
+MOE = 4 * M + 3 * (2 * M * 16) + 2 * M * 24
+ATTENTION = M * 4 * 8 + 2 * M * 2 * 8 + 4 * 8 * M
+MLP = 2 * M * 48
+BLOCKS = {"M": MAMBA, "E": MOE, "*": ATTENTION, "-": MLP}
+
+
+@pytest.mark.parametrize("pattern", [*BLOCKS, "ME*-M"])
+def test_counts_by_hand(pattern: str) -> None:
+    blocks = sum(BLOCKS[kind] for kind in pattern)
+    found = active_weights(tiny(pattern))
+    assert found == ActiveWeights(blocks=blocks, head=M * V, lora=0)
+    assert found.active == blocks + M * V
+
+
+def test_adapters_are_counted_apart_and_change_nothing_else() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = active_weights(tiny())
+    adapted = get_peft_model(tiny(), LoraConfig(r=2, target_modules=TARGETS))
+    found = active_weights(adapted)
+    assert (found.blocks, found.head) == (plain.blocks, plain.head)
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert found.lora == trained > 0
+
+
+def products(counter: FlopCounterMode) -> int:
+    """FLOPs of the linear layers; scan and attention are batched products, and other operators."""
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_forward_pass_multiplies_as_often_as_counted(rank: int | None) -> None:
+    model = tiny(_attn_implementation="eager", experts_implementation="eager")
+    if rank:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS)).eval()
+    weights = active_weights(model)
+    rows, length = 2, 24
+    ids = torch.arange(rows * length).view(rows, length) % V
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    tokens = rows * length
+    assert products(counter) == weights.forward_flops(tokens, tokens)
+
+
+def test_a_step_multiplies_as_often_as_the_formula_says() -> None:
+    """Gradients reach the embeddings and the adapters, and no frozen weight."""
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny("M*-")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS)).train()
+    weights, length = active_weights(model), 40
+    embeds = torch.randn(1, length, M, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embeds).logits.sum().backward()
+    assert products(counter) == weights.step_flops(length, length)
+
+
+def test_the_head_sees_supervised_tokens_alone() -> None:
+    weights = ActiveWeights(blocks=1000, head=300, lora=10)
+    assert weights.step_flops(50, 4) == 50 * (4 * 1000 + 6 * 10) + 4 * 4 * 300
+    assert weights.step_flops(50, 50) == 50 * (4 * weights.active + 6 * weights.lora)
+    assert weights.forward_flops(50, 4) == 2 * (50 * 1010 + 4 * 300)
+
+
+def test_the_30b_has_3_23_billion_active_weights() -> None:
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(
+            NemotronHConfig(
+                hybrid_override_pattern=PATTERN_30B,
+                vocab_size=131072,
+                hidden_size=2688,
+                num_attention_heads=32,
+                num_key_value_heads=2,
+                head_dim=128,
+                ssm_state_size=128,
+                mamba_num_heads=64,
+                mamba_head_dim=64,
+                n_groups=8,
+                n_routed_experts=128,
+                num_experts_per_tok=6,
+                moe_intermediate_size=1856,
+                moe_shared_expert_intermediate_size=3712,
+            )
+        )
+    assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
+    found = active_weights(model)
+    assert found.head == 131072 * 2688
+    assert found.active / 1e9 == pytest.approx(3.23, abs=0.005)
+    assert found.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
+    # 11.8 GFLOP a token with scan and attention, which are 0.26 of it.
+    assert found.step_flops(1, 0) / 1e9 == pytest.approx(11.5, abs=0.05)
+
+
+class WithHead(nn.Module):
+    """A model of one unknown weight."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.head = inner, nn.Linear(4, 8)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_unknown_weights_are_refused() -> None:
+    strange = nn.Module()
+    strange.mixing = nn.Parameter(torch.zeros(4, 6))
+    with pytest.raises(ValueError, match=r"inner\.mixing \[4, 6\]"):
+        active_weights(WithHead(strange))
+    experts = nn.Module()
+    experts.up_proj, experts.num_experts = nn.Parameter(torch.zeros(4, 6, 2)), 4
+    with pytest.raises(ValueError, match="num_experts_per_tok"):
+        active_weights(WithHead(experts))
+
+
+def test_a_tied_head_counts_once() -> None:
+    model = WithHead(nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4)))
+    model.head.weight = model.inner[0].weight
+    assert active_weights(model) == ActiveWeights(blocks=16, head=32, lora=0)
+
+
+def test_utilisation_needs_a_known_peak() -> None:
+    assert model_flops_utilisation(1e12, None) is None
+    assert model_flops_utilisation(225e12, device_spec("NVIDIA B200")) == pytest.approx(0.1)
