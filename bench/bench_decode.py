@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +15,6 @@ from bench.measure import Tally, Way
 from bench.tables import Comparison
 from bench.train_ways import DEVICE
 from dragkit.demo import demo_files
-from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
 from dragkit.model.prompt import NeuralPrompt
 from dragkit.trainer.run import build_joint
@@ -30,41 +28,24 @@ class Decoded(NamedTuple):
     """What one call gave.
 
     Attributes:
-        tokens: int64 [B, at most T], the end token where a text is done.
-        texts: without it.
+        tokens: of every prompt, without the end token.
+        texts: theirs.
     """
 
-    tokens: Tensor
+    tokens: list[list[int]]
     texts: list[str]
-
-
-@contextmanager
-def _kept_tokens(generator: Generator) -> Iterator[list[Tensor]]:
-    """The token ids that the model's `generate` returns meanwhile."""
-    model, kept = generator.model, []
-    # Around PEFT's or the library's own method, which the instance gets back.
-    own, generate = vars(model).get("generate"), model.generate
-
-    def keeping(**arguments: object) -> Tensor:
-        kept.append(generate(**arguments))
-        return kept[-1]
-
-    model.generate = keeping
-    try:
-        yield kept
-    finally:
-        del model.generate
-        if own is not None:
-            model.generate = own
 
 
 def decode_cached(
     generator: Generator, prompt: NeuralPrompt, vectors: Tensor | None, count: int
 ) -> Decoded:
-    """`greedy_decode`, and the tokens that its texts are made of."""
-    with _kept_tokens(generator) as kept:
-        texts = greedy_decode(generator, prompt, vectors, count)
-    return Decoded(kept[0], texts)
+    """The generator's own way."""
+    return _decoded(generator, generator.greedy_tokens(prompt, vectors, count))
+
+
+def _decoded(generator: Generator, tokens: list[list[int]]) -> Decoded:
+    texts = generator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return Decoded(tokens, [text.strip() for text in texts])
 
 
 @torch.no_grad()
@@ -72,7 +53,7 @@ def decode_anew(
     generator: Generator, prompt: NeuralPrompt, vectors: Tensor | None, count: int
 ) -> Decoded:
     """The same by a loop that runs everything again for each token; only last logits are made."""
-    embeds, mask = generator.embed(prompt, vectors, left=True)
+    embeds, mask = generator.pad(generator.embed(prompt, vectors), prompt, left=True)
     end, table = generator.eos_token_id, generator.model.get_input_embeddings()
     done = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
     found = []
@@ -80,16 +61,15 @@ def decode_anew(
         logits = generator.model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=False, logits_to_keep=1
         ).logits[:, -1]
-        token = logits.argmax(-1).masked_fill(done, end)
+        token = logits.argmax(-1)
         found.append(token)
         done |= token == end
         if done.all():
             break
         embeds = torch.cat([embeds, table(token).unsqueeze(1)], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    tokens = torch.stack(found, dim=1)
-    texts = generator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    return Decoded(tokens, [text.strip() for text in texts])
+    rows = [row + [end] for row in torch.stack(found, dim=1).tolist()]
+    return _decoded(generator, [row[: row.index(end)] for row in rows])
 
 
 def check_tokens(cached: Decoded, anew: Decoded) -> None:
@@ -98,18 +78,10 @@ def check_tokens(cached: Decoded, anew: Decoded) -> None:
     Raises:
         ValueError: a token differs, with the first such prompt.
     """
-    if cached.tokens.shape != anew.tokens.shape:
-        shapes = f"{list(cached.tokens.shape)} and {list(anew.tokens.shape)}"
-        raise ValueError(f"decoding: tokens of shapes {shapes}; not timed")
-    wrong = (cached.tokens != anew.tokens).any(1).nonzero().flatten().tolist()
+    pairs = zip(cached.tokens, anew.tokens, strict=True)
+    wrong = [place for place, (ours, theirs) in enumerate(pairs) if ours != theirs]
     if wrong or cached.texts != anew.texts:
         raise ValueError(f"decoding: the ways differ at prompts {wrong[:3]}; not timed")
-
-
-def generated(decoded: Decoded, end: int) -> int:
-    """Tokens of all texts, each one's end token included."""
-    before = (decoded.tokens == end).cumsum(1) - (decoded.tokens == end).long()
-    return int((before == 0).sum())
 
 
 def test_decoding(timed: Callable[..., Comparison], cache_dir: Path) -> None:
@@ -129,7 +101,7 @@ def test_decoding(timed: Callable[..., Comparison], cache_dir: Path) -> None:
     for way in (decode_cached, decode_anew):
         kept.append(way(joint.generator, prompt, vectors, _TOKENS))
     check_tokens(*kept)
-    made = generated(kept[0], joint.generator.eos_token_id)
+    made = sum(len(tokens) for tokens in kept[0].tokens)
     ways = []
     for name, way in (("dragkit, cached", decode_cached), ("every token anew", decode_anew)):
         tally = Tally()
