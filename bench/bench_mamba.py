@@ -1,0 +1,170 @@
+"""Packed Mamba-2 layers against the library's own: the scan, and a training step of one layer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h import modeling_nemotron_h
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
+
+from bench.measure import Way, check_agreement
+from bench.tables import Comparison
+from bench.train_ways import DEVICE
+from dragkit.model.nemotron_h import make_pack, mamba_ops
+from dragkit.model.nemotron_h.mixer import mamba_mixer
+from dragkit_kernels import ssd_scan
+
+pytestmark = pytest.mark.timeout(1800)
+_CHUNK = 128
+_LIBRARY = "transformers without mamba-ssm"
+
+
+class Shape(NamedTuple):
+    """Sequences of equal length, so that the library needs no padding either."""
+
+    sequences: int
+    length: int
+    heads: int
+    width: int
+    groups: int
+    states: int
+
+
+# The bundled generator on a batch of demo prompts, and a layer of the 30B.
+SHAPES = {"tiny": Shape(16, 170, 3, 32, 1, 16), "30B": Shape(1, 1024, 64, 64, 8, 128)}
+
+
+def _scan_inputs(shape: Shape) -> list[Tensor]:
+    """x, dt, rate, into, out_of, skip as batches [B, L, ...]."""
+    draw = torch.Generator().manual_seed(0)
+    rows = (shape.sequences, shape.length)
+    maps = (*rows, shape.groups, shape.states)
+    x = torch.randn(*rows, shape.heads, shape.width, generator=draw)
+    dt = torch.rand(*rows, shape.heads, generator=draw)
+    rate = -torch.rand(shape.heads, generator=draw)
+    into, out_of = torch.randn(2, *maps, generator=draw)
+    skip = torch.randn(shape.heads, generator=draw)
+    return [t.to(DEVICE) for t in (x, dt, rate, into, out_of, skip)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
+    """Forward and backward of the scan, from the layer's inputs to their gradients."""
+    shape = SHAPES[name]
+    batch = _scan_inputs(shape)
+    leaves = [batch[i].clone().requires_grad_() for i in (0, 1, 3, 4)]
+    packed = [t.detach().flatten(0, 1).clone().requires_grad_() for t in leaves]
+    rate, skip = batch[2], batch[5]
+    position = torch.arange(shape.length, dtype=torch.int32, device=DEVICE)
+    position = position.repeat(shape.sequences)
+    grad = torch.randn_like(batch[0])
+
+    def ours() -> list[Tensor]:
+        x, dt, into, out_of = packed
+        y = ssd_scan(x, dt, rate, into, out_of, skip, position)
+        return [y, *torch.autograd.grad(y, packed, grad.flatten(0, 1))]
+
+    def library() -> list[Tensor]:
+        x, dt, into, out_of = leaves
+        y = modeling_nemotron_h.mamba2_chunk_scan(x, dt, rate, into, out_of, _CHUNK, D=skip)
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    for part, mine, theirs in zip(
+        ["y", "x", "dt", "into", "out_of"], ours(), library(), strict=True
+    ):
+        check_agreement(part, mine, theirs.flatten(0, 1), 1e-4)
+    ways = [
+        Way("dragkit", ours, shape.sequences),
+        Way(_LIBRARY, library, shape.sequences),
+    ]
+    timed(f"Mamba-2 scan, {name} widths", ways, shape._asdict(), DEVICE)
+
+
+def _mixer() -> nn.Module:
+    """A layer of the 30B, frozen, with random weights."""
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        hybrid_override_pattern="M",
+        hidden_size=2688,
+        mamba_num_heads=64,
+        mamba_head_dim=64,
+        ssm_state_size=128,
+        n_groups=8,
+        conv_kernel=4,
+        chunk_size=_CHUNK,
+    )
+    mixer = NemotronHMamba2Mixer(config, 0).requires_grad_(False)
+    nn.init.normal_(mixer.dt_bias)
+    mixer.time_step_limit = (0.0, float("inf"))
+    return mixer.to(DEVICE)
+
+
+def _step(way: str) -> Callable[[Tensor], Tensor]:
+    """Forward and backward of the layer: float [T, M] to the gradient of it."""
+    mixer, ops = _mixer(), mamba_ops("dragkit")
+
+    def step(hidden: Tensor) -> Tensor:
+        if way == "dragkit":
+            length = torch.tensor([len(hidden)], device=hidden.device)
+            pack = make_pack(length, len(hidden), len(hidden))
+            y, _ = mamba_mixer(mixer, hidden, pack, ops)
+        else:
+            y = mixer(hidden[None])[0]
+        (gradient,) = torch.autograd.grad(y.square().mean(), hidden)
+        return gradient
+
+    return step
+
+
+def _memory(field: str) -> float:
+    """MiB of this process by /proc."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1]) / 1024
+
+
+def peak_of_step(way: str, tokens: int) -> float:
+    """MiB that one step takes above what the process held before; for a fresh process."""
+    step = _step(way)
+    hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)
+    step(hidden[:64].detach().requires_grad_())  # libraries take memory of their own at first
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(hidden)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    step(hidden)
+    return _memory("VmHWM") - before
+
+
+def _measured(way: str, tokens: int) -> float:
+    code = f"import bench.bench_mamba as b; print(b.peak_of_step({way!r}, {tokens}))"
+    return float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_layer(timed: Callable[..., Comparison]) -> None:
+    """A training step of one layer at the 30B's widths, 1,024 tokens, and its peak memory."""
+    tokens = 1024
+    hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)
+    ours, library = _step("dragkit"), _step("library")
+    check_agreement("gradient of the layer", ours(hidden), library(hidden), 1e-4)
+    about: dict[str, object] = {"tokens": tokens}
+    for way in ("dragkit", "library"):
+        about[f"peak MiB, {way}"] = round(_measured(way, tokens))
+    about["ratio of peaks"] = round(about["peak MiB, library"] / about["peak MiB, dragkit"], 2)
+    ways = [
+        Way("dragkit", lambda: ours(hidden), 1),
+        Way(_LIBRARY, lambda: library(hidden), 1),
+    ]
+    timed("Mamba-2 layer of the 30B, forward and backward", ways, about, DEVICE)
