@@ -189,7 +189,7 @@ KERNELS = tuple(
         STRIPE,
         STEP,
         silu,
-        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=1),
+        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=7),
         bias_ptr=kind if silu else None,
     )
     for kind in ("*bf16", "*fp32")

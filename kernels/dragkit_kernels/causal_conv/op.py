@@ -29,7 +29,9 @@ class _Starts:
     """Rows that a tap does not reach because their sequence begins after the row it would read."""
 
     def __init__(self, position: Tensor, taps: int) -> None:
-        self._rows = [(position < back).nonzero().squeeze(1) for back in range(1, taps)]
+        near = (position < taps - 1).nonzero().squeeze(1)
+        place = position[near]
+        self._rows = [near[place < back] for back in range(1, taps)]
         self._places = [rows.tolist() for rows in self._rows]
 
     def rows(self, back: int, begin: int, end: int) -> Tensor | None:

@@ -32,6 +32,14 @@ def _by_group(groups: int, *tensors: Tensor) -> list[Tensor]:
     return [x.unflatten(1, (groups, -1)) for x in tensors]
 
 
+def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """out = x y; overwrites x where out has another dtype."""
+    if out.dtype == x.dtype:
+        torch.mul(x, y, out=out)
+    else:
+        out.copy_(x.mul_(y))
+
+
 def _torch_fwd(y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     """See gated_rms_norm."""
     wide_weight = weight.to(_accumulator(y, gate, weight))
@@ -66,7 +74,7 @@ def _torch_bwd(
     d_y = y.new_empty(y.shape if output_mask[0] else 0)
     want_gate = gate is not None and output_mask[1]
     d_gate = gate.new_empty(gate.shape) if want_gate else y.new_empty(0)
-    total = torch.zeros_like(wide_weight)
+    total, one = torch.zeros_like(wide_weight), wide_weight.new_ones(())
     room: Tensor | None = None
     for begin, end in row_blocks(y) if y.numel() else ():
         if room is None:
@@ -94,11 +102,11 @@ def _torch_bwd(
         along = product_group.mean(-1, keepdim=True).mul_(scale).mul_(scale)
         d_group.addcmul_(z_group, along, value=-1).mul_(scale)
         if want_gate:
-            # silu'(gate) = share (1 + gate (1 - share)).
-            torch.addcmul(active, active, share, value=-1, out=product)
-            d_gate[begin:end] = product.add_(share).mul_(wide_y).mul_(d_z)
+            # silu'(gate) = share + active (1 - share), which leads from active to 1.
+            torch.lerp(active, one, share, out=product).mul_(wide_y)
+            _multiply(product, d_z, d_gate[begin:end])
         if output_mask[0] and wide_gate is not None:
-            d_y[begin:end] = d_z.mul_(active)
+            _multiply(d_z, active, d_y[begin:end])
         elif output_mask[0] and d_y.dtype != d_z.dtype:
             d_y[begin:end] = d_z
     return d_y, d_gate, total.to(weight.dtype) if output_mask[2] else weight.new_empty(0)
