@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import forbid_gradient, register, register_gradient
 from .finite import bad_rows, from_then_on, spoil, surely_finite, whole_sequences, zeroed
 from .reference import ssd_scan_ref, ssd_state_ref
 from .reference_backward import ssd_scan_bwd_ref
 
-ssd_scan_bwd = ssd_scan_fwd = ssd_state_fwd = None
+if HAS_TRITON:
+    from .backward import ssd_scan_bwd
+    from .forward import ssd_scan_fwd, ssd_state_fwd
+else:
+    ssd_scan_bwd = ssd_scan_fwd = ssd_state_fwd = None
 
 _INPUTS = (
     "Tensor x, Tensor dt, Tensor rate, Tensor into, Tensor out_of, Tensor skip, Tensor position"
