@@ -105,6 +105,26 @@ def _add_low_rank(
     return outputs
 
 
+def _cut(x: Tensor, layer: nn.Module, name: str | None, sizes: Sequence[int]) -> list[Tensor]:
+    """The outputs of one layer in parts, each a product of its own.
+
+    Views of one product would keep all of it as long as the last of them is needed.
+    """
+    base = layer if name is None else layer.base_layer
+    cuts = list(sizes)
+    biases = [None] * len(cuts) if base.bias is None else base.bias.split(cuts)
+    parts = zip(base.weight.split(cuts), biases, strict=True)
+    outputs = [F.linear(x, weight, bias) for weight, bias in parts]
+    if name is None:
+        return outputs
+    reduced = F.linear(x.flatten(0, -2), layer.lora_A[name].weight.to(x.dtype))
+    ups = layer.lora_B[name].weight.to(x.dtype).split(cuts)
+    return [
+        torch.addmm(y.flatten(0, -2), reduced, up.mT, alpha=layer.scaling[name]).view_as(y)
+        for y, up in zip(outputs, ups, strict=True)
+    ]
+
+
 def adapted_linear(
     x: Tensor, layers: Sequence[nn.Module], sizes: Sequence[int] | None = None
 ) -> tuple[Tensor, ...]:
@@ -131,6 +151,9 @@ def adapted_linear(
     few = x.numel() // max(inner, 1) * (inner + outer) < inner * outer
     alone = None in names or len(scales) > 1 or len(alike) > 1
     if few or alone or not _exact(x, layers, names):
+        one = len(layers) == 1 and type(bases[0]) is nn.Linear
+        if sizes is not None and one and (names[0] is not None or layers[0] is bases[0]):
+            return tuple(_cut(x, layers[0], names[0], sizes))
         outputs = _add_low_rank(x, layers, names)
         if sizes is None or list(sizes) == widths:
             return tuple(outputs)

@@ -36,19 +36,23 @@ def ssd_scan_bwd_ref(
         for t, wanted in zip(inputs, output_mask, strict=True)
     ]
     by_head = rate.new_zeros(2, rate.shape[0], dtype=dtype)  # of rate and skip
-    # The states of every slab from the first on, then the slabs from the last back.
+    # The state before every slab from the first on, then the slabs from the last back.
     slab, states, stack = None, None, []
     for span in sizes.slabs():
+        earlier = None if states is None else states[-1:].clone()
         slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
-        states = entering_states(slab, states)
-        stack.append((span, states))
+        states = entering_states(slab, earlier)
+        stack.append((span, earlier))
     later = None
     while stack:
-        span, states = stack.pop()
+        span, earlier = stack.pop()
         if later is not None:  # of the last one everything is at hand
+            slab = states = None  # gives back the memory of the one after
             slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
+            states = entering_states(slab, earlier)
         tensors = (grad, x, rate, out_of, skip)
         later = _slab_gradients(slab, states, later, tensors, output_mask, out, by_head)
+        later = later[:1].clone()
     for place, total in ((2, by_head[0]), (5, by_head[1])):
         if output_mask[place]:
             out[place].copy_(total)

@@ -18,7 +18,7 @@ from torch import Tensor
 # and the differences of large sums would be rough.
 LOWEST_LOG = -127.0
 # Bytes that the temporary tensors of a slab may take, about.
-SLAB_BYTES = 48 * 2**20
+SLAB_BYTES = 24 * 2**20
 
 
 class Sizes(NamedTuple):
