@@ -97,7 +97,7 @@ def _ssd_scan_bwd_steps_kernel(
         # Rows that are not finite have spoiled `direct`: here they would spoil others.
         d_seen = product(finite(grad), tl.trans(finite(x)), d_seen, LOW, kind)
     d_log = tl.where(position > offs_q, d_log * tl.exp2(log), 0.0)
-    d_log += tl.sum(score * d_seen * dt[None, :], 1)
+    d_log += tl.sum(score * d_seen * finite(dt)[None, :], 1)
     direct = tl.load(direct_ptr + at_log, mask=live, other=0.0)
     d_log -= dt * direct
     d_log = tl.sum(tl.where(sees(offs_q, position), d_log[:, None], 0.0), 0)

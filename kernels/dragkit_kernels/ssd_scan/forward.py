@@ -108,7 +108,7 @@ def ssd_scan_fwd(
         *(x, dt, log, into, out_of, skip, position, state, y),
         *(num_rows, num_heads, num_heads // groups, num_width, num_states),
         *(x.stride(0), into.stride(0), out_of.stride(0)),
-        **tile.options,
+        **{**tile.options, "maxnreg": tile.output_registers},
     )
     return y
 
@@ -191,6 +191,6 @@ def ssd_state_fwd(
 
 _BUDGETS = {tile: Budget(registers=168, shared=65536) for tile in (WIDE, NARROW, FULL)}
 KERNELS = (
-    *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS),
+    *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS, registers="output_registers"),
     *scan_specs(_ssd_state_fwd_kernel, _BUDGETS),
 )

@@ -22,7 +22,8 @@ class ScanTile(NamedTuple):
 
     Attributes:
         low: 1 if products take operands of low precision, 0 for float32.
-        max_registers: of a thread; spills begin above.
+        max_registers: of a thread; output_registers: the same for the kernel of the output, which
+            is content with as many as let a second program in.
     """
 
     chunk: int
@@ -30,7 +31,8 @@ class ScanTile(NamedTuple):
     states: int
     num_warps: int
     low: int
-    max_registers: int = 168
+    max_registers: int = 255
+    output_registers: int = 128
 
     @property
     def constants(self) -> dict[str, int]:
@@ -43,9 +45,9 @@ class ScanTile(NamedTuple):
         return {**self.constants, "num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
-WIDE = ScanTile(chunk=64, width=64, states=128, num_warps=8, low=1)
-NARROW = ScanTile(chunk=64, width=32, states=32, num_warps=4, low=1)
-FULL = ScanTile(chunk=32, width=32, states=32, num_warps=4, low=0)
+WIDE = ScanTile(chunk=64, width=64, states=64, num_warps=8, low=1)
+NARROW = ScanTile(chunk=32, width=32, states=32, num_warps=4, low=1, output_registers=168)
+FULL = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0)
 TILES = {"*bf16": (WIDE, NARROW), "*fp32": (FULL,)}
 
 
@@ -61,11 +63,13 @@ def scan_specs(
     kernel: object,
     budgets: dict[ScanTile, Budget],
     constants: dict[str, int] | None = None,
+    registers: str = "max_registers",
 ) -> Iterator[KernelSpec]:
     """Specifications of a kernel, one for each tile.
 
     Args:
         kernel: the jit function; budgets: by tile; constants: beside those of the tile.
+        registers: the tile's field that limits them.
     """
     low = ("x_ptr", "into_ptr", "out_of_ptr", "grad_ptr", "y_ptr", "d_x_ptr", "d_into_ptr")
     low = (*low, "d_out_of_ptr", "map_ptr", "d_map_ptr")
@@ -89,7 +93,7 @@ def scan_specs(
                 num_warps=tile.num_warps,
                 budget=budgets[tile],
                 divisible=tuple(name for name in sizes if name in types),
-                max_registers=tile.max_registers,
+                max_registers=getattr(tile, registers),
             )
 
 
