@@ -25,7 +25,7 @@ from .decays import (
     sees,
 )
 from .states import chunk_states
-from .tiles import FULL, NARROW, WIDE, rows_of, scan_specs, scan_tile
+from .tiles import FULL, WIDE, rows_of, scan_specs, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -135,7 +135,7 @@ def ssd_scan_bwd(
         return tuple(t.zero_() for t in out)
     num_rows, num_heads, num_width = x.shape
     groups, num_states = into.shape[1:]
-    tile = scan_tile(num_width, num_states, grad, x, into, out_of)
+    tile = scan_tile(grad, x, into, out_of)
     grad, x, into, out_of = (rows_of(t) for t in (grad, x, into, out_of))
     dt, rate, skip, position = (t.contiguous() for t in (dt, rate, skip, position))
     log, through = decay_logs(dt, rate, position, tile.chunk)
@@ -186,5 +186,5 @@ def ssd_scan_bwd(
     return tuple(out)
 
 
-_BUDGETS = {tile: Budget(registers=168, shared=102400) for tile in (WIDE, NARROW, FULL)}
+_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
 KERNELS = (*scan_specs(_ssd_scan_bwd_x_kernel, _BUDGETS),)

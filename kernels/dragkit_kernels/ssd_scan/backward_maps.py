@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..launch import Budget
 from .decays import chunk_rows, finite, flaw, kept, load_rows, load_state, product, sees
-from .tiles import FULL, NARROW, WIDE, scan_specs
+from .tiles import FULL, WIDE, scan_specs
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "heads"])
@@ -90,7 +90,7 @@ def _ssd_scan_bwd_maps_kernel(
     tl.store(d_map_ptr + at, d_map.to(d_map_ptr.dtype.element_ty), mask=mask)
 
 
-_BUDGETS = {tile: Budget(registers=168, shared=102400) for tile in (WIDE, NARROW, FULL)}
+_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
 KERNELS = (
     *scan_specs(_ssd_scan_bwd_maps_kernel, _BUDGETS, {"INTO": 1}),
     *scan_specs(_ssd_scan_bwd_maps_kernel, _BUDGETS, {"INTO": 0}),

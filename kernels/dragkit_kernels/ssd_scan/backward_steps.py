@@ -17,7 +17,7 @@ from .decays import (
     scores,
     sees,
 )
-from .tiles import FULL, NARROW, WIDE, scan_specs
+from .tiles import FULL, WIDE, scan_specs
 
 # Elements of two states multiplied at a time.
 DOT_BLOCK = 1024
@@ -97,7 +97,7 @@ def _ssd_scan_bwd_steps_kernel(
         # Rows that are not finite have spoiled `direct`: here they would spoil others.
         d_seen = product(finite(grad), tl.trans(finite(x)), d_seen, LOW, kind)
     d_log = tl.where(position > offs_q, d_log * tl.exp2(log), 0.0)
-    d_log += tl.sum(score * d_seen * dt[None, :], 1)
+    d_log += tl.sum(score * d_seen * finite(dt)[None, :], 1)
     direct = tl.load(direct_ptr + at_log, mask=live, other=0.0)
     d_log -= dt * direct
     d_log = tl.sum(tl.where(sees(offs_q, position), d_log[:, None], 0.0), 0)
@@ -120,5 +120,5 @@ def _ssd_scan_bwd_steps_kernel(
         tl.store(d_rate_ptr + tl.program_id(0), tl.sum(tl.where(live, d_log * dt, 0.0), 0))
 
 
-_BUDGETS = {tile: Budget(registers=168, shared=102400) for tile in (WIDE, NARROW, FULL)}
+_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
 KERNELS = (*scan_specs(_ssd_scan_bwd_steps_kernel, _BUDGETS, {"DOT_BLOCK": DOT_BLOCK}),)

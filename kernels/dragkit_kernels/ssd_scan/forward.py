@@ -20,7 +20,7 @@ from .decays import (
     sees,
 )
 from .states import chunk_states
-from .tiles import FULL, NARROW, WIDE, rows_of, scan_specs, scan_tile
+from .tiles import FULL, WIDE, rows_of, scan_specs, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -98,7 +98,7 @@ def ssd_scan_fwd(
         return y
     num_rows, num_heads, num_width = x.shape
     groups, num_states = into.shape[1:]
-    tile = scan_tile(num_width, num_states, x, into, out_of)
+    tile = scan_tile(x, into, out_of)
     x, into, out_of = rows_of(x), rows_of(into), rows_of(out_of)
     dt, rate, skip, position = (t.contiguous() for t in (dt, rate, skip, position))
     log, through = decay_logs(dt, rate, position, tile.chunk)
@@ -108,7 +108,7 @@ def ssd_scan_fwd(
         *(x, dt, log, into, out_of, skip, position, state, y),
         *(num_rows, num_heads, num_heads // groups, num_width, num_states),
         *(x.stride(0), into.stride(0), out_of.stride(0)),
-        **tile.options,
+        **{**tile.options, "maxnreg": tile.output_registers},
     )
     return y
 
@@ -174,7 +174,7 @@ def ssd_state_fwd(
     out = x.new_empty(last.shape[0], num_heads, num_width, num_states, dtype=torch.float32)
     if out.numel() == 0:
         return out
-    tile = scan_tile(num_width, num_states, x, into)
+    tile = scan_tile(x, into)
     x, into = rows_of(x), rows_of(into)
     dt, rate, position = (t.contiguous() for t in (dt, rate, position))
     log, through = decay_logs(dt, rate, position, tile.chunk)
@@ -189,8 +189,8 @@ def ssd_state_fwd(
     return out
 
 
-_BUDGETS = {tile: Budget(registers=168, shared=65536) for tile in (WIDE, NARROW, FULL)}
+_BUDGETS = {tile: Budget(registers=128, shared=32768) for tile in (WIDE, FULL)}
 KERNELS = (
-    *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS),
+    *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS, registers="output_registers"),
     *scan_specs(_ssd_state_fwd_kernel, _BUDGETS),
 )

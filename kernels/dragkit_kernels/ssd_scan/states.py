@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch import Budget, KernelSpec
 from .decays import chunk_rows, load_rows, product
-from .tiles import FULL, NARROW, PASS_BLOCK, PASS_WARPS, WIDE, ScanTile, scan_specs
+from .tiles import FULL, PASS_BLOCK, PASS_WARPS, WIDE, ScanTile, scan_specs
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -142,11 +142,7 @@ def chunk_states(
     return state
 
 
-_BUDGETS = {
-    WIDE: Budget(registers=168, shared=65536),
-    NARROW: Budget(registers=168, shared=65536),
-    FULL: Budget(registers=168, shared=65536),
-}
+_BUDGETS = {tile: Budget(registers=80, shared=24576) for tile in (WIDE, FULL)}
 KERNELS = (
     *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 1}),
     *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 0}),

@@ -22,7 +22,8 @@ class ScanTile(NamedTuple):
 
     Attributes:
         low: 1 if products take operands of low precision, 0 for float32.
-        max_registers: of a thread; spills begin above.
+        max_registers: of a thread; output_registers: the same for the kernel of the output, which
+            is content with as many as let a second program in.
     """
 
     chunk: int
@@ -30,7 +31,8 @@ class ScanTile(NamedTuple):
     states: int
     num_warps: int
     low: int
-    max_registers: int = 168
+    max_registers: int = 255
+    output_registers: int = 128
 
     @property
     def constants(self) -> dict[str, int]:
@@ -43,54 +45,52 @@ class ScanTile(NamedTuple):
         return {**self.constants, "num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
-WIDE = ScanTile(chunk=64, width=64, states=128, num_warps=8, low=1)
-NARROW = ScanTile(chunk=64, width=32, states=32, num_warps=4, low=1)
-FULL = ScanTile(chunk=32, width=32, states=32, num_warps=4, low=0)
-TILES = {"*bf16": (WIDE, NARROW), "*fp32": (FULL,)}
+WIDE = ScanTile(chunk=64, width=64, states=64, num_warps=8, low=1)
+FULL = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0)
+TILES = {"*bf16": WIDE, "*fp32": FULL}
 
 
-def scan_tile(width: int, states: int, *tensors: Tensor) -> ScanTile:
-    """The tile for head width and states, given all tensors that are operands of products."""
+def scan_tile(*tensors: Tensor) -> ScanTile:
+    """The tile, given all tensors that are operands of products; any width works with any."""
     dtypes = {t.dtype for t in tensors}
-    if len(dtypes) > 1 or not dtypes <= set(TENSOR_CORE_DTYPES):
-        return FULL
-    return NARROW if width <= NARROW.width and states <= NARROW.states else WIDE
+    return WIDE if len(dtypes) == 1 and dtypes <= set(TENSOR_CORE_DTYPES) else FULL
 
 
 def scan_specs(
     kernel: object,
     budgets: dict[ScanTile, Budget],
     constants: dict[str, int] | None = None,
+    registers: str = "max_registers",
 ) -> Iterator[KernelSpec]:
     """Specifications of a kernel, one for each tile.
 
     Args:
         kernel: the jit function; budgets: by tile; constants: beside those of the tile.
+        registers: the tile's field that limits them.
     """
     low = ("x_ptr", "into_ptr", "out_of_ptr", "grad_ptr", "y_ptr", "d_x_ptr", "d_into_ptr")
     low = (*low, "d_out_of_ptr", "map_ptr", "d_map_ptr")
     sizes = ("num_width", "num_states", "stride_x", "stride_into", "stride_out_of", "stride_grad")
     sizes = (*sizes, "stride_map")
-    for kind, tiles in TILES.items():
-        for tile in tiles:
-            every = {**tile.constants, **(constants or {})}
-            every = {name: every[name] for name in kernel.arg_names if name in every}
-            types = {
-                name: kind if name in low else "*fp32" if name.endswith("_ptr") else "i32"
-                for name in kernel.arg_names
-                if name not in every
-            }
-            types |= {name: "*i32" for name in types if name == "position_ptr"}
-            types |= {name: "*i64" for name in types if name == "last_ptr"}
-            yield KernelSpec(
-                kernel,
-                types=types,
-                constants=every,
-                num_warps=tile.num_warps,
-                budget=budgets[tile],
-                divisible=tuple(name for name in sizes if name in types),
-                max_registers=tile.max_registers,
-            )
+    for kind, tile in TILES.items():
+        every = {**tile.constants, **(constants or {})}
+        every = {name: every[name] for name in kernel.arg_names if name in every}
+        types = {
+            name: kind if name in low else "*fp32" if name.endswith("_ptr") else "i32"
+            for name in kernel.arg_names
+            if name not in every
+        }
+        types |= {name: "*i32" for name in types if name == "position_ptr"}
+        types |= {name: "*i64" for name in types if name == "last_ptr"}
+        yield KernelSpec(
+            kernel,
+            types=types,
+            constants=every,
+            num_warps=tile.num_warps,
+            budget=budgets[tile],
+            divisible=tuple(name for name in sizes if name in types),
+            max_registers=getattr(tile, registers),
+        )
 
 
 def rows_of(tensor: Tensor) -> Tensor:
