@@ -45,8 +45,6 @@ def _message_passing_fwd_kernel(
     out_ptr,
     num_nodes,
     num_columns,
-    stride_wk,
-    stride_wc,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -68,7 +66,7 @@ def _message_passing_fwd_kernel(
             mask_k = offs_k < num_columns
             h_mask = mask_n[:, None] & mask_k[None, :]
             h = tl.load(h_ptr + row + offs_k[None, :], mask=h_mask, other=0.0)
-            at = offs_k[:, None].to(tl.int64) * stride_wk + offs_c[None, :].to(tl.int64) * stride_wc
+            at = offs_k[:, None].to(tl.int64) * num_columns + offs_c[None, :]
             w_mask = mask_k[:, None] & mask_c[None, :]
             w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
             acc = tl.dot(h, w, acc)
@@ -143,7 +141,8 @@ def message_passing_fwd(
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
         h.contiguous() if on_tensor_cores else None,
         *(p, table_fwd, table_inv, self_table),
-        weight if on_tensor_cores else None,
+        # One small copy where it is strided, in place of a kernel for each way it may be.
+        weight.contiguous() if on_tensor_cores else None,
         bias.contiguous(),
         *walks,
         node_graph.contiguous(),
@@ -153,7 +152,6 @@ def message_passing_fwd(
         out,
         num_nodes,
         num_columns,
-        *weight.stride(),
         BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
         BLOCK_C=tile.columns,
@@ -172,15 +170,10 @@ KERNELS = tuple(
         "BLOCK_N",
         Budget(registers=128, shared=40960, wide_loads=8),
         types,
-        {"BLOCK_K": DEPTH, unit_stride: 1},
+        {"BLOCK_K": DEPTH},
         chunks,
     )
     for columns in COLUMNS
     for chunks in (None, "*fp32")
-    for kind, types, unit_stride in (
-        ("*bf16", _FUSED, "stride_wk"),
-        ("*bf16", _FUSED, "stride_wc"),
-        ("*bf16", _LIBRARY, "stride_wk"),
-        ("*fp32", _LIBRARY, "stride_wk"),
-    )
+    for kind, types in (("*bf16", _FUSED), ("*bf16", _LIBRARY), ("*fp32", _LIBRARY))
 )
