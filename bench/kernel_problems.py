@@ -39,6 +39,7 @@ from dragkit_kernels import (
     relation_gate_ref,
     relation_sum,
     relation_sum_ref,
+    resolve_backend,
     row_order,
 )
 
@@ -83,7 +84,7 @@ def layer(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
     x = random_leaf(relations + 1, 2, width, **make, seed=3)
     instruction = random_leaf(pack.num_graphs, count, width, **make, seed=4)
     weights = [mine.relation.weight, mine.relation.bias, mine.update.weight, mine.update.bias]
-    pairs = gate_pairs(pack.orders, pack.num_graphs, relations)
+    pairs = gate_pairs(pack.orders, pack.num_graphs, x[:-1])
     node_graph = pack.node_graph.int()
 
     def collapsed() -> tuple[Tensor, ...]:
@@ -270,7 +271,7 @@ def gates(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
     where = (pack.orders.pair_relation, pack.orders.pair_graph)
     row, graph = (tensor.long() for tensor in where)
     sorted_pairs = {}
-    if relation.is_cuda:  # as the model, whose layers share them
+    if resolve_backend("relation_gate", relation) == "triton":  # as the model, whose layers share
         sorted_pairs = {
             "relation_order": row_order(where[0], pack.num_relations),
             "graph_order": row_order(where[1], pack.num_graphs),

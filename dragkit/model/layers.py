@@ -20,6 +20,7 @@ from dragkit_kernels import (
     message_passing,
     message_passing_parity,
     relation_gate,
+    resolve_backend,
     row_order,
 )
 
@@ -129,7 +130,7 @@ class GatePairs(NamedTuple):
     Attributes:
         relation, graph: int32 [P+B] row of the layers' relations and graph of each.
         relation_order, graph_order: places of both in the order of the gates' backward sums; None
-            where only PyTorch runs, which sums without.
+            where nothing reads them: without a backward, and on PyTorch's kernels.
     """
 
     relation: Tensor
@@ -137,17 +138,38 @@ class GatePairs(NamedTuple):
     relation_order: RowOrder | None
     graph_order: RowOrder | None
 
+    def without_loops(self) -> tuple[RowOrder | None, RowOrder | None]:
+        """Both orders for the pairs of the facts alone, which need no sorting again.
 
-def gate_pairs(orders: FactOrders, num_graphs: int, num_relations: int) -> GatePairs:
+        Self-loops have the last relation, and come last in their graphs; the pairs themselves
+        ascend by graph.
+        """
+        if self.relation_order is None or self.graph_order is None:
+            return None, None
+        ends = self.graph_order.ptr
+        loops = torch.arange(ends.shape[0], dtype=torch.int32, device=ends.device)
+        pairs = self.relation.shape[0] - ends.shape[0] + 1
+        place = torch.arange(pairs, dtype=torch.int32, device=ends.device)
+        by_relation = self.relation_order
+        return (
+            RowOrder(by_relation.place[:pairs], by_relation.ptr[:-1]),
+            RowOrder(place, ends - loops),
+        )
+
+
+def gate_pairs(orders: FactOrders, num_graphs: int, like: Tensor) -> GatePairs:
     """What all layers over the same facts share.
 
     Args:
-        orders: the facts; num_graphs: B; num_relations: R, so that row R stands for the self-loop.
+        orders: the facts; num_graphs: B.
+        like: float [R, ...] relation vectors, which decide what runs; row R stands for the
+            self-loop.
     """
+    num_relations = like.shape[0]
     graphs = torch.arange(num_graphs, dtype=torch.int32, device=orders.pair_graph.device)
     relation = torch.cat([orders.pair_relation, torch.full_like(graphs, num_relations)])
     graph = torch.cat([orders.pair_graph, graphs])
-    if not relation.is_cuda:
+    if not torch.is_grad_enabled() or resolve_backend("relation_gate", like) == "torch":
         return GatePairs(relation, graph, None, None)
     by_relation = row_order(relation, num_relations + 1)
     return GatePairs(relation, graph, by_relation, row_order(graph, num_graphs))
@@ -183,8 +205,9 @@ class ReasoningLayer(nn.Module):
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
         projected = self.relation(relation)
-        # Like the node states: autocast does not look into the op that multiplies the two.
-        own = own.t().to(projected.dtype)
+        # Like the node states: autocast does not look into the op that multiplies the two. Rows in
+        # one piece, as the kernel reads them: else every layer of every stage would copy it.
+        own = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
         return LayerTables(projected, own, blocks.reshape(2, -1, width))
 
     def forward(

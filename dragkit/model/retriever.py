@@ -19,6 +19,7 @@ from dragkit.model.layers import (
 )
 from dragkit_kernels import (
     FactOrders,
+    RowOrder,
     fact_scores,
     gather_rows,
     relation_sum,
@@ -94,14 +95,15 @@ class Retriever(nn.Module):
         graph, orders = batch.graph, batch.graph.orders
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        start = gather_rows(self.start(x[:, 0]), orders.pair_relation)
+        start_pairs, all_pairs = (
+            gate_pairs(facts, graph.num_graphs, x) for facts in (graph.start, orders)
+        )
+        by_relation, by_graph = all_pairs.without_loops()
+        start = gather_rows(self.start(x[:, 0]), orders.pair_relation, order=by_relation)
         h = torch.relu(relation_sum(start, orders=orders))
         topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
-        start_pairs, all_pairs = (
-            gate_pairs(facts, graph.num_graphs, x.shape[0]) for facts in (graph.start, orders)
-        )
         for stage in range(self.config.num_stages):
             if stage:
                 topics = gather_rows(h, graph.topic_row) * topic_count
@@ -115,7 +117,7 @@ class Retriever(nn.Module):
                 # At first p is zero away from the topics, so other facts carry nothing.
                 facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
                 h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
-        relation = self._relation_feature(x, instruction, orders)
+        relation = self._relation_feature(x, instruction, orders, by_relation, by_graph)
         weight = self.fact_score.weight.view(3, -1)
         ends = (self.dropout(h) @ weight[::2].t()).float()
         logits = fact_scores(
@@ -128,10 +130,17 @@ class Retriever(nn.Module):
         )
         return RetrieverOutput(logits, h, relation)
 
-    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: FactOrders) -> Tensor:
+    def _relation_feature(
+        self,
+        x: Tensor,
+        instruction: Tensor,
+        orders: FactOrders,
+        by_relation: RowOrder | None,
+        by_graph: RowOrder | None,
+    ) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = gather_rows(x[:, 0], orders.pair_relation)
+        static = gather_rows(x[:, 0], orders.pair_relation, order=by_relation)
         if self.config.fact_relation == "static":
             return static
-        gate = gather_rows(instruction.mean(1), orders.pair_graph)
+        gate = gather_rows(instruction.mean(1), orders.pair_graph, order=by_graph)
         return static + static * gate

@@ -20,10 +20,12 @@ from torch._dynamo.testing import CompileCounter
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.data.quotient import quotient
+from dragkit.model import layers
 from dragkit.model.encoder import RelationStates
+from dragkit.model.layers import gate_pairs
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.compile import compile_retriever
-from dragkit_kernels import FactGroups, build_fact_orders
+from dragkit_kernels import FactGroups, build_fact_orders, row_order
 
 TEXT = 12
 
@@ -247,6 +249,24 @@ def test_equals_one_question_at_a_time(message, instructions, stages, merge):
         ours = torch.zeros_like(theirs) if parameter.grad is None else parameter.grad
         scale = theirs.abs().max().clamp(min=1e-3)
         assert ((ours - theirs).abs().max() / scale) < 5e-6, name
+
+
+def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
+    rng = np.random.default_rng(0)
+    graphs = [make_graph(rng, n, e, 5) for n, e in ((0, 0), (6, 14), (3, 0), (4, 9), (0, 0))]
+    orders, relations = pack(graphs).graph.orders, torch.zeros(5, 2)
+    assert gate_pairs(orders, 5, relations).without_loops() == (None, None)
+    # As where Triton runs.
+    monkeypatch.setattr(layers, "resolve_backend", lambda op, tensor: "triton")
+    with torch.no_grad():
+        assert gate_pairs(orders, 5, relations).relation_order is None
+    found = gate_pairs(orders, 5, relations)
+    wanted = (row_order(found.relation, 6), row_order(found.graph, 5))
+    wanted += (row_order(orders.pair_relation, 5), row_order(orders.pair_graph, 5))
+    given = (found.relation_order, found.graph_order, *found.without_loops())
+    for got, want in zip(given, wanted, strict=True):
+        for x, y in zip(got, want, strict=True):
+            assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
 
 
 def test_every_parameter_learns_from_the_logits():
