@@ -82,6 +82,11 @@ class Retriever(nn.Module):
         """Width of a fact's representation [h_s ; x_r ; h_t]."""
         return 3 * self.config.hidden_dim
 
+    @property
+    def _scores_at_once(self) -> bool:
+        """Whether a layer can score its own states: no dropout stands in between."""
+        return not self.training or self.dropout.p == 0
+
     def forward(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
         """Scores every fact of the pack.
 
@@ -104,25 +109,36 @@ class Retriever(nn.Module):
         topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
+        fact_weight = self.fact_score.weight.view(3, -1)
         for stage in range(self.config.num_stages):
             if stage:
                 topics = gather_rows(h, graph.topic_row) * topic_count
                 topic_state = segment_sum(topics, graph.topic_graph, graph.num_graphs)
                 instruction = self.revision(instruction, topic_state)
-            p = graph.topic
+            p, score = graph.topic, None
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
                 if depth:
-                    score = self.node_score(self.dropout(h)).squeeze(1)
-                    p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
+                    if score is None:
+                        score = self.node_score(self.dropout(h))
+                    else:
+                        score = score + self.node_score.bias
+                    p = segment_softmax(score.squeeze(1), graph.node_ptr, count=graph.node_count)
                 # At first p is zero away from the topics, so other facts carry nothing.
                 facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
-                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
+                which = None
+                if self._scores_at_once and depth + 1 < len(self.layers):
+                    which = self.node_score.weight
+                elif self._scores_at_once and stage + 1 == self.config.num_stages:
+                    which = fact_weight[::2]
+                where = (facts, pairs, graph.node_graph)
+                found = layer(h, p, layer_tables, instruction, *where, score_weight=which)
+                h, score = (found, None) if which is None else found
         relation = self._relation_feature(x, instruction, orders, by_relation, by_graph)
-        weight = self.fact_score.weight.view(3, -1)
-        ends = (self.dropout(h) @ weight[::2].t()).float()
+        ends = self.dropout(h) @ fact_weight[::2].t() if score is None else score
+        ends = ends.float()
         logits = fact_scores(
             ends[:, 0],
-            (relation @ weight[1]).float(),
+            (relation @ fact_weight[1]).float(),
             ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
             orders=orders,
