@@ -42,6 +42,7 @@ from dragkit_kernels import (
     resolve_backend,
     row_order,
 )
+from dragkit_kernels.launch import SUM, force_sum
 
 
 def message_cost(pack: Pack, width: int, size: int) -> tuple[float, float]:
@@ -205,6 +206,12 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: b
         out = out.index_add(0, tail, p[head].unsqueeze(1) * forward[pack.pair])
         return (out.index_add(0, head, p[tail].unsqueeze(1) * inverse[pack.pair]),)
 
+    def one_hot() -> tuple[Tensor, ...]:
+        with force_sum("one-hot"):
+            return (message_passing(*leaves, **where),)
+
+    choice = "" if dtype in SUM else f"tables of {dtype} are summed by slots alone"
+    runs = resolve_backend("message_passing", h) == "triton"
     flops = 2.0 * nodes * width**2
     return Problem(
         name="message_passing",
@@ -213,6 +220,12 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: b
         truth=truth,
         contenders=[
             *ours("message_passing", h, lambda: (message_passing(*leaves, **where),)),
+            Contender(
+                "dragkit, Triton, one-hot",
+                one_hot,
+                peer=False,
+                obstacle=choice or ("" if runs else f"no Triton kernel runs on a {device.type}"),
+            ),
             Contender("PyG propagate over the tables", pyg),
             compiled("PyG propagate over the tables", pyg, compile_),
             Contender("index_add", by(index_add_sum(pack))),

@@ -50,7 +50,7 @@ def add_one_hot(
         sender = tl.load(end_ptr + fact, mask=live, other=0)
         weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
         weight *= tl.load(p_ptr + sender, mask=live, other=0.0).to(tl.float32)
-        own = live[None, :] & (node[None, :] == lane[:, None])
+        own = node[None, :] == lane[:, None]
         row = tl.load(row_ptr + fact, mask=live, other=0).to(tl.int64)
         at = row[:, None] * num_columns + offs_c[None, :]
         value = tl.load(table_ptr + at, mask=live[:, None] & mask_c[None, :], other=0.0)
