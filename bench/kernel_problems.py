@@ -39,8 +39,10 @@ from dragkit_kernels import (
     relation_gate_ref,
     relation_sum,
     relation_sum_ref,
+    resolve_backend,
     row_order,
 )
+from dragkit_kernels.launch import SUM, force_sum
 
 
 def message_cost(pack: Pack, width: int, size: int) -> tuple[float, float]:
@@ -83,7 +85,7 @@ def layer(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
     x = random_leaf(relations + 1, 2, width, **make, seed=3)
     instruction = random_leaf(pack.num_graphs, count, width, **make, seed=4)
     weights = [mine.relation.weight, mine.relation.bias, mine.update.weight, mine.update.bias]
-    pairs = gate_pairs(pack.orders, pack.num_graphs, relations)
+    pairs = gate_pairs(pack.orders, pack.num_graphs, x[:-1])
     node_graph = pack.node_graph.int()
 
     def collapsed() -> tuple[Tensor, ...]:
@@ -204,6 +206,12 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: b
         out = out.index_add(0, tail, p[head].unsqueeze(1) * forward[pack.pair])
         return (out.index_add(0, head, p[tail].unsqueeze(1) * inverse[pack.pair]),)
 
+    def one_hot() -> tuple[Tensor, ...]:
+        with force_sum("one-hot"):
+            return (message_passing(*leaves, **where),)
+
+    choice = "" if dtype in SUM else f"tables of {dtype} are summed by slots alone"
+    runs = resolve_backend("message_passing", h) == "triton"
     flops = 2.0 * nodes * width**2
     return Problem(
         name="message_passing",
@@ -212,6 +220,12 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: b
         truth=truth,
         contenders=[
             *ours("message_passing", h, lambda: (message_passing(*leaves, **where),)),
+            Contender(
+                "dragkit, Triton, one-hot",
+                one_hot,
+                peer=False,
+                obstacle=choice or ("" if runs else f"no Triton kernel runs on a {device.type}"),
+            ),
             Contender("PyG propagate over the tables", pyg),
             compiled("PyG propagate over the tables", pyg, compile_),
             Contender("index_add", by(index_add_sum(pack))),
@@ -271,7 +285,7 @@ def gates(pack: Pack, dtype: torch.dtype, width: int, count: int, compile_: bool
     where = (pack.orders.pair_relation, pack.orders.pair_graph)
     row, graph = (tensor.long() for tensor in where)
     sorted_pairs = {}
-    if relation.is_cuda:  # as the model, whose layers share them
+    if resolve_backend("relation_gate", relation) == "triton":  # as the model, whose layers share
         sorted_pairs = {
             "relation_order": row_order(where[0], pack.num_relations),
             "graph_order": row_order(where[1], pack.num_graphs),

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit.data.packed import TokenPack
@@ -20,6 +21,7 @@ from dragkit_kernels import (
     message_passing,
     message_passing_parity,
     relation_gate,
+    resolve_backend,
     row_order,
 )
 
@@ -129,7 +131,7 @@ class GatePairs(NamedTuple):
     Attributes:
         relation, graph: int32 [P+B] row of the layers' relations and graph of each.
         relation_order, graph_order: places of both in the order of the gates' backward sums; None
-            where only PyTorch runs, which sums without.
+            where nothing reads them: without a backward, and on PyTorch's kernels.
     """
 
     relation: Tensor
@@ -137,17 +139,38 @@ class GatePairs(NamedTuple):
     relation_order: RowOrder | None
     graph_order: RowOrder | None
 
+    def without_loops(self) -> tuple[RowOrder | None, RowOrder | None]:
+        """Both orders for the pairs of the facts alone, which need no sorting again.
 
-def gate_pairs(orders: FactOrders, num_graphs: int, num_relations: int) -> GatePairs:
+        Self-loops have the last relation, and come last in their graphs; the pairs themselves
+        ascend by graph.
+        """
+        if self.relation_order is None or self.graph_order is None:
+            return None, None
+        ends = self.graph_order.ptr
+        loops = torch.arange(ends.shape[0], dtype=torch.int32, device=ends.device)
+        pairs = self.relation.shape[0] - ends.shape[0] + 1
+        place = torch.arange(pairs, dtype=torch.int32, device=ends.device)
+        by_relation = self.relation_order
+        return (
+            RowOrder(by_relation.place[:pairs], by_relation.ptr[:-1]),
+            RowOrder(place, ends - loops),
+        )
+
+
+def gate_pairs(orders: FactOrders, num_graphs: int, like: Tensor) -> GatePairs:
     """What all layers over the same facts share.
 
     Args:
-        orders: the facts; num_graphs: B; num_relations: R, so that row R stands for the self-loop.
+        orders: the facts; num_graphs: B.
+        like: float [R, ...] relation vectors, which decide what runs; row R stands for the
+            self-loop.
     """
+    num_relations = like.shape[0]
     graphs = torch.arange(num_graphs, dtype=torch.int32, device=orders.pair_graph.device)
     relation = torch.cat([orders.pair_relation, torch.full_like(graphs, num_relations)])
     graph = torch.cat([orders.pair_graph, graphs])
-    if not relation.is_cuda:
+    if not torch.is_grad_enabled() or resolve_backend("relation_gate", like) == "torch":
         return GatePairs(relation, graph, None, None)
     by_relation = row_order(relation, num_relations + 1)
     return GatePairs(relation, graph, by_relation, row_order(graph, num_graphs))
@@ -183,8 +206,9 @@ class ReasoningLayer(nn.Module):
         own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
         projected = self.relation(relation)
-        # Like the node states: autocast does not look into the op that multiplies the two.
-        own = own.t().to(projected.dtype)
+        # Like the node states: autocast does not look into the op that multiplies the two. Rows in
+        # one piece, as the kernel reads them: else every layer of every stage would copy it.
+        own = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
         return LayerTables(projected, own, blocks.reshape(2, -1, width))
 
     def forward(
@@ -196,16 +220,18 @@ class ReasoningLayer(nn.Module):
         orders: FactOrders,
         pairs: GatePairs,
         node_graph: Tensor,
-    ) -> Tensor:
+        score_weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Node states after one hop.
 
         Args:
             h: float [N, C]; p: float32 [N] node distribution.
             tables: of `prepare`; instruction: float [B, I, C].
             orders: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
+            score_weight: float [S, C] linear scores to take of the new states along with them.
 
         Returns:
-            float [N, C].
+            float [N, C], and with score weights the scores, float [N, S].
         """
         u = tables.relation
         if self.parity:
@@ -225,7 +251,8 @@ class ReasoningLayer(nn.Module):
                 seed=seed,
             )
             joined = torch.cat([self.dropout(h), sums.flatten(1)], dim=1)
-            return torch.relu(self.update(joined))
+            out = torch.relu(self.update(joined))
+            return out if score_weight is None else (out, F.linear(out, score_weight))
         c = relation_gate(
             u,
             instruction.to(u.dtype),  # under autocast the two come from maps of other precisions
@@ -247,6 +274,7 @@ class ReasoningLayer(nn.Module):
             self.update.bias,
             orders=orders,
             node_graph=node_graph,
+            score_weight=score_weight,
         )
 
 

@@ -19,6 +19,7 @@ from dragkit.model.layers import (
 )
 from dragkit_kernels import (
     FactOrders,
+    RowOrder,
     fact_scores,
     gather_rows,
     relation_sum,
@@ -81,6 +82,11 @@ class Retriever(nn.Module):
         """Width of a fact's representation [h_s ; x_r ; h_t]."""
         return 3 * self.config.hidden_dim
 
+    @property
+    def _scores_at_once(self) -> bool:
+        """Whether a layer can score its own states: no dropout stands in between."""
+        return not self.training or self.dropout.p == 0
+
     def forward(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
         """Scores every fact of the pack.
 
@@ -94,33 +100,45 @@ class Retriever(nn.Module):
         graph, orders = batch.graph, batch.graph.orders
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        start = gather_rows(self.start(x[:, 0]), orders.pair_relation)
+        start_pairs, all_pairs = (
+            gate_pairs(facts, graph.num_graphs, x) for facts in (graph.start, orders)
+        )
+        by_relation, by_graph = all_pairs.without_loops()
+        start = gather_rows(self.start(x[:, 0]), orders.pair_relation, order=by_relation)
         h = torch.relu(relation_sum(start, orders=orders))
         topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
         relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
         tables = [layer.prepare(relation) for layer in self.layers]
-        start_pairs, all_pairs = (
-            gate_pairs(facts, graph.num_graphs, x.shape[0]) for facts in (graph.start, orders)
-        )
+        fact_weight = self.fact_score.weight.view(3, -1)
         for stage in range(self.config.num_stages):
             if stage:
                 topics = gather_rows(h, graph.topic_row) * topic_count
                 topic_state = segment_sum(topics, graph.topic_graph, graph.num_graphs)
                 instruction = self.revision(instruction, topic_state)
-            p = graph.topic
+            p, score = graph.topic, None
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
                 if depth:
-                    score = self.node_score(self.dropout(h)).squeeze(1)
-                    p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
+                    if score is None:
+                        score = self.node_score(self.dropout(h))
+                    else:
+                        score = score + self.node_score.bias
+                    p = segment_softmax(score.squeeze(1), graph.node_ptr, count=graph.node_count)
                 # At first p is zero away from the topics, so other facts carry nothing.
                 facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
-                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
-        relation = self._relation_feature(x, instruction, orders)
-        weight = self.fact_score.weight.view(3, -1)
-        ends = (self.dropout(h) @ weight[::2].t()).float()
+                which = None
+                if self._scores_at_once and depth + 1 < len(self.layers):
+                    which = self.node_score.weight
+                elif self._scores_at_once and stage + 1 == self.config.num_stages:
+                    which = fact_weight[::2]
+                where = (facts, pairs, graph.node_graph)
+                found = layer(h, p, layer_tables, instruction, *where, score_weight=which)
+                h, score = (found, None) if which is None else found
+        relation = self._relation_feature(x, instruction, orders, by_relation, by_graph)
+        ends = self.dropout(h) @ fact_weight[::2].t() if score is None else score
+        ends = ends.float()
         logits = fact_scores(
             ends[:, 0],
-            (relation @ weight[1]).float(),
+            (relation @ fact_weight[1]).float(),
             ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
             orders=orders,
@@ -128,10 +146,17 @@ class Retriever(nn.Module):
         )
         return RetrieverOutput(logits, h, relation)
 
-    def _relation_feature(self, x: Tensor, instruction: Tensor, orders: FactOrders) -> Tensor:
+    def _relation_feature(
+        self,
+        x: Tensor,
+        instruction: Tensor,
+        orders: FactOrders,
+        by_relation: RowOrder | None,
+        by_graph: RowOrder | None,
+    ) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = gather_rows(x[:, 0], orders.pair_relation)
+        static = gather_rows(x[:, 0], orders.pair_relation, order=by_relation)
         if self.config.fact_relation == "static":
             return static
-        gate = gather_rows(instruction.mean(1), orders.pair_graph)
+        gate = gather_rows(instruction.mean(1), orders.pair_graph, order=by_graph)
         return static + static * gate

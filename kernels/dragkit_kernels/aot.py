@@ -3,9 +3,9 @@
     python -m dragkit_kernels.aot [--triton-path DIR] [--markdown]
 
 One row per kernel, configuration and architecture: registers and stack of a thread, instructions
-that spill, shared memory of a program, 128-bit loads, and the share of a multiprocessor's warps
-that fit. Exits with 1 if a kernel is over the budget that stands beside it.
-Needs nothing but torch, triton and the tools in triton's wheel.
+that spill, shared memory of a program, 128-bit loads, instructions for the tensor cores, and the
+share of a multiprocessor's warps that fit. Exits with 1 if a kernel is over the budget that stands
+beside it. Needs nothing but torch, triton and the tools in triton's wheel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _SHARED_RESERVED = 1024  # bytes, for every program
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _COLUMNS = (
     *("kernel", "configuration", "arch", "triton", "registers", "spills", "stack", "shared"),
-    *("wide loads", "occupancy", "over budget"),
+    *("wide loads", "products", "occupancy", "over budget"),
 )
 
 
@@ -53,6 +53,7 @@ class Usage(NamedTuple):
         stack: bytes per thread.
         shared: bytes per program.
         wide_loads: global loads of 128 bits or more, each loop counted once.
+        products: instructions for the tensor cores, each loop counted once.
     """
 
     registers: int
@@ -60,6 +61,7 @@ class Usage(NamedTuple):
     stack: int
     shared: int
     wide_loads: int
+    products: int = 0
 
     def occupancy(self, num_warps: int) -> float:
         """Share of a multiprocessor's warps that fit at once."""
@@ -81,6 +83,7 @@ class Usage(NamedTuple):
             "stack": self.stack > 0,
             f"shared > {limit.shared}": self.shared > limit.shared,
             f"wide loads < {limit.wide_loads}": self.wide_loads < limit.wide_loads,
+            f"products < {limit.products}": self.products < limit.products,
         }
         return ", ".join(name for name, is_over in over.items() if is_over)
 
@@ -124,6 +127,7 @@ def _usage(cubin: bytes, ptx: str, shared: int) -> Usage:
         stack=stack,
         shared=shared,
         wide_loads=sum(int(count) * int(bits) >= 128 for count, bits in vectors),
+        products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     )
 
 

@@ -20,10 +20,12 @@ from torch._dynamo.testing import CompileCounter
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.data.quotient import quotient
+from dragkit.model import layers
 from dragkit.model.encoder import RelationStates
+from dragkit.model.layers import gate_pairs
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.compile import compile_retriever
-from dragkit_kernels import FactGroups, build_fact_orders
+from dragkit_kernels import FactGroups, build_fact_orders, row_order
 
 TEXT = 12
 
@@ -247,6 +249,54 @@ def test_equals_one_question_at_a_time(message, instructions, stages, merge):
         ours = torch.zeros_like(theirs) if parameter.grad is None else parameter.grad
         scale = theirs.abs().max().clamp(min=1e-3)
         assert ((ours - theirs).abs().max() / scale) < 5e-6, name
+
+
+def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
+    rng = np.random.default_rng(0)
+    graphs = [make_graph(rng, n, e, 5) for n, e in ((0, 0), (6, 14), (3, 0), (4, 9), (0, 0))]
+    orders, relations = pack(graphs).graph.orders, torch.zeros(5, 2)
+    assert gate_pairs(orders, 5, relations).without_loops() == (None, None)
+    # As where Triton runs.
+    monkeypatch.setattr(layers, "resolve_backend", lambda op, tensor: "triton")
+    with torch.no_grad():
+        assert gate_pairs(orders, 5, relations).relation_order is None
+    found = gate_pairs(orders, 5, relations)
+    wanted = (row_order(found.relation, 6), row_order(found.graph, 5))
+    wanted += (row_order(orders.pair_relation, 5), row_order(orders.pair_graph, 5))
+    given = (found.relation_order, found.graph_order, *found.without_loops())
+    for got, want in zip(given, wanted, strict=True):
+        for x, y in zip(got, want, strict=True):
+            assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("message", ["collapsed", "parity"])
+def test_scores_taken_along_are_those_taken_afterwards(message, monkeypatch):
+    """And so are all gradients; with dropout at work nothing is taken along."""
+    rng = np.random.default_rng(2)
+    batch = pack([make_graph(rng, n, e, 5) for n, e in ((6, 14), (0, 0), (4, 9))])
+    model, relations, asked = double_retriever(message=message), relation_states(5), []
+    plain = layers.ReasoningLayer.forward
+
+    def forward(self, *arguments, score_weight=None):
+        asked.append(score_weight is not None)
+        return plain(self, *arguments, score_weight=score_weight)
+
+    monkeypatch.setattr(layers.ReasoningLayer, "forward", forward)
+    found = []
+    for at_once in (True, False):
+        monkeypatch.setattr(Retriever, "_scores_at_once", at_once)
+        model.zero_grad()
+        logits = model(batch, relations).fact_logits
+        logits.pow(2).sum().backward()
+        # Of two layers in two stages all but the last of the first stage.
+        assert asked == ([True, False, True, True] if at_once else [False] * 4)
+        asked.clear()
+        found.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
+    monkeypatch.undo()
+    model.dropout.p = 0.5
+    assert not model._scores_at_once and model.eval()._scores_at_once
 
 
 def test_every_parameter_learns_from_the_logits():

@@ -11,7 +11,7 @@ from dragkit_kernels.aot import Usage, all_specs
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.launch import Budget
 
-FITS = Usage(registers=64, spills=0, stack=0, shared=1024, wide_loads=2)
+FITS = Usage(registers=64, spills=0, stack=0, shared=1024, wide_loads=2, products=1)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
@@ -47,11 +47,12 @@ def test_specs_name_every_argument() -> None:
         ({"registers": 65}, "registers > 64"),
         ({"spills": 1}, "spills"),
         ({"stack": 8, "shared": 1025}, "stack, shared > 1024"),
-        ({"wide_loads": 1}, "wide loads < 2"),
+        ({"wide_loads": 1, "products": 0}, "wide loads < 2, products < 1"),
     ],
 )
 def test_what_is_over_a_budget_is_named(change: dict[str, int], message: str) -> None:
-    spec = next(all_specs())._replace(budget=Budget(registers=64, shared=1024, wide_loads=2))
+    budget = Budget(registers=64, shared=1024, wide_loads=2, products=1)
+    spec = next(all_specs())._replace(budget=budget)
     assert FITS._replace(**change).excess(spec) == message
 
 

@@ -111,6 +111,71 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: run(pack, list(x)), inputs)
 
 
+def scored(pack: Adjacency, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The last of the inputs are the score weights."""
+    where = {"orders": pack.orders, "node_graph": pack.node_graph}
+    return message_passing(*inputs[:-1], score_weight=inputs[-1], **where)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scores_are_products_with_the_stored_states(dtype: torch.dtype) -> None:
+    pack = random_adjacency([(0, 0), (9, 20), (4, 7)], 4)
+    inputs = leaves([*make_inputs(pack, dtype), torch.randn(2, WIDTH).to(dtype)])
+    out, score = scored(pack, inputs)
+    assert torch.equal(out, run(pack, inputs[:-1]))
+    assert score.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert_close(score, out.double() @ inputs[-1].double().t())
+    # A loss of the score alone, of the states alone, and of both.
+    d_out, d_score = torch.randn(13, WIDTH).to(dtype), torch.randn(13, 2).to(score.dtype)
+    exact = leaves([x.double() for x in inputs])
+    wanted_out = loop_layer(pack, exact[:-1])
+    wanted = (wanted_out, wanted_out @ exact[-1].t())
+    for states, scores in ((0, 1), (1, 0), (1, 1)):
+        grads = [d_out * states, d_score * scores]
+        got = torch.autograd.grad((out, score), inputs, grads, retain_graph=True)
+        want = torch.autograd.grad(wanted, exact, [g.double() for g in grads], retain_graph=True)
+        for name, x, y in zip((*NAMES, "score_weight"), got, want, strict=True):
+            assert x.dtype == dtype
+            assert_close(x, y, name=f"d{name}", tolerance=2e-2 if dtype == torch.bfloat16 else None)
+
+
+def test_gradcheck_with_scores() -> None:
+    pack = random_adjacency([(4, 9), (0, 0), (3, 4)], 3)
+    inputs = make_inputs(pack, torch.float64, width=3)
+    inputs = leaves([*inputs, torch.randn(1, 3, dtype=torch.float64)])
+    assert torch.autograd.gradcheck(lambda *x: scored(pack, list(x)), inputs)
+
+
+@pytest.mark.parametrize("place", [None, 1, 7])
+def test_gradients_with_scores_alone_and_frozen(place: int | None) -> None:
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    values = [*make_inputs(pack, torch.float32), torch.randn(2, WIDTH)]
+    every = leaves(values)
+    want = gradients(scored(pack, every)[1], every, torch.ones(13, 2))
+    alone = [x.detach() for x in values]
+    if place is None:
+        assert not scored(pack, alone)[1].requires_grad
+        return
+    alone[place].requires_grad_()
+    (got,) = gradients(scored(pack, alone)[1], [alone[place]], torch.ones(13, 2))
+    assert torch.equal(got, want[place])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (torch.zeros(WIDTH), r"score_weight must have shape \[\*, 7\], got \[7\]"),
+        (torch.zeros(2, WIDTH + 1), r"score_weight must have shape \[\*, 7\], got \[2, 8\]"),
+        (torch.zeros(0, WIDTH), r"score_weight must have rows, got \[0, 7\]"),
+        (torch.zeros(1, WIDTH, dtype=torch.int64), r"score_weight must be floating point"),
+    ],
+)
+def test_wrong_score_weights(bad: Tensor, message: str) -> None:
+    pack = random_adjacency([(9, 20), (4, 7)], 4)
+    with pytest.raises(ValueError, match=message):
+        scored(pack, [*make_inputs(pack, torch.float32), bad])
+
+
 def test_strided_inputs_and_expanded_gradient() -> None:
     pack = random_adjacency([(9, 20), (4, 7)], 4)
     values = make_inputs(pack, torch.float32)

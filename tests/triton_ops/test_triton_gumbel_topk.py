@@ -19,7 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 INF = math.inf
 KINDS = list(itertools.product(("bernoulli", "budget"), ("concrete", "mean")))
-SIZES = [0, 7, 1, 0, 12, 40, 0]
+SIZES = [0, 7, 0, 40, 0]
+# Where sizes are of no account: a program takes an interpreter a tenth of a second.
+FEW = [7, 0, 12]
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025]
 
 
@@ -91,8 +93,10 @@ def check(
 def test_sizes_around_powers_of_two(
     device: torch.device, kind: tuple[str, str], drawn: bool, k: int
 ) -> None:
-    values = 2 * torch.randn(sum(EDGES))
-    check(values.to(device), EDGES, k, kind, noise=torch.randn(sum(EDGES)).to(device), drawn=drawn)
+    # Where noise comes from has no part in the tiles.
+    sizes = EDGES[3::4] if drawn else EDGES
+    values = 2 * torch.randn(sum(sizes))
+    check(values.to(device), sizes, k, kind, noise=torch.randn(sum(sizes)).to(device), drawn=drawn)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
@@ -100,7 +104,7 @@ def test_sizes_around_powers_of_two(
 def test_streamed_questions(
     device: torch.device, small_tiles: None, kind: tuple[str, str], drawn: bool, k: int
 ) -> None:
-    sizes = [0, 33, 1, 32, 0, 31, 64, 65, 97, 0]
+    sizes = [32, 0, 65] if drawn else [0, 33, 1, 32, 31, 64, 65, 97]
     values = (2 * torch.randn(sum(sizes))).round(decimals=1).to(device)
     check(values, sizes, k, kind, drawn=drawn)
 
@@ -121,7 +125,7 @@ def test_k_from_nothing_to_more_than_there_are(device: torch.device, kind: tuple
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
-@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], SIZES], ids=str)
+@pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], [0, 3, 0]], ids=str)
 def test_empty_questions(device: torch.device, kind: tuple[str, str], sizes: list[int]) -> None:
     for k in (0, 3):
         check(torch.randn(sum(sizes)).to(device), sizes, k, kind, drawn=True)
@@ -143,44 +147,44 @@ def test_padding_rows_belong_to_nobody(device: torch.device, kind: tuple[str, st
 def test_ties_zeros_and_infinities(
     device: torch.device, small_tiles: None, kind: tuple[str, str], pool: list[float]
 ) -> None:
-    total = sum(SIZES)
-    values = torch.tensor(pool)[torch.randint(len(pool), (total,))].to(device)
+    sizes = [7, 40]
+    values = torch.tensor(pool)[torch.randint(len(pool), (sum(sizes),))].to(device)
     # nu may stand near 10^4, where float32 has steps of 10^-3.
     tolerance = 1e-3 if max(map(abs, pool)) > 10 else 1e-5
     for k in (2, 39):
-        check(values, SIZES, k, kind, tolerance=tolerance)
+        check(values, sizes, k, kind, tolerance=tolerance)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 10.0])
 def test_temperatures(device: torch.device, kind: tuple[str, str], temperature: float) -> None:
-    values = 2 * torch.randn(sum(SIZES)).to(device)
+    values = 2 * torch.randn(sum(FEW)).to(device)
     # x = key / T and nu are rounded to float32: with |x| = 4 / T that moves s by 2^-22 / T.
     limit = max(1e-5, 1e-6 / temperature)
-    check(values, SIZES, 4, kind, drawn=True, temperature=temperature, tolerance=limit)
+    check(values, FEW, 4, kind, drawn=True, temperature=temperature, tolerance=limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_logits(device: torch.device, dtype: torch.dtype) -> None:
-    values = torch.randn(sum(SIZES)).to(device, dtype)
-    noise = torch.randn(sum(SIZES)).to(device)
+    values = torch.randn(sum(FEW)).to(device, dtype)
+    noise = torch.randn(sum(FEW)).to(device)
     for kind in KINDS:
         tolerance = {torch.float16: 2e-3, torch.bfloat16: 8e-3}[dtype]
-        drawn = check(values, SIZES, 4, kind, noise=noise, tolerance=tolerance)
+        drawn = check(values, FEW, 4, kind, noise=noise, tolerance=tolerance)
         assert drawn.gate.dtype == torch.float32 and drawn.soft.dtype == torch.float32
 
 
 def test_strided_inputs_and_gradients_and_a_second_run_are_bit_equal(
     device: torch.device,
 ) -> None:
-    values, noise = torch.randn(sum(SIZES)).to(device), torch.randn(sum(SIZES)).to(device)
+    values, noise = torch.randn(sum(FEW)).to(device), torch.randn(sum(FEW)).to(device)
     for mode, estimator in KINDS:
         results = []
         for x, n in ((values, noise), (values, noise), (strided_like(values), strided_like(noise))):
             logits = x.requires_grad_()
             drawn = gumbel_topk(
                 logits,
-                offsets(SIZES, device),
+                offsets(FEW, device),
                 4,
                 noise=n,
                 mode=mode,
@@ -230,10 +234,11 @@ def test_nan_stays_in_the_values_and_out_of_the_index(device: torch.device) -> N
 
 
 def test_opcheck(device: torch.device) -> None:
-    logits = torch.randn(sum(SIZES), device=device, requires_grad=True)
-    ptr, ops = offsets(SIZES, device), torch.ops.dragkit
-    seed, keys = torch.tensor(3, device=device), torch.arange(len(SIZES), device=device)
-    fixed = (3, 40, 0.0, 0.5)
+    sizes = [3, 2]
+    logits = torch.randn(sum(sizes), device=device, requires_grad=True)
+    ptr, ops = offsets(sizes, device), torch.ops.dragkit
+    seed, keys = torch.tensor(3, device=device), torch.arange(len(sizes), device=device)
+    fixed = (2, 3, 0.0, 0.5)
     for budget in (True, False):
         arguments = (logits, ptr, None, seed, keys, *fixed, budget, True, True)
         torch.library.opcheck(ops.gumbel_topk_fwd.default, arguments)
@@ -243,10 +248,10 @@ def test_opcheck(device: torch.device) -> None:
             (
                 *(torch.randn_like(t) for t in out[:2]),
                 *(logits.detach(), ptr, None, seed, keys, out[5], out[2]),
-                *(40, 0.5, budget, True),
+                *(3, 0.5, budget, True),
             ),
         )
-    torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 60, True))
+    torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 5, True))
 
 
 def test_compiled_equals_eager(device: torch.device) -> None:
@@ -264,7 +269,7 @@ def test_compiled_equals_eager(device: torch.device) -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(choose, fullgraph=True, backend="aot_eager", dynamic=True)
-    for sizes in ([5, 9], [4, 0, 7, 2]):
+    for sizes in ([5, 9], [4, 0, 7]):
         logits = torch.randn(sum(sizes), device=device, requires_grad=True)
         keys = torch.arange(len(sizes), device=device)
         arguments = (

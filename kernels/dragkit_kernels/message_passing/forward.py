@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import INTERPRETED
-from ..launch import Budget
+from ..launch import ONE_HOT_FACTS, Budget, sum_way
 from .chunks import chunk_sums
+from .one_hot import add_one_hot
 from .product import product
 from .tiles import COLUMNS, DTYPES, layer_tile, wide_spec
 from .walk import add_chunks, add_rows, block_rows
@@ -20,7 +21,7 @@ TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.
 DEPTH = 32
 
 
-@triton.jit(do_not_specialize=["num_nodes"])
+@triton.jit(do_not_specialize=["num_nodes", "num_scores"])
 def _message_passing_fwd_kernel(
     h_ptr,
     p_ptr,
@@ -42,19 +43,23 @@ def _message_passing_fwd_kernel(
     product_ptr,
     chunk_in_ptr,
     chunk_out_ptr,
+    score_weight_ptr,
     out_ptr,
+    score_ptr,
     num_nodes,
+    num_scores,
     num_columns,
-    stride_wk,
-    stride_wc,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
     + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
 
-    The product h W is read from `product` or, where that is None, made here on the tensor cores.
+    The product h W is read from `product` or, where that is None, made here on the tensor cores. So
+    are the sums, BLOCK_E facts at a time, if that is not 0. score_s is the product of this block's
+    columns of out with row s of the score weights.
     """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -68,21 +73,31 @@ def _message_passing_fwd_kernel(
             mask_k = offs_k < num_columns
             h_mask = mask_n[:, None] & mask_k[None, :]
             h = tl.load(h_ptr + row + offs_k[None, :], mask=h_mask, other=0.0)
-            at = offs_k[:, None].to(tl.int64) * stride_wk + offs_c[None, :].to(tl.int64) * stride_wc
+            at = offs_k[:, None].to(tl.int64) * num_columns + offs_c[None, :]
             w_mask = mask_k[:, None] & mask_c[None, :]
             w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
             acc = tl.dot(h, w, acc)
 
-    acc = add_rows(
-        acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-        fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
-        chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
-    acc = add_rows(
-        acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-        fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
-        chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+    if BLOCK_E == 0:
+        acc = add_rows(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
+            chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+        acc = add_rows(
+            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
+            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+    else:
+        acc = add_one_hot(
+            acc, offs_c, mask_c, num_nodes, num_columns, tail_begin_ptr, tail_ptr, tail_fact_ptr,
+            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
+        acc = add_one_hot(
+            acc, offs_c, mask_c, num_nodes, num_columns, head_begin_ptr, head_ptr, head_fact_ptr,
+            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, BLOCK_N, BLOCK_E,
+        )  # fmt: skip
     if chunk_in_ptr is not None:
         acc = add_chunks(
             acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, chunk_in_ptr
@@ -101,11 +116,27 @@ def _message_passing_fwd_kernel(
     if product_ptr is not None:
         acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
     # A NaN stays one, as in torch.relu.
-    acc = tl.where(acc < 0.0, 0.0, acc)
-    tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    rounded = tl.where(acc < 0.0, 0.0, acc).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row + offs_c[None, :], rounded, mask=mask)
+    place = tl.program_id(1).to(tl.int64) * num_nodes + offs_n
+    for s in range(0, num_scores):
+        w = tl.load(score_weight_ptr + s * num_columns + offs_c, mask=mask_c, other=0.0)
+        score = tl.sum(tl.where(mask_c[None, :], rounded.to(tl.float32) * w[None, :], 0.0), 1)
+        tl.store(score_ptr + place * num_scores + s, score, mask=mask_n)
 
 
-def message_passing_fwd(
+def message_passing_fwd(*arguments: Tensor) -> Tensor:
+    """Launches the layer; see `dragkit::message_passing_fwd`."""
+    return _launch(None, *arguments)[0]
+
+
+def message_passing_scored_fwd(score_weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    """Launches the layer with its scores; see `dragkit::message_passing_scored_fwd`."""
+    return _launch(score_weight.to(torch.float32).contiguous(), *arguments)
+
+
+def _launch(
+    score_weight: Tensor | None,
     h: Tensor,
     p: Tensor,
     table_fwd: Tensor,
@@ -125,62 +156,82 @@ def message_passing_fwd(
     head_count: Tensor,
     tail_count: Tensor,
     node_graph: Tensor,
-) -> Tensor:
-    """Launches the layer; see `dragkit::message_passing_fwd`."""
+) -> tuple[Tensor, Tensor]:
+    """(out, score); without score weights the kernel's loop over them has no steps."""
     num_nodes, num_columns = h.shape
+    num_scores = 0 if score_weight is None else score_weight.shape[0]
     out = h.new_empty(num_nodes, num_columns)
+    tile = layer_tile(num_columns, table_fwd.dtype)
+    grid = tile.grid(num_nodes, num_columns)
+    score = h.new_empty((grid[1], num_nodes, num_scores), dtype=torch.float32)
     if out.numel() == 0:
-        return out
+        return out, score.new_zeros(num_nodes, num_scores)
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
     whole = None if on_tensor_cores else product(h, weight, torch.float32)
-    tile = layer_tile(num_columns, table_fwd.dtype)
+    same = on_tensor_cores and table_fwd.dtype == table_inv.dtype
+    one_hot = same and sum_way(table_fwd.dtype) == "one-hot"
     p, table_fwd, table_inv, self_table = (
         x.contiguous() for x in (p, table_fwd, table_inv, self_table)
     )
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count)
     walks = tuple(x.contiguous() for x in (*walks, tail_count))
     head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count, tail_count = walks
-    _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
+    chunks = (None, None)
+    if not one_hot:
+        chunks = (
+            chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
+            chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
+        )
+    _message_passing_fwd_kernel[grid](
         h.contiguous() if on_tensor_cores else None,
         *(p, table_fwd, table_inv, self_table),
-        weight if on_tensor_cores else None,
+        # One small copy where it is strided, in place of a kernel for each way it may be.
+        weight.contiguous() if on_tensor_cores else None,
         bias.contiguous(),
         *walks,
         node_graph.contiguous(),
         whole,
-        chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
-        chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
+        *chunks,
+        score if score_weight is None else score_weight,
         out,
+        score,
         num_nodes,
+        num_scores,
         num_columns,
-        *weight.stride(),
         BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
+        BLOCK_E=ONE_HOT_FACTS if one_hot else 0,
         BLOCK_C=tile.columns,
         **tile.options,
     )
-    return out
+    return out, score[0] if grid[1] == 1 else score.sum(0)
 
 
-_FUSED = {"product_ptr": None}
-_LIBRARY = {"h_ptr": None, "weight_ptr": None, "product_ptr": "*fp32"}
+_SCORES = {"score_weight_ptr": "*fp32", "score_ptr": "*fp32"}
+_FUSED = _SCORES | {"product_ptr": None}
+_LIBRARY = _SCORES | {"h_ptr": None, "weight_ptr": None, "product_ptr": "*fp32"}
+_WAYS = (("*bf16", _FUSED), ("*bf16", _LIBRARY), ("*fp32", _LIBRARY))
 KERNELS = tuple(
     wide_spec(
         _message_passing_fwd_kernel,
         kind,
         layer_tile(columns, DTYPES[kind]),
         "BLOCK_N",
-        Budget(registers=128, shared=40960, wide_loads=8),
+        # The facts' rows of a one-hot product go from global to shared memory without a register.
+        Budget(
+            registers=128,
+            shared=40960,
+            wide_loads=4 if facts else 8,
+            products=(48 if facts else 16) if types is _FUSED else 0,
+        ),
         types,
-        {"BLOCK_K": DEPTH, unit_stride: 1},
+        {"BLOCK_K": DEPTH, "BLOCK_E": facts},
         chunks,
     )
     for columns in COLUMNS
-    for chunks in (None, "*fp32")
-    for kind, types, unit_stride in (
-        ("*bf16", _FUSED, "stride_wk"),
-        ("*bf16", _FUSED, "stride_wc"),
-        ("*bf16", _LIBRARY, "stride_wk"),
-        ("*fp32", _LIBRARY, "stride_wk"),
+    for facts, chunks, kind, types in (
+        *((0, None, *way) for way in _WAYS),
+        *((0, "*fp32", *way) for way in _WAYS),
+        (ONE_HOT_FACTS, None, "*bf16", _FUSED),
     )
 )

@@ -19,8 +19,8 @@ from ..noise import dropout_scale, dropout_threshold
 from ..segments import segment_ids, segment_ptr
 from ..triton_math import kept_bits
 from .parity_reduce import launch_instruction, launch_p, launch_relations
-from .parity_walk import slots_tile, split, sums_of_rows
-from .tiles import COLUMNS, DTYPES, wide_spec
+from .parity_walk import seed_argument, slots_tile, split, sums_of_rows, widened
+from .tiles import COLUMNS, wide_spec
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _slots_of_direction(
     d_minus = tl.zeros(plus.shape, tl.float32)
     for first in range(0, num_instructions, 4):
         keep = tl.full(plus.shape, 15, tl.int32)
-        if seed_ptr is not None:
+        if threshold > 0:
             keep = kept_bits(
                 tl.load(seed_ptr), offs_n.to(tl.int32)[:, None], first // 4, offs_c[None, :],
                 threshold, DIRECTION,
@@ -65,10 +65,9 @@ def _slots_of_direction(
             row = (offs_n * num_instructions + k) * 2 + DIRECTION
             at = row[:, None] * num_columns + offs_c[None, :]
             grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
-            if seed_ptr is not None:
-                grad = tl.where(((keep >> (k - first)) & 1) != 0, grad * scale, 0.0)
+            grad = tl.where(((keep >> (k - first)) & 1) != 0, grad * scale, 0.0)
             at = (graph * num_instructions + k) * num_columns + offs_c
-            instruction = tl.load(instruction_ptr + at, mask=mask_c, other=0.0).to(tl.float32)
+            instruction = tl.load(instruction_ptr + at, mask=mask_c, other=0.0)
             up, down = split(instruction)
             d_plus = tl.fma(grad, up[None, :], d_plus)
             d_minus = tl.fma(grad, down[None, :], d_minus)
@@ -79,8 +78,8 @@ def _slots_of_direction(
     at = (offs_n * 4 + 2 * DIRECTION)[:, None] * num_columns + offs_c[None, :]
     tl.store(ds_ptr + at, d_plus, mask=mask)
     tl.store(ds_ptr + num_columns + at, d_minus, mask=mask)
-    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    own = tl.load(own_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0)
+    own = tl.load(own_ptr + offs_c, mask=mask_c, other=0.0)
     part = tl.sum(p[:, None] * tl.where(own[None, :] < 0, -d_minus, d_plus), 0)
     at = (tile * 2 + DIRECTION) * num_columns + offs_c
     tl.store(part_self_ptr + at, tl.where(own == 0, 0.0, part), mask=mask_c)
@@ -196,12 +195,12 @@ def message_passing_parity_bwd(
     *walks, _, _, pair_relation, fact_pair, head_count, tail_count = orders
     inputs = (p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
     out = [
-        x.new_empty(x.shape if wanted else (0,))
+        x.new_empty(x.shape if wanted else (0,), dtype=torch.float32)
         for x, wanted in zip(inputs, output_mask, strict=True)
     ]
     if grad.numel() == 0:
-        return tuple(x.zero_() for x in out)
-    floats = [x.contiguous() for x in inputs]
+        return tuple(g.zero_().to(x.dtype) for g, x in zip(out, inputs, strict=True))
+    floats = widened(*inputs)
     num_graphs, num_instructions, num_columns = instruction.shape
     tile = slots_tile(num_columns)
     tiles = graph_tiles(node_graph.contiguous(), num_graphs, tile.rows)
@@ -215,7 +214,7 @@ def message_passing_parity_bwd(
         *floats,
         *walks,
         *tiles,
-        seed if dropout > 0 else None,
+        seed_argument(seed, p),
         ds,
         part_self,
         part_instruction,
@@ -236,27 +235,24 @@ def message_passing_parity_bwd(
         own = part_self.sum(0)
         for place in (3, 4):
             if output_mask[place]:
-                out[place] = own[place - 3].to(inputs[place].dtype)
+                out[place] = own[place - 3]
     if output_mask[5]:
         launch_instruction(out[5], part_instruction, tiles.tile_ptr)
-    return tuple(out)
+    return tuple(g.to(x.dtype) for g, x in zip(out, inputs, strict=True))
 
 
 _TYPES = {
-    **dict.fromkeys(("grad_ptr", "ds_ptr", "part_self_ptr", "part_instruction_ptr"), "*fp32"),
     **{"fact_relation_ptr": "*i32", "tile_begin_ptr": "*i32", "tile_graph_ptr": "*i64"},
-    "scale": "fp32",
+    **{"scale": "fp32", "seed_ptr": "*i64"},
 }
 KERNELS = tuple(
     wide_spec(
         _message_passing_parity_bwd_slots_kernel,
-        kind,
+        "*fp32",
         slots_tile(columns),
         "BLOCK_N",
         Budget(registers=128, shared=8192, wide_loads=2),
-        {**_TYPES, "seed_ptr": seed},
+        _TYPES,
     )
     for columns in COLUMNS
-    for kind in DTYPES
-    for seed in (None, "*i64")
 )

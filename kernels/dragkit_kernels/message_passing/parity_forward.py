@@ -10,8 +10,8 @@ from torch import Tensor
 from ..launch import Budget
 from ..noise import dropout_scale, dropout_threshold
 from ..triton_math import kept_bits
-from .parity_walk import parity_tile, split, sums_of_rows
-from .tiles import COLUMNS, DTYPES, wide_spec
+from .parity_walk import parity_tile, seed_argument, split, sums_of_rows, widened
+from .tiles import COLUMNS, wide_spec
 from .walk import block_rows
 
 
@@ -37,7 +37,7 @@ def _store_slots(
     mask = mask_n[:, None] & mask_c[None, :]
     for first in range(0, num_instructions, 4):
         keep = tl.full(plus.shape, 15, tl.int32)
-        if seed_ptr is not None:
+        if threshold > 0:
             # The words of a counter serve four instructions.
             keep = kept_bits(
                 tl.load(seed_ptr), offs_n.to(tl.int32)[:, None], first // 4, offs_c[None, :],
@@ -45,11 +45,9 @@ def _store_slots(
             )  # fmt: skip
         for k in range(first, tl.minimum(first + 4, num_instructions)):
             at = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
-            instruction = tl.load(instruction_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            up, down = split(instruction)
+            up, down = split(tl.load(instruction_ptr + at, mask=mask, other=0.0))
             value = tl.fma(minus, down, plus * up)
-            if seed_ptr is not None:
-                value = tl.where(((keep >> (k - first)) & 1) != 0, value * scale, 0.0)
+            value = tl.where(((keep >> (k - first)) & 1) != 0, value * scale, 0.0)
             row = (offs_n * num_instructions + k) * 2 + DIRECTION
             tl.store(out_ptr + row[:, None] * num_columns + offs_c[None, :], value, mask=mask)
 
@@ -136,15 +134,16 @@ def message_passing_parity_fwd(
     out = p.new_empty((num_nodes, 2 * num_instructions, num_columns), dtype=torch.float32)
     if out.numel() == 0:
         return out
-    floats = (p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
+    floats = widened(p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact)
     fact_relation = pair_relation.index_select(0, fact_pair)
     tile = parity_tile(num_columns)
     _message_passing_parity_fwd_kernel[tile.grid(num_nodes, num_columns)](
-        *(x.contiguous() for x in (*floats, *walks)),
+        *floats,
+        *(x.contiguous() for x in walks),
         fact_relation,
         *(x.contiguous() for x in (head_count, tail_count, node_graph)),
-        seed if dropout > 0 else None,
+        seed_argument(seed, p),
         out,
         num_nodes,
         num_instructions,
@@ -158,17 +157,14 @@ def message_passing_parity_fwd(
     return out
 
 
-_PLAIN = {"fact_relation_ptr": "*i32", "out_ptr": "*fp32", "scale": "fp32", "seed_ptr": None}
 KERNELS = tuple(
     wide_spec(
         _message_passing_parity_fwd_kernel,
-        kind,
+        "*fp32",
         parity_tile(columns),
         "BLOCK_N",
         Budget(registers=128, shared=8192, wide_loads=6),
-        {**_PLAIN, "seed_ptr": seed},
+        {"fact_relation_ptr": "*i32", "scale": "fp32", "seed_ptr": "*i64"},
     )
     for columns in COLUMNS
-    for kind in DTYPES
-    for seed in (None, "*i64")
 )

@@ -15,14 +15,14 @@ from torch import Tensor
 from ..launch import Budget
 from ..segments import segment_ptr
 from .parity_walk import add_rows, parity_tile, split
-from .tiles import COLUMNS, DTYPES, wide_spec
+from .tiles import COLUMNS, wide_spec
 from .walk import block_rows
 
 
 @triton.jit
 def _own_dots(ds_ptr, own_ptr, offs_n, mask, offs_c, mask_c, num_columns, DIRECTION: tl.constexpr):
     """relu(u) dS+ and relu(-u) dS- of the self-loops of a tile of nodes."""
-    up, down = split(tl.load(own_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32))
+    up, down = split(tl.load(own_ptr + offs_c, mask=mask_c, other=0.0))
     at = (offs_n * 4 + 2 * DIRECTION)[:, None] * num_columns + offs_c[None, :]
     d_plus = tl.load(ds_ptr + at, mask=mask, other=0.0)
     d_minus = tl.load(ds_ptr + num_columns + at, mask=mask, other=0.0)
@@ -74,7 +74,7 @@ def _message_passing_parity_bwd_p_kernel(
             ds_ptr + 2 * num_columns, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         dp += tl.sum(plus + minus, 1)
-    tl.store(dp_ptr + offs_n, dp.to(dp_ptr.dtype.element_ty), mask=mask_n)
+    tl.store(dp_ptr + offs_n, dp, mask=mask_n)
 
 
 @triton.jit
@@ -108,14 +108,14 @@ def _message_passing_parity_bwd_pairs_kernel(
         target = tl.load(target_ptr + fact, mask=live, other=0).to(tl.int64)
         source = tl.load(source_ptr + fact, mask=live, other=0)
         weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
-        weight *= tl.load(p_ptr + source, mask=live, other=0.0).to(tl.float32)
+        weight *= tl.load(p_ptr + source, mask=live, other=0.0)
         mask = live[:, None] & mask_c[None, :]
         at = target[:, None] * (4 * num_columns) + offs_c[None, :]
         plus = tl.fma(weight[:, None], tl.load(ds_ptr + at, mask=mask, other=0.0), plus)
         d_minus = tl.load(ds_ptr + num_columns + at, mask=mask, other=0.0)
         minus = tl.fma(weight[:, None], d_minus, minus)
     relation = tl.load(pair_relation_ptr + pair).to(tl.int64)
-    u = tl.load(rel_ptr + relation * num_columns + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    u = tl.load(rel_ptr + relation * num_columns + offs_c, mask=mask_c, other=0.0)
     total = tl.where(u < 0, -tl.sum(minus, 0), tl.sum(plus, 0))
     at = pair * num_columns + offs_c
     tl.store(d_pair_ptr + at, tl.where(u == 0, 0.0, total), mask=mask_c)
@@ -151,7 +151,7 @@ def _message_passing_parity_bwd_sum_kernel(
         at = at[:, None] * num_columns + offs_c[None, :]
         total += tl.load(table_ptr + at, mask=mask, other=0.0)
     at = place.to(tl.int64) * num_columns + offs_c
-    tl.store(out_ptr + at, tl.sum(total, 0).to(out_ptr.dtype.element_ty), mask=mask_c)
+    tl.store(out_ptr + at, tl.sum(total, 0), mask=mask_c)
 
 
 def launch_p(dp: Tensor, ds: Tensor, tables: Sequence[Tensor], walks: Sequence[Tensor]) -> None:
@@ -237,22 +237,20 @@ def _launch_sum(
     )
 
 
-_TYPES = {
-    **dict.fromkeys(("ds_ptr", "d_pair_ptr"), "*fp32"),
-    **dict.fromkeys(("fact_relation_ptr", "source_ptr", "target_ptr", "count_ptr"), "*i32"),
-    **{"pair_relation_ptr": "*i32", "begin_ptr": "*i32", "table_ptr": "*fp32"},
-}
+_INDEX = (
+    *("fact_relation_ptr", "source_ptr", "target_ptr", "count_ptr", "pair_relation_ptr"),
+    "begin_ptr",
+)
 KERNELS = tuple(
     wide_spec(
         kernel,
-        kind,
+        "*fp32",
         parity_tile(columns),
         rows,
         Budget(registers=128, shared=8192, wide_loads=wide_loads),
-        {name: _TYPES[name] for name in _TYPES if name in kernel.arg_names} | types,
+        {name: "*i32" for name in _INDEX if name in kernel.arg_names} | types,
     )
     for columns in COLUMNS
-    for kind in DTYPES
     for kernel, rows, wide_loads, types in (
         (_message_passing_parity_bwd_p_kernel, "BLOCK_N", 6, {}),
         (_message_passing_parity_bwd_pairs_kernel, "BLOCK_E", 4, {}),

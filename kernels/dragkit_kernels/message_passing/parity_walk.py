@@ -7,8 +7,10 @@ Sums run in float32 and in the order's own sequence.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .tiles import COLUMNS, WideTile
 
@@ -26,6 +28,20 @@ def slots_tile(num_columns: int) -> WideTile:
     """The same with four elements a thread, for the sums beside their gradients."""
     tile = parity_tile(num_columns)
     return tile._replace(num_warps=2 * tile.num_warps)
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in float32, without gaps.
+
+    The kernels know no other dtype: relations and instructions are small beside the sums, which are
+    float32 in any case, and a kernel for each dtype would be compiled for little.
+    """
+    return [x.to(torch.float32).contiguous() for x in tensors]
+
+
+def seed_argument(seed: Tensor | None, like: Tensor) -> Tensor:
+    """The seed; without dropout, when the kernels do not look at it, any place of its dtype."""
+    return like.new_empty((), dtype=torch.int64) if seed is None else seed
 
 
 @triton.jit
@@ -62,10 +78,10 @@ def add_facts(
     end = tl.load(end_ptr + fact, mask=live, other=0).to(tl.int64)
     weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
     if p_ptr is not None:
-        weight *= tl.load(p_ptr + end, mask=live, other=0.0).to(tl.float32)
+        weight *= tl.load(p_ptr + end, mask=live, other=0.0)
     mask = live[:, None] & mask_c[None, :]
     at = row[:, None] * num_columns + offs_c[None, :]
-    up, down = split(tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32))
+    up, down = split(tl.load(table_ptr + at, mask=mask, other=0.0))
     if other_ptr is not None:
         at = end[:, None] * (4 * num_columns) + offs_c[None, :]
         up *= tl.load(other_ptr + at, mask=mask, other=0.0)
@@ -145,8 +161,8 @@ def sums_of_rows(
     BLOCK_C: tl.constexpr,
 ):
     """(S+, S-) of a tile of nodes in one direction, self-loops included."""
-    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    up, down = split(tl.load(own_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32))
+    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0)
+    up, down = split(tl.load(own_ptr + offs_c, mask=mask_c, other=0.0))
     return add_rows(
         p[:, None] * up[None, :], p[:, None] * down[None, :], offs_n, mask_n, offs_c, mask_c,
         num_columns, begin_ptr, order_ptr, fact_relation_ptr, end_ptr, count_ptr, p_ptr,

@@ -78,5 +78,5 @@ def wide_spec(
         num_warps=tile.num_warps,
         budget=budget,
         max_registers=tile.max_registers,
-        divisible=tuple({"num_columns", "stride_wk", "stride_wc"} - constants.keys()),
+        divisible=("num_columns",),
     )
