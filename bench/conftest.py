@@ -14,7 +14,7 @@ from bench.measure import Way, compare
 from bench.records import write_results
 from bench.tables import Comparison, Reported
 
-_REPEATS, _SMALL_REPEATS = 9, 5
+_REPEATS, _SMALL_REPEATS, _SMALL_SECONDS = 9, 5, 12.0
 _COMPARISONS = pytest.StashKey[dict[str, list[Reported]]]()
 
 
@@ -116,10 +116,8 @@ def timed(
         name: str, ways: list[Way], about: dict[str, object], device: torch.device | None = None
     ) -> Comparison:
         repeats = request.config.getoption("--bench-repeats")
-        warmup = 1 if is_small(request.config) else 2
-        comparison = compare(
-            benchmark, name, ways, about, repeats=repeats, warmup=warmup, device=device
-        )
+        small = {"warmup": 1, "seconds": _SMALL_SECONDS} if is_small(request.config) else {}
+        comparison = compare(benchmark, name, ways, about, repeats=repeats, device=device, **small)
         keep(comparison)
         return comparison
 
