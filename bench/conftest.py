@@ -33,11 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-full",
         action="store_true",
-        help="on a CPU all of it, which takes an hour; without, what takes three minutes",
+        help="on a CPU all of it instead of the small set",
     )
     group.addoption(
         "--bench-generator", help="also time phase 2 with this generator: tiny, a folder, a name"
     )
+    group.addoption("--bench-prompts", type=int, default=32, help="prompts that are decoded")
     group.addoption(
         "--bench-compiled",
         action=argparse.BooleanOptionalAction,
@@ -77,7 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes what was measured."""
     folder = session.config.getoption("--results", None)
     for theme, comparisons in session.config.stash[_COMPARISONS].items():
-        if folder:
+        if folder and comparisons:
             write_results(Path(folder), theme, comparisons)
 
 
