@@ -21,7 +21,7 @@ from dragkit.trainer.run import build_joint
 
 # A step without the cache is as slow as the prompt is long.
 pytestmark = pytest.mark.timeout(1800)
-_PROMPTS, _TOKENS = 32, 12
+_TOKENS = 12
 
 
 class Decoded(NamedTuple):
@@ -84,13 +84,22 @@ def check_tokens(cached: Decoded, anew: Decoded) -> None:
         raise ValueError(f"decoding: the ways differ at prompts {wrong[:3]}; not timed")
 
 
-def test_decoding(timed: Callable[..., Comparison], cache_dir: Path) -> None:
-    """32 questions of the demo, ten facts a prompt, 12 tokens at most, the bundled generator."""
+def test_decoding(
+    timed: Callable[..., Comparison],
+    cache_dir: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Questions of the demo, ten facts a prompt, 12 tokens at most, the bundled generator."""
+    prompts = request.config.getoption("--bench-prompts")
     config = bench_config(2, run__device=DEVICE.type)
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
-    file = QuestionFile(Path(demo_files(cache_dir).test), "demo.test")
-    source = question_source(file, config, cache_dir, joint.generator, _PROMPTS)
-    batch = source.collator(list(range(_PROMPTS))).to(DEVICE)
+    # The first ones alone: every question of a set is packed and its text encoded.
+    lines = Path(demo_files(cache_dir).test).read_text(encoding="utf-8").splitlines(keepends=True)
+    file = QuestionFile(tmp_path / "questions.jsonl", "demo.test")
+    file.path.write_text("".join(lines[:prompts]), encoding="utf-8")
+    source = question_source(file, config, cache_dir, joint.generator, prompts)
+    batch = source.collator(list(range(prompts))).to(DEVICE)
     with torch.no_grad():
         output = joint.retriever(batch, source.relations.to(DEVICE))
         chosen = joint.sampler.best(output.fact_logits, batch.graph)
@@ -110,10 +119,10 @@ def test_decoding(timed: Callable[..., Comparison], cache_dir: Path) -> None:
             way(joint.generator, prompt, vectors, _TOKENS)
             tally.tokens += made
 
-        ways.append(Way(name, step, _PROMPTS, 1, tally))
+        ways.append(Way(name, step, prompts, 1, tally))
     about = {
         "data": file.name,
-        "prompts": _PROMPTS,
+        "prompts": prompts,
         "prompt tokens": f"{int(prompt.length.min())} to {int(prompt.length.max())}",
         "tokens at most": _TOKENS,
         "tokens generated": made,

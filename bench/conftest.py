@@ -14,7 +14,7 @@ from bench.measure import Way, compare
 from bench.records import write_results
 from bench.tables import Comparison, Reported
 
-_REPEATS, _SMALL_REPEATS = 9, 5
+_REPEATS, _SMALL_REPEATS, _SMALL_SECONDS = 9, 5, 12.0
 _COMPARISONS = pytest.StashKey[dict[str, list[Reported]]]()
 
 
@@ -33,11 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-full",
         action="store_true",
-        help="on a CPU all of it, which takes an hour; without, what takes three minutes",
+        help="on a CPU all of it instead of the small set",
     )
     group.addoption(
         "--bench-generator", help="also time phase 2 with this generator: tiny, a folder, a name"
     )
+    group.addoption("--bench-prompts", type=int, default=32, help="prompts that are decoded")
     group.addoption(
         "--bench-compiled",
         action=argparse.BooleanOptionalAction,
@@ -77,7 +78,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes what was measured."""
     folder = session.config.getoption("--results", None)
     for theme, comparisons in session.config.stash[_COMPARISONS].items():
-        if folder:
+        if folder and comparisons:
             write_results(Path(folder), theme, comparisons)
 
 
@@ -116,10 +117,8 @@ def timed(
         name: str, ways: list[Way], about: dict[str, object], device: torch.device | None = None
     ) -> Comparison:
         repeats = request.config.getoption("--bench-repeats")
-        warmup = 1 if is_small(request.config) else 2
-        comparison = compare(
-            benchmark, name, ways, about, repeats=repeats, warmup=warmup, device=device
-        )
+        small = {"warmup": 1, "seconds": _SMALL_SECONDS} if is_small(request.config) else {}
+        comparison = compare(benchmark, name, ways, about, repeats=repeats, device=device, **small)
         keep(comparison)
         return comparison
 

@@ -17,7 +17,7 @@ from bench.tables import Comparison, Rates, Timing
 from dragkit.observe.flops import ActiveWeights, model_flops_utilisation
 from dragkit.observe.gpu import DeviceSpec, GpuMonitor, device_spec
 
-_REPEATS, _WARMUP = 9, 2
+_REPEATS, _WARMUP, _LEAST = 9, 2, 3
 
 
 @dataclass(slots=True)
@@ -120,6 +120,17 @@ class _Clock:
         )
 
 
+def _warm_up(way: Way, calls: int) -> float:
+    """Seconds of the last of some calls, at least one."""
+    seconds = 0.0
+    for _ in range(max(calls, 1)):
+        begin = time.perf_counter()
+        way.step()
+        _synchronise()
+        seconds = time.perf_counter() - begin
+    return seconds
+
+
 def compare(
     benchmark: Callable,
     name: str,
@@ -128,6 +139,7 @@ def compare(
     *,
     repeats: int = _REPEATS,
     warmup: int = _WARMUP,
+    seconds: float | None = None,
     device: torch.device | None = None,
 ) -> Comparison:
     """Times the ways in turn; whether they agree is the caller's to have checked before.
@@ -139,7 +151,8 @@ def compare(
         benchmark: the fixture of pytest-benchmark.
         name: of the comparison; about: sizes and settings, for the table.
         ways: ours first.
-        repeats: of each way; warmup: calls of each before.
+        repeats: of each way; warmup: calls of each before, at least one.
+        seconds: takes fewer repeats, but at least three, of what would last longer.
         device: that the ways run on; a GPU's energy and peak rate are looked up.
 
     Returns:
@@ -150,9 +163,9 @@ def compare(
     """
     if repeats < 2:
         raise ValueError(f"compare: at least 2 repeats are needed, got {repeats}")
-    for way in ways:
-        for _ in range(warmup):
-            way.step()
+    round_s = sum(way.calls * _warm_up(way, warmup) for way in ways)
+    if seconds is not None and round_s > 0:
+        repeats = min(repeats, max(_LEAST, int(seconds / round_s)))
     on_gpu = device is not None and device.type == "cuda"
     monitor = GpuMonitor.open(device) if on_gpu else None
     spec = device_spec(torch.cuda.get_device_name(device)) if on_gpu else None
@@ -165,7 +178,7 @@ def compare(
     benchmark.pedantic(clocks[0], setup=opponents, rounds=repeats, iterations=1)
     ours_wall = statistics.median(clocks[0].wall) / ways[0].questions
     ours_cpu = statistics.median(clocks[0].cpu) / ways[0].questions
-    comparison = Comparison(name, about)
+    comparison = Comparison(name, about | {"repeats": repeats})
     for way, clock in zip(ways, clocks, strict=True):
         wall, cpu = spread(clock.wall), spread(clock.cpu)
         comparison.timings.append(

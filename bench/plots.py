@@ -109,8 +109,8 @@ def _size_and_rates(
 def throughput(result: Results) -> Path | None:
     """Graphs per second against facts per graph, of layers and steps timed at several sizes."""
     families: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    # Settings that may differ between the sizes of one line; the title then says so.
-    settings: dict[str, list[str]] = defaultdict(list)
+    # K by facts per graph; where it is not the same, the title says so.
+    instructions: dict[str, dict[float, object]] = defaultdict(dict)
     for comparison in result.comparisons:
         if (found := _size_and_rates(comparison)) is None:
             continue
@@ -119,8 +119,7 @@ def throughput(result: Results) -> Path | None:
         if kernel and not family.startswith(("layer", "retriever step")):
             continue
         lines = families.setdefault(family, defaultdict(list))
-        if "K" in comparison.about:
-            settings[family].append(f"K {comparison.about['K']} at {size:,.0f} facts")
+        instructions[family][size] = comparison.about.get("K")
         for way, rate in rates.items():
             lines[way].append((size, rate))
     sizes = {
@@ -137,7 +136,11 @@ def throughput(result: Results) -> Path | None:
             mark = _MARKERS[place % len(_MARKERS)]
             axes.plot(*zip(*sorted(points), strict=True), marker=mark, label=way)
         axes.set(xscale="log", yscale="log", xlabel="facts per graph", ylabel="graphs per second")
-        axes.set_title("; ".join([family, *settings[family]]), fontsize=9)
+        counts = instructions[family]
+        if len(set(counts.values())) > 1:
+            said = (f"K {k} at {size:,.0f} facts" for size, k in sorted(counts.items()))
+            family = "; ".join([family, *said])
+        axes.set_title(family, fontsize=9)
         axes.grid(True, which="major", lw=0.3)
         axes.legend(fontsize=7)
     return _save(figure, result.path.with_name(f"{result.theme}_throughput.png"))

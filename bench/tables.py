@@ -30,7 +30,7 @@ def describe(machine: Mapping[str, object]) -> str:
     if capability := machine.get("cpu_capability"):
         parts[0] += f" ({capability})"
     if threads := machine.get("threads"):
-        parts.append(f"{threads} threads")
+        parts.append(f"{threads} threads" if threads != 1 else "1 thread")
     if python := machine.get("python"):
         parts.append(f"Python {python}")
     packages = machine.get("packages")

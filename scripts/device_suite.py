@@ -38,7 +38,7 @@ LIMITS = {
     "tests": 240,
     "kernels": 120,
     "train_step": 120,
-    "decode": 60,
+    "decode": 90,
     "profile": 100,
     "report": 30,
 }
@@ -245,7 +245,7 @@ class Suite:
 
     def decode(self, part: Part, end: float) -> None:
         """Greedy decoding with the cache and without."""
-        self.bench(part, end, "decode", [])
+        self.bench(part, end, "decode", ["--bench-prompts", "4"] if self.cpu else [])
 
     def bench(
         self,

@@ -101,6 +101,15 @@ def test_rates_are_of_the_timed_steps_alone(time: Time) -> None:
     assert "| ours | 400 | 40 | 0.001672 |" in found.markdown()
 
 
+@pytest.mark.parametrize(("seconds", "repeats"), [(None, 9), (1.0, 3), (15.0, 5), (1e3, 9)])
+def test_what_takes_long_is_repeated_less(time: Time, seconds: float | None, repeats: int) -> None:
+    """A round of both ways takes three seconds."""
+    found = compare(Benchmark(), "x", two_ways(time), {"a": 1}, repeats=9, seconds=seconds)
+    assert found.about == {"a": 1, "repeats": repeats}
+    # Two calls of each to warm up.
+    assert time.now == pytest.approx(2 * 2.5 + 3 * repeats)
+
+
 def test_tokens_alone(time: Time) -> None:
     tally = Tally()
 
