@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -36,23 +38,34 @@ def ssd_scan_bwd_ref(
         for t, wanted in zip(inputs, output_mask, strict=True)
     ]
     by_head = rate.new_zeros(2, rate.shape[0], dtype=dtype)  # of rate and skip
-    # The state before every slab from the first on, then the slabs from the last back.
-    slab, states, stack = None, None, []
-    for span in sizes.slabs():
-        earlier = None if states is None else states[-1:].clone()
+
+    def enter(span: tuple[int, int], earlier: Tensor | None) -> tuple[Slab, Tensor]:
         slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
-        states = entering_states(slab, earlier)
-        stack.append((span, earlier))
+        return slab, entering_states(slab, earlier)
+
+    # States are wide, so of many slabs only every so many-th entering one is kept on the way on;
+    # those between are made again, group by group, on the way back.
+    spans = list(sizes.slabs())
+    group = math.isqrt(len(spans)) or 1
+    starts: list[Tensor | None] = []
+    slab, states = None, None
+    for number, span in enumerate(spans):
+        if number % group == 0:
+            starts.append(None if states is None else states[-1:].clone())
+        slab, states = enter(span, states)
     later = None
-    while stack:
-        span, earlier = stack.pop()
-        if later is not None:  # of the last one everything is at hand
-            slab = states = None  # gives back the memory of the one after
-            slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
-            states = entering_states(slab, earlier)
-        tensors = (grad, x, rate, out_of, skip)
-        later = _slab_gradients(slab, states, later, tensors, output_mask, out, by_head)
-        later = later[:1].clone()
+    for first in reversed(range(0, len(spans), group)):
+        members, entering = spans[first : first + group], [starts.pop()]
+        for span in members[:-1]:
+            slab, states = enter(span, entering[-1])
+            entering.append(states[-1:].clone())
+        for span, earlier in zip(reversed(members), reversed(entering), strict=True):
+            if later is not None or len(members) > 1:  # of a last one alone all is at hand
+                slab = states = None  # gives back the memory of the one before
+                slab, states = enter(span, earlier)
+            tensors = (grad, x, rate, out_of, skip)
+            later = _slab_gradients(slab, states, later, tensors, output_mask, out, by_head)
+            later = later[:1].clone()
     for place, total in ((2, by_head[0]), (5, by_head[1])):
         if output_mask[place]:
             out[place].copy_(total)
