@@ -154,17 +154,20 @@ class Generator(nn.Module):
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
-    def _pack(self, prompt: NeuralPrompt) -> Pack:
+    def _pack(self, prompt: NeuralPrompt, *, wait: bool) -> Pack:
+        """The prompts' pack; `wait` for the true longest length instead of its bound."""
         longest = prompt.longest
-        if prompt.length.device.type == "cpu" and len(prompt.length):
-            longest = int(prompt.length.max())  # nothing waits, and padding of attention costs
+        if wait and len(prompt.length):
+            longest = int(prompt.length.max())
         return make_pack(prompt.length, prompt.input_ids.shape[0], longest)
 
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
-            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
+            # Attention that lays sequences in rows pays for the length of a row, other does not.
+            wait = not (embeds.is_cuda and embeds.dtype.itemsize == 2)
+            embeds, pack = pad_to_multiple(embeds, self._pack(prompt, wait=wait), multiple)
             return hidden_at_rows(decoder, embeds, pack, rows, self._mamba)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
         # and without one attention takes its fastest path.
@@ -231,7 +234,9 @@ class Generator(nn.Module):
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         decoder, head = self._decoder
-        hidden, states = prefill(decoder, embeds, self._pack(prompt), self._mamba, room=limit)
+        hidden, states = prefill(
+            decoder, embeds, self._pack(prompt, wait=True), self._mamba, room=limit
+        )
         produced = []
         going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         for _ in range(limit):
