@@ -92,9 +92,12 @@ def check(
     limit = tolerance or BACKWARD[actual.dtype]
     for name, t, g, want in zip(NAMES, inputs, got, wanted, strict=True):
         assert g.dtype == t.dtype
-        # A sum over all rows that mostly cancels keeps the roundings of its terms.
-        rough = 10 if name == "rate" and actual.dtype != torch.float32 else 1
-        assert_close(g, want, name=f"d{name}", tolerance=rough * limit)
+        if name == "rate":
+            # A sum over all rows that may cancel: its error is one of its terms.
+            scale = (wanted[1] * exact[1]).abs().sum(0)
+            assert ((g - want).abs() <= limit * scale + 1e-9).all(), (g, want, scale)
+        else:
+            assert_close(g, want, name=f"d{name}", tolerance=limit)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -112,12 +115,12 @@ def test_one_sequence_of_many_chunks(device: torch.device) -> None:
     "shape", [(1, 1, 1, 1), (1, 64, 1, 96), (1, 96, 1, 64), (1, 7, 1, 257)], ids=str
 )
 def test_widths(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(make_inputs(70, shape, dtype, device), positions((40, 30), device))
+    check(make_inputs(40, shape, dtype, device), positions((35, 5), device))
 
 
 def test_groups_of_one_head_and_one_group(device: torch.device) -> None:
     for shape in ((2, 5, 2, 4), (4, 5, 2, 4)):
-        check(make_inputs(40, shape, torch.float32, device), positions((10, 30), device))
+        check(make_inputs(20, shape, torch.float32, device), positions((10, 10), device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -146,8 +149,8 @@ def test_mixed_precision(device: torch.device, places: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("place", range(6), ids=NAMES)
 def test_each_gradient_alone(device: torch.device, place: int) -> None:
-    values = make_inputs(45, (2, 3, 1, 5), torch.float32, device)
-    position = positions((40, 5), device)
+    values = make_inputs(40, (1, 3, 1, 5), torch.float32, device)
+    position = positions((35, 5), device)
     every = leaves(values)
     grad = torch.randn(values[0].shape).to(device)
     want = gradients(scan(every, position), every, grad)[place]
@@ -162,8 +165,8 @@ def test_each_gradient_alone(device: torch.device, place: int) -> None:
 
 
 def test_a_zero_gradient_gives_zeros(device: torch.device) -> None:
-    tried = leaves(make_inputs(45, (2, 3, 1, 5), torch.float32, device))
-    y = scan(tried, positions((40, 5), device))
+    tried = leaves(make_inputs(40, (1, 3, 1, 5), torch.float32, device))
+    y = scan(tried, positions((35, 5), device))
     assert not any(g.any() for g in gradients(y, tried, torch.zeros_like(y)))
 
 
@@ -216,7 +219,7 @@ def test_no_rows_and_no_heads_width_or_states(device: torch.device) -> None:
 
 @pytest.mark.parametrize("step", [0.0, 30.0])
 def test_extreme_steps(device: torch.device, step: float) -> None:
-    values = make_inputs(45, (2, 3, 1, 5), torch.float32, device)
+    values = make_inputs(45, (1, 3, 1, 5), torch.float32, device)
     position = positions((40, 5), device)
     values[1].fill_(step)
     check(values, position)
@@ -272,8 +275,8 @@ def test_what_is_not_finite_stays_in_its_sequence(
 
 
 def test_two_runs_are_bit_equal(device: torch.device) -> None:
-    values = make_inputs(70, (2, 7, 1, 5), torch.float32, device)
-    position = positions((30, 40), device)
+    values = make_inputs(40, (1, 7, 1, 5), torch.float32, device)
+    position = positions((35, 5), device)
     runs = []
     for _ in range(2):
         tried = leaves(values)

@@ -77,9 +77,9 @@ def _ssd_scan_bwd_steps_kernel(
         into_ptr, out_of_ptr, log, offs_q, live, position, num_states, stride_into, stride_out_of,
         kind, Q, BLOCK_N, LOW,
     )  # fmt: skip
-    d_seen = tl.zeros((Q, Q), tl.float32)
     x_grad = tl.zeros((Q,), tl.float32)
     d_log = x_grad
+    pairs = x_grad
     grad_ptr += first * stride_grad + pid_h * num_width
     x_ptr += first * stride_x + pid_h * num_width
     for begin in tl.range(0, num_width, BLOCK_P, num_stages=1):
@@ -95,9 +95,11 @@ def _ssd_scan_bwd_steps_kernel(
         x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
         x_grad += tl.sum(grad * x, 1)
         # Rows that are not finite have spoiled `direct`: here they would spoil others.
+        d_seen = tl.zeros((Q, Q), tl.float32)
         d_seen = product(finite(grad), tl.trans(finite(x)), d_seen, LOW, kind)
+        pairs += tl.sum(score * d_seen * finite(dt)[None, :], 1)
     d_log = tl.where(position > offs_q, d_log * tl.exp2(log), 0.0)
-    d_log += tl.sum(score * d_seen * finite(dt)[None, :], 1)
+    d_log += pairs
     direct = tl.load(direct_ptr + at_log, mask=live, other=0.0)
     d_log -= dt * direct
     d_log = tl.sum(tl.where(sees(offs_q, position), d_log[:, None], 0.0), 0)

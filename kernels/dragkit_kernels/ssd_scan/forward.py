@@ -189,7 +189,7 @@ def ssd_state_fwd(
     return out
 
 
-_BUDGETS = {tile: Budget(registers=128, shared=32768) for tile in (WIDE, FULL)}
+_BUDGETS = {tile: Budget(registers=168, shared=32768) for tile in (WIDE, FULL)}
 KERNELS = (
     *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS, registers="output_registers"),
     *scan_specs(_ssd_state_fwd_kernel, _BUDGETS),

@@ -142,7 +142,7 @@ def chunk_states(
     return state
 
 
-_BUDGETS = {tile: Budget(registers=80, shared=24576) for tile in (WIDE, FULL)}
+_BUDGETS = {tile: Budget(registers=96, shared=24576) for tile in (WIDE, FULL)}
 KERNELS = (
     *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 1}),
     *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 0}),

@@ -46,7 +46,7 @@ class ScanTile(NamedTuple):
 
 
 WIDE = ScanTile(chunk=64, width=64, states=64, num_warps=8, low=1)
-FULL = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0)
+FULL = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0, output_registers=255)
 TILES = {"*bf16": WIDE, "*fp32": FULL}
 
 
