@@ -2,9 +2,9 @@
 
     scripts/device_suite.sh [--parts PART,PART] [--cpu] [OUT]
 
-The parts are env, tests, kernels, train_step, decode, profile and report. They run in this order,
-the most valuable first; the report makes tables and plots of the others. Each has a time limit, and
-one that fails stops no other. OUT (default: bench/results/<device>/) gets their results and
+The parts are env, tests, kernels, train_step, mamba, decode, profile and report. They run in this
+order, the most valuable first; the report makes tables and plots of the others. Each has a time
+limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results and
 `summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code is 0
 if no part failed.
 
@@ -38,6 +38,7 @@ LIMITS = {
     "tests": 240,
     "kernels": 120,
     "train_step": 120,
+    "mamba": 60,
     "decode": 90,
     "profile": 100,
     "report": 30,
@@ -242,6 +243,10 @@ class Suite:
         self.bench(part, end, "train_step", ["-k", "packed_pyg or phase2_rates"])
         small = ["-k", "packed_pyg and 50", "--bench-compiled"]
         self.bench(part, end, "train_step", small, suffix="_compiled")
+
+    def mamba(self, part: Part, end: float) -> None:
+        """The packed scan and a layer of the 30B against the library's."""
+        self.bench(part, end, "mamba", ["-k", "tiny"] if self.cpu else [])
 
     def decode(self, part: Part, end: float) -> None:
         """Greedy decoding with the cache and without."""
