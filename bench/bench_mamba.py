@@ -56,7 +56,7 @@ def _scan_inputs(shape: Shape) -> list[Tensor]:
     return [t.to(DEVICE) for t in (x, dt, rate, into, out_of, skip)]
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", ["tiny", pytest.param("30B", marks=pytest.mark.full)])
 def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
     """Forward and backward of the scan, from the layer's inputs to their gradients."""
     shape = SHAPES[name]
@@ -152,6 +152,7 @@ def _measured(way: str, tokens: int) -> float:
     return float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_layer(timed: Callable[..., Comparison]) -> None:
     """A training step of one layer at the 30B's widths, 1,024 tokens, and its peak memory."""
