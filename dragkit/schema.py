@@ -152,8 +152,8 @@ class GeneratorConfig(Section):
 
     model: str | None = Field(
         None,
-        description=f"'{TINY_GENERATOR}', a folder, or a hub name. Unset: {TINY_GENERATOR} with "
-        f"the demo set, else {DEFAULT_GENERATOR}.",
+        description=f"'{TINY_GENERATOR}', a folder, a hub name, or random:NAME[:layers=N] (speed "
+        f"and memory only). Unset: {TINY_GENERATOR} with the demo set, else {DEFAULT_GENERATOR}.",
     )
     revision: str | None = Field(None, description="Hub revision. Unset: the newest.")
     generator_dim: int | None = Field(

@@ -76,7 +76,7 @@ COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "
 CONFINED: dict[str, tuple[str, ...]] = {
     "torch_geometric": ("dragkit.data.subgraph",),
     "sentence_transformers": ("dragkit.model.encoder",),
-    "transformers": ("dragkit.model.load", "dragkit.tiny"),
+    "transformers": ("dragkit.model.load", "dragkit.model.random_weights", "dragkit.tiny"),
     "tokenizers": ("dragkit.tiny",),
     "peft": ("dragkit.model.adapters", "dragkit.model.generator", "dragkit.tiny"),
     "huggingface_hub": ("dragkit.model.encoder", "dragkit.model.load"),

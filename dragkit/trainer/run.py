@@ -16,6 +16,7 @@ from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.generator import Generator
 from dragkit.model.joint import JointModel
 from dragkit.model.load import check_generator, load_generator
+from dragkit.model.random_weights import is_random
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
@@ -273,8 +274,12 @@ class Run:
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
         size = evaluation_batch(self.device)
-        val = self.source(self.paths.val, generator, size)
-        stages = Stages(self.run_dir, self.source(self.paths.test, generator, size), self.device)
+        val_path, test_path = self.paths.val, self.paths.test
+        if is_random(config.generator_model):
+            logger.warning("random weights answer nothing: no validation, no test, no results.json")
+            val_path = test_path = None
+        val = self.source(val_path, generator, size)
+        stages = Stages(self.run_dir, self.source(test_path, generator, size), self.device)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device)
         if self.resumed is not None:
             trainer.resume(self.resumed)
@@ -288,6 +293,11 @@ class Run:
         best = chosen_checkpoint(self.run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 2 (joint)", phase)
+        if is_random(config.generator_model):
+            return (
+                f"{self.run_dir / 'metrics.jsonl'}: loss and throughput of a generator with random "
+                f"weights\ncheckpoint: {best}"
+            )
         lines = [stages.table(), f"checkpoint: {best}", "next:"]
         lines.append(
             f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE"
