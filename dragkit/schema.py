@@ -175,6 +175,17 @@ class GeneratorConfig(Section):
     generator_microbatch: int | None = Field(
         None, ge=1, description="Questions per generator pass. Unset: the whole batch."
     )
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per generator pass; a longer prompt has a pass of its own. Unset: what "
+        "fits by the plan on GPU, no limit on CPU.",
+    )
+    checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
+        "auto",
+        description="Blocks of a Nemotron-H that are computed again in the backward pass instead "
+        "of kept. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
+    )
     max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
     max_answers: int = Field(
         50, ge=1, description="Answers taught per question, those of the graph first."

@@ -182,5 +182,10 @@ def load_generator(
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
     return Generator(
-        model.to(device), tokenizer, mamba=config.mamba, pack_multiple=config.pack_multiple
+        model.to(device),
+        tokenizer,
+        mamba=config.mamba,
+        pack_multiple=config.pack_multiple,
+        checkpointing=config.checkpointing,
+        tokens_per_pass=config.tokens_per_pass,
     )
