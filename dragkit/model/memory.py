@@ -19,6 +19,8 @@ TRAINED = 16
 LOGIT_ROWS = 4096
 _WIDE = 4
 _INDEX = 8
+# Ranks of routed adapters are padded to so many bytes.
+_ALIGNMENT = 16
 _SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
 
 
@@ -199,10 +201,11 @@ def _experts_kept(s: Shape, lora: Adapters, half: int) -> int:
         kept += s.active * (_WIDE + 2 * _INDEX)
     else:
         kept += s.active * (_WIDE + 3 * _INDEX)
+    rank = -(-lora.rank * half // _ALIGNMENT) * _ALIGNMENT // half
     if up:
-        kept += s.active * half * (s.hidden + lora.rank)
+        kept += s.active * half * (s.hidden + rank)
     if down:
-        kept += s.active * half * (s.expert_width + lora.rank)
+        kept += s.active * half * (s.expert_width + rank)
     # Shared, by PEFT's own layers: their inputs are kept in float32, as the adapters are.
     kept += half * s.shared_width
     if "up_proj" in lora.targets:
