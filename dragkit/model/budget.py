@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,21 +13,20 @@ from dragkit.config import TrainConfig
 from dragkit.errors import ConfigError
 from dragkit.model import memory
 from dragkit.model.adapters import LORA_TARGETS
-from dragkit.model.memory import Adapters, Shape
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.projector import Projector
+from dragkit.model.random_weights import architecture_of
 from dragkit.model.retriever import Retriever
+from dragkit.model.shape import Adapters, Shape, adapter_parameters, parameters
 
 MULTIPLE = 256
-# More tokens in a pass than this no longer make a GPU faster.
-ENOUGH = 32_768
-# A pass as large as this fills a GPU; keeping fewer tensors in order to have larger ones costs more
-# than it brings.
-GOAL = 16_384
+# A pass of so many tokens fills a GPU: every expert has hundreds of rows. Larger ones bring little,
+# and room that is left forgives what the estimates miss.
+ENOUGH = 16_384
 # Supervised tokens over all: answers are 1 to 5 % of a prompt.
 ROWS_SHARE = 0.05
 # Context, libraries' workspaces, and what fragmentation takes of a card.
-CONTEXT, FRAGMENTED = 3 << 29, 0.04
+CONTEXT, FRAGMENTED = 3 << 29, 0.06
 # A question's facts where nothing is known of the data, and what a pack has of nodes and pairs.
 _FACTS, _NODES, _PAIRS = 10_000, 0.5, 0.25
 _TEXT_DIM, _RELATIONS, _RELATION_TOKENS = 384, 10_000, 12
@@ -120,9 +120,9 @@ def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict
     kept = int(4 * settings.hidden_dim * passes * rows)
     table = _RELATIONS * 2 * _RELATION_TOKENS * _TEXT_DIM * 2
     return {
-        "frozen weights": memory.parameters(shape) * half,
+        "frozen weights": parameters(shape) * half,
         "adapters, gradients, moments": memory.TRAINED
-        * memory.adapter_parameters(shape, adapters_of(config)),
+        * adapter_parameters(shape, adapters_of(config)),
         "retriever and projector, gradients, moments": memory.TRAINED
         * _head_parameters(config, shape),
         "retriever's activations": kept,
@@ -132,7 +132,7 @@ def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict
 
 
 def _rows(tokens: int) -> int:
-    return -int(-tokens * ROWS_SHARE // 1)
+    return math.ceil(tokens * ROWS_SHARE)
 
 
 def _fitting(shape: Shape, free: int, each: int) -> int:
@@ -167,7 +167,7 @@ def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
         fit[policy] = _fitting(shape, free, sum(per_token[policy].values()))
     longest = -(-settings.max_prompt_tokens // MULTIPLE) * MULTIPLE
     most = config.optim.batch_size_in(2) * longest
-    goal = settings.tokens_per_pass or max(min(most, GOAL), longest)
+    goal = settings.tokens_per_pass or max(min(most, ENOUGH), longest)
     policy = settings.checkpointing
     if policy == "auto":
         policy = next((p for p in RECOMPUTED if fit[p] >= goal), max(fit, key=lambda p: fit[p]))
@@ -213,7 +213,11 @@ def alternatives(config: TrainConfig, shape: Shape, device: Device) -> Iterator[
     for other in DEVICES.values():
         if other.memory > device.memory and make_plan(config, shape, other).fits:
             yield f"another card: {other.name}"
-    yield "a part of the model, for speed alone: --generator_model random:NAME:layers=N"
+    if name := architecture_of(config.generator_model):
+        for count in range(len(shape.kinds) - 1, 0, -1):
+            if make_plan(config, shape._replace(kinds=shape.kinds[:count]), device).fits:
+                yield f"a part of it, for speed alone: --generator_model {name}:layers={count}"
+                break
     yield "the bundled tiny one: --preset tiny --generator_model tiny"
 
 

@@ -13,7 +13,14 @@ from dragkit.config import TINY_GENERATOR, GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.adapters import add_adapters
 from dragkit.model.generator import Generator
-from dragkit.model.random_weights import is_random, random_config, random_model, skeleton
+from dragkit.model.random_weights import (
+    architecture_of,
+    is_random,
+    random_config,
+    random_model,
+    skeleton,
+)
+from dragkit.model.shape import Shape, shape_of
 
 
 def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
@@ -93,6 +100,26 @@ def check_generator(config: GeneratorConfig, device: torch.device, *, name: str)
     need = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     _check_memory(need, name, device)
     return folder
+
+
+def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
+    """The generator's shape, from its configuration alone; None of one that has no plan.
+
+    Raises:
+        MissingInputError: it is not on this machine, nor in our table.
+        ConfigError: random weights of an architecture that does not exist.
+    """
+    if is_random(name):
+        return shape_of(random_config(name))
+    from transformers import AutoConfig
+
+    try:
+        folder = resolve_generator(config, name=name)
+    except MissingInputError:
+        if (known := architecture_of(name)) is None:
+            raise
+        return shape_of(random_config(known))
+    return shape_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
 def check_experts(model: nn.Module, device: torch.device) -> None:

@@ -83,6 +83,12 @@ def is_random(name: str) -> bool:
     return name.startswith(PREFIX)
 
 
+def architecture_of(name: str) -> str | None:
+    """`random:NAME` with the architecture of a generator, if it is in the table."""
+    known = name.removeprefix(PREFIX).partition(":")[0] if is_random(name) else PUBLISHED.get(name)
+    return PREFIX + known if known in ARCHITECTURES else None
+
+
 def random_config(name: str) -> Any:
     """The `NemotronHConfig` of `random:NAME` or `random:NAME:layers=N`.
 

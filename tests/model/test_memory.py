@@ -13,9 +13,17 @@ from transformers import NemotronHConfig
 from dragkit.config import GeneratorConfig
 from dragkit.model import memory
 from dragkit.model.adapters import LORA_TARGETS, add_adapters
-from dragkit.model.memory import Adapters
 from dragkit.model.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
-from dragkit.model.random_weights import ARCHITECTURES, random_config, random_model, skeleton
+from dragkit.model.random_weights import ARCHITECTURES, random_config, random_model
+from dragkit.model.shape import (
+    Adapters,
+    adapter_parameters,
+    linear_layers,
+    matrix_parameters,
+    parameters,
+    shape_of,
+    whole_blocks,
+)
 
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
 TOKENS = 192
@@ -104,8 +112,8 @@ def build(monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...
     architecture = ARCHITECTURES["nemotron-3-nano-30b-a3b"]._replace(pattern=pattern, sizes=SIZES)
     monkeypatch.setitem(ARCHITECTURES, "small", architecture)
     model = random_model("random:small", torch.device("cpu"), torch.bfloat16)
-    shape = memory.shape_of(model.config)
-    linear = {n for kind in shape.kinds for n in memory.linear_layers(shape, kind)}
+    shape = shape_of(model.config)
+    linear = {n for kind in shape.kinds for n in linear_layers(shape, kind)}
     routed = "moe" in shape.kinds
     targets = tuple(t for t in targets if t in linear or (routed and t.startswith("experts.")))
     model.requires_grad_(False)
@@ -144,32 +152,30 @@ def test_a_policy_keeps_what_the_plan_says(policy: str, monkeypatch: pytest.Monk
     model, shape, adapters = build(monkeypatch, "MEM*EMEME", LORA_TARGETS)
     said = memory.activations_per_token(shape, policy, adapters)
     said.pop("while a block runs")
-    assert memory.whole_blocks(shape) == shape.kinds[:-1]
+    assert whole_blocks(shape) == shape.kinds[:-1]
     assert kept_per_token(model, policy) == sum(said.values())
 
 
 def test_parameters_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
-    public = memory.shape_of(random_config(PUBLIC))
-    assert memory.parameters(public) == 31_577_937_344
+    public = shape_of(random_config(PUBLIC))
+    assert parameters(public) == 31_577_937_344
     model, shape, adapters = build(monkeypatch, "ME*-M", EVERYTHING)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert memory.adapter_parameters(shape, adapters) == trained
+    assert adapter_parameters(shape, adapters) == trained
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    assert memory.parameters(shape) == frozen
+    assert parameters(shape) == frozen
 
 
 def test_other_models_have_no_figures() -> None:
-    assert memory.shape_of(object()) is None
-    assert memory.shape_of(NemotronHConfig(moe_latent_size=8)) is None
+    assert shape_of(object()) is None
+    assert shape_of(NemotronHConfig(moe_latent_size=8)) is None
 
 
 def test_matrices_of_the_published_model_have_their_published_count() -> None:
-    config = random_config(PUBLIC)
-    shape = memory.shape_of(config)
-    assert memory.matrix_parameters(shape, shape.kinds) == pytest.approx(2.875e9, rel=0.005)
+    shape = shape_of(random_config(PUBLIC))
+    assert matrix_parameters(shape, shape.kinds) == pytest.approx(2.875e9, rel=0.005)
     flops = memory.flops_per_token(shape, "none", Adapters(16, LORA_TARGETS), 500, 0.03)
     assert sum(flops.values()) == pytest.approx(11.8e9, rel=0.06)
     assert flops["computed again"] == 0
     again = memory.flops_per_token(shape, "all", Adapters(16, LORA_TARGETS), 500, 0.03)
     assert sum(again.values()) == pytest.approx(17.7e9, rel=0.06)
-    skeleton(config, torch.bfloat16)
