@@ -77,9 +77,13 @@ def test_dropout_is_drawn_the_same_both_times() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("policy", list(RECOMPUTED))
+KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+@pytest.mark.parametrize("pattern", ["ME*-M", "ME-*"])
+@pytest.mark.parametrize(("policy", "letters"), [("none", ""), ("mamba", "M"), ("all", "ME*-")])
 def test_blocks_of_the_policy_run_twice_and_others_once(
-    policy: str, monkeypatch: pytest.MonkeyPatch
+    policy: str, letters: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dragkit.model.nemotron_h import decoder
 
@@ -91,11 +95,11 @@ def test_blocks_of_the_policy_run_twice_and_others_once(
         return change(block, *args)
 
     monkeypatch.setattr(decoder, "_change", spy)
-    model = make_model("ME*-M", torch.float32)
+    model = make_model(pattern, torch.float32)
     run(model, policy, torch.float32)
-    kinds = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"]
-    assert seen[:5] == kinds
-    assert sorted(seen[5:]) == sorted(k for k in kinds if k in RECOMPUTED[policy])
+    kinds = [KINDS[letter] for letter in pattern]
+    again = [KINDS[letter] for letter in reversed(pattern) if letter in letters]
+    assert seen == kinds + again
     seen.clear()
     with torch.no_grad():
         embeds, pack = torch.randn(5, 32), make_pack(torch.tensor([5]), 5, 5)
