@@ -119,16 +119,17 @@ class JointPhase:
         tokens = float(max(_answer_tokens(batches), 1))
         return {"questions": labelled_questions(batches), "tokens": tokens}
 
-    def _passes(self, length: Tensor) -> Sequence[Tensor]:
-        """Prompts of each pass, int64 [G], short ones first; `length` is int64 [B]."""
-        order = torch.argsort(length, stable=True)
-        count = max(self.config.generator.generator_microbatch or len(length), 1)
+    def _passes(self, prompt: NeuralPrompt) -> Sequence[Tensor]:
+        """Prompts of each pass, int64 [G], short ones first."""
+        questions = len(prompt.length)
+        order = torch.argsort(prompt.length, stable=True)
+        count = max(self.config.generator.generator_microbatch or questions, 1)
         tokens = self.model.generator.tokens_per_pass
-        if tokens is None or len(length) == 0:
+        if tokens is None or min(count, questions) * prompt.longest <= tokens:
             return order.split(count)
-        # The host must know the lengths to split by them: the one place of a step where it waits
-        # for a GPU, which has just finished choosing the facts.
-        return order.split(split_by_tokens(length[order].tolist(), tokens, count))
+        # The host must know the lengths to split by them, and waits here for a GPU that has just
+        # finished choosing the facts. Where no pass can be too long it need not.
+        return order.split(split_by_tokens(prompt.length[order].tolist(), tokens, count))
 
     def _generator_passes(
         self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
@@ -137,7 +138,7 @@ class JointPhase:
         questions, device = prompt.length.shape[0], prompt.length.device
         loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        for chosen in self._passes(prompt.length):
+        for chosen in self._passes(prompt):
             part = prompt if len(chosen) == questions else _questions(prompt, chosen)
             with nvtx_range("generator"):
                 out = self.model.generator(part, vectors, self.config.loss.eos_loss_weight)

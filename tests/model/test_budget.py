@@ -143,3 +143,19 @@ def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ConfigError, match="a card has 50 GiB"):
         run.fitted(settings, torch.device("cuda"))
     assert run.fitted(settings, torch.device("cpu")) is settings
+
+
+def test_a_run_is_refused_before_anything_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr(run, "setup", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(run, "this_device", lambda device: card(50))
+    for later in ("check_generator", "data_paths", "TextEncoder"):
+        monkeypatch.setattr(run, later, refuse)
+    settings, origins = load_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
+    with pytest.raises(ConfigError, match="does not fit"):
+        run.Run(settings, origins, settings)
+    monkeypatch.setattr(run, "this_device", lambda device: DEVICES["H200"])
+    with pytest.raises(AssertionError, match="went on"):
+        run.Run(settings, origins, settings)
