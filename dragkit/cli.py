@@ -12,7 +12,15 @@ from typing import Literal
 
 from dragkit.config import TrainConfig, config_schema, load_config, parse_text, show_config
 from dragkit.errors import ConfigError, DragkitError, Interrupted
-from dragkit.flags import FLAGS, evaluate_parser, train_parser, underscored, unknown_flags
+from dragkit.flags import (
+    FLAGS,
+    Parser,
+    evaluate_parser,
+    plan_parser,
+    train_parser,
+    underscored,
+    unknown_flags,
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +56,35 @@ class EvaluateArguments:
     debug: bool
 
 
-def parse_train_args(argv: Sequence[str], prog: str = "python -m dragkit.train") -> TrainArguments:
+@dataclass(frozen=True)
+class PlanArguments:
+    """What a plan is wanted for, on which card (None: the one here), and how it is written."""
+
+    config: TrainConfig
+    card: str | None
+    json: bool
+
+
+def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
+    """Read the command line of the plan: all flags of training, for phase 2, and two of its own.
+
+    Raises:
+        ConfigError, MissingInputError: as for training.
+    """
+    parser = plan_parser()
+    args, _ = parser.parse_known_args(underscored(argv))
+    train = parse_train_args(argv, parser=parser)
+    return PlanArguments(train.in_phase(2), args.card, args.json)
+
+
+def parse_train_args(
+    argv: Sequence[str], prog: str = "python -m dragkit.train", parser: Parser | None = None
+) -> TrainArguments:
     """Read the training command line.
 
     Args:
         argv: arguments after the program's name.
-        prog: name of the program in the help.
+        prog: name of the program in the help; parser: instead of `train_parser(prog)`.
 
     Returns:
         Configuration, origins and sources.
@@ -62,7 +93,7 @@ def parse_train_args(argv: Sequence[str], prog: str = "python -m dragkit.train")
         ConfigError: all unknown flags, keys and values at once.
         MissingInputError: the file of --config cannot be read.
     """
-    args, extras = train_parser(prog).parse_known_args(underscored(argv))
+    args, extras = (parser or train_parser(prog)).parse_known_args(underscored(argv))
     overrides: dict[str, object] = {}
     labels: dict[str, str] = {}
     problems = unknown_flags(extras, [*FLAGS, "preset", "config", "set", "debug", "help"])

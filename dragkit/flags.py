@@ -78,6 +78,17 @@ examples:
 
 {EXIT_CODES}"""
 
+_PLAN_EPILOG = f"""\
+Works without a GPU and without weights. All figures are predictions, none is measured.
+
+examples:
+  python -m dragkit.plan --preset h200
+  python -m dragkit.plan --preset b200 --set generator.checkpointing=all
+  python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
+
+{EXIT_CODES}"""
+CARDS = ("H100", "H200", "B200")
+
 
 class Parser(argparse.ArgumentParser):
     """Argument parser whose mistakes are ConfigErrors."""
@@ -117,9 +128,28 @@ class _Setting(argparse.Action):
         namespace.settings = [*namespace.settings, (key, value, label)]
 
 
-def train_parser(prog: str) -> Parser:
+def plan_parser() -> Parser:
+    """The parser of `dragkit.plan`: the flags of `dragkit.train` and two of its own."""
+    text = "Predict memory and time of phase 2, and what a run would choose; loads nothing."
+    parser = train_parser("python -m dragkit.plan", text, _PLAN_EPILOG)
+    add = parser.add_argument_group("plan").add_argument
+    add(
+        "--card",
+        choices=CARDS,
+        metavar="NAME",
+        help=f"plan for {', '.join(CARDS)} (default: the GPU that is here, else the preset's)",
+    )
+    add("--json", action="store_true", help="write JSON")
+    return parser
+
+
+def train_parser(
+    prog: str,
+    description: str = "Train a D-RAG model: one loop, two phases.",
+    epilog: str = _TRAIN_EPILOG,
+) -> Parser:
     """The parser of `dragkit.train`: `settings` collects (dotted key, text, flag) in order."""
-    parser = Parser(prog, "Train a D-RAG model: one loop, two phases.", _TRAIN_EPILOG)
+    parser = Parser(prog, description, epilog)
     parser.set_defaults(settings=[])
     general = parser.add_argument_group("sources of settings")
     general.add_argument(

@@ -152,8 +152,8 @@ class GeneratorConfig(Section):
 
     model: str | None = Field(
         None,
-        description=f"'{TINY_GENERATOR}', a folder, or a hub name. Unset: {TINY_GENERATOR} with "
-        f"the demo set, else {DEFAULT_GENERATOR}.",
+        description=f"'{TINY_GENERATOR}', a folder, a hub name, or random:NAME[:layers=N] (speed "
+        f"and memory only). Unset: {TINY_GENERATOR} with the demo set, else {DEFAULT_GENERATOR}.",
     )
     revision: str | None = Field(None, description="Hub revision. Unset: the newest.")
     generator_dim: int | None = Field(
@@ -174,6 +174,17 @@ class GeneratorConfig(Section):
     )
     generator_microbatch: int | None = Field(
         None, ge=1, description="Questions per generator pass. Unset: the whole batch."
+    )
+    tokens_per_pass: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens per generator pass; a longer prompt has a pass of its own. Unset: what "
+        "fits by the plan on GPU, no limit on CPU.",
+    )
+    checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
+        "auto",
+        description="Blocks of a Nemotron-H that are computed again in the backward pass instead "
+        "of kept. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
     )
     max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
     max_answers: int = Field(

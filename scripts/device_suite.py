@@ -4,9 +4,9 @@
 
 The parts are env, tests, kernels, train_step, mamba, decode, profile and report. They run in this
 order, the most valuable first; the report makes tables and plots of the others. Each has a time
-limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results and
-`summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code is 0
-if no part failed.
+limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results
+and `summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code
+is 0 if no part failed.
 
 This file uses the standard library only: what is missing on a bare machine is named, and what does
 not need it runs.

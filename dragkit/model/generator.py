@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit.model.nemotron_h import (
+    RECOMPUTED,
     Pack,
     computes,
     hidden_at_rows,
@@ -45,6 +46,9 @@ class Generator(nn.Module):
         mamba: who computes Mamba-2 layers, see `GeneratorConfig.mamba`.
         pack_multiple: packs are padded to a multiple of so many tokens; None is 256 on a GPU, where
             few sizes save compiled graphs, and 1 elsewhere.
+        checkpointing: which blocks of a Nemotron-H compute again what they do not keep, see
+            `GeneratorConfig.checkpointing`; here "auto" is "none".
+        tokens_per_pass: see `GeneratorConfig.tokens_per_pass`; None is no limit.
     """
 
     def __init__(
@@ -54,8 +58,12 @@ class Generator(nn.Module):
         *,
         mamba: str = "dragkit",
         pack_multiple: int | None = None,
+        checkpointing: str = "none",
+        tokens_per_pass: int | None = None,
     ) -> None:
         super().__init__()
+        self.checkpointing = "none" if checkpointing == "auto" else checkpointing
+        self.tokens_per_pass = tokens_per_pass
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[attr-defined]
@@ -168,7 +176,8 @@ class Generator(nn.Module):
             # Attention that lays sequences in rows pays for the length of a row, other does not.
             wait = not (embeds.is_cuda and embeds.dtype.itemsize == 2)
             embeds, pack = pad_to_multiple(embeds, self._pack(prompt, wait=wait), multiple)
-            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba)
+            again = RECOMPUTED[self.checkpointing]
+            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
         # and without one attention takes its fastest path.
         padded, _ = self.pad(embeds, prompt, left=False)

@@ -9,10 +9,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dragkit.config import GeneratorConfig
+from dragkit.config import TINY_GENERATOR, GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.adapters import add_adapters
 from dragkit.model.generator import Generator
+from dragkit.model.random_weights import (
+    architecture_of,
+    is_random,
+    random_config,
+    random_model,
+    skeleton,
+)
+from dragkit.model.shape import Shape, shape_of
 
 
 def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
@@ -53,9 +61,8 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     )
 
 
-def _check_memory(folder: str, name: str, device: torch.device) -> None:
-    """Stops before loading weights that cannot fit on the device."""
-    need = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+def _check_memory(need: int, name: str, device: torch.device) -> None:
+    """Stops before loading weights of so many bytes that cannot fit on the device."""
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
         where = torch.cuda.get_device_name(device)
@@ -70,15 +77,68 @@ def _check_memory(folder: str, name: str, device: torch.device) -> None:
         )
 
 
+def _dtype(config: GeneratorConfig, device: torch.device) -> torch.dtype:
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, config.dtype)
+
+
 def check_generator(config: GeneratorConfig, device: torch.device, *, name: str) -> str:
     """The generator's folder, once its weights are known to be there and to fit.
 
+    Random weights need none; the folder is then that of their stand-in tokeniser.
+
     Raises:
         MissingInputError: no weights, or no room for them.
+        ConfigError: random weights of an architecture that does not exist.
     """
+    if is_random(name):
+        model = skeleton(random_config(name), _dtype(config, device))
+        _check_memory(sum(p.nbytes for p in model.parameters()), name, device)
+        return resolve_generator(config, name=TINY_GENERATOR)
     folder = resolve_generator(config, name=name)
-    _check_memory(folder, name, device)
+    need = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    _check_memory(need, name, device)
     return folder
+
+
+def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
+    """The generator's shape, from its configuration alone; None of one that has no plan.
+
+    Raises:
+        MissingInputError: it is not on this machine, nor in our table.
+        ConfigError: random weights of an architecture that does not exist.
+    """
+    if is_random(name):
+        return shape_of(random_config(name))
+    from transformers import AutoConfig
+
+    try:
+        folder = resolve_generator(config, name=name)
+    except MissingInputError:
+        if (known := architecture_of(name)) is None:
+            raise
+        return shape_of(random_config(known))
+    return shape_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def check_experts(model: nn.Module, device: torch.device) -> None:
+    """Routed experts on a GPU must compute by groups: others stop the GPU for every expert.
+
+    Whether the library lets a model choose is decided by the source of the module that defines its
+    class, so a model defined elsewhere falls back in silence.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    experts = "moe" in (getattr(model.config, "layers_block_type", None) or ())
+    chosen = getattr(model.config, "_experts_implementation", None)
+    if device.type == "cuda" and experts and chosen != "grouped_mm":
+        raise ConfigError(
+            f"the generator's routed experts would run as {chosen!r} on {device}, not as "
+            "'grouped_mm'. Set experts_implementation to grouped_mm in its config.json, or use "
+            "the library's own class of the model."
+        )
 
 
 def prepare_nemotron_h(model: nn.Module) -> None:
@@ -110,7 +170,7 @@ def load_generator(
 
     Args:
         config: revision, type and adapters; device: where the weights go.
-        name: "tiny", a folder, or a hub name.
+        name: "tiny", `random:...`, a folder, or a hub name.
         adapters: False loads the bare model.
 
     Raises:
@@ -122,15 +182,15 @@ def load_generator(
 
     disable_progress_bar()
     folder = check_generator(config, device, name=name)
-    if config.dtype == "auto":
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    else:
-        dtype = getattr(torch, config.dtype)
+    dtype = _dtype(config, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        if is_random(name):
+            model = random_model(name, device, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError) as error:
         raise MissingInputError(
             f"the generator {name} in {folder} cannot be loaded: {str(error).splitlines()[0]}"
@@ -138,6 +198,7 @@ def load_generator(
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} has no end token, which training needs.")
     prepare_nemotron_h(model)
+    check_experts(model, device)
     width = model.get_input_embeddings().weight.shape[1]
     if config.generator_dim not in (None, width):
         raise ConfigError(
@@ -148,5 +209,10 @@ def load_generator(
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
     return Generator(
-        model.to(device), tokenizer, mamba=config.mamba, pack_multiple=config.pack_multiple
+        model.to(device),
+        tokenizer,
+        mamba=config.mamba,
+        pack_multiple=config.pack_multiple,
+        checkpointing=config.checkpointing,
+        tokens_per_pass=config.tokens_per_pass,
     )

@@ -46,6 +46,24 @@ def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
     )
 
 
+def split_by_tokens(lengths: Sequence[int], tokens: int, count: int) -> list[int]:
+    """How many of the prompts, in their order, make each pass.
+
+    Args:
+        lengths: of the prompts; tokens, count: of a pass, at most. A prompt that is longer is alone
+            in its pass.
+    """
+    sizes: list[int] = []
+    room = 0
+    for length in lengths:
+        if not sizes or length > room or sizes[-1] == count:
+            sizes.append(0)
+            room = tokens
+        sizes[-1] += 1
+        room -= length
+    return sizes
+
+
 def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:
     return sum(b.target.ids.numel() for b in batches if b.target is not None)
 
@@ -101,16 +119,26 @@ class JointPhase:
         tokens = float(max(_answer_tokens(batches), 1))
         return {"questions": labelled_questions(batches), "tokens": tokens}
 
+    def _passes(self, prompt: NeuralPrompt) -> Sequence[Tensor]:
+        """Prompts of each pass, int64 [G], short ones first."""
+        questions = len(prompt.length)
+        order = torch.argsort(prompt.length, stable=True)
+        count = max(self.config.generator.generator_microbatch or questions, 1)
+        tokens = self.model.generator.tokens_per_pass
+        if tokens is None or min(count, questions) * prompt.longest <= tokens:
+            return order.split(count)
+        # The host must know the lengths to split by them, and waits here for a GPU that has just
+        # finished choosing the facts. Where no pass can be too long it need not.
+        return order.split(split_by_tokens(prompt.length[order].tolist(), tokens, count))
+
     def _generator_passes(
         self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of the generator; gradients reach adapters and `vectors`."""
         questions, device = prompt.length.shape[0], prompt.length.device
-        size = self.config.generator.generator_microbatch or questions
         loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        by_length = torch.argsort(prompt.length, stable=True)
-        for chosen in by_length.split(max(size, 1)):
+        for chosen in self._passes(prompt):
             part = prompt if len(chosen) == questions else _questions(prompt, chosen)
             with nvtx_range("generator"):
                 out = self.model.generator(part, vectors, self.config.loss.eos_loss_weight)

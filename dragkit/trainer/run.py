@@ -12,10 +12,12 @@ from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
 from dragkit.data.capacity import Buckets
 from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model.budget import planned, this_device
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.generator import Generator
 from dragkit.model.joint import JointModel
-from dragkit.model.load import check_generator, load_generator
+from dragkit.model.load import check_generator, generator_shape, load_generator
+from dragkit.model.random_weights import is_random
 from dragkit.model.retriever import Retriever
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
@@ -94,6 +96,28 @@ def setup(config: TrainConfig) -> torch.device:
     return device
 
 
+def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
+
+    Raises:
+        ConfigError: the run does not fit; names settings with which it would.
+    """
+    if device.type != "cuda":
+        return config
+    shape = generator_shape(config.generator, name=config.generator_model)
+    if shape is None:
+        logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
+        return config
+    config = planned(config, shape, this_device(device))
+    chosen = config.generator
+    logger.info(
+        "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",
+        chosen.tokens_per_pass,
+        chosen.checkpointing,
+    )
+    return config
+
+
 def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
     """A fresh retriever; its weights are a function of the seed."""
     torch.manual_seed(config.run.seed)
@@ -164,6 +188,7 @@ class Run:
         self.device = setup(config)
         if config.run.phase == 2:
             # Before anything costs time: the largest input is the one most likely to be missing.
+            self.config = config = fitted(config, self.device)
             check_generator(config.generator, self.device, name=config.generator_model)
         self.paths = data_paths(config)
         for path in (self.paths.train, self.paths.val, self.paths.test):
@@ -273,8 +298,12 @@ class Run:
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
         size = evaluation_batch(self.device)
-        val = self.source(self.paths.val, generator, size)
-        stages = Stages(self.run_dir, self.source(self.paths.test, generator, size), self.device)
+        val_path, test_path = self.paths.val, self.paths.test
+        if is_random(config.generator_model):
+            logger.warning("random weights answer nothing: no validation, no test, no results.json")
+            val_path = test_path = None
+        val = self.source(val_path, generator, size)
+        stages = Stages(self.run_dir, self.source(test_path, generator, size), self.device)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device)
         if self.resumed is not None:
             trainer.resume(self.resumed)
@@ -288,6 +317,11 @@ class Run:
         best = chosen_checkpoint(self.run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 2 (joint)", phase)
+        if is_random(config.generator_model):
+            return (
+                f"{self.run_dir / 'metrics.jsonl'}: loss and throughput of a generator with random "
+                f"weights\ncheckpoint: {best}"
+            )
         lines = [stages.table(), f"checkpoint: {best}", "next:"]
         lines.append(
             f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE"

@@ -8,9 +8,10 @@ from dragkit import __version__
 from dragkit.cli import EvaluateArguments
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
-from dragkit.errors import MissingInputError
+from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import evaluate
 from dragkit.model.encoder import TextEncoder, find_encoder
+from dragkit.model.random_weights import is_random
 from dragkit.trainer.checkpoint import load_checkpoint
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
@@ -49,9 +50,18 @@ def evaluate_run(args: EvaluateArguments) -> dict:
 
     Returns:
         JSON-ready: versions, checkpoint, configuration, and per file the report and predictions.
+
+    Raises:
+        ConfigError: its generator has random weights.
     """
     loaded = load_checkpoint(chosen_checkpoint(args.run, args.checkpoint))
     config = _config(TrainConfig.model_validate(loaded.json["config"]), args)
+    if loaded.state.phase != "phase1" and is_random(config.generator_model):
+        raise ConfigError(
+            f"{args.run}: was trained with the generator {config.generator_model}. Random weights "
+            "answer nothing, so there is nothing to evaluate; its metrics.jsonl holds loss and "
+            "throughput."
+        )
     device = setup(config)
     encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))
     generator = None

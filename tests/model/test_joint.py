@@ -16,8 +16,10 @@ from dragkit.losses import retrieval_loss
 from dragkit.model.adapter_watch import DeadAdapterError
 from dragkit.model.joint import JointModel
 from dragkit.model.load import load_generator
+from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.retriever import Retriever
-from dragkit.trainer.phase2 import JointPhase
+from dragkit.trainer import phase2
+from dragkit.trainer.phase2 import JointPhase, split_by_tokens
 
 _spec = importlib.util.spec_from_file_location(
     "retriever_cases", Path(__file__).with_name("test_retriever.py")
@@ -162,13 +164,70 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
             torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_generator_micro_batches_change_nothing(relations, size):
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "count", "sizes"),
+    [
+        ([], 10, 2, []),
+        ([5], 10, 2, [1]),
+        ([11], 10, 2, [1]),  # longer than a pass
+        ([2, 3, 5], 10, 9, [3]),  # exactly full
+        ([2, 3, 6], 10, 9, [2, 1]),
+        ([2, 3, 6], 10, 1, [1, 1, 1]),
+        ([4, 4, 4, 4], 8, 9, [2, 2]),
+        ([1, 1, 20, 20], 10, 9, [2, 1, 1]),
+        ([1, 1, 1, 1, 1], 100, 2, [2, 2, 1]),
+    ],
+)
+def test_passes_hold_at_most_so_many_tokens_and_prompts(lengths, tokens, count, sizes):
+    assert split_by_tokens(lengths, tokens, count) == sizes
+
+
+def test_lengths_are_asked_for_only_where_a_pass_could_be_too_long(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the host asked for lengths")
+
+    phase = make()
+    monkeypatch.setattr(phase2, "split_by_tokens", refuse)
+    length = torch.tensor([7, 3, 5])
+    empty = torch.zeros(0, dtype=torch.int64)
+    prompt = NeuralPrompt(empty, empty, empty, empty, length, empty, empty, empty, longest=8)
+    for tokens, count in ((None, None), (24, None), (16, 2), (8, 1)):
+        phase.model.generator.tokens_per_pass = tokens
+        generator = phase.config.generator.model_copy(update={"generator_microbatch": count})
+        phase.config = phase.config.model_copy(update={"generator": generator})
+        passes = [chosen.tolist() for chosen in phase._passes(prompt)]
+        assert sum(passes, []) == [1, 2, 0] and max(map(len, passes)) == (count or 3)
+        phase.model.generator.tokens_per_pass = tokens and tokens - 1
+        if tokens:
+            with pytest.raises(AssertionError, match="asked"):
+                phase._passes(prompt)
+    phase.model.generator.tokens_per_pass = 1
+    nothing = replace(prompt, length=empty, longest=0)
+    assert [len(chosen) for chosen in phase._passes(nothing)] == [0]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"generator_microbatch": 1}, {"generator_microbatch": 3}, {"tokens_per_pass": 150}],
+    ids=str,
+)
+def test_generator_micro_batches_change_nothing(relations, limits):
     whole = make()
-    parts = make(generator={"generator_microbatch": size})
+    parts = make(generator=limits)
+    passes = []
+    forward = parts.model.generator.forward
+
+    def spy(prompt, *rest):
+        passes.append(prompt.length.tolist())
+        return forward(prompt, *rest)
+
+    parts.model.generator.forward = spy
     batch = make_batch(whole.model.generator)
     a, first = gradients(whole, batch, relations)
     b, second = gradients(parts, batch, relations)
+    assert sum(map(len, passes)) == 4 and len(passes) > 1
+    most, tokens = limits.get("generator_microbatch", 4), limits.get("tokens_per_pass", 10_000)
+    assert all(len(p) <= most and (sum(p) <= tokens or len(p) == 1) for p in passes)
     torch.testing.assert_close(a.loss, b.loss)
     # A softmax does not see its scores' common part: that gradient is zero but for rounding.
     noise = {"retriever.node_score.bias"}

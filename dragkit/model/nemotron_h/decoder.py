@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dragkit.model.nemotron_h.attention import attention_at, packed_attention
 from dragkit.model.nemotron_h.backends import MambaOps
@@ -19,6 +20,12 @@ from dragkit_kernels import gated_rms_norm
 
 _SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
 _Mixer = Callable[[nn.Module, Tensor], Tensor]
+# `generator.checkpointing` -> kinds of blocks that keep their input alone and compute again.
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "mamba": ("linear_attention",),
+    "all": ("linear_attention", "full_attention", "moe", "mlp"),
+}
 
 
 class KeyValues(NamedTuple):
@@ -70,13 +77,22 @@ def _change(block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer) 
     return mixer(normed[None]).squeeze(0)  # the library's experts take three axes
 
 
+def _changed(
+    block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer, recompute: Container[str]
+) -> Tensor:
+    """`_change`; a block of a kind in `recompute` keeps `hidden` alone for its backward pass."""
+    if block.block_type not in recompute or not torch.is_grad_enabled():
+        return _change(block, hidden, mamba, attention)
+    return checkpoint(_change, block, hidden, mamba, attention, use_reentrant=False)
+
+
 def _pass(
     model: nn.Module,
     embeds: Tensor,
-    pack: Pack,
     rows: Tensor,
     mamba: _Mixer,
     attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    recompute: Container[str] = (),
 ) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
@@ -98,9 +114,10 @@ def _pass(
     for index, block in enumerate(model.layers):
         # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
         if index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu":
-            hidden = hidden[rows] + _change(block, hidden, mamba, attention_of_rows)
+            change = _changed(block, hidden, mamba, attention_of_rows, recompute)
+            hidden = hidden[rows] + change
             continue
-        hidden = hidden + _change(block, hidden, mamba, attention)
+        hidden = hidden + _changed(block, hidden, mamba, attention, recompute)
         if index == last:
             hidden = hidden[rows]
     return _norm(model.norm_f, hidden)
@@ -116,7 +133,12 @@ def _attend(
 
 
 def hidden_at_rows(
-    model: nn.Module, embeds: Tensor, pack: Pack, rows: Tensor, ops: MambaOps
+    model: nn.Module,
+    embeds: Tensor,
+    pack: Pack,
+    rows: Tensor,
+    ops: MambaOps,
+    recompute: Container[str] = (),
 ) -> Tensor:
     """Last hidden states at some tokens, with gradients.
 
@@ -124,6 +146,7 @@ def hidden_at_rows(
         model: a `NemotronHModel`, with adapters or without.
         embeds: float [T, M]; pack: of the tokens.
         rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
+        recompute: kinds of blocks that are computed again in the backward pass, of `RECOMPUTED`.
 
     Returns:
         float [A, M].
@@ -132,7 +155,7 @@ def hidden_at_rows(
     def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
         return mamba_mixer(mixer, hidden, pack, ops)[0]
 
-    return _pass(model, embeds, pack, rows, mamba, partial(_attend, pack=pack))
+    return _pass(model, embeds, rows, mamba, partial(_attend, pack=pack), recompute)
 
 
 def prefill(
@@ -167,7 +190,7 @@ def prefill(
         states.append(KeyValues(kept(key), kept(value), length.clone()))
         return _attend(mixer, query, key, value, wanted, pack)
 
-    return _pass(model, embeds, pack, last, mamba, attend), states
+    return _pass(model, embeds, last, mamba, attend), states
 
 
 def _attention_step(mixer: nn.Module, hidden: Tensor, *, state: KeyValues) -> Tensor:

@@ -1,0 +1,242 @@
+"""What of a run fits on a card: how blocks keep their tensors, tokens of a pass, or a refusal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dragkit.config import TrainConfig
+from dragkit.errors import ConfigError
+from dragkit.model import memory
+from dragkit.model.adapters import LORA_TARGETS
+from dragkit.model.nemotron_h import RECOMPUTED
+from dragkit.model.projector import Projector
+from dragkit.model.random_weights import architecture_of
+from dragkit.model.retriever import Retriever
+from dragkit.model.shape import Adapters, Shape, adapter_parameters, parameters
+
+MULTIPLE = 256
+# A pass of so many tokens fills a GPU: every expert has hundreds of rows. Larger ones bring little,
+# and room that is left forgives what the estimates miss.
+ENOUGH = 16_384
+# Supervised tokens over all: answers are 1 to 5 % of a prompt.
+ROWS_SHARE = 0.05
+# Context, libraries' workspaces, and what fragmentation takes of a card.
+CONTEXT, FRAGMENTED = 3 << 29, 0.06
+# A question's facts where nothing is known of the data, and what a pack has of nodes and pairs.
+_FACTS, _NODES, _PAIRS = 10_000, 0.5, 0.25
+_TEXT_DIM, _RELATIONS, _RELATION_TOKENS = 384, 10_000, 12
+
+
+class Device(NamedTuple):
+    """A card: its name, bytes, dense bfloat16 operations a second (0: unknown), bytes a second."""
+
+    name: str
+    memory: int
+    flops: float = 0.0
+    bandwidth: float = 0.0
+
+
+# Memory as the driver reports it, in MiB; peaks of the SXM cards' data sheets.
+DEVICES = {
+    "H100": Device("H100", 81_559 << 20, 989e12, 3.35e12),
+    "H200": Device("H200", 143_771 << 20, 989e12, 4.8e12),
+    "B200": Device("B200", 183_359 << 20, 2250e12, 8.0e12),
+}
+
+
+def this_device(device: torch.device) -> Device:
+    """The GPU that is here, with the peaks of the table where its name is in it."""
+    name = torch.cuda.get_device_name(device)
+    peaks = next((d for key, d in DEVICES.items() if key in name), Device(name, 0))
+    total = torch.cuda.get_device_properties(device).total_memory
+    return Device(name, total, peaks.flops, peaks.bandwidth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A prediction for a run on a device.
+
+    Attributes:
+        device: where; shape: of the generator; policy: of `RECOMPUTED`; tokens: of a pass.
+        fixed: bytes by component, whatever the tokens; per_token: bytes per token by component.
+        rows: supervised tokens of a pass; needed: tokens of the longest prompt.
+        fit: tokens of a pass that fit, by policy; 0 where not even the weights do.
+    """
+
+    device: Device
+    shape: Shape
+    policy: str
+    tokens: int
+    fixed: dict[str, int]
+    per_token: dict[str, int]
+    rows: int
+    needed: int
+    fit: dict[str, int]
+
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes at the peak, by component."""
+        found = dict(self.fixed)
+        found |= {name: each * self.tokens for name, each in self.per_token.items()}
+        return found | {"logits of supervised rows": memory.logits_bytes(self.shape, self.rows)}
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak."""
+        return sum(self.components.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the longest prompt and the chosen tokens have room."""
+        return self.fit[self.policy] >= max(self.tokens, self.needed)
+
+
+def adapters_of(config: TrainConfig) -> Adapters:
+    """The adapters that a run would train."""
+    if config.generator.freeze_lm:
+        return Adapters(0, ())
+    return Adapters(config.generator.lora_rank, config.generator.lora_targets or LORA_TARGETS)
+
+
+def _head_parameters(config: TrainConfig, shape: Shape) -> int:
+    with torch.device("meta"):
+        retriever = Retriever(config.retriever, _TEXT_DIM)
+        width = config.generator.projector_dim or max(128, shape.hidden)
+        projector = Projector(retriever.fact_dim, width, shape.hidden, 1.0)
+    return sum(p.numel() for part in (retriever, projector) for p in part.parameters())
+
+
+def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict[str, int]:
+    questions, settings = config.optim.batch_size_in(2), config.retriever
+    facts = min(config.data.max_facts_per_batch, questions * _FACTS)
+    passes = settings.num_reasoning_steps * settings.num_stages
+    # A layer keeps its input and output, two tables of pairs, and the gate of each instruction.
+    rows = facts * (2 * _NODES + (2 + settings.num_instructions) * _PAIRS)
+    kept = int(4 * settings.hidden_dim * passes * rows)
+    table = _RELATIONS * 2 * _RELATION_TOKENS * _TEXT_DIM * 2
+    return {
+        "frozen weights": parameters(shape) * half,
+        "adapters, gradients, moments": memory.TRAINED
+        * adapter_parameters(shape, adapters_of(config)),
+        "retriever and projector, gradients, moments": memory.TRAINED
+        * _head_parameters(config, shape),
+        "retriever's activations": kept,
+        "relation table and batch": table + 200 * facts,
+        "context, libraries, fragmentation": CONTEXT + int(FRAGMENTED * device.memory),
+    }
+
+
+def _rows(tokens: int) -> int:
+    return math.ceil(tokens * ROWS_SHARE)
+
+
+def _fitting(shape: Shape, free: int, each: int) -> int:
+    """Most tokens, a multiple of `MULTIPLE`, whose tensors and logits have room."""
+    low, high = 0, max(free, 0) // max(each, 1) // MULTIPLE + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        tokens = middle * MULTIPLE
+        taken = tokens * each + memory.logits_bytes(shape, _rows(tokens))
+        low, high = (middle, high) if taken <= free else (low, middle)
+    return low * MULTIPLE
+
+
+def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
+    """What phase 2 of a run would choose on a device, whether it fits or not.
+
+    The first of none, mamba, all whose passes can be as large as is useful; else the one with the
+    largest. Settings of the run take the place of choices. The figures are those of our own ops in
+    half precision; float32 and the packages of `generator.mamba` keep more.
+
+    Args:
+        config: of the run; shape: of its generator; device: the card.
+    """
+    settings, adapters = config.generator, adapters_of(config)
+    half = 4 if settings.dtype == "float32" else 2
+    fixed = _fixed(config, shape, device, half)
+    free = device.memory - sum(fixed.values())
+    per_token, fit = {}, {}
+    for policy in RECOMPUTED:
+        per_token[policy] = memory.activations_per_token(shape, policy, adapters, half)
+        # Rows of the prompt, with vectors in their places, padded; and the gradient of that.
+        per_token[policy]["embeddings of prompts"] = 4 * half * shape.hidden
+        fit[policy] = _fitting(shape, free, sum(per_token[policy].values()))
+    longest = -(-settings.max_prompt_tokens // MULTIPLE) * MULTIPLE
+    most = config.optim.batch_size_in(2) * longest
+    goal = settings.tokens_per_pass or max(min(most, ENOUGH), longest)
+    policy = settings.checkpointing
+    if policy == "auto":
+        policy = next((p for p in RECOMPUTED if fit[p] >= goal), max(fit, key=lambda p: fit[p]))
+    tokens = settings.tokens_per_pass or max(min(most, ENOUGH, fit[policy]), longest)
+    return Plan(
+        device, shape, policy, tokens, fixed, per_token[policy], _rows(tokens), longest, fit
+    )
+
+
+def _changed(config: TrainConfig, **values: object) -> TrainConfig:
+    generator = config.generator.model_copy(update=values)
+    return config.model_copy(update={"generator": generator})
+
+
+def alternatives(config: TrainConfig, shape: Shape, device: Device) -> Iterator[str]:
+    """Settings with which the run would fit, the least change first."""
+    rank = max(1, min(8, config.generator.lora_rank))
+    attention = ("q_proj", "k_proj", "v_proj", "o_proj")
+    again: dict[str, object] = {"checkpointing": "all"}
+    less: dict[str, object] = {"lora_targets": attention, "lora_rank": rank}
+    tried: list[tuple[dict[str, object], str]] = [
+        (again, "generator.checkpointing=all"),
+        (less, f"generator.lora_targets={','.join(attention)} --set generator.lora_rank={rank}"),
+    ]
+    for extra in ({}, again, again | less):
+        loose = _changed(config, tokens_per_pass=None, max_prompt_tokens=MULTIPLE, **extra)
+        plan = make_plan(loose, shape, device)
+        room = plan.fit[plan.policy]
+        words = f"generator.tokens_per_pass={room}"
+        values = extra | {"tokens_per_pass": room}
+        if room < config.generator.max_prompt_tokens:
+            values["max_prompt_tokens"] = room
+            words += f" --set generator.max_prompt_tokens={room}"
+        if "checkpointing" in extra:
+            words += " --set generator.checkpointing=all"
+        if "lora_rank" in extra:
+            words += f" --set {tried[1][1]}"
+        if room > config.generator.max_new_tokens:
+            tried.append((values, words))
+    for values, words in tried:
+        if make_plan(_changed(config, **values), shape, device).fits:
+            yield f"--set {words}"
+    for other in DEVICES.values():
+        if other.memory > device.memory and make_plan(config, shape, other).fits:
+            yield f"another card: {other.name}"
+    if name := architecture_of(config.generator_model):
+        for count in range(len(shape.kinds) - 1, 0, -1):
+            if make_plan(config, shape._replace(kinds=shape.kinds[:count]), device).fits:
+                yield f"a part of it, for speed alone: --generator_model {name}:layers={count}"
+                break
+    yield "the bundled tiny one: --preset tiny --generator_model tiny"
+
+
+def planned(config: TrainConfig, shape: Shape, device: Device) -> TrainConfig:
+    """The run's configuration with the plan's choices in it.
+
+    Raises:
+        ConfigError: it does not fit; names three settings with which it would.
+    """
+    plan = make_plan(config, shape, device)
+    if plan.fits:
+        return _changed(config, checkpointing=plan.policy, tokens_per_pass=plan.tokens)
+    found = list(alternatives(config, shape, device))[:3]
+    gib = 2.0**30
+    raise ConfigError(
+        f"the generator {config.generator_model} does not fit: {plan.tokens:,} tokens in a pass "
+        f"would take {plan.peak / gib:.0f} GiB with generator.checkpointing={plan.policy}, and "
+        f"{device.name} has {device.memory / gib:.0f} GiB. What would:\n"
+        + "\n".join(f"  {line}" for line in found)
+        + "\n`python -m dragkit.plan` with the same flags shows where the memory goes."
+    )

@@ -1,0 +1,161 @@
+"""What a run chooses on a card, and what it says where it does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dragkit.cli import parse_train_args
+from dragkit.config import TrainConfig, load_config
+from dragkit.errors import ConfigError
+from dragkit.model import budget, memory
+from dragkit.model.budget import DEVICES, ENOUGH, Device, make_plan, planned
+from dragkit.model.nemotron_h import RECOMPUTED
+from dragkit.model.random_weights import random_config
+from dragkit.model.shape import shape_of
+from dragkit.trainer import run
+
+PUBLIC = "random:nemotron-3-nano-30b-a3b"
+SHAPE = shape_of(random_config(PUBLIC))
+GIB = 2**30
+
+
+def config(preset: str = "b200", **values: object) -> TrainConfig:
+    return load_config(preset, None, {k.replace("__", "."): v for k, v in values.items()})[0]
+
+
+def card(gib: float) -> Device:
+    return Device("a card", int(gib * GIB), 1e15, 4e12)
+
+
+def test_every_preset_for_a_large_card_fits_its_card() -> None:
+    for name in ("h200", "b200"):
+        plan = make_plan(config(name), SHAPE, DEVICES[name.upper()])
+        assert plan.fits and plan.peak <= plan.device.memory
+        assert plan.tokens >= config(name).generator.max_prompt_tokens
+
+
+@pytest.mark.parametrize("policy", list(RECOMPUTED))
+@pytest.mark.parametrize("gib", [80, 141])
+def test_the_most_tokens_fit_and_one_step_more_does_not(policy: str, gib: int) -> None:
+    def peak(tokens: int) -> int:
+        settings = config(generator__checkpointing=policy, generator__tokens_per_pass=tokens)
+        return make_plan(settings, SHAPE, card(gib)).peak
+
+    most = make_plan(config(), SHAPE, card(gib)).fit[policy]
+    assert most > 0 and most % budget.MULTIPLE == 0
+    assert peak(most) <= gib * GIB < peak(most + budget.MULTIPLE)
+
+
+def test_blocks_are_computed_again_only_where_room_is_short() -> None:
+    policies, tokens = [], []
+    for gib in range(75, 180, 3):
+        plan = make_plan(config(), SHAPE, card(gib))
+        policies.append(list(RECOMPUTED).index(plan.policy))
+        tokens.append(plan.tokens)
+        if plan.fits:
+            assert plan.peak <= gib * GIB
+    assert policies == sorted(policies, reverse=True) and set(policies) == {0, 1, 2}
+    assert max(tokens) == ENOUGH
+
+
+def test_settings_take_the_place_of_choices() -> None:
+    settings = config(generator__checkpointing="all", generator__tokens_per_pass=5000)
+    plan = make_plan(settings, SHAPE, DEVICES["H200"])
+    assert (plan.policy, plan.tokens, plan.fits) == ("all", 5000, True)
+    found = planned(settings, SHAPE, DEVICES["H200"]).generator
+    assert (found.checkpointing, found.tokens_per_pass) == ("all", 5000)
+    small = config("h200", generator__max_prompt_tokens=1000)
+    assert make_plan(small, SHAPE, DEVICES["H200"]).tokens == 1024  # one question has no more
+
+
+def test_adapters_cost_what_they_are() -> None:
+    frozen = make_plan(config(generator__freeze_lm=True), SHAPE, DEVICES["H200"])
+    usual = make_plan(config(), SHAPE, DEVICES["H200"])
+    name = "adapters, gradients, moments"
+    assert frozen.components[name] == 0
+    # Attention, in_proj and shared experts at rank 16: 11.4 million.
+    assert usual.components[name] / memory.TRAINED == pytest.approx(11.4e6, rel=0.01)
+    assert usual.fit["none"] < frozen.fit["none"]
+
+
+def settings_said(message: str) -> Iterator[list[str]]:
+    """The command lines that a refusal offers."""
+    for line in message.splitlines():
+        if line.startswith("  --set"):
+            yield line.split()
+
+
+@pytest.mark.parametrize(
+    ("gib", "values"),
+    [
+        (67, {}),
+        (72, {"generator__checkpointing": "none"}),
+        (80, {"generator__checkpointing": "none", "generator__tokens_per_pass": 20_000}),
+        (140, {"generator__tokens_per_pass": 200_000}),
+    ],
+)
+def test_what_is_offered_instead_fits(gib: int, values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="does not fit") as raised:
+        planned(config(**values), SHAPE, card(gib))
+    message = str(raised.value)
+    offers = [line for line in message.splitlines() if line.startswith("  ")]
+    assert len(offers) == 3, message
+    said = list(settings_said(message))
+    given = [
+        part
+        for key, value in values.items()
+        for part in ("--set", f"{key.replace('__', '.')}={value}")
+    ]
+    for flags in said:
+        argv = ["--preset", "b200", *given, *flags]
+        assert make_plan(parse_train_args(argv).config, SHAPE, card(gib)).fits, flags
+    for line in offers:
+        if "another card" in line:
+            other = DEVICES[line.rsplit(" ", 1)[1]]
+            assert make_plan(config(**values), SHAPE, other).fits
+
+
+def test_weights_that_do_not_fit_leave_other_cards_and_parts() -> None:
+    with pytest.raises(ConfigError) as raised:
+        planned(config(), SHAPE, card(40))
+    message = str(raised.value)
+    assert "--set" not in message and "another card: H200" in message
+    with pytest.raises(ConfigError) as raised:
+        planned(config(), SHAPE, Device("huge prompt", 24 * GIB))
+    found = list(budget.alternatives(config(), SHAPE, card(24)))
+    (part,) = (line for line in found if "layers=" in line)
+    count = int(re.search(r"layers=(\d+)", part)[1])
+    for layers, fits in ((count, True), (count + 1, False)):
+        shape = shape_of(random_config(f"{PUBLIC}:layers={layers}"))
+        assert make_plan(config(), shape, card(24)).fits is fits
+
+
+def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "this_device", lambda device: DEVICES["H200"])
+    settings = config("h200", generator__model=PUBLIC)
+    found = run.fitted(settings, torch.device("cuda")).generator
+    assert (found.checkpointing, found.tokens_per_pass) == ("none", 4096)
+    monkeypatch.setattr(run, "this_device", lambda device: card(50))
+    with pytest.raises(ConfigError, match="a card has 50 GiB"):
+        run.fitted(settings, torch.device("cuda"))
+    assert run.fitted(settings, torch.device("cpu")) is settings
+
+
+def test_a_run_is_refused_before_anything_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the run went on")
+
+    monkeypatch.setattr(run, "setup", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(run, "this_device", lambda device: card(50))
+    for later in ("check_generator", "data_paths", "TextEncoder"):
+        monkeypatch.setattr(run, later, refuse)
+    settings, origins = load_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
+    with pytest.raises(ConfigError, match="does not fit"):
+        run.Run(settings, origins, settings)
+    monkeypatch.setattr(run, "this_device", lambda device: DEVICES["H200"])
+    with pytest.raises(AssertionError, match="went on"):
+        run.Run(settings, origins, settings)

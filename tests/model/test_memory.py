@@ -1,0 +1,181 @@
+"""The plan's figures against the tensors that our forward keeps, counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import NemotronHConfig
+
+from dragkit.config import GeneratorConfig
+from dragkit.model import memory
+from dragkit.model.adapters import LORA_TARGETS, add_adapters
+from dragkit.model.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
+from dragkit.model.random_weights import ARCHITECTURES, random_config, random_model
+from dragkit.model.shape import (
+    Adapters,
+    adapter_parameters,
+    linear_layers,
+    matrix_parameters,
+    parameters,
+    shape_of,
+    whole_blocks,
+)
+
+PUBLIC = "random:nemotron-3-nano-30b-a3b"
+TOKENS = 192
+OPS = mamba_ops("dragkit")
+# As the 30B in kind and proportion: inner is not hidden, keys are fewer than queries.
+SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
+    "vocab_size": 1024,
+    "hidden_size": 168,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 120,
+    "moe_shared_expert_intermediate_size": 232,
+    "intermediate_size": 336,
+}
+EVERYTHING = (*LORA_TARGETS, "out_proj", "experts.up_proj", "experts.down_proj")
+INPUTS, OUTPUTS = ("q_proj", "in_proj", "up_proj"), ("o_proj", "out_proj", "down_proj")
+CASES = {"usual": LORA_TARGETS, "inputs": INPUTS, "outputs": OUTPUTS, "everything": EVERYTHING}
+
+
+class _Held:
+    """A saved tensor; gone with the node of the graph that saved it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Varlen(torch.autograd.Function):
+    """Keeps what the library's attention of ragged sequences does on a GPU; the values are none."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = torch.empty_like(query).fill_(0.1)
+        ctx.save_for_backward(query, key, value, out, query.new_zeros(query.shape[:2]).float())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, *_ = ctx.saved_tensors
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def attention(query, key, value, pack, scale):
+        return _Varlen.apply(query, key, value)
+
+    monkeypatch.setattr(decoder, "packed_attention", attention)
+    yield
+
+
+def kept_per_token(model: torch.nn.Module, policy: str) -> float:
+    """The same for every token; what does not grow with them is small and left out."""
+    return (kept(model, policy, 2 * TOKENS) - kept(model, policy, TOKENS)) / TOKENS
+
+
+def kept(model: torch.nn.Module, policy: str, tokens: int) -> int:
+    """Bytes of distinct memory that the graph of a pass holds, beside parameters and the pack."""
+    base = model.get_base_model()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    held: list[weakref.ref[_Held]] = []
+
+    def pack(tensor: Tensor) -> _Held:
+        holder = _Held(tensor)
+        held.append(weakref.ref(holder))
+        return holder
+
+    batch = make_pack(torch.tensor([tokens // 2] * 2), tokens, tokens // 2)
+    own |= {t.untyped_storage().data_ptr() for t in batch[:3]}
+    rows = torch.tensor([tokens - 1])
+    embeds = torch.randn(tokens, base.config.hidden_size).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        out = hidden_at_rows(base.model, embeds, batch, rows, OPS, RECOMPUTED[policy])
+    assert out.requires_grad
+    alive = [holder.tensor.untyped_storage() for ref in held if (holder := ref()) is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
+
+
+def build(monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...]):
+    architecture = ARCHITECTURES["nemotron-3-nano-30b-a3b"]._replace(pattern=pattern, sizes=SIZES)
+    monkeypatch.setitem(ARCHITECTURES, "small", architecture)
+    model = random_model("random:small", torch.device("cpu"), torch.bfloat16)
+    shape = shape_of(model.config)
+    linear = {n for kind in shape.kinds for n in linear_layers(shape, kind)}
+    routed = "moe" in shape.kinds
+    targets = tuple(t for t in targets if t in linear or (routed and t.startswith("experts.")))
+    model.requires_grad_(False)
+    model = add_adapters(model, GeneratorConfig(lora_rank=4, lora_targets=targets))
+    return model, shape, Adapters(4, targets)
+
+
+@pytest.mark.parametrize("targets", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    # The block is the difference of two stacks: one block more, all tokens in both.
+    [
+        ("linear_attention", "MM", "MMM"),
+        ("full_attention", "*M", "**M"),
+        ("moe", "EM", "EEM"),
+        ("mlp", "-M", "--M"),
+    ],
+)
+def test_a_block_keeps_what_the_formula_says(
+    kind: str,
+    before: str,
+    after: str,
+    targets: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = []
+    for pattern in (before, after):
+        model, shape, adapters = build(monkeypatch, pattern, targets)
+        counts.append(kept_per_token(model, "none"))
+    said = memory.kept_per_token(shape, kind, adapters) + memory.input_per_token(shape)
+    assert counts[1] - counts[0] == said
+
+
+@pytest.mark.parametrize("policy", list(RECOMPUTED))
+def test_a_policy_keeps_what_the_plan_says(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape, adapters = build(monkeypatch, "MEM*EMEME", LORA_TARGETS)
+    said = memory.activations_per_token(shape, policy, adapters)
+    said.pop("while a block runs")
+    assert whole_blocks(shape) == shape.kinds[:-1]
+    assert kept_per_token(model, policy) == sum(said.values())
+
+
+def test_parameters_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    public = shape_of(random_config(PUBLIC))
+    assert parameters(public) == 31_577_937_344
+    model, shape, adapters = build(monkeypatch, "ME*-M", EVERYTHING)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapter_parameters(shape, adapters) == trained
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert parameters(shape) == frozen
+
+
+def test_other_models_have_no_figures() -> None:
+    assert shape_of(object()) is None
+    assert shape_of(NemotronHConfig(moe_latent_size=8)) is None
+
+
+def test_matrices_of_the_published_model_have_their_published_count() -> None:
+    shape = shape_of(random_config(PUBLIC))
+    assert matrix_parameters(shape, shape.kinds) == pytest.approx(2.875e9, rel=0.005)
+    flops = memory.flops_per_token(shape, "none", Adapters(16, LORA_TARGETS), 500, 0.03)
+    assert sum(flops.values()) == pytest.approx(11.8e9, rel=0.06)
+    assert flops["computed again"] == 0
+    again = memory.flops_per_token(shape, "all", Adapters(16, LORA_TARGETS), 500, 0.03)
+    assert sum(again.values()) == pytest.approx(17.7e9, rel=0.06)
