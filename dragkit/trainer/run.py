@@ -136,11 +136,13 @@ def maybe_replay(
     capture = capture_for(device) if config.run.cuda_graphs else None
     if capture is None or train.store.num_relations == 0:
         return
-    samples = (ranks or Ranks()).share(train.sampler.batches(0)[:_BUCKET_SAMPLES])
+    batches = train.sampler.batches(0)[:_BUCKET_SAMPLES]
+    slices = (ranks or Ranks()).share(batches)
+    samples = [own or whole for own, whole in zip(slices, batches, strict=True)]
     phase.replay = StepReplay(
         phase.loss,
         list(phase.model.parameters()),
-        Buckets([train.collator(rows) for rows in samples if rows]),
+        Buckets([train.collator(rows) for rows in samples]),
         capture,
         max_graphs=config.run.max_cuda_graphs,
     )

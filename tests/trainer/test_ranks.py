@@ -14,13 +14,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from dragkit.data.store import PackedStore
 from dragkit.errors import ConfigError
+from dragkit.eval.evaluate import evaluate
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.phase import Prediction
 from dragkit.trainer.ranks import Ranks, joined
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
@@ -288,3 +292,66 @@ def test_slices_are_the_batch(count: int) -> None:
         slices = [own[place] for own in parts]
         assert [row for own in slices for row in own] == rows
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+class _Phase:
+    """Finds every fact of a question, the last one first."""
+
+    model = torch.nn.Identity()
+
+    def __init__(self, store: PackedStore) -> None:
+        self.store = store
+
+    def predict(self, batch: SimpleNamespace, relations: object) -> list[Prediction]:
+        """One prediction per question."""
+        found = []
+        for row in batch.rows:
+            ranked = tuple(reversed(range(self.store.num_facts(row))))
+            p = tuple(1 / (3 + row + place) for place in ranked)
+            found.append(Prediction(row, ranked, ranked[:2], p, f"answer {row}"))
+        return found
+
+
+class _Sent(Exception):
+    """The second rank has sent its part."""
+
+
+class _Half(Ranks):
+    """One of two ranks; the second one ends when it has sent its part to the first."""
+
+    count = 2
+
+    def __init__(self, index: int, sent: list) -> None:
+        self.index, self.sent = index, sent
+
+    def gather(self, value: object) -> list:
+        """Through JSON, as between processes."""
+        self.sent.insert(0, json.loads(json.dumps(value)))
+        if not self.first:
+            raise _Sent
+        return self.sent
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) -> None:
+    store = PackedStore.build_or_open(worker.FIXTURE, cache_dir=tmp_path)
+    batches = [list(range(8))[start : start + size] for start in range(0, 8, size)]
+
+    def load(rows: list[list[int]]) -> Iterator[SimpleNamespace]:
+        for own in rows:
+            batch = SimpleNamespace(rows=own)
+            batch.to = lambda device, batch=batch: batch
+            yield batch
+
+    source = SimpleNamespace(
+        store=store,
+        relations=torch.zeros(1),
+        sampler=SimpleNamespace(in_order=lambda limit: batches),
+        load=load,
+    )
+    phase, device, sent = _Phase(store), torch.device("cpu"), []
+    whole = evaluate(phase, source, device)
+    with pytest.raises(_Sent):
+        evaluate(phase, source, device, ranks=_Half(1, sent))
+    assert evaluate(phase, source, device, ranks=_Half(0, sent)) == whole
+    assert [p["text"] for p in whole.predictions] == [f"answer {row}" for row in range(8)]
