@@ -102,7 +102,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     stop = {"rank": 0, "steps": 1, "do": "stop"}
     assert pair.run_one("stopped", pair.retriever, after=stop)["code"] == 75
     other = pair.two / "other.jsonl"
-    other.write_text("".join(worker.FIXTURE.read_text().splitlines(keepends=True)[:-1]))
+    # The same texts, so that nothing has to be encoded.
+    other.write_text(
+        worker.FIXTURE.read_text().replace('"answer": ["Lantern Guild"]', '"answer": []')
+    )
     short = {"run.phase": 1, "optim.batch_size": 4, "optim.epochs": 1}
     cases = [case(name, pair.two, settings) for name, settings in pair.cases.items()]
     cases += [
@@ -225,13 +228,13 @@ def test_a_failure_of_one_rank_ends_the_others_with_its_message(pair: Pair) -> N
     assert shown, pair.process.stderr[-3000:]
 
 
-def test_a_rank_that_does_not_answer_is_given_up() -> None:
+def test_a_rank_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), "--silence"],
+            [sys.executable, str(WORKER), "--silence", str(tmp_path)],
             env=environment(
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=str(rank)
             ),
@@ -246,7 +249,7 @@ def test_a_rank_that_does_not_answer_is_given_up() -> None:
         ranks[1].kill()
         ranks[1].communicate()
     assert ranks[0].returncode == 70
-    assert "lost the others at step 7" in shown and "within 2 s (run.rank_timeout)" in shown
+    assert "lost the others at step 7" in shown and "within 3 s (run.rank_timeout)" in shown
 
 
 @pytest.fixture
