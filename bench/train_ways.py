@@ -160,7 +160,7 @@ class PackedPyGStep:
         logits = phase.forward(batch.to(self.device), trainer.relations).fact_logits
         theirs = self.backward(pyg_batch(self.lists[0]), "float32")
         check_agreement(f"{name}: logits", logits, theirs, 1e-4)
-        phase.training_step(batch, trainer.relations, phase.normaliser([batch]), 0)
+        phase.training_step(batch, trainer.relations, phase.counts([batch]), 0)
         ours = dict(phase.model.named_parameters())
         for key, parameter in self.model.named_parameters():
             # Nothing reads a last layer's distribution, nor does a softmax its scores' common part.

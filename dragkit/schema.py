@@ -316,6 +316,9 @@ class RunConfig(Section):
         16, ge=0, description="Sizes of batches that get a graph; further ones run without."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
+    rank_timeout: int = Field(
+        1800, ge=1, description="Seconds that one of several ranks waits for the others."
+    )
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")
     log_every_steps: int = Field(10, ge=1, description="Steps between log lines.")

@@ -13,10 +13,13 @@ def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
     # Heavy imports only once the arguments are known to be right.
     setup_console(debug=args.debug)
+    from dragkit.trainer.ranks import joined
     from dragkit.trainer.run import Run
 
-    run = Run(args.config, args.origins, args.in_phase(1))
-    sys.stdout.write(run.execute() + "\n")
+    with joined(args.config.run) as ranks:
+        summary = Run(args.config, args.origins, args.in_phase(1), ranks).execute()
+        if ranks.first:
+            sys.stdout.write(summary + "\n")
     return 0
 
 

@@ -65,9 +65,16 @@ def split_at_operators(words: list[str]) -> list[list[str]]:
 
 
 def dragkit_commands(text: str) -> list[tuple[str, list[str]]]:
-    """(module, arguments) of each `python -m dragkit.x ...`, behind variables or a profiler too."""
+    """(module, arguments) of each `python -m dragkit.x ...`, behind variables or a profiler too.
+
+    Also of `torchrun [options] -m dragkit.x ...`.
+    """
     found = []
     for words in command_lines(text):
+        if "torchrun" in words and "-m" in words:
+            place = words.index("-m", words.index("torchrun"))
+            found.append((words[place + 1], words[place + 2 :]))
+            continue
         for place, word in enumerate(words[:-2]):
             is_python = re.fullmatch(r"(.*/)?python[\d.]*|\$\(?\w+\)?", word)
             if is_python and words[place + 1] == "-m" and words[place + 2].startswith("dragkit"):

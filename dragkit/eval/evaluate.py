@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
 if TYPE_CHECKING:
     from dragkit.data.store import PackedStore, StoredQuestion
     from dragkit.trainer.phase import Phase, Prediction
+    from dragkit.trainer.ranks import Ranks
 
 RECALL_AT = (5, 10, 20, 50, 100)
 
@@ -103,15 +104,54 @@ def _record(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
     )
 
 
+_Scored = tuple[QuestionRecord, dict[str, object]]
+
+
+def _scored(question: StoredQuestion, prediction: Prediction) -> _Scored:
+    selected = set(prediction.selected)
+    facts = [
+        {"triple": list(question.triples[i]), "p": round(p, 6)}
+        for i, p in zip(prediction.ranked, prediction.probability, strict=True)
+        if i in selected
+    ]
+    shown = {
+        "id": question.id,
+        "question": question.text,
+        "answers": list(question.answers),
+        "text": prediction.text,
+        "facts": facts,
+    }
+    return _record(question, prediction), shown
+
+
+def _of_all_ranks(own: list[list[_Scored]], ranks: Ranks, batches: int) -> list[list[_Scored]]:
+    """The scores of all batches, of which each rank has every `ranks.count`-th."""
+    everyone = ranks.gather([[(asdict(r), shown) for r, shown in batch] for batch in own])  # type: ignore[misc]
+    return [
+        [
+            (QuestionRecord(**record), shown)
+            for record, shown in everyone[i % ranks.count][i // ranks.count]  # type: ignore[index, call-overload]
+        ]
+        for i in range(batches)
+    ]
+
+
 @torch.no_grad()
 def evaluate(
-    phase: Phase, source: Source, device: torch.device, *, limit: int | None = None
+    phase: Phase,
+    source: Source,
+    device: torch.device,
+    *,
+    limit: int | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Scores a phase's model on a split, in file order.
 
     Args:
         phase: of training, with its model; source: the split.
         device: of the model; limit: the first so many questions only; None takes all.
+        ranks: deal the batches out to these. Each batch is as with one rank, so the scores are
+            too, and every rank gets all of them.
 
     Returns:
         Macro means with their denominators, and every prediction.
@@ -120,24 +160,17 @@ def evaluate(
     phase.model.eval()
     relations = source.relations.to(device)  # type: ignore[attr-defined]
     batches = source.sampler.in_order(limit)  # type: ignore[attr-defined]
-    records, predictions = [], []
-    for batch in source.load(batches):
-        for prediction in phase.predict(batch.to(device), relations):
-            question = source.store.question(prediction.row)
-            selected = set(prediction.selected)
-            records.append(_record(question, prediction))
-            predictions.append(
-                {
-                    "id": question.id,
-                    "question": question.text,
-                    "answers": list(question.answers),
-                    "text": prediction.text,
-                    "facts": [
-                        {"triple": list(question.triples[i]), "p": round(p, 6)}
-                        for i, p in zip(prediction.ranked, prediction.probability, strict=True)
-                        if i in selected
-                    ],
-                }
-            )
+    alone = ranks is None or ranks.alone
+    own = batches if alone else batches[ranks.index :: ranks.count]
+    scored = [
+        [
+            _scored(source.store.question(p.row), p)
+            for p in phase.predict(batch.to(device), relations)
+        ]
+        for batch in source.load(own)
+    ]
+    if not alone:
+        scored = _of_all_ranks(scored, ranks, len(batches))
     phase.model.train(was_training)
-    return EvaluationResult(aggregate(records), predictions)
+    rows = [row for batch in scored for row in batch]
+    return EvaluationResult(aggregate(r for r, _ in rows), [shown for _, shown in rows])

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dragkit import __version__
@@ -22,8 +22,10 @@ from dragkit.eval.evaluate import evaluate
 from dragkit.eval.report import Report
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
+from dragkit.trainer.agreement import trained_facts, weight_facts
 from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import (
+    JSON,
     LoadedCheckpoint,
     Snapshot,
     TrainState,
@@ -34,6 +36,7 @@ from dragkit.trainer.checkpoint import (
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
 from dragkit.trainer.phase import Phase, StepOutput
 from dragkit.trainer.progress import Progress
+from dragkit.trainer.ranks import Ranks
 from dragkit.trainer.signals import StopSignal
 from dragkit.trainer.source import QuestionSource
 
@@ -60,6 +63,7 @@ class Trainer:
         run_dir: where checkpoints, metrics and the configuration go.
         device: where the models are.
         command_dir: the folder that `--resume` is given; None means `run_dir`.
+        ranks: those that train together; None means this process alone.
     """
 
     def __init__(
@@ -72,9 +76,12 @@ class Trainer:
         device: torch.device,
         *,
         command_dir: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.phase, self.run_dir, self.device = config, phase, run_dir, device
         self.command_dir = command_dir or run_dir
+        self.ranks = ranks or Ranks()
+        self.stop: StopSignal | None = None
         self.failed_saves = 0
         self.train, self.val = train, val
         self.relations = train.relations.to(device)
@@ -101,7 +108,8 @@ class Trainer:
         )
         self.meter = ThroughputMeter(device)
         self.window = ProfileWindow(
-            config.run.profile_steps, run_dir if config.run.profile_trace else None
+            config.run.profile_steps,
+            run_dir if config.run.profile_trace and self.ranks.first else None,
         )
 
     def _steps_in_epoch(self, epoch: int) -> int:
@@ -126,7 +134,8 @@ class Trainer:
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
-        self._forget_after(self.state.step)
+        if self.ranks.first:
+            self._forget_after(self.state.step)
 
     def _forget_after(self, step: int) -> None:
         """Drops log lines of steps that are about to be done again."""
@@ -145,22 +154,32 @@ class Trainer:
             Interrupted: a stop signal came; the state is saved.
             NumericalError: a loss or gradient was not finite; nothing was updated by it.
         """
-        make_folders(self.run_dir)
+        if self.ranks.first:
+            make_folders(self.run_dir)
+        self._require_same(weight_facts)
         with StopSignal() as stop, Progress(self) as progress, self.window:
+            self.stop = stop
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
                     self.window.tick(self.state.step)
                     outputs = self.train_step(batches)
                     progress.step(outputs)
                     every = self.config.run.save_every_steps
-                    if stop.requested:
+                    if stop.requested and self.ranks.alone:
                         self._interrupted()
                     if every and self.state.step % every == 0:
                         self.save(is_best=False)
                 self.end_epoch()
-                if stop.requested and self.state.epoch < self.epochs:
+                (stopping,) = self.ranks.total([int(stop.requested)])
+                if stopping and self.state.epoch < self.epochs:
                     self._interrupted(saved=True)
         return self.state
+
+    def _require_same(self, facts: Callable[[nn.Module], dict[str, JSON]]) -> None:
+        """Stops where the ranks do not stand at the same step with the same weights."""
+        self.ranks.place = f"at step {self.state.step}"
+        if not self.ranks.alone:
+            self.ranks.require_same({"step": self.state.step, **facts(self.phase.model)})
 
     def _interrupted(self, *, saved: bool = False) -> None:
         if not saved:
@@ -170,34 +189,56 @@ class Trainer:
             f"Continue with the same command and --resume {self.command_dir}"
         )
 
-    def _steps(self) -> Iterator[list[QuestionBatch]]:
-        """The rest of the current epoch, as the micro-batches of one optimizer step each."""
-        rows = self.train.sampler.batches(self.state.epoch)[self.state.batch :]
-        batches = self.train.load(rows)
+    def _steps(self) -> Iterator[list[QuestionBatch | None]]:
+        """The rest of the current epoch, as the micro-batches of one optimizer step each.
+
+        Of several ranks, each has its slice of every batch, and None where that is empty.
+        """
+        rows = self.ranks.share(self.train.sampler.batches(self.state.epoch)[self.state.batch :])
+        loaded = self.train.load([own for own in rows if own])
+        batches = (next(loaded) if own else None for own in rows)
         while window := list(islice(batches, self.config.optim.accumulation_steps)):
             yield window
 
-    def train_step(self, batches: list[QuestionBatch]) -> list[StepOutput]:
+    def _agree(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
+        """Counts of the step and its questions over all ranks; all stop where one is asked to."""
+        self.ranks.place = f"at step {self.state.step}"
+        own = self.phase.counts(batches)
+        questions = sum(batch.graph.num_graphs for batch in batches)
+        stop = self.stop is not None and self.stop.requested
+        *sums, questions, stopping = self.ranks.total([*own.values(), questions, int(stop)])
+        if stopping and not self.ranks.alone:
+            self._interrupted()
+        return dict(zip(own, sums, strict=True)), questions
+
+    def train_step(self, batches: Sequence[QuestionBatch | None]) -> list[StepOutput]:
         """One optimizer step over its micro-batches."""
+        present = [batch for batch in batches if batch is not None]
+        counts, questions = self._agree(present)
+        divisors = {name: float(max(count, 1)) for name, count in counts.items()}
         self.phase.model.train()
         # Dropout is the only draw from torch's own generator; seeding it per step makes it, too,
-        # a function of (seed, step).
-        torch.manual_seed((self.config.run.seed << 32) + self.state.step)
-        counts = self.phase.normaliser(batches)
-        outputs = []
-        for batch in batches:
-            outputs.append(self.phase.training_step(batch, self.relations, counts, self.state.step))
+        # a function of (seed, step); and of the rank, lest ranks drop alike.
+        torch.manual_seed((self.config.run.seed << 32) + (self.ranks.index << 24) + self.state.step)
+        outputs = [
+            self.phase.idle_step(self.device)
+            if batch is None
+            else self.phase.training_step(batch, self.relations, divisors, self.state.step)
+            for batch in batches
+        ]
         with nvtx_range("optimizer"):
+            self.ranks.add_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            self._check_finite(norm, batches, outputs)
+            self._check_finite(norm, present, outputs)
             clip_grads_with_norm_(self.parameters, self.config.optim.grad_clip, norm)
-            self.phase.check_gradients(batches)
+            self.phase.check_gradients(counts)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
-        questions = sum(out.num_questions for out in outputs)
         self.meter.add(
-            questions, sum(o.num_facts for o in outputs), sum(o.num_tokens for o in outputs)
+            sum(o.num_questions for o in outputs),
+            sum(o.num_facts for o in outputs),
+            sum(o.num_tokens for o in outputs),
         )
         state = self.state
         self.state = replace(
@@ -220,15 +261,19 @@ class Trainer:
             return
         store = self.train.store
         bad = [n for n, p in zip(self.names, self.parameters, strict=True) if _not_finite(p.grad)]
+        questions = [store.question(row).id for batch in batches for row in batch.rows]
+        parts = [{k: str(float(v)) for k, v in out.parts.items()} for out in outputs]
+        everyone = self.ranks.gather([questions, parts])
         record = {
             "step": self.state.step,
-            "questions": [store.question(row).id for batch in batches for row in batch.rows],
-            "parts": [{k: str(float(v)) for k, v in out.parts.items()} for out in outputs],
+            "questions": [question for own, _ in everyone for question in own],
+            "parts": [part for _, own in everyone for part in own],
             "gradient_norm": str(float(norm)),
             "parameters_with_bad_gradients": bad,
         }
         path = self.run_dir / f"anomaly-{self.state.step:08d}.json"
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        if self.ranks.first:
+            path.write_text(json.dumps(record, indent=2) + "\n")
         self.optimizer.zero_grad(set_to_none=True)
         raise NumericalError(
             f"step {self.state.step}: the gradient norm is {float(norm)}, so nothing was updated. "
@@ -250,7 +295,8 @@ class Trainer:
 
     def validate(self) -> Report:
         """Metrics on the validation questions, logged."""
-        result = evaluate(self.phase, self.val, self.device, limit=self.phase.validation_limit)
+        limit = self.phase.validation_limit
+        result = evaluate(self.phase, self.val, self.device, limit=limit, ranks=self.ranks)
         for line in result.samples(self.config.run.val_log_samples):
             logger.info(line)
         self.record({"epoch": self.state.epoch, "validation": result.report.means})
@@ -259,11 +305,13 @@ class Trainer:
 
     def record(self, entry: dict) -> None:
         """Appends a line to metrics.jsonl."""
+        if not self.ranks.first:
+            return
         with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.state.step, **entry}) + "\n")
 
     def save(self, *, is_best: bool) -> None:
-        """Writes a checkpoint of everything that `resume` needs.
+        """Writes a checkpoint of everything that `resume` needs; the first rank does.
 
         A disk that is full for a while must not end a long run: training goes on after a failed
         save, and gives up at the third in a row.
@@ -271,6 +319,12 @@ class Trainer:
         Raises:
             WriteError: three saves in a row have failed.
         """
+        self._require_same(trained_facts)
+        if self.ranks.first:
+            self._save_or_go_on(is_best=is_best)
+        self.ranks.wait()
+
+    def _save_or_go_on(self, *, is_best: bool) -> None:
         try:
             self._save(is_best=is_best)
             self.failed_saves = 0

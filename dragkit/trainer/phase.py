@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from dragkit.data.packed import QuestionBatch
@@ -61,8 +62,11 @@ class Phase(Protocol):
         """Trained parameters by role: `name`, `params`, `lr` and `weight_decay` of each group."""
         ...
 
-    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
-        """Counts over the micro-batches of one optimizer step by which their sums are divided."""
+    def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
+        """Host counts over the micro-batches of one optimizer step.
+
+        Added up over all ranks, and at least 1, they are what the step's sums are divided by.
+        """
         ...
 
     def training_step(
@@ -74,7 +78,11 @@ class Phase(Protocol):
         """
         ...
 
-    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+    def idle_step(self, device: torch.device) -> StepOutput:
+        """What a rank does while others have all questions of a micro-batch."""
+        ...
+
+    def check_gradients(self, counts: Mapping[str, int]) -> None:
         """Looks at the clipped gradients of an optimizer step; raises where one is missing."""
         ...
 

@@ -20,14 +20,14 @@ from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.replay import StepReplay
 
 
-def labelled_questions(batches: Sequence[QuestionBatch]) -> float:
+def labelled_questions(batches: Sequence[QuestionBatch]) -> int:
     """Questions of the batches that have a positive fact (host side, before the copy)."""
     total = 0
     for batch in batches:
         graph = batch.graph
         hit = graph.fact_graph[graph.label > 0.5].long()
         total += int((torch.bincount(hit, minlength=1) > 0).sum())
-    return float(max(total, 1))
+    return total
 
 
 def module_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
@@ -108,7 +108,7 @@ class RetrieverPhase:
             }
         ]
 
-    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
+    def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Labelled questions of the optimizer step."""
         return {"questions": labelled_questions(batches)}
 
@@ -129,7 +129,12 @@ class RetrieverPhase:
             loss = loss.detach()
         return StepOutput(loss, {"retrieval": loss}, graph.num_graphs, graph.num_facts, 0)
 
-    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+    def idle_step(self, device: torch.device) -> StepOutput:
+        """Nothing, and zeros for the log."""
+        loss = torch.zeros((), device=device)
+        return StepOutput(loss, {"retrieval": loss}, 0, 0, 0)
+
+    def check_gradients(self, counts: Mapping[str, int]) -> None:
         """Nothing: no part of the retriever can stay out of its own forward."""
 
     @torch.no_grad()

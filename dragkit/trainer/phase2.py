@@ -22,6 +22,7 @@ from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
+from dragkit.trainer.ranks import Ranks
 
 
 def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
@@ -77,6 +78,9 @@ class JointPhase:
 
     Args:
         config: the whole configuration; model: the joint model.
+
+    Attributes:
+        ranks: those that share a batch, whose gradients are balanced together.
     """
 
     name = "phase2"
@@ -85,6 +89,7 @@ class JointPhase:
         self.config = config
         self.model = model
         self.watch = AdapterWatch(model.generator.model)
+        self.ranks = Ranks()
         self.forward = model.retriever.__call__
         self.cascade = False
         self.generates = True
@@ -114,10 +119,21 @@ class JointPhase:
             if params and (name != "projector" or self.model.uses_vectors)
         ]
 
-    def normaliser(self, batches: Sequence[QuestionBatch]) -> dict[str, float]:
+    def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Labelled questions and supervised tokens of the optimizer step."""
-        tokens = float(max(_answer_tokens(batches), 1))
-        return {"questions": labelled_questions(batches), "tokens": tokens}
+        return {"questions": labelled_questions(batches), "tokens": _answer_tokens(batches)}
+
+    def _balance(self, from_generator: Tensor, from_labels: Tensor) -> Tensor:
+        """Weight of the retrieval loss by the norms of both gradients, over all ranks."""
+        if not self.ranks.alone:
+            squares = torch.stack([from_generator.square().sum(), from_labels.square().sum()])
+            self.ranks.add(squares)
+            from_generator, from_labels = squares.sqrt()
+        return balance_weight(from_generator, from_labels, self.config.loss.balance_rho)
+
+    @property
+    def _balances(self) -> bool:
+        return self.config.loss.use_grad_norm_balance and self.model.uses_vectors
 
     def _passes(self, prompt: NeuralPrompt) -> Sequence[Tensor]:
         """Prompts of each pass, int64 [G], short ones first."""
@@ -197,8 +213,8 @@ class JointPhase:
             retrieval = retrieval / counts["questions"]
             (from_labels,) = torch.autograd.grad(retrieval, logits)
             weight = torch.tensor(config.loss.ret_loss_weight, device=logits.device)
-            if config.loss.use_grad_norm_balance and model.uses_vectors:
-                weight = balance_weight(from_generator, from_labels, config.loss.balance_rho)
+            if self._balances:
+                weight = self._balance(from_generator, from_labels)
             total = from_generator + weight * from_labels
             torch.autograd.backward(roots, [total, *gradients])
         retrieval = retrieval.detach()
@@ -220,9 +236,17 @@ class JointPhase:
             num_tokens=prompt.input_ids.numel(),
         )
 
-    def check_gradients(self, batches: Sequence[QuestionBatch]) -> None:
+    def idle_step(self, device: torch.device) -> StepOutput:
+        """Takes part in what the ranks add up, with zeros."""
+        zero = torch.zeros((), device=device)
+        if self._balances:
+            self.ranks.add(torch.zeros(2, device=device))
+        parts = dict.fromkeys(("generator", "retrieval", "token_accuracy"), zero)
+        return StepOutput(zero, parts, 0, 0, 0)
+
+    def check_gradients(self, counts: Mapping[str, int]) -> None:
         """Sees to it that training reaches every adapter."""
-        self.watch.check(_answer_tokens(batches))
+        self.watch.check(counts["tokens"])
 
     @torch.no_grad()
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:

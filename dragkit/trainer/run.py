@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,14 @@ from dragkit.model.joint import JointModel
 from dragkit.model.load import check_generator, generator_shape, load_generator
 from dragkit.model.random_weights import is_random
 from dragkit.model.retriever import Retriever
+from dragkit.trainer.agreement import check_batch, start_facts
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
+from dragkit.trainer.ranks import Ranks
 from dragkit.trainer.replay import StepReplay, capture_for
 from dragkit.trainer.resume import (
     adopt_saved,
@@ -84,13 +87,13 @@ def data_paths(config: TrainConfig) -> DataPaths:
     )
 
 
-def setup(config: TrainConfig) -> torch.device:
-    """Process-wide settings of a run; returns its device."""
+def setup(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
+    """Process-wide settings of a run; returns its device, or that of this rank of it."""
     if config.run.num_threads is not None:
         torch.set_num_threads(config.run.num_threads)
     # State-space decays underflow into denormals, which some processors handle very slowly.
     torch.set_flush_denormal(True)
-    device = select_device(config.run.device)
+    device = (ranks or Ranks()).use(select_device(config.run.device))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return device
@@ -144,7 +147,11 @@ def maybe_compile(
 
 
 def maybe_replay(
-    phase: RetrieverPhase, train: QuestionSource, config: TrainConfig, device: torch.device
+    phase: RetrieverPhase,
+    train: QuestionSource,
+    config: TrainConfig,
+    device: torch.device,
+    ranks: Ranks | None = None,
 ) -> None:
     """Lets phase 1 replay its step, where the device can and the configuration does not object.
 
@@ -153,7 +160,9 @@ def maybe_replay(
     capture = capture_for(device) if config.run.cuda_graphs else None
     if capture is None or train.store.num_relations == 0:
         return
-    samples = train.sampler.batches(0)[:_BUCKET_SAMPLES]
+    batches = train.sampler.batches(0)[:_BUCKET_SAMPLES]
+    slices = (ranks or Ranks()).share(batches)
+    samples = [own or whole for own, whole in zip(slices, batches, strict=True)]
     phase.replay = StepReplay(
         phase.loss,
         list(phase.model.parameters()),
@@ -170,27 +179,38 @@ class Run:
     Args:
         config: merged configuration; origins: where each value came from.
         phase1_config: the configuration that phase 1 would have, for a phase 2 without checkpoint.
+        ranks: those that run it together; None means this process alone.
     """
 
     def __init__(
-        self, config: TrainConfig, origins: dict[str, str], phase1_config: TrainConfig
+        self,
+        config: TrainConfig,
+        origins: dict[str, str],
+        phase1_config: TrainConfig,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
+        if not self.ranks.alone:
+            self.ranks.require_same(start_facts(config))
         self.phase1_config = phase1_config
         self.explicit = explicit_keys(origins)
         self.resumed: LoadedCheckpoint | None = None
-        self.run_dir = new_run_dir(config)
+        folder = resume_dir(config) if config.run.resume else new_run_dir(config)
+        # Of the first rank: the name may hold the time, or be the newest there is.
+        self.run_dir = Path(str(self.ranks.gather(str(folder))[0]))
         if config.run.resume:
-            self.run_dir = resume_dir(config)
             config = self._resumed_config(config)
         else:
             refuse_used_folder(self.run_dir)
+        check_batch(config, config.run.phase, self.ranks)
         self.config = config
-        self.device = setup(config)
+        self.device = setup(config, self.ranks)
         if config.run.phase == 2:
             # Before anything costs time: the largest input is the one most likely to be missing.
             self.config = config = fitted(config, self.device)
             check_generator(config.generator, self.device, name=config.generator_model)
-        self.paths = data_paths(config)
+        with self.ranks.in_turn():
+            self.paths = data_paths(config)
         for path in (self.paths.train, self.paths.val, self.paths.test):
             if path is not None and not Path(path).is_file():
                 raise MissingInputError(f"{path}: no such file.")
@@ -214,18 +234,22 @@ class Run:
         """One of the run's files, packed."""
         if path is None:
             return None
-        return QuestionSource(path, self.config, self.encoder, generator, batch)
+        with self.ranks.in_turn():
+            source = QuestionSource(path, self.config, self.encoder, generator, batch)
+        self.ranks.require_same({"the content of the questions": source.store.fingerprint})
+        return source
 
     def announce(self) -> None:
         """One line that says what was chosen."""
         config = self.config
         generator = f" · generator {config.generator_model}" if config.run.phase == 2 else ""
         logger.info(
-            "dragkit phase %d · device %s · preset %s · data %s%s · run folder %s",
+            "dragkit phase %d · device %s%s · preset %s · data %s%s · run folder %s",
             config.run.phase,
             self.device
             if self.device.type == "cuda"
             else f"cpu, {torch.get_num_threads()} threads",
+            "" if self.ranks.alone else f" · {self.ranks.count} ranks",
             config.preset or "none",
             "demo (bundled)" if self.paths.bundled else self.paths.train,
             generator,
@@ -235,24 +259,34 @@ class Run:
     def execute(self) -> str:
         """Runs the command; returns the closing summary."""
         self.announce()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.run_dir):
+        if self.ranks.first:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        with RunLock(self.run_dir) if self.ranks.first else nullcontext():
             if self.config.run.phase == 1:
                 return self._phase1(self.config, self.run_dir, self.resumed)
             return self._phase2()
 
     def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
+        check_batch(config, 1, self.ranks)
         retriever = build_retriever(config, self.encoder).to(self.device)
         phase = maybe_compile(RetrieverPhase(config, retriever), retriever, config, self.device)
         batch = config.optim.batch_size_in(1)
         train = self.source(self.paths.train, None, batch)
         val = self.source(self.paths.val, None, 64)
         only_phase = config.run.phase == self.config.run.phase
-        stages = Stages(
-            run_dir, self.source(self.paths.test, None, 64) if only_phase else None, self.device
+        test = self.source(self.paths.test, None, 64) if only_phase else None
+        stages = Stages(run_dir, test, self.device, self.ranks)
+        maybe_replay(phase, train, config, self.device, self.ranks)
+        trainer = Trainer(
+            config,
+            phase,
+            train,
+            val,
+            run_dir,
+            self.device,
+            command_dir=self.run_dir,
+            ranks=self.ranks,
         )
-        maybe_replay(phase, train, config, self.device)
-        trainer = Trainer(config, phase, train, val, run_dir, self.device, command_dir=self.run_dir)
         if resumed is not None:
             trainer.resume(resumed)
         elif only_phase:
@@ -295,6 +329,7 @@ class Run:
             self.config = adopt_saved(self.config, saved, self.explicit, ("retriever", "encoder"))
         config = self.config
         phase = build_joint(config, self.encoder, self.device)
+        phase.ranks = self.ranks
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
         size = evaluation_batch(self.device)
@@ -303,8 +338,9 @@ class Run:
             logger.warning("random weights answer nothing: no validation, no test, no results.json")
             val_path = test_path = None
         val = self.source(val_path, generator, size)
-        stages = Stages(self.run_dir, self.source(test_path, generator, size), self.device)
-        trainer = Trainer(config, phase, train, val, self.run_dir, self.device)
+        test = self.source(test_path, generator, size)
+        stages = Stages(self.run_dir, test, self.device, self.ranks)
+        trainer = Trainer(config, phase, train, val, self.run_dir, self.device, ranks=self.ranks)
         if self.resumed is not None:
             trainer.resume(self.resumed)
         else:

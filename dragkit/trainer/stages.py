@@ -11,6 +11,7 @@ import torch
 from dragkit.eval.evaluate import evaluate
 from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.phase import Phase
+from dragkit.trainer.ranks import Ranks
 from dragkit.trainer.source import QuestionSource
 
 logger = logging.getLogger(__name__)
@@ -21,9 +22,15 @@ HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer
 class Stages:
     """The table of a run: test metrics after each stage, printed and kept in results.json."""
 
-    def __init__(self, run_dir: Path, test: QuestionSource | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        test: QuestionSource | None,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.path = run_dir / "results.json"
-        self.test, self.device = test, device
+        self.test, self.device, self.ranks = test, device, ranks or Ranks()
         self.rows: dict[str, dict] = {}
         if self.path.is_file():
             self.rows = json.loads(self.path.read_text(encoding="utf-8"))
@@ -33,7 +40,10 @@ class Stages:
         if self.test is None:
             return
         logger.info("evaluating %s on %s", name, self.test.path.name)
-        self.rows[name] = evaluate(phase, self.test, self.device).report.to_dict()
+        result = evaluate(phase, self.test, self.device, ranks=self.ranks)
+        self.rows[name] = result.report.to_dict()
+        if not self.ranks.first:
+            return
         make_folders(self.path.parent)
         replace_text(self.path, json.dumps(self.rows, indent=1) + "\n")
 

@@ -77,7 +77,7 @@ def relations():
 
 def gradients(phase, batch, relations, step=0):
     phase.model.zero_grad()
-    counts = phase.normaliser([batch])
+    counts = phase.counts([batch])
     out = phase.training_step(batch, relations, counts, step)
     grads = {
         n: p.grad.clone()
@@ -100,14 +100,14 @@ def test_the_watch_sees_steps_with_answers_only(relations):
     phase = make()
     batch = make_batch(phase.model.generator)
     gradients(phase, batch, relations)
-    phase.check_gradients([replace(batch, target=None)])
+    phase.check_gradients(phase.counts([replace(batch, target=None)]))
     assert phase.watch.step == 0
-    phase.check_gradients([batch])
+    phase.check_gradients(phase.counts([batch]))
     assert phase.watch.step == 1
     layer = next(m for m in phase.model.generator.modules() if hasattr(m, "lora_A"))
     layer.lora_B["default"].weight.grad = None
     with pytest.raises(DeadAdapterError, match="lora_B"):
-        phase.check_gradients([batch])
+        phase.check_gradients(phase.counts([batch]))
 
 
 def test_cutting_the_gate_stops_it(relations, monkeypatch):
@@ -145,7 +145,7 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
     """Two cuts and three backward calls must give what a single graph gives."""
     phase = make(loss={"ret_loss_weight": 0.3})
     model, batch = phase.model, make_batch(phase.model.generator)
-    counts = phase.normaliser([batch])
+    counts = phase.counts([batch])
     out, grads = gradients(phase, batch, relations)
     model.zero_grad()
     output = model.retriever(batch, relations)
