@@ -17,7 +17,7 @@ from bench.train_ways import DEVICE
 from dragkit.demo import demo_files
 from dragkit.model.generator import Generator
 from dragkit.model.prompt import NeuralPrompt
-from dragkit.trainer.run import build_joint
+from dragkit.trainer.build import build_joint
 
 # A step without the cache is as slow as the prompt is long.
 pytestmark = pytest.mark.timeout(1800)

@@ -39,8 +39,8 @@ from bench.train_ways import (
     replayed_way,
 )
 from dragkit.observe.flops import FORMULA, ActiveWeights, active_weights
+from dragkit.trainer.build import build_joint
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.run import build_joint
 
 # Packed PyG takes many seconds a step on graphs of 2,000 facts.
 pytestmark = pytest.mark.timeout(1800)

@@ -18,11 +18,11 @@ from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.losses import retrieval_loss
+from dragkit.trainer.build import build_retriever, maybe_replay
 from dragkit.trainer.compile import autocast, compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.run import build_retriever, maybe_replay
 from dragkit.trainer.source import QuestionSource
 
 CPU = torch.device("cpu")

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
-from dragkit.data.capacity import Buckets
-from dragkit.errors import ConfigError, MissingInputError
-from dragkit.model.budget import planned, this_device
+from dragkit.errors import MissingInputError
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.generator import Generator
-from dragkit.model.joint import JointModel
-from dragkit.model.load import check_generator, generator_shape, load_generator
+from dragkit.model.load import check_generator
 from dragkit.model.random_weights import is_random
-from dragkit.model.retriever import Retriever
 from dragkit.trainer.agreement import check_batch, start_facts
+from dragkit.trainer.build import (
+    build_joint,
+    build_retriever,
+    data_paths,
+    fitted,
+    maybe_compile,
+    maybe_replay,
+    setup,
+)
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
-from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.ranks import Ranks
-from dragkit.trainer.replay import StepReplay, capture_for
 from dragkit.trainer.resume import (
     adopt_saved,
     chosen_checkpoint,
@@ -43,134 +43,6 @@ from dragkit.trainer.source import QuestionSource, evaluation_batch
 from dragkit.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
-
-_BUCKET_SAMPLES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class DataPaths:
-    """The three files of a run; only `train` must exist."""
-
-    train: str
-    val: str | None
-    test: str | None
-    bundled: bool
-
-
-def select_device(name: str) -> torch.device:
-    """The device of a run; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.device: {name} was asked for, but no CUDA device is available here."
-        )
-    return device
-
-
-def data_paths(config: TrainConfig) -> DataPaths:
-    """The files named in the configuration, or the bundled demo set, built on first use."""
-    data = config.data
-    if data.heuristics_path is not None:
-        return DataPaths(
-            data.heuristics_path, data.val_heuristics_path, data.test_heuristics_path, False
-        )
-    from dragkit.demo import demo_files
-
-    demo = demo_files(cache_root(data.cache_dir))
-    return DataPaths(
-        str(demo.train),
-        data.val_heuristics_path or str(demo.dev),
-        data.test_heuristics_path or str(demo.test),
-        True,
-    )
-
-
-def setup(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
-    """Process-wide settings of a run; returns its device, or that of this rank of it."""
-    if config.run.num_threads is not None:
-        torch.set_num_threads(config.run.num_threads)
-    # State-space decays underflow into denormals, which some processors handle very slowly.
-    torch.set_flush_denormal(True)
-    device = (ranks or Ranks()).use(select_device(config.run.device))
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return device
-
-
-def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
-
-    Raises:
-        ConfigError: the run does not fit; names settings with which it would.
-    """
-    if device.type != "cuda":
-        return config
-    shape = generator_shape(config.generator, name=config.generator_model)
-    if shape is None:
-        logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
-        return config
-    config = planned(config, shape, this_device(device))
-    chosen = config.generator
-    logger.info(
-        "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",
-        chosen.tokens_per_pass,
-        chosen.checkpointing,
-    )
-    return config
-
-
-def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
-    """A fresh retriever; its weights are a function of the seed."""
-    torch.manual_seed(config.run.seed)
-    return Retriever(config.retriever, encoder.dim)
-
-
-def build_joint(config: TrainConfig, encoder: TextEncoder, device: torch.device) -> JointPhase:
-    """Phase 2's model with a fresh retriever and projector around the loaded generator."""
-    retriever = build_retriever(config, encoder)
-    torch.manual_seed(config.run.seed + 1)
-    generator = load_generator(config.generator, device, name=config.generator_model)
-    model = JointModel(config, retriever, generator).to(device)
-    return maybe_compile(JointPhase(config, model), model.retriever, config, device)
-
-
-def maybe_compile(
-    phase: Phase, retriever: Retriever, config: TrainConfig, device: torch.device
-) -> Phase:
-    """Compiles the retriever's forward where the configuration or the device asks for it."""
-    wanted = device.type == "cuda" if config.run.compile is None else config.run.compile
-    if wanted:
-        phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
-    return phase
-
-
-def maybe_replay(
-    phase: RetrieverPhase,
-    train: QuestionSource,
-    config: TrainConfig,
-    device: torch.device,
-    ranks: Ranks | None = None,
-) -> None:
-    """Lets phase 1 replay its step, where the device can and the configuration does not object.
-
-    The usual size of a batch is that of the first ones of epoch 0, also in a resumed run.
-    """
-    capture = capture_for(device) if config.run.cuda_graphs else None
-    if capture is None or train.store.num_relations == 0:
-        return
-    batches = train.sampler.batches(0)[:_BUCKET_SAMPLES]
-    slices = (ranks or Ranks()).share(batches)
-    samples = [own or whole for own, whole in zip(slices, batches, strict=True)]
-    phase.replay = StepReplay(
-        phase.loss,
-        list(phase.model.parameters()),
-        Buckets([train.collator(rows) for rows in samples]),
-        capture,
-        max_graphs=config.run.max_cuda_graphs,
-    )
-    train.pin = False  # the replay makes page-locked copies of its own
 
 
 class Run:

@@ -12,11 +12,11 @@ from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import evaluate
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.random_weights import is_random
+from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup
 from dragkit.trainer.checkpoint import load_checkpoint
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.resume import chosen_checkpoint
-from dragkit.trainer.run import build_joint, build_retriever, data_paths, setup
 from dragkit.trainer.source import QuestionSource, evaluation_batch
 
 

@@ -16,7 +16,7 @@ from dragkit.model.budget import DEVICES, ENOUGH, Device, make_plan, planned
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.random_weights import random_config
 from dragkit.model.shape import shape_of
-from dragkit.trainer import run
+from dragkit.trainer import build, run
 
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
 SHAPE = shape_of(random_config(PUBLIC))
@@ -135,27 +135,27 @@ def test_weights_that_do_not_fit_leave_other_cards_and_parts() -> None:
 
 
 def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "this_device", lambda device: DEVICES["H200"])
+    monkeypatch.setattr(build, "this_device", lambda device: DEVICES["H200"])
     settings = config("h200", generator__model=PUBLIC)
-    found = run.fitted(settings, torch.device("cuda")).generator
+    found = build.fitted(settings, torch.device("cuda")).generator
     assert (found.checkpointing, found.tokens_per_pass) == ("none", 4096)
-    monkeypatch.setattr(run, "this_device", lambda device: card(50))
+    monkeypatch.setattr(build, "this_device", lambda device: card(50))
     with pytest.raises(ConfigError, match="a card has 50 GiB"):
-        run.fitted(settings, torch.device("cuda"))
-    assert run.fitted(settings, torch.device("cpu")) is settings
+        build.fitted(settings, torch.device("cuda"))
+    assert build.fitted(settings, torch.device("cpu")) is settings
 
 
 def test_a_run_is_refused_before_anything_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the run went on")
 
-    monkeypatch.setattr(run, "setup", lambda config: torch.device("cuda"))
-    monkeypatch.setattr(run, "this_device", lambda device: card(50))
+    monkeypatch.setattr(run, "setup", lambda config, ranks: torch.device("cuda"))
+    monkeypatch.setattr(build, "this_device", lambda device: card(50))
     for later in ("check_generator", "data_paths", "TextEncoder"):
         monkeypatch.setattr(run, later, refuse)
     settings, origins = load_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
     with pytest.raises(ConfigError, match="does not fit"):
         run.Run(settings, origins, settings)
-    monkeypatch.setattr(run, "this_device", lambda device: DEVICES["H200"])
+    monkeypatch.setattr(build, "this_device", lambda device: DEVICES["H200"])
     with pytest.raises(AssertionError, match="went on"):
         run.Run(settings, origins, settings)

@@ -18,10 +18,10 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.demo import demo_files
 from dragkit.model.encoder import TextEncoder, find_encoder
 from dragkit.model.retriever import Retriever
+from dragkit.trainer.build import build_retriever, maybe_replay
 from dragkit.trainer.compile import autocast, compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.run import build_retriever, maybe_replay
 from dragkit.trainer.source import QuestionSource
 from dragkit_kernels.testing import assert_close
 

@@ -19,14 +19,15 @@ from dragkit.config import load_config
 from dragkit.data.capacity import Buckets, pad_batch
 from dragkit.data.packed import QuestionBatch
 from dragkit.errors import Interrupted
+from dragkit.trainer import build as build_module
 from dragkit.trainer import replay as replay_module
-from dragkit.trainer import run as run_module
+from dragkit.trainer.build import build_retriever
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.replay import CudaCapture, StepReplay, _join, _split, capture_for
-from dragkit.trainer.run import Run, build_retriever
+from dragkit.trainer.run import Run
 from dragkit.trainer.source import QuestionSource
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
@@ -320,7 +321,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, settings):
     command(tmp_path, "plain", **settings).execute()
     capture = Rerun()
-    monkeypatch.setattr(run_module, "capture_for", lambda device: capture)
+    monkeypatch.setattr(build_module, "capture_for", lambda device: capture)
     command(tmp_path, "replayed", **settings).execute()
     assert capture.recorded and capture.replays > 1
     plain, ours = (tensors(tmp_path / name) for name in ("plain", "replayed"))
@@ -339,7 +340,7 @@ def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, se
 
 
 def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "capture_for", lambda device: Rerun())
+    monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
     settings = {"retriever__dropout": 0.2, "run__max_cuda_graphs": 1}
     command(tmp_path, "whole", **settings).execute()
     original = Trainer.train_step
@@ -365,14 +366,14 @@ def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
 def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monkeypatch):
     assert capture_for(CPU) is None
     phase = new_phase(made)
-    run_module.maybe_replay(phase, source, phase.config, CPU)
+    build_module.maybe_replay(phase, source, phase.config, CPU)
     assert phase.replay is None
-    monkeypatch.setattr(run_module, "capture_for", lambda device: Rerun())
+    monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
     monkeypatch.setattr(source, "pin", source.pin)
     off = phase.config.run.model_copy(update={"cuda_graphs": False})
-    run_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
+    build_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
     assert phase.replay is None
-    run_module.maybe_replay(phase, source, phase.config, CPU)
+    build_module.maybe_replay(phase, source, phase.config, CPU)
     assert phase.replay is not None and phase.replay.max_graphs == 16
 
 

@@ -114,8 +114,8 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
 
     from dragkit.model.load import prepare_nemotron_h
     from dragkit.tiny import tiny_generator_path
+    from dragkit.trainer.build import build_joint
     from dragkit.trainer.phase2 import JointPhase
-    from dragkit.trainer.run import build_joint
 
     checked, check = [], JointPhase.check_gradients
     monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checked.append(1) or check(*a))
