@@ -1,0 +1,189 @@
+"""The generator's part of a joint step over packs against the earlier formulation of it.
+
+Earlier: prompts padded on the right in micro-batches of four, a cache built in training, logits of
+the whole vocabulary at every place, a loop over experts, attention as written out. Both on the same
+model with random weights: the 30B's architecture on a GPU, its pattern at small widths on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.data import QuestionFile, bench_config, question_source, text_encoder
+from bench.measure import Tally, Way, check_agreement
+from bench.tables import Comparison
+from bench.train_ways import DEVICE
+from dragkit.config import GeneratorConfig
+from dragkit.demo import demo_files
+from dragkit.model.adapters import add_adapters
+from dragkit.model.generator import Generator
+from dragkit.model.load import prepare_nemotron_h
+from dragkit.model.prompt import NeuralPrompt
+from dragkit.model.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
+from dragkit.observe.flops import active_weights
+from dragkit.trainer.build import build_joint
+
+pytestmark = pytest.mark.timeout(1800)
+_WHOLE = "nemotron-3-nano-30b-a3b"
+_SMALL = Architecture(
+    ARCHITECTURES[_WHOLE].pattern[:13],
+    {
+        **ARCHITECTURES[_WHOLE].sizes,
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "num_attention_heads": 8,
+        "head_dim": 32,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 48,
+        "ssm_state_size": 32,
+        "n_groups": 2,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 176,
+        "moe_shared_expert_intermediate_size": 352,
+        "intermediate_size": 176,
+    },
+)
+_QUESTIONS, _MICROBATCH = 16, 4
+
+
+@contextmanager
+def _as_earlier(model: nn.Module) -> Iterator[None]:
+    """The library's slowest ways through the model, as the earlier implementation took them."""
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    kept = config._attn_implementation, config._experts_implementation, config.use_cache
+    config._attn_implementation, config._experts_implementation = "eager", "eager"
+    config.use_cache = True
+    try:
+        yield
+    finally:
+        config._attn_implementation, config._experts_implementation, config.use_cache = kept
+
+
+class _Step:
+    """Loss and gradients of a batch of prompts, by packs or as earlier."""
+
+    def __init__(self, generator: Generator, parts: list[NeuralPrompt], vectors: Tensor) -> None:
+        self.generator, self.parts, self.vectors = generator, parts, vectors
+        self.total = sum(len(part.target_id) for part in parts)
+
+    def packed(self, whole: NeuralPrompt) -> Tensor:
+        """Ours: one pass; logits at supervised tokens."""
+        loss = self.generator(whole, self.vectors).loss_sum / self.total
+        loss.backward()
+        return loss.detach()
+
+    def earlier(self) -> Tensor:
+        """Micro-batches, padded; logits everywhere."""
+        loss = torch.zeros((), device=self.vectors.device)
+        with _as_earlier(self.generator.model):
+            for part in self.parts:
+                embeds = self.generator.embed(part, self.vectors)
+                padded, mask = self.generator.pad(embeds, part, left=False)
+                labels = torch.full(mask.shape, -100, device=mask.device)
+                row, place = part.question[part.target_row], part.position[part.target_row]
+                labels[row, place + 1] = part.target_id
+                found = self.generator.model(
+                    inputs_embeds=padded, attention_mask=mask, labels=labels
+                ).loss
+                share = found * (len(part.target_id) / self.total)
+                share.backward()
+                loss = loss + share.detach()
+        return loss
+
+    def gradients(self) -> list[Tensor]:
+        """Those of the vectors and adapters, which begin anew."""
+        leaves = [self.vectors, *(p for p in self.generator.parameters() if p.requires_grad)]
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+
+def _prompts(cache_dir: Path, tmp_path: Path) -> tuple[NeuralPrompt, list[NeuralPrompt]]:
+    """Demo questions with ten facts each, as one pack and in micro-batches."""
+    config = bench_config(2, run__device=DEVICE.type)
+    joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
+    lines = Path(demo_files(cache_dir).train).read_text(encoding="utf-8").splitlines(keepends=True)
+    file = QuestionFile(tmp_path / "questions.jsonl", "demo.train")
+    file.path.write_text("".join(lines[:_QUESTIONS]), encoding="utf-8")
+    source = question_source(file, config, cache_dir, joint.generator, _QUESTIONS)
+
+    def prompt(rows: list[int]) -> NeuralPrompt:
+        batch = source.collator(rows).to(DEVICE)
+        with torch.no_grad():
+            output = joint.retriever(batch, source.relations.to(DEVICE))
+            chosen = joint.sampler.best(output.fact_logits, batch.graph)
+            return joint.prompt(batch, chosen.index, with_target=True)
+
+    rows = list(range(_QUESTIONS))
+    return prompt(rows), [prompt(rows[i : i + _MICROBATCH]) for i in rows[::_MICROBATCH]]
+
+
+@pytest.mark.full
+def test_joint_step(
+    timed: Callable[..., Comparison],
+    cache_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward and backward through the frozen model into adapters and fact vectors."""
+    whole, parts = _prompts(cache_dir, tmp_path)
+    name = _WHOLE
+    if DEVICE.type != "cuda":
+        name = "small"
+        monkeypatch.setitem(ARCHITECTURES, name, _SMALL)
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    model = random_model(PREFIX + name, DEVICE, dtype).requires_grad_(False)
+    prepare_nemotron_h(model)
+    model = add_adapters(model, GeneratorConfig()).train()
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:  # at zero the other factor would have no gradient to compare
+            nn.init.normal_(parameter, std=0.02)
+    tokenizer = build_joint(bench_config(2), text_encoder(cache_dir), torch.device("cpu"))
+    generator = Generator(model, tokenizer.model.generator.tokenizer)
+    # Slots count up through the batch, so each micro-batch has those of its own questions.
+    slots = int(whole.slot.max()) + 1
+    for number, part in enumerate(parts):
+        part.slot[part.slot >= 0] += number * _MICROBATCH * (slots // _QUESTIONS)
+    draw = torch.Generator().manual_seed(0)
+    vectors = 0.02 * torch.randn(slots, generator.dim, generator=draw)
+    step = _Step(generator, parts, vectors.to(DEVICE, dtype).requires_grad_())
+
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    check_agreement("loss", step.packed(whole), ours := step.earlier(), tolerance)
+    assert torch.isfinite(ours)
+    step.gradients()
+    step.packed(whole)
+    mine = step.gradients()
+    step.earlier()
+    for place, (a, b) in enumerate(zip(mine, step.gradients(), strict=True)):
+        check_agreement(f"gradient {place}", a, b, tolerance)
+    tallies = [Tally(weights=active_weights(model)) for _ in range(2)]
+
+    def counted(run: Callable[[], object], tally: Tally) -> Callable[[], object]:
+        def call() -> object:
+            tally.tokens += len(whole.input_ids)
+            tally.supervised += len(whole.target_id)
+            return run()
+
+        return call
+
+    ways = [
+        Way("packs", counted(lambda: step.packed(whole), tallies[0]), _QUESTIONS, 1, tallies[0]),
+        Way("earlier formulation", counted(step.earlier, tallies[1]), _QUESTIONS, 1, tallies[1]),
+    ]
+    about = {
+        "model": name,
+        "blocks": len(generator._decoder[0].layers),
+        "tokens": len(whole.input_ids),
+        "padded tokens": sum(len(p.length) * int(p.length.max()) for p in parts),
+        "supervised": len(whole.target_id),
+    }
+    timed("generator's part of a joint step", ways, about, DEVICE)
