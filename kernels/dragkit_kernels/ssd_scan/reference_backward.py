@@ -38,6 +38,37 @@ def ssd_scan_bwd_ref(
         for t, wanted in zip(inputs, output_mask, strict=True)
     ]
     by_head = rate.new_zeros(2, rate.shape[0], dtype=dtype)  # of rate and skip
+    for groups, heads in sizes.parts():
+        columns = (heads, heads, heads, groups, groups, heads)
+        _part_gradients(
+            grad[:, heads],
+            (x[:, heads], dt[:, heads], rate[heads], into[:, groups], out_of[:, groups]),
+            skip[heads],
+            position,
+            output_mask,
+            [t[:, c] if t.dim() > 1 else t for t, c in zip(out, columns, strict=True)],
+            by_head[:, heads],
+            chunk,
+        )
+    for place, total in ((2, by_head[0]), (5, by_head[1])):
+        if output_mask[place]:
+            out[place].copy_(total)
+    return tuple(out)
+
+
+def _part_gradients(
+    grad: Tensor,
+    inputs: tuple[Tensor, ...],
+    skip: Tensor,
+    position: Tensor,
+    output_mask: list[bool],
+    out: list[Tensor],
+    by_head: Tensor,
+    chunk: int | None,
+) -> None:
+    """The gradients of some groups of heads, into `out` and `by_head`."""
+    x, dt, rate, into, out_of = inputs
+    sizes, dtype = Sizes.of(x, into, chunk), by_head.dtype
 
     def enter(span: tuple[int, int], earlier: Tensor | None) -> tuple[Slab, Tensor]:
         slab = Slab(sizes, span, x, dt, rate, into, position, dtype)
@@ -66,10 +97,6 @@ def ssd_scan_bwd_ref(
             tensors = (grad, x, rate, out_of, skip)
             later = _slab_gradients(slab, states, later, tensors, output_mask, out, by_head)
             later = later[:1].clone()
-    for place, total in ((2, by_head[0]), (5, by_head[1])):
-        if output_mask[place]:
-            out[place].copy_(total)
-    return tuple(out)
 
 
 def _slab_gradients(

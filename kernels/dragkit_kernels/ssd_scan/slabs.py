@@ -18,7 +18,9 @@ from torch import Tensor
 # and the differences of large sums would be rough.
 LOWEST_LOG = -127.0
 # Bytes that the temporary tensors of a slab may take, about.
-SLAB_BYTES = 24 * 2**20
+SLAB_BYTES = 12 * 2**20
+# Bytes of a state that are worked at together; groups of heads beyond take turns.
+STATE_BYTES = 2**19
 
 
 class Sizes(NamedTuple):
@@ -45,6 +47,14 @@ class Sizes(NamedTuple):
     def chunks(self) -> int:
         """Chunks that cover all rows."""
         return -(-self.rows // self.chunk)
+
+    def parts(self) -> Iterator[tuple[slice, slice]]:
+        """(groups, their heads) that take turns."""
+        state = 4 * self.heads * self.width * self.states
+        step = max(1, STATE_BYTES // max(state, 1))
+        for begin in range(0, self.groups, step):
+            end = min(begin + step, self.groups)
+            yield slice(begin, end), slice(begin * self.heads, end * self.heads)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """(first chunk, end) of each slab, in order."""
