@@ -16,7 +16,7 @@ from dragkit.model.encoder import TextEncoder
 from dragkit.model.joint import JointModel
 from dragkit.model.load import generator_shape, load_generator
 from dragkit.model.retriever import Retriever
-from dragkit.trainer.compile import compile_retriever
+from dragkit.trainer.compile import compile_generator, compile_retriever
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
@@ -114,16 +114,22 @@ def build_joint(config: TrainConfig, encoder: TextEncoder, device: torch.device)
     retriever = build_retriever(config, encoder)
     torch.manual_seed(config.run.seed + 1)
     generator = load_generator(config.generator, device, name=config.generator_model)
+    if compiles(config, device):
+        compile_generator(generator)
     model = JointModel(config, retriever, generator).to(device)
     return maybe_compile(JointPhase(config, model), model.retriever, config, device)
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the configuration or the device asks for compiled models."""
+    return device.type == "cuda" if config.run.compile is None else config.run.compile
 
 
 def maybe_compile(
     phase: Phase, retriever: Retriever, config: TrainConfig, device: torch.device
 ) -> Phase:
     """Compiles the retriever's forward where the configuration or the device asks for it."""
-    wanted = device.type == "cuda" if config.run.compile is None else config.run.compile
-    if wanted:
+    if compiles(config, device):
         phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
     return phase
 

@@ -100,6 +100,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
 
 
+def _takes_ragged(query: Tensor) -> bool:
+    """Whether the library's kernel for ragged sequences computes queries [T, H, D] like these."""
+    fits = query.dtype in _RAGGED_TYPES and query.shape[-1] <= _RAGGED_WIDTH
+    return varlen_attn is not None and query.is_cuda and fits
+
+
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
     """Every token attends to itself and to those before it in its sequence.
 
@@ -114,8 +120,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     Returns:
         float [T, H, D].
     """
-    ragged = varlen_attn is not None and query.is_cuda and query.dtype in _RAGGED_TYPES
-    if ragged and query.shape[-1] <= _RAGGED_WIDTH:
+    if _takes_ragged(query):
         return varlen_attn(
             query,
             key,
