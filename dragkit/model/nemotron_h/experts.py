@@ -38,12 +38,13 @@ class _TakeRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[index // copies if copies > 1 else index]
+        # Faster than x[index] on a CPU.
+        return x.index_select(0, index // copies if copies > 1 else index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        rows = grad[inverse]
+        rows = grad.index_select(0, inverse)
         if ctx.copies > 1:
             rows = rows.view(-1, ctx.copies, grad.shape[1]).sum(1)
         return rows, None, None, None
