@@ -181,7 +181,7 @@ def test_a_report_that_is_cut_off_is_passed_over(tmp_path):
 def test_every_gpu_test_is_found():
     found = suite_module.gpu_test_files()
     assert "tests/model/test_retriever_on_gpu.py" in found
-    assert "tests/trainer/test_replay.py" in found
+    assert "tests/trainer/test_replay_on_gpu.py" in found
     assert "tests/triton_ops/test_triton_math.py" in found
     assert "tests/test_cli.py" not in found
 
