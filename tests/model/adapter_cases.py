@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.model.adapters import add_adapters
+from tests.nemotron_cases import toy_config
 
 ROUTED = ("experts.up_proj", "experts.down_proj")
 EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")
@@ -14,25 +15,7 @@ EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj
 
 def make_model(pattern="ME*-M*", **settings) -> NemotronHForCausalLM:
     """Every block kind of the 30B at toy widths, frozen."""
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "ssm_state_size": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "n_groups": 2,
-        "chunk_size": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "moe_shared_expert_intermediate_size": 24,
-        "time_step_min": 1e-9,
-    }
-    config = NemotronHConfig(hybrid_override_pattern=pattern, use_cache=False, **shape | settings)
+    config = toy_config(pattern, **{"time_step_min": 1e-9} | settings)
     torch.manual_seed(0)
     model = NemotronHForCausalLM(config).eval()
     for parameter in model.parameters():

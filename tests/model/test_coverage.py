@@ -4,35 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.model.coverage import coverage, coverage_table
 from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model
-
-# The 30B's shape, as its published configuration has it.
-LARGE = {
-    "vocab_size": 131072,
-    "hidden_size": 2688,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "ssm_state_size": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-}
-LARGE_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+from tests.nemotron_cases import config_30b
 
 
 def large_model() -> NemotronHForCausalLM:
     """The 30B without its weights."""
-    config = NemotronHConfig(hybrid_override_pattern=LARGE_PATTERN, **LARGE)
     with torch.device("meta"):
-        return NemotronHForCausalLM(config).requires_grad_(False)
+        return NemotronHForCausalLM(config_30b()).requires_grad_(False)
 
 
 def test_coverage_of_the_30b():

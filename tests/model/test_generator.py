@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
@@ -13,6 +13,7 @@ from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
 from dragkit.model.load import load_generator, prepare_nemotron_h, resolve_generator
 from dragkit.model.prompt import NeuralPrompt
+from tests.nemotron_cases import toy_config
 
 WIDTH = 32
 
@@ -30,25 +31,7 @@ class Words:
 def generator() -> Generator:
     """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
     torch.manual_seed(0)
-    config = NemotronHConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        hybrid_override_pattern="ME*-M*",
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        ssm_state_size=8,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        n_groups=2,
-        chunk_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=24,
-        use_cache=False,
-    )
+    config = toy_config("ME*-M*")
     model = NemotronHForCausalLM(config).eval()
     for parameter in model.parameters():
         if parameter.dim() >= 2:
