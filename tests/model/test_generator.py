@@ -8,6 +8,7 @@ from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model import generator as generator_module
 from dragkit.model.adapters import lora_targets
 from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
@@ -108,6 +109,25 @@ def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generato
                 step = generator.model.get_input_embeddings()(torch.tensor([[token]]))
                 embeds = torch.cat([embeds, step], dim=1)
         assert " ".join(map(str, produced)) == batch[i]
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(1, 6), (20, 4), (40, 3), (75, 2), (86, 1)])
+def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkeypatch):
+    made, vectors = prompt_of(questions(with_target=False)), torch.randn(6, WIDTH)
+    wanted = generator.greedy_tokens(made, vectors, 8)
+    assert len({tuple(row) for row in wanted}) > 1
+    sizes, read = [], generator_module.prefill
+
+    def counting(model, embeds, *rest, **options):
+        sizes.append(len(embeds))
+        return read(model, embeds, *rest, **options)
+
+    monkeypatch.setattr(generator_module, "prefill", counting)
+    monkeypatch.setattr(generator, "tokens_per_pass", tokens)
+    assert generator.greedy_tokens(made, vectors, 8) == wanted
+    assert len(sizes) == passes and sum(sizes) == len(made.input_ids)
+    longest = int(made.length.max())
+    assert max(sizes) <= max(tokens, longest)
 
 
 def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator):
