@@ -27,6 +27,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("device_runner")  # of which the suite is made
 suite_module, parts_module = load("device_suite"), load("device_parts")
 Part = suite_module.Part
 
