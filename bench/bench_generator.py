@@ -112,9 +112,7 @@ class _Step:
         return found
 
 
-def _prompts(
-    config: TrainConfig, cache_dir: Path
-) -> tuple[NeuralPrompt, list[NeuralPrompt], str]:
+def _prompts(config: TrainConfig, cache_dir: Path) -> tuple[NeuralPrompt, list[NeuralPrompt], str]:
     """Questions with ten facts each, as one pack and in micro-batches, and whose they are."""
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
     file = question_file(SMALL, cache_dir)
