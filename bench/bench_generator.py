@@ -2,7 +2,7 @@
 
 Earlier: prompts padded on the right in micro-batches of four, a cache built in training, logits of
 the whole vocabulary at every place, a loop over experts, attention as written out. Both on the same
-model with random weights: the 30B's architecture on a GPU, at a twenty-first of its widths on a CPU.
+model with random weights: the 30B's architecture, on a CPU with a twenty-first of its widths.
 """
 
 from __future__ import annotations

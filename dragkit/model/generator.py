@@ -140,6 +140,8 @@ class Generator(nn.Module):
             logger.info("the generator is not compiled: it is not a Nemotron-H")
             return
         self._behind = CompiledBlocks(self._decoder[0], self._foreign)
+        for kind in self._foreign:
+            logger.info("blocks of kind %s are not compiled: their kernels are foreign", kind)
 
     def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
         """Embeddings of packed prompts.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch._dynamo
+import torch._dynamo.utils
 import torch.fx.experimental._config
 from torch import nn
 
@@ -33,6 +33,11 @@ def compile_generator(generator: Generator) -> None:
     """The blocks of a generator, a graph for each kind of them with dynamic sizes."""
     one_graph_for_all_sizes()
     generator.compile_blocks()
+
+
+def compiled_graphs() -> int:
+    """Graphs that this process has compiled so far; in a run it soon stays as it is."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager:

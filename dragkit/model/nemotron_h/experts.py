@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dragkit.model.nemotron_h.grouped import ALIGNMENT, grouped_product, library_takes
+
 _PROJECTIONS = ("up_proj", "down_proj")
-# Rows of the operands of a grouped product begin at multiples of this many bytes.
-_ALIGNMENT = 16
 
 
 class _Factors(NamedTuple):
@@ -50,48 +50,16 @@ class _TakeRows(torch.autograd.Function):
         return rows, None, None, None
 
 
-def _grouped_mm_takes(weight: Tensor, *, traced: bool) -> bool:
-    """Whether the library's grouped product takes weight [E, O, I] and rows of its type."""
-    # When traced, it knows bfloat16 alone.
-    kinds = (torch.bfloat16,) if traced else (torch.bfloat16, torch.float16, torch.float32)
-    if not hasattr(F, "grouped_mm") or weight.dtype not in kinds:
-        return False
-    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return False
-    if any(width * weight.dtype.itemsize % _ALIGNMENT for width in weight.shape[1:]):
-        return False
-    # Weights mapped from a file may begin anywhere.
-    return traced or weight.data_ptr() % _ALIGNMENT == 0
-
-
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of group e by weight[e]^T.
-
-    Args:
-        x: float [S, I], sorted by group; weight: float [E, O, I]; ends: int32 [E], where the groups
-            end.
-
-    Returns:
-        float [S, O].
-    """
-    if _grouped_mm_takes(weight, traced=torch.compiler.is_compiling()):
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    begins = [0, *ends.tolist()]
-    sizes = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
-    pairs = zip(x.split(sizes), weight.unbind(0), strict=True)
-    return torch.cat([rows @ matrix.mT for rows, matrix in pairs])
-
-
 def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) -> Tensor:
-    y = _grouped(x, weight, ends)
+    y = grouped_product(x, weight, ends)
     if factors is None:
         return y
     down, up = factors.down.to(x.dtype), factors.up.to(x.dtype).contiguous()
     # A rank that fills no whole 16 bytes: zeros beside it change no product.
-    step = _ALIGNMENT // x.dtype.itemsize
+    step = ALIGNMENT // x.dtype.itemsize
     if missing := -down.shape[1] % step:
         down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    return y.add_(_grouped(_grouped(x, down, ends) * factors.scale, up, ends))
+    return y.add_(grouped_product(grouped_product(x, down, ends) * factors.scale, up, ends))
 
 
 def routed_experts(
@@ -176,16 +144,13 @@ def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *plan))
 
 
-def by_groups(mixer: nn.Module, *, traced: bool = False) -> bool:
-    """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product.
-
-    What does not, loops over experts and waits for the device; a graph cannot hold that.
-    """
+def by_groups(mixer: nn.Module) -> bool:
+    """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product."""
     plan = _plan(mixer.experts)
     if plan is None:
         return False
     stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
-    return all(_grouped_mm_takes(weight, traced=traced) for weight in stacks)
+    return all(library_takes(weight) for weight in stacks)
 
 
 def install_grouped_experts(model: nn.Module) -> int:

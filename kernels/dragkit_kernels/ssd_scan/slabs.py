@@ -91,8 +91,8 @@ class Slab:
         log: [R, n, G, q] sums of the binary logarithms of the decays from the chunk's first row on.
         lost: bool [n, G, q, R], see binary_logs.
         sees: [n, 1, q, q] 1 where row i depends on row j, else 0.
-        above, below: [n, G, q, R, 1] factors of the decays from row j to row i: above_i below_j; both
-            0 for the heads in `alone`, whose decays are made one head at a time.
+        above, below: [n, G, q, R, 1] factors of the decay from row j to row i, above_i below_j;
+            both 0 for heads in `alone`, whose decays are made head by head.
         alone: heads of a group whose logarithms spread too far in some chunk for such factors.
         from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
             from a row to the chunk's end; 0 where they are of different sequences.
