@@ -12,6 +12,8 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
@@ -34,8 +36,8 @@ KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 WIDTH = 64
 OPS = mamba_ops("dragkit")
 ROUTED = ("experts.up_proj", "experts.down_proj")
-# Packs that differ in tokens, sequences and longest sequence, with what they are padded to.
-PACKS = (((40, 9, 23), 1), ((150,), 64), ((20, 33, 64, 3), 1), ((5, 130), 128))
+# Packs with what they are padded to, of ever other sizes; in the first, longest is all tokens.
+PACKS = (((40, 2), 1), ((150,), 64), ((20, 33, 64, 3), 1), ((5, 300), 128))
 
 
 def make_model(
@@ -106,6 +108,7 @@ def run(
 ) -> list[Tensor]:
     """States at some tokens, and gradients of embeddings and adapters."""
     dtype = model.get_base_model().dtype
+    model.zero_grad()
     torch.manual_seed(1)
     embeds = torch.randn(sum(lengths), WIDTH).to(dtype).requires_grad_()
     pack = make_pack(torch.tensor(lengths), sum(lengths), max(lengths) + 2)
@@ -113,7 +116,6 @@ def run(
     buffer, pack = pad_to_multiple(embeds, pack, multiple)
     again = RECOMPUTED[policy]
     out = hidden_at_rows(decoder_of(model), buffer, pack, rows, OPS, again, behind)
-    model.zero_grad()
     weight = torch.randn(out.shape)
     (out.float() * weight).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -210,6 +212,27 @@ def test_blocks_of_foreign_code_run_as_they_stand(compiled: Callable) -> None:
     assert behind.kinds == ("mlp",)
     assert worst(run(model, (40, 9), behind), run(model, (40, 9))) < 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("policy", ["none", "all"])
+def test_sharded_blocks(policy: str, compiled: Callable) -> None:
+    """FSDP gathers a block's weights before its call; the graph takes them as they then are."""
+    model = make_model("ME*-*ME", torch.float32, routed=True)
+    wanted = run(model, (40, 9))
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for block in decoder_of(model).layers:
+            fully_shard(block, mesh=mesh)
+        counter = CompileCounterWithBackend("aot_eager")
+        for behind in (after, compiled(model, counter)):
+            ours = run(model, (40, 9), behind, policy)
+            whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in ours]
+            assert worst(whole, wanted) < 1e-5
+        assert counter.frame_count == len(KINDS)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class _Traced(Exception):

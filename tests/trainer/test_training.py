@@ -111,7 +111,7 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
 def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from dragkit.model.nemotron_h import after
+    from dragkit.model.nemotron_h.decoder import after_mixer
     from dragkit.trainer import compile as settings
 
     counters, stock = {}, torch.compile
@@ -139,7 +139,7 @@ def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, mon
                 counter.frame_count for counter in counters.values()
             )
     # Mamba-2, attention, dense; the last attention computes rows alone, and not compiled.
-    assert counters[after].frame_count == 3 and len(counters) == 2
+    assert counters[after_mixer].frame_count == 3 and len(counters) == 2
     assert len(lines["eager"]) == len(lines["compiled"]) > 4
     for ours, theirs in zip(lines["compiled"], lines["eager"], strict=True):
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-4)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dragkit.model.nemotron_h.decoder import Mixing, after
+from dragkit.model.nemotron_h.decoder import Mixing, after, after_mixer
+
+_MARK = "_is_fsdp_managed_module"
 
 
 class CompiledBlocks:
@@ -24,11 +26,25 @@ class CompiledBlocks:
     def __init__(self, model: nn.Module, foreign: tuple[str, ...] = ()) -> None:
         kinds = dict.fromkeys(block.block_type for block in model.layers)
         self.kinds = tuple(kind for kind in kinds if kind not in foreign)
-        self._compiled: Callable[..., Tensor] = torch.compile(after, fullgraph=True, dynamic=True)
+        self._compiled: Callable[..., Tensor] = torch.compile(
+            after_mixer, fullgraph=True, dynamic=True
+        )
 
     def __call__(self, block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
         """Hidden states behind a block; see `after`."""
         training = torch.is_grad_enabled() and mixing.rows is None
         if training and block.block_type in self.kinds:
-            return self._compiled(block, hidden, mixing)
+            _unmark(block)
+            return self._compiled(block.norm, block.mixer, block.block_type, hidden, mixing)
         return after(block, hidden, mixing)
+
+
+def _unmark(block: nn.Module) -> None:
+    """Lets the compiler see the parts of a block that FSDP shards as ordinary modules.
+
+    In marked ones it takes every number as a symbol and checks nothing. Its reason is the hooks of
+    whole modules, which are none of a graph's business here: they hang on the block's own call.
+    """
+    if getattr(block, _MARK, False):
+        for module in block.modules():
+            setattr(module, _MARK, False)

@@ -78,9 +78,8 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
-def _change(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
-    """What a block adds to the hidden states, float [T, M]."""
-    normed, kind, mixer = rms_norm(block.norm, hidden), block.block_type, block.mixer
+def _change(norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing) -> Tensor:
+    normed = rms_norm(norm, hidden)
     if kind == "linear_attention":
         return mixing.mamba(mixer, normed)
     if kind == "full_attention":
@@ -90,10 +89,17 @@ def _change(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
     return routed(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
 
 
+def after_mixer(
+    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing
+) -> Tensor:
+    """Hidden states behind a block of a kind, given by its two parts; see `after`."""
+    kept = hidden if mixing.rows is None else hidden[mixing.rows]
+    return kept + _change(norm, mixer, kind, hidden, mixing)
+
+
 def after(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
     """Hidden states behind a block, float [T, M], or [A, M] where `mixing` wants rows alone."""
-    kept = hidden if mixing.rows is None else hidden[mixing.rows]
-    return kept + _change(block, hidden, mixing)
+    return after_mixer(block.norm, block.mixer, block.block_type, hidden, mixing)
 
 
 def _forward(

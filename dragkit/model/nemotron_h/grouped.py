@@ -86,9 +86,8 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    x, weight, ends = inputs
-    # A frozen stack needs no rows, a bare input no stack.
-    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, ends)
+    # A trace drops what its backward pass does not read, such as the rows of a frozen stack.
+    ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
