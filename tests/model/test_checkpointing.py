@@ -90,9 +90,9 @@ def test_blocks_of_the_policy_run_twice_and_others_once(
     seen = []
     change = decoder._change
 
-    def spy(block, *args):
+    def spy(block, *args, **kwargs):
         seen.append(block.block_type)
-        return change(block, *args)
+        return change(block, *args, **kwargs)
 
     monkeypatch.setattr(decoder, "_change", spy)
     model = make_model(pattern, torch.float32)

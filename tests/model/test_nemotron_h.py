@@ -216,6 +216,26 @@ def test_cached_decoding_equals_running_all_tokens_again(pattern):
                 hidden = step(decoder, new[:, t], states)
 
 
+@pytest.mark.parametrize("again", [(), ("linear_attention", "full_attention", "moe", "mlp")])
+def test_every_block_is_called_as_a_module(again):
+    model = decoder_of(make_model("ME*-*", torch.float32, 2))
+    seen = []
+    for index, block in enumerate(model.layers):
+        block.register_forward_pre_hook(lambda *_, index=index: seen.append(index))
+    embeds, pack, rows = torch.randn(9, WIDTH), pack_of((9,)), torch.tensor([8])
+    hidden = hidden_at_rows(model, embeds.requires_grad_(), pack, rows, OPS, again)
+    assert seen == [0, 1, 2, 3, 4]
+    hidden.sum().backward()
+    assert seen[5:] == ([4, 3, 2, 1, 0] if again else [])
+    with torch.no_grad():
+        wanted = model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, 8]
+        close(hidden[0].detach(), wanted, "library's pass", 2e-5)
+        seen.clear()
+        _, states = prefill(model, embeds, pack, OPS, 1)
+        step(model, embeds[:1], states)
+    assert seen == [0, 1, 2, 3, 4] * 2
+
+
 def test_padding_of_a_pack():
     embeds, pack = torch.ones(7, WIDTH), pack_of((3, 4))
     same, untouched = pad_to_multiple(embeds, pack, 7)
