@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from dragkit.model.nemotron_h import (
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
+
+if TYPE_CHECKING:
+    from dragkit.model.sharding import Lockstep
 
 _LOGIT_ROWS = 4096
 
@@ -49,6 +52,9 @@ class Generator(nn.Module):
         checkpointing: which blocks of a Nemotron-H compute again what they do not keep, see
             `GeneratorConfig.checkpointing`; here "auto" is "none".
         tokens_per_pass: see `GeneratorConfig.tokens_per_pass`; None is no limit.
+
+    Attributes:
+        lockstep: with the ranks that share the weights; None where this one has all of them.
     """
 
     def __init__(
@@ -73,11 +79,17 @@ class Generator(nn.Module):
         self._embedding = [base.get_input_embeddings()]
         self._mamba = mamba_ops(mamba) if computes(base.config) else None
         self._pack_multiple = pack_multiple
+        self.lockstep: Lockstep | None = None
 
     @property
     def dim(self) -> int:
         """Width M of the token embeddings."""
         return self._embedding[0].weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are."""
+        return self._embedding[0].weight.device
 
     @property
     def has_adapters(self) -> bool:
@@ -209,6 +221,18 @@ class Generator(nn.Module):
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
 
+    def keep_up(self, *, vectors: bool = False) -> None:
+        """Called behind the last pass of a kind; waits for ranks that share the weights with this.
+
+        It takes part in what they gather, in passes that change nothing: training passes where
+        gradients are enabled, else continuations.
+
+        Args:
+            vectors: training passes of this run have structural vectors.
+        """
+        if self.lockstep is not None:
+            self.lockstep.keep_up(vectors=vectors)
+
     @torch.no_grad()
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
@@ -239,6 +263,7 @@ class Generator(nn.Module):
             use_cache=True,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.eos_token_id,
+            synced_gpus=self.lockstep is not None,
         ).tolist()
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
@@ -252,7 +277,12 @@ class Generator(nn.Module):
             token = head(hidden).float().argmax(-1)
             produced.append(token)
             going = going & (token != self.eos_token_id)
-            if len(produced) == limit or not going.any():
+            if len(produced) == limit:
+                break
+            more = int(going.any())
+            if self.lockstep is not None:
+                more = self.lockstep.most(more)
+            if not more:
                 break
             hidden = step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()
