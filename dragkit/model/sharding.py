@@ -2,9 +2,9 @@
 
 FSDP2 gathers the weights of a block when it is called, frees them behind it, and does both again in
 its backward pass; embeddings and output layer stay gathered for the whole of a pass. Only frozen
-weights are cut. What is trained is small and stays whole on every rank, so that gradients, clipping,
-optimizer and checkpoints are those of a run without sharding, for any number of ranks: there is no
-sharded state that would have to be saved.
+weights are cut. What is trained is small and stays whole on every rank, so that gradients,
+clipping, optimizer and checkpoints are those of a run without sharding, for any number of ranks:
+there is no sharded state that would have to be saved.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def setup(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
-def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
+def fitted(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
     """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
 
     Raises:
@@ -98,7 +98,7 @@ def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
     if shape is None:
         logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
         return config
-    config = planned(config, shape, this_device(device))
+    config = planned(config, shape, this_device(device), ranks)
     chosen = config.generator
     logger.info(
         "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",

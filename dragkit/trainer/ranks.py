@@ -1,18 +1,18 @@
 """Several processes (ranks) that train one model; those of `torchrun` are in `torchrun.py`.
 
-Every rank holds all that is trained and takes its slice of every batch. Once per optimizer step, when
-all micro-batches are done, the gradients of the trained parameters are added up over the ranks in
-one flat float32 tensor; all ranks then clip and step alike. `DistributedDataParallel` is not used:
-its hooks expect one backward pass through one module, while phase 2 cuts its graph twice, runs the
-generator in micro-batches and adds up gradients over passes; and a rank with no question in a batch
-has no backward pass at all. One sum at the step needs no such care, sends what is to be sent once
-however many micro-batches there are, and always adds in the same order. What is lost is the overlap
-of sending and computing, which is little where adapters are all that is sent.
+Every rank holds all that is trained and takes its slice of every batch. Once per optimizer step,
+when all micro-batches are done, the gradients of the trained parameters are added up over the ranks
+in one flat float32 tensor; all ranks then clip and step alike. `DistributedDataParallel` is not
+used: its hooks expect one backward pass through one module, while phase 2 cuts its graph twice,
+runs the generator in micro-batches and adds up gradients over passes; and a rank with no question
+in a batch has no backward pass at all. One sum at the step needs no such care, sends what is to be
+sent once however many micro-batches there are, and always adds in the same order. What is lost is
+the overlap of sending and computing, which is little where adapters are all that is sent.
 
 The frozen weights are on every rank, or cut between the ranks (`run.sharding`, see
 `dragkit.model.sharding`). Either way the first rank holds whole what a checkpoint needs and writes
-it; `torch.distributed.checkpoint`, which writes the parts of tensors that no rank holds whole, would
-only give checkpoints a second form.
+it; `torch.distributed.checkpoint`, which writes the parts of tensors that no rank holds whole,
+would only give checkpoints a second form.
 
 Host integers (counts, the stop flag) go over gloo, so that no rank waits for its device. Values
 travel as JSON; nothing is unpickled.

@@ -80,7 +80,7 @@ class Run:
         self.device = setup(config, self.ranks)
         if config.run.phase == 2:
             # Before anything costs time: the largest input is the one most likely to be missing.
-            self.config = config = fitted(config, self.device)
+            self.config = config = fitted(config, self.device, self.ranks.count)
             parts = shards(config, self.ranks)
             if config.run.sharding != "none" and parts == 1:
                 logger.warning(
