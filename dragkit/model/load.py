@@ -61,14 +61,18 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     )
 
 
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _check_memory(need: int, name: str, device: torch.device) -> None:
     """Stops before loading weights of so many bytes that cannot fit on the device."""
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
         where = torch.cuda.get_device_name(device)
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        where = "this machine (no GPU in use)"
+        have, where = host_memory(), "this machine (without a GPU's)"
     if need > have:
         raise MissingInputError(
             f"the generator {name} needs {need / 2**30:.0f} GiB for its weights and {where} has "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from dragkit.errors import ConfigError
 from dragkit.model.budget import planned, this_device
 from dragkit.model.encoder import TextEncoder
 from dragkit.model.joint import JointModel
-from dragkit.model.load import generator_shape, load_generator, weight_bytes
+from dragkit.model.load import generator_shape, host_memory, load_generator, weight_bytes
 from dragkit.model.retriever import Retriever
 from dragkit.model.sharding import shard
 from dragkit.trainer.agreement import frozen_facts
@@ -152,8 +151,7 @@ def _sharded(
     name, parts = config.generator_model, shards(config, ranks)
     mesh = ranks.mesh(device)
     need = weight_bytes(config.generator, device, name=name)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with ranks.in_waves(max(1, int(_HOST_SHARE * memory / need))):
+    with ranks.in_waves(max(1, int(_HOST_SHARE * host_memory() / need))):
         generator = load_generator(config.generator, device, name=name, shards=parts)
         facts = frozen_facts(generator)
         model = JointModel(config, retriever, generator)

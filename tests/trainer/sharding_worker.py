@@ -1,13 +1,14 @@
 """What each of two ranks does for test_sharding.py: whole and cut generators compared, then runs.
 
-`torchrun sharding_worker.py plan.json` leaves `direct.<rank>.json`, and `<name>.<rank>.json` of
-each case of the plan, as ranks_worker.py does.
+`torchrun sharding_worker.py plan.json` leaves `waves.<rank>.json`, `direct.<rank>.json`, and
+`<name>.<rank>.json` of each case of the plan, as ranks_worker.py does.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,9 +191,25 @@ def compare(name: str, ranks: Ranks) -> dict:
     return found
 
 
+def met(folder: Path, ranks: Ranks, size: int) -> int:
+    """The most ranks that were seen inside of a wave at the same time."""
+    folder.mkdir(exist_ok=True)
+    seen = 0
+    with ranks.in_waves(size):
+        (folder / str(ranks.index)).touch()
+        for _ in range(20):
+            time.sleep(0.01)
+            seen = max(seen, len(list(folder.iterdir())))
+        (folder / str(ranks.index)).unlink()
+    ranks.wait()
+    return ranks.most(seen)
+
+
 def _main(argv: list[str]) -> int:
     plan = Path(argv[0])
     with joined(RunConfig(rank_timeout=60)) as ranks:
+        waves = [met(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
+        plan.with_name(f"waves.{ranks.index}.json").write_text(json.dumps(waves))
         direct = {name: compare(name, ranks) for name in CASES}
         plan.with_name(f"direct.{ranks.index}.json").write_text(json.dumps(direct))
         for case in json.loads(plan.read_text()):

@@ -12,12 +12,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dragkit.errors import ConfigError
+from dragkit.config import GeneratorConfig
+from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model import load
 from dragkit.model.sharding import decoder_blocks
 from dragkit.trainer.agreement import frozen_facts
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
@@ -207,6 +210,10 @@ def test_a_failure_inside_a_pass_ends_the_other_rank_with_its_message(pair: Pair
     assert "stopped at step 0: rank 1: planted failure" in pair.process.stderr
 
 
+def test_no_more_ranks_load_at_a_time_than_the_machine_holds(pair: Pair) -> None:
+    assert pair.outcome("waves", 0) == [1, 2]
+
+
 def test_one_rank_is_told_that_it_has_nobody_to_share_with(pair: Pair) -> None:
     (told,) = (text for text in pair.warnings if "run.sharding" in text)
     assert "torchrun" in told
@@ -219,6 +226,22 @@ class _Bare(torch.nn.Module):
 def test_a_model_without_known_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match="run.sharding: the blocks of a _Bare are not known"):
         decoder_blocks(_Bare())
+
+
+def test_a_card_needs_room_for_its_part_and_the_host_for_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, card = "random:nemotron-3-nano-30b-a3b", torch.device("cuda")  # 59 GiB
+    monkeypatch.setattr(load, "host_memory", lambda: 64 << 30)
+    properties = SimpleNamespace(total_memory=40 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    assert load.check_generator(GeneratorConfig(), card, name=name, shards=2)
+    with pytest.raises(MissingInputError, match="needs 59 GiB .* a card has 40 GiB"):
+        load.check_generator(GeneratorConfig(), card, name=name)
+    monkeypatch.setattr(load, "host_memory", lambda: 50 << 30)
+    with pytest.raises(MissingInputError, match="needs 59 GiB .* this machine .* has 50 GiB"):
+        load.check_generator(GeneratorConfig(), card, name=name, shards=2)
 
 
 def test_weights_that_are_cut_are_not_compared_again() -> None:
