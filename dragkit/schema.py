@@ -308,7 +308,9 @@ class RunConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the mixed-precision arithmetic; auto: bfloat16 on GPU."
     )
-    compile: bool | None = Field(None, description="Compile the retriever. Unset: on GPU only.")
+    compile: bool | None = Field(
+        None, description="Compile retriever and generator's blocks. Unset: on GPU only."
+    )
     cuda_graphs: bool = Field(
         True, description="Replay phase 1's step as CUDA graphs; without a GPU it has no effect."
     )

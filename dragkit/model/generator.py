@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from dragkit.model.nemotron_h import (
     RECOMPUTED,
+    CompiledBlocks,
     Pack,
+    after,
     computes,
     hidden_at_rows,
     make_pack,
@@ -26,6 +29,8 @@ from dragkit.model.prompt import NeuralPrompt, PromptTemplate
 
 if TYPE_CHECKING:
     from dragkit.model.sharding import Lockstep
+
+logger = logging.getLogger(__name__)
 
 _LOGIT_ROWS = 4096
 
@@ -78,6 +83,8 @@ class Generator(nn.Module):
         self._decoder = [base.base_model, base.get_output_embeddings()]
         self._embedding = [base.get_input_embeddings()]
         self._mamba = mamba_ops(mamba) if computes(base.config) else None
+        self._foreign = ("linear_attention",) if mamba == "mamba_ssm" else ()
+        self._behind = after
         self._pack_multiple = pack_multiple
         self.lockstep: Lockstep | None = None
 
@@ -137,6 +144,13 @@ class Generator(nn.Module):
         """Whether the model runs over packs here."""
         return self._mamba is not None
 
+    def compile_blocks(self) -> None:
+        """Compiles the blocks of a Nemotron-H for training; other models run as they stand."""
+        if self._mamba is None:
+            logger.info("the generator is not compiled: it is not a Nemotron-H")
+            return
+        self._behind = CompiledBlocks(self._decoder[0], self._foreign)
+
     def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
         """Embeddings of packed prompts.
 
@@ -189,7 +203,7 @@ class Generator(nn.Module):
             wait = not (embeds.is_cuda and embeds.dtype.itemsize == 2)
             embeds, pack = pad_to_multiple(embeds, self._pack(prompt, wait=wait), multiple)
             again = RECOMPUTED[self.checkpointing]
-            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again)
+            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
         # and without one attention takes its fastest path.
         padded, _ = self.pad(embeds, prompt, left=False)

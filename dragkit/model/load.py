@@ -13,6 +13,7 @@ from dragkit.config import TINY_GENERATOR, GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.adapters import add_adapters
 from dragkit.model.generator import Generator
+from dragkit.model.nemotron_h.experts import by_groups
 from dragkit.model.random_weights import (
     architecture_of,
     is_random,
@@ -161,6 +162,22 @@ def check_experts(model: nn.Module, device: torch.device) -> None:
         )
 
 
+def check_grouped_product(model: nn.Module, device: torch.device) -> None:
+    """The same for our own forward of a Nemotron-H, once its weights are on the device.
+
+    Raises:
+        ConfigError: their type, their widths or the card forbid it.
+    """
+    mixers = [module for module in model.modules() if type(module).__name__ == "NemotronHMoE"]
+    if device.type == "cuda" and not all(by_groups(mixer) for mixer in mixers):
+        raise ConfigError(
+            f"the generator's routed experts would run one by one on {device}: the grouped product "
+            "needs compute capability 8.0 or newer, a type of bfloat16, float16 or float32, and "
+            "widths that fill whole 16 bytes. Set generator.dtype to auto, use such a card, or "
+            "name another model."
+        )
+
+
 def prepare_nemotron_h(model: nn.Module) -> None:
     """Two repairs on the instance; the class itself stays the library's."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
@@ -235,8 +252,10 @@ def load_generator(
     model.requires_grad_(False)
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
+    model = model.to(place)
+    check_grouped_product(model, device)
     return Generator(
-        model.to(place),
+        model,
         tokenizer,
         mamba=config.mamba,
         pack_multiple=config.pack_multiple,

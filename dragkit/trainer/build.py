@@ -18,7 +18,7 @@ from dragkit.model.load import generator_shape, host_memory, load_generator, wei
 from dragkit.model.retriever import Retriever
 from dragkit.model.sharding import shard
 from dragkit.trainer.agreement import frozen_facts
-from dragkit.trainer.compile import compile_retriever
+from dragkit.trainer.compile import compile_generator, compile_retriever
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
@@ -135,6 +135,8 @@ def build_joint(
     else:
         generator = load_generator(config.generator, device, name=config.generator_model)
         model = JointModel(config, retriever, generator)
+    if compiles(config, device):
+        compile_generator(model.generator)
     phase = JointPhase(config, model.to(device))
     phase.ranks = ranks
     return maybe_compile(phase, model.retriever, config, device)
@@ -162,12 +164,16 @@ def _sharded(
     return model
 
 
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the configuration or the device asks for compiled models."""
+    return device.type == "cuda" if config.run.compile is None else config.run.compile
+
+
 def maybe_compile(
     phase: Phase, retriever: Retriever, config: TrainConfig, device: torch.device
 ) -> Phase:
     """Compiles the retriever's forward where the configuration or the device asks for it."""
-    wanted = device.type == "cuda" if config.run.compile is None else config.run.compile
-    if wanted:
+    if compiles(config, device):
         phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
     return phase
 

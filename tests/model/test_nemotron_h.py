@@ -28,7 +28,7 @@ TARGETS = (*TARGETS, "experts.up_proj", "experts.down_proj")
 NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
-def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, **settings):
+def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, targets=TARGETS, **settings):
     """Random weights; adapters with random B where a rank is given."""
     torch.manual_seed(0)
     shape = {
@@ -59,7 +59,7 @@ def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, **settings):
                 parameter.data.mul_(0.2)
     model.requires_grad_(False)
     if rank is not None:
-        present = [n for n in TARGETS if any(n in name for name, _ in model.named_parameters())]
+        present = [n for n in targets if any(n in name for name, _ in model.named_parameters())]
         config = GeneratorConfig(lora_rank=rank, lora_alpha=4, lora_targets=tuple(present))
         model = add_adapters(model, config)
         for name, parameter in model.named_parameters():
@@ -149,6 +149,42 @@ def test_states_and_gradients_equal_the_librarys_one_by_one(pattern, rank):
 )
 def test_shapes_of_the_configuration(settings):
     compare(*run_both(make_model("M*-M*", torch.float32, 3, **settings), LENGTHS, WANTED))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm_topk_prob": False, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4},
+        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        {"mlp_bias": True, "moe_latent_size": 16},
+        {"n_routed_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 5},
+    ],
+)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_experts_of_the_configuration(rank, settings, dtype):
+    """Adapters on the shared experts alone, as by default, so that the routed ones are bare."""
+    targets = ("in_proj", "up_proj", "down_proj")
+    settings = settings | {"experts_implementation": "eager"}
+    model = make_model("EM*E", dtype, rank, targets=targets, **settings)
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            torch.nn.init.normal_(buffer, std=0.3)
+    compare(*run_both(model, LENGTHS, WANTED), rtol=2e-5 if dtype == torch.float32 else 1e-6)
+
+
+def test_shared_experts_keep_nothing_in_float32(made):
+    """PEFT would cast their inputs to its adapters' type, and keep the casts."""
+    model = make_model("EM", torch.bfloat16, 2, targets=("up_proj", "down_proj"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    embeds = torch.randn(70, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    with made:
+        hidden_at_rows(decoder_of(model), embeds, pack_of((70,)), torch.tensor([69]), OPS)
+    inner = (70, 24), torch.float32
+    assert (inner[0], torch.bfloat16) in made.tensors and inner not in made.tensors
 
 
 def test_one_question_and_rows_in_any_order():

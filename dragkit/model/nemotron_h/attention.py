@@ -78,7 +78,8 @@ def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """Every token attends to itself and to those before it in its row.
 
-    On a CPU in blocks of queries: its flash attention is slow at small head widths.
+    On a CPU in blocks of queries: its flash attention is slow at small head widths. Their number
+    would make a graph of its own for every length, so a trace takes the library's.
 
     Args:
         query: float [B, L, H, D]; key, value: float [B, L, G, D], each for H / G successive heads.
@@ -88,7 +89,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         float [B, L, H, D].
     """
     repeat = query.shape[2] // key.shape[2]
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
@@ -97,6 +98,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
         _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale
     )
     return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
+
+
+def _takes_ragged(query: Tensor) -> bool:
+    """Whether the library's kernel for ragged sequences computes queries [T, H, D] like these."""
+    fits = query.dtype in _RAGGED_TYPES and query.shape[-1] <= _RAGGED_WIDTH
+    return varlen_attn is not None and query.is_cuda and fits
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
@@ -113,8 +120,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     Returns:
         float [T, H, D].
     """
-    ragged = varlen_attn is not None and query.is_cuda and query.dtype in _RAGGED_TYPES
-    if ragged and query.shape[-1] <= _RAGGED_WIDTH:
+    if _takes_ragged(query):
         return varlen_attn(
             query,
             key,

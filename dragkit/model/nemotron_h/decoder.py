@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dragkit.model.nemotron_h.attention import attention_at, packed_attention
 from dragkit.model.nemotron_h.backends import MambaOps
+from dragkit.model.nemotron_h.experts import routed
 from dragkit.model.nemotron_h.lora import adapted_linear
 from dragkit.model.nemotron_h.mixer import mamba_mixer
 from dragkit.model.nemotron_h.pack import Pack
@@ -33,7 +34,7 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
 }
 
 
-class _Mixing(Protocol):
+class Mixing(Protocol):
     """How tokens of a pass see one another: what the mixers of two kinds of blocks compute.
 
     Attributes:
@@ -56,7 +57,7 @@ def computes(config: object) -> bool:
 
 def rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     """What a module of the library normalises, float [T, M]."""
-    if hidden.shape[0] <= _FEW and not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and hidden.shape[0] <= _FEW:
         return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return gated_rms_norm(hidden, None, norm.weight, groups=1, eps=norm.variance_epsilon)
 
@@ -77,7 +78,7 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
-def _change(block: nn.Module, hidden: Tensor, mixing: _Mixing) -> Tensor:
+def _change(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
     """What a block adds to the hidden states, float [T, M]."""
     normed, kind, mixer = rms_norm(block.norm, hidden), block.block_type, block.mixer
     if kind == "linear_attention":
@@ -86,10 +87,10 @@ def _change(block: nn.Module, hidden: Tensor, mixing: _Mixing) -> Tensor:
         return mixing.attention(mixer, normed)
     if kind == "mlp":
         return _feed_forward(mixer, normed)
-    return mixer(normed[None]).squeeze(0)  # the library's experts take three axes
+    return routed(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
 
 
-def after(block: nn.Module, hidden: Tensor, mixing: _Mixing) -> Tensor:
+def after(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
     """Hidden states behind a block, float [T, M], or [A, M] where `mixing` wants rows alone."""
     kept = hidden if mixing.rows is None else hidden[mixing.rows]
     return kept + _change(block, hidden, mixing)
@@ -129,13 +130,14 @@ def run_blocks(
     rows: Tensor,
     mixing: OverPack,
     recompute: Container[str] = (),
+    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
 ) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
     From the last block on in which tokens see one another, only the wanted ones are computed.
 
     Args:
-        model, embeds, rows, recompute: see `hidden_at_rows`; mixing: of all its blocks.
+        model, embeds, rows, recompute, behind: see `hidden_at_rows`; mixing: of all its blocks.
 
     Returns:
         float [A, M].
@@ -147,7 +149,7 @@ def run_blocks(
         # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
         few = index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu"
         seen = replace(mixing, rows=rows) if few else mixing
-        hidden = run_block(block, hidden, partial(after, mixing=seen), recompute)
+        hidden = run_block(block, hidden, partial(behind, mixing=seen), recompute)
         if index == last and not few:
             hidden = hidden[rows]
     return rms_norm(model.norm_f, hidden)
@@ -185,6 +187,7 @@ def hidden_at_rows(
     rows: Tensor,
     ops: MambaOps,
     recompute: Container[str] = (),
+    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
 ) -> Tensor:
     """Last hidden states at some tokens, with gradients.
 
@@ -193,8 +196,9 @@ def hidden_at_rows(
         embeds: float [T, M]; pack: of the tokens.
         rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
         recompute: kinds of blocks that are computed again in the backward pass, of `RECOMPUTED`.
+        behind: `after` or its compiled form.
 
     Returns:
         float [A, M].
     """
-    return run_blocks(model, embeds, rows, OverPack(pack, ops), recompute)
+    return run_blocks(model, embeds, rows, OverPack(pack, ops), recompute, behind)

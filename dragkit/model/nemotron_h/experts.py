@@ -1,7 +1,8 @@
-"""Routed experts under LoRA: every token meets its experts' low-rank factors, never W + B A.
+"""Routed experts, with LoRA or without: products over groups of rows, never a loop over experts.
 
-PEFT adapts the stacked weights of all experts before each forward. Here the rows of a forward are
-sorted by expert once, and each projection is x W^T + s (x A^T) B^T over the groups.
+The rows of a forward are sorted by expert once. Under LoRA every token meets its experts' low-rank
+factors, x W^T + s (x A^T) B^T over the groups, where PEFT adapts the stacked weights of all experts
+before each forward.
 """
 
 from __future__ import annotations
@@ -48,20 +49,18 @@ class _TakeRows(torch.autograd.Function):
         return rows, None, None, None
 
 
-def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the library's grouped product computes x [S, I] by weight [E, O, I]."""
-    compiling = torch.compiler.is_compiling()
+def _grouped_mm_takes(weight: Tensor, *, traced: bool) -> bool:
+    """Whether the library's grouped product takes weight [E, O, I] and rows of its type."""
     # When traced, it knows bfloat16 alone.
-    kinds = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)
-    if not hasattr(F, "grouped_mm") or x.dtype not in kinds:
+    kinds = (torch.bfloat16,) if traced else (torch.bfloat16, torch.float16, torch.float32)
+    if not hasattr(F, "grouped_mm") or weight.dtype not in kinds:
         return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
-    widths = weight.shape[1:]
-    if any(width * x.dtype.itemsize % _ALIGNMENT for width in widths):
+    if any(width * weight.dtype.itemsize % _ALIGNMENT for width in weight.shape[1:]):
         return False
     # Weights mapped from a file may begin anywhere.
-    return compiling or weight.data_ptr() % _ALIGNMENT == 0
+    return traced or weight.data_ptr() % _ALIGNMENT == 0
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         float [S, O].
     """
-    if _grouped_mm_takes(x, weight):
+    if _grouped_mm_takes(weight, traced=torch.compiler.is_compiling()):
         return F.grouped_mm(x, weight.mT, offs=ends)
     begins = [0, *ends.tolist()]
     sizes = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
@@ -157,6 +156,35 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if plan is None:
         return type(self).forward(self, *args, **kwargs)
     return routed_experts(*args, *plan)
+
+
+def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
+    """What the routed experts of a `NemotronHMoE` add, without its shared ones.
+
+    Args:
+        mixer: with adapters or without; hidden: float [T, M].
+
+    Returns:
+        float [T, M].
+    """
+    _, weights, index = mixer.gate(hidden)
+    latent = mixer.fc1_latent_proj(hidden)
+    plan = _plan(mixer.experts)
+    if plan is None:
+        return mixer.fc2_latent_proj(mixer.experts(latent, index, weights))
+    return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *plan))
+
+
+def by_groups(mixer: nn.Module, *, traced: bool = False) -> bool:
+    """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product.
+
+    What does not, loops over experts and waits for the device; a graph cannot hold that.
+    """
+    plan = _plan(mixer.experts)
+    if plan is None:
+        return False
+    stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
+    return all(_grouped_mm_takes(weight, traced=traced) for weight in stacks)
 
 
 def install_grouped_experts(model: nn.Module) -> int:
