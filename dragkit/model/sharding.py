@@ -65,6 +65,10 @@ def shard(generator: Generator, mesh: DeviceMesh, most: Callable[[int], int]) ->
     for block in reversed(decoder_blocks(generator.model)):
         fully_shard(block, mesh=mesh, ignored_params=trained)
     fully_shard(generator, mesh=mesh, ignored_params=trained)
+    for module in generator.modules():
+        # The mark has the compiler take sizes of a module for symbols, which is meant for hooks
+        # inside of graphs. Here graphs lie between gathering and freeing.
+        module._is_fsdp_managed_module = False  # type: ignore[assignment]
     register_fsdp_forward_method(generator, "greedy_tokens")
     generator.lockstep = Lockstep(generator, most)
 
@@ -115,20 +119,19 @@ class Lockstep:
         self._generator.reshard()  # type: ignore[operator]
 
     def _prompt(self) -> NeuralPrompt:
-        """One prompt of one token."""
-        device = self._generator.device
-        zero = torch.zeros(1, dtype=torch.int64, device=device)
-        one, token = zero + 1, zero + self._generator.eos_token_id
+        """Two prompts of two end tokens each: for sizes of one, compiled blocks are made anew."""
+        place = torch.arange(4, device=self._generator.device)
+        token = torch.full_like(place, self._generator.eos_token_id)
         return NeuralPrompt(
             input_ids=token,
-            slot=zero - 1,
-            position=zero,
-            question=zero,
-            length=one,
-            target_row=zero,
-            target_id=token,
-            kept=zero,
-            longest=1,
+            slot=torch.full_like(place, -1),
+            position=place % 2,
+            question=place // 2,
+            length=torch.full_like(place[:2], 2),
+            target_row=place[::2],
+            target_id=token[::2],
+            kept=torch.zeros_like(place[:2]),
+            longest=2,
         )
 
     def _train(self, vectors: bool) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import ranks_worker
 import torch
+import torch._dynamo.utils
 from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.cli import run_main
@@ -23,6 +25,7 @@ from dragkit.model.generator import Generator
 from dragkit.model.load import prepare_nemotron_h
 from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.sharding import decoder_blocks, shard
+from dragkit.trainer.compile import compile_generator
 from dragkit.trainer.ranks import Ranks
 from dragkit.trainer.torchrun import joined
 
@@ -30,14 +33,15 @@ WIDTH, VOCAB = 32, 64
 # End tokens that some of the continuations come to.
 END = {"nemotron": 45, "llama": 19}
 # Prompts of every pass, by rank and round; without any, a rank only keeps up.
-PASSES = {0: [[(5, 9), (3,)], [(12,)]], 1: [[], [(7, 2), (1,), (20, 4)]]}
+PASSES = {0: [[(5, 9), (3,)], [(12,)]], 1: [[], [(7, 2), (3,), (20, 4)]]}
 DECODED = {0: [(4,)], 1: [(3,), (9, 2, 6)]}
-# Kind of model, checkpointing, whether structural vectors are given, type.
+# Kind of model, checkpointing, whether structural vectors are given, type, whether compiled.
 CASES = {
-    "nemotron": ("nemotron", "none", True, "float32"),
-    "recomputed": ("nemotron", "all", True, "float32"),
-    "text": ("nemotron", "none", False, "bfloat16"),
-    "llama": ("llama", "none", True, "float32"),
+    "nemotron": ("nemotron", "none", True, "float32", False),
+    "recomputed": ("nemotron", "all", True, "float32", False),
+    "text": ("nemotron", "none", False, "bfloat16", False),
+    "compiled": ("nemotron", "mamba", True, "bfloat16", True),
+    "llama": ("llama", "none", True, "float32", False),
 }
 
 
@@ -159,19 +163,33 @@ def train(generator: Generator, passes: list, vectors: bool) -> tuple[list[float
     return losses, [*(trained[name] for name in sorted(trained)), *(leaf.grad for leaf in leaves)]
 
 
+def _graphs() -> int:
+    """Graphs that were compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def compare(name: str, ranks: Ranks) -> dict:
     """A generator with all of its weights, and one with its part, over the same prompts."""
-    kind, policy, vectors, dtype = CASES[name]
+    kind, policy, vectors, dtype, compiled = CASES[name]
     whole, cut = (make_generator(kind, policy, dtype) for _ in range(2))
     frozen = [p for p in cut.parameters() if not p.requires_grad]
     total = sum(p.nbytes for p in frozen)
     blocks = decoder_blocks(cut.model)
     shard(cut, ranks.mesh(torch.device("cpu")), ranks.most)
+    if compiled:
+        for generator in (cut, whole):
+            compile_generator(generator)
     own = [p.to_local() for p in cut.parameters() if not p.requires_grad]
     found = {"share": sum(t.untyped_storage().size() for t in own) / total, "differences": []}
+    torch._dynamo.utils.counters.clear()
+    found["graphs"] = [0, 0]
     gathered = None
     for passes in PASSES[ranks.index]:
-        ours, theirs = train(cut, passes, vectors), train(whole, passes, vectors)
+        before = _graphs()
+        ours = train(cut, passes, vectors)
+        found["graphs"][0] += _graphs() - before
+        theirs = train(whole, passes, vectors)
+        found["graphs"][1] = _graphs() - found["graphs"][0]
         found["losses"] = [ours[0], theirs[0]]
         for a, b in zip(ours[1], theirs[1], strict=True):
             b = torch.zeros_like(a) if b is None else b  # a rank that only kept up
@@ -207,6 +225,8 @@ def met(folder: Path, ranks: Ranks, size: int) -> int:
 
 def _main(argv: list[str]) -> int:
     plan = Path(argv[0])
+    # Traced as ever, but not handed to a C++ compiler.
+    torch.compile = partial(torch.compile, backend="aot_eager")
     with joined(RunConfig(rank_timeout=60)) as ranks:
         waves = [met(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
         plan.with_name(f"waves.{ranks.index}.json").write_text(json.dumps(waves))

@@ -28,7 +28,7 @@ from dragkit.trainer.ranks import Ranks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-DIRECT = ("nemotron", "recomputed", "text", "llama")
+DIRECT = ("nemotron", "recomputed", "text", "compiled", "llama")
 
 
 def _load_worker() -> object:
@@ -133,6 +133,16 @@ def test_a_cut_generator_computes_what_a_whole_one_does(pair: Pair, name: str) -
         assert len(found["differences"]) > 20 and max(found["differences"]) == 0.0
         ours, theirs = found["tokens"]
         assert ours == theirs
+
+
+def test_cut_blocks_of_a_kind_share_a_graph_as_whole_ones_do(pair: Pair) -> None:
+    for rank in (0, 1):
+        found = pair.outcome("direct", rank)
+        ours, theirs = found["compiled"]["graphs"]
+        # One more for the kind that is computed again: there its input is no view, as the hook of
+        # the first time makes it.
+        assert 4 <= theirs <= ours <= theirs + 1
+        assert found["nemotron"]["graphs"] == [0, 0]
 
 
 def test_continuations_end_at_different_steps(pair: Pair) -> None:
