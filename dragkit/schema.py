@@ -321,6 +321,9 @@ class RunConfig(Section):
     rank_timeout: int = Field(
         1800, ge=1, description="Seconds that one of several ranks waits for the others."
     )
+    sharding: Literal["none", "full"] = Field(
+        "none", description="full: the ranks share out the generator's frozen weights."
+    )
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")
     log_every_steps: int = Field(10, ge=1, description="Steps between log lines.")

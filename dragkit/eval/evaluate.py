@@ -169,6 +169,7 @@ def evaluate(
         ]
         for batch in source.load(own)
     ]
+    phase.keep_up()
     if not alone:
         scored = _of_all_ranks(scored, ranks, len(batches))
     phase.model.train(was_training)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from dragkit.model.nemotron_h import (
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
+
+if TYPE_CHECKING:
+    from dragkit.model.sharding import Lockstep
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +59,9 @@ class Generator(nn.Module):
         checkpointing: which blocks of a Nemotron-H compute again what they do not keep, see
             `GeneratorConfig.checkpointing`; here "auto" is "none".
         tokens_per_pass: see `GeneratorConfig.tokens_per_pass`; None is no limit.
+
+    Attributes:
+        lockstep: with the ranks that share the weights; None where this one has all of them.
     """
 
     def __init__(
@@ -82,11 +88,17 @@ class Generator(nn.Module):
         self._foreign = ("linear_attention",) if mamba == "mamba_ssm" else ()
         self._behind = after
         self._pack_multiple = pack_multiple
+        self.lockstep: Lockstep | None = None
 
     @property
     def dim(self) -> int:
         """Width M of the token embeddings."""
         return self._embedding[0].weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are."""
+        return self._embedding[0].weight.device
 
     @property
     def has_adapters(self) -> bool:
@@ -227,6 +239,18 @@ class Generator(nn.Module):
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
 
+    def keep_up(self, *, vectors: bool = False) -> None:
+        """Called behind the last pass of a kind; waits for ranks that share the weights with this.
+
+        It takes part in what they gather, in passes that change nothing: training passes where
+        gradients are enabled, else continuations.
+
+        Args:
+            vectors: training passes of this run have structural vectors.
+        """
+        if self.lockstep is not None:
+            self.lockstep.keep_up(vectors=vectors)
+
     @torch.no_grad()
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
@@ -257,6 +281,7 @@ class Generator(nn.Module):
             use_cache=True,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.eos_token_id,
+            synced_gpus=self.lockstep is not None,
         ).tolist()
 
     def _prefill(
@@ -265,6 +290,7 @@ class Generator(nn.Module):
         """As `prefill`, in passes of at most `tokens_per_pass`."""
         lengths = prompt.length.tolist()
         sizes = split_by_tokens(lengths, self.tokens_per_pass, len(lengths))
+        others = len(sizes) if self.lockstep is None else self.lockstep.most(len(sizes))
         hidden, states, begin = [], [], 0
         for length in prompt.length.split(sizes):
             total = sum(lengths[begin : begin + len(length)])
@@ -275,6 +301,8 @@ class Generator(nn.Module):
             hidden.append(last)
             states.append(remembered)
             begin += len(length)
+        for _ in range(others - len(sizes)):
+            prefill(self._decoder[0], rows, pack, self._mamba, room)
         return torch.cat(hidden), _side_by_side(states)
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
@@ -286,7 +314,12 @@ class Generator(nn.Module):
             token = head(hidden).float().argmax(-1)
             produced.append(token)
             going = going & (token != self.eos_token_id)
-            if len(produced) == limit or not going.any():
+            if len(produced) == limit:
+                break
+            more = int(going.any())
+            if self.lockstep is not None:
+                more = self.lockstep.most(more)
+            if not more:
                 break
             hidden = step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()

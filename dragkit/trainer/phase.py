@@ -90,6 +90,10 @@ class Phase(Protocol):
         """Deterministic predictions, one per question of the batch."""
         ...
 
+    def keep_up(self) -> None:
+        """After the last `predict` of an evaluation: returns when other ranks need nothing more."""
+        ...
+
     def heads(self) -> dict[str, Tensor]:
         """Trained tensors that go into `heads.safetensors`."""
         ...

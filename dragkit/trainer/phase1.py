@@ -143,6 +143,9 @@ class RetrieverPhase:
         logits = self._retrieve(batch, relations).fact_logits
         return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
 
+    def keep_up(self) -> None:
+        """Ranks need nothing from one another."""
+
     def heads(self) -> dict[str, Tensor]:
         """The retriever's tensors."""
         return module_tensors(self.model, "retriever")

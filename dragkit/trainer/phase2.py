@@ -147,6 +147,7 @@ class JointPhase:
                     share.backward()
             loss = loss + share.detach()
             correct = correct + out.num_correct
+        self.model.generator.keep_up(vectors=self.model.uses_vectors)
         return loss, correct
 
     def training_step(
@@ -222,6 +223,7 @@ class JointPhase:
     def idle_step(self, device: torch.device) -> StepOutput:
         """Takes part in what the ranks add up, with zeros."""
         zero = torch.zeros((), device=device)
+        self.model.generator.keep_up(vectors=self.model.uses_vectors)
         if self._balances:
             self.ranks.add(torch.zeros(2, device=device))
         parts = dict.fromkeys(("generator", "retrieval", "token_accuracy"), zero)
@@ -240,6 +242,10 @@ class JointPhase:
         if self.generates:
             texts = self.model.generate(batch, output, selection, cascade=self.cascade)
         return rank_facts(batch, output.fact_logits, selection, texts)
+
+    def keep_up(self) -> None:
+        """Helps ranks that still generate to the weights that this one has of theirs."""
+        self.model.generator.keep_up()
 
     def heads(self) -> dict[str, Tensor]:
         """The tensors of retriever and projector."""

@@ -26,17 +26,22 @@ from dragkit.model.prompt import PromptTemplate
 _ON_CPU = 128
 
 
-def evaluation_batch(config: TrainConfig, generator: Generator | None, device: torch.device) -> int:
+def evaluation_batch(
+    config: TrainConfig, generator: Generator | None, device: torch.device, ranks: int = 1
+) -> int:
     """Questions evaluated at once, on a GPU what fits by the plan where the generator has one.
 
-    A decoding step costs a CPU about the same for 32 prompts as for 128.
+    A decoding step costs a CPU about the same for 32 prompts as for 128. Of several ranks that cut
+    the weights between them, each has room for more.
     """
     if device.type == "cpu":
         return _ON_CPU
     shape = None
     if generator is not None:
         shape = generator_shape(config.generator, name=config.generator_model)
-    return EVALUATED if shape is None else make_plan(config, shape, this_device(device)).questions
+    if shape is None:
+        return EVALUATED
+    return make_plan(config, shape, this_device(device), ranks).questions
 
 
 class QuestionSource:

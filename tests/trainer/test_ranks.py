@@ -25,7 +25,8 @@ from dragkit.errors import ConfigError
 from dragkit.eval.evaluate import evaluate
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.phase import Prediction
-from dragkit.trainer.ranks import Ranks, joined
+from dragkit.trainer.ranks import Ranks
+from dragkit.trainer.torchrun import joined
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -304,6 +305,9 @@ class _Phase:
 
     def __init__(self, store: PackedStore) -> None:
         self.store = store
+
+    def keep_up(self) -> None:
+        """Nothing to do."""
 
     def predict(self, batch: SimpleNamespace, relations: object) -> list[Prediction]:
         """One prediction per question."""
