@@ -34,7 +34,11 @@ class CompiledBlocks:
         """Hidden states behind a block; see `after`."""
         training = torch.is_grad_enabled() and mixing.rows is None
         if training and block.block_type in self.kinds:
-            _unmark(block)
+            if hasattr(block, _MARK):
+                _unmark(block)
+                # Its hooks make a view of the input in the forward pass, and none when a block is
+                # computed again: a graph of its own each.
+                hidden = hidden.view_as(hidden)
             return self._compiled(block.norm, block.mixer, block.block_type, hidden, mixing)
         return after(block, hidden, mixing)
 
@@ -45,6 +49,6 @@ def _unmark(block: nn.Module) -> None:
     In marked ones it takes every number as a symbol and checks nothing. Its reason is the hooks of
     whole modules, which are none of a graph's business here: they hang on the block's own call.
     """
-    if getattr(block, _MARK, False):
+    if getattr(block, _MARK):
         for module in block.modules():
             setattr(module, _MARK, False)
