@@ -59,7 +59,11 @@ class Pair:
             "generator.generator_microbatch": 1,
             "generator.checkpointing": "mamba",
         }
-        self.scored = {"data.val_heuristics_path": str(worker.FIXTURE)}
+        # When validating, too: ranks that have other prompts, or none, need as many passes.
+        self.scored = {
+            "data.val_heuristics_path": str(worker.FIXTURE),
+            "generator.tokens_per_pass": 1,
+        }
 
     def case(self, name: str, **more: object) -> dict:
         settings = self.settings | {"run.checkpoint_dir": str(self.two / name)}
