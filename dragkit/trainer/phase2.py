@@ -15,6 +15,7 @@ from dragkit.losses import balance_weight, retrieval_loss
 from dragkit.model.adapter_watch import AdapterWatch
 from dragkit.model.encoder import RelationStates
 from dragkit.model.joint import JointModel
+from dragkit.model.nemotron_h import split_by_tokens
 from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.retriever import RetrieverOutput
 from dragkit.observe.profiling import nvtx_range
@@ -45,24 +46,6 @@ def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
         kept=prompt.kept[chosen],
         longest=prompt.longest,
     )
-
-
-def split_by_tokens(lengths: Sequence[int], tokens: int, count: int) -> list[int]:
-    """How many of the prompts, in their order, make each pass.
-
-    Args:
-        lengths: of the prompts; tokens, count: of a pass, at most. A prompt that is longer is alone
-            in its pass.
-    """
-    sizes: list[int] = []
-    room = 0
-    for length in lengths:
-        if not sizes or length > room or sizes[-1] == count:
-            sizes.append(0)
-            room = tokens
-        sizes[-1] += 1
-        room -= length
-    return sizes
 
 
 def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:

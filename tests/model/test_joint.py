@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,12 +18,7 @@ from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.retriever import Retriever
 from dragkit.trainer import phase2
 from dragkit.trainer.phase2 import JointPhase, split_by_tokens
-
-_spec = importlib.util.spec_from_file_location(
-    "retriever_cases", Path(__file__).with_name("test_retriever.py")
-)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+from tests.model import retriever_cases as cases
 
 
 def _rows(texts, generator):
