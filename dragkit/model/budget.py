@@ -31,11 +31,11 @@ ROWS_SHARE = 0.05
 CONTEXT, FRAGMENTED = 3 << 29, 0.06
 # A question's facts where nothing is known of the data, and what a pack has of nodes and pairs.
 _FACTS, _NODES, _PAIRS = 10_000, 0.5, 0.25
+# Numbers of ranks that are offered.
+_RANKS = (2, 4, 8, 16)
 # Bytes of a fact in a batch.
 _FACT = 200
 _RETRIEVING = "retriever's activations"
-# Numbers of ranks that are offered.
-_RANKS = (2, 4, 8, 16)
 _TEXT_DIM, _RELATIONS, _RELATION_TOKENS = 384, 10_000, 12
 
 

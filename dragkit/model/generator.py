@@ -290,7 +290,9 @@ class Generator(nn.Module):
         """As `prefill`, in passes of at most `tokens_per_pass`."""
         lengths = prompt.length.tolist()
         sizes = split_by_tokens(lengths, self.tokens_per_pass, len(lengths))
-        others = len(sizes) if self.lockstep is None else self.lockstep.most(len(sizes))
+        passes = len(sizes)
+        if self.lockstep is not None:
+            passes = self.lockstep.most(passes)
         hidden, states, begin = [], [], 0
         for length in prompt.length.split(sizes):
             total = sum(lengths[begin : begin + len(length)])
@@ -301,8 +303,8 @@ class Generator(nn.Module):
             hidden.append(last)
             states.append(remembered)
             begin += len(length)
-        for _ in range(others - len(sizes)):
-            prefill(self._decoder[0], rows, pack, self._mamba, room)
+        for _ in range(passes - len(sizes)):
+            prefill(self._decoder[0], rows, pack, self._mamba, room)  # for the other ranks alone
         return torch.cat(hidden), _side_by_side(states)
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:

@@ -144,6 +144,16 @@ def activations_per_token(
     return found | {"while a block runs": passing}
 
 
+def gathered_bytes(shape: Shape, half: int = 2) -> int:
+    """Weights that a rank has beside its own part at a time, where weights are cut between ranks.
+
+    What is outside of blocks stays for a pass. Of blocks it is the one in use, and the buffers in
+    which this one and the next have come.
+    """
+    largest = max(block_parameters(shape, kind) for kind in shape.kinds)
+    return half * (end_parameters(shape) + 3 * largest)
+
+
 def prefill_per_token(shape: Shape, kind: str, half: int = 2) -> int:
     """What a block needs of every token of a pass without gradients, hidden states included."""
     hidden = half * shape.hidden
@@ -182,16 +192,6 @@ def decode_bytes(
         "while a block runs": min(tokens, sequences * prompt) * busiest,
         "logits": sequences * shape.vocab * (half + _WIDE),
     }
-
-
-def gathered_bytes(shape: Shape, half: int = 2) -> int:
-    """Weights that a rank has beside its own part at a time, where weights are cut between ranks.
-
-    What is outside of blocks stays for a pass. Of blocks it is the one in use, and the buffers in
-    which this one and the next have come.
-    """
-    largest = max(block_parameters(shape, kind) for kind in shape.kinds)
-    return half * (end_parameters(shape) + 3 * largest)
 
 
 def logits_bytes(shape: Shape, rows: int, half: int = 2) -> int:

@@ -90,7 +90,9 @@ def make_generator(kind: str, policy: str, dtype: str) -> Generator:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return Generator(model, SimpleNamespace(eos_token_id=END[kind]), checkpointing=policy).train()
+    tokenizer = SimpleNamespace(eos_token_id=END[kind])
+    # So few tokens in a pass that prompts to be continued are read in one pass or in two.
+    return Generator(model, tokenizer, checkpointing=policy, tokens_per_pass=12).train()
 
 
 def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
