@@ -22,7 +22,7 @@ from dragkit.observe.profiling import nvtx_range
 from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
-from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
+from dragkit.trainer.phase1 import module_tensors, rank_facts
 from dragkit.trainer.ranks import Ranks
 
 
@@ -101,7 +101,8 @@ class JointPhase:
 
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Labelled questions and supervised tokens of the optimizer step."""
-        return {"questions": labelled_questions(batches), "tokens": _answer_tokens(batches)}
+        labelled = sum(batch.num_labelled for batch in batches)
+        return {"questions": labelled, "tokens": _answer_tokens(batches)}
 
     def _balance(self, from_generator: Tensor, from_labels: Tensor) -> Tensor:
         """Weight of the retrieval loss by the norms of both gradients, over all ranks."""

@@ -61,16 +61,20 @@ def make_batch(generator, count=4):
     return replace(
         batch,
         graph=replace(batch.graph, label=label),
+        num_labelled=count,
         prefix=_rows([f"Question: who is {g}?\n" for g in range(count)], generator),
         facts=_rows(facts, generator),
         target=_rows([f" thing {g}" for g in range(count)], generator),
     )
 
 
+def relation_states():
+    return cases.relation_states(5, torch.float32)
+
+
 @pytest.fixture
 def relations():
-    states = cases.relation_states(5, torch.float32)
-    return states
+    return relation_states()
 
 
 def gradients(phase, batch, relations, step=0):

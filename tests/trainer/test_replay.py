@@ -26,7 +26,8 @@ from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.compile import compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.replay import CudaCapture, StepReplay, _join, _split, capture_for
+from dragkit.trainer.prefetch import join, split
+from dragkit.trainer.replay import CudaCapture, StepReplay, capture_for
 from dragkit.trainer.run import Run
 from dragkit.trainer.source import QuestionSource
 
@@ -260,8 +261,8 @@ def test_bytes_come_back_as_they_went():
         torch.randn(4, 6).t(),
         torch.tensor(2.5),
     ]
-    joined = _join(tensors, pin=False)
-    views = _split(joined, tensors)
+    joined = join(tensors, pin=False)
+    views = split(joined, tensors)
     for view, tensor in zip(views, tensors, strict=True):
         assert torch.equal(view, tensor) and view.dtype == tensor.dtype
         assert view.untyped_storage().data_ptr() == joined.data_ptr()
@@ -279,14 +280,14 @@ def test_the_step_asks_the_device_for_nothing(made, source, batches):
     names = [name for name, _ in phase.model.named_parameters()]
 
     def work(inputs: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        batch = padded[0].with_tensors(_split(inputs, padded[0].tensors()))
+        batch = padded[0].with_tensors(split(inputs, padded[0].tensors()))
         given = dict(zip(names, parameters, strict=True))
         phase.forward = lambda *args: functional_call(phase.model, given, args)
         loss = phase.loss(batch, source.relations)
         return (loss, *torch.autograd.grad(loss, parameters))
 
     def joined(batch: QuestionBatch) -> Tensor:
-        return _join(batch.tensors(), pin=False)
+        return join(batch.tensors(), pin=False)
 
     parameters = list(phase.model.parameters())
     traced = make_fx(work, tracing_mode="fake", _allow_non_fake_inputs=True)(
@@ -369,12 +370,12 @@ def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monke
     build_module.maybe_replay(phase, source, phase.config, CPU)
     assert phase.replay is None
     monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
-    monkeypatch.setattr(source, "pin", source.pin)
+    monkeypatch.setattr(source, "to_device", True)
     off = phase.config.run.model_copy(update={"cuda_graphs": False})
     build_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
     assert phase.replay is None
     build_module.maybe_replay(phase, source, phase.config, CPU)
-    assert phase.replay is not None and phase.replay.max_graphs == 16
+    assert phase.replay is not None and phase.replay.max_graphs == 16 and not source.to_device
 
 
 @pytest.mark.gpu
