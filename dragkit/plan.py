@@ -96,6 +96,8 @@ def content(args: PlanArguments) -> dict[str, object]:
         "checkpointing": plan.policy,
         "tokens_per_pass": plan.tokens,
         "bytes": plan.components,
+        "validation_bytes": plan.validation,
+        "questions_decoded_at_once": plan.questions,
         "peak_bytes": plan.peak,
         "bytes_per_token": plan.per_token,
         "tokens_that_fit": plan.fit,
@@ -119,9 +121,12 @@ def text(plan: dict) -> str:
         f"peak memory of a pass of {plan['tokens_per_pass']:,} tokens, "
         f"{plan['supervised_rows']:,} of them supervised      GiB",
     ]
+    together = plan["questions_decoded_at_once"]
     lines = [
-        f"  {name:<58}{size / _GIB:>9.2f}"
-        for name, size in (*plan["bytes"].items(), ("all", plan["peak_bytes"]))
+        *_sizes(plan["bytes"]),
+        "",
+        f"{f'memory when validating, {together} questions decoded at once':<66}GiB",
+        *_sizes(plan["validation_bytes"]),
     ]
     fit = ", ".join(f"{name} {count:,}" for name, count in plan["tokens_that_fit"].items())
     work = plan["work"]
@@ -147,6 +152,11 @@ def text(plan: dict) -> str:
     if plan["alternatives"]:
         lines += ["", "does not fit; what would:", *(f"  {x}" for x in plan["alternatives"])]
     return "\n".join([*head, *lines])
+
+
+def _sizes(parts: dict[str, int]) -> list[str]:
+    rows = (*parts.items(), ("all", sum(parts.values())))
+    return [f"  {name:<58}{size / _GIB:>9.2f}" for name, size in rows]
 
 
 def _rate(work: dict, share: str) -> str:

@@ -27,6 +27,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("device_runner")  # of which the suite is made
 suite_module, parts_module = load("device_suite"), load("device_parts")
 Part = suite_module.Part
 
@@ -181,7 +182,7 @@ def test_a_report_that_is_cut_off_is_passed_over(tmp_path):
 def test_every_gpu_test_is_found():
     found = suite_module.gpu_test_files()
     assert "tests/model/test_retriever_on_gpu.py" in found
-    assert "tests/trainer/test_replay.py" in found
+    assert "tests/trainer/test_replay_on_gpu.py" in found
     assert "tests/triton_ops/test_triton_math.py" in found
     assert "tests/test_cli.py" not in found
 

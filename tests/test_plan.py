@@ -31,6 +31,8 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["alternatives"] == []
     assert sum(found["bytes"].values()) == found["peak_bytes"] <= found["device_bytes"]
+    assert sum(found["validation_bytes"].values()) < found["peak_bytes"]
+    assert found["questions_decoded_at_once"] == 32
     assert found["bytes"]["frozen weights"] == 2 * found["parameters"] == 2 * 31_577_937_344
     work = found["work"]
     assert work["seconds_at_40%"] <= work["seconds_at_10%"]

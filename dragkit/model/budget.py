@@ -23,12 +23,17 @@ MULTIPLE = 256
 # A pass of so many tokens fills a GPU: every expert has hundreds of rows. Larger ones bring little,
 # and room that is left forgives what the estimates miss.
 ENOUGH = 16_384
+# Questions whose answers are decoded at once, at most.
+EVALUATED = 32
 # Supervised tokens over all: answers are 1 to 5 % of a prompt.
 ROWS_SHARE = 0.05
 # Context, libraries' workspaces, and what fragmentation takes of a card.
 CONTEXT, FRAGMENTED = 3 << 29, 0.06
 # A question's facts where nothing is known of the data, and what a pack has of nodes and pairs.
 _FACTS, _NODES, _PAIRS = 10_000, 0.5, 0.25
+# Bytes of a fact in a batch.
+_FACT = 200
+_RETRIEVING = "retriever's activations"
 _TEXT_DIM, _RELATIONS, _RELATION_TOKENS = 384, 10_000, 12
 
 
@@ -66,6 +71,7 @@ class Plan:
         fixed: bytes by component, whatever the tokens; per_token: bytes per token by component.
         rows: supervised tokens of a pass; needed: tokens of the longest prompt.
         fit: tokens of a pass that fit, by policy; 0 where not even the weights do.
+        questions: decoded at once when validating; validation: bytes of that by component.
     """
 
     device: Device
@@ -77,23 +83,26 @@ class Plan:
     rows: int
     needed: int
     fit: dict[str, int]
+    questions: int
+    validation: dict[str, int]
 
     @property
     def components(self) -> dict[str, int]:
-        """Bytes at the peak, by component."""
+        """Bytes at the peak of training, by component."""
         found = dict(self.fixed)
         found |= {name: each * self.tokens for name, each in self.per_token.items()}
         return found | {"logits of supervised rows": memory.logits_bytes(self.shape, self.rows)}
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak."""
-        return sum(self.components.values())
+        """Bytes at the peak of training and validation."""
+        return max(sum(part.values()) for part in (self.components, self.validation))
 
     @property
     def fits(self) -> bool:
-        """Whether the longest prompt and the chosen tokens have room."""
-        return self.fit[self.policy] >= max(self.tokens, self.needed)
+        """Whether the longest prompt, the chosen tokens and an answer's decoding have room."""
+        room = sum(self.validation.values()) <= self.device.memory
+        return room and self.fit[self.policy] >= max(self.tokens, self.needed)
 
 
 def adapters_of(config: TrainConfig) -> Adapters:
@@ -125,8 +134,8 @@ def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict
         * adapter_parameters(shape, adapters_of(config)),
         "retriever and projector, gradients, moments": memory.TRAINED
         * _head_parameters(config, shape),
-        "retriever's activations": kept,
-        "relation table and batch": table + 200 * facts,
+        _RETRIEVING: kept,
+        "relation table and batch": table + _FACT * facts,
         "context, libraries, fragmentation": CONTEXT + int(FRAGMENTED * device.memory),
     }
 
@@ -144,6 +153,24 @@ def _fitting(shape: Shape, free: int, each: int) -> int:
         taken = tokens * each + memory.logits_bytes(shape, _rows(tokens))
         low, high = (middle, high) if taken <= free else (low, middle)
     return low * MULTIPLE
+
+
+def _validation(
+    config: TrainConfig, shape: Shape, fixed: dict[str, int], room: int, tokens: int, half: int
+) -> tuple[int, dict[str, int]]:
+    """Questions decoded at once, the most that fit but one at least, and bytes by component."""
+    settings = config.generator
+    prompt = settings.max_prompt_tokens - settings.max_new_tokens
+    answer = config.run.val_max_new_tokens or settings.max_new_tokens
+    # Without gradients little of the retriever stays.
+    held = sum(size for name, size in fixed.items() if name != _RETRIEVING)
+    for questions in range(EVALUATED, 0, -1):
+        facts = min(config.data.max_facts_per_batch, questions * _FACTS)
+        found = {"held from training": held, "facts of the questions": _FACT * facts}
+        found |= memory.decode_bytes(shape, questions, prompt, answer, max(tokens, prompt), half)
+        if sum(found.values()) <= room:
+            break
+    return questions, found
 
 
 def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
@@ -173,8 +200,19 @@ def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
     if policy == "auto":
         policy = next((p for p in RECOMPUTED if fit[p] >= goal), max(fit, key=lambda p: fit[p]))
     tokens = settings.tokens_per_pass or max(min(most, ENOUGH, fit[policy]), longest)
+    questions, validation = _validation(config, shape, fixed, device.memory, tokens, half)
     return Plan(
-        device, shape, policy, tokens, fixed, per_token[policy], _rows(tokens), longest, fit
+        device,
+        shape,
+        policy,
+        tokens,
+        fixed,
+        per_token[policy],
+        _rows(tokens),
+        longest,
+        fit,
+        questions,
+        validation,
     )
 
 
@@ -235,7 +273,9 @@ def planned(config: TrainConfig, shape: Shape, device: Device) -> TrainConfig:
     gib = 2.0**30
     raise ConfigError(
         f"the generator {config.generator_model} does not fit: {plan.tokens:,} tokens in a pass "
-        f"would take {plan.peak / gib:.0f} GiB with generator.checkpointing={plan.policy}, and "
+        f"would take {sum(plan.components.values()) / gib:.0f} GiB with "
+        f"generator.checkpointing={plan.policy}, decoding {plan.questions} questions at once "
+        f"{sum(plan.validation.values()) / gib:.0f} GiB, and "
         f"{device.name} has {device.memory / gib:.0f} GiB. What would:\n"
         + "\n".join(f"  {line}" for line in found)
         + "\n`python -m dragkit.plan` with the same flags shows where the memory goes."

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from dragkit.model.nemotron_h import (
     RECOMPUTED,
     Pack,
+    State,
     computes,
     hidden_at_rows,
+    make_pack,
     mamba_ops,
     pad_to_multiple,
     prefill,
+    split_by_tokens,
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
@@ -238,9 +241,27 @@ class Generator(nn.Module):
             pad_token_id=self.eos_token_id,
         ).tolist()
 
+    def _prefill(
+        self, embeds: Tensor, prompt: NeuralPrompt, room: int
+    ) -> tuple[Tensor, list[State]]:
+        """As `prefill`, in passes of at most `tokens_per_pass`."""
+        lengths = prompt.length.tolist()
+        sizes = split_by_tokens(lengths, self.tokens_per_pass, len(lengths))
+        hidden, states, begin = [], [], 0
+        for length in prompt.length.split(sizes):
+            total = sum(lengths[begin : begin + len(length)])
+            rows, embeds = embeds.tensor_split([total])
+            # One longest length for all, so that their states can stand side by side.
+            pack = make_pack(length, total, max(lengths))
+            last, remembered = prefill(self._decoder[0], rows, pack, self._mamba, room)
+            hidden.append(last)
+            states.append(remembered)
+            begin += len(length)
+        return torch.cat(hidden), _side_by_side(states)
+
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         decoder, head = self._decoder
-        hidden, states = prefill(decoder, embeds, self._pack(prompt), self._mamba, room=limit)
+        hidden, states = self._prefill(embeds, prompt, room=limit)
         produced = []
         going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         for _ in range(limit):
@@ -251,3 +272,14 @@ class Generator(nn.Module):
                 break
             hidden = step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()
+
+
+def _side_by_side(passes: list[list[State]]) -> list[State]:
+    """States of all sequences, block by block; `passes` give theirs up, lest all be there twice."""
+    if len(passes) == 1:
+        return passes[0]
+    joined = []
+    while passes[0]:
+        parts = [states.pop(0) for states in passes]
+        joined.append(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))))
+    return joined

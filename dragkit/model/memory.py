@@ -148,6 +148,46 @@ def activations_per_token(
     return found | {"while a block runs": passing}
 
 
+def prefill_per_token(shape: Shape, kind: str, half: int = 2) -> int:
+    """What a block needs of every token of a pass without gradients, hidden states included."""
+    hidden = half * shape.hidden
+    if kind == "linear_attention":
+        # Between its chunks the scan hands on states; behind it come the norm and the way out.
+        states = _WIDE * shape.inner * shape.state // max(shape.chunk, 1)
+        mixed = half * (shape.projected + shape.convolved + shape.inner) + _WIDE * shape.mamba_heads
+        return mixed + max(states, half * shape.inner + hidden) + 2 * hidden
+    if kind == "full_attention":
+        return half * (2 * shape.queries + 2 * shape.keys) + 4 * hidden
+    if kind == "moe":
+        # Rows of the experts: read, between their layers, behind them, back in the order of tokens,
+        # and these times the weights, which are float32, as their sum is.
+        each = half * (3 * shape.hidden + shape.expert_width) + _WIDE * shape.hidden + 3 * _INDEX
+        return shape.active * each + _WIDE * (shape.hidden + shape.experts) + 2 * hidden
+    return half * 2 * shape.dense_width + max(half * shape.dense_width, 2 * hidden) + 2 * hidden
+
+
+def decode_bytes(
+    shape: Shape, sequences: int, prompt: int, answer: int, tokens: int, half: int = 2
+) -> dict[str, int]:
+    """Bytes of decoding at its peak, the last pass over prompts, by what they are for.
+
+    Args:
+        shape: of the model; sequences: decoded at once.
+        prompt, answer: tokens of each, at most; tokens: of a pass over prompts, at most.
+        half: as above.
+    """
+    mamba, full = (shape.kinds.count(kind) for kind in ("linear_attention", "full_attention"))
+    state = _WIDE * shape.inner * shape.state + half * shape.convolved * shape.conv
+    busiest = max((prefill_per_token(shape, kind, half) for kind in whole_blocks(shape)), default=0)
+    return {
+        "embeddings of prompts": sequences * prompt * half * shape.hidden,
+        "keys and values": sequences * (prompt + answer) * full * 2 * half * shape.keys,
+        "states of Mamba-2": sequences * mamba * state,
+        "while a block runs": min(tokens, sequences * prompt) * busiest,
+        "logits": sequences * shape.vocab * (half + _WIDE),
+    }
+
+
 def logits_bytes(shape: Shape, rows: int, half: int = 2) -> int:
     """Loss at so many supervised rows: log-softmax kept, logits and gradients of a chunk."""
     return _WIDE * shape.vocab * (rows + 2 * min(rows, LOGIT_ROWS)) + half * shape.hidden * rows

@@ -16,6 +16,7 @@ from dragkit.losses import balance_weight, retrieval_loss
 from dragkit.model.adapter_watch import AdapterWatch
 from dragkit.model.encoder import RelationStates
 from dragkit.model.joint import JointModel
+from dragkit.model.nemotron_h import split_by_tokens
 from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.retriever import RetrieverOutput
 from dragkit.observe.profiling import nvtx_range
@@ -24,25 +25,6 @@ from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.phase1 import module_tensors, rank_facts
 from dragkit.trainer.ranks import Ranks
-
-
-def split_by_tokens(lengths: Sequence[int], tokens: int | None, count: int) -> list[int]:
-    """How many of the prompts, in their order, make each pass.
-
-    Args:
-        lengths: of the prompts; tokens, count: of a pass, at most; None is no limit. A prompt that
-            is longer is alone in its pass.
-    """
-    sizes: list[int] = []
-    tokens = sum(lengths) if tokens is None else tokens
-    room = 0
-    for length in lengths:
-        if not sizes or length > room or sizes[-1] == count:
-            sizes.append(0)
-            room = tokens
-        sizes[-1] += 1
-        room -= length
-    return sizes
 
 
 def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:

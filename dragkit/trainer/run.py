@@ -204,7 +204,7 @@ class Run:
         phase.ranks = self.ranks
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
-        size = evaluation_batch(self.device)
+        size = evaluation_batch(config, generator, self.device)
         val_path, test_path = self.paths.val, self.paths.test
         if is_random(config.generator_model):
             logger.warning("random weights answer nothing: no validation, no test, no results.json")

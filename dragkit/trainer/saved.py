@@ -82,7 +82,7 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     for path in _files(config, args):
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file.")
-        size = args.batch_size or evaluation_batch(device)
+        size = args.batch_size or evaluation_batch(config, generator, device)
         source = QuestionSource(path, config, encoder, generator, size)
         result = evaluate(phase, source, device, limit=args.limit)
         content["files"][str(path)] = {

@@ -18,19 +18,27 @@ from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
 from dragkit.errors import DataError
+from dragkit.model.budget import EVALUATED, make_plan, this_device
 from dragkit.model.encoder import RelationStates, TextEncoder
 from dragkit.model.generator import Generator
+from dragkit.model.load import generator_shape
 from dragkit.model.prompt import PromptTemplate
 from dragkit.trainer.prefetch import DeviceCopies, ahead
 
+_ON_CPU = 128
 
-def evaluation_batch(device: torch.device) -> int:
-    """Questions evaluated at once with a generator.
 
-    A decoding step costs a CPU about the same for 32 prompts as for 128; on a GPU the generator may
-    be large, and its prompts with it.
+def evaluation_batch(config: TrainConfig, generator: Generator | None, device: torch.device) -> int:
+    """Questions evaluated at once, on a GPU what fits by the plan where the generator has one.
+
+    A decoding step costs a CPU about the same for 32 prompts as for 128.
     """
-    return 128 if device.type == "cpu" else 32
+    if device.type == "cpu":
+        return _ON_CPU
+    shape = None
+    if generator is not None:
+        shape = generator_shape(config.generator, name=config.generator_model)
+    return EVALUATED if shape is None else make_plan(config, shape, this_device(device)).questions
 
 
 class QuestionSource:

@@ -1,13 +1,19 @@
-"""What a computation makes in memory."""
+"""What a computation makes in memory, and how it is compiled and threaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental._config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from dragkit.model.retriever import Retriever
+from dragkit.trainer.compile import compile_retriever
 
 
 class Made(TorchDispatchMode):
@@ -36,3 +42,29 @@ class Made(TorchDispatchMode):
 def made() -> Made:
     """A context manager; afterwards its `tensors` are what was made in it."""
     return Made()
+
+
+@pytest.fixture
+def compile_with(monkeypatch) -> Iterator[Callable]:
+    """compile_retriever with another backend; the flags it sets are taken back afterwards."""
+
+    def compiled(model: Retriever, backend: object) -> Callable:
+        torch._dynamo.reset()
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return compile_retriever(model)
+
+    with (
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+        # Without the second, Dynamo traces twice: it finds late that a dropout rate is a constant.
+        torch._dynamo.config.patch(recompile_limit=8, specialize_float=True),
+    ):
+        yield compiled
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Products in one thread, so that two runs add up in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -12,11 +12,11 @@ from dragkit.cli import parse_train_args
 from dragkit.config import TrainConfig, load_config
 from dragkit.errors import ConfigError
 from dragkit.model import budget, memory
-from dragkit.model.budget import DEVICES, ENOUGH, Device, make_plan, planned
+from dragkit.model.budget import DEVICES, ENOUGH, EVALUATED, Device, make_plan, planned
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.random_weights import random_config
 from dragkit.model.shape import shape_of
-from dragkit.trainer import build, run
+from dragkit.trainer import build, run, source
 
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
 SHAPE = shape_of(random_config(PUBLIC))
@@ -80,6 +80,53 @@ def test_adapters_cost_what_they_are() -> None:
     # Attention, in_proj and shared experts at rank 16: 11.4 million.
     assert usual.components[name] / memory.TRAINED == pytest.approx(11.4e6, rel=0.01)
     assert usual.fit["none"] < frozen.fit["none"]
+
+
+def test_as_many_questions_are_decoded_at_once_as_fit() -> None:
+    counts = []
+    for gib in (60, 65, 66, 67, 68, 69, 80, 141):
+        plan = make_plan(config(generator__tokens_per_pass=256), SHAPE, card(gib))
+        counts.append(plan.questions)
+        taken = sum(plan.validation.values())
+        if plan.questions > 1:
+            assert taken <= gib * GIB
+        if plan.questions < EVALUATED:
+            # One more, with its facts: 200 bytes each, 10,000 of them where nothing is known.
+            one, two = (
+                sum(memory.decode_bytes(SHAPE, plan.questions + n, 4032, 64, 4032).values())
+                for n in (0, 1)
+            )
+            assert taken + two - one + 200 * 10_000 > gib * GIB
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == EVALUATED
+    assert len(set(counts)) > 3
+
+
+def test_the_peak_is_that_of_training_or_of_validation() -> None:
+    usual = make_plan(config("h200"), SHAPE, DEVICES["H200"])
+    assert usual.peak == sum(usual.components.values()) > sum(usual.validation.values())
+    small = config("h200", generator__tokens_per_pass=256, generator__max_prompt_tokens=256)
+    plan = make_plan(small, SHAPE, DEVICES["H200"])
+    assert plan.peak == sum(plan.validation.values()) > sum(plan.components.values())
+
+
+def test_answers_that_cannot_be_decoded_are_refused() -> None:
+    long = config(run__val_max_new_tokens=20_000_000)
+    plan = make_plan(long, SHAPE, DEVICES["H200"])
+    assert not plan.fits and plan.questions == 1
+    with pytest.raises(ConfigError, match="decoding 1 questions at once"):
+        planned(long, SHAPE, DEVICES["H200"])
+
+
+def test_a_batch_of_evaluation_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, generator = config("h200", generator__model=PUBLIC), object()
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(source, "this_device", lambda device: card(67))
+    found = source.evaluation_batch(settings, generator, gpu)
+    assert found == make_plan(settings, SHAPE, card(67)).questions < EVALUATED
+    assert source.evaluation_batch(settings, None, gpu) == EVALUATED
+    monkeypatch.setattr(source, "generator_shape", lambda generator, name: None)
+    assert source.evaluation_batch(settings, generator, gpu) == EVALUATED
+    assert source.evaluation_batch(settings, generator, torch.device("cpu")) == 128
 
 
 def settings_said(message: str) -> Iterator[list[str]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.model.adapters import add_adapters
 from dragkit.model.nemotron_h import RECOMPUTED, hidden_at_rows, make_pack, mamba_ops
+from tests.nemotron_cases import toy_config
 
 LENGTHS = (40, 9, 23)
 ROWS = (39, 38, 48, 60, 71)
@@ -17,23 +18,7 @@ OPS = mamba_ops("dragkit")
 
 def make_model(pattern: str, dtype: torch.dtype, dropout: float = 0.0) -> torch.nn.Module:
     torch.manual_seed(0)
-    config = NemotronHConfig(
-        hybrid_override_pattern=pattern,
-        vocab_size=64,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        ssm_state_size=8,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        n_groups=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=24,
-    )
+    config = toy_config(pattern)
     model = NemotronHForCausalLM(config).to(dtype).requires_grad_(False)
     lora = GeneratorConfig(lora_rank=3, lora_dropout=dropout)
     model = add_adapters(model, lora).train()

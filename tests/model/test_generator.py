@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
+from dragkit.model import generator as generator_module
 from dragkit.model.adapters import lora_targets
 from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
 from dragkit.model.load import load_generator, prepare_nemotron_h, resolve_generator
 from dragkit.model.prompt import NeuralPrompt
+from tests.nemotron_cases import toy_config
 
 WIDTH = 32
 
@@ -30,25 +32,7 @@ class Words:
 def generator() -> Generator:
     """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
     torch.manual_seed(0)
-    config = NemotronHConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        hybrid_override_pattern="ME*-M*",
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        intermediate_size=48,
-        ssm_state_size=8,
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        n_groups=2,
-        chunk_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=24,
-        use_cache=False,
-    )
+    config = toy_config("ME*-M*")
     model = NemotronHForCausalLM(config).eval()
     for parameter in model.parameters():
         if parameter.dim() >= 2:
@@ -125,6 +109,25 @@ def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generato
                 step = generator.model.get_input_embeddings()(torch.tensor([[token]]))
                 embeds = torch.cat([embeds, step], dim=1)
         assert " ".join(map(str, produced)) == batch[i]
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(1, 6), (20, 4), (40, 3), (75, 2), (86, 1)])
+def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkeypatch):
+    made, vectors = prompt_of(questions(with_target=False)), torch.randn(6, WIDTH)
+    wanted = generator.greedy_tokens(made, vectors, 8)
+    assert len({tuple(row) for row in wanted}) > 1
+    sizes, read = [], generator_module.prefill
+
+    def counting(model, embeds, *rest, **options):
+        sizes.append(len(embeds))
+        return read(model, embeds, *rest, **options)
+
+    monkeypatch.setattr(generator_module, "prefill", counting)
+    monkeypatch.setattr(generator, "tokens_per_pass", tokens)
+    assert generator.greedy_tokens(made, vectors, 8) == wanted
+    assert len(sizes) == passes and sum(sizes) == len(made.input_ids)
+    longest = int(made.length.max())
+    assert max(sizes) <= max(tokens, longest)
 
 
 def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator):

@@ -10,41 +10,23 @@ import torch
 from torch import Tensor
 from transformers import NemotronHConfig
 
-from dragkit.config import GeneratorConfig
 from dragkit.model import memory
-from dragkit.model.adapters import LORA_TARGETS, add_adapters
+from dragkit.model.adapters import LORA_TARGETS
 from dragkit.model.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
-from dragkit.model.random_weights import ARCHITECTURES, random_config, random_model
+from dragkit.model.random_weights import random_config
 from dragkit.model.shape import (
     Adapters,
     adapter_parameters,
-    linear_layers,
     matrix_parameters,
     parameters,
     shape_of,
     whole_blocks,
 )
+from tests.model.memory_cases import build
 
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
 TOKENS = 192
 OPS = mamba_ops("dragkit")
-# As the 30B in kind and proportion: inner is not hidden, keys are fewer than queries.
-SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
-    "vocab_size": 1024,
-    "hidden_size": 168,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 32,
-    "ssm_state_size": 32,
-    "n_groups": 2,
-    "n_routed_experts": 16,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 120,
-    "moe_shared_expert_intermediate_size": 232,
-    "intermediate_size": 336,
-}
 EVERYTHING = (*LORA_TARGETS, "out_proj", "experts.up_proj", "experts.down_proj")
 INPUTS, OUTPUTS = ("q_proj", "in_proj", "up_proj"), ("o_proj", "out_proj", "down_proj")
 CASES = {"usual": LORA_TARGETS, "inputs": INPUTS, "outputs": OUTPUTS, "everything": EVERYTHING}
@@ -106,19 +88,6 @@ def kept(model: torch.nn.Module, policy: str, tokens: int) -> int:
     assert out.requires_grad
     alive = [holder.tensor.untyped_storage() for ref in held if (holder := ref()) is not None]
     return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
-
-
-def build(monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...]):
-    architecture = ARCHITECTURES["nemotron-3-nano-30b-a3b"]._replace(pattern=pattern, sizes=SIZES)
-    monkeypatch.setitem(ARCHITECTURES, "small", architecture)
-    model = random_model("random:small", torch.device("cpu"), torch.bfloat16)
-    shape = shape_of(model.config)
-    linear = {n for kind in shape.kinds for n in linear_layers(shape, kind)}
-    routed = "moe" in shape.kinds
-    targets = tuple(t for t in targets if t in linear or (routed and t.startswith("experts.")))
-    model.requires_grad_(False)
-    model = add_adapters(model, GeneratorConfig(lora_rank=4, lora_targets=targets))
-    return model, shape, Adapters(4, targets)
 
 
 @pytest.mark.parametrize("targets", CASES.values(), ids=CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.model.adapters import add_adapters
@@ -19,36 +19,18 @@ from dragkit.model.nemotron_h import (
 )
 from dragkit.model.nemotron_h.attention import attention_at, packed_attention
 from dragkit.model.nemotron_h.lora import adapted_linear
+from tests.nemotron_cases import PATTERN_30B, toy_config
 
 WIDTH = 32
 OPS = mamba_ops("dragkit")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")
 TARGETS = (*TARGETS, "experts.up_proj", "experts.down_proj")
-# The 30B's: 23 Mamba-2, 23 experts, 6 attention.
-NEMOTRON_3_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 
 
 def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, **settings):
     """Random weights; adapters with random B where a rank is given."""
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": 64,
-        "hidden_size": WIDTH,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "ssm_state_size": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "n_groups": 2,
-        "chunk_size": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "moe_shared_expert_intermediate_size": 24,
-    }
-    config = NemotronHConfig(hybrid_override_pattern=pattern, use_cache=False, **shape | settings)
+    config = toy_config(pattern, **settings)
     model = NemotronHForCausalLM(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -130,7 +112,7 @@ WANTED = ([0], [30, 5], [31], [0, 32], list(range(40, 70)), [1, 0])
 
 
 @pytest.mark.parametrize("rank", [None, 3])
-@pytest.mark.parametrize("pattern", ["MM*-M*-", "ME*-M*", "*-M", "M", "*", "-", NEMOTRON_3_NANO])
+@pytest.mark.parametrize("pattern", ["MM*-M*-", "ME*-M*", "*-M", "M", "*", "-", PATTERN_30B])
 def test_states_and_gradients_equal_the_librarys_one_by_one(pattern, rank):
     model = make_model(pattern, torch.float32, rank)
     compare(*run_both(model, LENGTHS, WANTED))
@@ -167,7 +149,7 @@ def test_one_question_and_rows_in_any_order():
 
 def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
     """Its 52 blocks at toy widths: neighbours, their order and padding change nothing."""
-    model = make_model(NEMOTRON_3_NANO, torch.float32, 2)
+    model = make_model(PATTERN_30B, torch.float32, 2)
     decoder = decoder_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(3)
@@ -197,7 +179,7 @@ def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
             close(gradient, sum(alone[i][1][k] for i in chosen), f"adapter {k}", 1e-5)
 
 
-@pytest.mark.parametrize("pattern", [NEMOTRON_3_NANO, "ME*-M*", "*", "M", "-"])
+@pytest.mark.parametrize("pattern", [PATTERN_30B, "ME*-M*", "*", "M", "-"])
 def test_cached_decoding_equals_running_all_tokens_again(pattern):
     model = make_model(pattern, torch.float32, 2)
     decoder = decoder_of(model)

@@ -7,7 +7,6 @@ dispatch mode sees what the meta device lets pass.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
-    NemotronHConfig,
     NemotronHForCausalLM,
     masking_utils,
 )
@@ -37,12 +35,8 @@ from dragkit.trainer import loop
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.prefetch import DeviceCopies
-
-_spec = importlib.util.spec_from_file_location(
-    "joint_cases", Path(__file__).with_name("test_joint.py")
-)
-cases = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(cases)
+from tests.model import joint_cases as cases
+from tests.nemotron_cases import toy_config
 
 META = torch.device("meta")
 CASES = {
@@ -173,29 +167,7 @@ def vocabulary() -> int:
 
 def nemotron_h(words: int, **sizes: int) -> NemotronHForCausalLM:
     """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
-    toy = {
-        "hidden_size": 32,
-        "head_dim": 8,
-        "ssm_state_size": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "chunk_size": 16,
-    }
-    config = NemotronHConfig(
-        vocab_size=words,
-        hybrid_override_pattern="ME*-M*",
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        n_groups=2,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        moe_shared_expert_intermediate_size=24,
-        use_cache=False,
-        **toy | sizes,
-    )
-    model = NemotronHForCausalLM(config)
+    model = NemotronHForCausalLM(toy_config("ME*-M*", vocab_size=words, **sizes))
     prepare_nemotron_h(model)
     return model
 

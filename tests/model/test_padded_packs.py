@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ from dragkit.data.store import PackedStore
 from dragkit.losses import retrieval_loss
 from dragkit.model.encoder import RelationStates
 from dragkit.model.retriever import Retriever
-from dragkit.trainer.compile import compile_retriever
 from dragkit_kernels import gumbel_topk, segment_softmax, top_facts
 
 TEXT, WORDS, QUESTIONS = 12, 4, 40
@@ -308,22 +306,6 @@ def test_what_cannot_be_padded_is_refused(collate):
         pad_batch(QuestionBatch(**kept | {"prefix": batch.relation_tokens}), need)
     with pytest.raises(ValueError, match="at least one"):
         Buckets([])
-
-
-@pytest.fixture
-def compile_with(monkeypatch) -> Iterator[Callable]:
-    """compile_retriever with another backend; the flags it sets are taken back afterwards."""
-
-    def compiled(model: Retriever, backend: object) -> Callable:
-        torch._dynamo.reset()
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-        return compile_retriever(model)
-
-    with (
-        torch.fx.experimental._config.patch(use_duck_shape=True),
-        torch._dynamo.config.patch(recompile_limit=8, specialize_float=True),
-    ):
-        yield compiled
 
 
 def test_padded_packs_of_all_capacities_share_a_graph(collate, relations, compile_with):

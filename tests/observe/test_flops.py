@@ -6,36 +6,19 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import NemotronHConfig, NemotronHForCausalLM
+from transformers import NemotronHForCausalLM
 
 from dragkit.observe.flops import ActiveWeights, active_weights, model_flops_utilisation
 from dragkit.observe.gpu import device_spec
+from tests.nemotron_cases import config_30b, toy_config
 
 M, V = 32, 64
-PATTERN_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"]
 
 
 def tiny(pattern: str = "ME*-", **settings: object) -> NemotronHForCausalLM:
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": V,
-        "hidden_size": M,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 48,
-        "ssm_state_size": 8,
-        "mamba_num_heads": 4,
-        "mamba_head_dim": 16,
-        "n_groups": 2,
-        "chunk_size": 16,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 16,
-        "moe_shared_expert_intermediate_size": 24,
-    }
-    config = NemotronHConfig(hybrid_override_pattern=pattern, use_cache=False, **shape | settings)
+    config = toy_config(pattern, **{"num_experts_per_tok": 3} | settings)
     return NemotronHForCausalLM(config).eval().requires_grad_(False)
 
 
@@ -111,24 +94,7 @@ def test_the_head_sees_supervised_tokens_alone() -> None:
 
 def test_the_30b_has_3_23_billion_active_weights() -> None:
     with torch.device("meta"):
-        model = NemotronHForCausalLM(
-            NemotronHConfig(
-                hybrid_override_pattern=PATTERN_30B,
-                vocab_size=131072,
-                hidden_size=2688,
-                num_attention_heads=32,
-                num_key_value_heads=2,
-                head_dim=128,
-                ssm_state_size=128,
-                mamba_num_heads=64,
-                mamba_head_dim=64,
-                n_groups=8,
-                n_routed_experts=128,
-                num_experts_per_tok=6,
-                moe_intermediate_size=1856,
-                moe_shared_expert_intermediate_size=3712,
-            )
-        )
+        model = NemotronHForCausalLM(config_30b())
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
     found = active_weights(model)
     assert found.head == 131072 * 2688

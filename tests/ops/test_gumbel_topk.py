@@ -19,6 +19,7 @@ from dragkit_kernels import (
     top_facts,
 )
 from dragkit_kernels.testing import assert_close, strided_like
+from tests.ops.budget_cases import solve_threshold
 
 SIZES = [0, 7, 1, 0, 12, 3, 0]
 INF = float("inf")
@@ -122,18 +123,6 @@ def test_a_forced_fact_keeps_its_own_gradient() -> None:
     (grad,) = torch.autograd.grad(drawn.gate.sum(), logits)
     s = 1 / (1 + math.exp(1.0))
     assert_close(grad, torch.tensor([0.0, s * (1 - s), 0.0]))
-
-
-def solve_threshold(x: list[float], k: int) -> float:
-    """nu with sum sigmoid(x - nu) = k, by bisection in Python floats."""
-    low, high = min(x) - 50.0, max(x) + 50.0
-    for _ in range(200):
-        nu = (low + high) / 2
-        if sum(1 / (1 + math.exp(nu - v)) for v in x) > k:
-            low = nu
-        else:
-            high = nu
-    return nu
 
 
 @pytest.mark.parametrize("estimator", ["concrete", "mean"])

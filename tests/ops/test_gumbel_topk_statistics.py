@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
 
 from dragkit_kernels import gumbel_topk
 from dragkit_kernels.testing import assert_close
+from tests.ops.budget_cases import solve_threshold
 
 
 def offsets(sizes: list[int]) -> Tensor:
@@ -19,18 +18,6 @@ def offsets(sizes: list[int]) -> Tensor:
 def budget_soft(logits: Tensor, sizes: list[int], k: int) -> Tensor:
     noise = torch.zeros(logits.shape[0])
     return gumbel_topk(logits, offsets(sizes), k, noise=noise, mode="budget", estimator="mean").soft
-
-
-def solve_threshold(x: list[float], k: int) -> float:
-    """nu with sum sigmoid(x - nu) = k, by bisection in Python floats."""
-    low, high = min(x) - 50.0, max(x) + 50.0
-    for _ in range(200):
-        nu = (low + high) / 2
-        if sum(1 / (1 + math.exp(nu - v)) for v in x) > k:
-            low = nu
-        else:
-            high = nu
-    return nu
 
 
 def test_budget_probabilities_sum_to_k_at_any_scale() -> None:

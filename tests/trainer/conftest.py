@@ -1,4 +1,4 @@
-"""Checkpoints for the trainer's tests: what a step contains, and a run with two of them."""
+"""Checkpoints for the trainer's tests, and the parts of a run whose steps are replayed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dragkit.data.packed import QuestionBatch
 from dragkit.trainer.checkpoint import Snapshot, TrainState, save_checkpoint
+from dragkit.trainer.run import Run
+from dragkit.trainer.source import QuestionSource
+from tests.trainer.replay_cases import MICRO_BATCHES, command
 
 
 def _state_at(step: int, **changes: object) -> TrainState:
@@ -69,3 +73,20 @@ def run(_two_saved: Path, tmp_path: Path) -> Path:
     """A copy of a run with checkpoints at steps 10 and 20."""
     shutil.copytree(_two_saved, tmp_path / "run")
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The parts of a run; a fixture for a module comes before the one that moves the cache."""
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    return command(tmp_path_factory.mktemp("replay"), data__cache_dir=cache)
+
+
+@pytest.fixture(scope="module")
+def source(made: Run) -> QuestionSource:
+    return made.source(made.paths.train, None, 3)
+
+
+@pytest.fixture(scope="module")
+def batches(source: QuestionSource) -> list[QuestionBatch]:
+    return [source.collator(rows) for rows in MICRO_BATCHES]

@@ -18,26 +18,15 @@ from dragkit.errors import CheckpointError, DataError, MissingInputError, WriteE
 from dragkit.trainer import atomic
 from dragkit.trainer.checkpoint import (
     Snapshot,
-    TrainState,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
     verify_checkpoint,
 )
 from dragkit.trainer.manifest import hash_file
+from tests.trainer.checkpoint_cases import FILES, SaveSteps, SnapshotAt, StateAt
 
 DEAD_PID = 99_999_999
-FILES = (
-    "heads.safetensors",
-    "optim.safetensors",
-    "state.json",
-    "config.json",
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-)
-StateAt = Callable[..., TrainState]
-SnapshotAt = Callable[[int], Snapshot]
-SaveSteps = Callable[..., None]
 
 
 @pytest.fixture(autouse=True)

@@ -18,25 +18,12 @@ import torch
 from dragkit.errors import CheckpointError, DataError
 from dragkit.trainer import atomic
 from dragkit.trainer.checkpoint import (
-    Snapshot,
-    TrainState,
     find_checkpoint,
     load_checkpoint,
     verify_checkpoint,
 )
 from dragkit.trainer.manifest import hash_file
-
-FILES = (
-    "heads.safetensors",
-    "optim.safetensors",
-    "state.json",
-    "config.json",
-    "adapter/adapter_config.json",
-    "adapter/adapter_model.safetensors",
-)
-StateAt = Callable[..., TrainState]
-SnapshotAt = Callable[[int], Snapshot]
-SaveSteps = Callable[..., None]
+from tests.trainer.checkpoint_cases import FILES, StateAt
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import causal_conv, causal_conv_ref
-from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.causal_conv import backward, forward
 from dragkit_kernels.testing import (
     assert_close,
@@ -18,23 +17,13 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
+from tests.triton_ops.cases import FORWARD, GRADIENT, random
 
 # The interpreter computes masked elements too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-# The interpreter cuts bfloat16 off where a GPU rounds.
-FORWARD = {
-    torch.float32: 2e-6,
-    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
-    torch.float16: 1e-3,
-}
-GRADIENT = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 # Rows of a program where it does not matter to the compiler: few, since the interpreter is slow.
 FEW_ROWS = 8
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def positions(lengths: list[int], device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactOrders, message_passing, message_passing_ref
+from dragkit_kernels import message_passing, message_passing_ref
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.launch import SUM, force_sum, sum_way
 from dragkit_kernels.message_passing import _walks, chunks, forward
@@ -20,26 +20,10 @@ from dragkit_kernels.testing import (
     random_adjacency,
     strided_like,
 )
+from tests.triton_ops.cases import LAYER_NAMES as NAMES
+from tests.triton_ops.cases import layer_inputs, to_device
 
-NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias")
 LOW = (torch.float16, torch.bfloat16)
-
-
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
-
-
-def make_inputs(pack: Adjacency, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
-    graphs = len(pack.node_ptr) - 1
-    shapes = [
-        *((nodes, width), (nodes,), (pairs, width), (pairs, width)),
-        *((graphs, width), (width, width), (width,)),
-    ]
-    generator = torch.Generator().manual_seed(width)
-    device = pack.node_graph.device
-    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
 
 
 def layer(pack: Adjacency, inputs: list[Tensor], score: Tensor | None = None) -> object:
@@ -113,7 +97,7 @@ def test_one_hot_is_the_sum_of_rounded_weights(
     pack = to_device(PACKS[name](), device)
     # The product of the layer itself has to be on the tensor cores, too.
     dtype = torch.float16 if INTERPRETED else tables
-    values = make_inputs(pack, 20, dtype)
+    values = layer_inputs(pack, 20, dtype)
     values[1] = values[1].float()
     values[2], values[3] = values[2].to(tables), strided_like(values[3].to(tables))
     tried = leaves(values)
@@ -144,7 +128,7 @@ def test_one_hot_is_the_sum_of_rounded_weights(
 @pytest.mark.parametrize("width", [1, 64, 96, 257])
 def test_one_hot_widths(device: torch.device, width: int) -> None:
     pack = to_device(random_adjacency([(9, 20), (0, 0), (33, 60)], 4), device)
-    values = make_inputs(pack, width, torch.float16)
+    values = layer_inputs(pack, width, torch.float16)
     with fenced_allocations(), force_sum("one-hot"):
         out = layer(pack, values)
     assert_close(out, rounded_reference(pack, values, torch.float16), tolerance=1e-3)
@@ -154,7 +138,7 @@ def test_a_broken_table_row_stays_in_its_columns_and_tiles(device: torch.device)
     """By slots only the row's own nodes have it; a broken p reaches no other node either way."""
     node = torch.arange(95)
     pack = to_device(adjacency([(96, 95)], node, node + 1, node), device)
-    values = make_inputs(pack, 20, torch.float16)
+    values = layer_inputs(pack, 20, torch.float16)
     # Fact 40 has the pair 40 of its own, from node 40 to node 41: the second tile of 32 nodes.
     values[2][40, 3] = float("nan")
     values[3][70, 5] = float("inf")
@@ -168,7 +152,7 @@ def test_a_broken_table_row_stays_in_its_columns_and_tiles(device: torch.device)
         else:
             broken[41, 3] = broken[70, 5] = True
             assert bool((out.isfinite() | broken).all()) and bool(out[41, 3].isnan())
-    values = make_inputs(pack, 20, torch.float16)
+    values = layer_inputs(pack, 20, torch.float16)
     values[1][50] = float("nan")
     with force_sum("one-hot"):
         out = layer(pack, values)
@@ -203,7 +187,7 @@ def test_scores_are_products_with_the_stored_states(
 ) -> None:
     """And their gradients join those of the states: every one against the reference in float64."""
     pack = to_device(random_adjacency([(0, 0), (5, 12), (13, 20), (4, 0)], 4), device)
-    values = make_inputs(pack, width, dtype)
+    values = layer_inputs(pack, width, dtype)
     score_weight = strided_like(torch.randn(rows, width).to(device, dtype))
     tried = leaves([*values, score_weight])
     exact = leaves([x.double() for x in (*values, score_weight)])
@@ -228,7 +212,7 @@ def test_scores_are_products_with_the_stored_states(
 def test_scores_of_nothing(device: torch.device) -> None:
     pack = to_device(random_adjacency([(0, 0)], 1), device)
     weight = torch.ones(2, 7, device=device)
-    out, score = layer(pack, make_inputs(pack, 7), weight)
+    out, score = layer(pack, layer_inputs(pack, 7), weight)
     assert out.shape == (0, 7) and score.shape == (0, 2)
 
 
@@ -236,7 +220,7 @@ def test_infinity_in_a_score_is_that_of_the_states(device: torch.device) -> None
     """Columns beyond the width add nothing to it, whatever the tile holds there."""
     node = torch.arange(5)
     pack = to_device(adjacency([(6, 5)], node, node + 1, node), device)
-    values = make_inputs(pack, 7)
+    values = layer_inputs(pack, 7)
     values[1][2] = float("inf")
     values[2:5] = [x.abs() + 0.1 for x in values[2:5]]
     out, score = layer(pack, values, torch.ones(1, 7, device=device))

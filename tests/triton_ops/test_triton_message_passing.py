@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import (
-    FactOrders,
     message_passing,
     message_passing_ref,
     relation_sum,
     relation_sum_ref,
 )
-from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.message_passing import _walks, backward, chunks
 from dragkit_kernels.testing import (
     Adjacency,
@@ -27,15 +25,8 @@ from dragkit_kernels.testing import (
     random_adjacency,
     strided_like,
 )
-
-NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias")
-# Sums of the kernel and of float64 differ by float32 rounding, and that of the result: the
-# interpreter cuts a bfloat16 off instead.
-FORWARD = {
-    torch.float32: 2e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
-}
+from tests.triton_ops.cases import FORWARD, layer_inputs, to_device
+from tests.triton_ops.cases import LAYER_NAMES as NAMES
 
 
 def _star() -> Adjacency:
@@ -68,23 +59,6 @@ def pack(request: pytest.FixtureRequest, device: torch.device) -> Adjacency:
     return to_device(PACKS[request.param](), device)
 
 
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
-
-
-def make_inputs(pack: Adjacency, dtype: torch.dtype, width: int) -> list[Tensor]:
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
-    graphs = len(pack.node_ptr) - 1
-    shapes = [
-        *((nodes, width), (nodes,), (pairs, width), (pairs, width)),
-        *((graphs, width), (width, width), (width,)),
-    ]
-    generator = torch.Generator().manual_seed(width)
-    device = pack.node_graph.device
-    return [torch.randn(s, generator=generator).to(device, dtype) for s in shapes]
-
-
 def layer(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
     return message_passing(
         *inputs, orders=pack.orders, node_graph=pack.node_graph, backend="triton"
@@ -112,7 +86,7 @@ def check(pack: Adjacency, values: list[Tensor], grad: Tensor | None = None) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_layer_with_every_gradient(pack: Adjacency, dtype: torch.dtype) -> None:
-    check(pack, make_inputs(pack, dtype, 7))
+    check(pack, layer_inputs(pack, 7, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -121,8 +95,8 @@ def test_long_rows_are_summed_by_chunks(
 ) -> None:
     """As in a large pack, where every whole chunk has its program; other places hold NaN."""
     monkeypatch.setattr(chunks, "SPLIT_FACTS", 1)
-    check(pack, make_inputs(pack, dtype, 7))
-    check_relation_sum(pack, make_inputs(pack, dtype, 7)[2])
+    check(pack, layer_inputs(pack, 7, dtype))
+    check_relation_sum(pack, layer_inputs(pack, 7, dtype)[2])
 
 
 @pytest.mark.parametrize("sizes", [(64, 128, 63, 1, 192), (1, 65, 64, 0, 130), (127, 129)])
@@ -135,22 +109,22 @@ def test_chunks_begin_with_their_rows(
     head = torch.arange(len(tail)) % len(sizes)
     # As many facts of every pair as of every tail.
     pack = to_device(adjacency([(len(sizes), len(tail))], head, tail, tail), device)
-    check(pack, make_inputs(pack, torch.float32, 3))
-    check_relation_sum(pack, make_inputs(pack, torch.float32, 3)[2])
+    check(pack, layer_inputs(pack, 3, torch.float32))
+    check_relation_sum(pack, layer_inputs(pack, 3, torch.float32)[2])
 
 
 @pytest.mark.parametrize("width", [1, 64, 96, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_widths(device: torch.device, dtype: torch.dtype, width: int) -> None:
     pack = to_device(random_adjacency([(9, 20), (0, 0), (33, 60)], 4), device)
-    check(pack, make_inputs(pack, dtype, width))
+    check(pack, layer_inputs(pack, width, dtype))
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("places", [(0, 2, 3, 5), (0, 2, 3, 4), (1, 5, 6)])
 def test_mixed_precision(device: torch.device, low: torch.dtype, places: tuple[int, ...]) -> None:
     pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
-    values = make_inputs(pack, torch.float32, 16)
+    values = layer_inputs(pack, 16, torch.float32)
     for place in places:
         values[place] = values[place].to(low)
     check(pack, values)
@@ -159,7 +133,7 @@ def test_mixed_precision(device: torch.device, low: torch.dtype, places: tuple[i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_strides(device: torch.device, dtype: torch.dtype) -> None:
     pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
-    values = make_inputs(pack, dtype, 20)
+    values = layer_inputs(pack, 20, dtype)
     one = torch.ones((), device=device, dtype=dtype).expand(13, 20)
     check(pack, [strided_like(x) for x in values], one)
     columns = torch.randn(20, 13, device=device).to(dtype).t()
@@ -169,7 +143,7 @@ def test_strides(device: torch.device, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
 def test_each_gradient_alone(device: torch.device, place: int) -> None:
     pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
-    values = make_inputs(pack, torch.float32, 20)
+    values = layer_inputs(pack, 20, torch.float32)
     every = leaves(values)
     want = gradients(layer(pack, every), every, torch.ones(13, 20, device=device))[place]
     alone = [x.detach() for x in values]
@@ -180,7 +154,7 @@ def test_each_gradient_alone(device: torch.device, place: int) -> None:
 
 def test_unwanted_gradients_are_not_computed(device: torch.device) -> None:
     pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
-    values = make_inputs(pack, torch.float32, 20)
+    values = layer_inputs(pack, 20, torch.float32)
     out = layer(pack, values)
     mask = [False, True, False, False, True, False, False]
     got = backward.message_passing_bwd(
@@ -191,7 +165,7 @@ def test_unwanted_gradients_are_not_computed(device: torch.device) -> None:
 
 def test_infinite_and_missing_numbers_stay_in_their_rows(device: torch.device) -> None:
     pack = to_device(_chain(), device)
-    values = make_inputs(pack, torch.float32, 20)
+    values = layer_inputs(pack, 20, torch.float32)
     values[0][3, 0] = float("nan")
     values[1][7] = float("inf")
     out = layer(pack, values)
@@ -203,7 +177,7 @@ def test_infinite_and_missing_numbers_stay_in_their_rows(device: torch.device) -
 
 def test_two_runs_are_bit_equal(device: torch.device) -> None:
     pack = to_device(random_adjacency([(3, 150), (20, 30)], 2), device)
-    inputs = leaves(make_inputs(pack, torch.float32, 33))
+    inputs = leaves(layer_inputs(pack, 33, torch.float32))
     runs = []
     for _ in range(2):
         out = layer(pack, inputs)
@@ -213,7 +187,7 @@ def test_two_runs_are_bit_equal(device: torch.device) -> None:
 
 def test_autocast_changes_nothing(device: torch.device) -> None:
     pack = to_device(random_adjacency([(9, 20), (4, 7)], 4), device)
-    inputs = leaves(make_inputs(pack, torch.float32, 20))
+    inputs = leaves(layer_inputs(pack, 20, torch.float32))
     plain = layer(pack, inputs)
     wanted = gradients(plain, inputs, torch.ones_like(plain))
     with torch.autocast(device.type, torch.bfloat16):
@@ -224,13 +198,13 @@ def test_autocast_changes_nothing(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_relation_sum(pack: Adjacency, dtype: torch.dtype) -> None:
-    check_relation_sum(pack, make_inputs(pack, dtype, 7)[2])
+    check_relation_sum(pack, layer_inputs(pack, 7, dtype)[2])
 
 
 @pytest.mark.parametrize("width", [1, 64, 96, 257])
 def test_relation_sum_widths(device: torch.device, width: int) -> None:
     pack = to_device(random_adjacency([(9, 20), (0, 0), (33, 60)], 4), device)
-    check_relation_sum(pack, strided_like(make_inputs(pack, torch.float32, width)[2]))
+    check_relation_sum(pack, strided_like(layer_inputs(pack, width, torch.float32)[2]))
 
 
 def check_relation_sum(pack: Adjacency, table: Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactOrders, message_passing_parity, message_passing_parity_ref
+from dragkit_kernels import message_passing_parity, message_passing_parity_ref
 from dragkit_kernels.message_passing import _parity_walks, parity_backward
 from dragkit_kernels.noise import dropped
 from dragkit_kernels.testing import (
@@ -21,12 +21,12 @@ from dragkit_kernels.testing import (
     random_adjacency,
     strided_like,
 )
+from tests.triton_ops.cases import GRADIENT, to_device
 
 NAMES = ("p", "rel_fwd", "rel_inv", "self_fwd", "self_inv", "instruction")
 SEED = (1 << 40) + 17
 # Every result is float32; a gradient has the dtype of its input.
 FORWARD = 2e-6
-GRADIENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 
 def _star() -> Adjacency:
@@ -61,11 +61,6 @@ def small(device: torch.device) -> Adjacency:
 @pytest.fixture
 def tiny(device: torch.device) -> Adjacency:
     return to_device(random_adjacency([(4, 8), (0, 0), (2, 3)], 2), device)
-
-
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
 
 
 def make_inputs(

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dragkit_kernels import ssd_scan, ssd_state
-from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.ssd_scan import backward
 from dragkit_kernels.testing import (
     assert_close,
@@ -17,19 +16,12 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
+from tests.triton_ops.cases import FORWARD, GRADIENT
 
 # The interpreter computes masked elements too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 NAMES = ("x", "dt", "rate", "into", "out_of", "skip")
-# Operands of products have the dtype of x, so what is stored in float32 has its roundings too; the
-# interpreter cuts a bfloat16 off instead of rounding it.
-FORWARD = {
-    torch.float32: 2e-6,
-    torch.float16: 1e-3,
-    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
-}
-BACKWARD = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 8e-3}
 # Around chunks of 32 and of 64 rows.
 LENGTHS = (1, 33, 2, 28, 65, 4)
 
@@ -89,7 +81,7 @@ def check(
     assert state.dtype == torch.float32
     assert_close(state, want_state, name="state", tolerance=limit)
     wanted = gradients(expected, exact, grad.double())
-    limit = tolerance or BACKWARD[actual.dtype]
+    limit = tolerance or GRADIENT[actual.dtype]
     for name, t, g, want in zip(NAMES, inputs, got, wanted, strict=True):
         assert g.dtype == t.dtype
         if name == "rate":

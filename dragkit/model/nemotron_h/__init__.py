@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dragkit.model.nemotron_h.backends import MambaOps, mamba_ops
-from dragkit.model.nemotron_h.decoder import RECOMPUTED, computes, hidden_at_rows, prefill, step
-from dragkit.model.nemotron_h.pack import Pack, make_pack, pad_to_multiple
+from dragkit.model.nemotron_h.decoder import (
+    RECOMPUTED,
+    State,
+    computes,
+    hidden_at_rows,
+    prefill,
+    step,
+)
+from dragkit.model.nemotron_h.pack import Pack, make_pack, pad_to_multiple, split_by_tokens
 
 __all__ = [
     "RECOMPUTED",
     "MambaOps",
     "Pack",
+    "State",
     "computes",
     "hidden_at_rows",
     "make_pack",
     "mamba_ops",
     "pad_to_multiple",
     "prefill",
+    "split_by_tokens",
     "step",
 ]

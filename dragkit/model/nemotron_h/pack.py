@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,3 +61,22 @@ def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, 
         ptr,
         max(pack.longest, padding),
     )
+
+
+def split_by_tokens(lengths: Sequence[int], tokens: int | None, count: int) -> list[int]:
+    """How many of the sequences, in their order, make each pass.
+
+    Args:
+        lengths: of the sequences; tokens, count: of a pass, at most; None is no limit. A sequence
+            that is longer is alone in its pass.
+    """
+    sizes: list[int] = []
+    tokens = sum(lengths) if tokens is None else tokens
+    room = 0
+    for length in lengths:
+        if not sizes or length > room or sizes[-1] == count:
+            sizes.append(0)
+            room = tokens
+        sizes[-1] += 1
+        room -= length
+    return sizes

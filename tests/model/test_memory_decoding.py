@@ -1,0 +1,140 @@
+"""The plan's figures of decoding against the tensors that are alive at its peak, counted."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dragkit.model import memory
+from dragkit.model.adapters import LORA_TARGETS
+from dragkit.model.generator import Generator
+from dragkit.model.nemotron_h import decoder
+from dragkit.model.prompt import NeuralPrompt
+from tests.model.memory_cases import build
+
+SEQUENCES, PROMPT, ANSWER = 4, 150, 3
+PATTERN = "EMEM*EMEM"
+# Each kind of block is the busiest once.
+WIDTHS = {
+    "as the 30B": {},
+    "more experts, narrow": {"num_experts_per_tok": 8, "moe_intermediate_size": 40},
+    "mamba": {"num_experts_per_tok": 1, "mamba_head_dim": 96, "ssm_state_size": 48},
+    "attention": {"num_experts_per_tok": 1, "mamba_head_dim": 8, "head_dim": 96},
+    "wide": {"hidden_size": 376, "num_key_value_heads": 8},
+}
+
+
+class Alive(TorchDispatchMode):
+    """Counts the memory of tensors that are alive, but for that of some given ones.
+
+    Attributes:
+        peak: most bytes at a time. What an operator needs inside is not seen.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._given = {t.untyped_storage().data_ptr() for t in given}
+        self._bytes: dict[int, int] = {}
+        self._refs: dict[int, weakref.ref] = {}
+        self.peak = 0
+
+    def _forget(self, key: int) -> None:
+        del self._bytes[key], self._refs[key]
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._refs and storage.data_ptr() not in self._given:
+                self._bytes[key] = storage.nbytes()
+                self._refs[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+        self.peak = max(self.peak, sum(self._bytes.values()))
+        return out
+
+
+class Words:
+    """A tokeniser whose end token never comes."""
+
+    eos_token_id = -1
+
+
+def prompts(sequences: int) -> NeuralPrompt:
+    total, none = sequences * PROMPT, torch.zeros(0, dtype=torch.int64)
+    return NeuralPrompt(
+        input_ids=torch.randint(1, 1024, (total,)),
+        slot=torch.full((total,), -1),
+        position=torch.arange(PROMPT).repeat(sequences),
+        question=torch.arange(sequences).repeat_interleave(PROMPT),
+        length=torch.full((sequences,), PROMPT),
+        target_row=none,
+        target_id=none,
+        kept=none,
+        longest=PROMPT,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(query, key, value, pack, scale):
+        return torch.empty_like(query).fill_(0.1)
+
+    monkeypatch.setattr(decoder, "packed_attention", attention)
+
+
+def counted(model: torch.nn.Module, passes: int) -> int:
+    """Bytes at the peak of decoding all prompts, beside weights and the prompts themselves."""
+    tokens = SEQUENCES * PROMPT // passes
+    generator, made = Generator(model, Words(), tokens_per_pass=tokens), prompts(SEQUENCES)
+    fields = (getattr(made, name) for name in NeuralPrompt.__dataclass_fields__)
+    given = [*model.parameters(), *model.buffers(), *(x for x in fields if isinstance(x, Tensor))]
+    with Alive(given) as alive:
+        answers = generator.greedy_tokens(made, None, ANSWER)
+    assert [len(row) for row in answers] == [ANSWER] * SEQUENCES
+    return alive.peak
+
+
+@pytest.mark.parametrize("sizes", WIDTHS.values(), ids=WIDTHS)
+def test_decoding_has_alive_what_the_plan_says(
+    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)
+    for passes in (1, SEQUENCES):
+        tokens = SEQUENCES * PROMPT // passes
+        said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, tokens)
+        assert counted(model, passes) == pytest.approx(sum(said.values()), rel=0.1), passes
+
+
+def test_every_kind_is_the_busiest_in_some_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    busiest = set()
+    for sizes in WIDTHS.values():
+        shape = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)[1]
+        kinds = dict.fromkeys(shape.kinds)
+        busiest.add(max(kinds, key=lambda kind: memory.prefill_per_token(shape, kind)))
+    assert busiest == {"linear_attention", "full_attention", "moe"}
+
+
+def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS)
+    generator, made = Generator(model, Words(), tokens_per_pass=2 * PROMPT), prompts(SEQUENCES)
+    with torch.no_grad():
+        _, states = generator._prefill(generator.embed(made, None), made, ANSWER)
+    said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, 0)
+    kept = {"KeyValues": 0, "MambaState": 0}
+    for state in states:
+        kept[type(state).__name__] += sum(t.nbytes for t in state[:2])
+    assert kept == {
+        "KeyValues": said["keys and values"],
+        "MambaState": said["states of Mamba-2"],
+    }

@@ -1,0 +1,100 @@
+"""Runs, phases and a stand-in for recorded work, for the tests of replayed steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from dragkit.config import load_config
+from dragkit.data.capacity import Buckets
+from dragkit.trainer import replay as replay_module
+from dragkit.trainer.build import build_retriever
+from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.replay import StepReplay
+from dragkit.trainer.run import Run
+from dragkit.trainer.source import QuestionSource
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
+# Question 2 has an empty graph.
+MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
+
+
+class Rerun:
+    """The interface of `CudaCapture`: recorded work is the work itself, on the same tensors."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replays = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+        for _ in range(replay_module.WARM_UPS):
+            work()
+
+        def again() -> None:
+            self.replays += 1
+            work()
+
+        return again
+
+
+def command(tmp_path: Path, name: str = "run", **overrides: object) -> Run:
+    values = {
+        "run.phase": 1,
+        "run.device": "cpu",
+        "run.num_threads": 1,
+        "run.checkpoint_dir": str(tmp_path / name),
+        "run.log_every_steps": 1,
+        "data.heuristics_path": str(FIXTURE),
+        "retriever.hidden_dim": 16,
+        "retriever.dropout": 0.0,
+        "optim.batch_size": 3,
+        "optim.epochs": 2,
+        "optim.lr": 1e-3,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    config, origins = load_config("tiny", None, values)
+    return Run(config, origins, config)
+
+
+def new_phase(made: Run, **changes: object) -> RetrieverPhase:
+    """A fresh phase; `changes` are of the retriever."""
+    retriever = made.config.retriever.model_copy(update=changes)
+    config = made.config.model_copy(update={"retriever": retriever})
+    return RetrieverPhase(config, build_retriever(config, made.encoder))
+
+
+def with_replay(
+    phase: RetrieverPhase, source: QuestionSource, capture: Callable, max_graphs: int = 16
+) -> StepReplay:
+    samples = [source.collator(rows) for rows in source.sampler.batches(0)]
+    phase.replay = StepReplay(
+        phase.loss,
+        list(phase.model.parameters()),
+        Buckets(samples),
+        capture,
+        max_graphs=max_graphs,
+    )
+    return phase.replay
+
+
+def gradients(phase: RetrieverPhase) -> dict[str, Tensor | None]:
+    return {
+        name: None if p.grad is None else p.grad.clone()
+        for name, p in phase.model.named_parameters()
+    }
+
+
+def assert_close(ours: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
+    """Equal but for the rounding of products with more rows."""
+    for name, theirs in wanted.items():
+        assert (ours[name] is None) == (theirs is None), name
+        if theirs is not None:
+            scale = theirs.abs().max().clamp(min=1e-2)
+            assert (ours[name] - theirs).abs().max() <= 5e-6 * scale, name
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    loaded = load_checkpoint(find_checkpoint(folder))
+    return {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}
