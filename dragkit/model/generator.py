@@ -28,6 +28,7 @@ from dragkit.model.nemotron_h import (
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
+from dragkit_kernels import prompt_embeddings
 
 if TYPE_CHECKING:
     from dragkit.model.sharding import Lockstep
@@ -164,12 +165,14 @@ class Generator(nn.Module):
         Returns:
             float [L, M].
         """
-        embeds = self._embedding[0](prompt.input_ids)
+        embedding, ids = self._embedding[0], prompt.input_ids.int()
         if vectors is None:
-            return embeds
-        slotted = (prompt.slot >= 0).nonzero().squeeze(1)
-        rows = vectors[prompt.slot[slotted]].to(embeds.dtype)
-        return embeds.index_copy(0, slotted, rows)
+            return embedding(ids)
+        table = embedding.weight
+        if type(embedding) is not nn.Embedding:  # some scale what they look up
+            table = embedding(ids)
+            ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+        return prompt_embeddings(table, ids, vectors, prompt.slot.int())
 
     def pad(self, embeds: Tensor, prompt: NeuralPrompt, *, left: bool) -> tuple[Tensor, Tensor]:
         """The same as a batch, for models that run in batches.
@@ -181,8 +184,7 @@ class Generator(nn.Module):
         Returns:
             float [B, W, M] and the attention mask, int64 [B, W].
         """
-        batch = prompt.length.shape[0]
-        width = int(prompt.length.max()) if batch else 0
+        batch, width = prompt.length.shape[0], prompt.longest
         column = prompt.position
         if left:
             column = column + (width - prompt.length)[prompt.question]
@@ -192,20 +194,16 @@ class Generator(nn.Module):
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
-    def _pack(self, prompt: NeuralPrompt, *, wait: bool) -> Pack:
-        """The prompts' pack; `wait` for the true longest length instead of its bound."""
-        longest = prompt.longest
-        if wait and len(prompt.length):
-            longest = int(prompt.length.max())
-        return make_pack(prompt.length, prompt.input_ids.shape[0], longest)
+    def _pack(self, prompt: NeuralPrompt) -> Pack:
+        end = prompt.length.cumsum(0)
+        ptr = torch.cat([end.new_zeros(1), end]).int()
+        return Pack(prompt.position.int(), prompt.question, ptr, prompt.longest)
 
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
-            # Attention that lays sequences in rows pays for the length of a row, other does not.
-            wait = not (embeds.is_cuda and embeds.dtype.itemsize == 2)
-            embeds, pack = pad_to_multiple(embeds, self._pack(prompt, wait=wait), multiple)
+            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
             again = RECOMPUTED[self.checkpointing]
             return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,

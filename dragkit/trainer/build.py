@@ -202,4 +202,4 @@ def maybe_replay(
         capture,
         max_graphs=config.run.max_cuda_graphs,
     )
-    train.pin = False  # the replay makes page-locked copies of its own
+    train.to_device = False  # the replay copies a batch into the graph's own buffers

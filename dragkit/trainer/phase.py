@@ -74,7 +74,7 @@ class Phase(Protocol):
     ) -> StepOutput:
         """Forward and backward of one micro-batch; gradients add up until the optimizer steps.
 
-        The batch is in host memory, the relations are where the model is.
+        The batch is where the model is or in host memory, the relations are where the model is.
         """
         ...
 

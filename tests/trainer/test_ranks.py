@@ -344,7 +344,7 @@ def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) 
     store = PackedStore.build_or_open(worker.FIXTURE, cache_dir=tmp_path)
     batches = [list(range(8))[start : start + size] for start in range(0, 8, size)]
 
-    def load(rows: list[list[int]]) -> Iterator[SimpleNamespace]:
+    def load(rows: list[list[int]], device: torch.device) -> Iterator[SimpleNamespace]:
         for own in rows:
             batch = SimpleNamespace(rows=own)
             batch.to = lambda device, batch=batch: batch
