@@ -199,6 +199,7 @@ def random_questions(pack: Pack) -> Questions:
         facts=None,
         target=None,
         rows=tuple(range(graphs)),
+        num_labelled=int(torch.unique(fact_graph[label > 0.5]).numel()),
     )
     questions = []
     for i in range(graphs):

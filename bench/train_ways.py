@@ -40,7 +40,7 @@ class OurStep:
 
     def _stream(self) -> Iterator[QuestionBatch]:
         while True:
-            yield from self.trainer.train.load(self.batches)
+            yield from self.trainer.train.load(self.batches, self.trainer.device)
 
     def __call__(self) -> None:
         batch = next(self.stream)

@@ -58,15 +58,16 @@ class EvaluateArguments:
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """What a plan is wanted for, on which card (None: the one here), and how it is written."""
+    """What a plan is wanted for, on which cards (None: the one here), and how it is written."""
 
     config: TrainConfig
     card: str | None
+    ranks: int
     json: bool
 
 
 def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
-    """Read the command line of the plan: all flags of training, for phase 2, and two of its own.
+    """Read the command line of the plan: all flags of training, for phase 2, and three of its own.
 
     Raises:
         ConfigError, MissingInputError: as for training.
@@ -74,7 +75,7 @@ def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
     parser = plan_parser()
     args, _ = parser.parse_known_args(underscored(argv))
     train = parse_train_args(argv, parser=parser)
-    return PlanArguments(train.in_phase(2), args.card, args.json)
+    return PlanArguments(train.in_phase(2), args.card, args.ranks, args.json)
 
 
 def parse_train_args(

@@ -129,7 +129,7 @@ class _Setting(argparse.Action):
 
 
 def plan_parser() -> Parser:
-    """The parser of `dragkit.plan`: the flags of `dragkit.train` and two of its own."""
+    """The parser of `dragkit.plan`: the flags of `dragkit.train` and three of its own."""
     text = "Predict memory and time of phase 2, and what a run would choose; loads nothing."
     parser = train_parser("python -m dragkit.plan", text, _PLAN_EPILOG)
     add = parser.add_argument_group("plan").add_argument
@@ -138,6 +138,13 @@ def plan_parser() -> Parser:
         choices=CARDS,
         metavar="NAME",
         help=f"plan for {', '.join(CARDS)} (default: the GPU that is here, else the preset's)",
+    )
+    add(
+        "--ranks",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="so many ranks, each on a card of its own (default 1)",
     )
     add("--json", action="store_true", help="write JSON")
     return parser

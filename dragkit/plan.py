@@ -56,7 +56,8 @@ def _work(config: TrainConfig, plan: Plan) -> dict[str, object]:
         passes = -(-questions // max(plan.tokens // prompt, 1))
         # Weights are read forward and backward, and once more where blocks are computed again.
         reads = 3 if plan.policy == "all" else 2
-        reading = passes * reads * plan.fixed["frozen weights"] / plan.device.bandwidth
+        whole = plan.fixed["frozen weights"] * plan.shards
+        reading = passes * reads * whole / plan.device.bandwidth
         work |= {"passes": passes, "seconds_reading_weights": reading}
         for share in _SHARES:
             seconds = max(tokens * each / (share * plan.device.flops), reading)
@@ -82,12 +83,14 @@ def content(args: PlanArguments) -> dict[str, object]:
             f"generator.model: {config.generator_model} is not a Nemotron-H, and there are no "
             "figures for other models."
         )
-    plan = make_plan(config, shape, device)
+    plan = make_plan(config, shape, device, args.ranks)
+    instead = [] if plan.fits else list(alternatives(config, shape, device, args.ranks))[:3]
     return {
         "dragkit": __version__,
         "preset": config.preset,
         "device": device.name,
         "device_bytes": device.memory,
+        "shards": plan.shards,
         "peak_flops": device.flops,
         "generator": config.generator_model,
         "blocks": len(shape.kinds),
@@ -103,7 +106,7 @@ def content(args: PlanArguments) -> dict[str, object]:
         "tokens_that_fit": plan.fit,
         "supervised_rows": plan.rows,
         "work": _work(config, plan),
-        "alternatives": [] if plan.fits else list(alternatives(config, shape, device))[:3],
+        "alternatives": instead,
     }
 
 
@@ -117,6 +120,7 @@ def text(plan: dict) -> str:
         f"choice     generator.checkpointing={plan['checkpointing']} "
         f"generator.tokens_per_pass={plan['tokens_per_pass']}",
         f"fits       {'yes' if plan['fits'] else 'no'}",
+        *([f"weights    shared out to {plan['shards']} ranks"] if plan["shards"] > 1 else []),
         "",
         f"peak memory of a pass of {plan['tokens_per_pass']:,} tokens, "
         f"{plan['supervised_rows']:,} of them supervised      GiB",

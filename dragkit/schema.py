@@ -308,7 +308,9 @@ class RunConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Type of the mixed-precision arithmetic; auto: bfloat16 on GPU."
     )
-    compile: bool | None = Field(None, description="Compile the retriever. Unset: on GPU only.")
+    compile: bool | None = Field(
+        None, description="Compile retriever and generator's blocks. Unset: on GPU only."
+    )
     cuda_graphs: bool = Field(
         True, description="Replay phase 1's step as CUDA graphs; without a GPU it has no effect."
     )
@@ -318,6 +320,9 @@ class RunConfig(Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
     rank_timeout: int = Field(
         1800, ge=1, description="Seconds that one of several ranks waits for the others."
+    )
+    sharding: Literal["none", "full"] = Field(
+        "none", description="full: the ranks share out the generator's frozen weights."
     )
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")

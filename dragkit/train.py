@@ -13,8 +13,8 @@ def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
     # Heavy imports only once the arguments are known to be right.
     setup_console(debug=args.debug)
-    from dragkit.trainer.ranks import joined
     from dragkit.trainer.run import Run
+    from dragkit.trainer.torchrun import joined
 
     with joined(args.config.run) as ranks:
         summary = Run(args.config, args.origins, args.in_phase(1), ranks).execute()

@@ -205,4 +205,5 @@ class PackedCollator:
             facts=facts,
             target=target,
             rows=tuple(rows),
+            num_labelled=len(np.unique(graph.fact_graph.numpy()[graph.label.numpy() > 0.5])),
         )

@@ -49,10 +49,6 @@ class _Movable:
         """A copy on `device`; non-blocking, so pinned memory overlaps with compute."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Self:
-        """A copy in page-locked host memory."""
-        return self._map(lambda t: t.pin_memory())
-
 
 @dataclass(frozen=True, slots=True)
 class PackedGraph(_Movable):
@@ -117,6 +113,7 @@ class QuestionBatch(_Movable):
         prefix, facts, target: token rows of B prompts' beginnings, E facts and B answers; None in
             phase 1.
         rows: the questions' indices in the store, in batch order (host).
+        num_labelled: questions with a positive fact; a host integer.
     """
 
     graph: PackedGraph
@@ -128,3 +125,4 @@ class QuestionBatch(_Movable):
     facts: TokenPack | None
     target: TokenPack | None
     rows: tuple[int, ...]
+    num_labelled: int

@@ -27,8 +27,10 @@ class Source(Protocol):
     relations: object
     sampler: object
 
-    def load(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
-        """Collated batches."""
+    def load(
+        self, batches: Sequence[Sequence[int]], device: torch.device
+    ) -> Iterator[QuestionBatch]:
+        """Collated batches for a device, there or in host memory."""
         ...
 
 
@@ -167,8 +169,9 @@ def evaluate(
             _scored(source.store.question(p.row), p)
             for p in phase.predict(batch.to(device), relations)
         ]
-        for batch in source.load(own)
+        for batch in source.load(own, device)
     ]
+    phase.keep_up()
     if not alone:
         scored = _of_all_ranks(scored, ranks, len(batches))
     phase.model.train(was_training)

@@ -31,6 +31,8 @@ ROWS_SHARE = 0.05
 CONTEXT, FRAGMENTED = 3 << 29, 0.06
 # A question's facts where nothing is known of the data, and what a pack has of nodes and pairs.
 _FACTS, _NODES, _PAIRS = 10_000, 0.5, 0.25
+# Numbers of ranks that are offered.
+_RANKS = (2, 4, 8, 16)
 # Bytes of a fact in a batch.
 _FACT = 200
 _RETRIEVING = "retriever's activations"
@@ -68,6 +70,7 @@ class Plan:
 
     Attributes:
         device: where; shape: of the generator; policy: of `RECOMPUTED`; tokens: of a pass.
+        shards: parts of the frozen weights, each on a device of its own.
         fixed: bytes by component, whatever the tokens; per_token: bytes per token by component.
         rows: supervised tokens of a pass; needed: tokens of the longest prompt.
         fit: tokens of a pass that fit, by policy; 0 where not even the weights do.
@@ -85,6 +88,7 @@ class Plan:
     fit: dict[str, int]
     questions: int
     validation: dict[str, int]
+    shards: int = 1
 
     @property
     def components(self) -> dict[str, int]:
@@ -120,7 +124,9 @@ def _head_parameters(config: TrainConfig, shape: Shape) -> int:
     return sum(p.numel() for part in (retriever, projector) for p in part.parameters())
 
 
-def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict[str, int]:
+def _fixed(
+    config: TrainConfig, shape: Shape, device: Device, half: int, shards: int
+) -> dict[str, int]:
     questions, settings = config.optim.batch_size_in(2), config.retriever
     facts = min(config.data.max_facts_per_batch, questions * _FACTS)
     passes = settings.num_reasoning_steps * settings.num_stages
@@ -128,8 +134,10 @@ def _fixed(config: TrainConfig, shape: Shape, device: Device, half: int) -> dict
     rows = facts * (2 * _NODES + (2 + settings.num_instructions) * _PAIRS)
     kept = int(4 * settings.hidden_dim * passes * rows)
     table = _RELATIONS * 2 * _RELATION_TOKENS * _TEXT_DIM * 2
-    return {
-        "frozen weights": parameters(shape) * half,
+    weights = {"frozen weights": -(-parameters(shape) * half // shards)}
+    if shards > 1:
+        weights["frozen weights of others, gathered"] = memory.gathered_bytes(shape, half)
+    return weights | {
         "adapters, gradients, moments": memory.TRAINED
         * adapter_parameters(shape, adapters_of(config)),
         "retriever and projector, gradients, moments": memory.TRAINED
@@ -173,7 +181,7 @@ def _validation(
     return questions, found
 
 
-def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
+def make_plan(config: TrainConfig, shape: Shape, device: Device, ranks: int = 1) -> Plan:
     """What phase 2 of a run would choose on a device, whether it fits or not.
 
     The first of none, mamba, all whose passes can be as large as is useful; else the one with the
@@ -181,11 +189,13 @@ def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
     half precision; float32 and the packages of `generator.mamba` keep more.
 
     Args:
-        config: of the run; shape: of its generator; device: the card.
+        config: of the run; shape: of its generator; device: the card of each rank.
+        ranks: how many train together.
     """
     settings, adapters = config.generator, adapters_of(config)
+    shards = ranks if config.run.sharding == "full" else 1
     half = 4 if settings.dtype == "float32" else 2
-    fixed = _fixed(config, shape, device, half)
+    fixed = _fixed(config, shape, device, half, shards)
     free = device.memory - sum(fixed.values())
     per_token, fit = {}, {}
     for policy in RECOMPUTED:
@@ -213,6 +223,7 @@ def make_plan(config: TrainConfig, shape: Shape, device: Device) -> Plan:
         fit,
         questions,
         validation,
+        shards,
     )
 
 
@@ -221,8 +232,19 @@ def _changed(config: TrainConfig, **values: object) -> TrainConfig:
     return config.model_copy(update={"generator": generator})
 
 
-def alternatives(config: TrainConfig, shape: Shape, device: Device) -> Iterator[str]:
+def _sharded(config: TrainConfig) -> TrainConfig:
+    return config.model_copy(update={"run": config.run.model_copy(update={"sharding": "full"})})
+
+
+def alternatives(
+    config: TrainConfig, shape: Shape, device: Device, ranks: int = 1
+) -> Iterator[str]:
     """Settings with which the run would fit, the least change first."""
+    more = sorted({ranks, *_RANKS} - set(range(ranks)))
+    cut = _sharded(config)
+    fewest = next((n for n in more if make_plan(cut, shape, device, n).fits), 0)
+    if fewest == ranks > 1:
+        yield "--set run.sharding=full"
     rank = max(1, min(8, config.generator.lora_rank))
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     again: dict[str, object] = {"checkpointing": "all"}
@@ -233,7 +255,7 @@ def alternatives(config: TrainConfig, shape: Shape, device: Device) -> Iterator[
     ]
     for extra in ({}, again, again | less):
         loose = _changed(config, tokens_per_pass=None, max_prompt_tokens=MULTIPLE, **extra)
-        plan = make_plan(loose, shape, device)
+        plan = make_plan(loose, shape, device, ranks)
         room = plan.fit[plan.policy]
         words = f"generator.tokens_per_pass={room}"
         values = extra | {"tokens_per_pass": room}
@@ -247,29 +269,32 @@ def alternatives(config: TrainConfig, shape: Shape, device: Device) -> Iterator[
         if room > config.generator.max_new_tokens:
             tried.append((values, words))
     for values, words in tried:
-        if make_plan(_changed(config, **values), shape, device).fits:
+        if make_plan(_changed(config, **values), shape, device, ranks).fits:
             yield f"--set {words}"
+    if fewest > ranks:
+        yield f"{fewest} such cards: torchrun --nproc-per-node {fewest}, run.sharding=full"
     for other in DEVICES.values():
-        if other.memory > device.memory and make_plan(config, shape, other).fits:
+        if other.memory > device.memory and make_plan(config, shape, other, ranks).fits:
             yield f"another card: {other.name}"
     if name := architecture_of(config.generator_model):
         for count in range(len(shape.kinds) - 1, 0, -1):
-            if make_plan(config, shape._replace(kinds=shape.kinds[:count]), device).fits:
+            part = shape._replace(kinds=shape.kinds[:count])
+            if make_plan(config, part, device, ranks).fits:
                 yield f"a part of it, for speed alone: --generator_model {name}:layers={count}"
                 break
     yield "the bundled tiny one: --preset tiny --generator_model tiny"
 
 
-def planned(config: TrainConfig, shape: Shape, device: Device) -> TrainConfig:
+def planned(config: TrainConfig, shape: Shape, device: Device, ranks: int = 1) -> TrainConfig:
     """The run's configuration with the plan's choices in it.
 
     Raises:
         ConfigError: it does not fit; names three settings with which it would.
     """
-    plan = make_plan(config, shape, device)
+    plan = make_plan(config, shape, device, ranks)
     if plan.fits:
         return _changed(config, checkpointing=plan.policy, tokens_per_pass=plan.tokens)
-    found = list(alternatives(config, shape, device))[:3]
+    found = list(alternatives(config, shape, device, ranks))[:3]
     gib = 2.0**30
     raise ConfigError(
         f"the generator {config.generator_model} does not fit: {plan.tokens:,} tokens in a pass "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from dragkit.model.nemotron_h import (
     RECOMPUTED,
+    CompiledBlocks,
     Pack,
     State,
+    after,
     computes,
     hidden_at_rows,
     make_pack,
@@ -25,6 +28,12 @@ from dragkit.model.nemotron_h import (
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
+from dragkit_kernels import prompt_embeddings
+
+if TYPE_CHECKING:
+    from dragkit.model.sharding import Lockstep
+
+logger = logging.getLogger(__name__)
 
 _LOGIT_ROWS = 4096
 
@@ -51,6 +60,9 @@ class Generator(nn.Module):
         checkpointing: which blocks of a Nemotron-H compute again what they do not keep, see
             `GeneratorConfig.checkpointing`; here "auto" is "none".
         tokens_per_pass: see `GeneratorConfig.tokens_per_pass`; None is no limit.
+
+    Attributes:
+        lockstep: with the ranks that share the weights; None where this one has all of them.
     """
 
     def __init__(
@@ -74,12 +86,20 @@ class Generator(nn.Module):
         self._decoder = [base.base_model, base.get_output_embeddings()]
         self._embedding = [base.get_input_embeddings()]
         self._mamba = mamba_ops(mamba) if computes(base.config) else None
+        self._foreign = ("linear_attention",) if mamba == "mamba_ssm" else ()
+        self._behind = after
         self._pack_multiple = pack_multiple
+        self.lockstep: Lockstep | None = None
 
     @property
     def dim(self) -> int:
         """Width M of the token embeddings."""
         return self._embedding[0].weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the token embeddings are."""
+        return self._embedding[0].weight.device
 
     @property
     def has_adapters(self) -> bool:
@@ -127,6 +147,15 @@ class Generator(nn.Module):
         """Whether the model runs over packs here."""
         return self._mamba is not None
 
+    def compile_blocks(self) -> None:
+        """Compiles the blocks of a Nemotron-H for training; other models run as they stand."""
+        if self._mamba is None:
+            logger.info("the generator is not compiled: it is not a Nemotron-H")
+            return
+        self._behind = CompiledBlocks(self._decoder[0], self._foreign)
+        for kind in self._foreign:
+            logger.info("blocks of kind %s are not compiled: their kernels are foreign", kind)
+
     def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
         """Embeddings of packed prompts.
 
@@ -136,12 +165,14 @@ class Generator(nn.Module):
         Returns:
             float [L, M].
         """
-        embeds = self._embedding[0](prompt.input_ids)
+        embedding, ids = self._embedding[0], prompt.input_ids.int()
         if vectors is None:
-            return embeds
-        slotted = (prompt.slot >= 0).nonzero().squeeze(1)
-        rows = vectors[prompt.slot[slotted]].to(embeds.dtype)
-        return embeds.index_copy(0, slotted, rows)
+            return embedding(ids)
+        table = embedding.weight
+        if type(embedding) is not nn.Embedding:  # some scale what they look up
+            table = embedding(ids)
+            ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
+        return prompt_embeddings(table, ids, vectors, prompt.slot.int())
 
     def pad(self, embeds: Tensor, prompt: NeuralPrompt, *, left: bool) -> tuple[Tensor, Tensor]:
         """The same as a batch, for models that run in batches.
@@ -153,8 +184,7 @@ class Generator(nn.Module):
         Returns:
             float [B, W, M] and the attention mask, int64 [B, W].
         """
-        batch = prompt.length.shape[0]
-        width = int(prompt.length.max()) if batch else 0
+        batch, width = prompt.length.shape[0], prompt.longest
         column = prompt.position
         if left:
             column = column + (width - prompt.length)[prompt.question]
@@ -164,22 +194,18 @@ class Generator(nn.Module):
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
-    def _pack(self, prompt: NeuralPrompt, *, wait: bool) -> Pack:
-        """The prompts' pack; `wait` for the true longest length instead of its bound."""
-        longest = prompt.longest
-        if wait and len(prompt.length):
-            longest = int(prompt.length.max())
-        return make_pack(prompt.length, prompt.input_ids.shape[0], longest)
+    def _pack(self, prompt: NeuralPrompt) -> Pack:
+        end = prompt.length.cumsum(0)
+        ptr = torch.cat([end.new_zeros(1), end]).int()
+        return Pack(prompt.position.int(), prompt.question, ptr, prompt.longest)
 
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
-            # Attention that lays sequences in rows pays for the length of a row, other does not.
-            wait = not (embeds.is_cuda and embeds.dtype.itemsize == 2)
-            embeds, pack = pad_to_multiple(embeds, self._pack(prompt, wait=wait), multiple)
+            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
             again = RECOMPUTED[self.checkpointing]
-            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again)
+            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
         # and without one attention takes its fastest path.
         padded, _ = self.pad(embeds, prompt, left=False)
@@ -211,6 +237,18 @@ class Generator(nn.Module):
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
 
+    def keep_up(self, *, vectors: bool = False) -> None:
+        """Called behind the last pass of a kind; waits for ranks that share the weights with this.
+
+        It takes part in what they gather, in passes that change nothing: training passes where
+        gradients are enabled, else continuations.
+
+        Args:
+            vectors: training passes of this run have structural vectors.
+        """
+        if self.lockstep is not None:
+            self.lockstep.keep_up(vectors=vectors)
+
     @torch.no_grad()
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
@@ -241,6 +279,7 @@ class Generator(nn.Module):
             use_cache=True,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.eos_token_id,
+            synced_gpus=self.lockstep is not None,
         ).tolist()
 
     def _prefill(
@@ -249,6 +288,9 @@ class Generator(nn.Module):
         """As `prefill`, in passes of at most `tokens_per_pass`."""
         lengths = prompt.length.tolist()
         sizes = split_by_tokens(lengths, self.tokens_per_pass, len(lengths))
+        passes = len(sizes)
+        if self.lockstep is not None:
+            passes = self.lockstep.most(passes)
         hidden, states, begin = [], [], 0
         for length in prompt.length.split(sizes):
             total = sum(lengths[begin : begin + len(length)])
@@ -259,6 +301,8 @@ class Generator(nn.Module):
             hidden.append(last)
             states.append(remembered)
             begin += len(length)
+        for _ in range(passes - len(sizes)):
+            prefill(self._decoder[0], rows, pack, self._mamba, room)  # for the other ranks alone
         return torch.cat(hidden), _side_by_side(states)
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
@@ -270,7 +314,12 @@ class Generator(nn.Module):
             token = head(hidden).float().argmax(-1)
             produced.append(token)
             going = going & (token != self.eos_token_id)
-            if len(produced) == limit or not going.any():
+            if len(produced) == limit:
+                break
+            more = int(going.any())
+            if self.lockstep is not None:
+                more = self.lockstep.most(more)
+            if not more:
                 break
             hidden = step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()

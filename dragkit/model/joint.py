@@ -10,7 +10,7 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
 from dragkit.model.projector import Projector
-from dragkit.model.prompt import NeuralPrompt, PromptTemplate, assemble_prompt
+from dragkit.model.prompt import NeuralPrompt, PromptLayout, PromptTemplate, lay_out
 from dragkit.model.retriever import Retriever, RetrieverOutput
 from dragkit.model.sampler import FactSampler, FactSelection
 from dragkit_kernels import gated_rows, segment_sum
@@ -37,7 +37,7 @@ class JointModel(nn.Module):
             generator.embedding_rms(),
         )
         cue = generator.tokenize([self.template.cue])[0]
-        self.register_buffer("cue", torch.tensor(cue, dtype=torch.int64), persistent=False)
+        self.register_buffer("cue", torch.tensor(cue, dtype=torch.int32), persistent=False)
 
     @property
     def uses_vectors(self) -> bool:
@@ -74,7 +74,7 @@ class JointModel(nn.Module):
         weighted = gated_rows(vectors, z * (1.0 - drawn[:-1]))
         return segment_sum(weighted, graph.fact_graph, graph.num_graphs)
 
-    def prompt(
+    def layout(
         self,
         batch: QuestionBatch,
         index: Tensor,
@@ -82,12 +82,12 @@ class JointModel(nn.Module):
         with_target: bool,
         vectors: bool | None = None,
         residual: bool = False,
-    ) -> NeuralPrompt:
-        """Prompts of the batch around the selected facts, int [B, K]."""
+    ) -> PromptLayout:
+        """What the prompts of the batch around the selected facts, int32 [B, K], are made of."""
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
             raise ValueError("the batch carries no token rows; build the collator with tokens")
-        return assemble_prompt(
+        return lay_out(
             batch.prefix,
             batch.facts,
             self.cue,
@@ -97,6 +97,18 @@ class JointModel(nn.Module):
             vectors=self.uses_vectors if vectors is None else vectors,
             residual=residual,
         )
+
+    def prompt(
+        self,
+        batch: QuestionBatch,
+        index: Tensor,
+        *,
+        with_target: bool,
+        vectors: bool | None = None,
+    ) -> NeuralPrompt:
+        """All prompts of the batch in its order; waits for the device to know their lengths."""
+        layout = self.layout(batch, index, with_target=with_target, vectors=vectors)
+        return layout.assemble(range(len(index)), *layout.sizes().wait())
 
     @torch.no_grad()
     def generate(

@@ -13,6 +13,7 @@ from dragkit.config import TINY_GENERATOR, GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.model.adapters import add_adapters
 from dragkit.model.generator import Generator
+from dragkit.model.nemotron_h.experts import by_groups
 from dragkit.model.random_weights import (
     architecture_of,
     is_random,
@@ -61,14 +62,18 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     )
 
 
+def host_memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _check_memory(need: int, name: str, device: torch.device) -> None:
     """Stops before loading weights of so many bytes that cannot fit on the device."""
     if device.type == "cuda":
         have = torch.cuda.get_device_properties(device).total_memory
         where = torch.cuda.get_device_name(device)
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        where = "this machine (no GPU in use)"
+        have, where = host_memory(), "this machine (without a GPU's)"
     if need > have:
         raise MissingInputError(
             f"the generator {name} needs {need / 2**30:.0f} GiB for its weights and {where} has "
@@ -83,23 +88,39 @@ def _dtype(config: GeneratorConfig, device: torch.device) -> torch.dtype:
     return getattr(torch, config.dtype)
 
 
-def check_generator(config: GeneratorConfig, device: torch.device, *, name: str) -> str:
+def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) -> int:
+    """Bytes of the generator's weights, before they are loaded.
+
+    Raises:
+        MissingInputError, ConfigError: as `check_generator`.
+    """
+    if is_random(name):
+        model = skeleton(random_config(name), _dtype(config, device))
+        return sum(p.nbytes for p in model.parameters())
+    folder = Path(resolve_generator(config, name=name))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def check_generator(
+    config: GeneratorConfig, device: torch.device, *, name: str, shards: int = 1
+) -> str:
     """The generator's folder, once its weights are known to be there and to fit.
 
     Random weights need none; the folder is then that of their stand-in tokeniser.
+
+    Args:
+        config: revision and type; device: where the weights go; name: as for `load_generator`.
+        shards: parts into which they are cut, on the host, so that it has to hold them, too.
 
     Raises:
         MissingInputError: no weights, or no room for them.
         ConfigError: random weights of an architecture that does not exist.
     """
-    if is_random(name):
-        model = skeleton(random_config(name), _dtype(config, device))
-        _check_memory(sum(p.nbytes for p in model.parameters()), name, device)
-        return resolve_generator(config, name=TINY_GENERATOR)
-    folder = resolve_generator(config, name=name)
-    need = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    _check_memory(need, name, device)
-    return folder
+    need = weight_bytes(config, device, name=name)
+    _check_memory(need // shards, name, device)
+    if shards > 1:
+        _check_memory(need, name, torch.device("cpu"))
+    return resolve_generator(config, name=TINY_GENERATOR if is_random(name) else name)
 
 
 def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
@@ -141,6 +162,22 @@ def check_experts(model: nn.Module, device: torch.device) -> None:
         )
 
 
+def check_grouped_product(model: nn.Module, device: torch.device) -> None:
+    """The same for our own forward of a Nemotron-H, once its weights are on the device.
+
+    Raises:
+        ConfigError: their type, their widths or the card forbid it.
+    """
+    mixers = [module for module in model.modules() if type(module).__name__ == "NemotronHMoE"]
+    if device.type == "cuda" and not all(by_groups(mixer) for mixer in mixers):
+        raise ConfigError(
+            f"the generator's routed experts would run one by one on {device}: the grouped product "
+            "needs compute capability 8.0 or newer, a type of bfloat16, float16 or float32, and "
+            "widths that fill whole 16 bytes. Set generator.dtype to auto, use such a card, or "
+            "name another model."
+        )
+
+
 def prepare_nemotron_h(model: nn.Module) -> None:
     """Two repairs on the instance; the class itself stays the library's."""
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
@@ -164,7 +201,12 @@ def prepare_nemotron_h(model: nn.Module) -> None:
 
 
 def load_generator(
-    config: GeneratorConfig, device: torch.device, *, name: str, adapters: bool = True
+    config: GeneratorConfig,
+    device: torch.device,
+    *,
+    name: str,
+    adapters: bool = True,
+    shards: int = 1,
 ) -> Generator:
     """Loads the model, freezes it and adds LoRA.
 
@@ -172,6 +214,7 @@ def load_generator(
         config: revision, type and adapters; device: where the weights go.
         name: "tiny", `random:...`, a folder, or a hub name.
         adapters: False loads the bare model.
+        shards: parts into which the caller will cut the weights; if several, they stay on the host.
 
     Raises:
         MissingInputError: no weights, or no room for them.
@@ -181,12 +224,13 @@ def load_generator(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = check_generator(config, device, name=name)
+    folder = check_generator(config, device, name=name, shards=shards)
     dtype = _dtype(config, device)
+    place = device if shards == 1 else torch.device("cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if is_random(name):
-            model = random_model(name, device, dtype)
+            model = random_model(name, place, dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -208,8 +252,10 @@ def load_generator(
     model.requires_grad_(False)
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
+    model = model.to(place)
+    check_grouped_product(model, device)
     return Generator(
-        model.to(device),
+        model,
         tokenizer,
         mamba=config.mamba,
         pack_multiple=config.pack_multiple,

@@ -1,9 +1,9 @@
 """Memory and work of training a Nemotron-H with LoRA, as functions of its shape and of tokens.
 
 The figures of what a block keeps for its backward pass follow our own forward, tensor by tensor, in
-the form it has in half precision on a GPU (`dragkit.model.nemotron_h`, experts of the library);
-`tests/model/test_memory.py` counts the tensors and compares. What a block needs only while it runs
-is an estimate from the sizes of the tensors that are alive together. All are bytes.
+the form it has in half precision on a GPU (`dragkit.model.nemotron_h`); what counts them and
+compares is `tests/model/test_memory.py`. What a block needs only while it runs is an estimate from
+the sizes of the tensors that are alive together. All are bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dragkit.model.shape import (
     Adapters,
     Shape,
     adapter_parameters,
+    block_parameters,
+    end_parameters,
     matrix_parameters,
     routed_layers,
     whole_blocks,
@@ -52,37 +54,31 @@ def _attention_kept(s: Shape, lora: Adapters, half: int) -> int:
     return kept
 
 
-def _dense_kept(s: Shape, lora: Adapters, half: int) -> int:
-    kept = half * s.dense_width
+def _feed_forward_kept(s: Shape, width: int, lora: Adapters, half: int) -> int:
+    kept = half * width
     if "up_proj" in lora.targets:
         kept += half * (s.hidden + lora.rank)
     if "down_proj" in lora.targets:
-        kept += half * (s.dense_width + lora.rank)
+        kept += half * (width + lora.rank)
     return kept
+
+
+def _dense_kept(s: Shape, lora: Adapters, half: int) -> int:
+    return _feed_forward_kept(s, s.dense_width, lora, half)
 
 
 def _experts_kept(s: Shape, lora: Adapters, half: int) -> int:
     # Router: scores, the chosen experts and their weights before and after the division.
     kept = _WIDE * s.experts + s.active * (_INDEX + _WIDE) + _WIDE
     # Routed: after relu and after the way down, for every expert of a token; weights and orders.
-    kept += s.active * half * (s.expert_width + s.hidden)
+    kept += s.active * (half * (s.expert_width + s.hidden) + _WIDE + 2 * _INDEX)
     up, down = (name in lora.targets for name in routed_layers(s))
-    if up or down:
-        kept += s.active * (_WIDE + 2 * _INDEX)
-    else:
-        kept += s.active * (_WIDE + 3 * _INDEX)
     rank = -(-lora.rank * half // _ALIGNMENT) * _ALIGNMENT // half
     if up:
         kept += s.active * half * (s.hidden + rank)
     if down:
         kept += s.active * half * (s.expert_width + rank)
-    # Shared, by PEFT's own layers: their inputs are kept in float32, as the adapters are.
-    kept += half * s.shared_width
-    if "up_proj" in lora.targets:
-        kept += _WIDE * (s.hidden + lora.rank)
-    if "down_proj" in lora.targets:
-        kept += _WIDE * (s.shared_width + lora.rank)
-    return kept
+    return kept + _feed_forward_kept(s, s.shared_width, lora, half)
 
 
 _KEPT = {
@@ -118,7 +114,7 @@ def passing_per_token(shape: Shape, kind: str, half: int = 2) -> int:
     if kind == "moe":
         # Sums over a token's experts are float32, and so are the gradients of their terms.
         routed = shape.hidden * (2 * _WIDE + half) + 2 * half * shape.expert_width
-        return shape.active * routed + 2 * _WIDE * shape.shared_width
+        return shape.active * routed + 2 * half * shape.shared_width
     return half * (2 * shape.dense_width + 2 * shape.hidden)
 
 
@@ -146,6 +142,16 @@ def activations_per_token(
             found[f"{kind}, kept"] = kinds.count(kind) * each
         passing = max(passing, moment)
     return found | {"while a block runs": passing}
+
+
+def gathered_bytes(shape: Shape, half: int = 2) -> int:
+    """Weights that a rank has beside its own part at a time, where weights are cut between ranks.
+
+    What is outside of blocks stays for a pass. Of blocks it is the one in use, and the buffers in
+    which this one and the next have come.
+    """
+    largest = max(block_parameters(shape, kind) for kind in shape.kinds)
+    return half * (end_parameters(shape) + 3 * largest)
 
 
 def prefill_per_token(shape: Shape, kind: str, half: int = 2) -> int:

@@ -1,14 +1,17 @@
-"""The neural prompt: the text a prompt is made of, and its assembly from token rows."""
+"""The neural prompt: the text it is made of, its layout in pieces, and its assembly."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dragkit.data.packed import TokenPack
+from dragkit.model.host import HostCopy, to_device
+from dragkit_kernels import prompt_tokens
 
 ANSWER_DELIMITER = " | "
 
@@ -39,17 +42,17 @@ class PromptTemplate:
 
 @dataclass(frozen=True, slots=True)
 class NeuralPrompt:
-    """B prompts end to end, with no padding between them.
+    """G prompts end to end, with no padding between them.
 
     Attributes:
-        input_ids: int64 [L] token ids; 0 where a structural vector stands.
-        slot: int64 [L] row of the flattened [B * K] structural vectors at this token, -1 for text.
-        position: int64 [L] index of the token within its own prompt.
+        input_ids: int32 [L] token ids; 0 where a structural vector stands.
+        slot: int32 [L] row of the batch's structural vectors at this token, -1 for text.
+        position: int32 [L] index of the token within its own prompt.
         question: int64 [L] prompt of the token.
-        length: int64 [B] tokens of each prompt.
+        length: int64 [G] tokens of each prompt.
         target_row: int64 [A] tokens whose successor is supervised.
         target_id: int64 [A] that successor.
-        kept: int64 [B] facts that fitted.
+        kept: int64 [G] facts that fitted.
         longest: tokens of a prompt at most, known without looking at the device.
     """
 
@@ -64,11 +67,76 @@ class NeuralPrompt:
     longest: int
 
 
-def _row_lengths(pack: TokenPack, device: torch.device) -> Tensor:
-    return (pack.ptr[1:] - pack.ptr[:-1]).to(device, torch.int64)
+@dataclass(frozen=True, slots=True)
+class PromptLayout:
+    """What B prompts are made of: pieces of text, some behind a structural vector.
+
+    The pieces of a prompt are its prefix, one for each of K facts, the residual slot, the cue and
+    the target; what is absent is empty. Which facts were drawn decides how long prompts are, so
+    their lengths are on the device, and the host asks for them once (`sizes`) to assemble them.
+
+    Attributes:
+        source: int32 [W] token ids of all text.
+        start: int32 [B, K+4] where a piece's text begins in `source`.
+        end: int32 [B, K+4] where the piece ends in its prompt.
+        slot: int32 [B, K+4] the vector in front of its text, -1 for none.
+        kept: int64 [B] facts that fitted.
+    """
+
+    source: Tensor
+    start: Tensor
+    end: Tensor
+    slot: Tensor
+    kept: Tensor
+
+    def sizes(self) -> HostCopy:
+        """Begins to copy the tokens of each prompt, and how many are supervised: int32 [2, B]."""
+        length = self.end[:, -1]
+        return HostCopy(torch.stack([length, length - self.end[:, -2]]))
+
+    def assemble(
+        self, questions: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
+    ) -> NeuralPrompt:
+        """Some of the prompts end to end, without waiting for the device.
+
+        Args:
+            questions: which, in their order; slots still point into the vectors of all.
+            lengths, supervised: of all B prompts, as `sizes` has them.
+        """
+        device, chosen = self.source.device, np.asarray(questions, dtype=np.int64)
+        length, goal = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
+        ptr = np.concatenate([np.zeros(1, dtype=np.int64), length.cumsum()])
+        # The row before a supervised token predicts it.
+        shift = ptr[1:] - goal - 1 - (goal.cumsum() - goal)
+        row = np.arange(goal.sum()) + np.repeat(shift, goal)
+        index, begin, counts, target_row = to_device(device, chosen, ptr, length, row)
+        tokens = prompt_tokens(
+            self.source,
+            self.start,
+            self.end,
+            self.slot,
+            index.int(),
+            ptr=begin.int(),
+            num_tokens=int(ptr[-1]),
+        )
+        return NeuralPrompt(
+            input_ids=tokens.ids,
+            slot=tokens.slot,
+            position=tokens.position,
+            question=tokens.sequence.long(),
+            length=counts,
+            target_row=target_row,
+            target_id=tokens.ids.index_select(0, target_row + 1).long(),
+            kept=self.kept.index_select(0, index),
+            longest=int(length.max(initial=0)),
+        )
 
 
-def assemble_prompt(
+def _row_lengths(pack: TokenPack) -> Tensor:
+    return pack.ptr[1:] - pack.ptr[:-1]
+
+
+def lay_out(
     prefix: TokenPack,
     facts: TokenPack,
     cue: Tensor,
@@ -78,8 +146,8 @@ def assemble_prompt(
     max_tokens: int,
     vectors: bool = True,
     residual: bool = False,
-) -> NeuralPrompt:
-    """Lays prefix, facts, cue and target of every question end to end, by gathers alone.
+) -> PromptLayout:
+    """Prefix, facts, cue and target of every question in their order; nothing waits.
 
     Facts that would push a prompt over `max_tokens` are left out from the last (lowest) up; prefix,
     cue and target always stay whole.
@@ -87,99 +155,49 @@ def assemble_prompt(
     Args:
         prefix: B token rows.
         facts: E token rows, one per fact of the pack.
-        cue: int64 [Q] tokens behind the facts.
+        cue: int32 [Q] tokens behind the facts.
         target: B token rows with their end token, or None when generating.
-        index: int [B, K] selected facts, best first, -1 for none.
+        index: int32 [B, K] selected facts, best first, -1 for none.
         max_tokens: bound on the tokens of one prompt, target included.
-        vectors: put one structural slot before each fact's text.
+        vectors: put one structural slot before each fact's text: row `b * K + k` of the vectors.
         residual: append one more slot behind the facts, row `B * K + b`, for the residual vector.
-
-    Returns:
-        The packed prompts.
     """
-    device = index.device
     batch, capacity = index.shape
-    present = index >= 0
-    row = index.clamp(min=0).long()
-    if facts.ptr.numel() > 1:
-        fact_start = facts.ptr.long()[row]
-        fact_length = _row_lengths(facts, device)[row] + int(vectors)
+    ones = torch.ones((batch, 1), dtype=torch.int32, device=index.device)
+    present, row = index >= 0, index.clamp(min=0)
+    if facts.ptr.shape[0] > 1:
+        fact_start, fact_length = facts.ptr[row], _row_lengths(facts)[row] + int(vectors)
     else:
-        fact_start = torch.zeros_like(row)
-        fact_length = torch.zeros_like(row)
+        fact_start = fact_length = torch.zeros_like(row)
     fact_length = torch.where(present, fact_length, 0)
-    prefix_length = _row_lengths(prefix, device)
-    target_length = (
-        torch.zeros_like(prefix_length) if target is None else _row_lengths(target, device)
-    )
-    fixed = prefix_length + target_length + cue.numel() + int(residual)
-    fits = present & (fact_length.cumsum(1) + fixed[:, None] <= max_tokens)
-    fact_length = torch.where(fits, fact_length, 0)
-
-    # One segment per piece; a token finds its piece by repeat_interleave and its id by an offset
-    # into the concatenation of all token rows.
-    ones = torch.ones_like(prefix_length)
-    lengths = torch.cat(
-        [
-            prefix_length[:, None],
-            fact_length,
-            (ones * int(residual))[:, None],
-            (ones * cue.numel())[:, None],
-            target_length[:, None],
-        ],
-        dim=1,
-    )
-    # What cannot be left out may alone exceed the bound.
-    whole = prefix.max_row + cue.numel() + int(residual) + (0 if target is None else target.max_row)
-    longest = max(whole, min(max_tokens, whole + capacity * (facts.max_row + int(vectors))))
-    empty = torch.zeros(1, dtype=torch.int64, device=device)
-    pieces = [prefix.ids.long(), facts.ids.long(), cue.to(device), empty]
-    base_fact = pieces[0].numel()
-    base_cue = base_fact + pieces[1].numel()
-    base_empty = base_cue + cue.numel()
-    base_target = base_empty + 1
+    texts = [prefix.ids, facts.ids, cue]
+    bases = [0, prefix.ids.shape[0], prefix.ids.shape[0] + facts.ids.shape[0]]
+    target_start = target_length = 0 * ones
     if target is not None:
-        pieces.append(target.ids.long())
-    source = torch.cat(pieces)
-    target_start = (
-        torch.zeros_like(prefix_length) if target is None else target.ptr[:-1].long() + base_target
-    )
-    starts = torch.cat(
-        [
-            prefix.ptr[:-1].long()[:, None],
-            fact_start + (base_fact - int(vectors)),
-            (ones * base_empty)[:, None],
-            (ones * base_cue)[:, None],
-            target_start[:, None],
-        ],
-        dim=1,
-    )
-    pieces_per_prompt = capacity + 4
-    flat_length = lengths.flatten()
-    length = lengths.sum(1)
-    segment = torch.repeat_interleave(flat_length)
-    within = (
-        torch.arange(segment.numel(), device=device)
-        - ((flat_length.cumsum(0) - flat_length)[segment])
-    )
-    piece = segment % pieces_per_prompt
-    question = segment // pieces_per_prompt
-    is_fact = (piece >= 1) & (piece <= capacity)
-    is_slot = is_fact & (within == 0) if vectors else torch.zeros_like(is_fact)
-    slot = torch.where(is_slot, question * capacity + piece - 1, -1)
-    slot = torch.where(piece == capacity + 1, batch * capacity + question, slot)
-    address = starts.flatten()[segment] + within
-    ids = torch.where(slot >= 0, 0, source[torch.where(slot >= 0, 0, address)])
-    position = torch.arange(segment.numel(), device=device) - (length.cumsum(0) - length)[question]
-    supervised = (piece == capacity + 3).nonzero().squeeze(1)
-    return NeuralPrompt(
-        input_ids=ids,
+        texts.append(target.ids)
+        target_start = target.ptr[:-1, None] + (bases[2] + cue.shape[0])
+        target_length = _row_lengths(target)[:, None]
+    prefix_length = _row_lengths(prefix)[:, None]
+    fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
+    fits = present & (fact_length.cumsum(1) + fixed <= max_tokens)
+    lengths = [
+        prefix_length,
+        torch.where(fits, fact_length, 0),
+        int(residual) * ones,
+        cue.shape[0] * ones,
+        target_length,
+    ]
+    starts = [prefix.ptr[:-1, None], fact_start + bases[1], 0 * ones, bases[2] * ones, target_start]
+    number = torch.arange(batch * (capacity + 1), dtype=torch.int32, device=index.device)
+    slot = torch.full((batch, capacity + 4), -1, dtype=torch.int32, device=index.device)
+    if vectors:
+        slot[:, 1 : capacity + 1] = number[: batch * capacity].view(batch, capacity)
+    if residual:
+        slot[:, capacity + 1] = number[batch * capacity :]
+    return PromptLayout(
+        source=torch.cat(texts),
+        start=torch.cat(starts, 1),
+        end=torch.cat(lengths, 1).cumsum(1, dtype=torch.int32),
         slot=slot,
-        position=position,
-        question=question,
-        length=length,
-        target_row=supervised - 1,
-        target_id=ids[supervised],
         kept=fits.sum(1),
-        longest=longest,
     )

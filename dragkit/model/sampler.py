@@ -44,7 +44,8 @@ class FactSampler:
         # Low word: step, high word: seed; Philox mixes the two key words.
         word = (self.seed << 32) | (step & 0xFFFFFFFF)
         signed = word - (1 << 64) if word >= 1 << 63 else word
-        return torch.tensor(signed, dtype=torch.int64, device=device)
+        # Filled in on the device: a copy of a host number would be waited for.
+        return torch.full((), signed, dtype=torch.int64, device=device)
 
     def draw(self, logits: Tensor, graph: PackedGraph, step: int) -> FactSelection:
         """A random subgraph per question; float32 [E] logits."""

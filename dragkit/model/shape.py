@@ -127,10 +127,14 @@ def block_parameters(shape: Shape, kind: str) -> int:
     return count
 
 
+def end_parameters(shape: Shape) -> int:
+    """Frozen parameters outside of blocks: embeddings, output layer and the norm before it."""
+    return 2 * shape.vocab * shape.hidden + shape.hidden
+
+
 def parameters(shape: Shape) -> int:
     """Frozen parameters of the whole model."""
-    ends = 2 * shape.vocab * shape.hidden + shape.hidden
-    return ends + sum(block_parameters(shape, kind) for kind in shape.kinds)
+    return end_parameters(shape) + sum(block_parameters(shape, kind) for kind in shape.kinds)
 
 
 def adapter_parameters(shape: Shape, adapters: Adapters) -> int:

@@ -66,9 +66,15 @@ def _source_digest() -> str:
 
 def weight_facts(model: nn.Module) -> dict[str, JSON]:
     """Digests of a model's weights: all trained values, and some of every frozen tensor."""
+    return frozen_facts(model) | trained_facts(model)
+
+
+def frozen_facts(model: nn.Module) -> dict[str, JSON]:
+    """`weight_facts` of the frozen weights alone, without those that are cut between ranks."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     frozen += list(model.named_buffers())
-    return {"frozen weights": _digest(frozen, whole=False)} | trained_facts(model)
+    whole = [(name, tensor) for name, tensor in frozen if not hasattr(tensor, "device_mesh")]
+    return {"frozen weights": _digest(whole, whole=False)}
 
 
 def trained_facts(model: nn.Module) -> dict[str, JSON]:

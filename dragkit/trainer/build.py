@@ -14,9 +14,11 @@ from dragkit.errors import ConfigError
 from dragkit.model.budget import planned, this_device
 from dragkit.model.encoder import TextEncoder
 from dragkit.model.joint import JointModel
-from dragkit.model.load import generator_shape, load_generator
+from dragkit.model.load import generator_shape, host_memory, load_generator, weight_bytes
 from dragkit.model.retriever import Retriever
-from dragkit.trainer.compile import compile_retriever
+from dragkit.model.sharding import shard
+from dragkit.trainer.agreement import frozen_facts
+from dragkit.trainer.compile import compile_generator, compile_retriever
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
@@ -27,6 +29,8 @@ from dragkit.trainer.source import QuestionSource
 logger = logging.getLogger(__name__)
 
 _BUCKET_SAMPLES = 8
+# Of a machine's memory, what copies of the weights may take while they are loaded.
+_HOST_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +85,7 @@ def setup(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
     return device
 
 
-def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
+def fitted(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
     """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
 
     Raises:
@@ -93,7 +97,7 @@ def fitted(config: TrainConfig, device: torch.device) -> TrainConfig:
     if shape is None:
         logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
         return config
-    config = planned(config, shape, this_device(device))
+    config = planned(config, shape, this_device(device), ranks)
     chosen = config.generator
     logger.info(
         "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",
@@ -109,21 +113,67 @@ def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
     return Retriever(config.retriever, encoder.dim)
 
 
-def build_joint(config: TrainConfig, encoder: TextEncoder, device: torch.device) -> JointPhase:
-    """Phase 2's model with a fresh retriever and projector around the loaded generator."""
+def shards(config: TrainConfig, ranks: Ranks) -> int:
+    """Parts into which the generator's frozen weights are cut; 1 leaves them whole."""
+    return ranks.count if config.run.sharding == "full" else 1
+
+
+def build_joint(
+    config: TrainConfig, encoder: TextEncoder, device: torch.device, ranks: Ranks | None = None
+) -> JointPhase:
+    """Phase 2's model with a fresh retriever and projector around the loaded generator.
+
+    Args:
+        config: of the run; encoder: of its texts; device: where the model goes.
+        ranks: those that may share out the generator's weights; None means this process alone.
+    """
+    ranks = ranks or Ranks()
     retriever = build_retriever(config, encoder)
     torch.manual_seed(config.run.seed + 1)
-    generator = load_generator(config.generator, device, name=config.generator_model)
-    model = JointModel(config, retriever, generator).to(device)
-    return maybe_compile(JointPhase(config, model), model.retriever, config, device)
+    if shards(config, ranks) > 1:
+        model = _sharded(config, retriever, device, ranks)
+    else:
+        generator = load_generator(config.generator, device, name=config.generator_model)
+        model = JointModel(config, retriever, generator)
+    if compiles(config, device):
+        compile_generator(model.generator)
+    phase = JointPhase(config, model.to(device))
+    phase.ranks = ranks
+    return maybe_compile(phase, model.retriever, config, device)
+
+
+def _sharded(
+    config: TrainConfig, retriever: Retriever, device: torch.device, ranks: Ranks
+) -> JointModel:
+    """The joint model with this rank's part of the generator's frozen weights.
+
+    Every rank loads all weights before it cuts them, as many ranks at a time as the machine's
+    memory holds.
+    """
+    name, parts = config.generator_model, shards(config, ranks)
+    mesh = ranks.mesh(device)
+    need = weight_bytes(config.generator, device, name=name)
+    with ranks.in_waves(max(1, int(_HOST_SHARE * host_memory() / need))):
+        generator = load_generator(config.generator, device, name=name, shards=parts)
+        facts = frozen_facts(generator)
+        model = JointModel(config, retriever, generator)
+        shard(generator, mesh, ranks.most)
+    # Parts cannot be compared with one another later on.
+    ranks.require_same(facts)
+    logger.info("the generator's frozen weights are cut between %d ranks", parts)
+    return model
+
+
+def compiles(config: TrainConfig, device: torch.device) -> bool:
+    """Whether the configuration or the device asks for compiled models."""
+    return device.type == "cuda" if config.run.compile is None else config.run.compile
 
 
 def maybe_compile(
     phase: Phase, retriever: Retriever, config: TrainConfig, device: torch.device
 ) -> Phase:
     """Compiles the retriever's forward where the configuration or the device asks for it."""
-    wanted = device.type == "cuda" if config.run.compile is None else config.run.compile
-    if wanted:
+    if compiles(config, device):
         phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
     return phase
 
@@ -152,4 +202,4 @@ def maybe_replay(
         capture,
         max_graphs=config.run.max_cuda_graphs,
     )
-    train.pin = False  # the replay makes page-locked copies of its own
+    train.to_device = False  # the replay copies a batch into the graph's own buffers

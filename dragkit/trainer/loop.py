@@ -195,7 +195,7 @@ class Trainer:
         Of several ranks, each has its slice of every batch, and None where that is empty.
         """
         rows = self.ranks.share(self.train.sampler.batches(self.state.epoch)[self.state.batch :])
-        loaded = self.train.load([own for own in rows if own])
+        loaded = self.train.load([own for own in rows if own], self.device)
         batches = (next(loaded) if own else None for own in rows)
         while window := list(islice(batches, self.config.optim.accumulation_steps)):
             yield window
@@ -253,7 +253,7 @@ class Trainer:
         self, norm: Tensor, batches: list[QuestionBatch], outputs: list[StepOutput]
     ) -> None:
         """Stops before an update that would ruin the weights."""
-        if self.device.type == "cuda":
+        if self.device.type != "cpu":
             # Asked on the device, so that the host does not wait for every step.
             torch._assert_async(torch.isfinite(norm))
             return

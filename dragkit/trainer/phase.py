@@ -74,7 +74,7 @@ class Phase(Protocol):
     ) -> StepOutput:
         """Forward and backward of one micro-batch; gradients add up until the optimizer steps.
 
-        The batch is in host memory, the relations are where the model is.
+        The batch is where the model is or in host memory, the relations are where the model is.
         """
         ...
 
@@ -88,6 +88,10 @@ class Phase(Protocol):
 
     def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
         """Deterministic predictions, one per question of the batch."""
+        ...
+
+    def keep_up(self) -> None:
+        """After the last `predict` of an evaluation: returns when other ranks need nothing more."""
         ...
 
     def heads(self) -> dict[str, Tensor]:

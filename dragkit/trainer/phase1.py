@@ -20,16 +20,6 @@ from dragkit.trainer.phase import Prediction, StepOutput
 from dragkit.trainer.replay import StepReplay
 
 
-def labelled_questions(batches: Sequence[QuestionBatch]) -> int:
-    """Questions of the batches that have a positive fact (host side, before the copy)."""
-    total = 0
-    for batch in batches:
-        graph = batch.graph
-        hit = graph.fact_graph[graph.label > 0.5].long()
-        total += int((torch.bincount(hit, minlength=1) > 0).sum())
-    return total
-
-
 def module_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     """The module's state, sharing memory, under `prefix.`."""
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
@@ -110,7 +100,7 @@ class RetrieverPhase:
 
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Labelled questions of the optimizer step."""
-        return {"questions": labelled_questions(batches)}
+        return {"questions": sum(batch.num_labelled for batch in batches)}
 
     def training_step(
         self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
@@ -142,6 +132,9 @@ class RetrieverPhase:
         """The facts of every question, ranked."""
         logits = self._retrieve(batch, relations).fact_logits
         return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
+
+    def keep_up(self) -> None:
+        """Ranks need nothing from one another."""
 
     def heads(self) -> dict[str, Tensor]:
         """The retriever's tensors."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dragkit.config import TrainConfig
-from dragkit.data.packed import QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch
 from dragkit.losses import balance_weight, retrieval_loss
 from dragkit.model.adapter_watch import AdapterWatch
 from dragkit.model.encoder import RelationStates
@@ -22,30 +23,8 @@ from dragkit.observe.profiling import nvtx_range
 from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.trainer.compile import autocast
 from dragkit.trainer.phase import Prediction, StepOutput
-from dragkit.trainer.phase1 import labelled_questions, module_tensors, rank_facts
+from dragkit.trainer.phase1 import module_tensors, rank_facts
 from dragkit.trainer.ranks import Ranks
-
-
-def _questions(prompt: NeuralPrompt, chosen: Tensor) -> NeuralPrompt:
-    """Some prompts of a pack, int64 [G], as a pack; slots still point into the whole."""
-    place = torch.full_like(prompt.length, -1)
-    place[chosen] = torch.arange(len(chosen), device=chosen.device)
-    token = (place[prompt.question] >= 0).nonzero().squeeze(1)
-    token = token[torch.argsort(place[prompt.question[token]], stable=True)]
-    moved = torch.full_like(prompt.position, -1)
-    moved[token] = torch.arange(len(token), device=token.device)
-    supervised = moved[prompt.target_row] >= 0
-    return NeuralPrompt(
-        input_ids=prompt.input_ids[token],
-        slot=prompt.slot[token],
-        position=prompt.position[token],
-        question=place[prompt.question[token]],
-        length=prompt.length[chosen],
-        target_row=moved[prompt.target_row[supervised]],
-        target_id=prompt.target_id[supervised],
-        kept=prompt.kept[chosen],
-        longest=prompt.longest,
-    )
 
 
 def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:
@@ -104,7 +83,8 @@ class JointPhase:
 
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Labelled questions and supervised tokens of the optimizer step."""
-        return {"questions": labelled_questions(batches), "tokens": _answer_tokens(batches)}
+        labelled = sum(batch.num_labelled for batch in batches)
+        return {"questions": labelled, "tokens": _answer_tokens(batches)}
 
     def _balance(self, from_generator: Tensor, from_labels: Tensor) -> Tensor:
         """Weight of the retrieval loss by the norms of both gradients, over all ranks."""
@@ -118,41 +98,56 @@ class JointPhase:
     def _balances(self) -> bool:
         return self.config.loss.use_grad_norm_balance and self.model.uses_vectors
 
-    def _passes(self, prompt: NeuralPrompt) -> Sequence[Tensor]:
-        """Prompts of each pass, int64 [G], short ones first."""
-        questions = len(prompt.length)
-        order = torch.argsort(prompt.length, stable=True)
-        count = max(self.config.generator.generator_microbatch or questions, 1)
+    def _passes(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Prompts of each pass, short ones first where there are several passes."""
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        count = max(self.config.generator.generator_microbatch or len(order), 1)
         tokens = self.model.generator.tokens_per_pass
-        if tokens is None or min(count, questions) * prompt.longest <= tokens:
-            return order.split(count)
-        # The host must know the lengths to split by them, and waits here for a GPU that has just
-        # finished choosing the facts. Where no pass can be too long it need not.
-        return order.split(split_by_tokens(prompt.length[order].tolist(), tokens, count))
+        sizes = split_by_tokens([lengths[i] for i in order], tokens, count)
+        if len(sizes) == 1:
+            return [list(range(len(order)))]
+        following = iter(order)
+        return [list(islice(following, size)) for size in sizes]
 
     def _generator_passes(
-        self, prompt: NeuralPrompt, vectors: Tensor | None, tokens: float
+        self, prompts: Iterable[NeuralPrompt], vectors: Tensor | None, tokens: float
     ) -> tuple[Tensor, Tensor]:
         """Forward and backward of the generator; gradients reach adapters and `vectors`."""
-        questions, device = prompt.length.shape[0], prompt.length.device
+        device = self.model.cue.device
         loss = torch.zeros((), device=device)
         correct = torch.zeros((), dtype=torch.int64, device=device)
-        for chosen in self._passes(prompt):
-            part = prompt if len(chosen) == questions else _questions(prompt, chosen)
+        for prompt in prompts:
             with nvtx_range("generator"):
-                out = self.model.generator(part, vectors, self.config.loss.eos_loss_weight)
+                out = self.model.generator(prompt, vectors, self.config.loss.eos_loss_weight)
             share = out.loss_sum / tokens
             if share.requires_grad:
                 with nvtx_range("backward"):
                     share.backward()
             loss = loss + share.detach()
             correct = correct + out.num_correct
+        self.model.generator.keep_up(vectors=self.model.uses_vectors)
         return loss, correct
+
+    def _retrieval_loss(self, logits: Tensor, graph: PackedGraph, questions: float) -> Tensor:
+        loss = self.config.loss
+        found = retrieval_loss(
+            logits,
+            graph.label,
+            graph.fact_ptr,
+            rho=loss.rho,
+            margin=loss.margin,
+            max_facts=graph.max_facts,
+        )
+        return found / questions
 
     def training_step(
         self, batch: QuestionBatch, relations: RelationStates, counts: dict[str, float], step: int
     ) -> StepOutput:
-        """Forward and backward of one micro-batch."""
+        """Forward and backward of one micro-batch.
+
+        The host waits for the device once, for the lengths of the prompts, with all work queued
+        that does not depend on them.
+        """
         with nvtx_range("copy"):
             batch = batch.to(relations.states.device)
         model, graph, config = self.model, batch.graph, self.config
@@ -163,7 +158,8 @@ class JointPhase:
             selection = model.sampler.draw(logits, graph, step)
         residual = config.sampler.residual_slot and model.uses_vectors
         with nvtx_range("prompt"):
-            prompt = model.prompt(batch, selection.index, with_target=True, residual=residual)
+            layout = model.layout(batch, selection.index, with_target=True, residual=residual)
+            sizes = layout.sizes()
             ungated, slots = None, None
             if model.uses_vectors:
                 with autocast(config.run.precision, logits.device):
@@ -171,8 +167,14 @@ class JointPhase:
                     slots = model.gate(ungated, selection)
                     if residual:
                         slots = torch.cat([slots, model.residual(output, batch, selection)])
+        with nvtx_range("backward"):
+            retrieval = self._retrieval_loss(logits, graph, counts["questions"])
+            (from_labels,) = torch.autograd.grad(retrieval, logits)
+        with nvtx_range("wait"):
+            lengths, supervised = sizes.wait()
         leaf = None if slots is None else slots.detach().requires_grad_()
-        generator_loss, correct = self._generator_passes(prompt, leaf, counts["tokens"])
+        prompts = (layout.assemble(p, lengths, supervised) for p in self._passes(lengths))
+        generator_loss, correct = self._generator_passes(prompts, leaf, counts["tokens"])
 
         with nvtx_range("backward"):
             roots, gradients = [output.fact_logits], []
@@ -185,17 +187,7 @@ class JointPhase:
                 from_generator = from_generator if found is None else found
                 roots += ends[1:]  # none where every graph of the batch is empty
                 gradients += own
-            retrieval = retrieval_loss(
-                logits,
-                graph.label,
-                graph.fact_ptr,
-                rho=config.loss.rho,
-                margin=config.loss.margin,
-                max_facts=graph.max_facts,
-            )
-            retrieval = retrieval / counts["questions"]
-            (from_labels,) = torch.autograd.grad(retrieval, logits)
-            weight = torch.tensor(config.loss.ret_loss_weight, device=logits.device)
+            weight = torch.full((), config.loss.ret_loss_weight, device=logits.device)
             if self._balances:
                 weight = self._balance(from_generator, from_labels)
             total = from_generator + weight * from_labels
@@ -216,12 +208,13 @@ class JointPhase:
             parts=parts,
             num_questions=graph.num_graphs,
             num_facts=graph.num_facts,
-            num_tokens=prompt.input_ids.numel(),
+            num_tokens=sum(lengths),
         )
 
     def idle_step(self, device: torch.device) -> StepOutput:
         """Takes part in what the ranks add up, with zeros."""
         zero = torch.zeros((), device=device)
+        self.model.generator.keep_up(vectors=self.model.uses_vectors)
         if self._balances:
             self.ranks.add(torch.zeros(2, device=device))
         parts = dict.fromkeys(("generator", "retrieval", "token_accuracy"), zero)
@@ -240,6 +233,10 @@ class JointPhase:
         if self.generates:
             texts = self.model.generate(batch, output, selection, cascade=self.cascade)
         return rank_facts(batch, output.fact_logits, selection, texts)
+
+    def keep_up(self) -> None:
+        """Helps ranks that still generate to the weights that this one has of theirs."""
+        self.model.generator.keep_up()
 
     def heads(self) -> dict[str, Tensor]:
         """The tensors of retriever and projector."""

@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from dragkit.observe.throughput import Throughput
+from dragkit.trainer.compile import compiled_graphs
 from dragkit.trainer.phase import StepOutput
 
 if TYPE_CHECKING:
@@ -113,5 +114,6 @@ class Progress:
                 "facts_per_s": rate.facts_per_s,
                 "tokens_per_s": rate.tokens_per_s,
                 "peak_mem_gib": rate.peak_mem_gib,
+                "compiled_graphs": compiled_graphs(),
             }
         )

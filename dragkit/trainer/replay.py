@@ -11,9 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +19,7 @@ from dragkit.data.capacity import Buckets, Capacity, pad_batch
 from dragkit.data.packed import QuestionBatch
 from dragkit.model.encoder import RelationStates
 from dragkit.observe.profiling import nvtx_range
+from dragkit.trainer.prefetch import join, split
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,6 @@ WARM_UPS = 3
 # Larger batches keep a GPU busy for longer than their launches take, and a graph would hold memory
 # for them beside what the rest of the training uses. An estimate, not a measurement.
 MAX_FACTS = 50_000
-_ALIGN = 64
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
@@ -70,32 +68,6 @@ class CudaCapture:
 def capture_for(device: torch.device) -> Capture | None:
     """What records work on a device; None where there are no CUDA graphs."""
     return CudaCapture(device) if device.type == "cuda" else None
-
-
-def _join(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
-    """The bytes of all tensors in one, each from an aligned place: one copy to the device."""
-    arrays = [tensor.contiguous().numpy().reshape(-1).view(np.uint8) for tensor in tensors]
-    starts = _starts(tensors)
-    joined = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=pin)
-    target = joined.numpy()
-    for start, array in zip(starts, arrays, strict=False):
-        target[start : start + len(array)] = array
-    return joined
-
-
-def _starts(tensors: Sequence[Tensor]) -> list[int]:
-    """Where each tensor begins, and the size of all."""
-    sizes = (-(-tensor.nbytes // _ALIGN) * _ALIGN for tensor in tensors)
-    return list(accumulate(sizes, initial=0))
-
-
-def _split(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of what `_join` joined, with the shapes and dtypes of `like`."""
-    places = zip(like, _starts(like), strict=False)
-    return [
-        joined[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        for tensor, start in places
-    ]
 
 
 def _same_random_numbers(device: torch.device) -> AbstractContextManager:
@@ -164,7 +136,7 @@ class StepReplay:
             batch = pad_batch(batch, capacity)
         with nvtx_range("copy"):
             tensors = [*batch.tensors(), torch.tensor(divisor, dtype=torch.float32)]
-            inputs = _join(tensors, pin=device.type == "cuda")
+            inputs = join(tensors, pin=device.type == "cuda")
             prepared = self._recorded.get(key) if key else None
             if prepared is not None:
                 prepared.inputs.copy_(inputs, non_blocking=True)
@@ -190,7 +162,7 @@ class StepReplay:
         relations: RelationStates,
     ) -> _Prepared:
         """The work on one set of buffers, not yet recorded."""
-        *tensors, divisor = _split(inputs, like)
+        *tensors, divisor = split(inputs, like)
         batch = batch.with_tensors(tensors)
         loss = torch.zeros((), device=inputs.device)
         if self._trained is None:

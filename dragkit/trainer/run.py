@@ -24,6 +24,7 @@ from dragkit.trainer.build import (
     maybe_compile,
     maybe_replay,
     setup,
+    shards,
 )
 from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.loop import Trainer
@@ -79,8 +80,16 @@ class Run:
         self.device = setup(config, self.ranks)
         if config.run.phase == 2:
             # Before anything costs time: the largest input is the one most likely to be missing.
-            self.config = config = fitted(config, self.device)
-            check_generator(config.generator, self.device, name=config.generator_model)
+            self.config = config = fitted(config, self.device, self.ranks.count)
+            parts = shards(config, self.ranks)
+            if config.run.sharding != "none" and parts == 1:
+                logger.warning(
+                    "run.sharding=%s: one rank has nobody to share with, so it holds all weights. "
+                    "Start several with torchrun --nproc-per-node N.",
+                    config.run.sharding,
+                )
+            name = config.generator_model
+            check_generator(config.generator, self.device, name=name, shards=parts)
         with self.ranks.in_turn():
             self.paths = data_paths(config)
         for path in (self.paths.train, self.paths.val, self.paths.test):
@@ -200,11 +209,11 @@ class Run:
             saved = TrainConfig.model_validate(start.json["config"])
             self.config = adopt_saved(self.config, saved, self.explicit, ("retriever", "encoder"))
         config = self.config
-        phase = build_joint(config, self.encoder, self.device)
-        phase.ranks = self.ranks
+        phase = build_joint(config, self.encoder, self.device, self.ranks)
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
-        size = evaluation_batch(config, generator, self.device)
+        size = evaluation_batch(config, generator, self.device, self.ranks.count)
+        size = -self.ranks.most(-size)  # the least: batches are dealt out, and cards may differ
         val_path, test_path = self.paths.val, self.paths.test
         if is_random(config.generator_model):
             logger.warning("random weights answer nothing: no validation, no test, no results.json")

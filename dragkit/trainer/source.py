@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -22,21 +23,27 @@ from dragkit.model.encoder import RelationStates, TextEncoder
 from dragkit.model.generator import Generator
 from dragkit.model.load import generator_shape
 from dragkit.model.prompt import PromptTemplate
+from dragkit.trainer.prefetch import DeviceCopies, ahead
 
 _ON_CPU = 128
 
 
-def evaluation_batch(config: TrainConfig, generator: Generator | None, device: torch.device) -> int:
+def evaluation_batch(
+    config: TrainConfig, generator: Generator | None, device: torch.device, ranks: int = 1
+) -> int:
     """Questions evaluated at once, on a GPU what fits by the plan where the generator has one.
 
-    A decoding step costs a CPU about the same for 32 prompts as for 128.
+    A decoding step costs a CPU about the same for 32 prompts as for 128. Of several ranks that cut
+    the weights between them, each has room for more.
     """
     if device.type == "cpu":
         return _ON_CPU
     shape = None
     if generator is not None:
         shape = generator_shape(config.generator, name=config.generator_model)
-    return EVALUATED if shape is None else make_plan(config, shape, this_device(device)).questions
+    if shape is None:
+        return EVALUATED
+    return make_plan(config, shape, this_device(device), ranks).questions
 
 
 class QuestionSource:
@@ -46,6 +53,9 @@ class QuestionSource:
         path: the JSONL file; config: of the run; encoder: the frozen sentence encoder.
         generator: whose tokeniser makes the prompt rows; None in phase 1.
         batch_size: most questions in a batch.
+
+    Attributes:
+        to_device: whether `load` copies batches to the GPU they are for.
     """
 
     def __init__(
@@ -91,7 +101,7 @@ class QuestionSource:
             seed=config.run.seed,
         )
         self.num_workers = config.data.num_workers
-        self.pin = torch.cuda.is_available()
+        self.to_device = True
 
     def __len__(self) -> int:
         return len(self.store)
@@ -112,8 +122,16 @@ class QuestionSource:
                 "answers with --set generator.max_answers=N, or take these questions out."
             )
 
-    def load(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
-        """Collated batches, by worker processes when so configured."""
+    def load(
+        self, batches: Sequence[Sequence[int]], device: torch.device | None = None
+    ) -> Iterator[QuestionBatch]:
+        """Collated batches, by worker processes when so configured.
+
+        Args:
+            batches: rows of each.
+            device: where they are used. For a GPU a thread makes them ahead and, unless `to_device`
+                is off, copies them there; otherwise they are in host memory.
+        """
         loader = DataLoader(
             range(len(self.store)),  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -121,8 +139,22 @@ class QuestionSource:
             num_workers=self.num_workers,
             worker_init_fn=_ignore_signals,
         )
-        for batch in loader:
-            yield batch.pin_memory() if self.pin else batch
+        made = iter(loader)
+        try:
+            if device is None or device.type != "cuda":
+                yield from made
+            elif self.to_device:
+                copies = DeviceCopies(device)
+                with closing(ahead(made, copies.begin)) as staged:
+                    yield from map(copies.finish, staged)
+            else:
+                with closing(ahead(made, lambda batch: batch)) as staged:
+                    yield from staged
+        finally:
+            if self.num_workers:
+                # After an error its traceback keeps the iterator, which would leave ending the
+                # workers to the exit of the process: they ignore its signal, and it waits for them.
+                made._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

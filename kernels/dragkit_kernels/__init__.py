@@ -25,6 +25,13 @@ from .orders import (
     concat_fact_orders,
     row_order,
 )
+from .prompt import (
+    PromptTokens,
+    prompt_embeddings,
+    prompt_embeddings_ref,
+    prompt_tokens,
+    prompt_tokens_ref,
+)
 from .relation_gate import relation_gate, relation_gate_ref
 from .rows import (
     fact_rows,
@@ -43,6 +50,7 @@ __all__ = [
     "FactGroups",
     "FactOrders",
     "GumbelTopK",
+    "PromptTokens",
     "RowOrder",
     "attention_pool",
     "attention_pool_ref",
@@ -72,6 +80,10 @@ __all__ = [
     "message_passing_parity",
     "message_passing_parity_ref",
     "message_passing_ref",
+    "prompt_embeddings",
+    "prompt_embeddings_ref",
+    "prompt_tokens",
+    "prompt_tokens_ref",
     "relation_gate",
     "relation_gate_ref",
     "relation_sum",

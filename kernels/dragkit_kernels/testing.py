@@ -199,3 +199,29 @@ def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     """Gradients of `out` with respect to every input; zeros for an input without influence."""
     grad = grad.to(out.dtype)
     return list(torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True))
+
+
+class Pieces(NamedTuple):
+    """Prompts in pieces as `prompt_tokens` takes them, and the lengths of all, int32 [B]."""
+
+    source: Tensor
+    start: Tensor
+    end: Tensor
+    slot: Tensor
+    length: Tensor
+
+
+def random_pieces(prompts: int, pieces: int, *, longest: int = 5, seed: int = 0) -> Pieces:
+    """Random text, some pieces empty, about half of the others behind a slot of their own."""
+    draw = torch.Generator().manual_seed(seed)
+    size = (prompts, pieces)
+    text = torch.randint(-1, longest + 1, size, generator=draw).clamp(min=0)
+    source = torch.randint(1, 1000, (int(text.sum()),), generator=draw).int()
+    start = (text.flatten().cumsum(0) - text.flatten()).view(size)
+    vectors = torch.randperm(prompts * pieces, generator=draw).view(size)
+    slot = torch.where(torch.rand(size, generator=draw) < 0.5, vectors, -1)
+    lengths = torch.where(torch.rand(size, generator=draw) < 0.2, 0, text + (slot >= 0))
+    end = lengths.cumsum(1)
+    # Pieces that were left out keep their start and slot, as a prompt's facts do.
+    total = lengths.sum(1)
+    return Pieces(source, *(x.int() for x in (start, end, slot, total)))

@@ -215,6 +215,16 @@ def test_permuted_questions_permute_the_pack(packed: PackedStore, zero_states: o
             assert torch.equal(getattr(first.graph, name)[a:b], getattr(turned.graph, name)[c:d])
 
 
+def test_questions_with_a_positive_fact_are_counted(
+    packed: PackedStore, zero_states: object
+) -> None:
+    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
+    hit = [any(label > 0.5 for label in packed.question(row).labels) for row in range(len(packed))]
+    assert any(hit) and not all(hit)
+    for rows in (range(len(packed)), [hit.index(False)], [hit.index(True), hit.index(False)]):
+        assert collate(rows).num_labelled == sum(hit[row] for row in rows)
+
+
 def test_only_empty_graphs(
     write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
 ) -> None:

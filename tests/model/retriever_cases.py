@@ -110,6 +110,7 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
         None,
         None,
         tuple(range(len(graphs))),
+        num_labelled=0,
     )
 
 

@@ -181,6 +181,39 @@ def test_weights_that_do_not_fit_leave_other_cards_and_parts() -> None:
         assert make_plan(config(), shape, card(24)).fits is fits
 
 
+def test_ranks_share_out_the_weights_only_where_asked_to() -> None:
+    whole = make_plan(config(), SHAPE, card(80), ranks=4)
+    assert whole.components == make_plan(config(), SHAPE, card(80)).components
+    asked = config(run__sharding="full")
+    assert make_plan(asked, SHAPE, card(80)).components == whole.components
+    cut = make_plan(asked, SHAPE, card(80), ranks=4)
+    assert cut.components["frozen weights"] == whole.components["frozen weights"] // 4
+    # Embeddings and output layer, and three times the experts of a block, in half precision.
+    more = 2 * (2 * 131072 * 2688 + 3 * 128 * 2 * 1856 * 2688)
+    name = "frozen weights of others, gathered"
+    assert cut.components[name] == pytest.approx(more, rel=0.03)
+    assert cut.fit["none"] > whole.fit["none"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_that_need_not_hold_all_weights_are_told_so(ranks: int) -> None:
+    with pytest.raises(ConfigError, match="does not fit") as raised:
+        planned(config(), SHAPE, card(60), ranks=ranks)
+    first = str(raised.value).splitlines()[1]
+    assert first == "  --set run.sharding=full"
+    asked = config(run__sharding="full")
+    assert planned(asked, SHAPE, card(60), ranks=ranks).generator.tokens_per_pass is not None
+
+
+def test_more_cards_are_offered_where_their_parts_fit() -> None:
+    found = list(budget.alternatives(config(), SHAPE, card(40)))
+    (offer,) = (line for line in found if "such cards" in line)
+    count = int(offer.split()[0])
+    asked = config(run__sharding="full")
+    assert make_plan(asked, SHAPE, card(40), ranks=count).fits
+    assert not make_plan(asked, SHAPE, card(40), ranks=count // 2).fits
+
+
 def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "this_device", lambda device: DEVICES["H200"])
     settings = config("h200", generator__model=PUBLIC)

@@ -75,9 +75,9 @@ def test_blocks_of_the_policy_run_twice_and_others_once(
     seen = []
     change = decoder._change
 
-    def spy(block, *args):
-        seen.append(block.block_type)
-        return change(block, *args)
+    def spy(norm, mixer, kind, *args):
+        seen.append(kind)
+        return change(norm, mixer, kind, *args)
 
     monkeypatch.setattr(decoder, "_change", spy)
     model = make_model(pattern, torch.float32)

@@ -294,13 +294,44 @@ def test_a_copied_model_computes_with_its_own_adapters():
     assert wrapper(*given).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_values_and_gradients_are_the_eager_ones(backend):
-    """In bfloat16 one graph; other types fall back to the loop, which a graph cannot hold."""
-    model, wrapper = make(torch.bfloat16)
-    given = inputs(dtype=torch.bfloat16)
+def test_compiled_values_and_gradients_are_the_eager_ones(backend, dtype):
+    """One graph in every type, in those too that the library's product refuses or cannot trace."""
+    model, wrapper = make(dtype)
+    given = inputs(dtype=dtype)
     y, ours = value_and_gradients(wrapper, model, *given)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *args: wrapper(*args), backend=backend, fullgraph=True)
     z, theirs = value_and_gradients(compiled, model, *given)
     assert torch.equal(y, z) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("ends", [(3, 3, 9), (0, 9, 9), (9, 9, 9), (2, 5, 9)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_operator_of_a_trace(dtype, ends):
+    x = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+    stack = torch.randn(3, 12, 8, dtype=dtype, requires_grad=True)
+    where = torch.tensor(ends, dtype=torch.int32)
+    owner = torch.searchsorted(where, torch.arange(9), right=True)
+    wanted = torch.einsum("si,soi->so", x, stack[owner])
+    y = torch.ops.dragkit.grouped_product(x, stack, where)
+    torch.testing.assert_close(y, wanted)
+    weight = torch.randn_like(y)
+    ours = torch.autograd.grad((y * weight).sum(), [x, stack])
+    theirs = torch.autograd.grad((wanted * weight).sum(), [x, stack], retain_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    # As an expanded gradient comes, and with the stack frozen.
+    (alone,) = torch.autograd.grad(
+        torch.ops.dragkit.grouped_product(x, stack.detach(), where).sum(), [x]
+    )
+    torch.testing.assert_close(alone, torch.autograd.grad(wanted.sum(), [x])[0])
+
+
+def test_the_operator_is_registered_as_it_behaves():
+    x, stack = torch.randn(9, 8, requires_grad=True), torch.randn(3, 12, 8, requires_grad=True)
+    where = torch.tensor([2, 5, 9], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.dragkit.grouped_product, (x, stack, where))
+    torch.library.opcheck(torch.ops.dragkit.grouped_product, (x, stack.mT.contiguous().mT, where))
+    args = (torch.randn(9, 12), x.detach(), stack.detach(), where)
+    torch.library.opcheck(torch.ops.dragkit.grouped_weight_gradient, args)

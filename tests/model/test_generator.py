@@ -187,3 +187,25 @@ def test_missing_weights_say_where_and_how(tmp_path):
 def test_wrong_generator_dim_is_refused():
     with pytest.raises(ConfigError, match="generator_dim"):
         load_generator(GeneratorConfig(generator_dim=4096), torch.device("cpu"), name="tiny")
+
+
+class Scaled(torch.nn.Embedding):
+    """Embeddings as Gemma has them: looked up, then scaled."""
+
+    def forward(self, ids):
+        return 3.0 * super().forward(ids)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, Scaled])
+def test_vectors_stand_among_the_embeddings_of_the_model(generator, kind, monkeypatch):
+    embedding = kind(64, WIDTH).requires_grad_(False)
+    monkeypatch.setattr(generator, "_embedding", [embedding])
+    prompt = prompt_of([([5, 6, 7], 1, [1]), ([8, 9], 0, [])])
+    vectors = torch.randn(2, WIDTH, requires_grad=True)
+    embeds = generator.embed(prompt, vectors)
+    wanted = embedding(prompt.input_ids).clone()
+    assert torch.equal(generator.embed(prompt, None), wanted)
+    wanted[1], wanted[4] = vectors[0], vectors[1]
+    assert torch.equal(embeds, wanted)
+    (grad,) = torch.autograd.grad(embeds[:5].sum(), vectors)
+    assert torch.equal(grad, torch.ones(2, WIDTH))

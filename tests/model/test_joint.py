@@ -4,68 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
-from dragkit.config import TrainConfig
-from dragkit.data.packed import TokenPack
 from dragkit.losses import retrieval_loss
 from dragkit.model.adapter_watch import DeadAdapterError
-from dragkit.model.joint import JointModel
-from dragkit.model.load import load_generator
-from dragkit.model.prompt import NeuralPrompt
-from dragkit.model.retriever import Retriever
-from dragkit.trainer import phase2
-from dragkit.trainer.phase2 import JointPhase, split_by_tokens
-from tests.model import retriever_cases as cases
-
-
-def _rows(texts, generator):
-    rows = generator.tokenize(texts)
-    ptr = np.cumsum([0] + [len(r) for r in rows])
-    return TokenPack(
-        torch.tensor([i for r in rows for i in r], dtype=torch.int32),
-        torch.tensor(ptr, dtype=torch.int32),
-        max(map(len, rows)),
-    )
-
-
-def make(**sections):
-    settings = {
-        "retriever": {"hidden_dim": 8, "num_reasoning_steps": 2, "dropout": 0.0},
-        "sampler": {"k_facts": 4},
-        "generator": {"model": "tiny", "lora_rank": 2},
-        "loss": {"ret_loss_weight": 0.0},
-    }
-    for name, values in sections.items():
-        settings.setdefault(name, {}).update(values)
-    config = TrainConfig.model_validate(settings)
-    torch.manual_seed(0)
-    generator = load_generator(config.generator, torch.device("cpu"), name="tiny")
-    model = JointModel(config, Retriever(config.retriever, cases.TEXT), generator)
-    return JointPhase(config, model)
-
-
-def make_batch(generator, count=4):
-    rng = np.random.default_rng(0)
-    graphs = [cases.make_graph(rng, 5, 9, 5) for _ in range(count)]
-    batch = cases.pack(graphs, dtype=torch.float32)
-    label = (torch.arange(batch.graph.num_facts) % 4 == 0).float()
-    facts = [f"node {i}, likes, thing {i % 3}\n" for i in range(batch.graph.num_facts)]
-    return replace(
-        batch,
-        graph=replace(batch.graph, label=label),
-        prefix=_rows([f"Question: who is {g}?\n" for g in range(count)], generator),
-        facts=_rows(facts, generator),
-        target=_rows([f" thing {g}" for g in range(count)], generator),
-    )
+from dragkit.trainer.phase2 import split_by_tokens
+from tests.model.joint_cases import make, make_batch, relation_states
 
 
 @pytest.fixture
 def relations():
-    states = cases.relation_states(5, torch.float32)
-    return states
+    return relation_states()
 
 
 def gradients(phase, batch, relations, step=0):
@@ -169,34 +119,27 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
         ([4, 4, 4, 4], 8, 9, [2, 2]),
         ([1, 1, 20, 20], 10, 9, [2, 1, 1]),
         ([1, 1, 1, 1, 1], 100, 2, [2, 2, 1]),
+        ([3, 90, 2], None, 9, [3]),
     ],
 )
 def test_passes_hold_at_most_so_many_tokens_and_prompts(lengths, tokens, count, sizes):
     assert split_by_tokens(lengths, tokens, count) == sizes
 
 
-def test_lengths_are_asked_for_only_where_a_pass_could_be_too_long(monkeypatch):
-    def refuse(*args):
-        raise AssertionError("the host asked for lengths")
-
+def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
     phase = make()
-    monkeypatch.setattr(phase2, "split_by_tokens", refuse)
-    length = torch.tensor([7, 3, 5])
-    empty = torch.zeros(0, dtype=torch.int64)
-    prompt = NeuralPrompt(empty, empty, empty, empty, length, empty, empty, empty, longest=8)
-    for tokens, count in ((None, None), (24, None), (16, 2), (8, 1)):
+    for tokens, count, passes in (
+        (None, None, [[0, 1, 2, 3]]),
+        (22, None, [[0, 1, 2, 3]]),
+        (21, None, [[1, 3, 2], [0]]),
+        (None, 3, [[1, 3, 2], [0]]),
+        (8, 4, [[1, 3], [2], [0]]),
+        (1, None, [[1], [3], [2], [0]]),
+    ):
         phase.model.generator.tokens_per_pass = tokens
         generator = phase.config.generator.model_copy(update={"generator_microbatch": count})
         phase.config = phase.config.model_copy(update={"generator": generator})
-        passes = [chosen.tolist() for chosen in phase._passes(prompt)]
-        assert sum(passes, []) == [1, 2, 0] and max(map(len, passes)) == (count or 3)
-        phase.model.generator.tokens_per_pass = tokens and tokens - 1
-        if tokens:
-            with pytest.raises(AssertionError, match="asked"):
-                phase._passes(prompt)
-    phase.model.generator.tokens_per_pass = 1
-    nothing = replace(prompt, length=empty, longest=0)
-    assert [len(chosen) for chosen in phase._passes(nothing)] == [0]
+        assert phase._passes([9, 3, 7, 3]) == passes
 
 
 @pytest.mark.parametrize(

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from transformers import NemotronHConfig
 
 from dragkit.model import memory
 from dragkit.model.adapters import LORA_TARGETS
-from dragkit.model.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
+from dragkit.model.nemotron_h import (
+    RECOMPUTED,
+    CompiledBlocks,
+    after,
+    decoder,
+    hidden_at_rows,
+    make_pack,
+    mamba_ops,
+)
 from dragkit.model.random_weights import random_config
 from dragkit.model.shape import (
     Adapters,
@@ -63,12 +72,13 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def kept_per_token(model: torch.nn.Module, policy: str) -> float:
+def kept_per_token(model: torch.nn.Module, policy: str, behind: Callable = after) -> float:
     """The same for every token; what does not grow with them is small and left out."""
-    return (kept(model, policy, 2 * TOKENS) - kept(model, policy, TOKENS)) / TOKENS
+    counts = [kept(model, policy, tokens, behind) for tokens in (TOKENS, 2 * TOKENS)]
+    return (counts[1] - counts[0]) / TOKENS
 
 
-def kept(model: torch.nn.Module, policy: str, tokens: int) -> int:
+def kept(model: torch.nn.Module, policy: str, tokens: int, behind: Callable = after) -> int:
     """Bytes of distinct memory that the graph of a pass holds, beside parameters and the pack."""
     base = model.get_base_model()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -84,7 +94,7 @@ def kept(model: torch.nn.Module, policy: str, tokens: int) -> int:
     rows = torch.tensor([tokens - 1])
     embeds = torch.randn(tokens, base.config.hidden_size).bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
-        out = hidden_at_rows(base.model, embeds, batch, rows, OPS, RECOMPUTED[policy])
+        out = hidden_at_rows(base.model, embeds, batch, rows, OPS, RECOMPUTED[policy], behind)
     assert out.requires_grad
     alive = [holder.tensor.untyped_storage() for ref in held if (holder := ref()) is not None]
     return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
@@ -114,6 +124,28 @@ def test_a_block_keeps_what_the_formula_says(
         counts.append(kept_per_token(model, "none"))
     said = memory.kept_per_token(shape, kind, adapters) + memory.input_per_token(shape)
     assert counts[1] - counts[0] == said
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "after"),
+    [("linear_attention", "MM", "MMM"), ("moe", "EM", "EEM"), ("mlp", "-M", "--M")],
+)
+def test_a_compiled_block_keeps_no_more(
+    kind: str, before: str, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph is cut in two where least has to be kept, as it is for a GPU."""
+    stock, counts = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda *a, **k: stock(*a, **k, backend="aot_eager_decomp_partition")
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(specialize_float=True):
+        for pattern in (before, after):
+            model, shape, adapters = build(monkeypatch, pattern, LORA_TARGETS)
+            behind = CompiledBlocks(model.get_base_model().model)
+            counts.append(kept_per_token(model, "none", behind))
+    said = memory.kept_per_token(shape, kind, adapters) + memory.input_per_token(shape)
+    assert 0.95 * said <= counts[1] - counts[0] <= said
 
 
 @pytest.mark.parametrize("policy", list(RECOMPUTED))

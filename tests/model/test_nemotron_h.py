@@ -27,7 +27,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_pr
 TARGETS = (*TARGETS, "experts.up_proj", "experts.down_proj")
 
 
-def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, **settings):
+def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, targets=TARGETS, **settings):
     """Random weights; adapters with random B where a rank is given."""
     torch.manual_seed(0)
     config = toy_config(pattern, **settings)
@@ -41,7 +41,7 @@ def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, **settings):
                 parameter.data.mul_(0.2)
     model.requires_grad_(False)
     if rank is not None:
-        present = [n for n in TARGETS if any(n in name for name, _ in model.named_parameters())]
+        present = [n for n in targets if any(n in name for name, _ in model.named_parameters())]
         config = GeneratorConfig(lora_rank=rank, lora_alpha=4, lora_targets=tuple(present))
         model = add_adapters(model, config)
         for name, parameter in model.named_parameters():
@@ -133,6 +133,42 @@ def test_shapes_of_the_configuration(settings):
     compare(*run_both(make_model("M*-M*", torch.float32, 3, **settings), LENGTHS, WANTED))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"norm_topk_prob": False, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4},
+        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+        {"mlp_bias": True, "moe_latent_size": 16},
+        {"n_routed_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 5},
+    ],
+)
+@pytest.mark.parametrize("rank", [None, 3])
+def test_experts_of_the_configuration(rank, settings, dtype):
+    """Adapters on the shared experts alone, as by default, so that the routed ones are bare."""
+    targets = ("in_proj", "up_proj", "down_proj")
+    settings = settings | {"experts_implementation": "eager"}
+    model = make_model("EM*E", dtype, rank, targets=targets, **settings)
+    for name, buffer in model.named_buffers():
+        if "correction_bias" in name:
+            torch.nn.init.normal_(buffer, std=0.3)
+    compare(*run_both(model, LENGTHS, WANTED), rtol=2e-5 if dtype == torch.float32 else 1e-6)
+
+
+def test_shared_experts_keep_nothing_in_float32(made):
+    """PEFT would cast their inputs to its adapters' type, and keep the casts."""
+    model = make_model("EM", torch.bfloat16, 2, targets=("up_proj", "down_proj"))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    embeds = torch.randn(70, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    with made:
+        hidden_at_rows(decoder_of(model), embeds, pack_of((70,)), torch.tensor([69]), OPS)
+    inner = (70, 24), torch.float32
+    assert (inner[0], torch.bfloat16) in made.tensors and inner not in made.tensors
+
+
 def test_one_question_and_rows_in_any_order():
     model = make_model(dtype=torch.float32)
     compare(*run_both(model, (45,), ([44, 3, 17, 3],)))
@@ -196,6 +232,26 @@ def test_cached_decoding_equals_running_all_tokens_again(pattern):
             close(hidden, wanted, f"after {t} tokens", 2e-5)
             if t < room:
                 hidden = step(decoder, new[:, t], states)
+
+
+@pytest.mark.parametrize("again", [(), ("linear_attention", "full_attention", "moe", "mlp")])
+def test_every_block_is_called_as_a_module(again):
+    model = decoder_of(make_model("ME*-*", torch.float32, 2))
+    seen = []
+    for index, block in enumerate(model.layers):
+        block.register_forward_pre_hook(lambda *_, index=index: seen.append(index))
+    embeds, pack, rows = torch.randn(9, WIDTH), pack_of((9,)), torch.tensor([8])
+    hidden = hidden_at_rows(model, embeds.requires_grad_(), pack, rows, OPS, again)
+    assert seen == [0, 1, 2, 3, 4]
+    hidden.sum().backward()
+    assert seen[5:] == ([4, 3, 2, 1, 0] if again else [])
+    with torch.no_grad():
+        wanted = model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, 8]
+        close(hidden[0].detach(), wanted, "library's pass", 2e-5)
+        seen.clear()
+        _, states = prefill(model, embeds, pack, OPS, 1)
+        step(model, embeds[:1], states)
+    assert seen == [0, 1, 2, 3, 4] * 2
 
 
 def test_padding_of_a_pack():

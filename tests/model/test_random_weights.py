@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from dragkit import evaluate as evaluate_command
 from dragkit.config import GeneratorConfig, load_config
 from dragkit.errors import ConfigError
-from dragkit.model.load import check_experts, check_generator, load_generator
+from dragkit.model.adapters import add_adapters
+from dragkit.model.load import (
+    check_experts,
+    check_generator,
+    check_grouped_product,
+    load_generator,
+)
 from dragkit.model.random_weights import (
     ARCHITECTURES,
     Architecture,
@@ -148,6 +154,26 @@ def test_experts_that_would_stop_a_gpu_are_refused() -> None:
     check_experts(model, torch.device("cuda"))
     dense = SimpleNamespace(layers_block_type=["mlp"], _experts_implementation="eager")
     check_experts(SimpleNamespace(config=dense), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_experts_that_the_grouped_product_refuses_are_refused_on_a_gpu(
+    routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def model(inner: int, dtype: torch.dtype) -> torch.nn.Module:
+        sizes = SMALL.sizes | {"moe_intermediate_size": inner}
+        monkeypatch.setitem(ARCHITECTURES, "narrow", Architecture("ME", sizes))
+        made = random_model("random:narrow", CPU, dtype).requires_grad_(False)
+        targets = ("in_proj", "experts.up_proj") if routed else ("in_proj",)
+        return add_adapters(made, GeneratorConfig(lora_rank=2, lora_targets=targets))
+
+    cuda = torch.device("cuda")
+    check_grouped_product(model(24, torch.bfloat16), cuda)
+    check_grouped_product(model(12, torch.float32), cuda)
+    for inner, dtype in ((12, torch.bfloat16), (24, torch.float64)):
+        check_grouped_product(model(inner, dtype), CPU)
+        with pytest.raises(ConfigError, match="one by one"):
+            check_grouped_product(model(inner, dtype), cuda)
 
 
 def test_training_logs_loss_and_speed_and_claims_no_accuracy(

@@ -16,7 +16,8 @@ from pathlib import Path
 from dragkit.cli import run_main
 from dragkit.config import RunConfig, load_config
 from dragkit.errors import DragkitError
-from dragkit.trainer.ranks import RankError, Ranks, joined
+from dragkit.trainer.ranks import RankError, Ranks
+from dragkit.trainer.torchrun import joined
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 

@@ -25,7 +25,8 @@ from dragkit.errors import ConfigError
 from dragkit.eval.evaluate import evaluate
 from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.phase import Prediction
-from dragkit.trainer.ranks import Ranks, joined
+from dragkit.trainer.ranks import Ranks
+from dragkit.trainer.torchrun import joined
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).parents[2]
@@ -305,6 +306,9 @@ class _Phase:
     def __init__(self, store: PackedStore) -> None:
         self.store = store
 
+    def keep_up(self) -> None:
+        """Nothing to do."""
+
     def predict(self, batch: SimpleNamespace, relations: object) -> list[Prediction]:
         """One prediction per question."""
         found = []
@@ -340,7 +344,7 @@ def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) 
     store = PackedStore.build_or_open(worker.FIXTURE, cache_dir=tmp_path)
     batches = [list(range(8))[start : start + size] for start in range(0, 8, size)]
 
-    def load(rows: list[list[int]]) -> Iterator[SimpleNamespace]:
+    def load(rows: list[list[int]], device: torch.device) -> Iterator[SimpleNamespace]:
         for own in rows:
             batch = SimpleNamespace(rows=own)
             batch.to = lambda device, batch=batch: batch

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dragkit.data.capacity import Buckets, pad_batch
 from dragkit.data.packed import QuestionBatch
 from dragkit.trainer import replay as replay_module
-from dragkit.trainer.replay import _join, _split
+from dragkit.trainer.prefetch import join, split
 from tests.trainer.replay_cases import (
     MICRO_BATCHES,
     Rerun,
@@ -159,8 +159,8 @@ def test_bytes_come_back_as_they_went():
         torch.randn(4, 6).t(),
         torch.tensor(2.5),
     ]
-    joined = _join(tensors, pin=False)
-    views = _split(joined, tensors)
+    joined = join(tensors, pin=False)
+    views = split(joined, tensors)
     for view, tensor in zip(views, tensors, strict=True):
         assert torch.equal(view, tensor) and view.dtype == tensor.dtype
         assert view.untyped_storage().data_ptr() == joined.data_ptr()
@@ -178,14 +178,14 @@ def test_the_step_asks_the_device_for_nothing(made, source, batches):
     names = [name for name, _ in phase.model.named_parameters()]
 
     def work(inputs: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-        batch = padded[0].with_tensors(_split(inputs, padded[0].tensors()))
+        batch = padded[0].with_tensors(split(inputs, padded[0].tensors()))
         given = dict(zip(names, parameters, strict=True))
         phase.forward = lambda *args: functional_call(phase.model, given, args)
         loss = phase.loss(batch, source.relations)
         return (loss, *torch.autograd.grad(loss, parameters))
 
     def joined(batch: QuestionBatch) -> Tensor:
-        return _join(batch.tensors(), pin=False)
+        return join(batch.tensors(), pin=False)
 
     parameters = list(phase.model.parameters())
     traced = make_fx(work, tracing_mode="fake", _allow_non_fake_inputs=True)(

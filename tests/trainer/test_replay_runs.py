@@ -77,9 +77,9 @@ def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monke
     build_module.maybe_replay(phase, source, phase.config, CPU)
     assert phase.replay is None
     monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
-    monkeypatch.setattr(source, "pin", source.pin)
+    monkeypatch.setattr(source, "to_device", True)
     off = phase.config.run.model_copy(update={"cuda_graphs": False})
     build_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
     assert phase.replay is None
     build_module.maybe_replay(phase, source, phase.config, CPU)
-    assert phase.replay is not None and phase.replay.max_graphs == 16
+    assert phase.replay is not None and phase.replay.max_graphs == 16 and not source.to_device

@@ -108,6 +108,43 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
     assert (adapter / "adapter_config.json").is_file()
 
 
+def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    from dragkit.model.nemotron_h.decoder import after_mixer
+    from dragkit.trainer import compile as settings
+
+    counters, stock = {}, torch.compile
+
+    def compile_with(function, **options):
+        counters[function] = CompileCounterWithBackend("eager")
+        return stock(function, **options, backend=counters[function])
+
+    monkeypatch.setattr(torch, "compile", compile_with)
+    lines = {}
+    with (
+        torch.fx.experimental._config.patch(use_duck_shape=True),
+        torch._dynamo.config.patch(recompile_limit=8, specialize_float=True),
+    ):
+        for name, compiled in (("eager", False), ("compiled", True)):
+            torch._dynamo.reset()
+            before = settings.compiled_graphs()
+            start = {"run.phase1_checkpoint": str(tmp_path / "first")}
+            if not compiled:
+                run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+            run(tmp_path, 2, name, **start, **{"run.compile": compiled}).execute()
+            text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+            lines[name] = [found for found in map(json.loads, text) if "train" in found]
+            assert lines[name][-1]["compiled_graphs"] - before == sum(
+                counter.frame_count for counter in counters.values()
+            )
+    # Mamba-2, attention, dense; the last attention computes rows alone, and not compiled.
+    assert counters[after_mixer].frame_count == 3 and len(counters) == 2
+    assert len(lines["eager"]) == len(lines["compiled"]) > 4
+    for ours, theirs in zip(lines["compiled"], lines["eager"], strict=True):
+        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-4)
+
+
 def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dragkit.model.nemotron_h.backends import MambaOps, mamba_ops
-from dragkit.model.nemotron_h.decoder import (
-    RECOMPUTED,
-    State,
-    computes,
-    hidden_at_rows,
-    prefill,
-    step,
-)
+from dragkit.model.nemotron_h.compiled import CompiledBlocks
+from dragkit.model.nemotron_h.decoder import RECOMPUTED, after, computes, hidden_at_rows
+from dragkit.model.nemotron_h.decoding import State, prefill, step
 from dragkit.model.nemotron_h.pack import Pack, make_pack, pad_to_multiple, split_by_tokens
 
 __all__ = [
     "RECOMPUTED",
+    "CompiledBlocks",
     "MambaOps",
     "Pack",
     "State",
+    "after",
     "computes",
     "hidden_at_rows",
     "make_pack",

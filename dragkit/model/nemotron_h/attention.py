@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,21 +30,27 @@ _BLOCK = 64
 
 
 class _CausalAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v below the diagonal; keeps the probabilities for the backward pass."""
+    """softmax(scale q k^T) v below the diagonal; keeps the probabilities for the backward pass.
+
+    Of the rows [N, L, D] only the first `live[i]` have tokens in the i-th block; the rest of a
+    result is not computed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, live: list[int]
+    ) -> Tensor:
         length = query.shape[1]
         future = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=query.dtype, device=query.device)
         future.triu_(1)
         output, kept = torch.empty_like(query), []
-        for start in range(0, length, _BLOCK):
+        for start, n in zip(range(0, length, _BLOCK), live, strict=True):
             end = min(start + _BLOCK, length)
-            score = torch.bmm(query[:, start:end] * scale, key[:, :end].mT)
+            score = torch.bmm(query[:n, start:end] * scale, key[:n, :end].mT)
             size = end - start
             score[:, :, start:] += future[:size, :size]
             probability = score.softmax(-1)
-            output[:, start:end] = torch.bmm(probability, value[:, :end])
+            output[:n, start:end] = torch.bmm(probability, value[:n, :end])
             kept.append(probability)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
@@ -56,15 +63,15 @@ class _CausalAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         for index, probability in enumerate(kept):
             start = index * _BLOCK
-            end = start + probability.shape[1]
-            above = grad[:, start:end]
-            grad_value[:, :end] += torch.bmm(probability.mT, above)
-            grad_score = torch.bmm(above, value[:, :end].mT)
+            n, end = len(probability), start + probability.shape[1]
+            above = grad[:n, start:end]
+            grad_value[:n, :end] += torch.bmm(probability.mT, above)
+            grad_score = torch.bmm(above, value[:n, :end].mT)
             # d softmax: p (g - sum p g)
             grad_score = torch._softmax_backward_data(grad_score, probability, -1, grad.dtype)
-            grad_query[:, start:end] = torch.bmm(grad_score, key[:, :end]) * ctx.scale
-            grad_key[:, :end] += torch.bmm(grad_score.mT, query[:, start:end] * ctx.scale)
-        return grad_query, grad_key, grad_value, None
+            grad_query[:n, start:end] = torch.bmm(grad_score, key[:n, :end]) * ctx.scale
+            grad_key[:n, :end] += torch.bmm(grad_score.mT, query[:n, start:end] * ctx.scale)
+        return grad_query, grad_key, grad_value, None, None
 
 
 def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
@@ -75,28 +82,43 @@ def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
     return x.flatten(0, 1).contiguous()
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int] | None = None
+) -> Tensor:
     """Every token attends to itself and to those before it in its row.
 
-    On a CPU in blocks of queries: its flash attention is slow at small head widths.
+    On a CPU in blocks of queries: its flash attention is slow at small head widths. Their number
+    would make a graph of its own for every length, so a trace takes the library's.
 
     Args:
         query: float [B, L, H, D]; key, value: float [B, L, G, D], each for H / G successive heads.
         scale: of the scores.
+        lengths: of the B rows, descending, for a CPU to leave out what lies behind them; those
+            places of the result hold anything. None: all are L.
 
     Returns:
         float [B, L, H, D].
     """
     repeat = query.shape[2] // key.shape[2]
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or torch.compiler.is_compiling():
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
         ).transpose(1, 2)
+    count = query.shape[2]
+    starts = range(0, query.shape[1], _BLOCK)
+    whole = [query.shape[1]] * len(query) if lengths is None else lengths
+    live = [count * sum(length > start for length in whole) for start in starts]
     heads = _CausalAttention.apply(
-        _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale
+        _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale, live
     )
-    return heads.unflatten(0, (-1, query.shape[2])).transpose(1, 2)
+    return heads.unflatten(0, (-1, count)).transpose(1, 2)
+
+
+def _takes_ragged(query: Tensor) -> bool:
+    """Whether the library's kernel for ragged sequences computes queries [T, H, D] like these."""
+    fits = query.dtype in _RAGGED_TYPES and query.shape[-1] <= _RAGGED_WIDTH
+    return varlen_attn is not None and query.is_cuda and fits
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
@@ -113,8 +135,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     Returns:
         float [T, H, D].
     """
-    ragged = varlen_attn is not None and query.is_cuda and query.dtype in _RAGGED_TYPES
-    if ragged and query.shape[-1] <= _RAGGED_WIDTH:
+    if _takes_ragged(query):
         return varlen_attn(
             query,
             key,
@@ -127,14 +148,18 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
             window_size=(-1, 0),
             **_GROUPED,
         )
-    rows = pack.ptr.shape[0] - 1
-    place = pack.sequence * pack.longest + pack.position
+    rows, row, lengths = pack.ptr.shape[0] - 1, pack.sequence, None
+    if query.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Long ones first: those with tokens behind some place are then the first rows.
+        descending, order = pack.ptr.diff().sort(descending=True, stable=True)
+        row, lengths = torch.argsort(order)[row], descending.tolist()
+    place = row * pack.longest + pack.position
 
     def in_rows(x: Tensor) -> Tensor:
         flat = x.new_zeros(rows * pack.longest, *x.shape[1:])
         return flat.index_copy(0, place, x).unflatten(0, (rows, pack.longest))
 
-    mixed = causal_attention(in_rows(query), in_rows(key), in_rows(value), scale)
+    mixed = causal_attention(in_rows(query), in_rows(key), in_rows(value), scale, lengths)
     return mixed.flatten(0, 1).index_select(0, place)
 
 

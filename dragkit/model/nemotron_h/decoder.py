@@ -1,10 +1,12 @@
-"""The blocks of a Nemotron-H over packs: a training pass, and prefill and step of decoding."""
+"""The blocks of a Nemotron-H over packs of tokens."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Container
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,15 +15,17 @@ from torch.utils.checkpoint import checkpoint
 
 from dragkit.model.nemotron_h.attention import attention_at, packed_attention
 from dragkit.model.nemotron_h.backends import MambaOps
+from dragkit.model.nemotron_h.experts import routed
 from dragkit.model.nemotron_h.lora import adapted_linear
-from dragkit.model.nemotron_h.mixer import MambaState, mamba_mixer, mamba_step
+from dragkit.model.nemotron_h.mixer import mamba_mixer
 from dragkit.model.nemotron_h.pack import Pack
 from dragkit_kernels import gated_rms_norm
 
-_SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
+SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
 # Rows for which calling our norm costs more than its faster passes save.
 _FEW = 256
-_Mixer = Callable[[nn.Module, Tensor], Tensor]
+# Of a block and its input [T, M], the hidden states behind it.
+Compute = Callable[[nn.Module, Tensor], Tensor]
 # `generator.checkpointing` -> kinds of blocks that keep their input alone and compute again.
 RECOMPUTED: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -30,15 +34,18 @@ RECOMPUTED: dict[str, tuple[str, ...]] = {
 }
 
 
-class KeyValues(NamedTuple):
-    """Keys and values of B sequences: float [B, G, S, D] each, and int64 [B] tokens in use."""
+class Mixing(Protocol):
+    """How tokens of a pass see one another: what the mixers of two kinds of blocks compute.
 
-    key: Tensor
-    value: Tensor
-    length: Tensor
+    Attributes:
+        rows: int64 [A] the tokens that a pass goes on with from here on; None is all.
+    """
 
+    rows: Tensor | None
 
-State = MambaState | KeyValues
+    def mamba(self, mixer: nn.Module, hidden: Tensor) -> Tensor: ...
+
+    def attention(self, mixer: nn.Module, hidden: Tensor) -> Tensor: ...
 
 
 def computes(config: object) -> bool:
@@ -48,19 +55,21 @@ def computes(config: object) -> bool:
     return not getattr(config, "attention_dropout", 0.0) and config.mamba_hidden_act == "silu"
 
 
-def _norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    if hidden.shape[0] <= _FEW and not torch.is_grad_enabled():
+def rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    """What a module of the library normalises, float [T, M]."""
+    if not torch.is_grad_enabled() and hidden.shape[0] <= _FEW:
         return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return gated_rms_norm(hidden, None, norm.weight, groups=1, eps=norm.variance_epsilon)
 
 
-def _project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
+def project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
     """Some of query, key and value ("qkv"), each [..., its heads, D]."""
     projected = adapted_linear(hidden, [getattr(mixer, f"{name}_proj") for name in names])
     return tuple(x.unflatten(-1, (-1, mixer.head_dim)) for x in projected)
 
 
-def _joined(mixer: nn.Module, heads: Tensor) -> Tensor:
+def joined(mixer: nn.Module, heads: Tensor) -> Tensor:
+    """The output of attention, float [T, M], from that of its heads, float [T, H, D]."""
     return adapted_linear(heads.flatten(-2), [mixer.o_proj])[0]
 
 
@@ -69,71 +78,112 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
-def _change(block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer) -> Tensor:
-    """What a block adds to the hidden states, float [T, M]."""
-    normed, kind, mixer = _norm(block.norm, hidden), block.block_type, block.mixer
+def _change(norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing) -> Tensor:
+    normed = rms_norm(norm, hidden)
     if kind == "linear_attention":
-        return mamba(mixer, normed)
+        return mixing.mamba(mixer, normed)
     if kind == "full_attention":
-        return attention(mixer, normed)
+        return mixing.attention(mixer, normed)
     if kind == "mlp":
         return _feed_forward(mixer, normed)
-    return mixer(normed[None]).squeeze(0)  # the library's experts take three axes
+    return routed(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
 
 
-def _changed(
-    block: nn.Module, hidden: Tensor, mamba: _Mixer, attention: _Mixer, recompute: Container[str]
+def after_mixer(
+    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing
 ) -> Tensor:
-    """`_change`; a block of a kind in `recompute` keeps `hidden` alone for its backward pass."""
+    """Hidden states behind a block of a kind, given by its two parts; see `after`."""
+    kept = hidden if mixing.rows is None else hidden[mixing.rows]
+    return kept + _change(norm, mixer, kind, hidden, mixing)
+
+
+def after(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
+    """Hidden states behind a block, float [T, M], or [A, M] where `mixing` wants rows alone."""
+    return after_mixer(block.norm, block.mixer, block.block_type, hidden, mixing)
+
+
+def _forward(
+    self: nn.Module, hidden_states: Tensor, compute: Compute | None = None, **kwargs: Any
+) -> Tensor:
+    if compute is None:
+        return type(self).forward(self, hidden_states, **kwargs)
+    return compute(self, hidden_states)
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, compute: Compute, recompute: Container[str] = ()
+) -> Tensor:
+    """Hidden states behind a block, by a call of the block itself.
+
+    What hangs on a module's call, such as the hooks of a sharded one, thus works for our forward as
+    for the library's, which a call without `compute` still runs.
+
+    Args:
+        block: of a `NemotronHModel`; hidden: float [T, M].
+        compute: what to do in it; recompute: kinds of blocks that keep `hidden` alone for their
+            backward pass.
+    """
+    if "forward" not in vars(block):
+        block.forward = types.MethodType(_forward, block)
     if block.block_type not in recompute or not torch.is_grad_enabled():
-        return _change(block, hidden, mamba, attention)
-    return checkpoint(_change, block, hidden, mamba, attention, use_reentrant=False)
+        return block(hidden, compute=compute)
+    return checkpoint(block, hidden, compute=compute, use_reentrant=False)
 
 
-def _pass(
+def run_blocks(
     model: nn.Module,
     embeds: Tensor,
     rows: Tensor,
-    mamba: _Mixer,
-    attend: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    mixing: OverPack,
     recompute: Container[str] = (),
+    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
 ) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
     From the last block on in which tokens see one another, only the wanted ones are computed.
+
+    Args:
+        model, embeds, rows, recompute, behind: see `hidden_at_rows`; mixing: of all its blocks.
+
+    Returns:
+        float [A, M].
     """
     kinds = [block.block_type for block in model.layers]
-    last = max((i for i, kind in enumerate(kinds) if kind in _SEES_OTHER_TOKENS), default=-1)
-
-    def attention(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        query, key, value = _project(mixer, "qkv", hidden)
-        return _joined(mixer, attend(mixer, query, key, value, None))
-
-    def attention_of_rows(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        key, value = _project(mixer, "kv", hidden)
-        (query,) = _project(mixer, "q", hidden[rows])
-        return _joined(mixer, attend(mixer, query, key, value, rows))
-
+    last = max((i for i, kind in enumerate(kinds) if kind in SEES_OTHER_TOKENS), default=-1)
     hidden = embeds if last >= 0 else embeds[rows]
     for index, block in enumerate(model.layers):
         # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
-        if index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu":
-            change = _changed(block, hidden, mamba, attention_of_rows, recompute)
-            hidden = hidden[rows] + change
-            continue
-        hidden = hidden + _changed(block, hidden, mamba, attention, recompute)
-        if index == last:
+        few = index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu"
+        seen = replace(mixing, rows=rows) if few else mixing
+        hidden = run_block(block, hidden, partial(behind, mixing=seen), recompute)
+        if index == last and not few:
             hidden = hidden[rows]
-    return _norm(model.norm_f, hidden)
+    return rms_norm(model.norm_f, hidden)
 
 
-def _attend(
-    mixer: nn.Module, query: Tensor, key: Tensor, value: Tensor, rows: Tensor | None, pack: Pack
-) -> Tensor:
-    """Attention of all tokens, or of those that `query` holds."""
-    if rows is None:
-        return packed_attention(query, key, value, pack, mixer.scaling)
-    return attention_at(query, key, value, pack, rows, mixer.scaling)
+@dataclass(frozen=True)
+class OverPack:
+    """Tokens see the earlier ones of their sequence; a pass goes on with `rows` alone."""
+
+    pack: Pack
+    ops: MambaOps
+    rows: Tensor | None = None
+
+    def mamba(self, mixer: nn.Module, hidden: Tensor) -> Tensor:
+        return mamba_mixer(mixer, hidden, self.pack, self.ops)[0]
+
+    def attention(self, mixer: nn.Module, hidden: Tensor) -> Tensor:
+        if self.rows is None:
+            query, key, value = project(mixer, "qkv", hidden)
+        else:
+            key, value = project(mixer, "kv", hidden)
+            (query,) = project(mixer, "q", hidden[self.rows])
+        return joined(mixer, self.attend(query, key, value, mixer.scaling))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if self.rows is None:
+            return packed_attention(query, key, value, self.pack, scale)
+        return attention_at(query, key, value, self.pack, self.rows, scale)
 
 
 def hidden_at_rows(
@@ -143,6 +193,7 @@ def hidden_at_rows(
     rows: Tensor,
     ops: MambaOps,
     recompute: Container[str] = (),
+    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
 ) -> Tensor:
     """Last hidden states at some tokens, with gradients.
 
@@ -151,82 +202,9 @@ def hidden_at_rows(
         embeds: float [T, M]; pack: of the tokens.
         rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
         recompute: kinds of blocks that are computed again in the backward pass, of `RECOMPUTED`.
+        behind: `after` or its compiled form.
 
     Returns:
         float [A, M].
     """
-
-    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        return mamba_mixer(mixer, hidden, pack, ops)[0]
-
-    return _pass(model, embeds, rows, mamba, partial(_attend, pack=pack), recompute)
-
-
-def prefill(
-    model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, room: int
-) -> tuple[Tensor, list[State]]:
-    """Hidden states at the last tokens, and what the blocks remember of all.
-
-    Args:
-        model, embeds, pack, ops: as above; every sequence has a token.
-        room: tokens that will follow in each sequence.
-
-    Returns:
-        float [B, M], and a state per block in which tokens see one another, in order.
-    """
-    states: list[State] = []
-    last, length = pack.ptr[1:].long() - 1, pack.ptr.diff().long()
-    rows = len(last)
-    place = pack.sequence * (pack.longest + room) + pack.position
-
-    def mamba(mixer: nn.Module, hidden: Tensor) -> Tensor:
-        change, state = mamba_mixer(mixer, hidden, pack, ops, last)
-        states.append(state)
-        return change
-
-    def kept(x: Tensor) -> Tensor:
-        flat = x.new_zeros(rows * (pack.longest + room), *x.shape[1:])
-        flat = flat.index_copy_(0, place, x).unflatten(0, (rows, -1))
-        return flat.transpose(1, 2).contiguous()
-
-    def attend(
-        mixer: nn.Module, query: Tensor, key: Tensor, value: Tensor, wanted: Tensor | None
-    ) -> Tensor:
-        states.append(KeyValues(kept(key), kept(value), length.clone()))
-        return _attend(mixer, query, key, value, wanted, pack)
-
-    return _pass(model, embeds, last, mamba, attend), states
-
-
-def _attention_step(mixer: nn.Module, hidden: Tensor, *, state: KeyValues) -> Tensor:
-    query, key, value = _project(mixer, "qkv", hidden)
-    row = torch.arange(len(hidden), device=hidden.device)
-    state.key[row, :, state.length] = key
-    state.value[row, :, state.length] = value
-    state.length.add_(1)
-    slot = torch.arange(state.key.shape[2], device=hidden.device)
-    unseen = (slot >= state.length[:, None])[:, None, None]
-    # Written out: one query a head leaves nothing to the library's kernels.
-    query = query.unflatten(1, (key.shape[1], -1)) * mixer.scaling
-    score = (query @ state.key.mT).masked_fill_(unseen, float("-inf"))
-    wide = torch.promote_types(score.dtype, torch.float32)
-    heads = score.softmax(-1, dtype=wide).to(query.dtype) @ state.value
-    return _joined(mixer, heads.flatten(1, 2))
-
-
-def step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
-    """Hidden states of one more token of every sequence; the states move on in place.
-
-    Args:
-        model: as above; embeds: float [B, M]; states: of `prefill`.
-
-    Returns:
-        float [B, M].
-    """
-    remembered = iter(states)
-    hidden = embeds
-    for block in model.layers:
-        state = next(remembered) if block.block_type in _SEES_OTHER_TOKENS else None
-        mamba = partial(mamba_step, state=state)
-        hidden = hidden + _change(block, hidden, mamba, partial(_attention_step, state=state))
-    return _norm(model.norm_f, hidden)
+    return run_blocks(model, embeds, rows, OverPack(pack, ops), recompute, behind)

@@ -1,7 +1,8 @@
-"""Routed experts under LoRA: every token meets its experts' low-rank factors, never W + B A.
+"""Routed experts, with LoRA or without: products over groups of rows, never a loop over experts.
 
-PEFT adapts the stacked weights of all experts before each forward. Here the rows of a forward are
-sorted by expert once, and each projection is x W^T + s (x A^T) B^T over the groups.
+The rows of a forward are sorted by expert once. Under LoRA every token meets its experts' low-rank
+factors, x W^T + s (x A^T) B^T over the groups, where PEFT adapts the stacked weights of all experts
+before each forward.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dragkit.model.nemotron_h.grouped import ALIGNMENT, grouped_product, library_takes
+
 _PROJECTIONS = ("up_proj", "down_proj")
-# Rows of the operands of a grouped product begin at multiples of this many bytes.
-_ALIGNMENT = 16
 
 
 class _Factors(NamedTuple):
@@ -37,61 +38,28 @@ class _TakeRows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        return x[index // copies if copies > 1 else index]
+        # Faster than x[index] on a CPU.
+        return x.index_select(0, index // copies if copies > 1 else index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        rows = grad[inverse]
+        rows = grad.index_select(0, inverse)
         if ctx.copies > 1:
             rows = rows.view(-1, ctx.copies, grad.shape[1]).sum(1)
         return rows, None, None, None
 
 
-def _grouped_mm_takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the library's grouped product computes x [S, I] by weight [E, O, I]."""
-    compiling = torch.compiler.is_compiling()
-    # When traced, it knows bfloat16 alone.
-    kinds = (torch.bfloat16,) if compiling else (torch.bfloat16, torch.float16, torch.float32)
-    if not hasattr(F, "grouped_mm") or x.dtype not in kinds:
-        return False
-    if x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) < (8, 0):
-        return False
-    widths = weight.shape[1:]
-    if any(width * x.dtype.itemsize % _ALIGNMENT for width in widths):
-        return False
-    # Weights mapped from a file may begin anywhere.
-    return compiling or weight.data_ptr() % _ALIGNMENT == 0
-
-
-def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of group e by weight[e]^T.
-
-    Args:
-        x: float [S, I], sorted by group; weight: float [E, O, I]; ends: int32 [E], where the groups
-            end.
-
-    Returns:
-        float [S, O].
-    """
-    if _grouped_mm_takes(x, weight):
-        return F.grouped_mm(x, weight.mT, offs=ends)
-    begins = [0, *ends.tolist()]
-    sizes = [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
-    pairs = zip(x.split(sizes), weight.unbind(0), strict=True)
-    return torch.cat([rows @ matrix.mT for rows, matrix in pairs])
-
-
 def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) -> Tensor:
-    y = _grouped(x, weight, ends)
+    y = grouped_product(x, weight, ends)
     if factors is None:
         return y
     down, up = factors.down.to(x.dtype), factors.up.to(x.dtype).contiguous()
     # A rank that fills no whole 16 bytes: zeros beside it change no product.
-    step = _ALIGNMENT // x.dtype.itemsize
+    step = ALIGNMENT // x.dtype.itemsize
     if missing := -down.shape[1] % step:
         down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    return y.add_(_grouped(_grouped(x, down, ends) * factors.scale, up, ends))
+    return y.add_(grouped_product(grouped_product(x, down, ends) * factors.scale, up, ends))
 
 
 def routed_experts(
@@ -157,6 +125,32 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     if plan is None:
         return type(self).forward(self, *args, **kwargs)
     return routed_experts(*args, *plan)
+
+
+def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
+    """What the routed experts of a `NemotronHMoE` add, without its shared ones.
+
+    Args:
+        mixer: with adapters or without; hidden: float [T, M].
+
+    Returns:
+        float [T, M].
+    """
+    _, weights, index = mixer.gate(hidden)
+    latent = mixer.fc1_latent_proj(hidden)
+    plan = _plan(mixer.experts)
+    if plan is None:
+        return mixer.fc2_latent_proj(mixer.experts(latent, index, weights))
+    return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *plan))
+
+
+def by_groups(mixer: nn.Module) -> bool:
+    """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product."""
+    plan = _plan(mixer.experts)
+    if plan is None:
+        return False
+    stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
+    return all(library_takes(weight) for weight in stacks)
 
 
 def install_grouped_experts(model: nn.Module) -> int:

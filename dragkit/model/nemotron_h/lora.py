@@ -148,9 +148,8 @@ def adapted_linear(
     alike = {base.bias is None for base in bases}
     scales = {layer.scaling[n] for layer, n in zip(layers, names, strict=True) if n is not None}
     inner, outer = x.shape[-1], sum(widths)
-    few = x.numel() // max(inner, 1) * (inner + outer) < inner * outer
     alone = None in names or len(scales) > 1 or len(alike) > 1
-    if few or alone or not _exact(x, layers, names):
+    if alone or not _exact(x, layers, names) or _few(x, inner, outer):
         one = len(layers) == 1 and type(bases[0]) is nn.Linear
         if sizes is not None and one and (names[0] is not None or layers[0] is bases[0]):
             return tuple(_cut(x, layers[0], names[0], sizes))
@@ -163,6 +162,13 @@ def adapted_linear(
     weight = _joined([base.weight for base in bases])
     bias = None if bases[0].bias is None else _joined([base.bias for base in bases])
     return _AdaptedLinear.apply(x, weight, bias, sizes or widths, down, scales.pop(), *up)
+
+
+def _few(x: Tensor, inner: int, outer: int) -> bool:
+    """Whether W + s B A costs more than it saves for the rows of x; a trace takes them as many."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.numel() // max(inner, 1) * (inner + outer) < inner * outer
 
 
 def _exact(x: Tensor, layers: Sequence[nn.Module], names: Sequence[str]) -> bool:

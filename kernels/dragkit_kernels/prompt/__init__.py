@@ -1,0 +1,122 @@
+"""Prompts of text and structural vectors: which tokens they are, and their embeddings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backend import resolve_backend
+from ..checks import check_float, check_index, check_shape, widest
+from . import op as _op  # noqa: F401  (registers the ops)
+from .reference import prompt_embeddings_ref, prompt_tokens_ref
+
+__all__ = [
+    "PromptTokens",
+    "prompt_embeddings",
+    "prompt_embeddings_ref",
+    "prompt_tokens",
+    "prompt_tokens_ref",
+]
+
+
+class PromptTokens(NamedTuple):
+    """T tokens of G prompts end to end.
+
+    Attributes:
+        ids: int32 [T] token ids, 0 where a structural vector stands.
+        slot: int32 [T] which vector that is, -1 for text.
+        position: int32 [T] place of the token in its prompt.
+        sequence: int32 [T] prompt of the token, 0..G-1.
+    """
+
+    ids: Tensor
+    slot: Tensor
+    position: Tensor
+    sequence: Tensor
+
+
+def prompt_tokens(
+    source: Tensor,
+    start: Tensor,
+    end: Tensor,
+    slot: Tensor,
+    question: Tensor,
+    *,
+    ptr: Tensor,
+    num_tokens: int,
+    backend: str = "auto",
+) -> PromptTokens:
+    """Some of B prompts end to end, each made of P pieces, which may be empty.
+
+    A piece is a run of text, behind one structural vector where it has a slot. Piece p of prompt b
+    takes the places end[b, p-1] to end[b, p] of the prompt.
+
+    Args:
+        source: int32 [W] token ids of all text.
+        start: int32 [B, P] where a piece's text begins in `source`.
+        end: int32 [B, P] ascending, where the piece ends in its prompt.
+        slot: int32 [B, P] the vector in front of the piece, -1 for none.
+        question: int32 [G] which prompts, in their order.
+        ptr: int32 [G+1] where these begin in the result and where the last ends, that is the sums
+            of their `end[:, -1]`; num_tokens: T, the last of them.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        The tokens, which have no gradient.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    op = "prompt_tokens"
+    check_shape(op, "source", source, (None,))
+    check_shape(op, "start", start, (None, None))
+    check_shape(op, "end", end, tuple(start.shape))
+    check_shape(op, "slot", slot, tuple(start.shape))
+    check_shape(op, "question", question, (None,))
+    check_shape(op, "ptr", ptr, (question.shape[0] + 1,))
+    check_index(op, source=source, start=start, end=end, slot=slot, question=question, ptr=ptr)
+    triton = resolve_backend(op, source, backend) == "triton"
+    found = torch.ops.dragkit.prompt_tokens_fwd(
+        source, start, end, slot, question, ptr, num_tokens, triton
+    )
+    return PromptTokens(*found)
+
+
+def prompt_embeddings(
+    table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """out_t = table[ids_t], or vectors[slot_t] where a structural vector stands.
+
+    Backward: dvectors_s = grad at the token of slot s, 0 where it stands at none.
+
+    Args:
+        table: float [V, M], frozen.
+        ids: int32 [T] rows of the table, any valid one where there is a slot.
+        vectors: float [S, M], rounded to the dtype of the table.
+        slot: int32 [T] rows of `vectors`, -1 for text; no two tokens have the same slot.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        [T, M] with the dtype of `table`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the table requires a gradient.
+        RuntimeError: Triton was asked for where it cannot run.
+    """
+    op = "prompt_embeddings"
+    check_shape(op, "table", table, (None, None))
+    check_shape(op, "ids", ids, (None,))
+    check_shape(op, "vectors", vectors, (None, table.shape[1]))
+    check_shape(op, "slot", slot, tuple(ids.shape))
+    check_float(op, table=table, vectors=vectors)
+    check_index(op, ids=ids, slot=slot)
+    if table.requires_grad:
+        raise ValueError(
+            f"{op}: table {list(table.shape)} requires a gradient, which this op does not have; "
+            "freeze the token embeddings"
+        )
+    triton = resolve_backend(op, widest(table, vectors), backend) == "triton"
+    return torch.ops.dragkit.prompt_embeddings_fwd(table, ids, vectors, slot, triton)

@@ -1,0 +1,185 @@
+"""Triton forward of prompt_tokens and prompt_embeddings."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import Budget, KernelSpec, Tile, WideTile
+
+TOKEN_TILE = Tile(128, 4)
+# Few rows, many columns.
+EMBEDDING_TILE = WideTile(rows=4, columns=256, num_warps=4)
+
+
+@triton.jit
+def _first_above(ends_ptr, size, steps, value):
+    """The first of `size` ascending numbers that is above the value, or the last of them."""
+    low = tl.zeros_like(value)
+    high = low + size - 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        above = tl.load(ends_ptr + middle) > value
+        low = tl.where(above, low, tl.minimum(middle + 1, high))
+        high = tl.where(above, middle, high)
+    return low
+
+
+@triton.jit(
+    do_not_specialize=["num_prompts", "num_pieces", "num_tokens", "prompt_steps", "piece_steps"]
+)
+def _prompt_tokens_fwd_kernel(
+    source_ptr,
+    start_ptr,
+    end_ptr,
+    slot_ptr,
+    question_ptr,
+    begin_ptr,
+    ids_ptr,
+    slots_ptr,
+    position_ptr,
+    sequence_ptr,
+    num_prompts,
+    num_pieces,
+    num_tokens,
+    prompt_steps,
+    piece_steps,
+    BLOCK_T: tl.constexpr,
+):
+    """A token finds its prompt among their ends, and its piece among those of the prompt."""
+    offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    sequence = _first_above(begin_ptr + 1, num_prompts, prompt_steps, offs_t)
+    position = offs_t - tl.load(begin_ptr + sequence)
+    first = tl.load(question_ptr + sequence).to(tl.int64) * num_pieces
+    piece = _first_above(end_ptr + first, num_pieces, piece_steps, position)
+    at = first + piece
+    slot = tl.load(slot_ptr + at)
+    within = position - tl.load(end_ptr + at - 1, mask=piece > 0, other=0)
+    filled = slot >= 0
+    structural = filled & (within == 0)
+    address = tl.load(start_ptr + at).to(tl.int64) + within - filled.to(tl.int32)
+    ids = tl.load(source_ptr + address, mask=mask_t & (structural == 0), other=0)
+    tl.store(ids_ptr + offs_t, ids, mask=mask_t)
+    tl.store(slots_ptr + offs_t, tl.where(structural, slot, -1), mask=mask_t)
+    tl.store(position_ptr + offs_t, position, mask=mask_t)
+    tl.store(sequence_ptr + offs_t, sequence, mask=mask_t)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _prompt_embeddings_fwd_kernel(
+    table_ptr,
+    ids_ptr,
+    vectors_ptr,
+    slot_ptr,
+    out_ptr,
+    num_tokens,
+    num_columns,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out_t = vectors[slot_t] where there is a slot, else table[ids_t]."""
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < num_tokens
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = (offs_c < num_columns)[None, :]
+    slot = tl.load(slot_ptr + offs_t, mask=mask_t, other=-1)
+    ids = tl.load(ids_ptr + offs_t, mask=mask_t, other=0)
+    filled = (slot >= 0)[:, None]
+    at = ids[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+    text = tl.load(table_ptr + at, mask=mask_t[:, None] & mask_c & (filled == 0), other=0.0)
+    at = slot[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+    vector = tl.load(vectors_ptr + at, mask=filled & mask_c, other=0.0)
+    value = tl.where(filled, vector.to(text.dtype), text)
+    at = offs_t[:, None] * num_columns + offs_c[None, :]
+    tl.store(out_ptr + at, value, mask=mask_t[:, None] & mask_c)
+
+
+def prompt_tokens_fwd(
+    source: Tensor,
+    start: Tensor,
+    end: Tensor,
+    slot: Tensor,
+    question: Tensor,
+    ptr: Tensor,
+    num_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Launches the searches; see `dragkit::prompt_tokens_fwd`."""
+    out = tuple(source.new_empty(num_tokens) for _ in range(4))
+    if num_tokens == 0:
+        return out
+    prompts, pieces = question.shape[0], start.shape[1]
+    _prompt_tokens_fwd_kernel[(triton.cdiv(num_tokens, TOKEN_TILE.block),)](
+        *(x.contiguous() for x in (source, start, end, slot, question, ptr)),
+        *out,
+        prompts,
+        pieces,
+        num_tokens,
+        (prompts - 1).bit_length(),
+        (pieces - 1).bit_length(),
+        BLOCK_T=TOKEN_TILE.block,
+        num_warps=TOKEN_TILE.num_warps,
+    )
+    return out
+
+
+def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
+    """Launches the gathers; see `dragkit::prompt_embeddings_fwd`."""
+    out = table.new_empty(ids.shape[0], table.shape[1])
+    if out.numel() == 0:
+        return out
+    _prompt_embeddings_fwd_kernel[EMBEDDING_TILE.grid(*out.shape)](
+        *(x.contiguous() for x in (table, ids, vectors, slot)),
+        out,
+        *out.shape,
+        BLOCK_T=EMBEDDING_TILE.rows,
+        BLOCK_C=EMBEDDING_TILE.columns,
+        **EMBEDDING_TILE.options,
+    )
+    return out
+
+
+def embedding_spec(kernel: object, budget: Budget, **types: str) -> KernelSpec:
+    """Specification of a kernel over tokens and columns; `types` are those of its floats."""
+    constants = {"BLOCK_T": EMBEDDING_TILE.rows, "BLOCK_C": EMBEDDING_TILE.columns}
+    found = {
+        name: "*i32" if name.endswith("_ptr") else "i32"
+        for name in kernel.arg_names
+        if name not in constants
+    }
+    return KernelSpec(
+        kernel,
+        types={**found, **types},
+        constants=constants,
+        num_warps=EMBEDDING_TILE.num_warps,
+        budget=budget,
+        divisible=("num_columns",),
+        max_registers=EMBEDDING_TILE.max_registers,
+    )
+
+
+KERNELS = (
+    KernelSpec(
+        _prompt_tokens_fwd_kernel,
+        types={
+            name: "*i32" if name.endswith("_ptr") else "i32"
+            for name in _prompt_tokens_fwd_kernel.arg_names
+            if name != "BLOCK_T"
+        },
+        constants={"BLOCK_T": TOKEN_TILE.block},
+        num_warps=TOKEN_TILE.num_warps,
+        budget=Budget(registers=40, shared=0),
+    ),
+    *(
+        embedding_spec(
+            _prompt_embeddings_fwd_kernel,
+            Budget(registers=48, shared=4096, wide_loads=2),
+            table_ptr=table,
+            out_ptr=table,
+            vectors_ptr=vectors,
+        )
+        for table in ("*bf16", "*fp32")
+        for vectors in ("*bf16", "*fp32")
+    ),
+)
