@@ -34,6 +34,7 @@ from dragkit.model.prompt import NeuralPrompt
 from dragkit.model.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
 from dragkit.observe.flops import active_weights
 from dragkit.trainer.build import build_joint
+from dragkit.trainer.compile import compile_generator
 
 pytestmark = pytest.mark.timeout(1800)
 _WHOLE = "nemotron-3-nano-30b-a3b"
@@ -130,6 +131,25 @@ def _prompts(config: TrainConfig, cache_dir: Path) -> tuple[NeuralPrompt, list[N
     return prompt(rows), parts, file.name
 
 
+def _check(step: _Step, whole: NeuralPrompt, dtype: torch.dtype) -> None:
+    """Both formulations agree in the loss and, by its norm, in every gradient.
+
+    In half precision rounding sends some tokens to other experts, which no tolerance for single
+    numbers covers.
+
+    Raises:
+        ValueError: they do not.
+    """
+    loss, gradient = (1e-2, 0.15) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+    ours = step.packed(whole)
+    mine = step.gradients()
+    check_agreement("loss", ours, step.earlier(), loss)
+    for place, (a, b) in enumerate(zip(mine, step.gradients(), strict=True)):
+        off = float((a.float() - b.float()).norm() / b.float().norm())
+        if not off <= gradient:
+            raise ValueError(f"gradient {place}: differs from ours by {off:.1e} of it; not timed")
+
+
 @pytest.mark.full
 def test_joint_step(
     timed: Callable[..., Comparison],
@@ -162,16 +182,8 @@ def test_joint_step(
     vectors = 0.02 * torch.randn(slots, generator.dim, generator=draw)
     step = _Step(generator, parts, vectors.to(DEVICE, dtype).requires_grad_())
 
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
-    check_agreement("loss", step.packed(whole), ours := step.earlier(), tolerance)
-    assert torch.isfinite(ours)
-    step.gradients()
-    step.packed(whole)
-    mine = step.gradients()
-    step.earlier()
-    for place, (a, b) in enumerate(zip(mine, step.gradients(), strict=True)):
-        check_agreement(f"gradient {place}", a, b, tolerance)
-    tallies = [Tally(weights=active_weights(model)) for _ in range(2)]
+    _check(step, whole, dtype)
+    tallies = [Tally(weights=active_weights(model)) for _ in range(3)]
 
     def counted(run: Callable[[], object], tally: Tally) -> Callable[[], object]:
         def call() -> object:
@@ -181,10 +193,18 @@ def test_joint_step(
 
         return call
 
+    def way(label: str, run: Callable[[], object], tally: Tally) -> Way:
+        return Way(label, counted(run, tally), _QUESTIONS, 1, tally)
+
     ways = [
-        Way("packs", counted(lambda: step.packed(whole), tallies[0]), _QUESTIONS, 1, tallies[0]),
-        Way("earlier formulation", counted(step.earlier, tallies[1]), _QUESTIONS, 1, tallies[1]),
+        way("packs", lambda: step.packed(whole), tallies[0]),
+        way("earlier formulation", step.earlier, tallies[1]),
     ]
+    if DEVICE.type == "cuda":  # what training does there
+        compiled = Generator(model, generator.tokenizer)
+        compile_generator(compiled)
+        again = _Step(compiled, parts, step.vectors)
+        ways.insert(0, way("packs, compiled", lambda: again.packed(whole), tallies[2]))
     about = {
         "model": name,
         "questions from": data,

@@ -62,7 +62,8 @@ def _torch_embeddings(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor)
     torch.index_select(table, 0, ids, out=out[:size])
     token = _token_of(slot, vectors.shape[0])
     out.index_copy_(0, torch.where(token < 0, size, token), vectors.to(table.dtype))
-    return out[:size]
+    # Not a view, which compiled blocks would take for another kind of input.
+    return out.resize_(size, table.shape[1])
 
 
 def _embeddings_fake(table: Tensor, ids: Tensor, *rest: object) -> Tensor:
