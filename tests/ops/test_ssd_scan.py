@@ -125,20 +125,6 @@ def test_extreme_steps(step: float, dtype: torch.dtype) -> None:
     check(inputs, position, tolerance=rough)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_heads_whose_decays_have_no_factors_beside_such_that_have(dtype: torch.dtype) -> None:
-    position = positions(ORDERS[2])
-    inputs = make_inputs(len(position), (6, 5, 2, 4), dtype)
-    inputs[1] = 0.5 + inputs[1].clamp(max=0.5)
-    # Binary logarithms of a whole chunk spread by 0.02 to 600, of some heads just below the limit.
-    inputs[2] = -torch.tensor([0.001, 20.0, 2.0, 1.9, 0.3, 12.0], dtype=dtype)
-    sizes = slabs.Sizes.of(inputs[0], inputs[3])
-    (span,) = sizes.slabs()
-    slab = slabs.Slab(sizes, span, *inputs[:4], position, dtype)
-    assert slab.alone == [1, 2]
-    check(inputs, position)
-
-
 def test_ten_thousand_tokens_in_float32() -> None:
     inputs = make_inputs(10_000, (2, 4, 1, 6), torch.float32)
     # Slow and fast heads: a memory of thousands of tokens, and one of a few.

@@ -44,12 +44,12 @@ def ssd_scan_ref(
         # Into memory that has served: new pages cost more than a pass over the numbers.
         part = torch.bmm(reads, states[:-1].flatten(0, 1), out=slab.weighted).view(slab.shape)
         part.mul_(slab.from_start)
-        score = slab.masked(reads @ slab.into.mT)
-        own = torch.bmm(score, slab.wide(slab.value * slab.below)).view(slab.shape)
-        part.addcmul_(own, slab.above)
-        for r in slab.alone:
-            seen = slab.kept(r, slab.room(sizes.chunk)).mul_(score)
-            slab.head(part, r).add_(torch.bmm(seen, slab.head(slab.value, r)))
+        score, kept = reads @ slab.into.mT, slab.room(sizes.chunk)
+        own = slab.room(sizes.width)
+        for r in range(sizes.heads):
+            seen = slab.kept(r, kept).mul_(score)
+            # Added by itself: baddbmm_ with gaps in its result is a loop over matrices.
+            slab.head(part, r).add_(torch.bmm(seen, slab.head(slab.value, r), out=own))
         own_rows = slab.by_row(part, y.shape[1:])
         torch.addcmul(own_rows, x[slab.rows], skip, out=y[slab.rows])
     return y

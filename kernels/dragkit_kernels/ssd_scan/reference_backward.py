@@ -128,7 +128,7 @@ def _slab_gradients(
     slab.pass_back(d_states)
     d_after = d_states[1:].flatten(0, 1)
     d_value = torch.bmm(slab.into, d_after).view(slab.shape).mul_(slab.to_end)
-    d_into = d_out_of = d_log = None
+    d_into = d_out_of = d_score = d_log = None
     if to_into:
         d_into = slab.weighted @ d_after.mT
     if to_out_of:
@@ -141,33 +141,26 @@ def _slab_gradients(
         # Whatever is in the state after the chunk has passed the chunk's end.
         passed = states[1:].mul_(d_states[1:]).sum(2)
         d_log[:, :, -1] += passed.unflatten(2, (heads, width)).sum(3)
+    room = room.view(slab.shape)
 
-    # Within chunks. The part of a row in its own result stands aside: no decay enters it, and it
-    # would drown the small gradients of strong decays.
-    score = slab.masked(reads @ slab.into.mT)
+    # Within chunks, one head of every group at a time. The part of a row in its own result stands
+    # aside: no decay enters it, and it would drown the small gradients of strong decays.
+    score, d_score = reads @ slab.into.mT, slab.room(chunk).zero_() if to_score else None
     own_score = score.diagonal(dim1=1, dim2=2).clone().view(n, groups, chunk, 1)
     score.diagonal(dim1=1, dim2=2).zero_()
-    above = torch.mul(grad, slab.above, out=from_before.view(slab.shape))
-    below = slab.wide(slab.value * slab.below)
-    if to_x or to_log:
-        d_value.addcmul_(torch.bmm(score.mT, from_before, out=room).view(slab.shape), slab.below)
-    if to_log:
-        torch.bmm(score, below, out=room)
-        d_log += room.view(slab.shape).mul_(above).sum(-1)
-    if to_score:
-        d_score = from_before @ below.mT
-        # Not a product: what is masked may be as large as numbers get.
-        d_score = d_score.view(n, groups, chunk, chunk).masked_fill_(slab.sees == 0, 0)
-        d_score = d_score.flatten(0, 1)
-    for r in slab.alone:
-        head_grad, kept = slab.head(grad, r), slab.kept(r, slab.room(chunk))
-        seen, d_seen = kept * score, head_grad @ slab.head(slab.value, r).mT
-        slab.head(d_value, r).add_(seen.mT @ head_grad)
+    kept, seen, d_seen, part = (slab.room(size) for size in (chunk, chunk, chunk, width))
+    for r in range(heads):
+        slab.kept(r, kept)
+        torch.mul(kept, score, out=seen)
+        head_grad = slab.head(grad, r)
+        if to_x or to_log:
+            slab.head(d_value, r).add_(torch.bmm(seen.mT, head_grad, out=part))
+        if to_score or to_log:
+            torch.bmm(head_grad, slab.head(slab.value, r).mT, out=d_seen)
         if to_score:
             d_score.addcmul_(d_seen, kept)
         if to_log:
             d_log[..., r] += d_seen.mul_(seen).sum(-1).view(n, groups, chunk)
-    room = room.view(slab.shape)
     if to_log or to_skip:
         x = slab.by_group(x)
         x_grad = torch.mul(grad, x, out=room).sum(-1)
@@ -176,7 +169,7 @@ def _slab_gradients(
         d_step, dt = torch.mul(d_value, x, out=room).sum(-1), slab.dt.squeeze(-1)
         # Decays to a row grow with the logarithms up to it in its sequence, those from it shrink.
         d_log.addcmul_(d_step, dt, value=-1)
-        d_log = (slab.sees.mT @ d_log).masked_fill_(slab.lost, 0)
+        d_log = (slab.sees.mT.unsqueeze(1) @ d_log).masked_fill_(slab.lost, 0)
         by_head[0] += (d_log * dt).sum((0, 2)).flatten()
     if to_dt:
         d_step.addcmul_(d_log, rate.to(slab.dtype).view(groups, 1, heads))

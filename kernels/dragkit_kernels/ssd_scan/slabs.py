@@ -17,9 +17,6 @@ from torch import Tensor
 # A token's binary logarithm of the decay is not below this: float32 has hardly a smaller number,
 # and the differences of large sums would be rough.
 LOWEST_LOG = -127.0
-# Decays within a chunk are products of a row's and a column's factor where binary logarithms spread
-# by no more than this in it: what is masked then stays finite, and one product serves all heads.
-WIDEST_SPREAD = 96.0
 # Bytes that the temporary tensors of a slab may take, about.
 SLAB_BYTES = 12 * 2**20
 # Bytes of a state that are worked at together; groups of heads beyond take turns.
@@ -62,7 +59,7 @@ class Sizes(NamedTuple):
     def slabs(self) -> Iterator[tuple[int, int]]:
         """(first chunk, end) of each slab, in order."""
         inner, by_head = self.heads * self.width, 3 * self.chunk + 2 * self.states
-        row = self.groups * (7 * inner + by_head)
+        row = self.groups * (6 * inner + by_head)
         state = 3 * self.groups * inner * self.states
         step = max(1, SLAB_BYTES // (4 * (self.chunk * row + state)))
         for begin in range(0, self.chunks, step):
@@ -90,10 +87,7 @@ class Slab:
         dt: [n, G, q, R, 1]; value: dt x, [n, G, q, R, P].
         log: [R, n, G, q] sums of the binary logarithms of the decays from the chunk's first row on.
         lost: bool [n, G, q, R], see binary_logs.
-        sees: [n, 1, q, q] 1 where row i depends on row j, else 0.
-        above, below: [n, G, q, R, 1] factors of the decay from row j to row i, above_i below_j;
-            both 0 for heads in `alone`, whose decays are made head by head.
-        alone: heads of a group whose logarithms spread too far in some chunk for such factors.
+        sees: [n, q, q] 1 where row i depends on row j, else 0.
         from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
             from a row to the chunk's end; 0 where they are of different sequences.
         through: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins in it.
@@ -124,7 +118,9 @@ class Slab:
         last = position[:, -1:]
         behind = place[:, None] - place
         sees = (behind >= 0) & (behind <= position[:, :, None])
-        self.sees = sees.to(dtype).unsqueeze(1)
+        self.sees = sees.to(dtype)
+        # As a logarithm: added before exp2, which would overflow above the diagonal.
+        self._apart = torch.zeros_like(self.sees).masked_fill_(~sees, float("-inf")).unsqueeze(1)
         by_row = (len(position), 1, chunk, 1)
         before = (position > place).view(by_row)
         feeds = (chunk - 1 - place <= last).view(by_row)
@@ -133,14 +129,6 @@ class Slab:
         self.through = self.from_start[:, :, -1:]
         self.log = log.permute(3, 0, 1, 2).contiguous()
         self.weighted = self.wide(self.value * self.to_end)
-        low, high = log.aminmax(dim=2, keepdim=True)
-        spread = (high - low).amax((0, 1, 2))
-        self.alone = [r for r, wide in enumerate((spread > WIDEST_SPREAD).tolist()) if wide]
-        around = log - (low + high) / 2
-        self.above, self.below = around.exp2().unsqueeze(-1), around.neg_().exp2_().unsqueeze(-1)
-        if self.alone:
-            self.above[..., self.alone, :] = 0
-            self.below[..., self.alone, :] = 0
 
     def chunked(self, tensor: Tensor) -> Tensor:
         """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
@@ -177,14 +165,8 @@ class Slab:
         """Decays from row j to row i for head r of every group: [n G, q, q]."""
         log = self.log[r]
         square = out.view(*log.shape, log.shape[-1])
-        # Masked before exp2, which would overflow above the diagonal.
-        apart = torch.zeros_like(self.sees).masked_fill_(self.sees == 0, float("-inf"))
-        torch.add(apart, log.unsqueeze(-1), out=square)
+        torch.add(self._apart, log.unsqueeze(-1), out=square)
         return square.sub_(log.unsqueeze(-2)).exp2_().flatten(0, 1)
-
-    def masked(self, square: Tensor) -> Tensor:
-        """[n G, q, q] with zeros, in place, where row i does not depend on row j."""
-        return square.view(-1, self.shape[1], *square.shape[1:]).mul_(self.sees).flatten(0, 1)
 
     def room(self, columns: int) -> Tensor:
         """New memory [n G, q, columns]."""
