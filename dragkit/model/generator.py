@@ -16,15 +16,12 @@ from dragkit.model.nemotron_h import (
     RECOMPUTED,
     CompiledBlocks,
     Pack,
-    State,
     after,
     computes,
     hidden_at_rows,
-    make_pack,
     mamba_ops,
     pad_to_multiple,
-    prefill,
-    split_by_tokens,
+    prefill_in_passes,
     step,
 )
 from dragkit.model.prompt import NeuralPrompt, PromptTemplate
@@ -282,32 +279,17 @@ class Generator(nn.Module):
             synced_gpus=self.lockstep is not None,
         ).tolist()
 
-    def _prefill(
-        self, embeds: Tensor, prompt: NeuralPrompt, room: int
-    ) -> tuple[Tensor, list[State]]:
-        """As `prefill`, in passes of at most `tokens_per_pass`."""
-        lengths = prompt.length.tolist()
-        sizes = split_by_tokens(lengths, self.tokens_per_pass, len(lengths))
-        passes = len(sizes)
-        if self.lockstep is not None:
-            passes = self.lockstep.most(passes)
-        hidden, states, begin = [], [], 0
-        for length in prompt.length.split(sizes):
-            total = sum(lengths[begin : begin + len(length)])
-            rows, embeds = embeds.tensor_split([total])
-            # One longest length for all, so that their states can stand side by side.
-            pack = make_pack(length, total, max(lengths))
-            last, remembered = prefill(self._decoder[0], rows, pack, self._mamba, room)
-            hidden.append(last)
-            states.append(remembered)
-            begin += len(length)
-        for _ in range(passes - len(sizes)):
-            prefill(self._decoder[0], rows, pack, self._mamba, room)  # for the other ranks alone
-        return torch.cat(hidden), _side_by_side(states)
-
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         decoder, head = self._decoder
-        hidden, states = self._prefill(embeds, prompt, room=limit)
+        hidden, states = prefill_in_passes(
+            decoder,
+            embeds,
+            prompt.length,
+            self._mamba,
+            room=limit,
+            tokens=self.tokens_per_pass,
+            most=None if self.lockstep is None else self.lockstep.most,
+        )
         produced = []
         going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         for _ in range(limit):
@@ -323,14 +305,3 @@ class Generator(nn.Module):
                 break
             hidden = step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()
-
-
-def _side_by_side(passes: list[list[State]]) -> list[State]:
-    """States of all sequences, block by block; `passes` give theirs up, lest all be there twice."""
-    if len(passes) == 1:
-        return passes[0]
-    joined = []
-    while passes[0]:
-        parts = [states.pop(0) for states in passes]
-        joined.append(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))))
-    return joined

@@ -17,12 +17,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dragkit import __version__
 from dragkit.config import TrainConfig, dump_config
 from dragkit.data.packed import QuestionBatch
-from dragkit.errors import CheckpointError, DragkitError, Interrupted, WriteError
+from dragkit.errors import CheckpointError, Interrupted, WriteError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.report import Report
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
 from dragkit.trainer.agreement import trained_facts, weight_facts
+from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import (
     JSON,
@@ -43,12 +44,6 @@ from dragkit.trainer.source import QuestionSource
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_SAVES = 3
-
-
-class NumericalError(DragkitError):
-    """A loss or gradient that is not finite; nothing was updated."""
-
-    exit_code = 70
 
 
 class Trainer:
@@ -259,27 +254,19 @@ class Trainer:
             return
         if math.isfinite(float(norm)):
             return
-        store = self.train.store
-        bad = [n for n, p in zip(self.names, self.parameters, strict=True) if _not_finite(p.grad)]
-        questions = [store.question(row).id for batch in batches for row in batch.rows]
-        parts = [{k: str(float(v)) for k, v in out.parts.items()} for out in outputs]
-        everyone = self.ranks.gather([questions, parts])
-        record = {
-            "step": self.state.step,
-            "questions": [question for own, _ in everyone for question in own],
-            "parts": [part for _, own in everyone for part in own],
-            "gradient_norm": str(float(norm)),
-            "parameters_with_bad_gradients": bad,
-        }
+        questions = [self.train.store.question(row).id for batch in batches for row in batch.rows]
         path = self.run_dir / f"anomaly-{self.state.step:08d}.json"
-        if self.ranks.first:
-            path.write_text(json.dumps(record, indent=2) + "\n")
-        self.optimizer.zero_grad(set_to_none=True)
-        raise NumericalError(
-            f"step {self.state.step}: the gradient norm is {float(norm)}, so nothing was updated. "
-            f"{len(bad)} parameters have such gradients, first {', '.join(bad[:3])}. "
-            f"Questions, losses and norms are in {path}. Lower --lr, or look at these questions."
+        error = numerical_error(
+            path,
+            self.state.step,
+            float(norm),
+            dict(zip(self.names, self.parameters, strict=True)),
+            questions,
+            outputs,
+            self.ranks,
         )
+        self.optimizer.zero_grad(set_to_none=True)
+        raise error
 
     def end_epoch(self) -> None:
         """Validates, moves to the next epoch, saves."""
@@ -355,7 +342,3 @@ class Trainer:
             keep=self.config.run.keep_checkpoints,
             is_best=is_best,
         )
-
-
-def _not_finite(gradient: Tensor | None) -> bool:
-    return gradient is not None and not bool(torch.isfinite(gradient).all())

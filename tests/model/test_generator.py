@@ -8,11 +8,11 @@ from transformers import NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
-from dragkit.model import generator as generator_module
 from dragkit.model.adapters import lora_targets
 from dragkit.model.decode import greedy_decode
 from dragkit.model.generator import Generator
 from dragkit.model.load import load_generator, prepare_nemotron_h, resolve_generator
+from dragkit.model.nemotron_h import decoding
 from dragkit.model.prompt import NeuralPrompt
 from tests.nemotron_cases import toy_config
 
@@ -116,13 +116,13 @@ def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkey
     made, vectors = prompt_of(questions(with_target=False)), torch.randn(6, WIDTH)
     wanted = generator.greedy_tokens(made, vectors, 8)
     assert len({tuple(row) for row in wanted}) > 1
-    sizes, read = [], generator_module.prefill
+    sizes, read = [], decoding.prefill
 
     def counting(model, embeds, *rest, **options):
         sizes.append(len(embeds))
         return read(model, embeds, *rest, **options)
 
-    monkeypatch.setattr(generator_module, "prefill", counting)
+    monkeypatch.setattr(decoding, "prefill", counting)
     monkeypatch.setattr(generator, "tokens_per_pass", tokens)
     assert generator.greedy_tokens(made, vectors, 8) == wanted
     assert len(sizes) == passes and sum(sizes) == len(made.input_ids)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dragkit.model import memory
 from dragkit.model.adapters import LORA_TARGETS
 from dragkit.model.generator import Generator
-from dragkit.model.nemotron_h import decoder
+from dragkit.model.nemotron_h import decoder, mamba_ops, prefill_in_passes
 from dragkit.model.prompt import NeuralPrompt
 from tests.model.memory_cases import build
 
@@ -127,9 +127,16 @@ def test_every_kind_is_the_busiest_in_some_case(monkeypatch: pytest.MonkeyPatch)
 
 def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS)
-    generator, made = Generator(model, Words(), tokens_per_pass=2 * PROMPT), prompts(SEQUENCES)
+    generator, made = Generator(model, Words()), prompts(SEQUENCES)
     with torch.no_grad():
-        _, states = generator._prefill(generator.embed(made, None), made, ANSWER)
+        _, states = prefill_in_passes(
+            generator._decoder[0],
+            generator.embed(made, None),
+            made.length,
+            mamba_ops("dragkit"),
+            ANSWER,
+            tokens=2 * PROMPT,
+        )
     said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, 0)
     kept = {"KeyValues": 0, "MambaState": 0}
     for state in states:

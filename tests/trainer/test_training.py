@@ -317,7 +317,7 @@ def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path, monkeypatch):
-    from dragkit.trainer.loop import NumericalError
+    from dragkit.trainer.anomaly import NumericalError
     from dragkit.trainer.phase1 import RetrieverPhase
 
     original = RetrieverPhase.training_step

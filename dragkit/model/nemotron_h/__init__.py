@@ -5,7 +5,7 @@ from __future__ import annotations
 from dragkit.model.nemotron_h.backends import MambaOps, mamba_ops
 from dragkit.model.nemotron_h.compiled import CompiledBlocks
 from dragkit.model.nemotron_h.decoder import RECOMPUTED, after, computes, hidden_at_rows
-from dragkit.model.nemotron_h.decoding import State, prefill, step
+from dragkit.model.nemotron_h.decoding import prefill, prefill_in_passes, step
 from dragkit.model.nemotron_h.pack import Pack, make_pack, pad_to_multiple, split_by_tokens
 
 __all__ = [
@@ -13,7 +13,6 @@ __all__ = [
     "CompiledBlocks",
     "MambaOps",
     "Pack",
-    "State",
     "after",
     "computes",
     "hidden_at_rows",
@@ -21,6 +20,7 @@ __all__ = [
     "mamba_ops",
     "pad_to_multiple",
     "prefill",
+    "prefill_in_passes",
     "split_by_tokens",
     "step",
 ]

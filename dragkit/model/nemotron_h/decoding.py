@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from dragkit.model.nemotron_h.decoder import (
     run_blocks,
 )
 from dragkit.model.nemotron_h.mixer import MambaState, mamba_mixer, mamba_step
-from dragkit.model.nemotron_h.pack import Pack
+from dragkit.model.nemotron_h.pack import Pack, make_pack, split_by_tokens
 
 
 class KeyValues(NamedTuple):
@@ -89,6 +90,53 @@ def prefill(
         states=[],
     )
     return run_blocks(model, embeds, mixing.last, mixing), mixing.states
+
+
+def prefill_in_passes(
+    model: nn.Module,
+    embeds: Tensor,
+    length: Tensor,
+    ops: MambaOps,
+    room: int,
+    *,
+    tokens: int | None,
+    most: Callable[[int], int] | None = None,
+) -> tuple[Tensor, list[State]]:
+    """As `prefill`, some sequences at a time; waits for the device once, for their lengths.
+
+    Args:
+        model, embeds, ops, room: as there; length: int64 [B] tokens of the sequences.
+        tokens: of a pass, at most; None is no limit.
+        most: of a number on each of the ranks that gather weights together, the largest: all must
+            make equally many passes.
+    """
+    lengths = length.tolist()
+    sizes = split_by_tokens(lengths, tokens, len(lengths))
+    passes = len(sizes) if most is None else most(len(sizes))
+    hidden, states, begin = [], [], 0
+    for some in length.split(sizes):
+        total = sum(lengths[begin : begin + len(some)])
+        rows, embeds = embeds.tensor_split([total])
+        # One longest length for all, so that their states can stand side by side.
+        pack = make_pack(some, total, max(lengths))
+        last, remembered = prefill(model, rows, pack, ops, room)
+        hidden.append(last)
+        states.append(remembered)
+        begin += len(some)
+    for _ in range(passes - len(sizes)):
+        prefill(model, rows, pack, ops, room)  # for the other ranks alone
+    return torch.cat(hidden), _side_by_side(states)
+
+
+def _side_by_side(passes: list[list[State]]) -> list[State]:
+    """States of all sequences, block by block; `passes` give theirs up, lest all be there twice."""
+    if len(passes) == 1:
+        return passes[0]
+    joined_states = []
+    while passes[0]:
+        parts = [states.pop(0) for states in passes]
+        joined_states.append(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))))
+    return joined_states
 
 
 @dataclass(frozen=True)
