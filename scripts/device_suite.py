@@ -3,8 +3,9 @@
     scripts/device_suite.sh [--parts PART,PART] [--cpu] [OUT]
 
 The parts are env, tests, kernels, train_step, mamba, decode, profile and report. They run in this
-order, the most valuable first; the report makes tables and plots of the others. Each has a time
-limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results
+order, the most valuable first; the report makes tables and plots of the others. One more is run
+when it is named: generator, the joint step of the whole 30B with random weights, which takes a card
+of 80 GB or more and minutes of its own. Each has a time limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results
 and `summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code
 is 0 if no part failed.
 
@@ -36,8 +37,11 @@ LIMITS = {
     "mamba": 60,
     "decode": 90,
     "profile": 100,
+    "generator": 400,
     "report": 30,
 }
+# Parts that run only when they are named.
+ALONE = ("generator",)
 # Exit codes of pytest.
 NO_TESTS, NOT_COLLECTED = 5, (2, 4)
 
@@ -120,6 +124,10 @@ class Suite(Runner):
         """Greedy decoding with the cache and without."""
         self.bench(part, end, "decode", ["--bench-prompts", "4"] if self.cpu else [])
 
+    def generator(self, part: Part, end: float) -> None:
+        """The generator's part of a joint step of the 30B; without a GPU of a small one."""
+        self.bench(part, end, "generator", ["--bench-full"])
+
     def bench(
         self,
         part: Part,
@@ -199,7 +207,8 @@ def main() -> int:
     """Runs the parts that are asked for; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder of the results")
-    parser.add_argument("--parts", default=",".join(LIMITS), help="some of them, with commas")
+    usual = ",".join(name for name in LIMITS if name not in ALONE)
+    parser.add_argument("--parts", default=usual, help="some of them, with commas")
     parser.add_argument("--cpu", action="store_true", help="smallest sizes, without a GPU")
     args = parser.parse_args()
     names = args.parts.split(",")

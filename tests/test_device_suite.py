@@ -194,6 +194,18 @@ def test_unknown_parts_are_refused(capsys, monkeypatch):
     assert caught.value.code == 2 and "unknown parts speed" in capsys.readouterr().err
 
 
+def test_the_whole_generator_runs_only_when_it_is_named(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(suite_module.Suite, "run", lambda self, names: asked.append(names) or [])
+    for more in ([], ["--parts", "generator"]):
+        command = ["device_suite.py", "--cpu", *more, str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", command)
+        assert suite_module.main() == 0
+    usual, named = asked
+    assert named == ["generator"]
+    assert usual == [name for name in suite_module.LIMITS if name != "generator"]
+
+
 def test_what_a_trace_lacks_is_said(tmp_path):
     trace = tmp_path / "trace.json.gz"
     events = [
