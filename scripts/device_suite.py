@@ -3,11 +3,11 @@
     scripts/device_suite.sh [--parts PART,PART] [--cpu] [OUT]
 
 The parts are env, tests, kernels, train_step, mamba, decode, profile and report. They run in this
-order, the most valuable first; the report makes tables and plots of the others. One more is run
-when it is named: generator, the joint step of the whole 30B with random weights, which takes a card
-of 80 GB or more and minutes of its own. Each has a time limit, and one that fails stops no other. OUT (default: bench/results/<device>/) gets their results
-and `summary.json`. With `--cpu` the same parts run at their smallest, without a GPU. The exit code
-is 0 if no part failed.
+order, the most valuable first; the report makes tables and plots of the others. One more runs when
+it is named: generator, the joint step of the whole 30B with random weights, which takes a card of
+80 GB or more and minutes of its own. Each has a time limit, and one that fails stops no other. OUT
+(default: bench/results/<device>/) gets their results and `summary.json`. With `--cpu` the same
+parts run at their smallest, without a GPU. The exit code is 0 if no part failed.
 
 This file says what runs, `device_runner.py` how. Both use the standard library only: what is
 missing on a bare machine is named, and what does not need it runs.
