@@ -44,6 +44,10 @@ sets, one-to-one. `rog-hit`: some gold answer occurs anywhere in the output. All
 in the denominator, also those whose answer is not in their subgraph. The published sets are small
 reconstructions with about 50 facts a question: the figures say that training works, and are not
 comparable with published ones. `python scripts/results.py` makes this page.
+
+Training amplifies the last bits of rounding: with the same seed, another machine or number of
+threads moves a run by some points in either direction, by more where the copying of answers is
+learned late.
 """
 
 
