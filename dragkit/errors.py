@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+# The help of the commands prints this table, and the README lists the same codes.
+EXIT_CODES = {
+    0: "done",
+    2: "wrong flag, key or value",
+    65: "bad data",
+    66: "missing or unfit input",
+    70: "internal error",
+    73: "another process writes to this run",
+    74: "cannot write",
+    75: "interrupted; the state is saved, run again",
+    130: "interrupted; nothing is saved",
+}
+
 
 class DragkitError(Exception):
     """Base class. The message says what, where, why and what to do; no traceback is shown."""

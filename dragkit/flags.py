@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
 from dragkit.config import FIELDS, PRESETS, nearest_key
-from dragkit.errors import ConfigError
+from dragkit.errors import EXIT_CODES, ConfigError
 from dragkit.schema import DEVICE_PATTERN
 
 # The command line is frozen: a new knob is a schema field, reached by --set, not a new flag.
@@ -50,9 +50,9 @@ FLAGS: dict[str, str] = {
     for keys in FLAG_GROUPS.values()
     for key in keys
 }
-EXIT_CODES = """exit codes:
-  0 done   2 wrong flag, key or value   65 bad data   66 missing or unfit input
-  70 internal error   74 cannot write   75 interrupted and saved   130 interrupted"""
+_EXIT_CODES = "exit codes:\n" + "\n".join(
+    f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()
+)
 _TRAIN_EPILOG = f"""\
 Words join by _ or -. A switch stands alone, takes true or false, or begins with --no_.
 Precedence: defaults < preset < --config < flags; `python -m dragkit.config show` tells the origin
@@ -67,7 +67,7 @@ examples:
   python -m dragkit.train --phase 2 --heuristics_path train.jsonl --phase1_checkpoint runs/cwq
       retriever and generator jointly, with the 30B generator
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 _EVALUATE_EPILOG = f"""\
 Architecture and data settings come from the checkpoint and have no flags here.
 
@@ -76,7 +76,7 @@ examples:
   python -m dragkit.evaluate runs/demo --data test.jsonl other.jsonl --output results.json
   python -m dragkit.evaluate runs/demo --checkpoint latest --limit 100
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 
 _PLAN_EPILOG = f"""\
 Works without a GPU and without weights. All figures are predictions, none is measured.
@@ -86,7 +86,7 @@ examples:
   python -m dragkit.plan --preset b200 --set generator.checkpointing=all
   python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 CARDS = ("H100", "H200", "B200")
 
 

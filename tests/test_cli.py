@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dragkit.cli import TrainArguments, parse_evaluate_args, parse_train_args, run_main
 from dragkit.errors import (
+    EXIT_CODES,
     CheckpointError,
     ConfigError,
     DataError,
@@ -19,7 +21,7 @@ from dragkit.errors import (
     MissingInputError,
     WriteError,
 )
-from dragkit.flags import FLAGS, evaluate_parser, train_parser
+from dragkit.flags import FLAGS, evaluate_parser, plan_parser, train_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -363,3 +365,21 @@ def test_a_command_that_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
         run_main(lambda argv: parse_train_args(argv) and 0, ["--help"])
     assert caught.value.code == 0
     assert capsys.readouterr().err == ""
+
+
+def test_help_readme_and_error_classes_share_one_table_of_exit_codes() -> None:
+    row = next(
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| exit codes |")
+    )
+    assert [int(code) for code in re.findall(r"\d+", row)] == list(EXIT_CODES)
+    for parser in (train_parser("p"), evaluate_parser(), plan_parser()):
+        listed = parser.format_help().partition("exit codes:\n")[2]
+        assert [int(code) for code in re.findall(r"^ +(\d+)  ", listed, re.M)] == list(EXIT_CODES)
+    # Read from the source: importing every module would need every optional package.
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "dragkit").rglob("*.py")]
+    given = {
+        int(code) for text in sources for code in re.findall(r"^    exit_code = (\d+)", text, re.M)
+    }
+    assert {2, 65, 66, 70, 73, 74, 75} <= given <= set(EXIT_CODES)
