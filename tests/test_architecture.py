@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit.data.arrays",
         "dragkit.data.cache",
         "dragkit.data.packed",
+        "dragkit.data.tokens",
         "dragkit_kernels",
     ),
     # Only to find the bundled weights, when they are asked for.
@@ -37,8 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "dragkit.eval": ("dragkit.data.packed",),
     "dragkit.eval.families": (),
-    "dragkit.eval.metrics": ("dragkit.eval.families",),
-    "dragkit.eval.report": ("dragkit.eval.metrics",),
+    "dragkit.eval.metrics": ("dragkit.data.tokens", "dragkit.eval.families"),
+    "dragkit.eval.report": ("dragkit.data.tokens", "dragkit.eval.metrics"),
     # The names of the demo's entities only train the tokeniser.
     "dragkit.tiny": ("dragkit.data.relations", "dragkit.demo", "dragkit.model.prompt"),
     "dragkit.demo": ("dragkit.data.cache",),

@@ -25,6 +25,8 @@ from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
+# Stands between the answers of a target. The evaluation splits generated text at it.
+ANSWER_DELIMITER = " | "
 TOKENS_VERSION = 1
 _CHUNK_FACTS = 1 << 16
 _CHUNK_QUESTIONS = 1 << 12

@@ -7,12 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dragkit.eval.metrics import (
-    ANSWER_DELIMITER,
-    METRIC_VERSION,
-    parse_answers,
-    score_question,
-)
+from dragkit.data.tokens import ANSWER_DELIMITER
+from dragkit.eval.metrics import METRIC_VERSION, parse_answers, score_question
 
 SCHEMA_VERSION = 1
 
