@@ -41,7 +41,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.eval.metrics": ("dragkit.data.tokens", "dragkit.eval.families"),
     "dragkit.eval.report": ("dragkit.data.tokens", "dragkit.eval.metrics"),
     # The names of the demo's entities only train the tokeniser.
-    "dragkit.tiny": ("dragkit.data.relations", "dragkit.demo", "dragkit.model.prompt"),
+    "dragkit.tiny": (
+        "dragkit.data.relations",
+        "dragkit.demo",
+        "dragkit.model.nemotron_h",
+        "dragkit.model.prompt",
+        "dragkit_kernels",
+    ),
     "dragkit.demo": ("dragkit.data.cache",),
     "dragkit.trainer": (
         "dragkit.cli",
