@@ -35,7 +35,7 @@ def question_key(name: str) -> int:
 # What has offsets of its own.
 RAGGED = (
     *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
-    *("topic", "topic_node", "topic_class", "answer", "answer_node"),
+    *("topic", "topic_class", "answer"),
 )
 # The parts of a `FactOrders` that are stored: rows of each fact, ends of each node's two segments,
 # and end and relation of each pair, all counted from the question's own zero.
@@ -119,12 +119,8 @@ class Packer:
         writer.array("lines", np.int64).append([question.line])
         key = question_key(question.id if named else f"\n{question.line}")
         writer.array("question_key", np.int64).append([key])
-        writer.array("topic_nodes", np.int32).append(graph.topics)
-        writer.array("answer_nodes", np.int32).append(graph.answers)
         self._extend("topic", [len(question.topics)])
         self._extend("answer", [len(question.answers)])
-        self._extend("topic_node", [len(graph.topics)])
-        self._extend("answer_node", [len(graph.answers)])
         self._note(graph)
         self._waiting.append(graph)
         self._waiting_facts += graph.num_facts
