@@ -55,6 +55,9 @@ class Problem(NamedTuple):
     path: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.line}: {self.path}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class QuestionFile:
@@ -240,17 +243,16 @@ class HeuristicsReader:
         """
         if not self.rows and not self._cut_short:
             raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
-        bad = len({problem.line for problem in self.rejects})
+        bad = len(self.rejects)
         if self._cut_short or bad > max_bad * self.rows:
-            shown = [f"{self.path}:{p.line}: {p.path}: {p.reason}" for p in self.rejects]
-            if (more := len(shown) - _LISTED_PROBLEMS) > 0:
-                shown = [*shown[:_LISTED_PROBLEMS], f"... and {more} more problems"]
-            told = f"{bad} of {self.rows} rows cannot be used ({len(self.rejects)} problems)."
+            shown = [f"{self.path}:{problem}" for problem in self.rejects[:_LISTED_PROBLEMS]]
+            if bad > _LISTED_PROBLEMS:
+                shown.append(f"... and {bad - _LISTED_PROBLEMS} more problems")
+            told = f"{self.path}: {bad} of {self.rows} rows cannot be used."
             if not self._cut_short:
                 told += f" At most a share of {max_bad:.4g} may be: correct them, or raise it with"
                 told += " --set data.max_bad_share=SHARE."
-            shown.append(f"{self.path}: {told}")
-            raise DataError("\n".join(shown))
+            raise DataError("\n".join([*shown, told]))
         if bad:
             logger.warning("%s: skipped %d of %d unusable rows", self.path, bad, self.rows)
         if found := self.notes["topics_from_paths"]:

@@ -13,7 +13,6 @@ import torch
 from dragkit.data.arrays import FolderWriter, seal_folder
 from dragkit.data.heuristics import HeuristicsReader, Question
 from dragkit.data.labels import LabelRule
-from dragkit.data.lines import copy_lines
 from dragkit.data.quotient import Quotient, quotient
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
@@ -270,11 +269,9 @@ def pack_file(
             packer.add(question, named=question.line not in reader.unnamed)
     packer.close()
     reader.check(max_bad)
-    rejected = {problem.line for problem in reader.rejects}
-    if rejected:
-        copy_lines(path, rejected, folder / "rejects.jsonl")
-        reasons = "".join(f"{p.line}: {p.path}: {p.reason}\n" for p in reader.rejects)
-        (folder / "rejects.txt").write_text(reasons)
+    rejects = reader.rejects
+    if rejects:
+        (folder / "rejects.txt").write_text("".join(f"{problem}\n" for problem in rejects))
     summary = {**reader.notes, **packer.summary}
-    summary |= {"relations": len(packer.vocab), "rejects": len(rejected), "rows": reader.rows}
+    summary |= {"relations": len(packer.vocab), "rejects": len(rejects), "rows": reader.rows}
     seal_folder(folder, {"summary": summary})

@@ -71,27 +71,6 @@ class PackedStore:
         labels: uint8 [E]; topic_classes: int32; question_key: int64 [Q].
     """
 
-    facts: np.ndarray
-    edges: np.ndarray
-    classes: np.ndarray
-    pairs: np.ndarray
-    start_edges: np.ndarray
-    start_classes: np.ndarray
-    start_pairs: np.ndarray
-    labels: np.ndarray
-    topic_classes: np.ndarray
-    lines: np.ndarray
-    fact_ptr: np.ndarray
-    node_ptr: np.ndarray
-    edge_ptr: np.ndarray
-    class_ptr: np.ndarray
-    pair_ptr: np.ndarray
-    start_edge_ptr: np.ndarray
-    start_pair_ptr: np.ndarray
-    topic_ptr: np.ndarray
-    topic_class_ptr: np.ndarray
-    answer_ptr: np.ndarray
-
     def __init__(self, folder: Path, path: Path) -> None:
         meta = open_sealed(folder)
         self.folder, self.path = folder, path
@@ -159,11 +138,11 @@ class PackedStore:
     def _tell(self) -> None:
         if rejects := self.summary["rejects"]:
             logger.warning(
-                "%s: %d of %d rows are unusable and left out; see %s and rejects.txt beside it",
+                "%s: %d of %d rows are unusable and left out; %s says why",
                 self.path,
                 rejects,
                 self.summary["rows"],
-                self.folder / "rejects.jsonl",
+                self.folder / "rejects.txt",
             )
         if missing := self.summary["topic_missing"]:
             logger.warning(

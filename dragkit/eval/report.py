@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,10 +106,6 @@ class Report:
                 for name, mean in self.means.items()
             },
         }
-
-    def to_json(self) -> str:
-        """Return `to_dict` as JSON text ending in a line end; never holds NaN or infinity."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_table(self) -> str:
         """Return an aligned text table: means in percent (`facts-*`: counts), then the counts."""

@@ -107,24 +107,24 @@ def exact_match_table(
     num_questions: int = 128,
     fact_counts: tuple[int, ...] = (2, 5, 10, 15),
 ) -> dict[str, dict[str, float]]:
-    """Exact match of every kind and number of facts, in the columns of the provenance record.
-
-    The columns: no slots at all (`plain`) and right markers (`marked`); at `FULL_COUNT` facts also
-    the neutral token in the slots (`neutral`), markers right 93 % of the time (`noisy`), right
-    markers behind a question without a clue (`no_clue`) and with all kinds of names (`any_name`).
-    """
+    """Exact match of every kind and number of facts, in the columns of the provenance record."""
     columns: dict[str, dict] = {"plain": {"slots": "none"}, "marked": {"slots": "marked"}}
+    # Only at FULL_COUNT facts.
     extra: dict[str, dict] = {
         "neutral": {"slots": "neutral"},
         "noisy": {"slots": "marked", "right": 0.93},
         "no_clue": {"slots": "marked", "clue": False},
         "any_name": {"slots": "marked", "names": names},
     }
+
+    def cell(kind: str, count: int, settings: dict) -> float:
+        return round(
+            exact_match(model, writer, kind, count, num_questions=num_questions, **settings), 3
+        )
+
     return {
         f"{kind}@{count}": {
-            column: round(
-                exact_match(model, writer, kind, count, num_questions=num_questions, **settings), 3
-            )
+            column: cell(kind, count, settings)
             for column, settings in (columns | (extra if count == FULL_COUNT else {})).items()
         }
         for kind in KINDS
