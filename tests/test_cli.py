@@ -207,6 +207,7 @@ def test_the_other_phase_of_the_same_command() -> None:
         ("--freeze_lm maybe", ["generator.freeze_lm (--freeze_lm)"]),
         ("--no_lr", ["--no_lr: unknown flag"]),
         ("--set lr=1", ["lr (--set lr): unknown key; did you mean optim.lr?"]),
+        ("--set sampler.k_factz=1", ["did you mean sampler.k_facts?"]),
         ("--set optim.lr", ["--set takes section.field=value, got 'optim.lr'"]),
         ("--set optim=1", ["optim (--set optim): is a section"]),
         ("--preset h20", ["preset (--preset)", "'h200'", "'h20'"]),

@@ -23,7 +23,6 @@ from dragkit.config import (
     config_schema,
     dump_config,
     load_config,
-    nearest_key,
     parse_text,
     show_config,
 )
@@ -298,13 +297,6 @@ def test_text_from_the_command_line_is_typed_by_the_schema(
     parsed = parse_text(key, text)
     assert parsed == value
     assert type(parsed) is type(value)
-
-
-def test_nearest_key() -> None:
-    assert nearest_key("sampler.k_factz") == "sampler.k_facts"
-    assert nearest_key("k_facts") == "sampler.k_facts"
-    assert nearest_key("smapler.temperature") == "sampler.temperature"
-    assert nearest_key("zzzzzz") is None
 
 
 def test_show_gives_every_key_once_with_its_origin() -> None:

@@ -184,18 +184,6 @@ def test_joined_packs_equal_one_pack(collate: PackedCollator) -> None:
         assert torch.equal(getattr(whole.graph.orders, name), want), name
 
 
-def test_permuted_questions_permute_the_pack(collate: PackedCollator) -> None:
-    rows = [4, 9, 17, 30]
-    first, turned = collate(rows), collate(rows[::-1])
-    assert torch.equal(first.relation_row, turned.relation_row)
-    for place in range(4):
-        other = 3 - place
-        for name, ptr in (("label", "fact_ptr"), ("node_count", "node_ptr"), ("topic", "node_ptr")):
-            a, b = getattr(first.graph, ptr)[place : place + 2].tolist()
-            c, d = getattr(turned.graph, ptr)[other : other + 2].tolist()
-            assert torch.equal(getattr(first.graph, name)[a:b], getattr(turned.graph, name)[c:d])
-
-
 def test_questions_with_a_positive_fact_are_counted(collate: PackedCollator) -> None:
     hit = [
         any(label > 0.5 for label in collate.store.question(row).labels)
