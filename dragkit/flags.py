@@ -1,4 +1,4 @@
-"""The flags of the command lines, built from the schema; without torch, so that help is quick."""
+"""The flags of the command lines, built from the schema. Torch is not imported: help is quick."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class _Setting(argparse.Action):
 
 
 def plan_parser() -> Parser:
-    """The parser of `dragkit.plan`: the flags of `dragkit.train` and three of its own."""
+    """The parser of `dragkit.plan`: the flags of `dragkit.train` and three more."""
     text = "Predict memory and time of phase 2, and what a run would choose; loads nothing."
     parser = train_parser("python -m dragkit.plan", text, _PLAN_EPILOG)
     add = parser.add_argument_group("plan").add_argument
@@ -144,7 +144,7 @@ def plan_parser() -> Parser:
         type=_positive,
         default=1,
         metavar="N",
-        help="so many ranks, each on a card of its own (default 1)",
+        help="number of ranks, one GPU each (default 1)",
     )
     add("--json", action="store_true", help="write JSON")
     return parser
@@ -223,7 +223,7 @@ def evaluate_parser() -> Parser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, key: str) -> None:
-    """Add the flag of one field; a switch also gets its --no_ form."""
+    """Add the flag of one field. A switch also gets its --no_ form."""
     field = FIELDS[key]
     options = (field.annotation, *get_args(field.annotation))
     silent = field.default is None or field.default is False
@@ -262,7 +262,7 @@ def _shown(value: object) -> str:
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Spell every flag with underscores; values stay as they are."""
+    """Spell every flag with underscores. Values stay as they are."""
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
@@ -273,7 +273,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def unknown_flags(extras: Sequence[str], known: Sequence[str], training: bool = True) -> list[str]:
-    """One line for each argument that the parser did not know; the value after one is left out."""
+    """One line for each unknown argument. The value after an unknown flag is not reported."""
     problems, after_flag = [], False
     for word in extras:
         name = word.partition("=")[0].removeprefix("--")

@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _META = "meta.json"
-# Contents are hashed again on opening up to this size; beyond it the sizes alone are compared.
+# Opening hashes contents again up to this total. Beyond it only sizes are compared.
 _VERIFIED_BYTES = 256_000_000
 _ATTEMPTS = 3
 
 
 class Unusable(Exception):
-    """A cache folder that is incomplete or damaged; never reaches a user."""
+    """A cache folder is incomplete or damaged. Never reaches a user."""
 
 
 class ArrayWriter:
@@ -135,7 +135,7 @@ class Strings:
 
 
 def file_digest(path: Path) -> str:
-    """blake2b of a file's bytes; part of the keys that checkpoints record."""
+    """blake2b of a file's bytes. Checkpoints record keys made of it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -193,10 +193,11 @@ def discard_folder(folder: Path) -> None:
 
 
 def open_or_build(folder: Path, opened: Callable[[], T], fill: Callable[[Path], None]) -> T:
-    """Opens a sealed folder; one that is absent or damaged is built first.
+    """Opens a sealed folder. An absent or damaged folder is built first.
 
     Args:
-        folder: named after its content; opened: opens it, or raises `Unusable`.
+        folder: named after its content.
+        opened: opens it, or raises `Unusable`.
         fill: writes and seals it in a temporary place.
 
     Raises:

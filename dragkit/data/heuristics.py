@@ -140,7 +140,7 @@ def _names(value: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
-    """A path as entity names; one given as triples is followed, and cut where it does not join."""
+    """A path as entity names. Triples are followed, and the path is cut where they do not join."""
     if not path or isinstance(path[0], str):
         return [tuple(path)] if path else []  # type: ignore[arg-type]
     found: list[list[str]] = []
@@ -159,7 +159,7 @@ class HeuristicsReader:
 
     Args:
         path: JSONL, plain or gzip.
-        max_line_bytes: a line this long or longer is a problem of its own.
+        max_line_bytes: a line this long or longer is rejected.
 
     Attributes:
         rejects: problems so far, in line order; rows: non-empty lines so far.
@@ -177,7 +177,7 @@ class HeuristicsReader:
         self._cut_short = False
 
     def __iter__(self) -> Iterator[Question]:
-        """The usable questions in file order; call `check` afterwards."""
+        """The usable questions in file order. Call `check` afterwards."""
         number = 0
         with open_source(self.path) as stream:
             try:
@@ -236,7 +236,7 @@ class HeuristicsReader:
         return Question(name, row.question, triples, topics, tuple(paths), answers, number)
 
     def check(self, max_bad: float = 0.0) -> None:
-        """Raises when more than `max_bad` of the rows are unusable; else says what was noted.
+        """Raises when more than `max_bad` of the rows are unusable, else logs what was noted.
 
         Raises:
             DataError: with every problem as `file:line: path: reason`, the first of them in full.

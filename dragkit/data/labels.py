@@ -85,7 +85,7 @@ def fact_labels(
     paths: Sequence[Sequence[int]] = (),
     rule: LabelRule = "auto",
 ) -> FactLabels:
-    """Marks the positive facts of a question; parallel relations are all kept.
+    """Marks the positive facts of a question. Parallel relations are all kept.
 
     Under "shortest" a fact is positive when it lies on a shortest path, walked in either direction,
     between some topic and some answer. Under "paths" it is positive when it joins two
@@ -94,7 +94,7 @@ def fact_labels(
 
     Args:
         head, tail: int [E] node rows of the facts; num_nodes: N.
-        topics, answers: node rows; those that are not in the graph are left out by the caller.
+        topics, answers: node rows. The caller leaves out names that are not in the graph.
         paths: node rows of the given paths, -1 for an entity outside the graph.
         rule: as above.
 

@@ -43,7 +43,7 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines; one of `limit` bytes or more is passed over as None, never held whole."""
+    """Numbered lines. A line of `limit` bytes or more is given as None and never held whole."""
     number = 0
     while piece := stream.readline(limit):
         number += 1

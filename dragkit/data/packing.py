@@ -31,7 +31,7 @@ def question_key(name: str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
-# What has offsets of its own.
+# Names of the ragged arrays. Each has offsets `<name>_ptr`.
 RAGGED = (
     *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
     *("topic", "topic_class", "answer"),
@@ -233,7 +233,7 @@ class Packer:
         self._extend(f"{prefix}pair", pairs.count)
 
     def _blocks(self, name: str, rows: list[np.ndarray], segments: _Segments) -> None:
-        """Appends every graph's part of some rows as a block of its own."""
+        """Appends every graph's part of some rows as one block."""
         stacked = np.stack(rows).astype(np.int32)
         pieces = [
             stacked[:, first : first + size].ravel()
@@ -254,8 +254,10 @@ def pack_file(
     """Reads, labels, sorts and seals a heuristics file.
 
     Args:
-        path: the file; folder: an empty one to fill.
-        label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out.
+        path: the file.
+        folder: an empty folder to fill.
+        label_rule: see `fact_labels`.
+        max_bad: share of unusable rows to leave out.
         merge: see `quotient`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Per-question metrics: the answer parser, the strict scores and the retrieval scores.
 
-One file because these are the definitions that the project stands behind; scores kept only to
+One file because these are the definitions that the project recommends. Scores kept only to
 match published tables are in `families.py`, means over questions in `report.py`.
 """
 

@@ -72,7 +72,7 @@ def score_text(
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Macro means, each with the number of questions behind it.
+    """Macro means, each with the number of questions in it.
 
     Attributes:
         counts: `asked`; `answerable_in_subgraph`, None where any question left it unknown;

@@ -165,7 +165,7 @@ def test_a_damaged_cache_is_built_anew(
     name: str, fault: str, tiny_file: Path, tmp_path: Path
 ) -> None:
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
-    want, victim = packed.facts.copy(), packed.folder / name
+    want, summary, victim = packed.facts.copy(), packed.summary, packed.folder / name
     content = bytearray(victim.read_bytes())
     content[-3] ^= 1
     if fault == "delete":
@@ -174,7 +174,7 @@ def test_a_damaged_cache_is_built_anew(
         victim.write_bytes({"cut": content[:-4], "empty": b"", "flip": content}[fault])
     again = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
     assert np.array_equal(again.facts, want)
-    assert again.summary["questions"] == 8
+    assert again.summary == summary
     assert [p.name for p in again.folder.parent.iterdir()] == [again.folder.name]
 
 

@@ -85,7 +85,6 @@ def test_lengths(packed: PackedStore, tmp_path: Path) -> None:
         1 + len(text.target(q.answers).encode()) if q.answers else 0 for q in asked
     ]
     assert rows.target_lengths[3] == 0
-    assert len(rows.fact_lengths) == packed.summary["facts"]
 
 
 def test_each_fact_text_is_tokenised_once(
@@ -113,7 +112,7 @@ def test_built_once_for_each_key(packed: PackedStore, tmp_path: Path) -> None:
     ]
     assert len({made.folder, *others}) == 4
     copy = pickle.loads(pickle.dumps(made))
-    assert np.array_equal(copy.fact_lengths, made.fact_lengths)
+    assert np.array_equal(copy.prefix_lengths, made.prefix_lengths)
 
 
 def test_a_tokeniser_that_loses_a_row(packed: PackedStore, tmp_path: Path) -> None:
