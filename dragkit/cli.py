@@ -1,4 +1,4 @@
-"""The command lines: arguments in, typed values out; messages and exit codes."""
+"""Turns arguments into typed values, and errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvaluateArguments:
-    """What an evaluation command asks for; None and an empty list mean what the run itself used."""
+    """What an evaluation command asks for. None and an empty list take what the run used."""
 
     run: Path
     data: list[str]
@@ -67,7 +67,7 @@ class PlanArguments:
 
 
 def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
-    """Read the command line of the plan: all flags of training, for phase 2, and three of its own.
+    """Read the command line of the plan: the flags of training for phase 2, and three more.
 
     Raises:
         ConfigError, MissingInputError: as for training.

@@ -161,8 +161,8 @@ def load_config(
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Merge defaults < preset < file < overrides and check the whole.
 
-    A preset or a file may hold blocks `phase1` and `phase2` with sections of their own, which apply
-    on top of the rest in that phase only.
+    A preset or a file may hold blocks `phase1` and `phase2` with sections. A block applies on
+    top of the rest, in that phase only.
 
     Args:
         preset: name of a preset; None takes the one that the file names, if any.
@@ -235,7 +235,7 @@ def _flatten(settings: Mapping[object, object]) -> tuple[dict[str, object], dict
 
 
 def _read_yaml(path: Path) -> Mapping[object, object]:
-    """Read one settings file; an empty one holds no settings."""
+    """Read one settings file. An empty file holds no settings."""
     try:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:

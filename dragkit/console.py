@@ -1,4 +1,4 @@
-"""What the two commands show on the terminal, and what their libraries do not."""
+"""Logging and warnings of the commands: what appears on the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _QUIET = ("httpx", "sentence_transformers", "transformers", "dragkit_kernels")
 
 
 def setup_console(*, debug: bool) -> None:
-    """Plain messages on stderr; libraries speak up from warnings on, or about all with `debug`."""
+    """Logs plain messages to stderr; libraries log warnings only, or everything with `debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if debug:
@@ -20,5 +20,5 @@ def setup_console(*, debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # peft asks transformers for a property that has been renamed; nothing a user can act on.
+    # peft reads a property that transformers has renamed. A user can do nothing about it.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

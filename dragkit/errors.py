@@ -1,10 +1,23 @@
-"""Errors that a user can cause; each carries the exit code of the command line."""
+"""Errors that a user can cause. Each carries the exit code of the command line."""
 
 from __future__ import annotations
 
+# The help of the commands prints this table, and the README lists the same codes.
+EXIT_CODES = {
+    0: "done",
+    2: "wrong flag, key or value",
+    65: "bad data",
+    66: "missing or unfit input",
+    70: "internal error",
+    73: "another process writes to this run",
+    74: "cannot write",
+    75: "interrupted; the state is saved, run again",
+    130: "interrupted; nothing is saved",
+}
+
 
 class DragkitError(Exception):
-    """Base class. The message says what, where, why and what to do; no traceback is shown."""
+    """Base class. The message says what, where, why and what to do. No traceback is shown."""
 
     exit_code = 70
 
@@ -16,7 +29,7 @@ class ConfigError(DragkitError):
 
 
 class DataError(DragkitError):
-    """A data file whose content cannot be used; may list many problems, one a line."""
+    """A data file whose content cannot be used. The message may list many problems, one a line."""
 
     exit_code = 65
 
@@ -34,7 +47,7 @@ class CheckpointError(DragkitError):
 
 
 class WriteError(DragkitError):
-    """Something could not be written; the last good state is untouched."""
+    """A file could not be written. The last good state is untouched."""
 
     exit_code = 74
 

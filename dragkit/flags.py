@@ -1,4 +1,4 @@
-"""The flags of the command lines, built from the schema; without torch, so that help is quick."""
+"""The flags of the command lines, built from the schema. Torch is not imported: help is quick."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, get_args, get_origin
 
 from dragkit.config import FIELDS, PRESETS, nearest_key
-from dragkit.errors import ConfigError
+from dragkit.errors import EXIT_CODES, ConfigError
 from dragkit.schema import DEVICE_PATTERN
 
 # The command line is frozen: a new knob is a schema field, reached by --set, not a new flag.
@@ -50,9 +50,9 @@ FLAGS: dict[str, str] = {
     for keys in FLAG_GROUPS.values()
     for key in keys
 }
-EXIT_CODES = """exit codes:
-  0 done   2 wrong flag, key or value   65 bad data   66 missing or unfit input
-  70 internal error   74 cannot write   75 interrupted and saved   130 interrupted"""
+_EXIT_CODES = "exit codes:\n" + "\n".join(
+    f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()
+)
 _TRAIN_EPILOG = f"""\
 Words join by _ or -. A switch stands alone, takes true or false, or begins with --no_.
 Precedence: defaults < preset < --config < flags; `python -m dragkit.config show` tells the origin
@@ -67,7 +67,7 @@ examples:
   python -m dragkit.train --phase 2 --heuristics_path train.jsonl --phase1_checkpoint runs/cwq
       retriever and generator jointly, with the 30B generator
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 _EVALUATE_EPILOG = f"""\
 Architecture and data settings come from the checkpoint and have no flags here.
 
@@ -76,7 +76,7 @@ examples:
   python -m dragkit.evaluate runs/demo --data test.jsonl other.jsonl --output results.json
   python -m dragkit.evaluate runs/demo --checkpoint latest --limit 100
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 
 _PLAN_EPILOG = f"""\
 Works without a GPU and without weights. All figures are predictions, none is measured.
@@ -86,7 +86,7 @@ examples:
   python -m dragkit.plan --preset b200 --set generator.checkpointing=all
   python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
 
-{EXIT_CODES}"""
+{_EXIT_CODES}"""
 CARDS = ("H100", "H200", "B200")
 
 
@@ -129,7 +129,7 @@ class _Setting(argparse.Action):
 
 
 def plan_parser() -> Parser:
-    """The parser of `dragkit.plan`: the flags of `dragkit.train` and three of its own."""
+    """The parser of `dragkit.plan`: the flags of `dragkit.train` and three more."""
     text = "Predict memory and time of phase 2, and what a run would choose; loads nothing."
     parser = train_parser("python -m dragkit.plan", text, _PLAN_EPILOG)
     add = parser.add_argument_group("plan").add_argument
@@ -144,7 +144,7 @@ def plan_parser() -> Parser:
         type=_positive,
         default=1,
         metavar="N",
-        help="so many ranks, each on a card of its own (default 1)",
+        help="number of ranks, one GPU each (default 1)",
     )
     add("--json", action="store_true", help="write JSON")
     return parser
@@ -223,7 +223,7 @@ def evaluate_parser() -> Parser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, key: str) -> None:
-    """Add the flag of one field; a switch also gets its --no_ form."""
+    """Add the flag of one field. A switch also gets its --no_ form."""
     field = FIELDS[key]
     options = (field.annotation, *get_args(field.annotation))
     silent = field.default is None or field.default is False
@@ -262,7 +262,7 @@ def _shown(value: object) -> str:
 
 
 def underscored(argv: Sequence[str]) -> list[str]:
-    """Spell every flag with underscores; values stay as they are."""
+    """Spell every flag with underscores. Values stay as they are."""
     words = []
     for word in argv:
         name, equals, value = word.partition("=")
@@ -273,7 +273,7 @@ def underscored(argv: Sequence[str]) -> list[str]:
 
 
 def unknown_flags(extras: Sequence[str], known: Sequence[str], training: bool = True) -> list[str]:
-    """One line for each argument that the parser did not know; the value after one is left out."""
+    """One line for each unknown argument. The value after an unknown flag is not reported."""
     problems, after_flag = [], False
     for word in extras:
         name = word.partition("=")[0].removeprefix("--")

@@ -133,7 +133,8 @@ class SamplerConfig(Section):
         0.01, ge=0, lt=1, description="Evaluation drops facts with p at or below it (paper: 0.01)."
     )
     residual_slot: bool = Field(
-        False, description="One vector more, for gradient to facts not drawn."
+        False,
+        description="Append one vector that carries gradient to facts that were not drawn.",
     )
 
     @field_validator("k_facts")
@@ -178,13 +179,13 @@ class GeneratorConfig(Section):
     tokens_per_pass: int | None = Field(
         None,
         ge=1,
-        description="Tokens per generator pass; a longer prompt has a pass of its own. Unset: what "
+        description="Tokens per generator pass. A longer prompt is a pass by itself. Unset: what "
         "fits by the plan on GPU, no limit on CPU.",
     )
     checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
         "auto",
-        description="Blocks of a Nemotron-H that are computed again in the backward pass instead "
-        "of kept. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
+        description="Blocks of a Nemotron-H whose activations are recomputed in the backward "
+        "pass. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
     )
     max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
     max_answers: int = Field(

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit.data.arrays",
         "dragkit.data.cache",
         "dragkit.data.packed",
+        "dragkit.data.tokens",
         "dragkit_kernels",
     ),
     # Only to find the bundled weights, when they are asked for.
@@ -37,10 +38,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "dragkit.eval": ("dragkit.data.packed",),
     "dragkit.eval.families": (),
-    "dragkit.eval.metrics": ("dragkit.eval.families",),
-    "dragkit.eval.report": ("dragkit.eval.metrics",),
+    "dragkit.eval.metrics": ("dragkit.data.tokens", "dragkit.eval.families"),
+    "dragkit.eval.report": ("dragkit.data.tokens", "dragkit.eval.metrics"),
     # The names of the demo's entities only train the tokeniser.
-    "dragkit.tiny": ("dragkit.data.relations", "dragkit.demo", "dragkit.model.prompt"),
+    "dragkit.tiny": (
+        "dragkit.data.relations",
+        "dragkit.demo",
+        "dragkit.model.nemotron_h",
+        "dragkit.model.prompt",
+        "dragkit_kernels",
+    ),
     "dragkit.demo": ("dragkit.data.cache",),
     "dragkit.trainer": (
         "dragkit.cli",
@@ -67,7 +74,7 @@ LIGHT = ("", *(f".{name}" for name in _LIGHT_MODULES))
 DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orders"}
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}
 CONFINED: dict[str, tuple[str, ...]] = {
-    "torch_geometric": ("dragkit.data.subgraph",),
+    "torch_geometric": (),
     "sentence_transformers": ("dragkit.model.encoder",),
     "transformers": ("dragkit.model.load", "dragkit.model.random_weights", "dragkit.tiny"),
     "tokenizers": ("dragkit.tiny",),

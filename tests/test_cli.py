@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from dragkit.cli import TrainArguments, parse_evaluate_args, parse_train_args, run_main
 from dragkit.errors import (
+    EXIT_CODES,
     CheckpointError,
     ConfigError,
     DataError,
@@ -19,7 +21,7 @@ from dragkit.errors import (
     MissingInputError,
     WriteError,
 )
-from dragkit.flags import FLAGS, evaluate_parser, train_parser
+from dragkit.flags import FLAGS, evaluate_parser, plan_parser, train_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,16 +85,6 @@ def value_of(args: TrainArguments, key: str) -> object:
     return getattr(getattr(args.config, section), name)
 
 
-def run(module: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{module}", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DRAGKIT_DEBUG": ""},
-        check=False,
-    )
-
-
 def test_the_command_line_is_frozen() -> None:
     assert {name: key for name, (key, _, _) in FROZEN.items()} == FLAGS
     options = train_parser("x")._option_string_actions
@@ -138,36 +130,31 @@ COMMON = "--lr 5e-5 --node_dim 256 --hidden_dim 256 --relation_dim 256 --num_rea
 BIG = "--generator_model unsloth/Nemotron-3-Nano-30B-A3B"
 
 
-@pytest.mark.parametrize("data", ["cwq", "webqsp_subgraph"])
-def test_documented_phase_1_command(data: str) -> None:
-    line = (
-        f"--phase 1 --heuristics_path data/train_heuristics_{data}.jsonl --epochs 10 "
-        f"--batch_size 16 {COMMON} --checkpoint_dir checkpoints_{data}"
-    )
-    config = parse_train_args(line.split()).config
-    assert config.run.phase == 1
-    assert config.data.heuristics_path == f"data/train_heuristics_{data}.jsonl"
-    assert (config.optim.epochs, config.optim.batch_size, config.optim.lr) == (10, 16, 5e-5)
-    assert config.preset is None
-
-
 @pytest.mark.parametrize(
-    ("line", "batch", "facts"),
+    ("line", "expected"),
     [
-        (f"--epochs 5 --batch_size 1 {BIG}", 1, 10),
-        (f"--epochs 5 --batch_size 1 --k_facts 10 {COMMON} {BIG}", 1, 10),
-        (f"--epochs 5 --batch_size 4 --k_facts 15 {BIG}", 4, 15),
+        (
+            "--phase 1 --heuristics_path data/train_heuristics_cwq.jsonl --epochs 10 "
+            f"--batch_size 16 {COMMON} --checkpoint_dir checkpoints_cwq",
+            {"optim.batch_size": 16, "run.phase": 1, "optim.lr": 5e-5},
+        ),
+        (f"--epochs 5 --batch_size 1 {BIG}", {"optim.batch_size": 1, "sampler.k_facts": 10}),
+        (f"--epochs 5 --batch_size 1 --k_facts 10 {COMMON} {BIG}", {"sampler.k_facts": 10}),
+        (
+            "--phase 2 --phase1_checkpoint checkpoints_cwq_subgraph/phase1_best.pt "
+            f"--heuristics_path x.jsonl --epochs 5 --batch_size 4 --k_facts 15 {BIG}",
+            {
+                "run.phase1_checkpoint": "checkpoints_cwq_subgraph/phase1_best.pt",
+                "optim.batch_size": 4,
+                "sampler.k_facts": 15,
+                "generator.model": "unsloth/Nemotron-3-Nano-30B-A3B",
+            },
+        ),
     ],
 )
-def test_documented_phase_2_commands(line: str, batch: int, facts: int) -> None:
-    paths = (
-        "--heuristics_path data/train_heuristics_cwq.jsonl --checkpoint_dir checkpoints_cwq_phase2 "
-        "--phase1_checkpoint checkpoints_cwq_subgraph/phase1_best.pt"
-    )
-    config = parse_train_args(f"--phase 2 {paths} {line}".split()).config
-    assert config.run.phase1_checkpoint == "checkpoints_cwq_subgraph/phase1_best.pt"
-    assert (config.optim.batch_size, config.sampler.k_facts) == (batch, facts)
-    assert config.generator.model == "unsloth/Nemotron-3-Nano-30B-A3B"
+def test_commands_of_the_earlier_implementation(line: str, expected: dict[str, object]) -> None:
+    args = parse_train_args(line.split())
+    assert {key: value_of(args, key) for key in expected} == expected
 
 
 def test_without_arguments_it_is_phase_2_of_the_demo() -> None:
@@ -220,6 +207,7 @@ def test_the_other_phase_of_the_same_command() -> None:
         ("--freeze_lm maybe", ["generator.freeze_lm (--freeze_lm)"]),
         ("--no_lr", ["--no_lr: unknown flag"]),
         ("--set lr=1", ["lr (--set lr): unknown key; did you mean optim.lr?"]),
+        ("--set sampler.k_factz=1", ["did you mean sampler.k_facts?"]),
         ("--set optim.lr", ["--set takes section.field=value, got 'optim.lr'"]),
         ("--set optim=1", ["optim (--set optim): is a section"]),
         ("--preset h20", ["preset (--preset)", "'h200'", "'h20'"]),
@@ -286,6 +274,7 @@ def test_mistakes_in_evaluation(line: str, part: str) -> None:
 
 
 HELP = """
+import sys
 from dragkit.cli import parse_train_args, parse_evaluate_args
 try:
     {call}(sys.argv[1:])
@@ -297,7 +286,13 @@ finally:
 
 @pytest.mark.parametrize("call", ["parse_train_args", "parse_evaluate_args"])
 def test_help_imports_nothing_heavy(call: str) -> None:
-    done = run(HELP.format(call=call), "--help")
+    done = subprocess.run(
+        [sys.executable, "-c", HELP.format(call=call), "--help"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DRAGKIT_DEBUG": ""},
+        check=False,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "exit codes:" in done.stdout
     assert done.stdout.count(f"python -m dragkit.{call.split('_')[1]}") >= 4  # usage, 3 examples
@@ -363,3 +358,21 @@ def test_a_command_that_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
         run_main(lambda argv: parse_train_args(argv) and 0, ["--help"])
     assert caught.value.code == 0
     assert capsys.readouterr().err == ""
+
+
+def test_help_readme_and_error_classes_share_one_table_of_exit_codes() -> None:
+    row = next(
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| exit codes |")
+    )
+    assert [int(code) for code in re.findall(r"\d+", row)] == list(EXIT_CODES)
+    for parser in (train_parser("p"), evaluate_parser(), plan_parser()):
+        listed = parser.format_help().partition("exit codes:\n")[2]
+        assert [int(code) for code in re.findall(r"^ +(\d+)  ", listed, re.M)] == list(EXIT_CODES)
+    # Read from the source: importing every module would need every optional package.
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "dragkit").rglob("*.py")]
+    given = {
+        int(code) for text in sources for code in re.findall(r"^    exit_code = (\d+)", text, re.M)
+    }
+    assert {2, 65, 66, 70, 73, 74, 75} <= given <= set(EXIT_CODES)

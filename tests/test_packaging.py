@@ -23,6 +23,8 @@ import dragkit
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"dragkit": ROOT / "dragkit", "dragkit_kernels": ROOT / "kernels" / "dragkit_kernels"}
 COMPILED = {"mamba_ssm", "causal_conv1d", "torch_scatter"}
+# Imported only where a setting asks for it.
+OPTIONAL = {"mamba_ssm", "causal_conv1d"}
 MAX_WEIGHTS_BYTES = 2_000_000
 
 
@@ -103,20 +105,28 @@ def test_no_folder_called_kernels_is_a_package() -> None:
     assert [folder for folder, files in named if "__init__.py" in files] == []
 
 
-def test_nobody_imports_kernels() -> None:
-    wrong = []
-    for path in python_files():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
-                names = [a.value for a in node.args if isinstance(a, ast.Constant)]
-            if any(str(name).split(".")[0] == "kernels" for name in names):
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-    assert wrong == []
+def imported(path: Path) -> Iterator[tuple[str, str, bool]]:
+    """Top-level package, place, and whether inside a function, of every import of a file."""
+    todo: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), False)]
+    while todo:
+        node, inside = todo.pop()
+        names: list[object] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        elif isinstance(node, ast.Call) and "import_module" in ast.dump(node.func):
+            names = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        for name in names:
+            yield str(name).split(".")[0], f"{path.relative_to(ROOT)}:{node.lineno}", inside
+        inside |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        todo.extend((child, inside) for child in ast.iter_child_nodes(node))
+
+
+def test_nobody_imports_kernels_nor_at_module_level_what_needs_a_compiler() -> None:
+    found = [item for path in python_files() for item in imported(path)]
+    assert [where for top, where, _ in found if top == "kernels"] == []
+    assert [where for top, where, inside in found if top in COMPILED and not inside] == []
 
 
 def test_transformers_sees_no_kernels_package_from_the_repository(tmp_path: Path) -> None:
@@ -209,44 +219,20 @@ def test_what_needs_a_compiler_is_an_extra(arguments: dict) -> None:
     assert not names([*arguments["install_requires"], *extras["dev"], *extras["demo"]]) & COMPILED
 
 
-def test_what_needs_a_compiler_is_never_imported_at_module_level() -> None:
-    wrong = []
-    for path in python_files():
-        todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"), str(path))]
-        while todo:
-            node = todo.pop()
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if {name.split(".")[0] for name in names} & COMPILED:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
-            inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            todo.extend([] if inside else ast.iter_child_nodes(node))
-    assert wrong == []
-
-
 def test_what_is_imported_is_required(arguments: dict) -> None:
     """Every third-party import of the packages comes with the installation."""
-    homes = {
-        "yaml": "pyyaml",
-        "pynvml": "nvidia-ml-py",
-        "tokenizers": "transformers",
-    }
-    homes |= {"huggingface_hub": "transformers"}
+    homes = {"yaml": "pyyaml", "pynvml": "nvidia-ml-py"}
+    homes |= dict.fromkeys(("tokenizers", "huggingface_hub"), "transformers")
     required = {canonicalize_name(Requirement(t).name) for t in arguments["install_requires"]}
-    missing = set()
-    for source in SOURCES.values():
-        for path in source.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom) and not node.level:
-                    names = [node.module or ""]
-                tops = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-                missing |= {
-                    (top, path.relative_to(ROOT).as_posix())
-                    for top in tops - set(SOURCES)
-                    if canonicalize_name(homes.get(top, top)) not in required
-                }
-    assert sorted(missing) == []
+    own = set(SOURCES) | set(sys.stdlib_module_names) | OPTIONAL
+    missing = [
+        f"{where}: {top}"
+        for source in SOURCES.values()
+        for path in source.rglob("*.py")
+        for top, where, _ in imported(path)
+        if top not in own and canonicalize_name(homes.get(top, top)) not in required
+    ]
+    assert missing == []
 
 
 def test_constraints_pin_everything_that_is_installed_for_development(arguments: dict) -> None:

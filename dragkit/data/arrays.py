@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,14 +21,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MANIFEST = "manifest.json"
-# Contents are hashed again on opening up to this size; beyond it the sizes alone are compared.
+_META = "meta.json"
+# Opening hashes contents again up to this total. Beyond it only sizes are compared.
 _VERIFIED_BYTES = 256_000_000
-_HEADER_BYTES = 128
 _ATTEMPTS = 3
 
 
 class Unusable(Exception):
-    """A cache folder that is incomplete or damaged; never reaches a user."""
+    """A cache folder is incomplete or damaged. Never reaches a user."""
 
 
 class ArrayWriter:
@@ -39,21 +38,23 @@ class ArrayWriter:
         self.dtype = np.dtype(dtype)
         self.length = 0
         self._file = path.open("wb")
-        self._file.write(b"\0" * _HEADER_BYTES)
+        self._header()
+
+    def _header(self) -> None:
+        """Writes the header, in which numpy leaves room for a length that grows."""
+        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, described)
 
     def append(self, values: np.ndarray | Iterable[int]) -> None:
-        """Adds values behind those already there."""
+        """Appends values."""
         array = np.ascontiguousarray(values, dtype=self.dtype)
         self._file.write(array.data)
         self.length += array.size
 
     def close(self) -> None:
-        """Writes the header in the space kept for it."""
-        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
-        text = repr(described).encode()
-        prefix = b"\x93NUMPY\x01\x00" + struct.pack("<H", _HEADER_BYTES - 10)
+        """Writes the header again, with the final length."""
         self._file.seek(0)
-        self._file.write(prefix + text.ljust(_HEADER_BYTES - 11) + b"\n")
+        self._header()
         self._file.close()
 
 
@@ -66,7 +67,7 @@ class StringsWriter:
         self._ptr.append([0])
 
     def append(self, strings: Iterable[str]) -> None:
-        """Adds strings behind those already there."""
+        """Appends strings."""
         encoded = [string.encode("utf-8") for string in strings]
         ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64) + self._bytes.length
         self._bytes.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
@@ -134,9 +135,14 @@ class Strings:
 
 
 def file_digest(path: Path) -> str:
-    """blake2b of a file's bytes."""
+    """blake2b of a file's bytes. Checkpoints record keys made of it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def key_of(*parts: object) -> str:
@@ -144,18 +150,14 @@ def key_of(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=16).hexdigest()
 
 
-def _digest_of(body: object) -> str:
-    return key_of(json.dumps(body, sort_keys=True))
-
-
 def seal_folder(folder: Path, meta: dict[str, object]) -> None:
-    """Writes the manifest: `meta`, and size and digest of every file; nothing is added later."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "blake2b": file_digest(file)}
+    """Writes `meta` and the manifest: name, size and SHA-256 of every file, as in checkpoints."""
+    (folder / _META).write_text(json.dumps(meta))
+    files = [
+        {"name": file.name, "size": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.iterdir())
-    }
-    body = {"meta": meta, "files": files}
-    (folder / MANIFEST).write_text(json.dumps({"body": body, "digest": _digest_of(body)}))
+    ]
+    (folder / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def open_sealed(folder: Path) -> dict[str, object]:
@@ -165,19 +167,17 @@ def open_sealed(folder: Path) -> dict[str, object]:
         Unusable: a file is missing or is not what was sealed.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        body = manifest["body"]
-        if manifest["digest"] != _digest_of(body):
-            raise Unusable("the manifest was changed")
-        total = sum(entry["bytes"] for entry in body["files"].values())
-        for name, entry in body["files"].items():
-            if (folder / name).stat().st_size != entry["bytes"]:
-                raise Unusable(f"{name} has another size")
-            if total <= _VERIFIED_BYTES and file_digest(folder / name) != entry["blake2b"]:
-                raise Unusable(f"{name} has other content")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        hashed = sum(entry["size"] for entry in files) <= _VERIFIED_BYTES
+        for entry in files:
+            path = folder / entry["name"]
+            if path.stat().st_size != entry["size"]:
+                raise Unusable(f"{path.name} has another size")
+            if hashed and _sha256(path) != entry["sha256"]:
+                raise Unusable(f"{path.name} has other content")
+        return json.loads((folder / _META).read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Unusable(f"no readable manifest or file: {error}") from error
-    return body["meta"]
 
 
 def discard_folder(folder: Path) -> None:
@@ -193,10 +193,11 @@ def discard_folder(folder: Path) -> None:
 
 
 def open_or_build(folder: Path, opened: Callable[[], T], fill: Callable[[Path], None]) -> T:
-    """Opens a sealed folder; one that is absent or damaged is built first.
+    """Opens a sealed folder. An absent or damaged folder is built first.
 
     Args:
-        folder: named after its content; opened: opens it, or raises `Unusable`.
+        folder: named after its content.
+        opened: opens it, or raises `Unusable`.
         fill: writes and seals it in a temporary place.
 
     Raises:

@@ -13,12 +13,14 @@ class FactBudgetSampler:
     """Batches of at most `batch_size` questions and `max_facts` facts, so that memory is flat.
 
     The order of an epoch is a function of (seed, epoch) alone: nothing has to be saved for a resume
-    to continue at any batch. No question is left out; one above the bound is a batch of its own.
+    to continue at any batch. No question is left out. One above the bound is a batch by itself.
 
     Args:
         fact_counts: int [Q] facts of each question.
-        batch_size: most questions; max_facts: most facts, of one batch.
-        seed: of the order; shuffle: False keeps the order of the file.
+        batch_size: maximum of questions in a batch.
+        max_facts: maximum of facts in a batch.
+        seed: seed of the order.
+        shuffle: False keeps the order of the file.
 
     Raises:
         ValueError: a bound below 1.
@@ -71,6 +73,6 @@ class FactBudgetSampler:
         return self._cut(self.permutation(epoch).tolist()) if self.shuffle else self.in_order()
 
     def in_order(self, limit: int | None = None) -> list[list[int]]:
-        """All batches in file order, as for validation; of the first `limit` questions only."""
+        """All batches in file order, as for validation. `limit` takes the first questions only."""
         count = len(self.fact_counts)
         return self._cut(range(count if limit is None else min(limit, count)))

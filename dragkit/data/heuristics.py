@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from dragkit.data.diagnosis import diagnose
 from dragkit.data.lines import BROKEN_GZIP, numbered_lines, open_source
 from dragkit.errors import DataError
 
@@ -22,6 +22,8 @@ _LISTED_PROBLEMS = 200
 _BOM = b"\xef\xbb\xbf"
 
 Triple = tuple[str, str, str]
+# JSON path and reason.
+Fault = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,9 @@ class Problem(NamedTuple):
     path: str
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.line}: {self.path}: {self.reason}"
+
 
 @dataclass(frozen=True, slots=True)
 class QuestionFile:
@@ -78,28 +83,51 @@ _SHALLOW = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
 def _repeats_a_key(line: bytes) -> bool:
-    """Whether a key might stand twice; the decoder would silently keep the last value.
+    """Whether a key may be given twice, of which the decoder keeps the last value.
 
-    Outside the values that were kept there are two quotes for each key; more mean a second one (or
-    an escaped quote in a key, which the slow check then clears).
+    Outside the kept values there are two quotes for each key. More mean a second value, or an
+    escaped quote in a key, which `_unique` lets through.
     """
     kept = _SHALLOW.decode(line)
     quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in kept.values())
     return quotes != 2 * len(kept)
 
 
-def _decode(line: bytes) -> tuple[_Row | None, list[tuple[str, str]]]:
-    """The row, or its faults."""
-    message = ""
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {repeated!r} is given twice")
+    return found
+
+
+def _decode(line: bytes) -> _Row | Fault:
+    """The row, or its first fault."""
     try:
         # The decoder skips the content of unknown keys without looking at its encoding.
         line.decode("utf-8")
         row = _ROW.decode(line)
-        suspicious = b"\\u0000" in line or _repeats_a_key(line)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        suspicious, row, message = True, None, str(error)
-    faults = diagnose(line, message) if suspicious else []
-    return (None, faults) if faults else (row, [])
+        if _repeats_a_key(line):
+            json.loads(line, object_pairs_hook=_unique)
+    except msgspec.ValidationError as error:
+        reason, _, path = str(error).partition(" - at `")
+        reason = reason.replace("`array` of length 3", "a triple [head, relation, tail]")
+        return path.rstrip("`") or "$", reason
+    except msgspec.DecodeError as error:
+        return "$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}"
+    except UnicodeDecodeError as error:
+        return "$", f"not UTF-8: {error.reason} (byte {error.start})"
+    except RecursionError:
+        return "$", "nested too deeply"
+    except ValueError as error:
+        return "$", str(error)
+    for place, steps in enumerate(row.paths or ()):
+        if len({type(step) for step in steps}) > 1:
+            return f"$.paths[{place}]", "expected entities or triples, got both"
+    # Without the escaped backslashes, what is left of this text is an escaped NUL.
+    if b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b""):
+        return "$", "a NUL character"
+    return row
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
@@ -112,7 +140,7 @@ def _names(value: str | list[str] | None) -> tuple[str, ...]:
 
 
 def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
-    """A path as entity names; one given as triples is followed, and cut where it does not join."""
+    """A path as entity names. Triples are followed, and the path is cut where they do not join."""
     if not path or isinstance(path[0], str):
         return [tuple(path)] if path else []  # type: ignore[arg-type]
     found: list[list[str]] = []
@@ -131,7 +159,7 @@ class HeuristicsReader:
 
     Args:
         path: JSONL, plain or gzip.
-        max_line_bytes: a line this long or longer is a problem of its own.
+        max_line_bytes: a line this long or longer is rejected.
 
     Attributes:
         rejects: problems so far, in line order; rows: non-empty lines so far.
@@ -149,7 +177,7 @@ class HeuristicsReader:
         self._cut_short = False
 
     def __iter__(self) -> Iterator[Question]:
-        """The usable questions in file order; call `check` afterwards."""
+        """The usable questions in file order. Call `check` afterwards."""
         number = 0
         with open_source(self.path) as stream:
             try:
@@ -174,10 +202,9 @@ class HeuristicsReader:
             size = f"{self.max_line_bytes / 1e6:g} MB"
             self._reject(number, "$", f"the line is over-long: {size} or more")
             return None
-        row, faults = _decode(line.rstrip(b"\r\n"))
-        for path, reason in faults:
-            self._reject(number, path, reason)
-        if row is None:
+        row = _decode(line.rstrip(b"\r\n"))
+        if isinstance(row, tuple):
+            self._reject(number, *row)
             return None
         name = "" if row.id is None else str(row.id)
         if not name:
@@ -209,24 +236,23 @@ class HeuristicsReader:
         return Question(name, row.question, triples, topics, tuple(paths), answers, number)
 
     def check(self, max_bad: float = 0.0) -> None:
-        """Raises when more than `max_bad` of the rows are unusable; else says what was noted.
+        """Raises when more than `max_bad` of the rows are unusable, else logs what was noted.
 
         Raises:
             DataError: with every problem as `file:line: path: reason`, the first of them in full.
         """
         if not self.rows and not self._cut_short:
             raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
-        bad = len({problem.line for problem in self.rejects})
+        bad = len(self.rejects)
         if self._cut_short or bad > max_bad * self.rows:
-            shown = [f"{self.path}:{p.line}: {p.path}: {p.reason}" for p in self.rejects]
-            if (more := len(shown) - _LISTED_PROBLEMS) > 0:
-                shown = [*shown[:_LISTED_PROBLEMS], f"... and {more} more problems"]
-            told = f"{bad} of {self.rows} rows cannot be used ({len(self.rejects)} problems)."
+            shown = [f"{self.path}:{problem}" for problem in self.rejects[:_LISTED_PROBLEMS]]
+            if bad > _LISTED_PROBLEMS:
+                shown.append(f"... and {bad - _LISTED_PROBLEMS} more problems")
+            told = f"{self.path}: {bad} of {self.rows} rows cannot be used."
             if not self._cut_short:
                 told += f" At most a share of {max_bad:.4g} may be: correct them, or raise it with"
                 told += " --set data.max_bad_share=SHARE."
-            shown.append(f"{self.path}: {told}")
-            raise DataError("\n".join(shown))
+            raise DataError("\n".join([*shown, told]))
         if bad:
             logger.warning("%s: skipped %d of %d unusable rows", self.path, bad, self.rows)
         if found := self.notes["topics_from_paths"]:

@@ -17,58 +17,45 @@ class FactLabels(NamedTuple):
     source: str
 
 
-class _Neighbours:
-    """Both directions of every fact, grouped by the node they leave."""
-
-    def __init__(self, head: np.ndarray, tail: np.ndarray, num_nodes: int) -> None:
-        start = np.concatenate([head, tail])
-        order = np.argsort(start, kind="stable")
-        self.end = np.concatenate([tail, head])[order]
-        self.ptr = np.zeros(num_nodes + 1, dtype=np.int64)
-        np.cumsum(np.bincount(start, minlength=num_nodes), out=self.ptr[1:])
-
-    def of(self, nodes: np.ndarray) -> np.ndarray:
-        """All neighbours of `nodes`, repeats included."""
-        first = self.ptr[nodes]
-        count = self.ptr[nodes + 1] - first
-        shift = np.repeat(first - np.cumsum(count) + count, count)
-        return self.end[shift + np.arange(len(shift))]
-
-
-def _distances(near: _Neighbours, start: int, targets: np.ndarray) -> np.ndarray:
+def _distances(
+    head: np.ndarray, tail: np.ndarray, num_nodes: int, start: int, targets: np.ndarray
+) -> np.ndarray:
     """int64 [N] steps from `start`; -1 where unreachable or farther than every target."""
-    distance = np.full(len(near.ptr) - 1, -1, dtype=np.int64)
-    distance[start] = 0
-    frontier, level = np.array([start]), 0
-    while len(frontier) and (distance[targets] < 0).any():
+    distance = np.full(num_nodes, -1, dtype=np.int64)
+    distance[start] = level = 0
+    while (distance[targets] < 0).any():
+        from_head, from_tail = distance[head], distance[tail]
+        found = np.concatenate(
+            [
+                tail[(from_head == level) & (from_tail < 0)],
+                head[(from_tail == level) & (from_head < 0)],
+            ]
+        )
+        if not len(found):
+            break
         level += 1
-        found = near.of(frontier)
-        frontier = np.unique(found[distance[found] < 0])
-        distance[frontier] = level
+        distance[found] = level
     return distance
 
 
 def _on_shortest_paths(
-    head: np.ndarray, tail: np.ndarray, near: _Neighbours, topic: int, answers: np.ndarray
+    head: np.ndarray, tail: np.ndarray, num_nodes: int, topic: int, answers: np.ndarray
 ) -> np.ndarray:
     """bool [E]: facts (u, v) with dist(topic, u) + 1 + dist(v, answer) = dist(topic, answer).
 
-    Walked backward from all answers at once: a node is on the way when a neighbour one step farther
-    out is, so one sweep serves every answer and no path is enumerated.
+    One sweep from the farthest answers inward serves all answers: a fact is positive when its outer
+    end is an answer or the inner end of a positive fact. No path is enumerated.
     """
-    distance = _distances(near, topic, answers)
-    reached = answers[distance[answers] > 0]
-    on_way = np.zeros(len(distance), dtype=bool)
-    on_way[reached] = True
-    frontier = reached[:0]
-    for level in range(int(distance[reached].max(initial=0)), 1, -1):
-        frontier = np.union1d(frontier, reached[distance[reached] == level])
-        inward = near.of(frontier)
-        frontier = np.unique(inward[distance[inward] == level - 1])
-        on_way[frontier] = True
-    out_of_head = on_way[tail] & (distance[head] + 1 == distance[tail])
-    out_of_tail = on_way[head] & (distance[tail] + 1 == distance[head])
-    return out_of_head | out_of_tail
+    distance = _distances(head, tail, num_nodes, topic, answers)
+    on_way = np.zeros(num_nodes, dtype=bool)
+    on_way[answers[distance[answers] > 0]] = True
+    positive = np.zeros(len(head), dtype=bool)
+    for level in range(int(distance[answers].max(initial=0)), 0, -1):
+        for inner, outer in ((head, tail), (tail, head)):
+            step = (distance[outer] == level) & (distance[inner] == level - 1) & on_way[outer]
+            on_way[inner[step]] = True
+            positive |= step
+    return positive
 
 
 def _on_given_paths(
@@ -98,7 +85,7 @@ def fact_labels(
     paths: Sequence[Sequence[int]] = (),
     rule: LabelRule = "auto",
 ) -> FactLabels:
-    """Marks the positive facts of a question; parallel relations are all kept.
+    """Marks the positive facts of a question. Parallel relations are all kept.
 
     Under "shortest" a fact is positive when it lies on a shortest path, walked in either direction,
     between some topic and some answer. Under "paths" it is positive when it joins two
@@ -107,7 +94,7 @@ def fact_labels(
 
     Args:
         head, tail: int [E] node rows of the facts; num_nodes: N.
-        topics, answers: node rows; those that are not in the graph are left out by the caller.
+        topics, answers: node rows. The caller leaves out names that are not in the graph.
         paths: node rows of the given paths, -1 for an entity outside the graph.
         rule: as above.
 
@@ -121,10 +108,9 @@ def fact_labels(
         raise ValueError(f"label rule must be auto, shortest or paths, got {rule!r}")
     positive = np.zeros(len(head), dtype=bool)
     if rule != "paths" and len(head) and len(topics) and len(answers):
-        near = _Neighbours(head, tail, num_nodes)
         targets = np.unique(np.asarray(answers, dtype=np.int64))
         for topic in topics:
-            positive |= _on_shortest_paths(head, tail, near, topic, targets)
+            positive |= _on_shortest_paths(head, tail, num_nodes, topic, targets)
         if positive.any():
             return FactLabels(positive, "shortest")
     if rule != "shortest":

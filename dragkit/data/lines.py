@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +13,6 @@ from dragkit.errors import DataError, MissingInputError
 
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 _GZIP_MAGIC = b"\x1f\x8b"
-_CHUNK = 1 << 20
 
 
 def open_source(path: Path) -> BinaryIO:
@@ -44,7 +43,7 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines; one of `limit` bytes or more is passed over as None, never held whole."""
+    """Numbered lines. A line of `limit` bytes or more is given as None and never held whole."""
     number = 0
     while piece := stream.readline(limit):
         number += 1
@@ -52,16 +51,3 @@ def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | 
         while len(piece) == limit and not piece.endswith(b"\n"):
             line, piece = None, stream.readline(limit)
         yield number, line
-
-
-def copy_lines(path: Path, numbers: Iterable[int], target: Path) -> None:
-    """Copies the lines `numbers` of a file verbatim, without holding a long one in memory."""
-    wanted = set(numbers)
-    last = max(wanted, default=0)
-    number, at_start = 0, True
-    with open_source(path) as source, target.open("wb") as copy:
-        while number <= last and (piece := source.readline(_CHUNK)):
-            number += at_start
-            at_start = piece.endswith(b"\n")
-            if number in wanted:
-                copy.write(piece)

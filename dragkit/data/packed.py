@@ -46,7 +46,7 @@ class _Movable:
         return self._map(lambda _: next(following))
 
     def to(self, device: torch.device | str) -> Self:
-        """A copy on `device`; non-blocking, so pinned memory overlaps with compute."""
+        """A copy on `device`. The copy does not block, so pinned memory overlaps with compute."""
         return self._map(lambda t: t.to(device, non_blocking=True))
 
 
@@ -58,7 +58,7 @@ class PackedGraph(_Movable):
 
     Attributes:
         orders: the Q merged facts in three orders; rows of relations count in the pack's list.
-        start: of those the ones that touch a topic, with pairs of their own.
+        start: the merged facts that touch a topic, with their own pairs.
         groups: which of the E facts each merged one stands for.
         topic: float32 [N] seed distribution: the share of one node of each class, uniform over a
             graph's topic nodes (over all nodes where it has none).

@@ -13,7 +13,6 @@ import torch
 from dragkit.data.arrays import FolderWriter, seal_folder
 from dragkit.data.heuristics import HeuristicsReader, Question
 from dragkit.data.labels import LabelRule
-from dragkit.data.lines import copy_lines
 from dragkit.data.quotient import Quotient, quotient
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
@@ -32,10 +31,10 @@ def question_key(name: str) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
-# What has offsets of its own.
+# Names of the ragged arrays. Each has offsets `<name>_ptr`.
 RAGGED = (
     *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
-    *("topic", "topic_node", "topic_class", "answer", "answer_node"),
+    *("topic", "topic_class", "answer"),
 )
 # The parts of a `FactOrders` that are stored: rows of each fact, ends of each node's two segments,
 # and end and relation of each pair, all counted from the question's own zero.
@@ -119,12 +118,8 @@ class Packer:
         writer.array("lines", np.int64).append([question.line])
         key = question_key(question.id if named else f"\n{question.line}")
         writer.array("question_key", np.int64).append([key])
-        writer.array("topic_nodes", np.int32).append(graph.topics)
-        writer.array("answer_nodes", np.int32).append(graph.answers)
         self._extend("topic", [len(question.topics)])
         self._extend("answer", [len(question.answers)])
-        self._extend("topic_node", [len(graph.topics)])
-        self._extend("answer_node", [len(graph.answers)])
         self._note(graph)
         self._waiting.append(graph)
         self._waiting_facts += graph.num_facts
@@ -238,7 +233,7 @@ class Packer:
         self._extend(f"{prefix}pair", pairs.count)
 
     def _blocks(self, name: str, rows: list[np.ndarray], segments: _Segments) -> None:
-        """Appends every graph's part of some rows as a block of its own."""
+        """Appends every graph's part of some rows as one block."""
         stacked = np.stack(rows).astype(np.int32)
         pieces = [
             stacked[:, first : first + size].ravel()
@@ -259,8 +254,10 @@ def pack_file(
     """Reads, labels, sorts and seals a heuristics file.
 
     Args:
-        path: the file; folder: an empty one to fill.
-        label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out.
+        path: the file.
+        folder: an empty folder to fill.
+        label_rule: see `fact_labels`.
+        max_bad: share of unusable rows to leave out.
         merge: see `quotient`.
 
     Raises:
@@ -274,11 +271,9 @@ def pack_file(
             packer.add(question, named=question.line not in reader.unnamed)
     packer.close()
     reader.check(max_bad)
-    rejected = {problem.line for problem in reader.rejects}
-    if rejected:
-        copy_lines(path, rejected, folder / "rejects.jsonl")
-        reasons = "".join(f"{p.line}: {p.path}: {p.reason}\n" for p in reader.rejects)
-        (folder / "rejects.txt").write_text(reasons)
+    rejects = reader.rejects
+    if rejects:
+        (folder / "rejects.txt").write_text("".join(f"{problem}\n" for problem in rejects))
     summary = {**reader.notes, **packer.summary}
-    summary |= {"relations": len(packer.vocab), "rejects": len(rejected), "rows": reader.rows}
+    summary |= {"relations": len(packer.vocab), "rejects": len(rejects), "rows": reader.rows}
     seal_folder(folder, {"summary": summary})

@@ -63,7 +63,7 @@ def _by_first(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Neighbours:
-    """Sums over the facts at every node; wrapping 64-bit words, so in any order."""
+    """Sums over the facts at every node. 64-bit words wrap, so any order gives the same sum."""
 
     def __init__(self, node: np.ndarray, num_nodes: int) -> None:
         self.order = np.argsort(node, kind="stable")

@@ -31,14 +31,6 @@ class RelationVocab:
             self._names.append(name)
         return row
 
-    def row(self, name: str) -> int:
-        """The row of a known relation.
-
-        Raises:
-            KeyError: it is not known.
-        """
-        return self._rows[name]
-
     @property
     def names(self) -> tuple[str, ...]:
         """All relations, by row."""
@@ -46,9 +38,6 @@ class RelationVocab:
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._rows
 
     def text(self, row: int) -> str:
         """Words of a relation read from head to tail."""

@@ -31,7 +31,7 @@ BUILDER_VERSION = 2
 
 _ARRAYS = (
     *("facts", "edges", "classes", "pairs", "start_edges", "start_classes", "start_pairs"),
-    *("labels", "topic_nodes", "topic_classes", "answer_nodes", "lines"),
+    *("labels", "topic_classes", "lines"),
 )
 
 
@@ -42,7 +42,7 @@ class StoredQuestion:
     Attributes:
         id, text, topics, answers, line: as in the file.
         entities: names of the nodes; triples: names of the facts; labels: 1 where positive.
-        topic_nodes, answer_nodes: nodes of those topics and answers that are in the graph.
+        topic_nodes: nodes of those topics that are in the graph.
     """
 
     id: str
@@ -54,7 +54,6 @@ class StoredQuestion:
     triples: tuple[Triple, ...]
     labels: tuple[int, ...]
     topic_nodes: tuple[int, ...]
-    answer_nodes: tuple[int, ...]
 
 
 class PackedStore:
@@ -69,33 +68,8 @@ class PackedStore:
         facts, edges, classes, pairs, start_edges, start_classes, start_pairs: int32 blocks of all
             questions end to end, see `Packer`.
         fact_ptr, node_ptr, edge_ptr, ...: int64 [Q+1] first item of each question.
-        labels: uint8 [E]; topic_nodes, topic_classes: int32; question_key: int64 [Q].
+        labels: uint8 [E]; topic_classes: int32; question_key: int64 [Q].
     """
-
-    facts: np.ndarray
-    edges: np.ndarray
-    classes: np.ndarray
-    pairs: np.ndarray
-    start_edges: np.ndarray
-    start_classes: np.ndarray
-    start_pairs: np.ndarray
-    labels: np.ndarray
-    topic_nodes: np.ndarray
-    topic_classes: np.ndarray
-    answer_nodes: np.ndarray
-    lines: np.ndarray
-    fact_ptr: np.ndarray
-    node_ptr: np.ndarray
-    edge_ptr: np.ndarray
-    class_ptr: np.ndarray
-    pair_ptr: np.ndarray
-    start_edge_ptr: np.ndarray
-    start_pair_ptr: np.ndarray
-    topic_ptr: np.ndarray
-    topic_node_ptr: np.ndarray
-    topic_class_ptr: np.ndarray
-    answer_ptr: np.ndarray
-    answer_node_ptr: np.ndarray
 
     def __init__(self, folder: Path, path: Path) -> None:
         meta = open_sealed(folder)
@@ -164,11 +138,11 @@ class PackedStore:
     def _tell(self) -> None:
         if rejects := self.summary["rejects"]:
             logger.warning(
-                "%s: %d of %d rows are unusable and left out; see %s and rejects.txt beside it",
+                "%s: %d of %d rows are unusable and left out; %s says why",
                 self.path,
                 rejects,
                 self.summary["rows"],
-                self.folder / "rejects.jsonl",
+                self.folder / "rejects.txt",
             )
         if missing := self.summary["topic_missing"]:
             logger.warning(
@@ -229,11 +203,12 @@ class PackedStore:
         relation = self.block("pairs", row)[1][pair]
         facts = (head.tolist(), relation.tolist(), tail.tolist())
         names = self.relation_names
+        topics = tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist()))
         line = int(self.lines[row])
         return StoredQuestion(
             id=self._ids[row] or made_id(self.path, line),
             text=self._texts[row],
-            topics=tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist())),
+            topics=topics,
             answers=self.answers(row),
             line=line,
             entities=tuple(entities),
@@ -241,10 +216,5 @@ class PackedStore:
                 (entities[h], names[r], entities[t]) for h, r, t in zip(*facts, strict=True)
             ),
             labels=tuple(self.labels[self.fact_ptr[row] : self.fact_ptr[row + 1]].tolist()),
-            topic_nodes=self._nodes("topic", row),
-            answer_nodes=self._nodes("answer", row),
+            topic_nodes=tuple(entities.index(name) for name in topics if name in entities),
         )
-
-    def _nodes(self, kind: str, row: int) -> tuple[int, ...]:
-        first, last = getattr(self, f"{kind}_node_ptr")[row : row + 2].tolist()
-        return tuple(getattr(self, f"{kind}_nodes")[first:last].tolist())

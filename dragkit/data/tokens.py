@@ -25,6 +25,8 @@ from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
+# Stands between the answers of a target. The evaluation splits generated text at it.
+ANSWER_DELIMITER = " | "
 TOKENS_VERSION = 1
 _CHUNK_FACTS = 1 << 16
 _CHUNK_QUESTIONS = 1 << 12
@@ -170,7 +172,8 @@ class TokenRows:
             text: the texts of a prompt; `fact` gets the relation's words, not its raw name.
             key: names tokeniser and prompt texts; it must change when either does.
             cache_dir: where packed sets are kept; None takes the user's cache folder.
-            begin: tokens in front of every prefix (the BOS); end: behind every target (the EOS).
+            begin: tokens before every prefix (the BOS).
+            end: tokens after every target (the EOS).
             max_answers: answers in a target at most, those of the graph first; none is ever cut.
 
         Raises:
@@ -185,23 +188,15 @@ class TokenRows:
 
         return open_or_build(folder, lambda: cls(folder, store), fill)
 
-    def _lengths(self, part: str) -> np.ndarray:
-        return np.diff(self._ptr[part])
-
     @property
     def prefix_lengths(self) -> np.ndarray:
         """int64 [Q] tokens in front of each question's facts."""
-        return self._lengths("prefix")
+        return np.diff(self._ptr["prefix"])
 
     @property
     def target_lengths(self) -> np.ndarray:
         """int64 [Q] tokens of each answer with its end token."""
-        return self._lengths("target")
-
-    @property
-    def fact_lengths(self) -> np.ndarray:
-        """int64 [E] tokens of each fact's line."""
-        return self._lengths("facts")
+        return np.diff(self._ptr["target"])
 
     def _pack(self, part: str, spans: list[tuple[int, int]], longest: int | None) -> TokenPack:
         """Rows first..last-1 of every span, end to end."""

@@ -36,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Scores of a split with the predictions behind them."""
+    """Scores of a split and the predictions they were computed from."""
 
     report: Report
     predictions: list[dict[str, object]]
@@ -151,7 +151,8 @@ def evaluate(
 
     Args:
         phase: of training, with its model; source: the split.
-        device: of the model; limit: the first so many questions only; None takes all.
+        device: of the model.
+        limit: number of questions to evaluate, from the first; None takes all.
         ranks: deal the batches out to these. Each batch is as with one rank, so the scores are
             too, and every rank gets all of them.
 

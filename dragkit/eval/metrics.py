@@ -1,6 +1,6 @@
 """Per-question metrics: the answer parser, the strict scores and the retrieval scores.
 
-One file because these are the definitions that the project stands behind; scores kept only to
+One file because these are the definitions that the project recommends. Scores kept only to
 match published tables are in `families.py`, means over questions in `report.py`.
 """
 
@@ -11,12 +11,12 @@ import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
+from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.families import rog_scores, subgraphrag_scores
 
 # Raised whenever a change of parser, folding or formula can change a number.
 METRIC_VERSION = 1
 
-ANSWER_DELIMITER = " | "
 STRICT_NAMES = (
     "strict-hits@1",
     "strict-hit",

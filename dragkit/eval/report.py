@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dragkit.eval.metrics import (
-    ANSWER_DELIMITER,
-    METRIC_VERSION,
-    parse_answers,
-    score_question,
-)
+from dragkit.data.tokens import ANSWER_DELIMITER
+from dragkit.eval.metrics import METRIC_VERSION, parse_answers, score_question
 
 SCHEMA_VERSION = 1
 
@@ -77,7 +72,7 @@ def score_text(
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Macro means, each with the number of questions behind it.
+    """Macro means, each with the number of questions in it.
 
     Attributes:
         counts: `asked`; `answerable_in_subgraph`, None where any question left it unknown;
@@ -111,10 +106,6 @@ class Report:
                 for name, mean in self.means.items()
             },
         }
-
-    def to_json(self) -> str:
-        """Return `to_dict` as JSON text ending in a line end; never holds NaN or infinity."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
     def to_table(self) -> str:
         """Return an aligned text table: means in percent (`facts-*`: counts), then the counts."""

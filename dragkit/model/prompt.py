@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from dragkit.data.packed import TokenPack
+from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.model.host import HostCopy, to_device
 from dragkit_kernels import prompt_tokens
-
-ANSWER_DELIMITER = " | "
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ STATE = 16
 MAMBA_HEAD_WIDTH = 32
 # Chunks of 32 tokens are the fastest on a CPU; the size changes no result.
 CHUNK = 32
-# Larger than the library's 0.02: copying starts later, but the right fact is chosen more often.
+# Larger than transformers' 0.02: copying starts later, but the right fact is chosen more often.
 INITIAL_STD = 0.1
 STEP_FLOOR = 1e-9
 

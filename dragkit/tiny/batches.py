@@ -1,4 +1,4 @@
-"""Invented questions as padded token batches, laid out exactly like the prompts of phase 2."""
+"""Invented questions as packs of tokens, laid out exactly like the prompts of phase 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dragkit.model.nemotron_h.pack import Pack, make_pack
 from dragkit.model.prompt import PromptTemplate
 from dragkit.tiny.tasks import Sample
 from dragkit.tiny.tokenizer import BOS, EOS, NEUTRAL, PAD
@@ -21,19 +22,21 @@ Slots = Literal["marked", "neutral", "empty", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B right-padded rows; a causal model needs no mask for pads on the right.
+    """B rows end to end, T tokens in all; the first token of a row is never supervised.
 
     Attributes:
-        input_ids: int64 [B, L].
-        labels: int64 [B, L] the token itself where it is supervised, else -100.
-        scale: float32 [B, L] factor on the token's embedding; 1 for text.
-        is_slot: bool [B, L] structural slots.
+        input_ids: int64 [T].
+        labels: int64 [T] the token itself where it is supervised, else -100.
+        scale: float32 [T] factor on the token's embedding; 1 for text.
+        is_slot: bool [T] structural slots.
+        pack: where each row begins and ends.
     """
 
     input_ids: Tensor
     labels: Tensor
     scale: Tensor
     is_slot: Tensor
+    pack: Pack
 
 
 @dataclass(slots=True)
@@ -52,18 +55,20 @@ class Row:
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Pads rows to the longest."""
-    shape = (len(rows), max(len(row.ids) for row in rows))
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
-    scale = torch.ones(shape)
-    is_slot = torch.zeros(shape, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        labels[index, : len(row.ids)] = torch.tensor(row.labels)
-        scale[index, row.slots] = row.slot_scale
-        is_slot[index, row.slots] = True
-    return Batch(input_ids, labels, scale, is_slot)
+    """Joins rows to one pack."""
+    lengths = [len(row.ids) for row in rows]
+    pack = make_pack(torch.tensor(lengths), sum(lengths), max(lengths))
+    input_ids, labels = (
+        torch.tensor([item for row in rows for item in getattr(row, name)])
+        for name in ("ids", "labels")
+    )
+    scale = torch.ones(len(input_ids))
+    is_slot = torch.zeros(len(input_ids), dtype=torch.bool)
+    for row, first in zip(rows, pack.ptr.tolist(), strict=False):
+        slots = [first + slot for slot in row.slots]
+        scale[slots] = row.slot_scale
+        is_slot[slots] = True
+    return Batch(input_ids, labels, scale, is_slot, pack)
 
 
 class PromptWriter:

@@ -11,7 +11,7 @@ from dragkit.tiny.tasks import KINDS, draw_drill, draw_sample, noisy_markers, wi
 STAGES = ("copy", "drill", "questions")
 ROWS = 32
 KIND_WEIGHTS = (26, 14, 24, 16, 20)
-# A stage ends when its running token accuracy passes the first number, or after so many steps.
+# A stage ends when its token accuracy passes the first number, or at the second: a step.
 COPY_UNTIL = (0.9, 1500)
 DRILL_UNTIL = (0.95, 800)
 GROW_ABOVE = 0.8

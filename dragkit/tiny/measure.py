@@ -8,10 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dragkit.model.nemotron_h.backends import MambaOps
+from dragkit.model.nemotron_h.decoder import hidden_at_rows
 from dragkit.tiny.batches import IGNORED, Batch, PromptWriter, Slots, collate
 from dragkit.tiny.names import NameSource
 from dragkit.tiny.tasks import KINDS, draw_sample, noisy_markers, without_clue
+from dragkit_kernels import causal_conv, ssd_scan
 
+_OPS = MambaOps(causal_conv, ssd_scan)
 FULL_COUNT = 10
 ROWS_PER_PASS = 64
 
@@ -29,22 +33,27 @@ def answer_logits(model: nn.Module, batch: Batch, noise: float = 0.0) -> tuple[T
         float32 [A, V] and int64 [A], rows in order.
     """
     table = model.get_input_embeddings()
-    embeds = table(batch.input_ids) * batch.scale[..., None]
+    embeds = table(batch.input_ids) * batch.scale[:, None]
     if noise > 0:
         rms = table.weight.detach().square().mean().sqrt()
-        level = torch.rand(len(embeds), 1, 1) * (noise * rms)
-        embeds = embeds + torch.randn_like(embeds) * level * batch.is_slot[..., None]
-    hidden = model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    supervised = batch.labels[:, 1:] != IGNORED
-    return model.lm_head(hidden[:, :-1][supervised]), batch.labels[:, 1:][supervised]
+        level = torch.rand(len(batch.pack.ptr) - 1, 1)[batch.pack.sequence] * (noise * rms)
+        embeds = embeds + torch.randn_like(embeds) * level * batch.is_slot[:, None]
+    rows = _rows_before_answers(batch)
+    hidden = hidden_at_rows(model.model, embeds, batch.pack, rows, _OPS)
+    return model.lm_head(hidden), batch.labels[rows + 1]
+
+
+def _rows_before_answers(batch: Batch) -> Tensor:
+    """int64 [A] tokens whose successor is supervised."""
+    return (batch.labels[1:] != IGNORED).nonzero().squeeze(1)
 
 
 def exact_rows(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
     """bool [B]: rows whose supervised tokens are all the most likely: greedy decoding."""
-    supervised = batch.labels[:, 1:] != IGNORED
-    right = torch.ones_like(supervised)
-    right[supervised] = logits.argmax(-1) == target
-    return right.all(1)
+    right = torch.ones(len(batch.pack.ptr) - 1, dtype=torch.bool)
+    wrong = logits.argmax(-1) != target
+    right[batch.pack.sequence[_rows_before_answers(batch)[wrong]]] = False
+    return right
 
 
 @torch.no_grad()
@@ -98,24 +107,24 @@ def exact_match_table(
     num_questions: int = 128,
     fact_counts: tuple[int, ...] = (2, 5, 10, 15),
 ) -> dict[str, dict[str, float]]:
-    """Exact match of every kind and number of facts, in the columns of the provenance record.
-
-    The columns: no slots at all (`plain`) and right markers (`marked`); at `FULL_COUNT` facts also
-    the neutral token in the slots (`neutral`), markers right 93 % of the time (`noisy`), right
-    markers behind a question without a clue (`no_clue`) and with all kinds of names (`any_name`).
-    """
+    """Exact match of every kind and number of facts, in the columns of the provenance record."""
     columns: dict[str, dict] = {"plain": {"slots": "none"}, "marked": {"slots": "marked"}}
+    # Only at FULL_COUNT facts.
     extra: dict[str, dict] = {
         "neutral": {"slots": "neutral"},
         "noisy": {"slots": "marked", "right": 0.93},
         "no_clue": {"slots": "marked", "clue": False},
         "any_name": {"slots": "marked", "names": names},
     }
+
+    def cell(kind: str, count: int, settings: dict) -> float:
+        return round(
+            exact_match(model, writer, kind, count, num_questions=num_questions, **settings), 3
+        )
+
     return {
         f"{kind}@{count}": {
-            column: round(
-                exact_match(model, writer, kind, count, num_questions=num_questions, **settings), 3
-            )
+            column: cell(kind, count, settings)
             for column, settings in (columns | (extra if count == FULL_COUNT else {})).items()
         }
         for kind in KINDS

@@ -26,7 +26,7 @@ LIST_LENGTHS, LENGTH_WEIGHTS = (2, 3, 4, 5, 6), (40, 28, 16, 10, 6)
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """`text` stands in facts, `asked` in questions; participles have wordings of their own."""
+    """`text` stands in facts, `asked` in questions; participles have their own wordings."""
 
     text: str
     asked: str
@@ -51,7 +51,7 @@ class Sample:
 
 
 def draw_relation(rng: random.Random) -> Relation:
-    """A listed relation, sometimes behind a domain word, sometimes an invented one."""
+    """A listed relation, sometimes after a domain word, sometimes an invented one."""
     chance = rng.random()
     if chance < 0.2:
         phrase = rng.choice(PARTICIPLES)
@@ -174,7 +174,7 @@ def draw_drill(rng: random.Random, num_facts: int) -> Sample:
 
 
 def without_clue(sample: Sample, names: NameSource, rng: random.Random) -> Sample:
-    """The same facts and answers behind a question whose text says nothing about them."""
+    """The same facts and answers, with a question whose text says nothing about them."""
     if rng.random() < 0.5:
         question = _ask(rng, draw_relation(rng), names.draw(), rng.random() < 0.5)
     else:

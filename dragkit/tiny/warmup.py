@@ -29,7 +29,6 @@ from dragkit.tiny.batches import PromptWriter, collate
 from dragkit.tiny.curriculum import Curriculum
 from dragkit.tiny.measure import answer_logits, exact_match_table
 from dragkit.tiny.names import NameSource
-from dragkit.tiny.scan import fast_scan
 from dragkit.tiny.tokenizer import SPECIAL, save_tokenizer, train_tokenizer, whole_pieces
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def train(model: nn.Module, curriculum: Curriculum, steps: int) -> int:
-    """Trains in place for `steps` optimizer steps; returns the tokens seen, pads included."""
+    """Trains in place for `steps` optimizer steps; returns the tokens seen."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
@@ -130,8 +129,7 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
     curriculum = Curriculum(writer, source, range(len(SPECIAL), vocabulary))
     model = new_model(vocabulary, seed)
     begin, cpu = time.perf_counter(), time.process_time()
-    with fast_scan():
-        tokens = train(model, curriculum, steps)
+    tokens = train(model, curriculum, steps)
     record = {
         "command": f"python -m dragkit.tiny.warmup --out DIR --seed {seed} --steps {steps}",
         "seed": seed,

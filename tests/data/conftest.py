@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dragkit.data.collate import PackedCollator
 from dragkit.data.heuristics import Question
 from dragkit.data.store import PackedStore
+from dragkit.data.tokens import TokenRows
 
 
 class ZeroStates:
@@ -23,15 +25,23 @@ class ZeroStates:
         states = torch.tensor([[[float(row)]] for row in rows])
         return states, torch.ones(len(rows), 1, dtype=torch.bool)
 
-    @staticmethod
-    def one_token(store: PackedStore) -> Tensor:
-        """The mask of relation texts of one token each."""
-        return torch.ones(store.num_relations, 2, 1, dtype=torch.bool)
-
 
 @pytest.fixture(scope="session")
 def zero_states() -> ZeroStates:
     return ZeroStates()
+
+
+@pytest.fixture(scope="session")
+def collator(zero_states: ZeroStates) -> Callable[..., PackedCollator]:
+    """A collator of a store whose relation texts are of one token, or as in `mask`."""
+
+    def make(
+        store: PackedStore, tokens: TokenRows | None = None, mask: Tensor | None = None
+    ) -> PackedCollator:
+        mask = torch.ones(store.num_relations, 2, 1, dtype=torch.bool) if mask is None else mask
+        return PackedCollator(store, zero_states, mask, tokens)
+
+    return make
 
 
 @pytest.fixture
@@ -52,7 +62,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def random_rows() -> Callable[..., list[dict]]:
     """Rows over a small random multigraph with self-loops, some empty, some without a topic."""
 

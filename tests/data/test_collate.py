@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +20,18 @@ from dragkit.data.store import PackedStore, StoredQuestion
 from dragkit_kernels import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
 
 ROWS = 40
+Collator = Callable[..., PackedCollator]
 
 
-@pytest.fixture
-def packed(
-    random_rows: Callable[..., list[dict]], write_rows: Callable[..., Path], tmp_path: Path
-) -> PackedStore:
-    return PackedStore.build_or_open(write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path)
+@pytest.fixture(scope="module")
+def collate(
+    random_rows: Callable[..., list[dict]],
+    collator: Collator,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> PackedCollator:
+    path = tmp_path_factory.mktemp("forty") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in random_rows(ROWS, seed=7)))
+    return collator(PackedStore.build_or_open(path, cache_dir=path.parent))
 
 
 class Scratch:
@@ -127,13 +134,13 @@ def test_equal_to_orders_from_scratch(
     random_rows: Callable[..., list[dict]],
     write_rows: Callable[..., Path],
     tmp_path: Path,
-    zero_states: object,
+    collator: Collator,
     slow_classes: Callable[..., list[int]],
 ) -> None:
     packed = PackedStore.build_or_open(
         write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path, merge=merge
     )
-    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed))(rows)  # type: ignore[arg-type]
+    batch = collator(packed)(rows)
     expected = Scratch(packed, rows, slow_classes if merge else None)
     check(batch, expected)
     graph = batch.graph
@@ -154,39 +161,14 @@ def test_equal_to_orders_from_scratch(
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_choice_of_questions(
-    store_of_forty: PackedStore,
-    slow_classes: Callable[..., list[int]],
-    zero_states: object,
-    data: st.DataObject,
+    collate: PackedCollator, slow_classes: Callable[..., list[int]], data: st.DataObject
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12))
-    batch = PackedCollator(store_of_forty, zero_states, zero_states.one_token(store_of_forty))(rows)  # type: ignore[arg-type]
-    check(batch, Scratch(store_of_forty, rows, slow_classes))
+    check(collate(rows), Scratch(collate.store, rows, slow_classes))
 
 
-@pytest.fixture(scope="module")
-def store_of_forty(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
-    import json
-    import random
-
-    draw = random.Random(11)
-    folder = tmp_path_factory.mktemp("forty")
-    path = folder / "rows.jsonl"
-    with path.open("w") as file:
-        for number in range(ROWS):
-            names = [f"e{i}" for i in range(draw.randint(1, 6))]
-            facts = [
-                [draw.choice(names), f"r{draw.randrange(5)}", draw.choice(names)]
-                for _ in range(draw.choice([0, 1, 9]))
-            ]
-            row = {"question": f"q{number}", "triples": facts, "topic_entities": names[:1]}
-            file.write(json.dumps(row) + "\n")
-    return PackedStore.build_or_open(path, cache_dir=folder)
-
-
-def test_joined_packs_equal_one_pack(packed: PackedStore, zero_states: object) -> None:
+def test_joined_packs_equal_one_pack(collate: PackedCollator) -> None:
     """Packing one by one and joining gives the pack of all, once relations count the same."""
-    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
     rows = list(range(0, ROWS, 2))
     whole = collate(rows)
     place = {int(row): i for i, row in enumerate(whole.relation_row)}
@@ -202,35 +184,26 @@ def test_joined_packs_equal_one_pack(packed: PackedStore, zero_states: object) -
         assert torch.equal(getattr(whole.graph.orders, name), want), name
 
 
-def test_permuted_questions_permute_the_pack(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
-    rows = [4, 9, 17, 30]
-    first, turned = collate(rows), collate(rows[::-1])
-    assert torch.equal(first.relation_row, turned.relation_row)
-    for place in range(4):
-        other = 3 - place
-        for name, ptr in (("label", "fact_ptr"), ("node_count", "node_ptr"), ("topic", "node_ptr")):
-            a, b = getattr(first.graph, ptr)[place : place + 2].tolist()
-            c, d = getattr(turned.graph, ptr)[other : other + 2].tolist()
-            assert torch.equal(getattr(first.graph, name)[a:b], getattr(turned.graph, name)[c:d])
-
-
-def test_questions_with_a_positive_fact_are_counted(
-    packed: PackedStore, zero_states: object
-) -> None:
-    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
-    hit = [any(label > 0.5 for label in packed.question(row).labels) for row in range(len(packed))]
+def test_questions_with_a_positive_fact_are_counted(collate: PackedCollator) -> None:
+    hit = [
+        any(label > 0.5 for label in collate.store.question(row).labels)
+        for row in range(len(collate.store))
+    ]
     assert any(hit) and not all(hit)
-    for rows in (range(len(packed)), [hit.index(False)], [hit.index(True), hit.index(False)]):
+    for rows in (
+        range(len(collate.store)),
+        [hit.index(False)],
+        [hit.index(True), hit.index(False)],
+    ):
         assert collate(rows).num_labelled == sum(hit[row] for row in rows)
 
 
 def test_only_empty_graphs(
-    write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+    write_rows: Callable[..., Path], tmp_path: Path, collator: Collator
 ) -> None:
     path = write_rows([{"question": "q", "triples": []}] * 2)
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
-    batch = PackedCollator(store, zero_states, zero_states.one_token(store))([0, 1])  # type: ignore[arg-type]
+    batch = collator(store)([0, 1])
     graph = batch.graph
     assert (graph.num_facts, graph.num_nodes, graph.max_facts) == (0, 0, 0)
     assert graph.fact_ptr.tolist() == graph.node_ptr.tolist() == [0, 0, 0]
@@ -238,8 +211,7 @@ def test_only_empty_graphs(
     assert batch.relation_row.tolist() == []
 
 
-def test_wrong_rows(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
+def test_wrong_rows(collate: PackedCollator) -> None:
     with pytest.raises(ValueError, match="at least one"):
         collate([])
     for rows in ([ROWS], [0, -1]):
@@ -247,8 +219,7 @@ def test_wrong_rows(packed: PackedStore, zero_states: object) -> None:
             collate(rows)
 
 
-def test_loader_processes_give_the_same_batches(packed: PackedStore, zero_states: object) -> None:
-    collate = PackedCollator(packed, zero_states, zero_states.one_token(packed))  # type: ignore[arg-type]
+def test_loader_processes_give_the_same_batches(collate: PackedCollator) -> None:
     batches = [[3, 1], [8], [20, 21, 22]]
     loader = torch.utils.data.DataLoader(
         range(ROWS), batch_sampler=batches, collate_fn=collate, num_workers=1
@@ -260,11 +231,11 @@ def test_loader_processes_give_the_same_batches(packed: PackedStore, zero_states
 
 
 def test_shuffled_triples_give_the_same_pack(
-    tiny_file: Path, write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+    tiny_file: Path,
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
+    collator: Collator,
 ) -> None:
-    import json
-    import random
-
     draw = random.Random(5)
     rows = [json.loads(line) for line in tiny_file.read_text(encoding="utf-8").splitlines()]
     for row in rows:
@@ -275,9 +246,7 @@ def test_shuffled_triples_give_the_same_pack(
         for path in (tiny_file, write_rows(rows))
     ]
     assert stores[0].fingerprint != stores[1].fingerprint
-    first, second = (
-        PackedCollator(s, zero_states, zero_states.one_token(s))(range(8)) for s in stores
-    )  # type: ignore[arg-type]
+    first, second = (collator(s)(range(8)) for s in stores)  # type: ignore[arg-type]
     for part in ("orders", "start", "groups"):
         pairs = zip(getattr(first.graph, part), getattr(second.graph, part), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), part
@@ -285,14 +254,14 @@ def test_shuffled_triples_give_the_same_pack(
         assert torch.equal(getattr(first.graph, name), getattr(second.graph, name)), name
 
 
-def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> None:
+def test_a_question_of_200_000_facts(tmp_path: Path, collator: Collator) -> None:
     draw = np.random.default_rng(0)
     columns = draw.integers(0, [[50_000], [20_000], [50_000]], (3, 200_000)).T.tolist()
     facts = ",".join(f'["e{h}","r{r}","e{t}"]' for h, r, t in columns)
     path = tmp_path / "large.jsonl"
     path.write_text(f'{{"question":"q","topic_entities":["e1"],"triples":[{facts}]}}\n')
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
-    graph = PackedCollator(store, zero_states, zero_states.one_token(store))([0]).graph  # type: ignore[arg-type]
+    graph = collator(store)([0]).graph
     assert graph.num_facts == len({tuple(fact) for fact in columns})
     orders = graph.orders
     assert orders.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
@@ -308,12 +277,10 @@ def test_a_question_of_200_000_facts(tmp_path: Path, zero_states: object) -> Non
         assert torch.equal(getattr(orders, name), value), name
 
 
-def test_relation_tokens_leave_the_padding_out(
-    store_of_forty: PackedStore, zero_states: object
-) -> None:
-    mask = torch.rand(store_of_forty.num_relations, 2, 4) < 0.5
+def test_relation_tokens_leave_the_padding_out(collate: PackedCollator, collator: Collator) -> None:
+    mask = torch.rand(collate.store.num_relations, 2, 4) < 0.5
     mask = mask.sort(2, descending=True).values  # texts of 0 to 4 tokens
-    batch = PackedCollator(store_of_forty, zero_states, mask)(range(ROWS))  # type: ignore[arg-type]
+    batch = collator(collate.store, mask=mask)(range(ROWS))
     rows, ptr = [], [0]
     for relation in batch.relation_row.tolist():
         for direction in (0, 1):

@@ -22,6 +22,7 @@ from dragkit.demo.build import main
 from dragkit.demo.kb import knowledge_base, table_facts
 from dragkit.demo.questions import Template, enumerate_asked, fill_level
 from dragkit.demo.subgraph import ITERATIONS, FactRanker
+from tests.data.test_demo_tables import facts as table_facts_by_hand
 
 DEMO = Path(dragkit.__file__).parent / "demo"
 Row = dict[str, object]
@@ -48,13 +49,7 @@ def rows(files: DemoFiles) -> dict[str, list[Row]]:
 @pytest.fixture(scope="module")
 def facts() -> set[tuple[str, str, str]]:
     """All facts, read from the tables without the package's own reader."""
-    found = set()
-    for path in (DEMO / "tables").glob("*.tsv"):
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            for relation, cell in zip(header.split("\t"), line.split("\t"), strict=True):
-                found |= {(line.split("\t")[0], relation, name) for name in cell.split("; ")}
-    return {(h, r, t) for h, r, t in found if t and "." in r}
+    return table_facts_by_hand()
 
 
 def walk(facts: set[tuple[str, str, str]], starts: set[str], step: str) -> set[str]:
@@ -78,45 +73,6 @@ def test_the_knowledge_base_is_large_and_clean(facts: set[tuple[str, str, str]])
     for fact in facts:
         for name in fact:
             assert name == " ".join(name.split()) and "^" not in name, fact
-    for symmetric in ("country.borders", "state.borders"):
-        pairs = {(h, t) for h, r, t in facts if r == symmetric}
-        assert pairs == {(t, h) for h, t in pairs} and all(h != t for h, t in pairs)
-
-
-def test_names_that_should_have_a_row_have_one(facts: set[tuple[str, str, str]]) -> None:
-    first = {p.stem: p.read_text(encoding="utf-8").splitlines()[1:] for p in DEMO.glob("tables/*")}
-    subjects = {kind: {line.split("\t")[0] for line in lines} for kind, lines in first.items()}
-    assert Counter(len(lines) for kind, lines in first.items() if kind == "element") == {118: 1}
-    assert sum(map(len, subjects.values())) == len(set.union(*subjects.values())), "shared name"
-    places = subjects["city"] | subjects["town"]
-    closed = {
-        "person.country": subjects["country"],
-        "landmark.country": subjects["country"],
-        "museum.city": places,
-        "university.city": places,
-        "landmark.city": places,
-        "moon.planet": subjects["planet"],
-        "moon.literary_source": subjects["book"],
-        "opera.composer": subjects["person"],
-        "composition.composer": subjects["person"],
-        "invention.inventor": subjects["person"],
-        "landmark.architect": subjects["person"],
-        "opera.language": subjects["language"],
-    }
-    assert not {(r, t) for _, r, t in facts if r in closed and t not in closed[r]}
-    numbers = [int(t) for _, r, t in facts if r == "element.atomic_number"]
-    assert sorted(numbers) == list(range(1, 119))
-
-
-def test_a_person_is_not_a_place(facts: set[tuple[str, str, str]]) -> None:
-    by = defaultdict(set)
-    for head, relation, tail in facts:
-        by[relation.split(".")[0]].add(head)
-        by[relation].add(tail)
-    works = by["book"] | by["painting"] | by["opera"] | by["composition"] | by["moon"]
-    places = by["person.birthplace"] | by["city"] | by["country"] | by["state"] | by["city.river"]
-    assert not by["person"] & (works | places)
-    assert not works & places
 
 
 def test_counts_and_mix(rows: dict[str, list[Row]]) -> None:
@@ -134,10 +90,7 @@ def test_counts_and_mix(rows: dict[str, list[Row]]) -> None:
     assert any("^-1" in chain for chain in per_chain) and len(per_chain) >= 100
     assert len({row["id"] for row in everything}) == len(everything)
     assert {row["dataset"] for row in everything} == {"demo"}
-
-
-def test_nothing_is_asked_twice(rows: dict[str, list[Row]]) -> None:
-    everything = [row for split in rows.values() for row in split]
+    # Nothing is asked twice.
     assert len({(*row["topic_entities"], row["qtype"]) for row in everything}) == len(everything)
     assert len({row["question"] for row in everything}) == len(everything)
 
@@ -279,20 +232,11 @@ def test_enumeration_leaves_out_what_makes_no_question() -> None:
     assert not list(enumerate_asked(crowd, there))
 
 
-@pytest.mark.parametrize(
-    ("available", "total", "expected"),
-    [
-        ([5, 5, 5], 9, [3, 3, 3]),
-        ([1, 9, 9], 9, [1, 4, 4]),
-        ([2, 3], 5, [2, 3]),
-        ([4, 0], 0, [0, 0]),
-    ],
-)
-def test_fill_level(available: list[int], total: int, expected: list[int]) -> None:
-    assert fill_level(available, total) == expected
-
-
-def test_fill_level_names_a_shortage() -> None:
+def test_fill_level() -> None:
+    assert fill_level([5, 5, 5], 9) == [3, 3, 3]
+    assert fill_level([1, 9, 9], 9) == [1, 4, 4]
+    assert fill_level([2, 3], 5) == [2, 3]
+    assert fill_level([4, 0], 0) == [0, 0]
     with pytest.raises(ValueError, match="6 questions are wanted"):
         fill_level([2, 3], 6)
 

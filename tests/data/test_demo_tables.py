@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ def read(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+@cache
 def facts() -> set[tuple[str, str, str]]:
     """Return all (subject, relation, object) facts of all tables."""
     found = set()
@@ -53,13 +56,15 @@ def test_borders_are_mutual() -> None:
     # Knuth's graph of the contiguous states has 107 edges, two of them those of Washington, D.C.
     assert sum(fact[1] == "state.borders" for fact in borders) == 2 * 105
     one_way = {(a, b) for a, relation, b in borders if (b, relation, a) not in borders}
-    assert not one_way
+    assert not one_way and all(a != b for a, _, b in borders)
 
 
 def test_objects_of_a_closed_kind_have_a_row() -> None:
     subjects = {path.stem: {row[0] for row in read(path)[1]} for path in TABLES}
-    assert len(subjects["country"]) == 197
-    assert len(subjects["us_state"]) == 50
+    counts = {kind: len(subjects[kind]) for kind in ("country", "us_state", "element")}
+    assert counts == {"country": 197, "us_state": 50, "element": 118}
+    assert sum(map(len, subjects.values())) == len(set.union(*subjects.values())), "shared name"
+    subjects["place"] = subjects["city"] | subjects["town"]
     closed = {
         "country.borders": "country",
         "country.official_language": "language",
@@ -71,9 +76,34 @@ def test_objects_of_a_closed_kind_have_a_row() -> None:
         "mountain.country": "country",
         "lake.country": "country",
         "island.country": "country",
+        "person.country": "country",
+        "landmark.country": "country",
+        "museum.city": "place",
+        "university.city": "place",
+        "landmark.city": "place",
+        "moon.planet": "planet",
+        "moon.literary_source": "book",
+        "opera.composer": "person",
+        "composition.composer": "person",
+        "invention.inventor": "person",
+        "landmark.architect": "person",
+        "opera.language": "language",
     }
     missing = {(r, o) for _, r, o in facts() if r in closed and o not in subjects[closed[r]]}
     assert not missing
+    numbers = [int(o) for _, r, o in facts() if r == "element.atomic_number"]
+    assert sorted(numbers) == list(range(1, 119))
+
+
+def test_a_person_is_not_a_place() -> None:
+    by = defaultdict(set)
+    for head, relation, tail in facts():
+        by[relation.split(".")[0]].add(head)
+        by[relation].add(tail)
+    works = by["book"] | by["painting"] | by["opera"] | by["composition"] | by["moon"]
+    places = by["person.birthplace"] | by["city"] | by["country"] | by["state"] | by["city.river"]
+    assert not by["person"] & (works | places)
+    assert not works & places
 
 
 def test_no_two_spellings_of_one_name() -> None:

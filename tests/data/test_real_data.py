@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,10 @@ def test_shortest_paths_agree_with_given_paths(kgqa_data: Path, tmp_path: Path) 
     assert np.mean(np.array(jaccard) == 1) > 0.7
 
 
-def test_a_large_real_graph_collates(kgqa_data: Path, tmp_path: Path, zero_states: object) -> None:
+def test_a_large_real_graph_collates(
+    kgqa_data: Path, tmp_path: Path, collator: Callable[..., PackedCollator]
+) -> None:
     store = PackedStore.build_or_open(kgqa_data / "cwq_nsm_sample.jsonl.gz", cache_dir=tmp_path)
     assert (len(store), store.fact_counts.max()) == (8, 9035)
-    batch = PackedCollator(store, zero_states, zero_states.one_token(store))(range(8))  # type: ignore[arg-type]
+    batch = collator(store)(range(8))
     assert batch.graph.num_facts == store.summary["facts"]

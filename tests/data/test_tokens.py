@@ -52,14 +52,14 @@ def rows_of(pack: TokenPack) -> list[list[int]]:
 def test_rows_are_the_texts_of_the_pack(
     packed: PackedStore,
     tmp_path: Path,
-    zero_states: object,
+    collator: Callable[..., PackedCollator],
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tokens, "_CHUNK_FACTS", chunk)
     rows = build(packed, tmp_path, ByteTokeniser())
     order = [7, 2, 0, 5]
-    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)(order)  # type: ignore[arg-type]
+    batch = collator(packed, rows)(order)
     text, asked = PromptTemplate(), [packed.question(row) for row in order]
     assert rows_of(batch.prefix) == [[BOS, *text.prefix(q.text).encode()] for q in asked]
     assert rows_of(batch.target) == [[*text.target(q.answers).encode(), EOS] for q in asked]
@@ -85,7 +85,6 @@ def test_lengths(packed: PackedStore, tmp_path: Path) -> None:
         1 + len(text.target(q.answers).encode()) if q.answers else 0 for q in asked
     ]
     assert rows.target_lengths[3] == 0
-    assert len(rows.fact_lengths) == packed.summary["facts"]
 
 
 def test_each_fact_text_is_tokenised_once(
@@ -113,7 +112,7 @@ def test_built_once_for_each_key(packed: PackedStore, tmp_path: Path) -> None:
     ]
     assert len({made.folder, *others}) == 4
     copy = pickle.loads(pickle.dumps(made))
-    assert np.array_equal(copy.fact_lengths, made.fact_lengths)
+    assert np.array_equal(copy.prefix_lengths, made.prefix_lengths)
 
 
 def test_a_tokeniser_that_loses_a_row(packed: PackedStore, tmp_path: Path) -> None:
@@ -123,23 +122,23 @@ def test_a_tokeniser_that_loses_a_row(packed: PackedStore, tmp_path: Path) -> No
 
 
 def test_no_fact_at_all(
-    write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+    write_rows: Callable[..., Path], tmp_path: Path, collator: Callable[..., PackedCollator]
 ) -> None:
     packed = PackedStore.build_or_open(
         write_rows([{"question": "q", "triples": [], "answer": "a"}]), cache_dir=tmp_path
     )
     rows = build(packed, tmp_path, ByteTokeniser())
-    batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)([0])  # type: ignore[arg-type]
+    batch = collator(packed, rows)([0])
     assert rows_of(batch.facts) == []
     assert rows_of(batch.target) == [[*b" a", EOS]]
 
 
 def test_a_target_takes_whole_answers_and_those_of_the_graph_first(
-    write_rows: Callable[..., Path], tmp_path: Path, zero_states: object
+    write_rows: Callable[..., Path], tmp_path: Path, collator: Callable[..., PackedCollator]
 ) -> None:
     row = {"question": "q", "triples": [["a", "r", "c"]], "answer": ["x", "c", "y", "a"]}
     packed = PackedStore.build_or_open(write_rows([row]), cache_dir=tmp_path)
     for most, taught in ((1, ["c"]), (3, ["c", "a", "x"]), (9, ["c", "a", "x", "y"])):
         rows = build(packed, tmp_path, ByteTokeniser(), max_answers=most)
-        batch = PackedCollator(packed, zero_states, zero_states.one_token(packed), rows)([0])  # type: ignore[arg-type]
+        batch = collator(packed, rows)([0])
         assert rows_of(batch.target) == [[*PromptTemplate().target(taught).encode(), EOS]]

@@ -46,7 +46,7 @@ def test_no_metric_has_a_bare_name() -> None:
 
 def test_json_round_trip() -> None:
     report = aggregate(small_report())
-    loaded = json.loads(report.to_json())
+    loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert loaded == report.to_dict()
     assert loaded["schema_version"] == 1
     assert loaded["metric_version"] == METRIC_VERSION
@@ -57,7 +57,6 @@ def test_unknown_answerability_is_null_not_zero() -> None:
     rows = [*small_report(), score_text("e", "x", ["x"])]
     report = aggregate(rows)
     assert report.counts["answerable_in_subgraph"] is None
-    assert json.loads(report.to_json())["counts"]["answerable_in_subgraph"] is None
     assert "unknown" in report.to_table()
 
 
@@ -77,28 +76,26 @@ def test_nothing_asked_gives_counts_and_no_means() -> None:
     report = aggregate([])
     assert report.means == {}
     assert report.counts["asked"] == report.counts["scored"] == 0
-    assert "NaN" not in report.to_json()
+    assert "NaN" not in json.dumps(report.to_dict(), allow_nan=False)
     assert "asked" in report.to_table()
 
 
-def test_question_without_a_metric_is_refused() -> None:
-    rows = small_report()
-    rows[2] = QuestionRecord("c", {"strict-f1": 1.0}, num_golds=1, num_predictions=1)
-    with pytest.raises(ValueError, match="'c'.*rog-accuracy"):
-        aggregate(rows)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_value_that_is_no_number_is_refused(value: float) -> None:
-    row = QuestionRecord("q", {"strict-f1": value}, num_golds=1, num_predictions=1)
-    with pytest.raises(ValueError, match="'q': strict-f1"):
-        aggregate([row])
-
-
-def test_metric_in_both_groups_is_refused() -> None:
-    row = QuestionRecord("q", {"strict-f1": 1.0}, 1, 1, retrieval={"strict-f1": 1.0})
-    with pytest.raises(ValueError, match="given twice"):
-        aggregate([row])
+@pytest.mark.parametrize(
+    ("scores", "retrieval", "message"),
+    [
+        ({"strict-f1": 1.0}, {}, "'q'.*rog-accuracy"),
+        ({"strict-f1": math.nan}, {}, "'q': strict-f1"),
+        ({"strict-f1": math.inf}, {}, "'q': strict-f1"),
+        ({"strict-f1": 1.0}, {"strict-f1": 1.0}, "given twice"),
+    ],
+)
+def test_records_that_cannot_be_averaged_are_refused(
+    scores: dict[str, float], retrieval: dict[str, float], message: str
+) -> None:
+    row = QuestionRecord("q", scores, num_golds=1, num_predictions=1, retrieval=retrieval)
+    before = small_report() if "accuracy" in message else []
+    with pytest.raises(ValueError, match=message):
+        aggregate([*before, row])
 
 
 OUTPUTS = st.sampled_from(["", "|", "Oslo", "Oslo | Rome", "none", "\n", "The"])

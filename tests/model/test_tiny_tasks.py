@@ -101,21 +101,26 @@ def test_prompt_rows_follow_the_layout_of_phase_two(slots: str) -> None:
     assert row.ids == [index for part in parts for index in part]
     assert row.labels == [IGNORED] * (len(row.ids) - len(target)) + target
     batch = collate([row, writer.drill(draw_drill(rng, 2))])
-    assert batch.is_slot[0].nonzero().squeeze(1).tolist() == row.slots
+    is_slot, scale = batch.is_slot[: len(row.ids)], batch.scale[: len(row.ids)]
+    assert is_slot.nonzero().squeeze(1).tolist() == row.slots
     assert len(row.slots) == (0 if slots == "none" else 3)
-    assert (batch.scale[0][batch.is_slot[0]] == (0.0 if slots == "empty" else 1.0)).all()
-    assert (batch.scale[0][~batch.is_slot[0]] == 1.0).all()
+    assert (scale[is_slot] == (0.0 if slots == "empty" else 1.0)).all()
+    assert (scale[~is_slot] == 1.0).all()
+    assert batch.is_slot.sum() == len(row.slots) + 2
 
 
-def test_right_padding_changes_no_logit() -> None:
+def test_a_pack_of_rows_gives_the_logits_of_each_row_alone() -> None:
     model, writer = shipped()
     rng = random.Random(2)
     names = NameSource(rng)
     rows = [writer.prompt(draw_sample("forward", names, rng, k), "marked") for k in (2, 9)]
     with torch.no_grad():
         together, _ = answer_logits(model, collate(rows))
-        alone = torch.cat([answer_logits(model, collate([row]))[0] for row in rows])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-3)
+        alone = []
+        for row in rows:
+            logits = model(torch.tensor([row.ids]), use_cache=False).logits[0, :-1]
+            alone.append(logits[torch.tensor(row.labels[1:]) != IGNORED])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-3)
 
 
 def test_copy_rows_supervise_only_what_can_be_known() -> None:
