@@ -74,7 +74,7 @@ LIGHT = ("", *(f".{name}" for name in _LIGHT_MODULES))
 DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orders"}
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}
 CONFINED: dict[str, tuple[str, ...]] = {
-    "torch_geometric": (),
+    "torch_geometric": ("dragkit.data.subgraph",),
     "sentence_transformers": ("dragkit.model.encoder",),
     "transformers": ("dragkit.model.load", "dragkit.model.random_weights", "dragkit.tiny"),
     "tokenizers": ("dragkit.tiny",),

@@ -1,14 +1,19 @@
-"""One question's subgraph as arrays in a canonical order."""
+"""One question's subgraph as arrays in a canonical order, and its exchange with PyG."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from dragkit.data.heuristics import Question
 from dragkit.data.labels import LabelRule, fact_labels
 from dragkit.data.relations import RelationVocab
+
+if TYPE_CHECKING:
+    from torch_geometric.data import Data
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,4 +111,67 @@ def build_subgraph(
         answers=np.array(answers, dtype=np.int32),
         label=labels.positive,
         label_source=labels.source,
+    )
+
+
+def to_pyg(subgraph: Subgraph) -> Data:
+    """A `torch_geometric.data.Data` with `edge_index`, `edge_type`, `edge_label` and node masks."""
+    from torch_geometric.data import Data
+
+    def mask(rows: np.ndarray) -> torch.Tensor:
+        found = torch.zeros(subgraph.num_nodes, dtype=torch.bool)
+        found[torch.from_numpy(rows.astype(np.int64))] = True
+        return found
+
+    return Data(
+        edge_index=torch.from_numpy(np.stack([subgraph.head, subgraph.tail]).astype(np.int64)),
+        edge_type=torch.from_numpy(subgraph.relation.astype(np.int64)),
+        edge_label=torch.from_numpy(subgraph.label.astype(np.float32)),
+        topic_mask=mask(subgraph.topics),
+        answer_mask=mask(subgraph.answers),
+        num_nodes=subgraph.num_nodes,
+        names=list(subgraph.names),
+    )
+
+
+def from_pyg(data: Data, *, id: str, text: str, answers: tuple[str, ...] = ()) -> Question:
+    """A question from a PyG graph, for graphs that were built elsewhere.
+
+    Args:
+        data: with `edge_index`, `names` (one a node), and either `relations` (one name a fact) or
+            `edge_type` together with `relation_names`; optionally `topic_mask`, `answer_mask`.
+        id, text: of the question; answers: those that no node stands for.
+
+    Returns:
+        A question without given paths, so its labels follow the shortest-path rule.
+
+    Raises:
+        ValueError: names or relations are missing, or their number does not fit.
+    """
+    names = list(getattr(data, "names", None) or ())
+    relations = list(getattr(data, "relations", None) or ())
+    if not relations and getattr(data, "relation_names", None) is not None:
+        relations = [data.relation_names[row] for row in data.edge_type.tolist()]
+    heads, tails = data.edge_index.tolist()
+    if len(names) != data.num_nodes or len(relations) != len(heads):
+        raise ValueError(
+            f"from_pyg: {data.num_nodes} nodes and {len(heads)} facts need as many names, got "
+            f"{len(names)} entity names and {len(relations)} relation names"
+        )
+    triples = zip((names[h] for h in heads), relations, (names[t] for t in tails), strict=True)
+
+    def marked(mask: torch.Tensor | None) -> tuple[str, ...]:
+        return (
+            () if mask is None else tuple(names[row] for row in mask.nonzero().flatten().tolist())
+        )
+
+    found = marked(getattr(data, "answer_mask", None))
+    return Question(
+        id=id,
+        text=text,
+        triples=tuple(dict.fromkeys(triples)),
+        topics=marked(getattr(data, "topic_mask", None)),
+        paths=(),
+        answers=tuple(dict.fromkeys((*answers, *found))),
+        line=0,
     )

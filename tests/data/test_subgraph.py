@@ -6,10 +6,11 @@ import random
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 
-from dragkit.data.heuristics import Question
+from dragkit.data.heuristics import Question, read_heuristics
 from dragkit.data.relations import RelationVocab
-from dragkit.data.subgraph import build_subgraph
+from dragkit.data.subgraph import build_subgraph, from_pyg, to_pyg
 
 FACTS = [["b", "s", "a"], ["a", "r", "c"], ["a", "r", "b"], ["c", "r", "c"]]
 
@@ -55,3 +56,33 @@ def test_no_facts(question: Callable[..., Question]) -> None:
     graph = build_subgraph(question([], topics=("a",), answers=("b",)), RelationVocab())
     assert (graph.num_nodes, graph.num_facts) == (0, 0)
     assert graph.topics.size == graph.answers.size == graph.label.size == 0
+
+
+def test_pyg_round_trip(tiny_file: object) -> None:
+    pytest.importorskip("torch_geometric")
+    for asked in read_heuristics(tiny_file).questions:  # type: ignore[arg-type]
+        vocab = RelationVocab()
+        graph = build_subgraph(asked, vocab, label_rule="shortest")
+        data = to_pyg(graph)
+        assert data.num_nodes == graph.num_nodes
+        assert data.edge_label.bool().tolist() == graph.label.tolist()
+        data.relation_names = vocab.names
+        back = from_pyg(data, id=asked.id, text=asked.text, answers=asked.answers)
+        assert sorted(back.triples) == sorted(asked.triples)
+        again = build_subgraph(back, RelationVocab(vocab.names), label_rule="shortest")
+        assert again.names == graph.names
+        assert np.array_equal(again.relation, graph.relation)
+        assert np.array_equal(again.label, graph.label)
+        assert again.topics.tolist() == sorted(graph.topics.tolist())
+
+
+def test_from_pyg_needs_names() -> None:
+    pytest.importorskip("torch_geometric")
+    import torch
+    from torch_geometric.data import Data
+
+    data = Data(edge_index=torch.tensor([[0], [1]]), num_nodes=2, names=["a", "b"])
+    with pytest.raises(ValueError, match="1 facts"):
+        from_pyg(data, id="q", text="?")
+    data.relations = ["r"]
+    assert from_pyg(data, id="q", text="?").triples == (("a", "r", "b"),)
