@@ -145,6 +145,7 @@ def evaluate(
     device: torch.device,
     *,
     limit: int | None = None,
+    generate: bool = True,
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Scores a phase's model on a split, in file order.
@@ -152,6 +153,7 @@ def evaluate(
     Args:
         phase: of training, with its model; source: the split.
         device: of the model; limit: the first so many questions only; None takes all.
+        generate: False leaves answers out and scores retrieval alone.
         ranks: deal the batches out to these. Each batch is as with one rank, so the scores are
             too, and every rank gets all of them.
 
@@ -167,7 +169,7 @@ def evaluate(
     scored = [
         [
             _scored(source.store.question(p.row), p)
-            for p in phase.predict(batch.to(device), relations)
+            for p in phase.predict(batch.to(device), relations, generate=generate)
         ]
         for batch in source.load(own, device)
     ]

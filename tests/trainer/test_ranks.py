@@ -309,7 +309,9 @@ class _Phase:
     def keep_up(self) -> None:
         """Nothing to do."""
 
-    def predict(self, batch: SimpleNamespace, relations: object) -> list[Prediction]:
+    def predict(
+        self, batch: SimpleNamespace, relations: object, *, generate: bool
+    ) -> list[Prediction]:
         """One prediction per question."""
         found = []
         for row in batch.rows:

@@ -108,6 +108,34 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
     assert (adapter / "adapter_config.json").is_file()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypatch, resumed):
+    from dragkit.errors import Interrupted
+
+    data = {"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)}
+    run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    start = {"run.phase1_checkpoint": str(tmp_path / "first"), "run.val_generation_limit": 2}
+    start |= data | {"generator.max_new_tokens": 4}
+    if resumed:
+        with monkeypatch.context() as patch:
+            stop_after(4, patch)
+            with pytest.raises(Interrupted):
+                run(tmp_path, 2, **start).execute()
+        # A best value of answers must not be compared with one of facts.
+        state = find_checkpoint(tmp_path / "run") / "state.json"
+        assert json.loads(state.read_text())["best"] is not None
+        start |= {"run.resume": True}
+    run(tmp_path, 2, **start, **{"run.val_generation": False}).execute()
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    scores = [line["validation"] for line in lines if "validation" in line]
+    assert ["strict-f1" in row for row in scores] == [resumed, False]
+    best = load_checkpoint(find_checkpoint(tmp_path / "run")).state.best
+    assert best == max(row["retrieval-f1"] for row in scores[resumed:])
+    # The limit is one of generated answers, so facts are scored on all questions.
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all("strict-f1" in row["metrics"] for row in results.values())
+
+
 def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
