@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -16,25 +14,16 @@ from dragkit.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # The 8-bit floats have no isfinite of their own; widening them is exact.
-    wide = tensor.float() if tensor.itemsize == 1 else tensor
-    return bool(torch.isfinite(wide).all())
-
-
 def check_finite(tensors: dict[str, Tensor], what: str) -> None:
-    """Refuse NaN and infinity.
+    """Refuses NaN and infinity.
 
     Args:
-        tensors: any dtypes; integers pass.
-        what: file or part that the tensors go to, for the message.
+        tensors: any dtypes; what: file or part that they go to, for the message.
 
     Raises:
         CheckpointError: naming every tensor with a value that is not finite.
     """
-    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor.detach())]
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(
             f"{what}: not saved, values are NaN or infinite in {', '.join(bad)}; earlier "
@@ -42,27 +31,9 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
         )
 
 
-def check_file_finite(path: Path) -> None:
-    """`check_finite` for a safetensors file, one tensor in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (the handle is not a mapping)
-            check_finite({name: file.get_tensor(name)}, path.name)
-
-
 def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The content of a safetensors file; tensors that share memory are written out separately."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        plain[name] = dense.clone() if address in seen else dense
-        seen.add(address)
-    return save(plain)
-
-
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+    """The content of a safetensors file; the format has no tensors that share memory."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def load_tensors_into(
@@ -91,7 +62,7 @@ def load_tensors_into(
     ]
     for name in module_state.keys() & loaded.keys():
         own, new = module_state[name], loaded[name]
-        if own.shape != new.shape or _kind(own) != _kind(new):
+        if own.shape != new.shape or own.is_floating_point() != new.is_floating_point():
             problems.append(
                 f"differs: {name} is {own.dtype} {list(own.shape)} in the model, "
                 f"{new.dtype} {list(new.shape)} in the checkpoint"
