@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 import msgspec
 from safetensors import SafetensorError
@@ -52,7 +51,6 @@ from dragkit.trainer.tensors import (
 )
 
 __all__ = [
-    "JSON",
     "LoadedCheckpoint",
     "RunInUseError",
     "RunLock",
@@ -67,7 +65,6 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
 
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 

@@ -26,7 +26,6 @@ from dragkit.trainer.agreement import trained_facts, weight_facts
 from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import (
-    JSON,
     LoadedCheckpoint,
     Snapshot,
     TrainState,
@@ -174,7 +173,7 @@ class Trainer:
                     self._interrupted(saved=True)
         return self.state
 
-    def _require_same(self, facts: Callable[[nn.Module], dict[str, JSON]]) -> None:
+    def _require_same(self, facts: Callable[[nn.Module], dict[str, str]]) -> None:
         """Stops where the ranks do not stand at the same step with the same weights."""
         self.ranks.place = f"at step {self.state.step}"
         if not self.ranks.alone:
