@@ -10,10 +10,15 @@ import torch
 
 from dragkit import evaluate as evaluate_command
 from dragkit import train as train_command
-from dragkit.errors import CheckpointError, ConfigError, Interrupted
+from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
 from dragkit.trainer import loop
 from dragkit.trainer.anomaly import NumericalError
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.checkpoint import (
+    RunInUseError,
+    RunLock,
+    find_checkpoint,
+    load_checkpoint,
+)
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from tests.trainer.run_cases import FIXTURE, assert_same, run, stop_after
@@ -213,10 +218,38 @@ def test_phase_1_overfits_eight_questions(tmp_path):
     assert recalls[-1] == 1.0
 
 
-def test_a_used_folder_is_refused(tmp_path):
-    run(tmp_path, 1, **{"optim.epochs": 1}).execute()
+def test_a_folder_that_is_used_or_in_use_is_refused(tmp_path):
+    command = run(tmp_path, 1, **{"optim.epochs": 1})
+    with RunLock(tmp_path / "run"), pytest.raises(RunInUseError):
+        command.execute()
+    command.execute()
     with pytest.raises(ConfigError, match="--resume"):
         run(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("fails", "saves"), [("xx.xx...", 8), ("xxx", 3), ("x.xxx", 5)], ids=lambda value: str(value)
+)
+def test_training_goes_on_until_three_saves_in_a_row_have_failed(
+    tmp_path, monkeypatch, fails, saves
+):
+    save, done = loop.save_checkpoint, []
+
+    def unreliable(*arguments, **options):
+        done.append(arguments[1])
+        if fails[len(done) - 1] == "x":
+            raise WriteError("disk full")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(loop, "save_checkpoint", unreliable)
+    command = run(tmp_path, 1, **{"run.save_every_steps": 1})
+    if saves == 8:
+        command.execute()
+    else:
+        with pytest.raises(WriteError):
+            command.execute()
+    # Every step, and once more at the end of each epoch.
+    assert done == [1, 2, 3, 3, 4, 5, 6, 6][:saves]
 
 
 def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
