@@ -17,6 +17,7 @@ REQUIRES = [
     "torch_geometric>=2.6",
     "nvidia-ml-py>=12",
     "safetensors>=0.5",
+    "filelock>=3.16",
     "numpy>=2.0",
     "scipy>=1.12",
     "pydantic>=2.7",

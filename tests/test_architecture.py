@@ -84,6 +84,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "triton": ("dragkit_kernels",),
     "pydantic": ("dragkit.schema", "dragkit.config"),
     "yaml": ("dragkit.config", "dragkit.demo"),
+    "filelock": ("dragkit.trainer.lock",),
 }
 NARROW: dict[str, set[str]] = {
     "dragkit_kernels": {"torch", "triton"},

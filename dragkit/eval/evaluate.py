@@ -145,6 +145,7 @@ def evaluate(
     device: torch.device,
     *,
     limit: int | None = None,
+    generate: bool = True,
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Scores a phase's model on a split, in file order.
@@ -153,6 +154,7 @@ def evaluate(
         phase: of training, with its model; source: the split.
         device: of the model.
         limit: number of questions to evaluate, from the first; None takes all.
+        generate: False leaves answers out and scores retrieval alone.
         ranks: deal the batches out to these. Each batch is as with one rank, so the scores are
             too, and every rank gets all of them.
 
@@ -168,7 +170,7 @@ def evaluate(
     scored = [
         [
             _scored(source.store.question(p.row), p)
-            for p in phase.predict(batch.to(device), relations)
+            for p in phase.predict(batch.to(device), relations, generate=generate)
         ]
         for batch in source.load(own, device)
     ]

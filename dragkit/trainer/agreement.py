@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from dragkit import __version__
 from dragkit.config import TrainConfig
 from dragkit.errors import ConfigError
-from dragkit.trainer.checkpoint import JSON
 from dragkit.trainer.ranks import Ranks
 
 # Values looked at in each frozen tensor: all would take as long as reading the model again.
@@ -36,9 +35,9 @@ def check_batch(config: TrainConfig, phase: int, ranks: Ranks) -> None:
         )
 
 
-def start_facts(config: TrainConfig) -> dict[str, JSON]:
+def start_facts(config: TrainConfig) -> dict[str, object]:
     """What all ranks must have in common before anything is loaded: settings and code."""
-    facts: dict[str, JSON] = {
+    facts: dict[str, object] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
@@ -64,12 +63,12 @@ def _source_digest() -> str:
     return digest.hexdigest()
 
 
-def weight_facts(model: nn.Module) -> dict[str, JSON]:
+def weight_facts(model: nn.Module) -> dict[str, str]:
     """Digests of a model's weights: all trained values, and some of every frozen tensor."""
     return frozen_facts(model) | trained_facts(model)
 
 
-def frozen_facts(model: nn.Module) -> dict[str, JSON]:
+def frozen_facts(model: nn.Module) -> dict[str, str]:
     """`weight_facts` of the frozen weights alone, without those that are cut between ranks."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     frozen += list(model.named_buffers())
@@ -77,7 +76,7 @@ def frozen_facts(model: nn.Module) -> dict[str, JSON]:
     return {"frozen weights": _digest(whole, whole=False)}
 
 
-def trained_facts(model: nn.Module) -> dict[str, JSON]:
+def trained_facts(model: nn.Module) -> dict[str, str]:
     """`weight_facts` of the trained weights alone."""
     trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
     return {"trained weights": _digest(trained, whole=True)}

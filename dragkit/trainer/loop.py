@@ -26,7 +26,6 @@ from dragkit.trainer.agreement import trained_facts, weight_facts
 from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.atomic import make_folders, replace_text
 from dragkit.trainer.checkpoint import (
-    JSON,
     LoadedCheckpoint,
     Snapshot,
     TrainState,
@@ -126,6 +125,10 @@ class Trainer:
         self.phase.load(loaded)
         restore_optimizer_state(self.optimizer, self.names, loaded.tensors["optim"])
         self.state = loaded.state
+        saved = loaded.json["config"]["run"]  # type: ignore[index, call-overload]
+        if saved["val_generation"] != self.config.run.val_generation:
+            # The best value so far is of another metric than those to come.
+            self.state = replace(self.state, best=None)
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
@@ -170,7 +173,7 @@ class Trainer:
                     self._interrupted(saved=True)
         return self.state
 
-    def _require_same(self, facts: Callable[[nn.Module], dict[str, JSON]]) -> None:
+    def _require_same(self, facts: Callable[[nn.Module], dict[str, str]]) -> None:
         """Stops where the ranks do not stand at the same step with the same weights."""
         self.ranks.place = f"at step {self.state.step}"
         if not self.ranks.alone:
@@ -282,8 +285,14 @@ class Trainer:
 
     def validate(self) -> Report:
         """Metrics on the validation questions, logged."""
-        limit = self.phase.validation_limit
-        result = evaluate(self.phase, self.val, self.device, limit=limit, ranks=self.ranks)
+        result = evaluate(
+            self.phase,
+            self.val,
+            self.device,
+            limit=self.phase.validation_limit,
+            generate=self.phase.validates_answers,
+            ranks=self.ranks,
+        )
         for line in result.samples(self.config.run.val_log_samples):
             logger.info(line)
         self.record({"epoch": self.state.epoch, "validation": result.report.means})

@@ -57,6 +57,7 @@ class Phase(Protocol):
     name: str
     model: nn.Module
     validation_limit: int | None
+    validates_answers: bool
 
     def parameter_groups(self) -> list[dict]:
         """Trained parameters by role: `name`, `params`, `lr` and `weight_decay` of each group."""
@@ -86,8 +87,13 @@ class Phase(Protocol):
         """Looks at the clipped gradients of an optimizer step; raises where one is missing."""
         ...
 
-    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
-        """Deterministic predictions, one per question of the batch."""
+    def predict(
+        self, batch: QuestionBatch, relations: RelationStates, *, generate: bool = True
+    ) -> list[Prediction]:
+        """Deterministic predictions, one per question of the batch.
+
+        Without `generate` they hold ranked facts alone, as in a phase that has no generator.
+        """
         ...
 
     def keep_up(self) -> None:

@@ -61,6 +61,7 @@ class RetrieverPhase:
 
     name = "phase1"
     validation_limit: int | None = None
+    validates_answers = False
 
     def __init__(self, config: TrainConfig, retriever: Retriever) -> None:
         self.config = config
@@ -128,8 +129,10 @@ class RetrieverPhase:
         """Nothing: no part of the retriever can stay out of its own forward."""
 
     @torch.no_grad()
-    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
-        """The facts of every question, ranked."""
+    def predict(
+        self, batch: QuestionBatch, relations: RelationStates, *, generate: bool = True
+    ) -> list[Prediction]:
+        """The facts of every question, ranked. There is nothing that could generate."""
         logits = self._retrieve(batch, relations).fact_logits
         return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
 

@@ -54,8 +54,9 @@ class JointPhase:
         self.ranks = Ranks()
         self.forward = model.retriever.__call__
         self.cascade = False
-        self.generates = True
-        self.validation_limit: int | None = config.run.val_generation_limit
+        self.validates_answers = config.run.val_generation
+        limit = config.run.val_generation_limit
+        self.validation_limit = limit if self.validates_answers else None
 
     def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
         with autocast(self.config.run.precision, batch.graph.topic.device):
@@ -225,12 +226,14 @@ class JointPhase:
         self.watch.check(counts["tokens"])
 
     @torch.no_grad()
-    def predict(self, batch: QuestionBatch, relations: RelationStates) -> list[Prediction]:
-        """Ranked facts and a greedy answer for every question."""
+    def predict(
+        self, batch: QuestionBatch, relations: RelationStates, *, generate: bool = True
+    ) -> list[Prediction]:
+        """Ranked facts and, where `generate` is set, a greedy answer for every question."""
         output = self._retrieve(batch, relations)
         selection = self.model.sampler.best(output.fact_logits, batch.graph)
         texts = None
-        if self.generates:
+        if generate:
             texts = self.model.generate(batch, output, selection, cascade=self.cascade)
         return rank_facts(batch, output.fact_logits, selection, texts)
 

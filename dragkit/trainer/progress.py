@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +22,9 @@ logger = logging.getLogger(__name__)
 _SHARES = ("retrieval", "generator", "token_accuracy")
 
 
-def _of_all_ranks(everyone: list) -> tuple[dict[str, float], Throughput]:
+def _of_all_ranks(
+    everyone: list[tuple[dict[str, float], int, Throughput]],
+) -> tuple[dict[str, float], Throughput]:
     """One log entry from those of all ranks: means, questions behind them, and rates."""
     means: dict[str, float] = {}
     for name in dict.fromkeys(name for own, _, _ in everyone for name in own):
@@ -32,7 +33,7 @@ def _of_all_ranks(everyone: list) -> tuple[dict[str, float], Throughput]:
         if name not in ("loss", *_SHARES):
             weighted = sum(value * questions for value, questions in found)
             means[name] = weighted / max(sum(questions for _, questions in found), 1)
-    rates = [Throughput(**rate) for _, _, rate in everyone]
+    rates = [rate for _, _, rate in everyone]
     return means, Throughput(
         questions_per_s=sum(rate.questions_per_s for rate in rates),
         facts_per_s=sum(rate.facts_per_s for rate in rates),
@@ -85,7 +86,7 @@ class Progress:
             for name in names
         }
         rate = trainer.meter.read()
-        everyone = trainer.ranks.gather([means, self._questions, asdict(rate)])  # type: ignore[list-item]
+        everyone = trainer.ranks.gather((means, self._questions, rate))
         self._parts.clear()
         self._questions = 0
         if not trainer.ranks.first:

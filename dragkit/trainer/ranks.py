@@ -14,26 +14,25 @@ The frozen weights are on every rank, or cut between the ranks (`run.sharding`, 
 it; `torch.distributed.checkpoint`, which writes the parts of tensors that no rank holds whole,
 would only give checkpoints a second form.
 
-Host integers (counts, the stop flag) go over gloo, so that no rank waits for its device. Values
-travel as JSON; nothing is unpickled.
+Host values (counts, the stop flag, log entries) go over gloo, so that no rank waits for its device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dragkit.errors import ConfigError, DragkitError
-from dragkit.trainer.checkpoint import JSON
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _SHOWN = 12
+Value = TypeVar("Value")
 
 
 class RankError(DragkitError):
@@ -93,7 +92,7 @@ class Ranks:
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by its sum over ranks; none stays none where no rank has one."""
 
-    def gather(self, value: JSON) -> list[JSON]:
+    def gather(self, value: Value) -> list[Value]:
         """The values of all ranks, in their order, on every rank."""
         return [value]
 
@@ -116,7 +115,7 @@ class Ranks:
         """
         raise ConfigError(f"{device}: a process alone has nothing to distribute over.")
 
-    def require_same(self, values: Mapping[str, JSON]) -> None:
+    def require_same(self, values: Mapping[str, object]) -> None:
         """Sees to it that all ranks have the same values.
 
         Raises:

@@ -70,7 +70,7 @@ class Run:
         self.resumed: LoadedCheckpoint | None = None
         folder = resume_dir(config) if config.run.resume else new_run_dir(config)
         # Of the first rank: the name may hold the time, or be the newest there is.
-        self.run_dir = Path(str(self.ranks.gather(str(folder))[0]))
+        self.run_dir = self.ranks.gather(folder)[0]
         if config.run.resume:
             config = self._resumed_config(config)
         else:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -16,25 +14,16 @@ from dragkit.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    # The 8-bit floats have no isfinite of their own; widening them is exact.
-    wide = tensor.float() if tensor.itemsize == 1 else tensor
-    return bool(torch.isfinite(wide).all())
-
-
 def check_finite(tensors: dict[str, Tensor], what: str) -> None:
-    """Refuse NaN and infinity.
+    """Refuses NaN and infinity.
 
     Args:
-        tensors: any dtypes; integers pass.
-        what: file or part that the tensors go to, for the message.
+        tensors: any dtypes; what: file or part that they go to, for the message.
 
     Raises:
         CheckpointError: naming every tensor with a value that is not finite.
     """
-    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor.detach())]
+    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(
             f"{what}: not saved, values are NaN or infinite in {', '.join(bad)}; earlier "
@@ -42,27 +31,25 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
         )
 
 
-def check_file_finite(path: Path) -> None:
-    """`check_finite` for a safetensors file, one tensor in memory at a time."""
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (the handle is not a mapping)
-            check_finite({name: file.get_tensor(name)}, path.name)
-
-
 def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """The content of a safetensors file; tensors that share memory are written out separately."""
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        dense = tensor.detach().cpu().contiguous()
-        address = dense.untyped_storage().data_ptr()
-        plain[name] = dense.clone() if address in seen else dense
-        seen.add(address)
-    return save(plain)
+    """The content of a safetensors file; the format has no tensors that share memory."""
+    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_floating_point(), tensor.is_complex()
+def _form(tensor: Tensor) -> str:
+    kind = "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
+    return f"{kind} {list(tensor.shape)}"
+
+
+def _require_equal(own: Mapping[str, str], saved: Mapping[str, str], message: str) -> None:
+    """Raises CheckpointError with one line for each name whose form differs or is missing."""
+    lines = [
+        f"  {name}: {own.get(name, 'nothing')} here, {saved.get(name, 'nothing')} in the checkpoint"
+        for name in sorted(own.keys() | saved.keys())
+        if own.get(name) != saved.get(name)
+    ]
+    if lines:
+        raise CheckpointError("\n".join([message, *lines]))
 
 
 def load_tensors_into(
@@ -79,30 +66,14 @@ def load_tensors_into(
         CheckpointError: every missing name, unexpected name and differing shape (or a float where
             integers belong), one a line, with both shapes.
     """
-    problems = [
-        f"missing in the checkpoint: {name} {list(module_state[name].shape)}"
-        for name in module_state
-        if name not in loaded
-    ]
-    problems += [
-        f"not in the model: {name} {list(loaded[name].shape)}"
-        for name in loaded
-        if name not in module_state
-    ]
-    for name in module_state.keys() & loaded.keys():
-        own, new = module_state[name], loaded[name]
-        if own.shape != new.shape or _kind(own) != _kind(new):
-            problems.append(
-                f"differs: {name} is {own.dtype} {list(own.shape)} in the model, "
-                f"{new.dtype} {list(new.shape)} in the checkpoint"
-            )
-        elif own.dtype != new.dtype:
-            logger.warning("%s: %s goes from %s to %s", what, name, new.dtype, own.dtype)
-    if problems:
-        raise CheckpointError(
-            f"{what}: the checkpoint does not fit the model; use the config it was made with\n  "
-            + "\n  ".join(sorted(problems))
-        )
+    _require_equal(
+        {name: _form(tensor) for name, tensor in module_state.items()},
+        {name: _form(tensor) for name, tensor in loaded.items()},
+        f"{what}: the checkpoint does not fit the model; use the config it was made with",
+    )
+    for name, own in module_state.items():
+        if own.dtype != loaded[name].dtype:
+            logger.warning("%s: %s goes from %s to %s", what, name, loaded[name].dtype, own.dtype)
     with torch.no_grad():
         for name, tensor in module_state.items():
             tensor.copy_(loaded[name])
@@ -166,38 +137,19 @@ def restore_optimizer_state(
         CheckpointError: every missing, unexpected or wrongly shaped entry, one a line.
         ValueError: the names do not fit the optimizer.
     """
-    problems: list[str] = []
-    restored: list[tuple[Tensor, dict[str, Tensor]]] = []
-    used: set[str] = set()
-    for name, parameter, group in _named_parameters(optimizer, names):
+    state: dict[int, dict[str, Tensor]] = {}
+    expected: dict[str, str] = {}
+    for index, (name, parameter, group) in enumerate(_named_parameters(optimizer, names)):
         if f"{name}/fresh" in tensors:
-            used.add(f"{name}/fresh")
+            expected[f"{name}/fresh"] = "float [0]"
             continue
-        keys = ["step", "exp_avg", "exp_avg_sq"]
-        keys += ["max_exp_avg_sq"] if group.get("amsgrad") else []
-        state: dict[str, Tensor] = {}
+        keys = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         for key in keys:
-            value = tensors.get(f"{name}/{key}")
-            expected = torch.Size() if key == "step" else parameter.shape
-            if value is None:
-                problems.append(f"missing: {name}/{key} {list(expected)}")
-            elif value.shape != expected:
-                problems.append(
-                    f"differs: {name}/{key} is {list(expected)} in the optimizer, "
-                    f"{list(value.shape)} in the checkpoint"
-                )
-            else:
-                # Plain AdamW counts steps on the CPU; its fused and capturable forms on the device.
-                on_device = key != "step" or group.get("fused") or group.get("capturable")
-                device = parameter.device if on_device else torch.device("cpu")
-                state[key] = value.detach().to(device, copy=True)
-            used.add(f"{name}/{key}")
-        restored.append((parameter, state))
-    problems += [f"not in the optimizer: {name}" for name in tensors if name not in used]
-    if problems:
-        raise CheckpointError(
-            "optimizer: the saved state does not fit\n  " + "\n  ".join(sorted(problems))
-        )
-    optimizer.state.clear()
-    for parameter, state in restored:
-        optimizer.state[parameter] = state
+            expected[f"{name}/{key}"] = "float []" if key == "step" else _form(parameter)
+        # Cloned, or training would go on in the caller's tensors.
+        saved = {key: tensors[f"{name}/{key}"] for key in keys if f"{name}/{key}" in tensors}
+        state[index] = {key: tensor.clone() for key, tensor in saved.items()}
+    found = {name: _form(tensor) for name, tensor in tensors.items()}
+    _require_equal(expected, found, "optimizer: the saved state does not fit")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from dragkit.config import RunConfig
 from dragkit.errors import ConfigError, DragkitError, Interrupted
-from dragkit.trainer.checkpoint import JSON
-from dragkit.trainer.ranks import RankError, Ranks
+from dragkit.trainer.ranks import RankError, Ranks, Value
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -160,21 +159,12 @@ class ManyRanks(Ranks):
             # In place: a recorded step keeps its gradients where they are.
             parameter.grad.copy_(piece.view_as(parameter))
 
-    def gather(self, value: JSON) -> list[JSON]:
+    def gather(self, value: Value) -> list[Value]:
         """As `Ranks.gather`."""
-        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        size = torch.tensor([len(own)])
-        sizes = [torch.empty_like(size) for _ in range(self.count)]
+        everyone: list[Value] = [value] * self.count
         with self._guard():
-            self._dist.all_gather(sizes, size)
-            padded = torch.zeros(max(int(s) for s in sizes), dtype=torch.uint8)
-            padded[: len(own)] = own
-            parts = [torch.empty_like(padded) for _ in range(self.count)]
-            self._dist.all_gather(parts, padded)
-        return [
-            json.loads(part[: int(size)].numpy().tobytes())
-            for part, size in zip(parts, sizes, strict=True)
-        ]
+            self._dist.all_gather_object(everyone, value)
+        return everyone
 
     def wait(self) -> None:
         """As `Ranks.wait`."""

@@ -7,17 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dragkit.config import load_config
 from dragkit.data.capacity import Buckets
 from dragkit.trainer import replay as replay_module
 from dragkit.trainer.build import build_retriever
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.replay import StepReplay
 from dragkit.trainer.run import Run
 from dragkit.trainer.source import QuestionSource
+from tests.trainer.run_cases import run
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 # Question 2 has an empty graph.
 MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
 
@@ -41,21 +39,9 @@ class Rerun:
 
 
 def command(tmp_path: Path, name: str = "run", **overrides: object) -> Run:
-    values = {
-        "run.phase": 1,
-        "run.device": "cpu",
-        "run.num_threads": 1,
-        "run.checkpoint_dir": str(tmp_path / name),
-        "run.log_every_steps": 1,
-        "data.heuristics_path": str(FIXTURE),
-        "retriever.hidden_dim": 16,
-        "retriever.dropout": 0.0,
-        "optim.batch_size": 3,
-        "optim.epochs": 2,
-        "optim.lr": 1e-3,
-    } | {key.replace("__", "."): value for key, value in overrides.items()}
-    config, origins = load_config("tiny", None, values)
-    return Run(config, origins, config)
+    """Phase 1 without dropout; `overrides` are settings with two underscores for a dot."""
+    settings = {key.replace("__", "."): value for key, value in overrides.items()}
+    return run(tmp_path, 1, name, **{"retriever.dropout": 0.0} | settings)
 
 
 def new_phase(made: Run, **changes: object) -> RetrieverPhase:
@@ -93,8 +79,3 @@ def assert_close(ours: dict[str, Tensor | None], wanted: dict[str, Tensor | None
         if theirs is not None:
             scale = theirs.abs().max().clamp(min=1e-2)
             assert (ours[name] - theirs).abs().max() <= 5e-6 * scale, name
-
-
-def tensors(folder: Path) -> dict[str, Tensor]:
-    loaded = load_checkpoint(find_checkpoint(folder))
-    return {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}

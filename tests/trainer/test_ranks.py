@@ -5,9 +5,8 @@ All runs of two ranks share one pair of processes, since starting them costs mor
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
+import pickle
 import re
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from dragkit.data.store import PackedStore
 from dragkit.errors import ConfigError
@@ -27,143 +25,68 @@ from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.phase import Prediction
 from dragkit.trainer.ranks import Ranks
 from dragkit.trainer.torchrun import joined
+from tests.trainer.pair_cases import HERE, Pair, assert_close, environment, lines, worker
 
-WORKER = Path(__file__).with_name("ranks_worker.py")
-ROOT = Path(__file__).parents[2]
-
-
-def _load_worker() -> object:
-    spec = importlib.util.spec_from_file_location("ranks_worker", WORKER)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-worker = _load_worker()
-
-
-def case(name: str, folder: Path, settings: dict, **more: object) -> dict:
-    return {"name": name, "settings": {"run.checkpoint_dir": str(folder / name)} | settings} | more
-
-
-class Pair:
-    """What one rank and two ranks did with the same cases."""
-
-    def __init__(self, folder: Path) -> None:
-        self.one, self.two = folder / "one", folder / "two"
-        for part in (self.one, self.two):
-            part.mkdir()
-        fixture = str(worker.FIXTURE)
-        scored = {"data.val_heuristics_path": fixture, "data.test_heuristics_path": fixture}
-        # Batches of 7 and 1: in every second one, rank 1 has no question.
-        self.retriever = {"run.phase": 1, "optim.batch_size": 7} | scored
-        start = {"run.phase1_checkpoint": str(self.one / "retriever")}
-        joint = {"run.phase": 2, "data.val_heuristics_path": fixture} | start
-        self.cases = {
-            "retriever": self.retriever,
-            "joint": joint | {"optim.batch_size": 7, "loss.use_grad_norm_balance": True},
-            # Windows of (3, 3) and of (2,).
-            "accumulated": joint
-            | {"optim.batch_size": 3, "optim.accumulation_steps": 2, "optim.epochs": 2},
-        }
-
-    def run_one(self, name: str, settings: dict, **more: object) -> dict:
-        return worker.run_case(case(name, self.one, settings, **more), Ranks())
-
-    def run_two(self, cases: list[dict]) -> subprocess.CompletedProcess:
-        plan = self.two / "plan.json"
-        plan.write_text(json.dumps(cases))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        return subprocess.run(
-            [*command, "--nproc-per-node", "2", str(WORKER), str(plan)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
-    def outcome(self, name: str, rank: int) -> dict:
-        path = self.two / f"{name}.{rank}.json"
-        assert path.is_file(), self.process.stderr[-3000:]
-        return json.loads(path.read_text())
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
+FIXTURE = str(worker.FIXTURE)
+# Batches of 7 and 1: in every second one, rank 1 has no question.
+RETRIEVER = {
+    "run.phase": 1,
+    "optim.batch_size": 7,
+    "data.val_heuristics_path": FIXTURE,
+    "data.test_heuristics_path": FIXTURE,
+}
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """Runs everything: as one rank here, then all cases in two processes."""
     pair = Pair(tmp_path_factory.mktemp("ranks"))
-    os.environ.setdefault("DRAGKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    for name, settings in pair.cases.items():
+    joint = {
+        "run.phase": 2,
+        "run.phase1_checkpoint": str(pair.one / "retriever"),
+        "data.val_heuristics_path": FIXTURE,
+    }
+    same = {
+        "retriever": RETRIEVER,
+        "joint": joint | {"optim.batch_size": 7, "loss.use_grad_norm_balance": True},
+        # Windows of (3, 3) and of (2,).
+        "accumulated": joint | {"optim.batch_size": 3, "optim.accumulation_steps": 2},
+    }
+    for name, settings in same.items():
         assert pair.run_one(name, settings)["code"] == 0
     stop = {"rank": 0, "steps": 1, "do": "stop"}
-    assert pair.run_one("stopped", pair.retriever, after=stop)["code"] == 75
+    assert pair.run_one("stopped", RETRIEVER, after=stop)["code"] == 75
     other = pair.two / "other.jsonl"
     # The same texts, so that nothing has to be encoded.
     other.write_text(
         worker.FIXTURE.read_text().replace('"answer": ["Lantern Guild"]', '"answer": []')
     )
     short = {"run.phase": 1, "optim.batch_size": 4, "optim.epochs": 1}
-    cases = [case(name, pair.two, settings) for name, settings in pair.cases.items()]
+    settings = {"1": {"data.heuristics_path": str(other)}}
+    cases = [pair.case(name, settings) for name, settings in same.items()]
     cases += [
-        case("other_data", pair.two, short)
-        | {"rank_settings": {"1": {"data.heuristics_path": str(other)}}},
-        case("other_rate", pair.two, short) | {"rank_settings": {"1": {"optim.lr": 0.5}}},
-        case("small_batch", pair.two, short | {"optim.batch_size": 1}),
-        case("drift", pair.two, short, after={"rank": 1, "steps": 1, "do": "drift"}),
-        case("stopped", pair.two, pair.retriever, after=stop | {"rank": 1}),
-        case("resumed", pair.two, pair.retriever | {"run.resume": str(pair.one / "stopped")}),
+        pair.case("other_data", short, rank_settings=settings),
+        pair.case("other_rate", short, rank_settings={"1": {"optim.lr": 0.5}}),
+        pair.case("small_batch", short | {"optim.batch_size": 1}),
+        pair.case("drift", short, after={"rank": 1, "steps": 1, "do": "drift"}),
+        pair.case("stopped", RETRIEVER, after=stop | {"rank": 1}),
+        pair.case("resumed", RETRIEVER | {"run.resume": str(pair.one / "stopped")}),
         # The last one: it ends both processes.
-        case("failed", pair.two, short, after={"rank": 1, "steps": 1, "do": "fail"}),
+        pair.case("failed", short, after={"rank": 1, "steps": 1, "do": "fail"}),
     ]
-    pair.process = pair.run_two(cases)
+    pair.run_two("ranks_worker.py", cases)
     return pair
 
 
-def lines(folder: Path, kind: str) -> list[dict]:
-    text = (folder / "metrics.jsonl").read_text()
-    return [entry for line in text.splitlines() if kind in (entry := json.loads(line))]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    loaded = load_checkpoint(find_checkpoint(folder))
-    adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
-    return loaded.tensors["heads"] | (load_file(adapter) if adapter.is_file() else {})
-
-
-def assert_close(first: Path, second: Path, tolerance: float = 1e-5) -> None:
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=tolerance, msg=name)
-
-
 @pytest.mark.parametrize("name", ["retriever", "joint", "accumulated"])
-def test_two_ranks_train_as_one(pair: Pair, name: str) -> None:
-    assert pair.outcome(name, 0)["code"] == pair.outcome(name, 1)["code"] == 0
+def test_two_ranks_train_and_score_as_one(pair: Pair, name: str) -> None:
+    assert pair.codes(name) == [0, 0]
+    pair.assert_equal_logs(name)
     one, two = pair.one / name, pair.two / name
-    ours, theirs = lines(one, "train"), lines(two, "train")
-    assert len(ours) == len(theirs) == 4
-    for a, b in zip(ours, theirs, strict=True):
-        assert a["train"].keys() == b["train"].keys()
-        assert a["train"] == pytest.approx(b["train"], rel=1e-5, abs=1e-6)
-        assert a["lr"] == b["lr"] and a["step"] == b["step"]
     assert_close(one, two)
     states = [load_checkpoint(find_checkpoint(folder)).state for folder in (one, two)]
     assert states[0].questions_seen == states[1].questions_seen == 16
     assert (states[0].step, states[0].batch) == (states[1].step, states[1].batch)
-
-
-@pytest.mark.parametrize("name", ["retriever", "joint", "accumulated"])
-def test_scores_are_those_of_one_rank(pair: Pair, name: str) -> None:
-    ours, theirs = (lines(folder / name, "validation") for folder in (pair.one, pair.two))
-    assert len(ours) == len(theirs) == 2
-    for a, b in zip(ours, theirs, strict=True):
-        assert a["validation"] == pytest.approx(b["validation"], rel=1e-12)
 
 
 def test_the_table_of_a_run_is_that_of_one_rank(pair: Pair) -> None:
@@ -201,23 +124,15 @@ def test_ranks_that_do_not_agree_are_refused(pair: Pair, name: str, message: str
         assert outcome["saves"] == []
 
 
-def test_a_signal_to_one_rank_saves_once_and_stops_all(pair: Pair) -> None:
-    first, second = (pair.outcome("stopped", rank) for rank in (0, 1))
-    assert first["code"] == second["code"] == 75
-    assert first["saves"] == [1] and second["saves"] == []
-
-
-def test_one_rank_goes_on_where_two_were_stopped(pair: Pair) -> None:
-    outcome = pair.run_one("unused", pair.retriever | {"run.resume": str(pair.two / "stopped")})
+def test_a_signal_to_one_rank_saves_once_and_any_number_of_ranks_goes_on(pair: Pair) -> None:
+    assert pair.codes("stopped") == [75, 75]
+    assert [pair.outcome("stopped", rank)["saves"] for rank in (0, 1)] == [[1], []]
+    outcome = pair.run_one("unused", RETRIEVER | {"run.resume": str(pair.two / "stopped")})
     assert outcome["code"] == 0 and outcome["saves"] == [2, 4]
-    assert_close(pair.one / "retriever", pair.two / "stopped")
+    assert pair.codes("resumed") == [0, 0] and pair.outcome("resumed", 0)["saves"] == [2, 4]
     assert len(lines(pair.two / "stopped", "train")) == 4
-
-
-def test_two_ranks_go_on_where_one_was_stopped(pair: Pair) -> None:
-    assert pair.outcome("resumed", 0)["code"] == pair.outcome("resumed", 1)["code"] == 0
-    assert pair.outcome("resumed", 0)["saves"] == [2, 4]
-    assert_close(pair.one / "retriever", pair.one / "stopped")
+    for resumed in (pair.one, pair.two):
+        assert_close(pair.one / "retriever", resumed / "stopped")
 
 
 def test_a_failure_of_one_rank_ends_the_others_with_its_message(pair: Pair) -> None:
@@ -235,7 +150,7 @@ def test_a_rank_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), "--silence", str(tmp_path)],
+            [sys.executable, str(HERE / "ranks_worker.py"), "--silence", str(tmp_path)],
             env=environment(
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", RANK=str(rank)
             ),
@@ -309,7 +224,9 @@ class _Phase:
     def keep_up(self) -> None:
         """Nothing to do."""
 
-    def predict(self, batch: SimpleNamespace, relations: object) -> list[Prediction]:
+    def predict(
+        self, batch: SimpleNamespace, relations: object, *, generate: bool
+    ) -> list[Prediction]:
         """One prediction per question."""
         found = []
         for row in batch.rows:
@@ -332,8 +249,8 @@ class _Half(Ranks):
         self.index, self.sent = index, sent
 
     def gather(self, value: object) -> list:
-        """Through JSON, as between processes."""
-        self.sent.insert(0, json.loads(json.dumps(value)))
+        """Pickled, as between processes."""
+        self.sent.insert(0, pickle.loads(pickle.dumps(value)))
         if not self.first:
             raise _Sent
         return self.sent

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 
 import pytest
 import torch
 
 from dragkit.errors import Interrupted
 from dragkit.trainer import build as build_module
-from dragkit.trainer.loop import Trainer
 from dragkit.trainer.replay import capture_for
-from tests.trainer.replay_cases import Rerun, command, new_phase, tensors
+from tests.trainer.replay_cases import Rerun, command, new_phase
+from tests.trainer.run_cases import assert_same, stop_after, tensors
 
 CPU = torch.device("cpu")
 
@@ -51,24 +49,12 @@ def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
     settings = {"retriever__dropout": 0.2, "run__max_cuda_graphs": 1}
     command(tmp_path, "whole", **settings).execute()
-    original = Trainer.train_step
-    done = []
-
-    def stopped(self, batches):
-        out = original(self, batches)
-        done.append(1)
-        if len(done) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return out
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", stopped)
+        stop_after(2, patch)
         with pytest.raises(Interrupted):
             command(tmp_path, "cut", **settings).execute()
     command(tmp_path, "cut", run__resume=True, **settings).execute()
-    whole, cut = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
-    assert whole.keys() == cut.keys()
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monkeypatch):

@@ -3,81 +3,33 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from dragkit import evaluate as evaluate_command
 from dragkit import train as train_command
-from dragkit.config import load_config
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
-from dragkit.trainer.run import Run
-
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
-
-
-def run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> Run:
-    values = {
-        "run.phase": phase,
-        "run.device": "cpu",
-        "run.num_threads": 1,
-        "run.checkpoint_dir": str(tmp_path / name),
-        "run.log_every_steps": 1,
-        "data.heuristics_path": str(FIXTURE),
-        "generator.model": "tiny",
-        "retriever.hidden_dim": 16,
-        "optim.batch_size": 3,
-        "optim.epochs": 2,
-        "optim.lr": 1e-3,
-    } | overrides
-    config, origins = load_config("tiny", None, values)
-    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
-    return Run(config, origins, phase1)
+from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
+from dragkit.trainer import loop
+from dragkit.trainer.anomaly import NumericalError
+from dragkit.trainer.checkpoint import (
+    RunInUseError,
+    RunLock,
+    find_checkpoint,
+    load_checkpoint,
+)
+from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.phase2 import JointPhase
+from tests.trainer.run_cases import FIXTURE, assert_same, run, stop_after
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    loaded = load_checkpoint(find_checkpoint(folder))
-    flat = {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}
-    adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
-    if adapter.is_file():
-        from safetensors.torch import load_file
-
-        flat |= {f"adapter/{k}": v for k, v in load_file(adapter).items()}
-    return flat
-
-
-def assert_same(a: Path, b: Path) -> None:
-    first, second = tensors(a), tensors(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-
-
-def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process a SIGTERM when `steps` optimizer steps are done."""
-    from dragkit.trainer.loop import Trainer
-
-    original = Trainer.train_step
-    done = {"steps": 0}
-
-    def counted(self, batches):
-        out = original(self, batches)
-        done["steps"] += 1
-        if done["steps"] == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return out
-
-    monkeypatch.setattr(Trainer, "train_step", counted)
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_resume_is_bit_exact(tmp_path, monkeypatch, phase):
-    from dragkit.errors import Interrupted
-
     start = {} if phase == 1 else {"run.phase1_checkpoint": str(tmp_path / "first")}
     if phase == 2:
         run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
@@ -102,10 +54,36 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
         assert stage in summary
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all(row["counts"]["asked"] == row["counts"]["scored"] == 8 for row in results.values())
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     assert any("validation" in line for line in lines)
     adapter = find_checkpoint(tmp_path / "run") / "adapter"
     assert (adapter / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypatch, resumed):
+    data = {"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)}
+    run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    start = {"run.phase1_checkpoint": str(tmp_path / "first"), "run.val_generation_limit": 2}
+    start |= data | {"generator.max_new_tokens": 4}
+    if resumed:
+        with monkeypatch.context() as patch:
+            stop_after(4, patch)
+            patch.setattr(JointPhase, "score", lambda self, means: 2.0)
+            with pytest.raises(Interrupted):
+                run(tmp_path, 2, **start).execute()
+        # The best value of answers must not be compared with one of facts.
+        assert load_checkpoint(find_checkpoint(tmp_path / "run")).state.best == 2.0
+        start |= {"run.resume": True}
+    run(tmp_path, 2, **start, **{"run.val_generation": False}).execute()
+    lines = logged(tmp_path / "run")
+    scores = [line["validation"] for line in lines if "validation" in line]
+    assert ["strict-f1" in row for row in scores] == [resumed, False]
+    best = load_checkpoint(find_checkpoint(tmp_path / "run")).state.best
+    assert best == max(row["retrieval-f1"] for row in scores[resumed:])
+    # The limit is one of generated answers, so facts are scored on all questions.
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all("strict-f1" in row["metrics"] for row in results.values())
 
 
 def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
@@ -133,8 +111,7 @@ def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, mon
             if not compiled:
                 run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
             run(tmp_path, 2, name, **start, **{"run.compile": compiled}).execute()
-            text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-            lines[name] = [found for found in map(json.loads, text) if "train" in found]
+            lines[name] = [found for found in logged(tmp_path / name) if "train" in found]
             assert lines[name][-1]["compiled_graphs"] - before == sum(
                 counter.frame_count for counter in counters.values()
             )
@@ -152,7 +129,6 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from dragkit.model.load import prepare_nemotron_h
     from dragkit.tiny import tiny_generator_path
     from dragkit.trainer.build import build_joint
-    from dragkit.trainer.phase2 import JointPhase
 
     checked, check = [], JointPhase.check_gradients
     monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checked.append(1) or check(*a))
@@ -180,8 +156,6 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
 
 def _gradient(tmp_path, name, batch_size, accumulation):
     """The first optimizer step's gradients over six questions, by parameter."""
-    from dragkit.trainer import loop
-
     command = run(
         tmp_path,
         2,
@@ -237,19 +211,45 @@ def test_phase_1_overfits_eight_questions(tmp_path):
         },
     )
     command.execute()
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "run")
     losses = [line["train"]["loss"] for line in lines if "train" in line]
     assert sum(losses[-5:]) / 5 < 0.05 < losses[0]
     recalls = [line["validation"]["retrieval-recall"] for line in lines if "validation" in line]
     assert recalls[-1] == 1.0
 
 
-def test_a_used_folder_is_refused(tmp_path):
-    from dragkit.errors import ConfigError
-
-    run(tmp_path, 1, **{"optim.epochs": 1}).execute()
+def test_a_folder_that_is_used_or_in_use_is_refused(tmp_path):
+    command = run(tmp_path, 1, **{"optim.epochs": 1})
+    with RunLock(tmp_path / "run"), pytest.raises(RunInUseError):
+        command.execute()
+    command.execute()
     with pytest.raises(ConfigError, match="--resume"):
         run(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("fails", "saves"), [("xx.xx...", 8), ("xxx", 3), ("x.xxx", 5)], ids=lambda value: str(value)
+)
+def test_training_goes_on_until_three_saves_in_a_row_have_failed(
+    tmp_path, monkeypatch, fails, saves
+):
+    save, done = loop.save_checkpoint, []
+
+    def unreliable(*arguments, **options):
+        done.append(arguments[1])
+        if fails[len(done) - 1] == "x":
+            raise WriteError("disk full")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(loop, "save_checkpoint", unreliable)
+    command = run(tmp_path, 1, **{"run.save_every_steps": 1})
+    if saves == 8:
+        command.execute()
+    else:
+        with pytest.raises(WriteError):
+            command.execute()
+    # Every step, and once more at the end of each epoch.
+    assert done == [1, 2, 3, 3, 4, 5, 6, 6][:saves]
 
 
 def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
@@ -303,8 +303,6 @@ def test_bad_lines_exit_65_and_name_every_line(tmp_path, capsys):
 
 
 def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
-    from dragkit.errors import CheckpointError
-
     run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
     wrong = run(
         tmp_path,
@@ -317,9 +315,6 @@ def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path, monkeypatch):
-    from dragkit.trainer.anomaly import NumericalError
-    from dragkit.trainer.phase1 import RetrieverPhase
-
     original = RetrieverPhase.training_step
     before = {}
 

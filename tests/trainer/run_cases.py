@@ -1,0 +1,71 @@
+"""Runs on eight invented questions, for the trainer's tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dragkit.config import load_config
+from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.trainer.loop import Trainer
+from dragkit.trainer.run import Run
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
+
+
+def run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> Run:
+    """A run in `tmp_path / name`; `overrides` are settings."""
+    values = {
+        "run.phase": phase,
+        "run.device": "cpu",
+        "run.num_threads": 1,
+        "run.checkpoint_dir": str(tmp_path / name),
+        "run.log_every_steps": 1,
+        "data.heuristics_path": str(FIXTURE),
+        "generator.model": "tiny",
+        "retriever.hidden_dim": 16,
+        "optim.batch_size": 3,
+        "optim.epochs": 2,
+        "optim.lr": 1e-3,
+    } | overrides
+    config, origins = load_config("tiny", None, values)
+    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
+    return Run(config, origins, phase1)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's newest checkpoint."""
+    loaded = load_checkpoint(find_checkpoint(folder))
+    flat = {f"{part}/{k}": v for part, group in loaded.tensors.items() for k, v in group.items()}
+    adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
+    if adapter.is_file():
+        flat |= {f"adapter/{k}": v for k, v in load_file(adapter).items()}
+    return flat
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """The newest checkpoints of two runs are equal bit for bit."""
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends this process a SIGTERM when `steps` optimizer steps are done."""
+    original = Trainer.train_step
+    done = {"steps": 0}
+
+    def counted(self: Trainer, batches: list) -> list:
+        out = original(self, batches)
+        done["steps"] += 1
+        if done["steps"] == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return out
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
