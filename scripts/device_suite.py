@@ -58,7 +58,7 @@ class Suite(Runner):
 
     def tests(self, part: Part, end: float) -> None:
         """One process a file: a kernel that breaks the device's context breaks its file alone."""
-        files = ["tests/triton_ops/test_triton_math.py"]
+        files = ["tests/ops/test_triton_math.py"]
         variables = {"TRITON_INTERPRET": "1"}
         if not self.cpu:
             files, variables = gpu_test_files(), {}
