@@ -58,7 +58,7 @@ class Suite(Runner):
 
     def tests(self, part: Part, end: float) -> None:
         """One process a file: a kernel that breaks the device's context breaks its file alone."""
-        files = ["tests/triton_ops/test_triton_math.py"]
+        files = ["tests/ops/test_triton_math.py"]
         variables = {"TRITON_INTERPRET": "1"}
         if not self.cpu:
             files, variables = gpu_test_files(), {}
@@ -165,11 +165,14 @@ class Suite(Runner):
 
 
 def gpu_test_files() -> list[str]:
-    """Test files of the `gpu` tier: those in tests/triton_ops, and those that say so."""
+    """Test files of the `gpu` tier: those of kernels, and those that say so."""
+    # A test of an op that asks for the fixture `backend` runs its kernels as well.
+    signs = ("mark.gpu", "mark.triton", "backend: str")
     found = [
         file
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if file.parent.name == "triton_ops" or "mark.gpu" in file.read_text(encoding="utf-8")
+        if file.parent.name == "triton_ops"
+        or any(sign in file.read_text(encoding="utf-8") for sign in signs)
     ]
     return [str(file.relative_to(ROOT)) for file in found]
 

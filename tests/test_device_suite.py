@@ -183,7 +183,8 @@ def test_every_gpu_test_is_found():
     found = suite_module.gpu_test_files()
     assert "tests/model/test_retriever_on_gpu.py" in found
     assert "tests/trainer/test_replay_on_gpu.py" in found
-    assert "tests/triton_ops/test_triton_math.py" in found
+    assert "tests/ops/test_triton_math.py" in found
+    assert "tests/ops/test_gated_rms_norm.py" in found
     assert "tests/test_cli.py" not in found
 
 

@@ -6,15 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile
+from ..launch import Budget, Tile, row_strided, spec
 
 # Columns of a program, eight for each thread: one load of 128 bits in low precision.
-STRIPE = Tile(256, 1)
+STRIPE = Tile(256, 1, max_registers=128)
 # Rows that a program walks down. The rows before them are read twice.
 ROWS = 32
 # Rows that it asks for at a time.
 STEP = 4
-MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -92,11 +91,10 @@ def _causal_conv_fwd_kernel(
     num_columns,
     stride_x,
     W: tl.constexpr,
-    SILU: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out_t = act(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
+    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
     begin = tl.program_id(0) * rows
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
@@ -113,27 +111,19 @@ def _causal_conv_fwd_kernel(
             x = ahead[step]
             position = tl.load(position_ptr + row, mask=row < end, other=0)
             y = convolve(x, past, taps, bias, position, W)
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
+            y = y / (1.0 + tl.exp(-y))
             out = out_ptr + row.to(tl.int64) * num_columns + offs_c
             mask = offs_c < columns_of(row, end, num_columns)
             tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
             past = pushed(x, past, W)
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """x itself if the numbers of a row follow one another, however far apart its rows are."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def causal_conv_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, silu: bool
-) -> Tensor:
+def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
     """Launches the walk; see `dragkit::causal_conv_fwd`."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    x = with_unit_stride(x)
+    x = row_strided(x)
     grid = triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], STRIPE.block)
     _causal_conv_fwd_kernel[grid](
         x,
@@ -146,52 +136,22 @@ def causal_conv_fwd(
         x.shape[1],
         x.stride(0),
         W=weight.shape[1],
-        SILU=silu,
         STEP=STEP,
         BLOCK_C=STRIPE.block,
-        num_warps=STRIPE.num_warps,
-        maxnreg=MAX_REGISTERS,
+        **STRIPE.options,
     )
     return out
 
 
-def conv_spec(
-    kernel: object,
-    kind: str,
-    tile: Tile,
-    step: int,
-    silu: bool,
-    budget: Budget,
-    **types: str | None,
-) -> KernelSpec:
-    """Specification for four taps, the most that models use; fewer take less."""
-    constants = {"W": 4, "SILU": silu, "STEP": step, "BLOCK_C": tile.block}
-    found = {
-        name: "*i32" if name == "position_ptr" else kind if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    return KernelSpec(
-        kernel,
-        types={**found, **types},
-        constants=constants,
-        num_warps=tile.num_warps,
-        budget=budget,
-        divisible=tuple(n for n in found if n == "num_columns" or n.startswith("stride")),
-        max_registers=MAX_REGISTERS,
-    )
-
-
 KERNELS = tuple(
-    conv_spec(
+    spec(
         _causal_conv_fwd_kernel,
-        kind,
-        STRIPE,
-        STEP,
-        silu,
-        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=7),
-        bias_ptr=kind if silu else None,
+        Budget(registers=128, shared=0, wide_loads=7),
+        tile=STRIPE,
+        dtype=dtype,
+        constants={"W": 4, "STEP": STEP},
+        bias_ptr=bias,
     )
-    for kind in ("*bf16", "*fp32")
-    for silu in (True, False)
+    for dtype in ("*bf16", "*fp32")
+    for bias in (dtype, None)
 )

@@ -10,6 +10,7 @@ from dragkit_kernels import causal_conv, gated_rms_norm, ssd_scan
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import assert_close, leaves
 
+pytestmark = pytest.mark.triton
 LOW = torch.float16 if INTERPRETED else torch.bfloat16
 LENGTHS = (3, 70, 1, 20) if INTERPRETED else (170, 1, 4096, 333, 64, 900, 2)
 REPEATS = 2 if INTERPRETED else 20

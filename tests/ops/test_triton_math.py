@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 import triton
 import triton.language as tl
 
@@ -11,6 +14,8 @@ from dragkit_kernels import logistic_noise
 from dragkit_kernels.noise import philox4x32
 from dragkit_kernels.testing import assert_close, fenced_allocations
 from dragkit_kernels.triton_math import noise_word, order_code
+
+pytestmark = pytest.mark.triton
 
 
 @triton.jit
