@@ -119,7 +119,7 @@ def adapters_of(config: TrainConfig) -> Adapters:
 def _head_parameters(config: TrainConfig, shape: Shape) -> int:
     with torch.device("meta"):
         retriever = Retriever(config.retriever, _TEXT_DIM)
-        width = config.generator.projector_dim or max(128, shape.hidden)
+        width = config.generator.projector_dim
         projector = Projector(retriever.fact_dim, width, shape.hidden, 1.0)
     return sum(p.numel() for part in (retriever, projector) for p in part.parameters())
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOGIT_ROWS = 4096
+# Rows of logits that exist at the same time.
+LOGIT_ROWS = 4096
 
 
 class GeneratorOutput(NamedTuple):
@@ -225,7 +226,7 @@ class Generator(nn.Module):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for rows, ids in zip(
-            hidden.split(_LOGIT_ROWS), prompt.target_id.split(_LOGIT_ROWS), strict=True
+            hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
         ):
             logits = head(rows).float()
             each = F.cross_entropy(logits, ids, reduction="none")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dragkit.model.generator import LOGIT_ROWS
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.shape import (
     Adapters,
@@ -24,8 +25,6 @@ from dragkit.model.shape import (
 
 # A float32 parameter in training: itself, its gradient and AdamW's two moments.
 TRAINED = 16
-# Rows of logits that are computed together, as in `dragkit.model.generator`.
-LOGIT_ROWS = 4096
 _WIDE = 4
 _INDEX = 8
 # Ranks of routed adapters are padded to so many bytes.

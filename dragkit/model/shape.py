@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
+from dragkit.model.nemotron_h.decoder import SEES_OTHER_TOKENS
 
 
 class Shape(NamedTuple):
@@ -151,7 +151,7 @@ def adapter_parameters(shape: Shape, adapters: Adapters) -> int:
 
 def _places(shape: Shape) -> int:
     """Blocks up to the last that lets tokens see one another; later ones see few tokens."""
-    seeing = [i for i, kind in enumerate(shape.kinds) if kind in _SEES_OTHER_TOKENS]
+    seeing = [i for i, kind in enumerate(shape.kinds) if kind in SEES_OTHER_TOKENS]
     return seeing[-1] + 1 if seeing else 0
 
 
