@@ -18,6 +18,7 @@ from dragkit.model.projector import Projector
 from dragkit.model.random_weights import architecture_of
 from dragkit.model.retriever import Retriever
 from dragkit.model.shape import Adapters, Shape, adapter_parameters, parameters
+from dragkit.observe.gpu import CARDS, device_spec
 
 MULTIPLE = 256
 # A pass of so many tokens fills a GPU: every expert has hundreds of rows. Larger ones bring little,
@@ -48,20 +49,19 @@ class Device(NamedTuple):
     bandwidth: float = 0.0
 
 
-# Memory as the driver reports it, in MiB; peaks of the SXM cards' data sheets.
 DEVICES = {
-    "H100": Device("H100", 81_559 << 20, 989e12, 3.35e12),
-    "H200": Device("H200", 143_771 << 20, 989e12, 4.8e12),
-    "B200": Device("B200", 183_359 << 20, 2250e12, 8.0e12),
+    name: Device(name, spec.memory_mib << 20, spec.bf16_tflops * 1e12, spec.memory_gb_per_s * 1e9)
+    for name, spec in CARDS.items()
 }
 
 
 def this_device(device: torch.device) -> Device:
-    """The GPU that is here, with the peaks of the table where its name is in it."""
+    """The GPU that is here, with its peak rates where its name is in the table of cards."""
     name = torch.cuda.get_device_name(device)
-    peaks = next((d for key, d in DEVICES.items() if key in name), Device(name, 0))
     total = torch.cuda.get_device_properties(device).total_memory
-    return Device(name, total, peaks.flops, peaks.bandwidth)
+    if (spec := device_spec(name)) is None:
+        return Device(name, total)
+    return Device(name, total, spec.bf16_tflops * 1e12, spec.memory_gb_per_s * 1e9)
 
 
 @dataclass(frozen=True)

@@ -109,10 +109,10 @@ def test_the_stand_in_has_the_names_of_the_real_module() -> None:
 @pytest.mark.parametrize(
     ("name", "bf16", "bandwidth"),
     [
-        ("NVIDIA H100 80GB HBM3", 989.4, 3350),
+        ("NVIDIA H100 80GB HBM3", 989.0, 3350),
         ("NVIDIA H100 PCIe", 756.0, 2000),
         ("NVIDIA H100 NVL", 835.5, 3900),
-        ("NVIDIA H200", 989.4, 4800),
+        ("NVIDIA H200", 989.0, 4800),
         ("NVIDIA H200 NVL", 835.5, 4800),
         ("NVIDIA B200", 2250.0, 8000),
     ],
