@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dragkit.model.adapter_watch import LAST_STEP, AdapterWatch, DeadAdapterError
+from dragkit.model.adapter_watch import AdapterWatch, DeadAdapterError
 from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model, stir
 
 
@@ -22,33 +22,23 @@ def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12
         optimizer.zero_grad(set_to_none=True)
 
 
-def warnings_of(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name.startswith("dragkit")]
-
-
-def test_every_adapter_is_alive_after_two_steps(caplog):
+def test_every_adapter_is_alive_after_two_steps():
     model = adapted((*EVERY, *ROUTED))
     watch = AdapterWatch(model)
     assert len(watch._open) == 18
     train(model, watch, 1)
     assert len(watch._open) == 16, "routed experts are settled, A waits for B"
     train(model, watch, 1)
-    assert watch._open == [] and watch.step == 2 and not warnings_of(caplog)
+    assert watch._open == [] and watch.step == 2
 
 
-SMALL = ("q_proj", *ROUTED)
-
-
-def test_the_device_is_waited_for_at_three_steps_only(monkeypatch):
-    from dragkit.model import adapter_watch
-
-    waits, watch = [], AdapterWatch(model := adapted(SMALL, model=make_model("*E")))
-    read = adapter_watch._largest
-    monkeypatch.setattr(
-        adapter_watch, "_largest", lambda tensors: waits.append(watch.step) or read(tensors)
-    )
-    train(model, watch, LAST_STEP + 2)
-    assert set(waits) == {1, 2} and watch.step == LAST_STEP
+def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
+    watch = AdapterWatch(model := adapted(("q_proj", *ROUTED), model=make_model("*E")))
+    waits, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda t: waits.append(watch.step) or stack(t))
+    for _ in range(2):
+        train(model, watch, 2)
+    assert waits == [1, 2]
 
 
 @pytest.mark.parametrize("layer", ["layers.0.mixer.out_proj", "layers.2.mixer.k_proj"])
@@ -98,16 +88,13 @@ def test_steps_without_answer_tokens_do_not_count():
     assert watch.step == 2 and watch._open == []
 
 
-def test_a_step_that_moves_nothing_is_waited_out(caplog):
+def test_a_step_that_moves_nothing_is_waited_out():
     model = adapted(("q_proj",))
     watch = AdapterWatch(model)
     train(model, watch, 2, lr=0.0)
     assert len(watch._open) == 2
     train(model, watch, 2)
     assert watch._open == []
-    model = adapted(("q_proj",))
-    train(model, AdapterWatch(model), LAST_STEP, lr=0.0)
-    assert "lora_B is still zero" in caplog.text
 
 
 def test_a_resumed_run_sees_both_factors_at_once():
@@ -118,21 +105,7 @@ def test_a_resumed_run_sees_both_factors_at_once():
     assert watch._open == []
 
 
-def test_routed_experts_without_a_token_are_named_after_fifty_steps(caplog):
-    model = adapted(SMALL, model=make_model("*E"))
-    gate = model.get_submodule("base_model.model.model.layers.1.mixer.gate")
-    gate.e_score_correction_bias.copy_(torch.tensor([0.0, -9.0, 0.0, -9.0]))
-    train(model, watch := AdapterWatch(model), LAST_STEP, tokens=2)
-    (message,) = warnings_of(caplog)
-    assert "2 routed experts" in message and "layers.1.mixer.experts: 1, 3" in message
-    caplog.clear()
-    train(model, watch, 2)
-    model = adapted(SMALL, model=make_model("*E"))
-    train(model, AdapterWatch(model), LAST_STEP, tokens=2)
-    assert not warnings_of(caplog)
-
-
 def test_a_model_without_adapters_has_nothing_to_watch():
     watch = AdapterWatch(make_model())
-    for _ in range(LAST_STEP):
-        watch.check(3)
+    watch.check(3)
+    assert watch._open == []
