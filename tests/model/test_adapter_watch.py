@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dragkit.model.adapter_watch import AdapterWatch, DeadAdapterError
-from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model, stir
+from tests.nemotron_cases import EVERY, ROUTED, adapted, stir, toy_model
 
 
 def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12):
@@ -33,7 +33,7 @@ def test_every_adapter_is_alive_after_two_steps():
 
 
 def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
-    watch = AdapterWatch(model := adapted(("q_proj", *ROUTED), model=make_model("*E")))
+    watch = AdapterWatch(model := adapted(("q_proj", *ROUTED), model=toy_model("*E", std=0.2)))
     waits, stack = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda t: waits.append(watch.step) or stack(t))
     for _ in range(2):
@@ -106,6 +106,6 @@ def test_a_resumed_run_sees_both_factors_at_once():
 
 
 def test_a_model_without_adapters_has_nothing_to_watch():
-    watch = AdapterWatch(make_model())
+    watch = AdapterWatch(toy_model(std=0.2))
     watch.check(3)
     assert watch._open == []

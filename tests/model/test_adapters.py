@@ -8,7 +8,7 @@ import torch
 from dragkit.config import load_config
 from dragkit.errors import ConfigError
 from dragkit.model.adapters import guard_lifted, lora_targets
-from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model
+from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
 
 
 def trained_layers(model) -> set[str]:
@@ -35,7 +35,7 @@ def test_out_proj_and_routed_experts_by_choice():
 
 
 def test_the_guard_comes_back_whatever_happens():
-    model = make_model()
+    model = toy_model(std=0.2)
     with pytest.raises(RuntimeError), guard_lifted(model):
         assert model.config.model_type != "nemotron_h"
         raise RuntimeError
@@ -61,13 +61,13 @@ def test_the_guard_comes_back_whatever_happens():
 )
 def test_a_target_that_matches_nothing_is_named_with_its_neighbours(wanted, near):
     with pytest.raises(ConfigError, match=rf"generator\.lora_targets: '{wanted}'.*Nearest: ") as e:
-        lora_targets(make_model(), ["q_proj", wanted])
+        lora_targets(toy_model(std=0.2), ["q_proj", wanted])
     assert near in str(e.value).partition("Nearest: ")[2]
 
 
 def test_routed_names_exist_only_with_experts():
     with pytest.raises(ConfigError, match=r"experts\.up_proj"):
-        lora_targets(make_model("M*-"), ["experts.up_proj"])
+        lora_targets(toy_model("M*-"), ["experts.up_proj"])
 
 
 def test_dropout_and_routed_experts_exclude_each_other():

@@ -14,7 +14,7 @@ from transformers import NemotronHForCausalLM
 
 from dragkit.model.adapters import load_adapter
 from dragkit.trainer.checkpoint import load_tensors_into
-from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model, stir
+from tests.nemotron_cases import EVERY, ROUTED, adapted, stir, toy_model
 
 # With PEFT and transformers alone, unless the adapter is on `out_proj`.
 FRESH = """
@@ -58,8 +58,8 @@ IDS = torch.randint(2, 64, (2, 21), generator=torch.Generator().manual_seed(3))
 
 
 def test_saved_adapters_load_in_a_fresh_process(tmp_path):
-    make_model().save_pretrained(tmp_path / "base")
-    wanted = {"ids": IDS, "bare": logits_of(make_model(), IDS)}
+    toy_model(std=0.2).save_pretrained(tmp_path / "base")
+    wanted = {"ids": IDS, "bare": logits_of(toy_model(std=0.2), IDS)}
     for name, targets in (
         ("default", None),
         ("routed", ("in_proj", *ROUTED)),
@@ -99,7 +99,7 @@ def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     scale = wanted.abs().max()
     assert (logits_of(merged, IDS) - wanted).abs().max() <= 1e-5 * scale
-    assert (logits_of(make_model(), IDS) - wanted).abs().max() > 1e-2 * scale
+    assert (logits_of(toy_model(std=0.2), IDS) - wanted).abs().max() > 1e-2 * scale
     merged.save_pretrained(tmp_path)
     again = NemotronHForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(logits_of(again, IDS), logits_of(merged, IDS))
@@ -109,7 +109,7 @@ def test_a_loaded_adapter_computes_by_groups_and_generates(tmp_path):
     model = adapted((*EVERY, *ROUTED))
     stir(model)
     model.save_pretrained(tmp_path)
-    again = load_adapter(make_model(), tmp_path).eval()
+    again = load_adapter(toy_model(std=0.2), tmp_path).eval()
     experts = again.base_model.model.model.layers[1].mixer.experts
     assert "forward" in vars(experts)
     assert again.get_base_model().config.model_type == "nemotron_h"
