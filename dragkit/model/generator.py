@@ -192,16 +192,12 @@ class Generator(nn.Module):
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
-    def _pack(self, prompt: NeuralPrompt) -> Pack:
-        end = prompt.length.cumsum(0)
-        ptr = torch.cat([end.new_zeros(1), end]).int()
-        return Pack(prompt.position.int(), prompt.question, ptr, prompt.longest)
-
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
-            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
+            pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
+            embeds, pack = pad_to_multiple(embeds, pack, multiple)
             again = RECOMPUTED[self.checkpointing]
             return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,

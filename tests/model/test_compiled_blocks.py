@@ -192,6 +192,8 @@ def test_sharded_blocks(policy: str, compiled: Callable) -> None:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
         for block in decoder_of(model).layers:
             fully_shard(block, mesh=mesh)
+        for module in model.modules():
+            module._is_fsdp_managed_module = False  # as `dragkit.model.sharding` does
         counter = CompileCounterWithBackend("aot_eager")
         behind = compiled(model, counter)
         for _ in range(3):

@@ -36,7 +36,7 @@ def generator() -> Generator:
 
 def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt:
     """(tokens, position of the slot, target) per question, packed."""
-    ids, slot, position, question, length, rows, wanted = [], [], [], [], [], [], []
+    ids, slot, position, question, ptr, rows, wanted = [], [], [], [], [0], [], []
     for b, (tokens, place, target) in enumerate(questions):
         start = len(ids)
         whole = tokens + target
@@ -44,13 +44,13 @@ def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt
         slot += [b if i == place else -1 for i in range(len(whole))]
         position += range(len(whole))
         question += [b] * len(whole)
-        length.append(len(whole))
+        ptr.append(len(ids))
         rows += range(start + len(tokens) - 1, start + len(whole) - 1)
         wanted += target
     return NeuralPrompt(
-        *map(torch.tensor, (ids, slot, position, question, length, rows, wanted)),
+        *map(torch.tensor, (ids, slot, position, question, ptr, rows, wanted)),
         torch.ones(len(questions)),
-        longest=max(length) + 3,
+        longest=max(position) + 4,
     )
 
 

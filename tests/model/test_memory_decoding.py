@@ -70,7 +70,7 @@ def prompts(sequences: int) -> NeuralPrompt:
         slot=torch.full((total,), -1),
         position=torch.arange(PROMPT).repeat(sequences),
         question=torch.arange(sequences).repeat_interleave(PROMPT),
-        length=torch.full((sequences,), PROMPT),
+        ptr=(PROMPT * torch.arange(sequences + 1)).int(),
         target_row=none,
         target_id=none,
         kept=none,

@@ -75,6 +75,7 @@ def _check(prompt, wanted):
         assert prompt.slot[start:end].tolist() == slots
         assert prompt.position[start:end].tolist() == list(range(len(tokens)))
         assert (prompt.question[start:end] == place).all()
+        assert prompt.ptr[place : place + 2].tolist() == [start, end]
         assert int(prompt.length[place]) == len(tokens) and int(prompt.kept[place]) == kept
         rows += list(range(end - goal - 1, end - 1)) if goal else []
         ids += tokens[len(tokens) - goal :] if goal else []

@@ -7,7 +7,6 @@ import logging
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +16,6 @@ from dragkit import evaluate as evaluate_command
 from dragkit.config import GeneratorConfig, load_config
 from dragkit.errors import ConfigError
 from dragkit.model.load import (
-    check_experts,
     check_generator,
     check_grouped_product,
     load_generator,
@@ -139,23 +137,6 @@ def test_it_computes(small: str, caplog: pytest.LogCaptureFixture) -> None:
 def test_wrong_names_say_what_exists(name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         check_generator(GeneratorConfig(), CPU, name=name)
-
-
-@pytest.mark.parametrize(
-    ("kind", "form", "device", "refused"),
-    [
-        ("moe", "eager", "cpu", False),
-        ("moe", "eager", "cuda", True),
-        ("moe", "grouped_mm", "cuda", False),
-        ("mlp", "eager", "cuda", False),
-    ],
-)
-def test_experts_that_would_stop_a_gpu_are_refused(
-    kind: str, form: str, device: str, refused: bool
-) -> None:
-    config = SimpleNamespace(layers_block_type=[kind], _experts_implementation=form)
-    with pytest.raises(ConfigError, match="eager") if refused else nullcontext():
-        check_experts(SimpleNamespace(config=config), torch.device(device))
 
 
 @pytest.mark.parametrize("routed", [False, True])

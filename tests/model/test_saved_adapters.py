@@ -105,13 +105,11 @@ def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
     assert torch.equal(logits_of(again, IDS), logits_of(merged, IDS))
 
 
-def test_a_loaded_adapter_computes_by_groups_and_generates(tmp_path):
+def test_a_loaded_adapter_generates(tmp_path):
     model = adapted((*EVERY, *ROUTED))
     stir(model)
     model.save_pretrained(tmp_path)
     again = load_adapter(toy_model(std=0.2), tmp_path).eval()
-    experts = again.base_model.model.model.layers[1].mixer.experts
-    assert "forward" in vars(experts)
     assert again.get_base_model().config.model_type == "nemotron_h"
     settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
     rows = [m.generate(input_ids=IDS, **settings) for m in (model, again)]
