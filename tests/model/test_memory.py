@@ -114,7 +114,7 @@ def a_block_more(
     for pattern in STACKS[kind]:
         model, shape, adapters = build(monkeypatch, pattern, targets)
         counts.append(kept_per_token(model, "none", blocks(model.get_base_model().model)))
-    said = memory.kept_per_token(shape, kind, adapters) + memory.input_per_token(shape)
+    said = memory.kept_per_token(shape, kind, adapters) + 2 * shape.hidden
     return counts[1] - counts[0], said
 
 
