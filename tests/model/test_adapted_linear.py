@@ -11,17 +11,19 @@ from tests.nemotron_cases import rms_ratio
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
-def side_by_side(dtype, *, adapters=F32, targets=("a", "b", "c"), rank=8, **settings):
-    """Three frozen layers of width 64, those of `targets` under LoRA."""
+def side_by_side(dtype, *, adapters=F32, targets=("a", "b", "c"), alike=False, **settings):
+    """Three frozen layers of width 64, those of `targets` under LoRA.
+
+    `alike` gives all a bias and the same rank, so that they share the product by W + s B A.
+    """
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(5)
-    layers = {
-        n: torch.nn.Linear(64, w, bias=n != "b") for n, w in zip("abc", (96, 64, 7), strict=True)
-    }
+    widths = {"a": 96, "b": 64, "c": 7}
+    layers = {n: torch.nn.Linear(64, w, bias=alike or n != "b") for n, w in widths.items()}
     inner = torch.nn.ModuleDict(layers).to(dtype).requires_grad_(False)
-    ranks = {"c": 3} if "c" in targets else {}
-    lora = LoraConfig(r=rank, target_modules=list(targets), rank_pattern=ranks, **settings)
+    ranks = {"c": 3} if "c" in targets and not alike else {}
+    lora = LoraConfig(r=8, target_modules=list(targets), rank_pattern=ranks, **settings)
     model = get_peft_model(inner, lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name:
@@ -83,10 +85,7 @@ def test_layers_side_by_side_in_every_type_and_mixture(dtype, adapters, limits, 
     "settings", [{}, {"lora_bias": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str
 )
 def test_equals_pefts_own_layers(settings, sizes, rows):
-    settings = {"rank": 2} | settings
-    if "lora_bias" in settings:
-        settings["targets"] = ("a", "c")  # PEFT wants a bias in the layer
-    model, layers = side_by_side(F64, adapters=F64, **settings)
+    model, layers = side_by_side(F64, adapters=F64, alike=True, **settings)
     x = torch.randn(rows, 64, dtype=F64, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
     torch.manual_seed(7)

@@ -14,7 +14,7 @@ from transformers import NemotronHForCausalLM
 
 from dragkit.model.adapters import load_adapter
 from dragkit.trainer.checkpoint import load_tensors_into
-from tests.nemotron_cases import EVERY, ROUTED, adapted, stir, toy_model
+from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
 
 # With PEFT and transformers alone, unless the adapter is on `out_proj`.
 FRESH = """
@@ -65,8 +65,7 @@ def test_saved_adapters_load_in_a_fresh_process(tmp_path):
         ("routed", ("in_proj", *ROUTED)),
         ("out_proj", (*EVERY, *ROUTED)),
     ):
-        model = adapted(targets)
-        stir(model)
+        model = adapted(targets, std=0.2)
         wanted[name] = logits_of(model, IDS)
         model.save_pretrained(tmp_path / name)
     save_file(wanted, tmp_path / "expected.safetensors")
@@ -92,8 +91,7 @@ def test_saved_adapters_load_in_a_fresh_process(tmp_path):
 
 @pytest.mark.parametrize("targets", [None, (*EVERY, *ROUTED)])
 def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
-    model = adapted(targets)
-    stir(model)
+    model = adapted(targets, std=0.2)
     wanted = logits_of(model, IDS)
     merged = model.merge_and_unload()
     assert not any("lora_" in name for name, _ in merged.named_parameters())
@@ -105,29 +103,19 @@ def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
     assert torch.equal(logits_of(again, IDS), logits_of(merged, IDS))
 
 
-def test_a_loaded_adapter_generates(tmp_path):
-    model = adapted((*EVERY, *ROUTED))
-    stir(model)
-    model.save_pretrained(tmp_path)
+def test_saved_adapters_load_into_a_bare_model_and_into_fresh_adapters(tmp_path):
+    """The second is the way a resumed run goes: the file's tensors into the live ones."""
+    from peft import get_peft_model_state_dict
+
+    model = adapted((*EVERY, *ROUTED), std=0.2)
+    model.save_pretrained(tmp_path, safe_serialization=True)
     again = load_adapter(toy_model(std=0.2), tmp_path).eval()
     assert again.get_base_model().config.model_type == "nemotron_h"
     settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
     rows = [m.generate(input_ids=IDS, **settings) for m in (model, again)]
-    assert torch.equal(*rows)
-    for name, parameter in again.named_parameters():
-        assert not parameter.requires_grad, name
-
-
-def test_a_checkpoint_loads_into_a_model_with_fresh_adapters(tmp_path):
-    """The way a resumed run goes: the file's tensors into the live ones."""
-    from peft import get_peft_model_state_dict
-
-    model = adapted((*EVERY, *ROUTED))
-    stir(model)
-    model.save_pretrained(tmp_path, safe_serialization=True)
+    assert torch.equal(*rows) and not any(p.requires_grad for p in again.parameters())
     again = adapted((*EVERY, *ROUTED))
     live = get_peft_model_state_dict(again)
-    saved = load_file(tmp_path / "adapter_model.safetensors")
     assert len(live) == 36
-    load_tensors_into(live, saved, what="adapter")
+    load_tensors_into(live, load_file(tmp_path / "adapter_model.safetensors"), what="adapter")
     assert torch.equal(logits_of(again, IDS), logits_of(model, IDS))

@@ -8,19 +8,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
+from dragkit.model.adapters import LORA_TARGETS
 from dragkit.model.shape import matrix_parameters, shape_of
 from dragkit.observe.flops import ActiveWeights, active_weights, model_flops_utilisation
 from dragkit.observe.gpu import device_spec
-from tests.nemotron_cases import config_30b, toy_config
+from tests.nemotron_cases import adapted, config_30b, toy_model
 
 M, V = 32, 64
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj"]
 
 
-def tiny(pattern: str = "ME*-", **settings: object) -> NemotronHForCausalLM:
-    torch.manual_seed(0)
-    config = toy_config(pattern, **{"num_experts_per_tok": 3} | settings)
-    return NemotronHForCausalLM(config).eval().requires_grad_(False)
+def tiny(pattern: str = "ME*-", rank: int | None = None, **settings: object) -> nn.Module:
+    """A toy model, with adapters where a rank is given."""
+    model = toy_model(pattern, **{"num_experts_per_tok": 3} | settings)
+    return model if rank is None else adapted(LORA_TARGETS, rank, model)
 
 
 # Widths: Mamba 4 heads of 16 = 64 inside, 2 groups of 8 states for B and for C, one dt a head.
@@ -41,14 +41,10 @@ def test_counts_by_hand(pattern: str) -> None:
 
 
 def test_adapters_are_counted_apart_and_change_nothing_else() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    plain = active_weights(tiny())
-    adapted = get_peft_model(tiny(), LoraConfig(r=2, target_modules=TARGETS))
-    found = active_weights(adapted)
+    plain, model = active_weights(tiny()), tiny(rank=2)
+    found = active_weights(model)
     assert (found.blocks, found.head) == (plain.blocks, plain.head)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    assert found.lora == trained > 0
+    assert found.lora == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
 def products(counter: FlopCounterMode) -> int:
@@ -59,11 +55,7 @@ def products(counter: FlopCounterMode) -> int:
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_forward_pass_multiplies_as_often_as_counted(rank: int | None) -> None:
-    model = tiny(_attn_implementation="eager", experts_implementation="eager")
-    if rank:
-        from peft import LoraConfig, get_peft_model
-
-        model = get_peft_model(model, LoraConfig(r=rank, target_modules=TARGETS)).eval()
+    model = tiny(rank=rank, _attn_implementation="eager", experts_implementation="eager")
     weights = active_weights(model)
     rows, length = 2, 24
     ids = torch.arange(rows * length).view(rows, length) % V
@@ -75,10 +67,7 @@ def test_a_forward_pass_multiplies_as_often_as_counted(rank: int | None) -> None
 
 def test_a_step_multiplies_as_often_as_the_formula_says() -> None:
     """Gradients reach the embeddings and the adapters, and no frozen weight."""
-    from peft import LoraConfig, get_peft_model
-
-    model = tiny("M*-")
-    model = get_peft_model(model, LoraConfig(r=2, target_modules=TARGETS)).train()
+    model = tiny("M*-", 2).train()
     weights, length = active_weights(model), 40
     embeds = torch.randn(1, length, M, requires_grad=True)
     with FlopCounterMode(display=False) as counter:

@@ -70,30 +70,22 @@ def test_a_reading_is_in_the_units_of_its_names(
     assert monitor._handle == ("handle", "GPU-12-ab")
 
 
-@pytest.mark.parametrize("broken", ["init", "handle"])
-def test_there_is_no_monitor_where_the_driver_refuses(
+@pytest.mark.parametrize("broken", ["init", "handle", "power", "clock", "memory", "energy"])
+def test_nothing_is_read_where_the_driver_refuses(
     cuda: None, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken=broken))
-    assert GpuMonitor.open() is None
+    monitor = GpuMonitor.open()
+    assert (monitor is None) == (broken in ("init", "handle"))
+    assert monitor is None or monitor.read() is None
 
 
-@pytest.mark.parametrize("broken", ["power", "clock", "memory", "energy"])
-def test_a_value_that_the_driver_does_not_tell_makes_no_reading(
-    cuda: None, monkeypatch: pytest.MonkeyPatch, broken: str
+def test_there_is_no_monitor_without_pynvml_or_cuda(
+    cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken=broken))
-    assert GpuMonitor.open().read() is None
-
-
-def test_there_is_no_monitor_without_pynvml(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert GpuMonitor.open() is None
-
-
-def test_there_is_no_monitor_for_a_cpu_or_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert GpuMonitor.open("cpu") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert GpuMonitor.open("cuda") is None
