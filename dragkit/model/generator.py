@@ -140,11 +140,6 @@ class Generator(nn.Module):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
 
-    @property
-    def packs(self) -> bool:
-        """Whether the model runs over packs here."""
-        return self._mamba is not None
-
     def compile_blocks(self) -> None:
         """Compiles the blocks of a Nemotron-H for training; other models run as they stand."""
         if self._mamba is None:
