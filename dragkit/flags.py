@@ -11,6 +11,7 @@ from typing import Literal, NoReturn, get_args, get_origin
 
 from dragkit.config import FIELDS, PRESETS, nearest_key
 from dragkit.errors import EXIT_CODES, ConfigError
+from dragkit.observe.gpu import CARDS
 from dragkit.schema import DEVICE_PATTERN
 
 # The command line is frozen: a new knob is a schema field, reached by --set, not a new flag.
@@ -87,7 +88,6 @@ examples:
   python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
 
 {_EXIT_CODES}"""
-CARDS = ("H100", "H200", "B200")
 
 
 class Parser(argparse.ArgumentParser):

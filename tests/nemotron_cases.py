@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from transformers import NemotronHConfig
+import torch
+from torch import Tensor, nn
+from transformers import NemotronHConfig, NemotronHForCausalLM
+
+from dragkit.config import GeneratorConfig
+from dragkit.model.adapters import LORA_TARGETS, add_adapters
+from dragkit.model.random_weights import ARCHITECTURES
+
+ROUTED = ("experts.up_proj", "experts.down_proj")
+EVERY = (*LORA_TARGETS, "out_proj")
+KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
 TOY = {
     "vocab_size": 64,
@@ -22,22 +32,7 @@ TOY = {
     "moe_shared_expert_intermediate_size": 24,
 }
 # 23 Mamba-2, 23 experts, 6 attention, as its published configuration has them.
-PATTERN_30B = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
-LARGE = {
-    "vocab_size": 131072,
-    "hidden_size": 2688,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "ssm_state_size": 128,
-    "mamba_num_heads": 64,
-    "mamba_head_dim": 64,
-    "n_groups": 8,
-    "n_routed_experts": 128,
-    "num_experts_per_tok": 6,
-    "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712,
-}
+PATTERN_30B, LARGE = ARCHITECTURES["nemotron-3-nano-30b-a3b"]
 
 
 def toy_config(pattern: str, **settings: object) -> NemotronHConfig:
@@ -48,3 +43,57 @@ def toy_config(pattern: str, **settings: object) -> NemotronHConfig:
 def config_30b() -> NemotronHConfig:
     """The configuration of Nemotron-3-Nano-30B-A3B."""
     return NemotronHConfig(hybrid_override_pattern=PATTERN_30B, **LARGE)
+
+
+def toy_model(
+    pattern: str = "ME*-M*",
+    dtype: torch.dtype = torch.float32,
+    std: float = 0.3,
+    **settings: object,
+) -> NemotronHForCausalLM:
+    """Frozen random weights, the same every time."""
+    torch.manual_seed(0)
+    model = NemotronHForCausalLM(toy_config(pattern, **settings)).eval()
+    for name, parameter in model.named_parameters():
+        # Sums of 52 random blocks would otherwise grow until nothing compares.
+        deep = len(pattern) > 12 and any(n in name for n in ("out_proj", "o_proj", "down_proj"))
+        nn.init.normal_(parameter, std=0.2 * std if deep else std)
+    return model.to(dtype).requires_grad_(False)
+
+
+def adapted(
+    targets: tuple[str, ...] | None = None,
+    rank: int = 4,
+    model: nn.Module | None = None,
+    std: float = 0.0,
+    **settings: object,
+) -> nn.Module:
+    """Adapters on the targets that the model has; B has deviation `std`, 0 as in a new one."""
+    model = toy_model(std=0.2) if model is None else model
+    names = [name for name, _ in model.named_parameters()]
+    targets = targets and tuple(t for t in targets if any(f".{t}" in name for name in names))
+    torch.manual_seed(1)
+    config = GeneratorConfig(lora_targets=targets, lora_rank=rank, **settings)
+    model = add_adapters(model, config)
+    if std:
+        stir(model, std)
+    return model
+
+
+def stir(model: nn.Module, std: float = 0.2) -> None:
+    """Every adapter at work: B is zero in a fresh one."""
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=std)
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The blocks without the output layer, adapters or none."""
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+
+
+def rms_ratio(got: Tensor, wanted: Tensor) -> float:
+    """Root mean square of a difference, as a share of the values' own."""
+    got, wanted = got.detach().double(), wanted.detach().double()
+    return float((got - wanted).norm() / wanted.norm())

@@ -12,7 +12,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit": (),
     "dragkit.schema": (),
     "dragkit.config": ("dragkit.schema", "dragkit.cli"),
-    "dragkit.flags": ("dragkit.config", "dragkit.schema"),
+    "dragkit.flags": ("dragkit.config", "dragkit.observe.gpu", "dragkit.schema"),
     "dragkit.cli": ("dragkit.config", "dragkit.flags"),
     "dragkit.console": (),
     "dragkit.train": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit.data.cache",
         "dragkit.data.packed",
         "dragkit.data.tokens",
+        "dragkit.observe",
         "dragkit_kernels",
     ),
     # Only to find the bundled weights, when they are asked for.
@@ -69,7 +70,7 @@ ONLY_LAZILY = {
 }
 _PROGRAMS = ("train", "evaluate", "plan")
 _LIGHT_MODULES = ("errors", "schema", "config", "flags", "cli", "console", *_PROGRAMS)
-LIGHT = ("", *(f".{name}" for name in _LIGHT_MODULES))
+LIGHT = ("", ".observe.gpu", *(f".{name}" for name in _LIGHT_MODULES))
 # Graphs in, sorted graphs out: data takes no op.
 DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orders"}
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}

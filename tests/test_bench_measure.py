@@ -165,7 +165,7 @@ def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
         slot=slot,
         position=torch.arange(total) - start[question],
         question=question,
-        length=length,
+        ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=none,
         target_id=none,
         kept=none,

@@ -315,19 +315,19 @@ def test_usage(arguments: list[str], capsys) -> None:
 
 
 def test_ceilings_by_hand() -> None:
-    """4.8e8 bytes at 4.8 TB/s take 0.1 ms; 9.894e11 operations at 989.4 TFLOP/s 1 ms."""
+    """4.8e8 bytes at 4.8 TB/s take 0.1 ms; 9.89e11 operations at 989 TFLOP/s 1 ms."""
     h200, b200 = device_spec("NVIDIA H200"), device_spec("NVIDIA B200")
     at = ceiling(h200, 4.8e8, 2e9, "bfloat16")
     assert at.by == "memory" and at.ms == pytest.approx(0.1)
-    at = ceiling(h200, 4.8e8, 9.894e11, "bfloat16")
+    at = ceiling(h200, 4.8e8, 9.89e11, "bfloat16")
     assert at.by == "arithmetic" and at.ms == pytest.approx(1.0)
     # float32 by the vector units: 67 TFLOP/s.
     assert ceiling(h200, 1.0, 6.7e10, "float32").ms == pytest.approx(1.0)
     # Half of the ceiling: 0.2 ms become 4.8e8 / 8e12 s = 0.06 ms at a half, 0.12 ms.
     ms, share = project(0.2, 4.8e8, 2e9, "bfloat16", h200, b200)
     assert (ms, share) == (pytest.approx(0.12), pytest.approx(0.5))
-    ms, share = project(4.0, 4.8e8, 9.894e11, "bfloat16", h200, b200)
-    assert (ms, share) == (pytest.approx(4 * 989.4 / 2250), pytest.approx(0.25))
+    ms, share = project(4.0, 4.8e8, 9.89e11, "bfloat16", h200, b200)
+    assert (ms, share) == (pytest.approx(4 * 989 / 2250), pytest.approx(0.25))
 
 
 def test_every_line_of_a_projection_says_so(write, capsys) -> None:

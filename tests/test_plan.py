@@ -47,12 +47,11 @@ def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixtu
     assert len(out.partition("what would:\n")[2].splitlines()) == 3
 
 
-def test_a_run_in_phase_2_is_planned_whatever_the_phase(capsys: pytest.CaptureFixture) -> None:
+def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
+    capsys: pytest.CaptureFixture,
+) -> None:
     plan.main(["--preset", "b200", "--card", "B200", "--phase", "1", "--json"])
     assert json.loads(capsys.readouterr().out)["work"]["questions_per_batch"] == 4
-
-
-def test_the_bundled_generator_has_a_plan_too(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--card", "H100", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["generator"] == "tiny"
 

@@ -13,13 +13,10 @@ from torch import nn
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError
 from dragkit.model.coverage import coverage, coverage_table
-from dragkit.model.nemotron_h.experts import install_grouped_experts
 
 logger = logging.getLogger(__name__)
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj")
-# What PEFT refuses to adapt in a Mamba model unless `guard_lifted`.
-_GUARDED = "out_proj"
 
 
 def _linear_names(model: nn.Module) -> set[str]:
@@ -71,24 +68,23 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
 def guard_lifted(model: nn.Module) -> Iterator[None]:
     """Lets PEFT adapt `out_proj` of a Mamba model while the block runs.
 
-    PEFT goes by the model type alone, because the library's fused CUDA path reads the bare weight
-    of `out_proj` and would pass its adapter by. Our mixer calls the layer, so the reason is absent
-    here. The type is hidden on this one configuration and comes back whatever happens.
+    PEFT refuses by the model type alone, because transformers' fused CUDA path reads the bare
+    weight of `out_proj` and would miss its adapter. Our mixer calls the layer. The type is hidden
+    on this one configuration and comes back whatever happens.
     """
     config = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     if kind is None:
         yield
         return
-    own = "model_type" in vars(config)
+    before = dict(vars(config))
     config.model_type = f"{kind}, guard lifted"
     try:
         yield
     finally:
-        if own:
+        del config.model_type
+        if "model_type" in before:
             config.model_type = kind
-        else:
-            del config.model_type
 
 
 def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
@@ -112,12 +108,8 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
         target_parameters=routed or None,
         task_type="CAUSAL_LM",
     )
-    if _GUARDED in targets:
-        with guard_lifted(model):
-            model = get_peft_model(model, lora)
-    else:
+    with guard_lifted(model):
         model = get_peft_model(model, lora)
-    install_grouped_experts(model)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "LoRA rank %d on %s: %d parameters\n%s",
@@ -142,13 +134,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Returns:
         A `PeftModel`, its adapters frozen.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    lora = PeftConfig.from_pretrained(str(folder))
-    if _GUARDED in (lora.target_modules or ()):
-        with guard_lifted(model):
-            model = PeftModel.from_pretrained(model, str(folder))
-    else:
-        model = PeftModel.from_pretrained(model, str(folder))
-    install_grouped_experts(model)
-    return model
+    with guard_lifted(model):
+        return PeftModel.from_pretrained(model, str(folder))

@@ -18,6 +18,7 @@ from dragkit.model.projector import Projector
 from dragkit.model.random_weights import architecture_of
 from dragkit.model.retriever import Retriever
 from dragkit.model.shape import Adapters, Shape, adapter_parameters, parameters
+from dragkit.observe.gpu import CARDS, device_spec
 
 MULTIPLE = 256
 # A pass of so many tokens fills a GPU: every expert has hundreds of rows. Larger ones bring little,
@@ -48,20 +49,19 @@ class Device(NamedTuple):
     bandwidth: float = 0.0
 
 
-# Memory as the driver reports it, in MiB; peaks of the SXM cards' data sheets.
 DEVICES = {
-    "H100": Device("H100", 81_559 << 20, 989e12, 3.35e12),
-    "H200": Device("H200", 143_771 << 20, 989e12, 4.8e12),
-    "B200": Device("B200", 183_359 << 20, 2250e12, 8.0e12),
+    name: Device(name, spec.memory_mib << 20, spec.bf16_tflops * 1e12, spec.memory_gb_per_s * 1e9)
+    for name, spec in CARDS.items()
 }
 
 
 def this_device(device: torch.device) -> Device:
-    """The GPU that is here, with the peaks of the table where its name is in it."""
+    """The GPU that is here, with its peak rates where its name is in the table of cards."""
     name = torch.cuda.get_device_name(device)
-    peaks = next((d for key, d in DEVICES.items() if key in name), Device(name, 0))
     total = torch.cuda.get_device_properties(device).total_memory
-    return Device(name, total, peaks.flops, peaks.bandwidth)
+    if (spec := device_spec(name)) is None:
+        return Device(name, total)
+    return Device(name, total, spec.bf16_tflops * 1e12, spec.memory_gb_per_s * 1e9)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def adapters_of(config: TrainConfig) -> Adapters:
 def _head_parameters(config: TrainConfig, shape: Shape) -> int:
     with torch.device("meta"):
         retriever = Retriever(config.retriever, _TEXT_DIM)
-        width = config.generator.projector_dim or max(128, shape.hidden)
+        width = config.generator.projector_dim
         projector = Projector(retriever.fact_dim, width, shape.hidden, 1.0)
     return sum(p.numel() for part in (retriever, projector) for p in part.parameters())
 
@@ -227,13 +227,9 @@ def make_plan(config: TrainConfig, shape: Shape, device: Device, ranks: int = 1)
     )
 
 
-def _changed(config: TrainConfig, **values: object) -> TrainConfig:
-    generator = config.generator.model_copy(update=values)
-    return config.model_copy(update={"generator": generator})
-
-
-def _sharded(config: TrainConfig) -> TrainConfig:
-    return config.model_copy(update={"run": config.run.model_copy(update={"sharding": "full"})})
+def _changed(config: TrainConfig, section: str = "generator", **values: object) -> TrainConfig:
+    part = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: part})
 
 
 def alternatives(
@@ -241,7 +237,7 @@ def alternatives(
 ) -> Iterator[str]:
     """Settings with which the run would fit, the least change first."""
     more = sorted({ranks, *_RANKS} - set(range(ranks)))
-    cut = _sharded(config)
+    cut = _changed(config, "run", sharding="full")
     fewest = next((n for n in more if make_plan(cut, shape, device, n).fits), 0)
     if fewest == ranks > 1:
         yield "--set run.sharding=full"
@@ -249,28 +245,20 @@ def alternatives(
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     again: dict[str, object] = {"checkpointing": "all"}
     less: dict[str, object] = {"lora_targets": attention, "lora_rank": rank}
-    tried: list[tuple[dict[str, object], str]] = [
-        (again, "generator.checkpointing=all"),
-        (less, f"generator.lora_targets={','.join(attention)} --set generator.lora_rank={rank}"),
-    ]
+    tried = [again, less]
     for extra in ({}, again, again | less):
         loose = _changed(config, tokens_per_pass=None, max_prompt_tokens=MULTIPLE, **extra)
         plan = make_plan(loose, shape, device, ranks)
         room = plan.fit[plan.policy]
-        words = f"generator.tokens_per_pass={room}"
-        values = extra | {"tokens_per_pass": room}
-        if room < config.generator.max_prompt_tokens:
-            values["max_prompt_tokens"] = room
-            words += f" --set generator.max_prompt_tokens={room}"
-        if "checkpointing" in extra:
-            words += " --set generator.checkpointing=all"
-        if "lora_rank" in extra:
-            words += f" --set {tried[1][1]}"
+        shorter = {"max_prompt_tokens": room} if room < config.generator.max_prompt_tokens else {}
         if room > config.generator.max_new_tokens:
-            tried.append((values, words))
-    for values, words in tried:
+            tried.append({"tokens_per_pass": room} | shorter | extra)
+    for values in tried:
         if make_plan(_changed(config, **values), shape, device, ranks).fits:
-            yield f"--set {words}"
+            yield " ".join(
+                f"--set generator.{key}={','.join(x) if isinstance(x, tuple) else x}"
+                for key, x in values.items()
+            )
     if fewest > ranks:
         yield f"{fewest} such cards: torchrun --nproc-per-node {fewest}, run.sharding=full"
     for other in DEVICES.values():

@@ -20,7 +20,7 @@ def greedy_decode(
     Returns:
         Texts without the end token, stripped.
     """
-    if prompt.length.numel() == 0:
+    if len(prompt.ptr) == 1:
         return []
     tokens = generator.greedy_tokens(prompt, vectors, max_new_tokens)
     texts = generator.tokenizer.batch_decode(tokens, skip_special_tokens=True)  # type: ignore[attr-defined]

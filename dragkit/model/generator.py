@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOGIT_ROWS = 4096
+# Rows of logits that exist at the same time.
+LOGIT_ROWS = 4096
 
 
 class GeneratorOutput(NamedTuple):
@@ -139,11 +140,6 @@ class Generator(nn.Module):
             return []
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
 
-    @property
-    def packs(self) -> bool:
-        """Whether the model runs over packs here."""
-        return self._mamba is not None
-
     def compile_blocks(self) -> None:
         """Compiles the blocks of a Nemotron-H for training; other models run as they stand."""
         if self._mamba is None:
@@ -191,16 +187,12 @@ class Generator(nn.Module):
         mask[place] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
-    def _pack(self, prompt: NeuralPrompt) -> Pack:
-        end = prompt.length.cumsum(0)
-        ptr = torch.cat([end.new_zeros(1), end]).int()
-        return Pack(prompt.position.int(), prompt.question, ptr, prompt.longest)
-
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
-            embeds, pack = pad_to_multiple(embeds, self._pack(prompt), multiple)
+            pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
+            embeds, pack = pad_to_multiple(embeds, pack, multiple)
             again = RECOMPUTED[self.checkpointing]
             return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
@@ -225,7 +217,7 @@ class Generator(nn.Module):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for rows, ids in zip(
-            hidden.split(_LOGIT_ROWS), prompt.target_id.split(_LOGIT_ROWS), strict=True
+            hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
         ):
             logits = head(rows).float()
             each = F.cross_entropy(logits, ids, reduction="none")

@@ -32,7 +32,7 @@ class JointModel(nn.Module):
         self.template = PromptTemplate()
         self.projector = Projector(
             retriever.fact_dim,
-            config.generator.projector_dim or max(128, generator.dim),
+            config.generator.projector_dim,
             generator.dim,
             generator.embedding_rms(),
         )

@@ -143,27 +143,8 @@ def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
     return shape_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
-def check_experts(model: nn.Module, device: torch.device) -> None:
-    """Routed experts on a GPU must compute by groups: others stop the GPU for every expert.
-
-    Whether the library lets a model choose is decided by the source of the module that defines its
-    class, so a model defined elsewhere falls back in silence.
-
-    Raises:
-        ConfigError: they would not.
-    """
-    experts = "moe" in (getattr(model.config, "layers_block_type", None) or ())
-    chosen = getattr(model.config, "_experts_implementation", None)
-    if device.type == "cuda" and experts and chosen != "grouped_mm":
-        raise ConfigError(
-            f"the generator's routed experts would run as {chosen!r} on {device}, not as "
-            "'grouped_mm'. Set experts_implementation to grouped_mm in its config.json, or use "
-            "the library's own class of the model."
-        )
-
-
 def check_grouped_product(model: nn.Module, device: torch.device) -> None:
-    """The same for our own forward of a Nemotron-H, once its weights are on the device.
+    """Refuses routed experts that would stop a GPU for every expert, once their weights are on it.
 
     Raises:
         ConfigError: their type, their widths or the card forbid it.
@@ -242,7 +223,6 @@ def load_generator(
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {name} has no end token, which training needs.")
     prepare_nemotron_h(model)
-    check_experts(model, device)
     width = model.get_input_embeddings().weight.shape[1]
     if config.generator_dim not in (None, width):
         raise ConfigError(

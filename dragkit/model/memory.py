@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from dragkit.model.generator import LOGIT_ROWS
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.shape import (
     Adapters,
@@ -24,8 +25,6 @@ from dragkit.model.shape import (
 
 # A float32 parameter in training: itself, its gradient and AdamW's two moments.
 TRAINED = 16
-# Rows of logits that are computed together, as in `dragkit.model.generator`.
-LOGIT_ROWS = 4096
 _WIDE = 4
 _INDEX = 8
 # Ranks of routed adapters are padded to so many bytes.
@@ -63,10 +62,6 @@ def _feed_forward_kept(s: Shape, width: int, lora: Adapters, half: int) -> int:
     return kept
 
 
-def _dense_kept(s: Shape, lora: Adapters, half: int) -> int:
-    return _feed_forward_kept(s, s.dense_width, lora, half)
-
-
 def _experts_kept(s: Shape, lora: Adapters, half: int) -> int:
     # Router: scores, the chosen experts and their weights before and after the division.
     kept = _WIDE * s.experts + s.active * (_INDEX + _WIDE) + _WIDE
@@ -81,27 +76,19 @@ def _experts_kept(s: Shape, lora: Adapters, half: int) -> int:
     return kept + _feed_forward_kept(s, s.shared_width, lora, half)
 
 
-_KEPT = {
-    "linear_attention": _mamba_kept,
-    "full_attention": _attention_kept,
-    "moe": _experts_kept,
-    "mlp": _dense_kept,
-}
-
-
 def kept_per_token(shape: Shape, kind: str, adapters: Adapters, half: int = 2) -> int:
-    """What a block keeps of every token until its backward pass, without its input.
+    """Bytes that a block keeps of every token until its backward, without its input.
 
     Args:
         shape: of the model; kind: of the block; adapters: of the run.
         half: bytes of a number of the model's type, 2 in half precision.
     """
-    return _KEPT[kind](shape, adapters, half)
-
-
-def input_per_token(shape: Shape, half: int = 2) -> int:
-    """A block's input, which it keeps whatever the policy."""
-    return half * shape.hidden
+    if kind == "mlp":
+        return _feed_forward_kept(shape, shape.dense_width, adapters, half)
+    if kind == "moe":
+        return _experts_kept(shape, adapters, half)
+    mixer = _mamba_kept if kind == "linear_attention" else _attention_kept
+    return mixer(shape, adapters, half)
 
 
 def passing_per_token(shape: Shape, kind: str, half: int = 2) -> int:
@@ -130,7 +117,7 @@ def activations_per_token(
         "inputs of blocks", one entry per kind of block for what it keeps, and "while a block runs".
     """
     kinds, again = whole_blocks(shape), RECOMPUTED[policy]
-    found = {"inputs of blocks": len(kinds) * input_per_token(shape, half)}
+    found = {"inputs of blocks": len(kinds) * half * shape.hidden}
     passing = 0
     for kind in dict.fromkeys(kinds):
         each = kept_per_token(shape, kind, adapters, half)

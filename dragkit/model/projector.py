@@ -15,7 +15,7 @@ class Projector(nn.Module):
 
     Args:
         fact_dim: width of [h_head ; x_relation ; h_tail].
-        hidden_dim: width of the hidden layer.
+        hidden_dim: width of the hidden layer; None is that of the generator, at least 128.
         generator_dim: width M of the generator.
         embedding_rms: root mean square of the generator's token embeddings. The last layer is
             followed by RMS normalisation to that scale, so that a vector looks like a token to a
@@ -23,9 +23,10 @@ class Projector(nn.Module):
     """
 
     def __init__(
-        self, fact_dim: int, hidden_dim: int, generator_dim: int, embedding_rms: float
+        self, fact_dim: int, hidden_dim: int | None, generator_dim: int, embedding_rms: float
     ) -> None:
         super().__init__()
+        hidden_dim = hidden_dim or max(128, generator_dim)
         self.hidden = nn.Linear(fact_dim, hidden_dim)
         self.output = nn.Linear(hidden_dim, generator_dim)
         self.norm = nn.RMSNorm(generator_dim, eps=1e-6)

@@ -48,7 +48,7 @@ class NeuralPrompt:
         slot: int32 [L] row of the batch's structural vectors at this token, -1 for text.
         position: int32 [L] index of the token within its own prompt.
         question: int64 [L] prompt of the token.
-        length: int64 [G] tokens of each prompt.
+        ptr: int32 [G+1] where the prompts begin and end.
         target_row: int64 [A] tokens whose successor is supervised.
         target_id: int64 [A] that successor.
         kept: int64 [G] facts that fitted.
@@ -59,11 +59,16 @@ class NeuralPrompt:
     slot: Tensor
     position: Tensor
     question: Tensor
-    length: Tensor
+    ptr: Tensor
     target_row: Tensor
     target_id: Tensor
     kept: Tensor
     longest: int
+
+    @property
+    def length(self) -> Tensor:
+        """int64 [G] tokens of each prompt."""
+        return self.ptr.diff().long()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,14 +113,15 @@ class PromptLayout:
         # The row before a supervised token predicts it.
         shift = ptr[1:] - goal - 1 - (goal.cumsum() - goal)
         row = np.arange(goal.sum()) + np.repeat(shift, goal)
-        index, begin, counts, target_row = to_device(device, chosen, ptr, length, row)
+        index, begin, target_row = to_device(device, chosen, ptr, row)
+        begin = begin.int()
         tokens = prompt_tokens(
             self.source,
             self.start,
             self.end,
             self.slot,
             index.int(),
-            ptr=begin.int(),
+            ptr=begin,
             num_tokens=int(ptr[-1]),
         )
         return NeuralPrompt(
@@ -123,7 +129,7 @@ class PromptLayout:
             slot=tokens.slot,
             position=tokens.position,
             question=tokens.sequence.long(),
-            length=counts,
+            ptr=begin,
             target_row=target_row,
             target_id=tokens.ids.index_select(0, target_row + 1).long(),
             kept=self.kept.index_select(0, index),

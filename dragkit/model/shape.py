@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
+from dragkit.model.nemotron_h.decoder import SEES_OTHER_TOKENS
 
 
 class Shape(NamedTuple):
@@ -149,15 +149,13 @@ def adapter_parameters(shape: Shape, adapters: Adapters) -> int:
     return count
 
 
-def _places(shape: Shape) -> int:
-    """Blocks up to the last that lets tokens see one another; later ones see few tokens."""
-    seeing = [i for i, kind in enumerate(shape.kinds) if kind in _SEES_OTHER_TOKENS]
-    return seeing[-1] + 1 if seeing else 0
-
-
 def whole_blocks(shape: Shape) -> tuple[str, ...]:
-    """Kinds of the blocks that all tokens pass; those behind see supervised tokens alone."""
-    return shape.kinds[: _places(shape)]
+    """Kinds of the blocks that all tokens pass.
+
+    After the last block in which tokens see one another, only supervised tokens go on.
+    """
+    seeing = [i for i, kind in enumerate(shape.kinds) if kind in SEES_OTHER_TOKENS]
+    return shape.kinds[: seeing[-1] + 1 if seeing else 0]
 
 
 def matrix_parameters(shape: Shape, kinds: Sequence[str]) -> int:

@@ -127,7 +127,7 @@ class Lockstep:
             slot=torch.full_like(place, -1),
             position=place % 2,
             question=place // 2,
-            length=torch.full_like(place[:2], 2),
+            ptr=2 * torch.arange(3, dtype=torch.int32, device=place.device),
             target_row=place[::2],
             target_id=token[::2],
             kept=torch.zeros_like(place[:2]),

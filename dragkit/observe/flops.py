@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +10,6 @@ from torch import nn
 from dragkit.observe.gpu import DeviceSpec
 
 FORMULA = "(4 N_blocks + 6 N_lora) tokens + 4 N_head supervised tokens"
-_ADAPTERS = ("lora_A", "lora_B")
 # A convolution's and a table's entries are no factors of a matrix product with every token.
 _NO_PRODUCTS = (nn.Conv1d, nn.Embedding)
 
@@ -33,16 +33,12 @@ class ActiveWeights:
         """N_active of a token that also passes the head."""
         return self.blocks + self.head
 
-    def forward_flops(self, tokens: float, supervised: float) -> float:
-        """Of a forward pass: 2 for each weight."""
-        return 2.0 * ((self.blocks + self.lora) * tokens + self.head * supervised)
-
     def step_flops(self, tokens: float, supervised: float) -> float:
-        """Of a training step, `FORMULA`: 4 N_active + 6 N_lora for a token that passes all.
+        """FLOPs of a training step, `FORMULA`: 4 N_active + 6 N_lora for a token that passes all.
 
         Forward and backward cost 2 each for a frozen weight, since only the gradient of its input
         is wanted, and an adapter's own gradient 2 more. Attention scores, scans and what
-        checkpointing computes again are left out.
+        checkpointing recomputes are left out.
 
         Args:
             tokens: real ones, without padding; supervised: those whose successor is learned.
@@ -51,56 +47,50 @@ class ActiveWeights:
         return everywhere * tokens + 4.0 * self.head * supervised
 
 
-def _routed(model: nn.Module) -> int:
-    """How many experts a token is sent to."""
-    config = getattr(model, "config", None)
-    count = getattr(config, "num_experts_per_tok", None)
-    if count is None:
-        raise ValueError(
-            "active_weights: the model has experts, and its configuration no num_experts_per_tok"
-        )
-    return int(count)
+def block_weights(base: nn.Module) -> Iterator[tuple[str, int | None]]:
+    """The matrices in the blocks of a model, and with how many of their weights a token multiplies.
+
+    A token visits `num_experts_per_tok` of the matrices that a module named `experts` stacks. The
+    count is None of a weight that is neither such a stack nor the `weight` of a layer.
+
+    Args:
+        base: a causal language model, with PEFT's layers in it or without; meta tensors do.
+
+    Yields:
+        The path of a matrix without PEFT's wrappers, such as `model.layers.0.mixer.q_proj`.
+    """
+    outside = {id(p) for m in base.modules() if isinstance(m, _NO_PRODUCTS) for p in m.parameters()}
+    outside |= {id(p) for p in base.get_output_embeddings().parameters()}
+    visited = getattr(getattr(base, "config", None), "num_experts_per_tok", None)
+    for name, parameter in base.named_parameters():
+        *module, leaf = (part for part in name.split(".") if part != "base_layer")
+        if parameter.dim() < 2 or "lora_" in name or id(parameter) in outside:
+            continue
+        if parameter.dim() == 2 and leaf == "weight":
+            yield ".".join(module), parameter.numel()
+        elif parameter.dim() == 3 and visited and module[-1:] == ["experts"]:
+            yield ".".join([*module, leaf]), parameter.numel() // len(parameter) * int(visited)
+        else:
+            yield ".".join([*module, leaf]), None
 
 
 def active_weights(model: nn.Module) -> ActiveWeights:
     """Counts the weights of a Hugging Face causal LM, with adapters or without; meta tensors do.
 
-    Args:
-        model: its matrix products are linear layers, routers (a matrix `weight` beside `top_k`)
-            and stacked experts (three axes, in a module with `num_experts`).
-
-    Returns:
-        See `ActiveWeights`. Norms, convolutions and the embedding table count nothing.
+    Norms, convolutions and the embedding table count nothing.
 
     Raises:
-        ValueError: a weight of another kind, or experts without the number of those chosen.
+        ValueError: a weight that `block_weights` cannot count.
     """
-    head_layer = model.get_output_embeddings()
-    blocks = head = lora = 0
-    for name, module in model.named_modules():
-        if module is head_layer:
-            head = module.weight.numel()
-            continue
-        if isinstance(module, _NO_PRODUCTS):
-            continue
-        if any(part in _ADAPTERS for part in name.split(".")):
-            lora += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() == 2)
-            continue
-        for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() < 2:
-                continue
-            router = leaf == "weight" and hasattr(module, "top_k")
-            if isinstance(module, nn.Linear) or (parameter.dim() == 2 and router):
-                blocks += parameter.numel()
-            elif parameter.dim() == 3 and hasattr(module, "num_experts"):
-                blocks += parameter.numel() // module.num_experts * _routed(model)
-            else:
-                shape = list(parameter.shape)
-                raise ValueError(
-                    f"active_weights: {name}.{leaf} {shape} is neither a linear layer, a router "
-                    "nor stacked experts"
-                )
-    return ActiveWeights(blocks, head, lora)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    counts = dict(block_weights(base))
+    if unknown := [name for name, count in counts.items() if count is None]:
+        raise ValueError(
+            f"active_weights: {unknown[0]} is neither the weight of a layer nor a stack of experts "
+            "whose number for each token the configuration tells (num_experts_per_tok)"
+        )
+    lora = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n and p.dim() == 2)
+    return ActiveWeights(sum(counts.values()), base.get_output_embeddings().weight.numel(), lora)
 
 
 def model_flops_utilisation(flops_per_s: float, spec: DeviceSpec | None) -> float | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -17,38 +19,42 @@ class DeviceSpec:
 
     Attributes:
         bf16_tflops, tf32_tflops: tensor cores; fp32_tflops: plain vector units.
-        memory_gb_per_s: of the device memory, 10^9 bytes a second.
+        memory_gb_per_s: bandwidth of the device memory, 10^9 bytes a second.
+        memory_mib: size of the device memory as the driver reports it; 0 where no plan needs it.
     """
 
     bf16_tflops: float
     tf32_tflops: float
     fp32_tflops: float
     memory_gb_per_s: float
+    memory_mib: int = 0
 
 
 # The sheets print tensor-core rates with sparsity; half of that is the dense rate. Longer names
 # stand before the names that they begin with.
-_SPECS: tuple[tuple[str, DeviceSpec], ...] = (
+_SPECS: dict[str, DeviceSpec] = {
     # "NVIDIA H100 Tensor Core GPU" data sheet, column PCIe.
-    ("H100 PCIe", DeviceSpec(756.0, 378.0, 51.0, 2000.0)),
+    "H100 PCIe": DeviceSpec(756.0, 378.0, 51.0, 2000.0),
     # The same sheet, column NVL.
-    ("H100 NVL", DeviceSpec(835.5, 417.5, 60.0, 3900.0)),
+    "H100 NVL": DeviceSpec(835.5, 417.5, 60.0, 3900.0),
     # The same sheet, column SXM: 1,979 and 989 TFLOPS with sparsity, 3.35 TB/s.
-    ("H100", DeviceSpec(989.4, 494.7, 67.0, 3350.0)),
+    "H100": DeviceSpec(989.0, 494.7, 67.0, 3350.0, 81_559),
     # "NVIDIA H200 Tensor Core GPU" data sheet, column NVL.
-    ("H200 NVL", DeviceSpec(835.5, 417.5, 60.0, 4800.0)),
+    "H200 NVL": DeviceSpec(835.5, 417.5, 60.0, 4800.0),
     # The same sheet, column SXM: the arithmetic of an H100 with 4.8 TB/s of memory.
-    ("H200", DeviceSpec(989.4, 494.7, 67.0, 4800.0)),
+    "H200": DeviceSpec(989.0, 494.7, 67.0, 4800.0, 143_771),
     # "NVIDIA Blackwell" architecture brief, HGX B200 at 1,000 W: 4.5 and 2.2 PFLOPS with sparsity.
     # A B200 inside a GB200 has other limits and is not this device.
-    ("B200", DeviceSpec(2250.0, 1100.0, 80.0, 8000.0)),
-)
+    "B200": DeviceSpec(2250.0, 1100.0, 80.0, 8000.0, 183_359),
+}
+# The cards that a run can be planned for.
+CARDS = {name: spec for name, spec in _SPECS.items() if spec.memory_mib}
 
 
 def device_spec(name: str) -> DeviceSpec | None:
     """Peak rates of the GPU called `name`, as torch and NVML call it; None if it is not known."""
     words = name.replace("-", " ").split()
-    for known, spec in _SPECS:
+    for known, spec in _SPECS.items():
         wanted = known.split()
         if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
             return spec
@@ -92,6 +98,8 @@ class GpuMonitor:
         Args:
             device: as torch counts them: `CUDA_VISIBLE_DEVICES` may rename the driver's.
         """
+        import torch
+
         if torch.device(device).type != "cuda" or not torch.cuda.is_available():
             return None
         try:

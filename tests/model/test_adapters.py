@@ -8,7 +8,7 @@ import torch
 from dragkit.config import load_config
 from dragkit.errors import ConfigError
 from dragkit.model.adapters import guard_lifted, lora_targets
-from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model
+from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
 
 
 def trained_layers(model) -> set[str]:
@@ -16,26 +16,33 @@ def trained_layers(model) -> set[str]:
     return {name.partition(".lora_")[0].removeprefix("base_model.model.model.") for name in names}
 
 
-def test_default_targets():
-    found = trained_layers(adapted())
-    assert "layers.0.mixer.in_proj" in found and "layers.3.mixer.up_proj" in found
-    assert {f"layers.2.mixer.{n}_proj" for n in "qkvo"} <= found
-    assert "layers.1.mixer.shared_experts.down_proj" in found
-    assert not any("out_proj" in name or ".experts" in name for name in found)
+DEFAULT = {"0": "in", "1.shared_experts": "up down", "2": "q k v o", "3": "up down"}
 
 
-def test_out_proj_and_routed_experts_by_choice():
-    found = trained_layers(adapted(("out_proj",)))
-    assert found == {"layers.0.mixer.out_proj", "layers.4.mixer.out_proj"}
-    found = trained_layers(adapted(ROUTED))
-    assert found == {"layers.1.mixer.experts", "layers.1.mixer.experts.base_layer"}
-    model = adapted((*EVERY, *ROUTED))
-    assert len(trained_layers(model)) == 2 * 4 + 2 * 2 + 2 + 2 + 2
-    assert all("lora_" in n for n, p in model.named_parameters() if p.requires_grad)
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (None, DEFAULT | {"4": "in", "5": "q k v o"}),
+        (("out_proj",), {"0": "out", "4": "out"}),
+        (EVERY, DEFAULT | {"0": "in out", "4": "in out", "5": "q k v o"}),
+    ],
+    ids=str,
+)
+def test_what_is_trained(targets, expected):
+    wanted = {
+        ".".join(["layers", number, "mixer", *rest, f"{name}_proj"])
+        for place, names in expected.items()
+        for number, *rest in [place.split(".")]
+        for name in names.split()
+    }
+    assert trained_layers(adapted(targets)) == wanted
+    routed = {"layers.1.mixer.experts", "layers.1.mixer.experts.base_layer"}
+    if targets:
+        assert trained_layers(adapted((*targets, *ROUTED))) == wanted | routed
 
 
 def test_the_guard_comes_back_whatever_happens():
-    model = make_model()
+    model = toy_model(std=0.2)
     with pytest.raises(RuntimeError), guard_lifted(model):
         assert model.config.model_type != "nemotron_h"
         raise RuntimeError
@@ -61,13 +68,10 @@ def test_the_guard_comes_back_whatever_happens():
 )
 def test_a_target_that_matches_nothing_is_named_with_its_neighbours(wanted, near):
     with pytest.raises(ConfigError, match=rf"generator\.lora_targets: '{wanted}'.*Nearest: ") as e:
-        lora_targets(make_model(), ["q_proj", wanted])
+        lora_targets(toy_model(), ["q_proj", wanted])
     assert near in str(e.value).partition("Nearest: ")[2]
-
-
-def test_routed_names_exist_only_with_experts():
-    with pytest.raises(ConfigError, match=r"experts\.up_proj"):
-        lora_targets(make_model("M*-"), ["experts.up_proj"])
+    with pytest.raises(ConfigError, match=r"experts\.up_proj"):  # there are no experts
+        lora_targets(toy_model("M*-"), ["experts.up_proj"])
 
 
 def test_dropout_and_routed_experts_exclude_each_other():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from dragkit.cli import parse_train_args
 from dragkit.config import TrainConfig, load_config
 from dragkit.errors import ConfigError
 from dragkit.model import budget, memory
-from dragkit.model.budget import DEVICES, ENOUGH, EVALUATED, Device, make_plan, planned
+from dragkit.model.budget import DEVICES, ENOUGH, EVALUATED, Device, Plan, make_plan, planned
 from dragkit.model.nemotron_h import RECOMPUTED
 from dragkit.model.random_weights import random_config
 from dragkit.model.shape import shape_of
@@ -31,6 +30,10 @@ def card(gib: float) -> Device:
     return Device("a card", int(gib * GIB), 1e15, 4e12)
 
 
+def plan_on(gib: float, *presets: str, ranks: int = 1, **values: object) -> Plan:
+    return make_plan(config(*presets, **values), SHAPE, card(gib), ranks)
+
+
 def test_every_preset_for_a_large_card_fits_its_card() -> None:
     for name in ("h200", "b200"):
         plan = make_plan(config(name), SHAPE, DEVICES[name.upper()])
@@ -42,10 +45,9 @@ def test_every_preset_for_a_large_card_fits_its_card() -> None:
 @pytest.mark.parametrize("gib", [80, 141])
 def test_the_most_tokens_fit_and_one_step_more_does_not(policy: str, gib: int) -> None:
     def peak(tokens: int) -> int:
-        settings = config(generator__checkpointing=policy, generator__tokens_per_pass=tokens)
-        return make_plan(settings, SHAPE, card(gib)).peak
+        return plan_on(gib, generator__checkpointing=policy, generator__tokens_per_pass=tokens).peak
 
-    most = make_plan(config(), SHAPE, card(gib)).fit[policy]
+    most = plan_on(gib).fit[policy]
     assert most > 0 and most % budget.MULTIPLE == 0
     assert peak(most) <= gib * GIB < peak(most + budget.MULTIPLE)
 
@@ -53,7 +55,7 @@ def test_the_most_tokens_fit_and_one_step_more_does_not(policy: str, gib: int) -
 def test_blocks_are_computed_again_only_where_room_is_short() -> None:
     policies, tokens = [], []
     for gib in range(75, 180, 3):
-        plan = make_plan(config(), SHAPE, card(gib))
+        plan = plan_on(gib)
         policies.append(list(RECOMPUTED).index(plan.policy))
         tokens.append(plan.tokens)
         if plan.fits:
@@ -73,8 +75,7 @@ def test_settings_take_the_place_of_choices() -> None:
 
 
 def test_adapters_cost_what_they_are() -> None:
-    frozen = make_plan(config(generator__freeze_lm=True), SHAPE, DEVICES["H200"])
-    usual = make_plan(config(), SHAPE, DEVICES["H200"])
+    frozen, usual = plan_on(140, generator__freeze_lm=True), plan_on(140)
     name = "adapters, gradients, moments"
     assert frozen.components[name] == 0
     # Attention, in_proj and shared experts at rank 16: 11.4 million.
@@ -85,7 +86,7 @@ def test_adapters_cost_what_they_are() -> None:
 def test_as_many_questions_are_decoded_at_once_as_fit() -> None:
     counts = []
     for gib in (60, 65, 66, 67, 68, 69, 80, 141):
-        plan = make_plan(config(generator__tokens_per_pass=256), SHAPE, card(gib))
+        plan = plan_on(gib, generator__tokens_per_pass=256)
         counts.append(plan.questions)
         taken = sum(plan.validation.values())
         if plan.questions > 1:
@@ -102,10 +103,10 @@ def test_as_many_questions_are_decoded_at_once_as_fit() -> None:
 
 
 def test_the_peak_is_that_of_training_or_of_validation() -> None:
-    usual = make_plan(config("h200"), SHAPE, DEVICES["H200"])
+    usual = plan_on(140, "h200")
     assert usual.peak == sum(usual.components.values()) > sum(usual.validation.values())
-    small = config("h200", generator__tokens_per_pass=256, generator__max_prompt_tokens=256)
-    plan = make_plan(small, SHAPE, DEVICES["H200"])
+    small = {"generator__tokens_per_pass": 256, "generator__max_prompt_tokens": 256}
+    plan = plan_on(140, "h200", **small)
     assert plan.peak == sum(plan.validation.values()) > sum(plan.components.values())
 
 
@@ -129,13 +130,6 @@ def test_a_batch_of_evaluation_is_what_the_plan_says(monkeypatch: pytest.MonkeyP
     assert source.evaluation_batch(settings, generator, torch.device("cpu")) == 128
 
 
-def settings_said(message: str) -> Iterator[list[str]]:
-    """The command lines that a refusal offers."""
-    for line in message.splitlines():
-        if line.startswith("  --set"):
-            yield line.split()
-
-
 @pytest.mark.parametrize(
     ("gib", "values"),
     [
@@ -151,17 +145,16 @@ def test_what_is_offered_instead_fits(gib: int, values: dict[str, object]) -> No
     message = str(raised.value)
     offers = [line for line in message.splitlines() if line.startswith("  ")]
     assert len(offers) == 3, message
-    said = list(settings_said(message))
     given = [
         part
         for key, value in values.items()
         for part in ("--set", f"{key.replace('__', '.')}={value}")
     ]
-    for flags in said:
-        argv = ["--preset", "b200", *given, *flags]
-        assert make_plan(parse_train_args(argv).config, SHAPE, card(gib)).fits, flags
     for line in offers:
-        if "another card" in line:
+        if line.startswith("  --set"):
+            argv = ["--preset", "b200", *given, *line.split()]
+            assert make_plan(parse_train_args(argv).config, SHAPE, card(gib)).fits, line
+        elif "another card" in line:
             other = DEVICES[line.rsplit(" ", 1)[1]]
             assert make_plan(config(**values), SHAPE, other).fits
 
@@ -171,8 +164,6 @@ def test_weights_that_do_not_fit_leave_other_cards_and_parts() -> None:
         planned(config(), SHAPE, card(40))
     message = str(raised.value)
     assert "--set" not in message and "another card: H200" in message
-    with pytest.raises(ConfigError) as raised:
-        planned(config(), SHAPE, Device("huge prompt", 24 * GIB))
     found = list(budget.alternatives(config(), SHAPE, card(24)))
     (part,) = (line for line in found if "layers=" in line)
     count = int(re.search(r"layers=(\d+)", part)[1])
@@ -182,11 +173,9 @@ def test_weights_that_do_not_fit_leave_other_cards_and_parts() -> None:
 
 
 def test_ranks_share_out_the_weights_only_where_asked_to() -> None:
-    whole = make_plan(config(), SHAPE, card(80), ranks=4)
-    assert whole.components == make_plan(config(), SHAPE, card(80)).components
-    asked = config(run__sharding="full")
-    assert make_plan(asked, SHAPE, card(80)).components == whole.components
-    cut = make_plan(asked, SHAPE, card(80), ranks=4)
+    whole, full = plan_on(80), {"run__sharding": "full"}
+    assert plan_on(80, ranks=4).components == plan_on(80, **full).components == whole.components
+    cut = plan_on(80, ranks=4, **full)
     assert cut.components["frozen weights"] == whole.components["frozen weights"] // 4
     # Embeddings and output layer, and three times the experts of a block, in half precision.
     more = 2 * (2 * 131072 * 2688 + 3 * 128 * 2 * 1856 * 2688)
@@ -195,23 +184,18 @@ def test_ranks_share_out_the_weights_only_where_asked_to() -> None:
     assert cut.fit["none"] > whole.fit["none"]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_ranks_that_need_not_hold_all_weights_are_told_so(ranks: int) -> None:
-    with pytest.raises(ConfigError, match="does not fit") as raised:
-        planned(config(), SHAPE, card(60), ranks=ranks)
-    first = str(raised.value).splitlines()[1]
-    assert first == "  --set run.sharding=full"
-    asked = config(run__sharding="full")
-    assert planned(asked, SHAPE, card(60), ranks=ranks).generator.tokens_per_pass is not None
-
-
-def test_more_cards_are_offered_where_their_parts_fit() -> None:
-    found = list(budget.alternatives(config(), SHAPE, card(40)))
-    (offer,) = (line for line in found if "such cards" in line)
-    count = int(offer.split()[0])
-    asked = config(run__sharding="full")
-    assert make_plan(asked, SHAPE, card(40), ranks=count).fits
-    assert not make_plan(asked, SHAPE, card(40), ranks=count // 2).fits
+    found = list(budget.alternatives(config(), SHAPE, card(60 if ranks > 1 else 40), ranks))
+    (offer,) = (line for line in found if "run.sharding=full" in line)
+    full = {"run__sharding": "full"}
+    if ranks > 1:
+        assert offer == found[0] == "--set run.sharding=full"
+        assert plan_on(60, ranks=ranks, **full).fits
+    else:
+        count = int(offer.split()[0])
+        assert plan_on(40, ranks=count, **full).fits
+        assert not plan_on(40, ranks=count // 2, **full).fits
 
 
 def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,17 +209,20 @@ def test_a_run_on_a_gpu_takes_the_plans_choices(monkeypatch: pytest.MonkeyPatch)
     assert build.fitted(settings, torch.device("cpu")) is settings
 
 
-def test_a_run_is_refused_before_anything_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("the run went on")
+@pytest.mark.parametrize(
+    ("gpu", "error", "said"),
+    [(card(50), ConfigError, "does not fit"), (DEVICES["H200"], LookupError, "went on")],
+)
+def test_a_run_is_refused_before_anything_is_looked_for(
+    gpu: Device, error: type, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*args: object, **kwargs: object) -> None:
+        raise LookupError("the run went on")
 
     monkeypatch.setattr(run, "setup", lambda config, ranks: torch.device("cuda"))
-    monkeypatch.setattr(build, "this_device", lambda device: card(50))
+    monkeypatch.setattr(build, "this_device", lambda device: gpu)
     for later in ("check_generator", "data_paths", "TextEncoder"):
-        monkeypatch.setattr(run, later, refuse)
+        monkeypatch.setattr(run, later, look)
     settings, origins = load_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
-    with pytest.raises(ConfigError, match="does not fit"):
-        run.Run(settings, origins, settings)
-    monkeypatch.setattr(build, "this_device", lambda device: DEVICES["H200"])
-    with pytest.raises(AssertionError, match="went on"):
+    with pytest.raises(error, match=said):
         run.Run(settings, origins, settings)

@@ -7,8 +7,7 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from dragkit.model.coverage import coverage, coverage_table
-from tests.model.adapter_cases import EVERY, ROUTED, adapted, make_model
-from tests.nemotron_cases import config_30b
+from tests.nemotron_cases import EVERY, ROUTED, adapted, config_30b, toy_model
 
 
 def large_model() -> NemotronHForCausalLM:
@@ -40,7 +39,7 @@ def test_coverage_of_routed_experts_out_proj_and_a_part():
     everything = coverage(adapted((*EVERY, *ROUTED)))
     assert all(row.adapted == row.modules for row in everything if row.target != "mixer.gate")
     assert all(row.covered == row.share for row in everything if row.target != "mixer.gate")
-    nothing = coverage(make_model())
+    nothing = coverage(toy_model(std=0.2))
     assert [row[:2] + row[4:5] for row in nothing] == [row[:2] + row[4:5] for row in everything]
     assert not any(row.adapted or row.trainable or row.covered for row in nothing)
     (up,) = [row for row in coverage(adapted(("experts.up_proj",))) if row.adapted]

@@ -32,7 +32,7 @@ WIDTHS = {
 
 
 class Alive(TorchDispatchMode):
-    """Counts the memory of tensors that are alive, but for that of some given ones.
+    """Counts the memory of tensors that are alive, except that of some given ones.
 
     Attributes:
         peak: most bytes at a time. What an operator needs inside is not seen.
@@ -41,26 +41,19 @@ class Alive(TorchDispatchMode):
     def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self._given = {t.untyped_storage().data_ptr() for t in given}
-        self._bytes: dict[int, int] = {}
-        self._refs: dict[int, weakref.ref] = {}
+        self._bytes: dict[int, tuple[int, weakref.ref]] = {}
         self.peak = 0
 
-    def _forget(self, key: int) -> None:
-        del self._bytes[key], self._refs[key]
-
-    def __torch_dispatch__(
-        self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs=None) -> Any:
         out = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor):
-                continue
+        alive = self._bytes
+        for tensor in (x for x in tree_leaves(out) if isinstance(x, Tensor)):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in self._refs and storage.data_ptr() not in self._given:
-                self._bytes[key] = storage.nbytes()
-                self._refs[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
-        self.peak = max(self.peak, sum(self._bytes.values()))
+            if key not in alive and storage.data_ptr() not in self._given:
+                gone = weakref.ref(storage, lambda _, key=key: alive.pop(key))
+                alive[key] = storage.nbytes(), gone
+        self.peak = max(self.peak, sum(size for size, _ in self._bytes.values()))
         return out
 
 
@@ -77,7 +70,7 @@ def prompts(sequences: int) -> NeuralPrompt:
         slot=torch.full((total,), -1),
         position=torch.arange(PROMPT).repeat(sequences),
         question=torch.arange(sequences).repeat_interleave(PROMPT),
-        length=torch.full((sequences,), PROMPT),
+        ptr=(PROMPT * torch.arange(sequences + 1)).int(),
         target_row=none,
         target_id=none,
         kept=none,
@@ -87,10 +80,8 @@ def prompts(sequences: int) -> NeuralPrompt:
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attention(query, key, value, pack, scale):
-        return torch.empty_like(query).fill_(0.1)
-
-    monkeypatch.setattr(decoder, "packed_attention", attention)
+    made = lambda query, *_: torch.empty_like(query).fill_(0.1)  # noqa: E731
+    monkeypatch.setattr(decoder, "packed_attention", made)
 
 
 def counted(model: torch.nn.Module, passes: int) -> int:
@@ -105,23 +96,15 @@ def counted(model: torch.nn.Module, passes: int) -> int:
     return alive.peak
 
 
-@pytest.mark.parametrize("sizes", WIDTHS.values(), ids=WIDTHS)
-def test_decoding_has_alive_what_the_plan_says(
-    sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)
-    for passes in (1, SEQUENCES):
-        tokens = SEQUENCES * PROMPT // passes
-        said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, tokens)
-        assert counted(model, passes) == pytest.approx(sum(said.values()), rel=0.1), passes
-
-
-def test_every_kind_is_the_busiest_in_some_case(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_has_alive_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     busiest = set()
-    for sizes in WIDTHS.values():
-        shape = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)[1]
-        kinds = dict.fromkeys(shape.kinds)
-        busiest.add(max(kinds, key=lambda kind: memory.prefill_per_token(shape, kind)))
+    for name, sizes in WIDTHS.items():
+        model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)
+        for passes in (1, SEQUENCES):
+            tokens = SEQUENCES * PROMPT // passes
+            said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, tokens)
+            assert counted(model, passes) == pytest.approx(sum(said.values()), rel=0.1), name
+        busiest.add(max(shape.kinds, key=lambda kind: memory.prefill_per_token(shape, kind)))
     assert busiest == {"linear_attention", "full_attention", "moe"}
 
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import NemotronHForCausalLM
 
-from dragkit.config import GeneratorConfig
-from dragkit.model.adapters import add_adapters
 from dragkit.model.nemotron_h import (
     computes,
     hidden_at_rows,
@@ -18,44 +15,22 @@ from dragkit.model.nemotron_h import (
     step,
 )
 from dragkit.model.nemotron_h.attention import attention_at, packed_attention
-from dragkit.model.nemotron_h.lora import adapted_linear
-from tests.nemotron_cases import PATTERN_30B, toy_config
+from tests.nemotron_cases import EVERY, PATTERN_30B, ROUTED, adapted, decoder_of, toy_model
 
 WIDTH = 32
 OPS = mamba_ops("dragkit")
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "up_proj", "down_proj")
-TARGETS = (*TARGETS, "experts.up_proj", "experts.down_proj")
 
 
-def make_model(pattern="ME*-M*-", dtype=torch.float64, rank=None, targets=TARGETS, **settings):
-    """Random weights; adapters with random B where a rank is given."""
-    torch.manual_seed(0)
-    config = toy_config(pattern, **settings)
-    model = NemotronHForCausalLM(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    if len(pattern) > 10:
-        # Sums of 52 random blocks would otherwise grow until nothing compares.
-        for name, parameter in model.named_parameters():
-            if "out_proj" in name or "o_proj" in name or "down_proj" in name:
-                parameter.data.mul_(0.2)
-    model.requires_grad_(False)
-    if rank is not None:
-        present = [n for n in targets if any(n in name for name, _ in model.named_parameters())]
-        config = GeneratorConfig(lora_rank=rank, lora_alpha=4, lora_targets=tuple(present))
-        model = add_adapters(model, config)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
+def make_model(
+    pattern="ME*-M*-", dtype=torch.float32, rank=None, targets=(*EVERY, *ROUTED), **settings
+):
+    """Random weights; adapters at work where a rank is given."""
+    model = toy_model(pattern, dtype, **settings)
+    return model if rank is None else adapted(targets, rank, model, 0.3, lora_alpha=4)
 
 
 def pack_of(lengths):
     return make_pack(torch.tensor(lengths), sum(lengths), max(lengths) + 3)
-
-
-def decoder_of(model):
-    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
 def run_both(model, lengths, wanted):
@@ -114,42 +89,35 @@ WANTED = ([0], [30, 5], [31], [0, 32], list(range(40, 70)), [1, 0])
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("pattern", ["MM*-M*-", "ME*-M*", "*-M", "M", "*", "-", PATTERN_30B])
 def test_states_and_gradients_equal_the_librarys_one_by_one(pattern, rank):
-    model = make_model(pattern, torch.float32, rank)
+    model = make_model(pattern, rank=rank)
     compare(*run_both(model, LENGTHS, WANTED))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"n_groups": 1},
-        {"n_groups": 4},
-        {"conv_kernel": 2},
-        {"conv_kernel": 6, "use_conv_bias": False},
-        {"num_key_value_heads": 4, "use_bias": True, "mlp_bias": True},
-        {"num_key_value_heads": 1, "head_dim": 20},
-    ],
-)
-def test_shapes_of_the_configuration(settings):
-    compare(*run_both(make_model("M*-M*", torch.float32, 3, **settings), LENGTHS, WANTED))
+SHARED = ("in_proj", "up_proj", "down_proj")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "settings",
+    ("pattern", "settings"),
     [
-        {},
-        {"norm_topk_prob": False, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4},
-        {"n_routed_experts": 8, "n_group": 4, "topk_group": 2},
-        {"mlp_bias": True, "moe_latent_size": 16},
-        {"n_routed_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 5},
+        ("M*-M*", {"n_groups": 1}),
+        ("M*-M*", {"n_groups": 4}),
+        ("M*-M*", {"conv_kernel": 2}),
+        ("M*-M*", {"conv_kernel": 6, "use_conv_bias": False}),
+        ("M*-M*", {"num_key_value_heads": 4, "use_bias": True, "mlp_bias": True}),
+        ("M*-M*", {"num_key_value_heads": 1, "head_dim": 20}),
+        ("EM*E", {"norm_topk_prob": False, "routed_scaling_factor": 2.5, "num_experts_per_tok": 4}),
+        ("EM*E", {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}),
+        ("EM*E", {"mlp_bias": True, "moe_latent_size": 16}),
+        ("EM*E", {"n_routed_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 5}),
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("rank", [None, 3])
-def test_experts_of_the_configuration(rank, settings, dtype):
-    """Adapters on the shared experts alone, as by default, so that the routed ones are bare."""
-    targets = ("in_proj", "up_proj", "down_proj")
+def test_settings_of_the_configuration(pattern, settings, dtype):
+    """Bare experts beside adapted shared ones, as by default; all else has adapters."""
+    targets = SHARED if "E" in pattern else EVERY
     settings = settings | {"experts_implementation": "eager"}
-    model = make_model("EM*E", dtype, rank, targets=targets, **settings)
+    model = make_model(pattern, dtype, 3, targets, **settings)
     for name, buffer in model.named_buffers():
         if "correction_bias" in name:
             torch.nn.init.normal_(buffer, std=0.3)
@@ -158,10 +126,7 @@ def test_experts_of_the_configuration(rank, settings, dtype):
 
 def test_shared_experts_keep_nothing_in_float32(made):
     """PEFT would cast their inputs to its adapters' type, and keep the casts."""
-    model = make_model("EM", torch.bfloat16, 2, targets=("up_proj", "down_proj"))
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.float()
+    model = make_model("EM", torch.bfloat16, 2, SHARED[1:])
     embeds = torch.randn(70, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     with made:
         hidden_at_rows(decoder_of(model), embeds, pack_of((70,)), torch.tensor([69]), OPS)
@@ -170,7 +135,7 @@ def test_shared_experts_keep_nothing_in_float32(made):
 
 
 def test_one_question_and_rows_in_any_order():
-    model = make_model(dtype=torch.float32)
+    model = make_model()
     compare(*run_both(model, (45,), ([44, 3, 17, 3],)))
     decoder, embeds, pack = decoder_of(model), torch.randn(60, WIDTH), pack_of((20, 9, 31))
     rows = torch.tensor([33, 19, 20, 0, 59, 59])
@@ -185,7 +150,7 @@ def test_one_question_and_rows_in_any_order():
 
 def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
     """Its 52 blocks at toy widths: neighbours, their order and padding change nothing."""
-    model = make_model(PATTERN_30B, torch.float32, 2)
+    model = make_model(PATTERN_30B, rank=2)
     decoder = decoder_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     generator = torch.Generator().manual_seed(3)
@@ -217,7 +182,7 @@ def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
 
 @pytest.mark.parametrize("pattern", [PATTERN_30B, "ME*-M*", "*", "M", "-"])
 def test_cached_decoding_equals_running_all_tokens_again(pattern):
-    model = make_model(pattern, torch.float32, 2)
+    model = make_model(pattern, rank=2)
     decoder = decoder_of(model)
     lengths, room = (1, 17, 3, 40), 5
     new = torch.randn(len(lengths), room, WIDTH)
@@ -234,17 +199,13 @@ def test_cached_decoding_equals_running_all_tokens_again(pattern):
                 hidden = step(decoder, new[:, t], states)
 
 
-@pytest.mark.parametrize("again", [(), ("linear_attention", "full_attention", "moe", "mlp")])
-def test_every_block_is_called_as_a_module(again):
-    model = decoder_of(make_model("ME*-*", torch.float32, 2))
-    seen = []
+def test_every_block_is_called_as_a_module():
+    model, seen = decoder_of(make_model("ME*-*", rank=2)), []
     for index, block in enumerate(model.layers):
         block.register_forward_pre_hook(lambda *_, index=index: seen.append(index))
-    embeds, pack, rows = torch.randn(9, WIDTH), pack_of((9,)), torch.tensor([8])
-    hidden = hidden_at_rows(model, embeds.requires_grad_(), pack, rows, OPS, again)
+    embeds, pack, rows = torch.randn(9, WIDTH, requires_grad=True), pack_of((9,)), torch.tensor([8])
+    hidden = hidden_at_rows(model, embeds, pack, rows, OPS)
     assert seen == [0, 1, 2, 3, 4]
-    hidden.sum().backward()
-    assert seen[5:] == ([4, 3, 2, 1, 0] if again else [])
     with torch.no_grad():
         wanted = model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, 8]
         close(hidden[0].detach(), wanted, "library's pass", 2e-5)
@@ -273,29 +234,21 @@ def test_what_is_computed_here():
     assert not computes(object())
 
 
-def test_a_question_without_rows_gets_no_gradient():
-    embeds = torch.randn(18, WIDTH, requires_grad=True)
-    model = decoder_of(make_model(dtype=torch.float32))
-    hidden_at_rows(model, embeds, pack_of((9, 9)), torch.tensor([14]), OPS).sum().backward()
+def test_gradients_reach_the_asked_question_and_the_adapters_alone():
+    model, embeds = make_model(rank=2), torch.randn(18, WIDTH, requires_grad=True)
+    pack = pack_of((9, 9))
+    hidden_at_rows(decoder_of(model), embeds, pack, torch.tensor([14]), OPS).sum().backward()
     assert not embeds.grad[:9].any() and not embeds.grad[15:].any() and embeds.grad[9:15].any()
-
-
-def test_nothing_at_all():
-    model = decoder_of(make_model(dtype=torch.float32))
-    pack = make_pack(torch.zeros(0, dtype=torch.int64), 0, 4)
-    none = torch.zeros(0, dtype=torch.int64)
-    assert hidden_at_rows(model, torch.zeros(0, WIDTH), pack, none, OPS).shape == (0, WIDTH)
-    pack = pack_of((4,))
-    assert hidden_at_rows(model, torch.randn(4, WIDTH), pack, none, OPS).shape == (0, WIDTH)
-
-
-def test_frozen_weights_get_no_gradient_and_none_is_kept():
-    model = make_model(dtype=torch.float32, rank=2)
-    embeds = torch.randn(18, WIDTH, requires_grad=True)
-    rows = torch.tensor([8, 17])
-    hidden_at_rows(decoder_of(model), embeds, pack_of((9, 9)), rows, OPS).sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
+
+
+@pytest.mark.parametrize("tokens", [0, 4])
+def test_no_rows_at_all(tokens):
+    pack = make_pack(torch.tensor([tokens] * (tokens > 0), dtype=torch.int64), tokens, 4)
+    none = torch.zeros(0, dtype=torch.int64)
+    embeds = torch.randn(tokens, WIDTH)
+    assert hidden_at_rows(decoder_of(make_model()), embeds, pack, none, OPS).shape == (0, WIDTH)
 
 
 @pytest.mark.parametrize("lengths", [(1,), (63, 64, 2), (65,), (3, 130, 1)])
@@ -323,53 +276,3 @@ def test_attention(lengths):
         torch.testing.assert_close(a, b)
     rows = torch.randint(sum(lengths), (9,))
     torch.testing.assert_close(attention_at(query[rows], key, value, pack, rows, 0.3), wanted[rows])
-
-
-def adapted(dtype=torch.float64, **settings):
-    """Three layers of width 5 with adapters, as PEFT makes them."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(5)
-    names = ("a", "b", "c")
-    layers = {n: torch.nn.Linear(5, w) for n, w in zip(names, (4, 7, 2), strict=True)}
-    inner = torch.nn.ModuleDict(layers).requires_grad_(False)
-    model = get_peft_model(inner, LoraConfig(r=2, target_modules=[*names], **settings)).to(dtype)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    return model, [model.base_model.model[n] for n in names]
-
-
-@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}, {"use_dora": True}])
-@pytest.mark.parametrize("sizes", [None, [4, 7, 2], [1, 12], [13]])
-def test_adapted_layers_side_by_side(settings, sizes):
-    model, layers = adapted(**settings)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
-    parts = adapted_linear(x, layers, sizes)
-    assert sizes is None or [part.shape[-1] for part in parts] == sizes
-    y = torch.cat(parts, dim=-1)
-    wanted = torch.cat([layer(x) for layer in layers], dim=-1)
-    torch.testing.assert_close(y, wanted)
-    weight = torch.randn_like(wanted)
-    ours = torch.autograd.grad((y * weight).sum(), leaves)
-    theirs = torch.autograd.grad((wanted * weight).sum(), leaves)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_whatever_is_not_plain_lora_computes_itself():
-    model, layers = adapted(lora_dropout=0.5)
-    x = torch.randn(40, 5, dtype=torch.float64)
-    model.eval()
-    torch.testing.assert_close(adapted_linear(x, layers[:1])[0], layers[0](x))
-    model.train()
-    torch.manual_seed(0)
-    first = adapted_linear(x, layers[:1])[0]
-    torch.manual_seed(0)
-    assert torch.equal(first, layers[0](x)), "dropout has to be at work"
-    with model.disable_adapter():
-        bare = layers[0].base_layer(x)
-        assert torch.equal(adapted_linear(x, layers[:1])[0], bare)
-    plain = torch.nn.Linear(5, 3)
-    assert torch.equal(adapted_linear(x.float(), [plain])[0], plain(x.float()))

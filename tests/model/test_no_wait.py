@@ -17,26 +17,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    NemotronHForCausalLM,
-    masking_utils,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
-from dragkit.config import GeneratorConfig
 from dragkit.model.adapter_watch import LAST_STEP, AdapterWatch
-from dragkit.model.adapters import add_adapters
 from dragkit.model.generator import Generator
 from dragkit.model.host import HostCopy
 from dragkit.model.joint import JointModel
-from dragkit.model.load import prepare_nemotron_h
 from dragkit.trainer import loop
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.prefetch import DeviceCopies
 from tests.model import joint_cases as cases
-from tests.nemotron_cases import toy_config
+from tests.nemotron_cases import adapted, toy_model
 
 META = torch.device("meta")
 CASES = {
@@ -150,13 +142,8 @@ def with_generator(
 ) -> JointPhase:
     """A phase around another language model than the bundled one, in bfloat16 as on a GPU."""
     plain = cases.make(**settings)
-    tokenizer = plain.model.generator.tokenizer
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.to(torch.bfloat16).requires_grad_(False)
-    config = GeneratorConfig(lora_rank=4, lora_targets=targets)
-    generator = Generator(add_adapters(model, config), tokenizer, pack_multiple=64)
+    model = adapted(targets, model=model.to(torch.bfloat16).requires_grad_(False))
+    generator = Generator(model, plain.model.generator.tokenizer, pack_multiple=64)
     return JointPhase(plain.config, JointModel(plain.config, plain.model.retriever, generator))
 
 
@@ -165,19 +152,12 @@ def vocabulary() -> int:
     return len(cases.make().model.generator.tokenizer)
 
 
-def nemotron_h(words: int, **sizes: int) -> NemotronHForCausalLM:
-    """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
-    model = NemotronHForCausalLM(toy_config("ME*-M*", vocab_size=words, **sizes))
-    prepare_nemotron_h(model)
-    return model
-
-
 NAMES = ("q_proj", "in_proj", "up_proj", "down_proj", "experts.up_proj", "experts.down_proj")
 
 
 @pytest.mark.parametrize("targets", [NAMES, NAMES[:4]], ids=["routed experts", "shared experts"])
 def test_every_block_kind_of_the_30b(targets, tmp_path, monkeypatch):
-    model = nemotron_h(vocabulary())
+    model = toy_model(vocab_size=vocabulary(), std=0.1)
     phase = with_generator(model, targets, generator={"tokens_per_pass": 150})
     _, waits = step_without_numbers(phase, tmp_path, monkeypatch)
     assert waits == 2
@@ -213,15 +193,13 @@ LOOKS = {
     "host tensor": lambda x: torch.ones(3).to(x.device),
     "host copy": lambda x: x.new_empty(3).copy_(torch.ones(3)),
 }
-PLACES = {"sampler.draw", "residual", "layout", "gate", "generator.embed", "generator.forward"}
+PLACES = ("sampler.draw", "residual", "layout", "gate", "generator.forward")
 
 
 def look_in(phase: JointPhase, place: str, look: Callable[[Tensor], object]) -> None:
     """Lets a method of the model look at numbers of its device before it begins."""
-    *way, name = place.split(".")
-    owner = phase.model
-    for part in way:
-        owner = getattr(owner, part)
+    way, _, name = place.rpartition(".")
+    owner = phase.model.get_submodule(way) if way != "sampler" else phase.model.sampler
     method = getattr(owner, name)
 
     def looking(*args: object, **kwargs: object) -> object:
@@ -231,19 +209,14 @@ def look_in(phase: JointPhase, place: str, look: Callable[[Tensor], object]) -> 
     object.__setattr__(owner, name, looking)
 
 
-@pytest.mark.parametrize("look", list(LOOKS.values()), ids=list(LOOKS))
-def test_any_look_at_the_device_is_seen(look, tmp_path, monkeypatch):
-    phase = cases.make()
-    look_in(phase, "generator.embed", look)
-    with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
-        step_without_numbers(phase, tmp_path, monkeypatch)
-
-
-@pytest.mark.parametrize("place", sorted(PLACES))
-def test_a_look_anywhere_is_seen(place, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "look"),
+    [("generator.embed", look) for look in LOOKS] + [(place, "item") for place in PLACES],
+)
+def test_any_look_at_the_device_is_seen(place, look, tmp_path, monkeypatch):
     phase = cases.make(sampler={"residual_slot": True, "k_facts": 2})
-    look_in(phase, place, LOOKS["item"])
-    with pytest.raises(RuntimeError, match="item"):
+    look_in(phase, place, LOOKS[look])
+    with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
         step_without_numbers(phase, tmp_path, monkeypatch)
 
 
@@ -262,7 +235,7 @@ def test_nothing_waits_on_a_gpu(settings, tmp_path):
     """
     device = torch.device("cuda")
     sizes = {"hidden_size": 128, "head_dim": 32, "ssm_state_size": 64, "mamba_head_dim": 64}
-    model = nemotron_h(vocabulary(), **sizes, mamba_num_heads=4, chunk_size=128)
+    model = toy_model(vocab_size=vocabulary(), std=0.1, **sizes, chunk_size=128)
     phase = with_generator(model, NAMES, **settings)
     phase.model.to(device)
     phase.watch = AdapterWatch(phase.model.generator.model)

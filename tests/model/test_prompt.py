@@ -54,12 +54,12 @@ CUE, TARGET = [2, 3], [[20, 1], [21, 22, 1], [1], []]
 INDEX = [[2, 0, 1], [3, -1, -1], [5, 4, -1], [-1, -1, -1]]
 
 
-def _layout(with_target=True, index=INDEX, limit=1000, **options):
+def _layout(index=INDEX, limit=1000, prefix=PREFIX, facts=FACTS, target=TARGET, **options):
     return lay_out(
-        _pack(PREFIX),
-        _pack(FACTS),
+        _pack(prefix),
+        _pack(facts),
         torch.tensor(CUE, dtype=torch.int32),
-        _pack(TARGET) if with_target else None,
+        _pack(target) if target else None,
         torch.tensor(index, dtype=torch.int32),
         max_tokens=limit,
         **options,
@@ -75,6 +75,7 @@ def _check(prompt, wanted):
         assert prompt.slot[start:end].tolist() == slots
         assert prompt.position[start:end].tolist() == list(range(len(tokens)))
         assert (prompt.question[start:end] == place).all()
+        assert prompt.ptr[place : place + 2].tolist() == [start, end]
         assert int(prompt.length[place]) == len(tokens) and int(prompt.kept[place]) == kept
         rows += list(range(end - goal - 1, end - 1)) if goal else []
         ids += tokens[len(tokens) - goal :] if goal else []
@@ -95,7 +96,7 @@ def test_equals_lists(vectors, residual, with_target, limit):
     residual = residual and vectors
     target = TARGET if with_target else None
     wanted = _by_hand(PREFIX, FACTS, CUE, target, INDEX, limit, vectors, residual)
-    layout = _layout(with_target, limit=limit, vectors=vectors, residual=residual)
+    layout = _layout(target=target, limit=limit, vectors=vectors, residual=residual)
     lengths, supervised = layout.sizes().wait()
     assert lengths == [len(tokens) for tokens, *_ in wanted]
     assert supervised == [goal for _, _, goal, _ in wanted]
@@ -103,8 +104,7 @@ def test_equals_lists(vectors, residual, with_target, limit):
         _check(layout.assemble(order, lengths, supervised), [wanted[i] for i in order])
 
 
-def test_some_facts_are_left_out_and_others_kept():
-    """The case above is worth something only if its limits are where facts begin to fall out."""
+def test_the_limits_above_are_where_facts_begin_to_fall_out():
     kept = {limit: _layout(limit=limit).kept.tolist() for limit in (1000, 24, 12, 5)}
     assert kept == {1000: [3, 1, 2, 0], 24: [3, 1, 2, 0], 12: [1, 1, 2, 0], 5: [0, 0, 0, 0]}
 
@@ -118,15 +118,7 @@ def test_random_prompts_in_several_passes():
         target = [[3] * draw.randrange(4) for _ in index]
         limit = draw.randrange(5, 30)
         wanted = _by_hand(prefix, facts, CUE, target, index, limit, True, True)
-        layout = lay_out(
-            _pack(prefix),
-            _pack(facts),
-            torch.tensor(CUE, dtype=torch.int32),
-            _pack(target),
-            torch.tensor(index, dtype=torch.int32),
-            max_tokens=limit,
-            residual=True,
-        )
+        layout = _layout(index, limit, prefix, facts, target, residual=True)
         sizes = layout.sizes().wait()
         order = draw.sample(range(5), 5)
         for part in (order[:2], order[2:3], order[3:]):
@@ -134,16 +126,9 @@ def test_random_prompts_in_several_passes():
 
 
 def test_no_facts_at_all():
-    layout = lay_out(
-        _pack([[4]]),
-        _pack([]),
-        torch.tensor([2], dtype=torch.int32),
-        _pack([[7, 1]]),
-        torch.full((1, 3), -1, dtype=torch.int32),
-        max_tokens=50,
-    )
+    layout = _layout([[-1, -1, -1]], 50, [[4]], [], [[7, 1]])
     prompt = layout.assemble([0], *layout.sizes().wait())
-    assert prompt.input_ids.tolist() == [4, 2, 7, 1] and int(prompt.kept) == 0
+    assert prompt.input_ids.tolist() == [4, *CUE, 7, 1] and int(prompt.kept) == 0
 
 
 def test_template_keeps_answers_in_one_list():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from dragkit import evaluate as evaluate_command
 from dragkit.config import GeneratorConfig, load_config
 from dragkit.errors import ConfigError
-from dragkit.model.adapters import add_adapters
 from dragkit.model.load import (
-    check_experts,
     check_generator,
     check_grouped_product,
     load_generator,
@@ -30,6 +28,7 @@ from dragkit.model.random_weights import (
     skeleton,
 )
 from dragkit.trainer.run import Run
+from tests.nemotron_cases import adapted, toy_model
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
@@ -71,22 +70,18 @@ def test_the_published_architecture_has_its_published_size() -> None:
     assert all(p.dtype == torch.bfloat16 and p.is_meta for p in model.parameters())
 
 
-def test_a_part_is_the_beginning_of_the_whole(small: str) -> None:
-    whole = random_model(small, CPU, torch.float32).state_dict()
-    part = random_model(f"{small}:layers=3", CPU, torch.float32).state_dict()
-    assert len(part) < len(whole)
-    for name, tensor in part.items():
-        assert torch.equal(tensor, whole[name]), name
-    assert not any(".layers.3." in name for name in part)
+def test_a_part_is_the_beginning_of_the_whole_and_always_the_same(small: str) -> None:
+    whole, again, part = (
+        random_model(name, CPU, torch.float32).state_dict()
+        for name in (small, small, f"{small}:layers=3")
+    )
+    assert len(part) < len(whole) and not any(".layers.3." in name for name in part)
+    for some in (again, part):
+        assert all(torch.equal(t, whole[n]) and torch.isfinite(t).all() for n, t in some.items())
 
 
-def test_the_weights_are_sane_and_always_the_same(small: str) -> None:
+def test_the_weights_are_sane(small: str) -> None:
     model = random_model(small, CPU, torch.float32)
-    again = random_model(small, CPU, torch.float32)
-    for (name, a), (_, b) in zip(
-        model.state_dict().items(), again.state_dict().items(), strict=True
-    ):
-        assert torch.equal(a, b) and torch.isfinite(a).all(), name
     mixer, experts = model.model.layers[0].mixer, model.model.layers[1].mixer
     assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log())
     assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all()
@@ -144,36 +139,24 @@ def test_wrong_names_say_what_exists(name: str, said: str) -> None:
         check_generator(GeneratorConfig(), CPU, name=name)
 
 
-def test_experts_that_would_stop_a_gpu_are_refused() -> None:
-    config = SimpleNamespace(layers_block_type=["moe"], _experts_implementation="eager")
-    model = SimpleNamespace(config=config)
-    check_experts(model, CPU)
-    with pytest.raises(ConfigError, match="eager"):
-        check_experts(model, torch.device("cuda"))
-    config._experts_implementation = "grouped_mm"
-    check_experts(model, torch.device("cuda"))
-    dense = SimpleNamespace(layers_block_type=["mlp"], _experts_implementation="eager")
-    check_experts(SimpleNamespace(config=dense), torch.device("cuda"))
-
-
 @pytest.mark.parametrize("routed", [False, True])
+@pytest.mark.parametrize(
+    ("inner", "dtype", "refused"),
+    [
+        (24, torch.bfloat16, False),
+        (12, torch.float32, False),
+        (12, torch.bfloat16, True),
+        (24, torch.float64, True),
+    ],
+)
 def test_experts_that_the_grouped_product_refuses_are_refused_on_a_gpu(
-    routed: bool, monkeypatch: pytest.MonkeyPatch
+    inner: int, dtype: torch.dtype, refused: bool, routed: bool
 ) -> None:
-    def model(inner: int, dtype: torch.dtype) -> torch.nn.Module:
-        sizes = SMALL.sizes | {"moe_intermediate_size": inner}
-        monkeypatch.setitem(ARCHITECTURES, "narrow", Architecture("ME", sizes))
-        made = random_model("random:narrow", CPU, dtype).requires_grad_(False)
-        targets = ("in_proj", "experts.up_proj") if routed else ("in_proj",)
-        return add_adapters(made, GeneratorConfig(lora_rank=2, lora_targets=targets))
-
-    cuda = torch.device("cuda")
-    check_grouped_product(model(24, torch.bfloat16), cuda)
-    check_grouped_product(model(12, torch.float32), cuda)
-    for inner, dtype in ((12, torch.bfloat16), (24, torch.float64)):
-        check_grouped_product(model(inner, dtype), CPU)
-        with pytest.raises(ConfigError, match="one by one"):
-            check_grouped_product(model(inner, dtype), cuda)
+    targets = ("in_proj", "experts.up_proj") if routed else ("in_proj",)
+    model = adapted(targets, 2, toy_model("ME", dtype, moe_intermediate_size=inner))
+    check_grouped_product(model, CPU)
+    with pytest.raises(ConfigError, match="one by one") if refused else nullcontext():
+        check_grouped_product(model, torch.device("cuda"))
 
 
 def test_training_logs_loss_and_speed_and_claims_no_accuracy(

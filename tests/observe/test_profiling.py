@@ -32,30 +32,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return seen
 
 
-@pytest.fixture
-def no_cuda(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    return calls
-
-
-def test_ranges_nest(calls: list[str]) -> None:
-    with nvtx_range("step"), nvtx_range("backward"):
+@pytest.mark.parametrize("cuda", [True, False])
+def test_ranges_nest_and_are_closed_when_their_content_fails(
+    calls: list[str], cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    with pytest.raises(ValueError, match="inside"), nvtx_range("step"), nvtx_range("backward"):
         calls.append("work")
-    assert calls == ["push step", "push backward", "work", "pop", "pop"]
-
-
-def test_a_range_is_closed_when_its_content_fails(calls: list[str]) -> None:
-    with pytest.raises(ValueError, match="inside"), nvtx_range("step"):
         raise ValueError("inside")
-    assert calls == ["push step", "pop"]
-
-
-def test_a_range_without_cuda_only_runs_its_content(no_cuda: list[str]) -> None:
-    with nvtx_range("step"):
-        no_cuda.append("work")
-    with pytest.raises(ValueError, match="inside"), nvtx_range("step"):
-        raise ValueError("inside")
-    assert no_cuda == ["work"]
+    assert calls == (["push step", "push backward", "work", "pop", "pop"] if cuda else ["work"])
 
 
 @pytest.mark.parametrize(
@@ -69,20 +54,16 @@ def test_a_range_without_cuda_only_runs_its_content(no_cuda: list[str]) -> None:
     ],
 )
 def test_the_window_holds_its_first_step_and_not_its_last(
-    calls: list[str], steps: str | None, expected: list[str]
+    calls: list[str], steps: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    window = ProfileWindow(steps)
-    for step in range(6):
-        window.tick(step)
-        calls.append(str(step))
-    assert calls == expected
-
-
-def test_the_window_does_nothing_without_cuda(no_cuda: list[str]) -> None:
-    window = ProfileWindow("0:1")
-    for step in range(3):
-        window.tick(step)
-    assert no_cuda == []
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        window = ProfileWindow(steps)
+        for step in range(6):
+            window.tick(step)
+            calls.append(str(step))
+        assert calls == (expected if cuda else list("012345"))
+        calls.clear()
 
 
 def names_in(trace: Path) -> list[str]:

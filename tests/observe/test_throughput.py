@@ -12,49 +12,24 @@ from dragkit.observe import throughput
 from dragkit.observe.throughput import ThroughputMeter, peak_memory_gib
 
 
-class Clock:
-    """Time that moves only when told to."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(throughput.time, "perf_counter", clock)
-    return clock
-
-
-def test_rates_are_sums_over_the_time_since_the_last_reading(clock: Clock) -> None:
+def test_rates_are_sums_over_the_time_since_the_last_reading(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: now[0])
     meter = ThroughputMeter(torch.device("cpu"))
     for questions, facts, tokens in [(16, 800, 2000), (16, 900, 2400), (8, 300, 1600)]:
-        clock.now += 0.5
+        now[0] += 0.5
         meter.add(questions, facts, tokens)
     reading = meter.read()
-    assert reading.questions_per_s == pytest.approx(40 / 1.5)
-    assert reading.facts_per_s == pytest.approx(2000 / 1.5)
-    assert reading.tokens_per_s == pytest.approx(4000.0)
-    assert reading.step_ms == pytest.approx(500.0)
-
-
-def test_a_reading_starts_anew(clock: Clock) -> None:
-    meter = ThroughputMeter(torch.device("cpu"))
-    clock.now += 9.0
-    meter.add(900, 900, 900)
-    meter.read()
-    clock.now += 2.0
+    rates = (reading.questions_per_s, reading.facts_per_s, reading.tokens_per_s, reading.step_ms)
+    assert rates == pytest.approx((40 / 1.5, 2000 / 1.5, 4000.0, 500.0))
+    now[0] += 2.0
     meter.add(4, 10, 0)
     reading = meter.read()
     assert (reading.questions_per_s, reading.facts_per_s, reading.tokens_per_s) == (2.0, 5.0, 0.0)
     assert reading.step_ms == pytest.approx(2000.0)
-
-
-def test_no_step_and_no_time_give_numbers(clock: Clock) -> None:
-    reading = ThroughputMeter(torch.device("cpu")).read()
+    reading = meter.read()  # no step and no time
     assert reading.questions_per_s == reading.facts_per_s == reading.tokens_per_s == 0.0
     assert 0.0 <= reading.step_ms < 1e-3
 

@@ -108,7 +108,7 @@ def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
         slot=torch.where(position == 0, question, -1),
         position=position,
         question=question,
-        length=length,
+        ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=rows,
         target_id=torch.randint(2, VOCAB, (len(rows),), generator=draw),
         kept=torch.ones(count),

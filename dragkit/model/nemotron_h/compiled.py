@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dragkit.model.nemotron_h.decoder import Mixing, after, after_mixer
 
+# An attribute of modules that FSDP shards.
 _MARK = "_is_fsdp_managed_module"
 
 
@@ -35,20 +36,8 @@ class CompiledBlocks:
         training = torch.is_grad_enabled() and mixing.rows is None
         if training and block.block_type in self.kinds:
             if hasattr(block, _MARK):
-                _unmark(block)
-                # Its hooks make a view of the input in the forward pass, and none when a block is
-                # computed again: a graph of its own each.
+                # FSDP's hooks make a view of the input in the forward, and none when a block is
+                # recomputed. Without this line each of the two would have its own graph.
                 hidden = hidden.view_as(hidden)
             return self._compiled(block.norm, block.mixer, block.block_type, hidden, mixing)
         return after(block, hidden, mixing)
-
-
-def _unmark(block: nn.Module) -> None:
-    """Lets the compiler see the parts of a block that FSDP shards as ordinary modules.
-
-    In marked ones it takes every number as a symbol and checks nothing. Its reason is the hooks of
-    whole modules, which are none of a graph's business here: they hang on the block's own call.
-    """
-    if getattr(block, _MARK):
-        for module in block.modules():
-            setattr(module, _MARK, False)

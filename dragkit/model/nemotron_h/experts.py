@@ -7,7 +7,6 @@ before each forward.
 
 from __future__ import annotations
 
-import types
 from typing import Any, NamedTuple
 
 import torch
@@ -120,13 +119,6 @@ def _plan(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
     return module, factors
 
 
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    plan = _plan(self) if len(args) == 3 and not kwargs else None
-    if plan is None:
-        return type(self).forward(self, *args, **kwargs)
-    return routed_experts(*args, *plan)
-
-
 def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """What the routed experts of a `NemotronHMoE` add, without its shared ones.
 
@@ -151,20 +143,3 @@ def by_groups(mixer: nn.Module) -> bool:
         return False
     stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
     return all(library_takes(weight) for weight in stacks)
-
-
-def install_grouped_experts(model: nn.Module) -> int:
-    """Lets adapted routed experts of a Nemotron-H compute by groups; returns how many modules.
-
-    Training and generation both go through it. Merged, disabled, several or foreign adapters
-    compute as PEFT does. A second call changes nothing.
-    """
-    inner = {id(m.base_layer) for m in model.modules() if hasattr(m, "parameter_name")}
-    count = 0
-    for module in model.modules():
-        if not hasattr(module, "parameter_name") or id(module) in inner:
-            continue
-        if type(module.get_base_layer()).__name__ == "NemotronHExperts":
-            module.forward = types.MethodType(_forward, module)
-            count += 1
-    return count
