@@ -235,9 +235,6 @@ class ReasoningLayer(nn.Module):
         """
         u = tables.relation
         if self.parity:
-            dropout = self.dropout.p if self.training else 0.0
-            # A tensor on the device: drawing it stops nothing.
-            seed = torch.randint(2**63 - 1, (), device=h.device) if dropout > 0 else None
             sums = message_passing_parity(
                 p,
                 u[0, :-1],
@@ -247,10 +244,8 @@ class ReasoningLayer(nn.Module):
                 instruction,
                 orders=orders,
                 node_graph=node_graph,
-                dropout=dropout,
-                seed=seed,
             )
-            joined = torch.cat([self.dropout(h), sums.flatten(1)], dim=1)
+            joined = torch.cat([self.dropout(h), self.dropout(sums).flatten(1)], dim=1)
             out = torch.relu(self.update(joined))
             return out if score_weight is None else (out, F.linear(out, score_weight))
         c = relation_gate(

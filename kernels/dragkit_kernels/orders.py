@@ -61,6 +61,17 @@ class FactOrders(NamedTuple):
         return self.pair_relation.shape[0]
 
 
+def check_orders(op: str, orders: FactOrders) -> None:
+    """Raises ValueError unless all fields are int32 and have the sizes of one set of facts."""
+    facts, nodes, pairs = orders.num_facts, orders.num_nodes, orders.num_pairs
+    sizes = {"tail_ptr": nodes + 1, "head_ptr": nodes + 1, "pair_ptr": pairs + 1}
+    sizes |= {"pair_relation": pairs, "pair_graph": pairs}
+    for name, tensor in zip(orders._fields, orders, strict=True):
+        check_shape(op, f"orders.{name}", tensor, (sizes.get(name, facts),))
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{op}: orders.{name} must be int32, got {tensor.dtype}")
+
+
 class FactGroups(NamedTuple):
     """Which of the E facts of the questions a fact of `FactOrders` stands for; all int32.
 
