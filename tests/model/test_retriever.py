@@ -15,7 +15,6 @@ from torch import Tensor
 from dragkit.model import layers
 from dragkit.model.encoder import RelationStates
 from dragkit.model.layers import gate_pairs
-from dragkit.model.retriever import Retriever
 from dragkit_kernels import row_order
 from tests.model.retriever_cases import TEXT, double_retriever, make_graph, pack, relation_states
 
@@ -147,36 +146,6 @@ def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
     for got, want in zip(given, wanted, strict=True):
         for x, y in zip(got, want, strict=True):
             assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
-
-
-@pytest.mark.parametrize("message", ["collapsed", "parity"])
-def test_scores_taken_along_are_those_taken_afterwards(message, monkeypatch):
-    """And so are all gradients; with dropout at work nothing is taken along."""
-    rng = np.random.default_rng(2)
-    batch = pack([make_graph(rng, n, e, 5) for n, e in ((6, 14), (0, 0), (4, 9))])
-    model, relations, asked = double_retriever(message=message), relation_states(5), []
-    plain = layers.ReasoningLayer.forward
-
-    def forward(self, *arguments, score_weight=None):
-        asked.append(score_weight is not None)
-        return plain(self, *arguments, score_weight=score_weight)
-
-    monkeypatch.setattr(layers.ReasoningLayer, "forward", forward)
-    found = []
-    for at_once in (True, False):
-        monkeypatch.setattr(Retriever, "_scores_at_once", at_once)
-        model.zero_grad()
-        logits = model(batch, relations).fact_logits
-        logits.pow(2).sum().backward()
-        # Of two layers in two stages all but the last of the first stage.
-        assert asked == ([True, False, True, True] if at_once else [False] * 4)
-        asked.clear()
-        found.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
-    monkeypatch.undo()
-    model.dropout.p = 0.5
-    assert not model._scores_at_once and model.eval()._scores_at_once
 
 
 def test_every_parameter_learns_from_the_logits():

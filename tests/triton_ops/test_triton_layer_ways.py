@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import message_passing, message_passing_ref
+from dragkit_kernels import message_passing
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.launch import SUM, force_sum, sum_way
 from dragkit_kernels.message_passing import _walks, chunks, forward
@@ -169,62 +169,3 @@ def test_the_table_says_slots_and_is_put_back() -> None:
     assert before == SUM
     with pytest.raises(ValueError, match="slots or one-hot, got 'rows'"), force_sum("rows"):
         pass
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize(
-    ("width", "dtype", "way"),
-    [
-        (7, torch.float32, "slots"),
-        (96, torch.float16, "slots"),
-        (20, torch.float16, "one-hot"),
-        (20, torch.bfloat16, "slots"),
-        (257, torch.float32, "slots"),
-    ],
-)
-def test_scores_are_products_with_the_stored_states(
-    device: torch.device, width: int, dtype: torch.dtype, way: str, rows: int
-) -> None:
-    """And their gradients join those of the states: every one against the reference in float64."""
-    pack = to_device(random_adjacency([(0, 0), (5, 12), (13, 20), (4, 0)], 4), device)
-    values = layer_inputs(pack, width, dtype)
-    score_weight = strided_like(torch.randn(rows, width).to(device, dtype))
-    tried = leaves([*values, score_weight])
-    exact = leaves([x.double() for x in (*values, score_weight)])
-    d_out, d_score = torch.randn(22, width).to(device, dtype), torch.randn(22, rows).to(device)
-    with fenced_allocations(), force_sum(way):
-        plain = layer(pack, values)
-        out, score = layer(pack, tried[:-1], tried[-1])
-        got = torch.autograd.grad([out, score], tried, [d_out, d_score.t().contiguous().t()])
-    assert torch.equal(out, plain)
-    assert score.dtype == torch.float32 and score.shape == (22, rows)
-    assert_close(score, out.double() @ score_weight.double().t(), tolerance=2e-6)
-    # The kernels see the rounded states, and where these are positive.
-    wanted_out = message_passing_ref(*exact[:-1], orders=pack.orders, node_graph=pack.node_graph)
-    joined = d_out.double() + d_score.double() @ score_weight.double()
-    wanted = torch.autograd.grad(wanted_out, exact[:-1], torch.where(out > 0, joined, 0.0))
-    for name, x, want in zip(NAMES, got, wanted, strict=False):
-        assert x.dtype == dtype
-        assert_close(x, want, name=f"d{name}")
-    assert_close(got[-1], d_score.double().t() @ out.double(), name="dscore_weight")
-
-
-def test_scores_of_nothing(device: torch.device) -> None:
-    pack = to_device(random_adjacency([(0, 0)], 1), device)
-    weight = torch.ones(2, 7, device=device)
-    out, score = layer(pack, layer_inputs(pack, 7), weight)
-    assert out.shape == (0, 7) and score.shape == (0, 2)
-
-
-def test_infinity_in_a_score_is_that_of_the_states(device: torch.device) -> None:
-    """Columns beyond the width add nothing to it, whatever the tile holds there."""
-    node = torch.arange(5)
-    pack = to_device(adjacency([(6, 5)], node, node + 1, node), device)
-    values = layer_inputs(pack, 7)
-    values[1][2] = float("inf")
-    values[2:5] = [x.abs() + 0.1 for x in values[2:5]]
-    out, score = layer(pack, values, torch.ones(1, 7, device=device))
-    assert bool(out.isinf().any()) and not bool(out.isnan().any())
-    assert torch.equal(score.isinf().squeeze(1), out.isinf().any(1)) and not bool(
-        score.isnan().any()
-    )

@@ -36,9 +36,8 @@ def message_passing(
     *,
     orders: FactOrders,
     node_graph: Tensor,
-    score_weight: Tensor | None = None,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """One ReaRev layer, collapsed over instructions and directions (Mavromatis & Karypis 2022).
 
     h'_v = relu(h_v W + b + sum_{e: tail=v} n_e p[head_e] Y^F[pair_e]
@@ -59,13 +58,10 @@ def message_passing(
         bias: float [C].
         orders: the facts.
         node_graph: int32 [N], ascending.
-        score_weight: float [S, C] linear scores to take of the new states along with them, S at
-            least 1. Not for states that meet a dropout before their score.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        [N, C] with the dtype of `h`; with score weights also h' score_weight^T [N, S], made of the
-        stored (rounded) states in float32 (float64 if either is).
+        [N, C] with the dtype of `h`.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
@@ -86,15 +82,6 @@ def message_passing(
     check_index(op, node_graph=node_graph)
     check_orders(op, orders)
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
-    if score_weight is not None:
-        check_shape(op, "score_weight", score_weight, (None, width))
-        check_float(op, score_weight=score_weight)
-        if score_weight.shape[0] == 0:
-            raise ValueError(f"{op}: score_weight must have rows, got [0, {width}]")
-        triton = resolve_backend(op, widest(*inputs, score_weight), backend) == "triton"
-        return torch.ops.dragkit.message_passing_scored_fwd(
-            score_weight, *inputs, *_walks(orders), node_graph, triton
-        )
     triton = resolve_backend(op, widest(*inputs), backend) == "triton"
     return torch.ops.dragkit.message_passing_fwd(*inputs, *_walks(orders), node_graph, triton)
 

@@ -21,7 +21,7 @@ TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.
 DEPTH = 32
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_scores"])
+@triton.jit(do_not_specialize=["num_nodes"])
 def _message_passing_fwd_kernel(
     h_ptr,
     p_ptr,
@@ -43,11 +43,8 @@ def _message_passing_fwd_kernel(
     product_ptr,
     chunk_in_ptr,
     chunk_out_ptr,
-    score_weight_ptr,
     out_ptr,
-    score_ptr,
     num_nodes,
-    num_scores,
     num_columns,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -58,8 +55,7 @@ def _message_passing_fwd_kernel(
     + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
 
     The product h W is read from `product` or, where that is None, made here on the tensor cores. So
-    are the sums, BLOCK_E facts at a time, if that is not 0. score_s is the product of this block's
-    columns of out with row s of the score weights.
+    are the sums, BLOCK_E facts at a time, if that is not 0.
     """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -115,28 +111,12 @@ def _message_passing_fwd_kernel(
     acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     if product_ptr is not None:
         acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
-    # A NaN stays one, as in torch.relu.
-    rounded = tl.where(acc < 0.0, 0.0, acc).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row + offs_c[None, :], rounded, mask=mask)
-    place = tl.program_id(1).to(tl.int64) * num_nodes + offs_n
-    for s in range(0, num_scores):
-        w = tl.load(score_weight_ptr + s * num_columns + offs_c, mask=mask_c, other=0.0)
-        score = tl.sum(tl.where(mask_c[None, :], rounded.to(tl.float32) * w[None, :], 0.0), 1)
-        tl.store(score_ptr + place * num_scores + s, score, mask=mask_n)
+    # A comparison with NaN is false, so NaN stays NaN as in torch.relu.
+    out = tl.where(acc < 0.0, 0.0, acc).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row + offs_c[None, :], out, mask=mask)
 
 
-def message_passing_fwd(*arguments: Tensor) -> Tensor:
-    """Launches the layer; see `dragkit::message_passing_fwd`."""
-    return _launch(None, *arguments)[0]
-
-
-def message_passing_scored_fwd(score_weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the layer with its scores; see `dragkit::message_passing_scored_fwd`."""
-    return _launch(score_weight.to(torch.float32).contiguous(), *arguments)
-
-
-def _launch(
-    score_weight: Tensor | None,
+def message_passing_fwd(
     h: Tensor,
     p: Tensor,
     table_fwd: Tensor,
@@ -156,16 +136,14 @@ def _launch(
     head_count: Tensor,
     tail_count: Tensor,
     node_graph: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(out, score); without score weights the kernel's loop over them has no steps."""
+) -> Tensor:
+    """Launches the layer; see `dragkit::message_passing_fwd`."""
     num_nodes, num_columns = h.shape
-    num_scores = 0 if score_weight is None else score_weight.shape[0]
     out = h.new_empty(num_nodes, num_columns)
     tile = layer_tile(num_columns, table_fwd.dtype)
     grid = tile.grid(num_nodes, num_columns)
-    score = h.new_empty((grid[1], num_nodes, num_scores), dtype=torch.float32)
     if out.numel() == 0:
-        return out, score.new_zeros(num_nodes, num_scores)
+        return out
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
     whole = None if on_tensor_cores else product(h, weight, torch.float32)
     same = on_tensor_cores and table_fwd.dtype == table_inv.dtype
@@ -192,11 +170,8 @@ def _launch(
         node_graph.contiguous(),
         whole,
         *chunks,
-        score if score_weight is None else score_weight,
         out,
-        score,
         num_nodes,
-        num_scores,
         num_columns,
         BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
@@ -204,12 +179,11 @@ def _launch(
         BLOCK_C=tile.columns,
         **tile.options,
     )
-    return out, score[0] if grid[1] == 1 else score.sum(0)
+    return out
 
 
-_SCORES = {"score_weight_ptr": "*fp32", "score_ptr": "*fp32"}
-_FUSED = _SCORES | {"product_ptr": None}
-_LIBRARY = _SCORES | {"h_ptr": None, "weight_ptr": None, "product_ptr": "*fp32"}
+_FUSED = {"product_ptr": None}
+_LIBRARY = {"h_ptr": None, "weight_ptr": None, "product_ptr": "*fp32"}
 _WAYS = (("*bf16", _FUSED), ("*bf16", _LIBRARY), ("*fp32", _LIBRARY))
 KERNELS = tuple(
     wide_spec(

@@ -18,10 +18,10 @@ from .product import product
 
 if HAS_TRITON:
     from .backward import message_passing_bwd
-    from .forward import message_passing_fwd, message_passing_scored_fwd
+    from .forward import message_passing_fwd
     from .relation import relation_sum_bwd, relation_sum_fwd
 else:
-    message_passing_bwd = message_passing_fwd = message_passing_scored_fwd = None
+    message_passing_bwd = message_passing_fwd = None
     relation_sum_bwd = relation_sum_fwd = None
 
 _ORDERS = (
@@ -153,39 +153,6 @@ def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None,
     return wanted + (None,) * (len(ctx.needs_input_grad) - _NUM_DIFFERENTIABLE)
 
 
-def _torch_scored_fwd(score_weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, out score_weight^T) of message_passing, the product in float32 or float64."""
-    out = _torch_message_passing_fwd(*arguments)
-    return out, product(out, score_weight.t(), accumulator_dtype(out, score_weight))
-
-
-def _scored_fake(score_weight: Tensor, h: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    dtype = accumulator_dtype(h, score_weight)
-    score = h.new_empty(h.shape[0], score_weight.shape[0], dtype=dtype)
-    return _message_passing_fake(h), score
-
-
-def _scored_setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.triton = inputs
-    ctx.save_for_backward(output[0], *tensors)
-
-
-def _scored_backward(ctx: object, grad: Tensor, d_score: Tensor) -> tuple[Tensor | None, ...]:
-    """What comes by the scores joins the gradient of the states; the rest is as without them."""
-    out, score_weight, *tensors = ctx.saved_tensors
-    need_weight, *needed = ctx.needs_input_grad
-    d_weight = None
-    if need_weight:
-        d_weight = product(d_score.t(), out, d_score.dtype).to(score_weight.dtype)
-    mask = list(needed[:_NUM_DIFFERENTIABLE])
-    grads = [None] * len(mask)
-    if any(mask):
-        joined = grad + product(d_score, score_weight, d_score.dtype).to(grad.dtype)
-        grads = torch.ops.dragkit.message_passing_bwd(joined, out, *tensors, mask, ctx.triton)
-    wanted = tuple(g if need else None for g, need in zip(grads, mask, strict=True))
-    return (d_weight, *wanted) + (None,) * (len(needed) - _NUM_DIFFERENTIABLE)
-
-
 def _torch_relation_sum_fwd(
     table: Tensor,
     head: Tensor,
@@ -265,13 +232,6 @@ register(
     triton=message_passing_bwd,
 )
 register_gradient("message_passing_fwd", _message_passing_backward, _message_passing_setup)
-register(
-    f"message_passing_scored_fwd(Tensor score_weight, {_INPUTS}, bool triton) -> (Tensor, Tensor)",
-    _torch_scored_fwd,
-    _scored_fake,
-    triton=message_passing_scored_fwd,
-)
-register_gradient("message_passing_scored_fwd", _scored_backward, _scored_setup)
 register(
     f"relation_sum_fwd(Tensor table, {_ORDERS}, bool triton) -> Tensor",
     _torch_relation_sum_fwd,
