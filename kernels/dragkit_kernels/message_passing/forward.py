@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import INTERPRETED
-from ..launch import ONE_HOT_FACTS, Budget, sum_way
+from ..launch import Budget
 from .chunks import chunk_sums
-from .one_hot import add_one_hot
 from .product import product
 from .tiles import COLUMNS, DTYPES, layer_tile, wide_spec
 from .walk import add_chunks, add_rows, block_rows
@@ -48,14 +47,12 @@ def _message_passing_fwd_kernel(
     num_columns,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
     + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
 
-    The product h W is read from `product` or, where that is None, made here on the tensor cores. So
-    are the sums, BLOCK_E facts at a time, if that is not 0.
+    The product h W is read from `product` or, where that is None, made here on the tensor cores.
     """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -74,26 +71,16 @@ def _message_passing_fwd_kernel(
             w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
             acc = tl.dot(h, w, acc)
 
-    if BLOCK_E == 0:
-        acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
-            chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
-        )  # fmt: skip
-        acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
-            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
-        )  # fmt: skip
-    else:
-        acc = add_one_hot(
-            acc, offs_c, mask_c, num_nodes, num_columns, tail_begin_ptr, tail_ptr, tail_fact_ptr,
-            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
-        acc = add_one_hot(
-            acc, offs_c, mask_c, num_nodes, num_columns, head_begin_ptr, head_ptr, head_fact_ptr,
-            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
+        fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
+        chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
+        fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
+        chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
     if chunk_in_ptr is not None:
         acc = add_chunks(
             acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, chunk_in_ptr
@@ -146,20 +133,16 @@ def message_passing_fwd(
         return out
     on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
     whole = None if on_tensor_cores else product(h, weight, torch.float32)
-    same = on_tensor_cores and table_fwd.dtype == table_inv.dtype
-    one_hot = same and sum_way(table_fwd.dtype) == "one-hot"
     p, table_fwd, table_inv, self_table = (
         x.contiguous() for x in (p, table_fwd, table_inv, self_table)
     )
     walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count)
     walks = tuple(x.contiguous() for x in (*walks, tail_count))
     head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count, tail_count = walks
-    chunks = (None, None)
-    if not one_hot:
-        chunks = (
-            chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
-            chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
-        )
+    chunks = (
+        chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
+        chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
+    )
     _message_passing_fwd_kernel[grid](
         h.contiguous() if on_tensor_cores else None,
         *(p, table_fwd, table_inv, self_table),
@@ -175,7 +158,6 @@ def message_passing_fwd(
         num_columns,
         BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
-        BLOCK_E=ONE_HOT_FACTS if one_hot else 0,
         BLOCK_C=tile.columns,
         **tile.options,
     )
@@ -191,21 +173,12 @@ KERNELS = tuple(
         kind,
         layer_tile(columns, DTYPES[kind]),
         "BLOCK_N",
-        # The facts' rows of a one-hot product go from global to shared memory without a register.
-        Budget(
-            registers=128,
-            shared=40960,
-            wide_loads=4 if facts else 8,
-            products=(48 if facts else 16) if types is _FUSED else 0,
-        ),
+        Budget(registers=128, shared=40960, wide_loads=8, products=16 if types is _FUSED else 0),
         types,
-        {"BLOCK_K": DEPTH, "BLOCK_E": facts},
+        {"BLOCK_K": DEPTH},
         chunks,
     )
     for columns in COLUMNS
-    for facts, chunks, kind, types in (
-        *((0, None, *way) for way in _WAYS),
-        *((0, "*fp32", *way) for way in _WAYS),
-        (ONE_HOT_FACTS, None, "*bf16", _FUSED),
-    )
+    for chunks in (None, "*fp32")
+    for kind, types in _WAYS
 )
