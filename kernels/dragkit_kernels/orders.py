@@ -67,9 +67,17 @@ def check_orders(op: str, orders: FactOrders) -> None:
     sizes = {"tail_ptr": nodes + 1, "head_ptr": nodes + 1, "pair_ptr": pairs + 1}
     sizes |= {"pair_relation": pairs, "pair_graph": pairs}
     for name, tensor in zip(orders._fields, orders, strict=True):
-        check_shape(op, f"orders.{name}", tensor, (sizes.get(name, facts),))
+        # The names of all fields would be formatted in every call.
+        size = sizes.get(name, facts)
+        if tensor.shape != (size,):
+            check_shape(op, f"orders.{name}", tensor, (size,))
         if tensor.dtype != torch.int32:
             raise ValueError(f"{op}: orders.{name} must be int32, got {tensor.dtype}")
+
+
+def contiguous_orders(index: Sequence[Tensor]) -> FactOrders:
+    """The fields of a FactOrders, as an op takes them, without gaps in memory."""
+    return FactOrders(*(x.contiguous() for x in index))
 
 
 class FactGroups(NamedTuple):

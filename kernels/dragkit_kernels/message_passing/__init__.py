@@ -83,7 +83,7 @@ def message_passing(
     check_orders(op, orders)
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     triton = resolve_backend(op, widest(*inputs), backend) == "triton"
-    return torch.ops.dragkit.message_passing_fwd(*inputs, *_walks(orders), node_graph, triton)
+    return torch.ops.dragkit.message_passing_fwd(*inputs, list(orders), node_graph, triton)
 
 
 def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") -> Tensor:
@@ -109,21 +109,4 @@ def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") ->
     check_float("relation_sum", table=table)
     check_orders("relation_sum", orders)
     triton = resolve_backend("relation_sum", table, backend) == "triton"
-    return torch.ops.dragkit.relation_sum_fwd(table, *_walks(orders), triton)
-
-
-def _walks(orders: FactOrders) -> tuple[Tensor, ...]:
-    """The fields an op needs, in the order of its schema."""
-    return (
-        orders.head,
-        orders.tail,
-        orders.tail_ptr,
-        orders.tail_fact,
-        orders.head_ptr,
-        orders.head_fact,
-        orders.pair_ptr,
-        orders.pair_fact,
-        orders.fact_pair,
-        orders.head_count,
-        orders.tail_count,
-    )
+    return torch.ops.dragkit.relation_sum_fwd(table, list(orders), triton)
