@@ -85,24 +85,6 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable) ->
     )
 
 
-def masked_like(tensors: Sequence[Tensor], mask: Sequence[bool]) -> list[Tensor]:
-    """Uninitialised gradients of tensors; an empty one where the mask asks for none."""
-    shapes = [x.shape if wanted else (0,) for x, wanted in zip(tensors, mask, strict=True)]
-    return [x.new_empty(shape) for x, shape in zip(tensors, shapes, strict=True)]
-
-
-def wanted_gradients(ctx: object, grads: Sequence[Tensor]) -> tuple[object, ...]:
-    """What a gradient formula returns: `grads` belong to the first arguments of the op.
-
-    Gradients that nobody asked for, and those of all other arguments, are None; for an argument
-    that is a list of tensors there is one None each.
-    """
-    needed = ctx.needs_input_grad
-    first = (g if need else None for g, need in zip(grads, needed, strict=False))
-    rest = ([None] * len(n) if isinstance(n, list) else None for n in needed[len(grads) :])
-    return (*first, *rest)
-
-
 def forbid_gradient(name: str) -> None:
     """Makes a derivative through `dragkit::name` an error instead of a wrong number."""
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Budget, spec
-from ..library import masked_like
+from ..library import empty_gradients
 from ..orders import FactOrders, contiguous_orders
 from ..segments import segment_ptr
 from .chunks import chunk_sums
@@ -159,7 +159,8 @@ def message_passing_bwd(
 ) -> tuple[Tensor, ...]:
     """Launches what output_mask asks for; see `dragkit::message_passing_bwd`."""
     orders, node_graph, p = contiguous_orders(index), node_graph.contiguous(), p.contiguous()
-    out = masked_like((h, p, table_fwd, table_inv, self_table, weight, bias), output_mask)
+    inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
+    out = list(empty_gradients(inputs, output_mask))
     # The gradient keeps its dtype: setting elements to zero rounds nothing.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
     if output_mask[0]:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..library import (
+    empty_gradients,
     forbid_gradient,
-    masked_like,
     register,
     register_gradient,
     wanted_gradients,
@@ -37,7 +37,7 @@ def _message_passing_fake(h: Tensor, *args: object) -> Tensor:
 
 
 def _message_passing_bwd_fake(grad: Tensor, h_out: Tensor, *args: object) -> tuple[Tensor, ...]:
-    return tuple(masked_like(args[:_NUM_DIFFERENTIABLE], args[-2]))
+    return empty_gradients(args[:_NUM_DIFFERENTIABLE], args[-2])
 
 
 def _message_passing_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -45,14 +45,15 @@ def _message_passing_setup(ctx: object, inputs: tuple[object, ...], output: Tens
     ctx.save_for_backward(output, *floats, node_graph, *index)
 
 
-def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[object, ...]:
     mask = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
     out, *floats = ctx.saved_tensors[: 1 + _NUM_DIFFERENTIABLE]
     node_graph, *index = ctx.saved_tensors[1 + _NUM_DIFFERENTIABLE :]
     grads = torch.ops.dragkit.message_passing_bwd(
         grad, out, *floats, index, node_graph, mask, ctx.triton
     )
-    return wanted_gradients(ctx, grads)
+    # A list of tensors takes a list of gradients.
+    return *wanted_gradients(grads, mask), [None] * len(index), None, None
 
 
 def _relation_sum_fake(table: Tensor, index: list[Tensor], triton: bool) -> Tensor:
@@ -68,9 +69,10 @@ def _relation_sum_setup(ctx: object, inputs: tuple[object, ...], output: Tensor)
     ctx.save_for_backward(*index)
 
 
-def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    d_table = torch.ops.dragkit.relation_sum_bwd(grad, list(ctx.saved_tensors), ctx.triton)
-    return wanted_gradients(ctx, [d_table])
+def _relation_sum_backward(ctx: object, grad: Tensor) -> tuple[object, ...]:
+    index = list(ctx.saved_tensors)
+    d_table = torch.ops.dragkit.relation_sum_bwd(grad, index, ctx.triton)
+    return d_table, [None] * len(index), None
 
 
 register(
