@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dragkit.model import layers
 from dragkit.model.encoder import RelationStates
-from dragkit.model.layers import gate_pairs
+from dragkit.model.layers import ReasoningLayer, gate_pairs
 from dragkit_kernels import row_order
 from tests.model.retriever_cases import TEXT, double_retriever, make_graph, pack, relation_states
 
@@ -146,6 +146,26 @@ def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
     for got, want in zip(given, wanted, strict=True):
         for x, y in zip(got, want, strict=True):
             assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
+
+
+@pytest.mark.parametrize("message", ["collapsed", "parity"])
+def test_dropout_reaches_states_and_messages(message):
+    """With all of them dropped, a layer gives its bias; without a draw it does not."""
+    layer = ReasoningLayer(8, 2, 1.0, parity=message == "parity").double()
+    graph = pack(
+        [make_graph(np.random.default_rng(0), n, e, 5) for n, e in ((6, 14), (4, 9))]
+    ).graph
+    relation = torch.randn(2, 6, 8, dtype=torch.float64)
+    pairs = gate_pairs(graph.orders, 2, relation[0, :-1])
+    h, instruction = torch.randn(len(graph.topic), 8).double(), torch.randn(2, 2, 8).double()
+    p = torch.ones_like(graph.topic)
+    arguments = (h, p, layer.prepare(relation), instruction, graph.orders, pairs, graph.node_graph)
+    bias = torch.relu(layer.update.bias).expand_as(h)
+    torch.testing.assert_close(layer(*arguments), bias)
+    assert not torch.allclose(layer.eval()(*arguments), bias)
+    # Without a draw the messages alone are more than the bias.
+    layer.train().dropout.p = 0.0
+    assert not torch.allclose(layer(torch.zeros_like(h), *arguments[1:]), bias)
 
 
 def test_every_parameter_learns_from_the_logits():
