@@ -69,8 +69,8 @@ def message_passing_parity(
         rows = u.to(dtype).index_select(0, orders.pair_relation).unsqueeze(1)
         rows = torch.relu(rows * gate)  # [P, I, C]
         weight = (p.index_select(0, source) * count).index_select(0, order)
-        # Padding after the last offset weighs nothing. It goes to the last node, because
-        # embedding_bag would leave its gradient unwritten.
+        # Padding after the last offset weighs nothing. What embedding_bag makes of it depends on
+        # the device, so it goes to the last node.
         ends = torch.cat([ptr[:-1], ptr.new_full((1,), order.shape[0])])
         total = F.embedding_bag(
             orders.fact_pair.index_select(0, order),
