@@ -10,7 +10,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit.data.packed import TokenPack
@@ -220,24 +219,19 @@ class ReasoningLayer(nn.Module):
         orders: FactOrders,
         pairs: GatePairs,
         node_graph: Tensor,
-        score_weight: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Node states after one hop.
 
         Args:
             h: float [N, C]; p: float32 [N] node distribution.
             tables: of `prepare`; instruction: float [B, I, C].
             orders: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
-            score_weight: float [S, C] linear scores to take of the new states along with them.
 
         Returns:
-            float [N, C], and with score weights the scores, float [N, S].
+            float [N, C].
         """
         u = tables.relation
         if self.parity:
-            dropout = self.dropout.p if self.training else 0.0
-            # A tensor on the device: drawing it stops nothing.
-            seed = torch.randint(2**63 - 1, (), device=h.device) if dropout > 0 else None
             sums = message_passing_parity(
                 p,
                 u[0, :-1],
@@ -247,12 +241,9 @@ class ReasoningLayer(nn.Module):
                 instruction,
                 orders=orders,
                 node_graph=node_graph,
-                dropout=dropout,
-                seed=seed,
             )
-            joined = torch.cat([self.dropout(h), sums.flatten(1)], dim=1)
-            out = torch.relu(self.update(joined))
-            return out if score_weight is None else (out, F.linear(out, score_weight))
+            joined = torch.cat([self.dropout(h), self.dropout(sums).flatten(1)], dim=1)
+            return torch.relu(self.update(joined))
         c = relation_gate(
             u,
             instruction.to(u.dtype),  # under autocast the two come from maps of other precisions
@@ -274,7 +265,6 @@ class ReasoningLayer(nn.Module):
             self.update.bias,
             orders=orders,
             node_graph=node_graph,
-            score_weight=score_weight,
         )
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dragkit.config import RetrieverConfig
-from dragkit.data.packed import QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch
 from dragkit.model.encoder import RelationStates
 from dragkit.model.layers import (
     InstructionRevision,
@@ -82,11 +82,6 @@ class Retriever(nn.Module):
         """Width of a fact's representation [h_s ; x_r ; h_t]."""
         return 3 * self.config.hidden_dim
 
-    @property
-    def _scores_at_once(self) -> bool:
-        """Whether a layer can score its own states: no dropout stands in between."""
-        return not self.training or self.dropout.p == 0
-
     def forward(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
         """Scores every fact of the pack.
 
@@ -100,51 +95,58 @@ class Retriever(nn.Module):
         graph, orders = batch.graph, batch.graph.orders
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        start_pairs, all_pairs = (
+        topic_pairs, all_pairs = (
             gate_pairs(facts, graph.num_graphs, x) for facts in (graph.start, orders)
         )
         by_relation, by_graph = all_pairs.without_loops()
-        start = gather_rows(self.start(x[:, 0]), orders.pair_relation, order=by_relation)
-        h = torch.relu(relation_sum(start, orders=orders))
-        topic_count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
-        relation = torch.cat([x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], 1)
-        tables = [layer.prepare(relation) for layer in self.layers]
-        fact_weight = self.fact_score.weight.view(3, -1)
+        h = self._initial_states(x, orders, by_relation)
+        relations_and_loop = torch.cat(
+            [x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], dim=1
+        )
+        tables = [layer.prepare(relations_and_loop) for layer in self.layers]
         for stage in range(self.config.num_stages):
             if stage:
-                topics = gather_rows(h, graph.topic_row) * topic_count
-                topic_state = segment_sum(topics, graph.topic_graph, graph.num_graphs)
-                instruction = self.revision(instruction, topic_state)
-            p, score = graph.topic, None
+                instruction = self.revision(instruction, self._topic_states(h, graph))
+            # The topics hold the whole distribution when a stage begins, so only facts that touch a
+            # topic carry a message in its first layer.
+            p, facts, pairs = graph.topic, graph.start, topic_pairs
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
                 if depth:
-                    if score is None:
-                        score = self.node_score(self.dropout(h))
-                    else:
-                        score = score + self.node_score.bias
-                    p = segment_softmax(score.squeeze(1), graph.node_ptr, count=graph.node_count)
-                # At first p is zero away from the topics, so other facts carry nothing.
-                facts, pairs = (orders, all_pairs) if depth else (graph.start, start_pairs)
-                which = None
-                if self._scores_at_once and depth + 1 < len(self.layers):
-                    which = self.node_score.weight
-                elif self._scores_at_once and stage + 1 == self.config.num_stages:
-                    which = fact_weight[::2]
-                where = (facts, pairs, graph.node_graph)
-                found = layer(h, p, layer_tables, instruction, *where, score_weight=which)
-                h, score = (found, None) if which is None else found
+                    p, facts, pairs = self._node_distribution(h, graph), orders, all_pairs
+                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
         relation = self._relation_feature(x, instruction, orders, by_relation, by_graph)
-        ends = self.dropout(h) @ fact_weight[::2].t() if score is None else score
-        ends = ends.float()
-        logits = fact_scores(
+        return RetrieverOutput(self._fact_logits(h, relation, graph), h, relation)
+
+    def _initial_states(
+        self, x: Tensor, orders: FactOrders, by_relation: RowOrder | None
+    ) -> Tensor:
+        """float [N, C]: relu of the sum of a node's incident relations, mapped by `start`."""
+        rows = gather_rows(self.start(x[:, 0]), orders.pair_relation, order=by_relation)
+        return torch.relu(relation_sum(rows, orders=orders))
+
+    def _topic_states(self, h: Tensor, graph: PackedGraph) -> Tensor:
+        """float [B, C]: sum of the states of each graph's topic nodes."""
+        count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
+        topics = gather_rows(h, graph.topic_row) * count
+        return segment_sum(topics, graph.topic_graph, graph.num_graphs)
+
+    def _node_distribution(self, h: Tensor, graph: PackedGraph) -> Tensor:
+        """float [N]: softmax of the node scores over each graph."""
+        score = self.node_score(self.dropout(h)).squeeze(1)
+        return segment_softmax(score, graph.node_ptr, count=graph.node_count)
+
+    def _fact_logits(self, h: Tensor, relation: Tensor, graph: PackedGraph) -> Tensor:
+        """float32 [E]: w . [h_s ; x_r ; h_t] + b, from scalars per node and per pair."""
+        weight = self.fact_score.weight.view(3, -1)
+        ends = (self.dropout(h) @ weight[::2].t()).float()
+        return fact_scores(
             ends[:, 0],
-            (relation @ fact_weight[1]).float(),
+            (relation @ weight[1]).float(),
             ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
-            orders=orders,
+            orders=graph.orders,
             groups=graph.groups,
         )
-        return RetrieverOutput(logits, h, relation)
 
     def _relation_feature(
         self,

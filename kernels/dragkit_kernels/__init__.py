@@ -11,7 +11,6 @@ from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_to
 from .message_passing import (
     message_passing,
     message_passing_parity,
-    message_passing_parity_ref,
     message_passing_ref,
     relation_sum,
     relation_sum_ref,
@@ -78,7 +77,6 @@ __all__ = [
     "logistic_noise",
     "message_passing",
     "message_passing_parity",
-    "message_passing_parity_ref",
     "message_passing_ref",
     "prompt_embeddings",
     "prompt_embeddings_ref",

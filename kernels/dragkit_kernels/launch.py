@@ -6,11 +6,9 @@ A table lists every configuration a launcher can choose, so that `aot` can compi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -184,39 +182,6 @@ def spec(
         divisible=tuple(n for n, t in found.items() if t == "i32" and n not in unspecialised),
         max_registers=tile.max_registers,
     )
-
-
-# How the layer's forward sums the facts of a tile of nodes, by the dtype of its tables: the j-th
-# facts of all nodes together ("slots"), or blocks of facts by a product on the tensor cores
-# ("one-hot"), where the layer's own product is made there as well. Other dtypes have slots alone.
-SUM = {torch.float16: "slots", torch.bfloat16: "slots"}
-# Facts of a block: with 64 a thread has no registers left.
-ONE_HOT_FACTS = 32
-
-
-def sum_way(dtype: torch.dtype) -> str:
-    """ "slots" or "one-hot", for tables of a dtype."""
-    return SUM.get(dtype, "slots")
-
-
-@contextmanager
-def force_sum(way: str) -> Iterator[None]:
-    """Tables that have a choice are summed this way inside the `with` block.
-
-    Args:
-        way: "slots" or "one-hot".
-
-    Raises:
-        ValueError: another name.
-    """
-    if way not in ("slots", "one-hot"):
-        raise ValueError(f"way must be slots or one-hot, got {way!r}")
-    previous = dict(SUM)
-    SUM.update(dict.fromkeys(SUM, way))
-    try:
-        yield
-    finally:
-        SUM.update(previous)
 
 
 # Matrix rows that are summed: columns are split over programs, since a sum of many rows is the work

@@ -3,8 +3,7 @@
 Philox4x32-10 (Salmon et al. 2011) turns 128 counter bits and 64 key bits into four random words.
 The counter of a fact is (its index within its question, low word of the question's key, high word
 of the key, 0), the two keys are the low and high words of the seed, and output word 0 is used:
-`tl.philox(seed, fact, key_low, key_high, 0)[0]` in Triton. Dropout takes its words from the same
-generator: see `dropped`.
+`tl.philox(seed, fact, key_low, key_high, 0)[0]` in Triton.
 """
 
 from __future__ import annotations
@@ -61,55 +60,6 @@ def logistic(word: Tensor) -> Tensor:
     """
     u = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return torch.log(u) - torch.log(1.0 - u)
-
-
-def dropout_threshold(dropout: float) -> int:
-    """The number below which 16 random bits mean a dropped element."""
-    return min(round(dropout * 2.0**16), 2**16 - 1)
-
-
-def dropout_scale(dropout: float) -> float:
-    """What kept elements are multiplied by, so that the mean stays; 1 / (1 - dropout) but for the
-    rounding to 16 bits."""
-    return 2.0**16 / (2**16 - dropout_threshold(dropout))
-
-
-# Counters drawn at a time on a CPU, so that they stay in its cache.
-_CHUNK = 65536
-
-
-def dropped(
-    seed: Tensor, num_rows: int, num_instructions: int, num_columns: int, dropout: float
-) -> Tensor:
-    """Which elements (row, instruction, direction, column) a dropout sets to zero.
-
-    Instruction k takes word k % 4 of Philox with the counter (column, k // 4, row, 0) and the words
-    of the seed as keys, direction 0 its lower and direction 1 its upper half; an element is dropped
-    if these 16 bits are below `dropout_threshold(dropout)`.
-
-    Args:
-        seed: int64 [].
-        num_rows, num_instructions, num_columns: N, I, C.
-        dropout: probability of an element to be dropped.
-
-    Returns:
-        bool [N, I, 2, C].
-    """
-    groups = -(-num_instructions // 4)
-    out = seed.new_empty((num_rows, groups, 4, 2, num_columns), dtype=torch.bool)
-    key = (seed & _WORD, (seed >> 32) & _WORD)
-    column = torch.arange(num_columns, device=seed.device)
-    group = torch.arange(groups, device=seed.device).unsqueeze(1)
-    step = _CHUNK // max(1, groups * num_columns) if seed.device.type == "cpu" else num_rows
-    limit = dropout_threshold(dropout)
-    for first in range(0, num_rows, max(1, step)):
-        part = out[first : first + max(1, step)]
-        row = torch.arange(first, first + part.shape[0], device=seed.device).view(-1, 1, 1)
-        words = philox4x32((column, group, row, torch.zeros_like(column)), key)
-        for place, word in enumerate(words):
-            torch.lt(word & 0xFFFF, limit, out=part[:, :, place, 0])
-            torch.lt(word, limit << 16, out=part[:, :, place, 1])
-    return out.flatten(1, 2)[:, :num_instructions]
 
 
 def check_counter(op: str, seed: Tensor, question_key: Tensor, fact_ptr: Tensor) -> None:

@@ -61,6 +61,25 @@ class FactOrders(NamedTuple):
         return self.pair_relation.shape[0]
 
 
+def check_orders(op: str, orders: FactOrders) -> None:
+    """Raises ValueError unless all fields are int32 and have the sizes of one set of facts."""
+    facts, nodes, pairs = orders.num_facts, orders.num_nodes, orders.num_pairs
+    sizes = {"tail_ptr": nodes + 1, "head_ptr": nodes + 1, "pair_ptr": pairs + 1}
+    sizes |= {"pair_relation": pairs, "pair_graph": pairs}
+    for name, tensor in zip(orders._fields, orders, strict=True):
+        # The names of all fields would be formatted in every call.
+        size = sizes.get(name, facts)
+        if tensor.shape != (size,):
+            check_shape(op, f"orders.{name}", tensor, (size,))
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{op}: orders.{name} must be int32, got {tensor.dtype}")
+
+
+def contiguous_orders(index: Sequence[Tensor]) -> FactOrders:
+    """The fields of a FactOrders, as an op takes them, without gaps in memory."""
+    return FactOrders(*(x.contiguous() for x in index))
+
+
 class FactGroups(NamedTuple):
     """Which of the E facts of the questions a fact of `FactOrders` stands for; all int32.
 

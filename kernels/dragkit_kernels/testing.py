@@ -181,6 +181,27 @@ def random_adjacency(
     return adjacency(sizes, head, tail, relation, **counts)
 
 
+def padded_facts(pack: Adjacency, rows: int) -> Adjacency:
+    """The pack with `rows` more facts, and one pair, that no node has and that weigh nothing."""
+    orders = pack.orders
+    fact, node = orders.num_facts + rows - 1, orders.num_nodes - 1
+    graph = len(pack.node_ptr) - 2
+    fill = {
+        **dict.fromkeys(("head", "tail"), (rows, node)),
+        **dict.fromkeys(("tail_fact", "head_fact", "pair_fact"), (rows, fact)),
+        **dict.fromkeys(("head_count", "tail_count"), (rows, 0)),
+        "fact_pair": (rows, orders.num_pairs),
+        "pair_ptr": (1, orders.num_facts),
+        "pair_relation": (1, 0),
+        "pair_graph": (1, graph),
+    }
+    columns = {
+        name: torch.cat([getattr(orders, name), getattr(orders, name).new_full((size,), value)])
+        for name, (size, value) in fill.items()
+    }
+    return pack._replace(orders=orders._replace(**columns))
+
+
 def strided_like(tensor: Tensor) -> Tensor:
     """The same values in memory with gaps: every dimension has a stride of more than it needs."""
     if tensor.dim() == 0:
@@ -195,10 +216,19 @@ def leaves(tensors: list[Tensor]) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in tensors]
 
 
-def gradients(out: Tensor, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
+def gradients(
+    out: Tensor, inputs: list[Tensor], grad: Tensor, *, retain_graph: bool = False
+) -> list[Tensor]:
     """Gradients of `out` with respect to every input; zeros for an input without influence."""
-    grad = grad.to(out.dtype)
-    return list(torch.autograd.grad(out, inputs, grad, allow_unused=True, materialize_grads=True))
+    found = torch.autograd.grad(
+        out,
+        inputs,
+        grad.to(out.dtype),
+        retain_graph=retain_graph,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return list(found)
 
 
 class Pieces(NamedTuple):

@@ -32,22 +32,3 @@ def logistic_noise_block(seed, question_key, offs_e):
     word = noise_word(seed, question_key, offs_e)
     u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return tl.log(u) - tl.log(1.0 - u)
-
-
-@triton.jit
-def kept_bits(seed, row, group, column, threshold, DIRECTION: tl.constexpr):
-    """Bit w of [row, column] is set where instruction 4 group + w is kept; see `noise.dropped`.
-
-    `row` [R, 1] and `column` [1, C] are int32, `group` and `threshold` int32 numbers.
-    """
-    zero = row * 0 + column * 0
-    w0, w1, w2, w3 = tl.philox(seed, column + zero, group + zero, row + zero, zero)
-    bits = _is_kept(w0, threshold, DIRECTION) | (_is_kept(w1, threshold, DIRECTION) << 1)
-    bits |= _is_kept(w2, threshold, DIRECTION) << 2
-    return bits | (_is_kept(w3, threshold, DIRECTION) << 3)
-
-
-@triton.jit
-def _is_kept(word, threshold, DIRECTION: tl.constexpr):
-    half = ((word >> (16 * DIRECTION)) & 0xFFFF).to(tl.int32)
-    return (half >= threshold).to(tl.int32)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from dragkit.model import layers
 from dragkit.model.encoder import RelationStates
-from dragkit.model.layers import gate_pairs
-from dragkit.model.retriever import Retriever
+from dragkit.model.layers import ReasoningLayer, gate_pairs
 from dragkit_kernels import row_order
 from tests.model.retriever_cases import TEXT, double_retriever, make_graph, pack, relation_states
 
@@ -150,33 +149,23 @@ def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
 
 
 @pytest.mark.parametrize("message", ["collapsed", "parity"])
-def test_scores_taken_along_are_those_taken_afterwards(message, monkeypatch):
-    """And so are all gradients; with dropout at work nothing is taken along."""
-    rng = np.random.default_rng(2)
-    batch = pack([make_graph(rng, n, e, 5) for n, e in ((6, 14), (0, 0), (4, 9))])
-    model, relations, asked = double_retriever(message=message), relation_states(5), []
-    plain = layers.ReasoningLayer.forward
-
-    def forward(self, *arguments, score_weight=None):
-        asked.append(score_weight is not None)
-        return plain(self, *arguments, score_weight=score_weight)
-
-    monkeypatch.setattr(layers.ReasoningLayer, "forward", forward)
-    found = []
-    for at_once in (True, False):
-        monkeypatch.setattr(Retriever, "_scores_at_once", at_once)
-        model.zero_grad()
-        logits = model(batch, relations).fact_logits
-        logits.pow(2).sum().backward()
-        # Of two layers in two stages all but the last of the first stage.
-        assert asked == ([True, False, True, True] if at_once else [False] * 4)
-        asked.clear()
-        found.append([logits.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6)
-    monkeypatch.undo()
-    model.dropout.p = 0.5
-    assert not model._scores_at_once and model.eval()._scores_at_once
+def test_dropout_reaches_states_and_messages(message):
+    """With all of them dropped, a layer gives its bias; without a draw it does not."""
+    layer = ReasoningLayer(8, 2, 1.0, parity=message == "parity").double()
+    graph = pack(
+        [make_graph(np.random.default_rng(0), n, e, 5) for n, e in ((6, 14), (4, 9))]
+    ).graph
+    relation = torch.randn(2, 6, 8, dtype=torch.float64)
+    pairs = gate_pairs(graph.orders, 2, relation[0, :-1])
+    h, instruction = torch.randn(len(graph.topic), 8).double(), torch.randn(2, 2, 8).double()
+    p = torch.ones_like(graph.topic)
+    arguments = (h, p, layer.prepare(relation), instruction, graph.orders, pairs, graph.node_graph)
+    bias = torch.relu(layer.update.bias).expand_as(h)
+    torch.testing.assert_close(layer(*arguments), bias)
+    assert not torch.allclose(layer.eval()(*arguments), bias)
+    # Without a draw the messages alone are more than the bias.
+    layer.train().dropout.p = 0.0
+    assert not torch.allclose(layer(torch.zeros_like(h), *arguments[1:]), bias)
 
 
 def test_every_parameter_learns_from_the_logits():

@@ -15,7 +15,6 @@ from dragkit_kernels import (
     relation_sum,
     segment_softmax,
 )
-from dragkit_kernels.message_passing import _walks
 from dragkit_kernels.testing import Adjacency, assert_close, random_adjacency
 
 WIDTH = 6
@@ -45,11 +44,8 @@ def fact_groups(rows: int) -> FactGroups:
 def test_opcheck_message_passing() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = list(floats(pack).values())
-    walks = (*_walks(pack.orders), pack.node_graph)
+    walks = (list(pack.orders), pack.node_graph)
     torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks, False))
-    score = torch.randn(2, WIDTH, requires_grad=True)
-    scored = torch.ops.dragkit.message_passing_scored_fwd.default
-    torch.library.opcheck(scored, (score, *x, *walks, False))
     plain = [t.detach() for t in x]
     out = torch.ops.dragkit.message_passing_fwd(*plain, *walks, False)
     for mask in ([True] * 7, [False, True, False, True, False, True, False]):
@@ -61,11 +57,11 @@ def test_opcheck_the_others() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     o, ops = pack.orders, torch.ops.dragkit
     table = torch.randn(o.num_pairs, WIDTH).requires_grad_()
-    torch.library.opcheck(ops.relation_sum_fwd.default, (table, *_walks(o), False))
+    torch.library.opcheck(ops.relation_sum_fwd.default, (table, list(o), False))
     rows = torch.randn(9, WIDTH)
     torch.library.opcheck(
         ops.relation_sum_bwd.default,
-        (rows, o.head, o.tail, *_walks(o)[6:], False),
+        (rows, list(o), False),
     )
     score = torch.randn(9).requires_grad_()
     mask = torch.rand(9) > 0.3
@@ -112,15 +108,15 @@ def test_opcheck_gumbel_topk(drawn: bool, concrete: bool, budget: bool) -> None:
 def test_fake_tensors_follow_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
-    walks = _walks(pack.orders)
+    index = list(pack.orders)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.dragkit.message_passing_fwd.default,
-        (*x, *walks, pack.node_graph, False),
+        (*x, index, pack.node_graph, False),
         test_utils=utils,
     )
     torch.library.opcheck(
-        torch.ops.dragkit.relation_sum_fwd.default, (x[2], *walks, False), test_utils=utils
+        torch.ops.dragkit.relation_sum_fwd.default, (x[2], index, False), test_utils=utils
     )
     torch.library.opcheck(
         torch.ops.dragkit.segment_softmax_fwd.default,
@@ -132,10 +128,10 @@ def test_fake_tensors_follow_low_precision() -> None:
 def test_second_derivatives_are_refused() -> None:
     pack = random_adjacency([(5, 9), (4, 6)], 4)
     x = floats(pack)
-    walks, node_graph = _walks(pack.orders), pack.node_graph
+    index, node_graph = list(pack.orders), pack.node_graph
     outputs = {
         "message_passing_bwd": torch.ops.dragkit.message_passing_fwd(
-            *x.values(), *walks, node_graph, False
+            *x.values(), index, node_graph, False
         ),
         "segment_softmax_bwd": segment_softmax(x["p"], pack.node_ptr),
         "relation_sum_bwd": relation_sum(x["table_fwd"], orders=pack.orders),

@@ -20,7 +20,6 @@ from dragkit_kernels import (
     gather_rows,
     gumbel_topk,
     message_passing,
-    message_passing_parity,
     message_passing_ref,
     relation_gate,
     relation_sum,
@@ -118,15 +117,6 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     instruction = torch.randn(len(SIZES), 3, WIDTH, generator=generator).to(device, dtype)
     label = (torch.rand(facts, generator=generator) < 0.1).float().to(device)
 
-    def parity_case(backend: str) -> tuple[Tensor, ...]:
-        found: list[Tensor] = []
-        for dropout in (0.0, 0.2):
-            options = {"dropout": dropout, "seed": seed, "backend": backend}
-            walk = {"orders": pack.orders, "node_graph": pack.node_graph, **options}
-            values = layer[1], table[0], table[1], layer[6], layer[0][0], instruction
-            found += run(lambda *x, walk=walk: (message_passing_parity(*x, **walk),), *values)
-        return tuple(found)
-
     def gate_case(backend: str) -> tuple[Tensor, ...]:
         pairs = pack.orders.pair_relation, pack.orders.pair_graph
         return run(lambda *x: (relation_gate(*x, *pairs, backend=backend),), table, instruction)
@@ -149,7 +139,6 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         return run(rows, layer[0], layer[2], gate)
 
     return {
-        "message_passing_parity": parity_case,
         "relation_gate": gate_case,
         "fact_loss": loss_case,
         "rows": rows_case,
@@ -162,7 +151,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
 
 
 NAMES = (
-    *("message_passing", "message_passing_parity", "relation_sum", "relation_gate", "rows"),
+    *("message_passing", "relation_sum", "relation_gate", "rows"),
     *("segment_softmax", "fact_scores", "fact_loss", "gumbel_topk"),
 )
 

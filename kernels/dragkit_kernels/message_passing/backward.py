@@ -1,6 +1,7 @@
-"""Triton backward of message_passing: row dots per node, row sums per pair and per graph.
+"""Triton backward of message_passing and relation_sum: row dots per node, row sums per pair and
+graph.
 
-The matrix products are left to the library.
+The matrix products are left to PyTorch.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget
+from ..launch import Budget, spec
+from ..library import empty_gradients
+from ..orders import FactOrders, contiguous_orders
 from ..segments import segment_ptr
 from .chunks import chunk_sums
 from .product import product
-from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, sum_tile, wide_spec
-from .walk import add_rows, block_rows, chunk_rows, sum_row
+from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, sum_tile
+from .walk import Walk, add_rows, block_columns, block_rows, chunk_rows, sum_row
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
@@ -26,9 +29,9 @@ def _message_passing_bwd_p_kernel(
     self_table_ptr,
     head_ptr,
     tail_ptr,
-    tail_begin_ptr,
+    tail_rowptr_ptr,
     tail_fact_ptr,
-    head_begin_ptr,
+    head_rowptr_ptr,
     head_fact_ptr,
     fact_pair_ptr,
     head_count_ptr,
@@ -49,27 +52,30 @@ def _message_passing_bwd_p_kernel(
     dp = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, num_columns, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < num_columns
-        mask = mask_n[:, None] & mask_c[None, :]
-        own_at = graph[:, None] * num_columns + offs_c[None, :]
-        own = tl.load(self_table_ptr + own_at, mask=mask, other=0.0).to(tl.float32)
+        mask = mask_n[:, None] & (offs_c < num_columns)[None, :]
+        at = graph[:, None] * num_columns + offs_c[None, :]
+        own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
         at = offs_n[:, None] * num_columns + offs_c[None, :]
         acc = own * tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-            fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
-            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
+        walk = (
+            head_fact_ptr, fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
         )  # fmt: skip
         acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-            fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
+            acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, walk,
+            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+        walk = (
+            tail_fact_ptr, fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
+        )  # fmt: skip
+        acc = add_rows(
+            acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, walk,
             chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         dp += tl.sum(acc, 1)
     if chunk_out_ptr is not None:
-        row, live = chunk_rows(offs_n, mask_n, head_begin_ptr)
+        row, live = chunk_rows(offs_n, mask_n, head_rowptr_ptr)
         dp += tl.load(chunk_out_ptr + row, mask=live, other=0.0)
-        row, live = chunk_rows(offs_n, mask_n, tail_begin_ptr)
+        row, live = chunk_rows(offs_n, mask_n, tail_rowptr_ptr)
         dp += tl.load(chunk_in_ptr + row, mask=live, other=0.0)
     tl.store(dp_ptr + offs_n, dp.to(dp_ptr.dtype.element_ty), mask=mask_n)
 
@@ -80,7 +86,7 @@ def _message_passing_bwd_tables_kernel(
     p_ptr,
     head_ptr,
     tail_ptr,
-    pair_begin_ptr,
+    pair_rowptr_ptr,
     pair_fact_ptr,
     head_count_ptr,
     tail_count_ptr,
@@ -89,28 +95,29 @@ def _message_passing_bwd_tables_kernel(
     d_fwd_ptr,
     d_inv_ptr,
     num_columns,
+    ONE_TABLE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dY^F_r = sum_{e: pair=r} n p[head] d[tail] and dY^I_r = sum_{e: pair=r} m p[tail] d[head],
-    those of the two that have a place to go."""
+    """dY^F_r = sum_{e: pair=r} n p[head] d[tail] and dY^I_r = sum_{e: pair=r} m p[tail] d[head].
+
+    A gradient whose pointer is None is left out. With ONE_TABLE d_fwd gets the sum of both. Without
+    p its factors are one.
+    """
     pid_r = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_columns
-    begin = tl.load(pair_begin_ptr + pid_r)
-    end = tl.load(pair_begin_ptr + pid_r + 1)
+    offs_c, mask_c = block_columns(BLOCK_C, num_columns)
+    begin = tl.load(pair_rowptr_ptr + pid_r)
+    end = tl.load(pair_rowptr_ptr + pid_r + 1)
     at = pid_r * num_columns + offs_c
+    fwd = (pair_fact_ptr, tail_ptr, head_ptr, tail_count_ptr, p_ptr, delta_ptr, None)
+    inv = (pair_fact_ptr, head_ptr, tail_ptr, head_count_ptr, p_ptr, delta_ptr, None)
     if d_fwd_ptr is not None:
-        total = sum_row(
-            begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, tail_ptr, head_ptr,
-            tail_count_ptr, p_ptr, delta_ptr, None, chunk_fwd_ptr, BLOCK_E, BLOCK_C,
-        )  # fmt: skip
+        total = sum_row(begin, end, offs_c, num_columns, fwd, chunk_fwd_ptr, BLOCK_E, BLOCK_C)
+        if ONE_TABLE:
+            total += sum_row(begin, end, offs_c, num_columns, inv, chunk_inv_ptr, BLOCK_E, BLOCK_C)
         tl.store(d_fwd_ptr + at, total.to(d_fwd_ptr.dtype.element_ty), mask=mask_c)
     if d_inv_ptr is not None:
-        total = sum_row(
-            begin, end, offs_c, mask_c, num_columns, pair_fact_ptr, head_ptr, tail_ptr,
-            head_count_ptr, p_ptr, delta_ptr, None, chunk_inv_ptr, BLOCK_E, BLOCK_C,
-        )  # fmt: skip
+        total = sum_row(begin, end, offs_c, num_columns, inv, chunk_inv_ptr, BLOCK_E, BLOCK_C)
         tl.store(d_inv_ptr + at, total.to(d_inv_ptr.dtype.element_ty), mask=mask_c)
 
 
@@ -118,7 +125,7 @@ def _message_passing_bwd_tables_kernel(
 def _message_passing_bwd_self_kernel(
     delta_ptr,
     p_ptr,
-    graph_begin_ptr,
+    graph_rowptr_ptr,
     chunk_ptr,
     d_self_ptr,
     num_columns,
@@ -127,12 +134,11 @@ def _message_passing_bwd_self_kernel(
 ):
     """dY^self_g = sum of p_v d_v over the nodes v of graph g."""
     pid_g = tl.program_id(0).to(tl.int64)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_columns
-    total = sum_row(
-        tl.load(graph_begin_ptr + pid_g), tl.load(graph_begin_ptr + pid_g + 1), offs_c, mask_c,
-        num_columns, None, None, None, None, p_ptr, delta_ptr, None, chunk_ptr, BLOCK_N, BLOCK_C,
-    )  # fmt: skip
+    offs_c, mask_c = block_columns(BLOCK_C, num_columns)
+    begin = tl.load(graph_rowptr_ptr + pid_g)
+    end = tl.load(graph_rowptr_ptr + pid_g + 1)
+    walk = (None, None, None, None, p_ptr, delta_ptr, None)
+    total = sum_row(begin, end, offs_c, num_columns, walk, chunk_ptr, BLOCK_N, BLOCK_C)
     at = pid_g * num_columns + offs_c
     tl.store(d_self_ptr + at, total.to(d_self_ptr.dtype.element_ty), mask=mask_c)
 
@@ -147,33 +153,40 @@ def message_passing_bwd(
     self_table: Tensor,
     weight: Tensor,
     bias: Tensor,
-    *rest: Tensor | list[bool],
+    index: list[Tensor],
+    node_graph: Tensor,
+    output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Launches what output_mask asks for; see `dragkit::message_passing_bwd`."""
-    *orders, node_graph, output_mask = rest
-    orders = [x.contiguous() for x in orders]
+    orders, node_graph, p = contiguous_orders(index), node_graph.contiguous(), p.contiguous()
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
-    out = [
-        x.new_empty(x.shape if wanted else (0,))
-        for x, wanted in zip(inputs, output_mask, strict=True)
-    ]
+    out = list(empty_gradients(inputs, output_mask))
     # The gradient keeps its dtype: setting elements to zero rounds nothing.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
-    p = p.contiguous()
     if output_mask[0]:
         out[0] = product(delta, weight.t(), _common(delta, weight)).to(h.dtype)
     if out[1].numel() > 0:
         tables = [x.contiguous() for x in (table_fwd, table_inv, self_table)]
-        _launch_p(out[1], delta, tables, orders, node_graph.contiguous())
-    if out[2].numel() + out[3].numel() > 0:
-        _launch_tables(out[2:4], delta, p, orders)
+        _launch_p(out[1], delta, tables, orders, node_graph)
+    d_fwd, d_inv = (x if x.numel() > 0 else None for x in out[2:4])
+    if d_fwd is not None or d_inv is not None:
+        _launch_tables(d_fwd, d_inv, delta, p, orders)
     if out[4].numel() > 0:
-        _launch_self(out[4], delta, p, node_graph.contiguous())
+        _launch_self(out[4], delta, p, node_graph)
     if output_mask[5]:
         out[5] = product(h.t(), delta, _common(h, delta, weight)).to(weight.dtype)
     if output_mask[6]:
         out[6] = delta.sum(0, dtype=torch.float32).to(bias.dtype)
     return tuple(out)
+
+
+def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
+    """Launches the gradient; see `dragkit::relation_sum_bwd`."""
+    orders = contiguous_orders(index)
+    d_table = grad.new_empty(orders.num_pairs, grad.shape[1])
+    if d_table.numel() > 0:
+        _launch_tables(d_table, None, grad.contiguous(), None, orders)
+    return d_table
 
 
 def _common(*tensors: Tensor) -> torch.dtype:
@@ -183,21 +196,17 @@ def _common(*tensors: Tensor) -> torch.dtype:
 
 
 def _launch_p(
-    dp: Tensor, delta: Tensor, tables: list[Tensor], orders: list[Tensor], node_graph: Tensor
+    dp: Tensor, delta: Tensor, tables: list[Tensor], o: FactOrders, node_graph: Tensor
 ) -> None:
-    head, tail, tail_ptr, tail_fact, head_ptr, head_fact, _, _, *rest = orders
-    fact_pair, head_count, tail_count = rest
-    table_fwd, table_inv, _ = tables
     num_nodes, num_columns = delta.shape
     tile = dot_tile(num_columns, delta.dtype)
+    outgoing = Walk(o.head_fact, o.fact_pair, o.tail, o.tail_count, None, tables[0], delta)
+    incoming = Walk(o.tail_fact, o.fact_pair, o.head, o.head_count, None, tables[1], delta)
     _message_passing_bwd_p_kernel[(triton.cdiv(num_nodes, tile.rows),)](
-        delta,
-        *tables,
-        *(head, tail, tail_ptr, tail_fact, head_ptr, head_fact),
-        *rest,
-        node_graph,
-        chunk_sums(head_ptr, head, head_fact, fact_pair, tail, tail_count, None, table_fwd, delta),
-        chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, head_count, None, table_inv, delta),
+        *(delta, *tables, o.head, o.tail, o.tail_ptr, o.tail_fact, o.head_ptr, o.head_fact),
+        *(o.fact_pair, o.head_count, o.tail_count, node_graph),
+        chunk_sums(o.head_ptr, o.head, outgoing),
+        chunk_sums(o.tail_ptr, o.tail, incoming),
         dp,
         num_nodes,
         num_columns,
@@ -207,23 +216,22 @@ def _launch_p(
     )
 
 
-def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: list[Tensor]) -> None:
-    head, tail, _, _, _, _, pair_ptr, pair_fact, fact_pair, head_count, tail_count = orders
-    num_pairs, num_columns = pair_ptr.shape[0] - 1, delta.shape[1]
-    tile = sum_tile(num_columns, delta.dtype)
-    walk = (pair_ptr, fact_pair, pair_fact)
-    sides = ((tail, head, tail_count), (head, tail, head_count))
-    chunks = [
-        chunk_sums(*walk, *side, p, delta) if out.numel() > 0 else None
-        for out, side in zip(d_tables, sides, strict=True)
-    ]
-    _message_passing_bwd_tables_kernel[tile.grid(num_pairs * tile.rows, num_columns)](
-        delta,
-        p,
-        *(head, tail, pair_ptr, pair_fact, head_count, tail_count),
-        *chunks,
-        *(x if x.numel() > 0 else None for x in d_tables),
+def _launch_tables(
+    d_fwd: Tensor | None, d_inv: Tensor | None, delta: Tensor, p: Tensor | None, o: FactOrders
+) -> None:
+    """Fills the gradients of the tables. Without p, d_fwd is that of one table for both."""
+    num_columns, one_table = delta.shape[1], p is None
+    fwd = Walk(o.pair_fact, o.tail, o.head, o.tail_count, p, delta)
+    inv = Walk(o.pair_fact, o.head, o.tail, o.head_count, p, delta)
+    tile = (dot_tile if one_table else sum_tile)(num_columns, delta.dtype)
+    _message_passing_bwd_tables_kernel[tile.grid(o.num_pairs * tile.rows, num_columns)](
+        *(delta, p, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count),
+        chunk_sums(o.pair_ptr, o.fact_pair, fwd) if d_fwd is not None else None,
+        chunk_sums(o.pair_ptr, o.fact_pair, inv) if d_inv is not None or one_table else None,
+        d_fwd,
+        d_inv,
         num_columns,
+        ONE_TABLE=one_table,
         BLOCK_E=tile.rows,
         BLOCK_C=tile.columns,
         **tile.options,
@@ -232,13 +240,13 @@ def _launch_tables(d_tables: list[Tensor], delta: Tensor, p: Tensor, orders: lis
 
 def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -> None:
     num_graphs, num_columns = d_self.shape
-    tile = SELF_TILE
-    graph_ptr = segment_ptr(node_graph, num_graphs)
+    tile, graph_ptr = SELF_TILE, segment_ptr(node_graph, num_graphs)
+    walk = Walk(None, None, None, None, p, delta)
     _message_passing_bwd_self_kernel[tile.grid(num_graphs * tile.rows, num_columns)](
         delta,
         p,
         graph_ptr,
-        chunk_sums(graph_ptr, node_graph, None, None, None, None, p, delta),
+        chunk_sums(graph_ptr, node_graph, walk),
         d_self,
         num_columns,
         BLOCK_N=tile.rows,
@@ -247,14 +255,25 @@ def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -
     )
 
 
-BUDGET = Budget(registers=80, shared=8192, wide_loads=4)
+_BUDGET = Budget(registers=80, shared=8192, wide_loads=4)
+# One table stands for both in relation_sum, where a fact has no weight but its count.
+_ONE_TABLE = {"p_ptr": None, "d_inv_ptr": None}
 KERNELS = tuple(
-    wide_spec(kernel, kind, tile, rows, BUDGET, chunks=chunks)
-    for kind, dtype in DTYPES.items()
+    spec(
+        kernel,
+        _BUDGET,
+        tile=tile,
+        dtype=dtype,
+        constants={"ONE_TABLE": absent is _ONE_TABLE} if "ONE_TABLE" in kernel.arg_names else None,
+        **absent,
+        **{name: chunks for name in kernel.arg_names if name.startswith("chunk_")},
+    )
+    for dtype, kind in DTYPES.items()
     for chunks in (None, "*fp32")
-    for kernel, tile, rows in (
-        *((_message_passing_bwd_p_kernel, dot_tile(c, dtype), "BLOCK_N") for c in COLUMNS),
-        *((_message_passing_bwd_tables_kernel, sum_tile(c, dtype), "BLOCK_E") for c in COLUMNS),
-        (_message_passing_bwd_self_kernel, SELF_TILE, "BLOCK_N"),
+    for kernel, tile, absent in (
+        *((_message_passing_bwd_p_kernel, dot_tile(c, kind), {}) for c in COLUMNS),
+        *((_message_passing_bwd_tables_kernel, sum_tile(c, kind), {}) for c in COLUMNS),
+        *((_message_passing_bwd_tables_kernel, dot_tile(c, kind), _ONE_TABLE) for c in COLUMNS),
+        (_message_passing_bwd_self_kernel, SELF_TILE, {}),
     )
 )

@@ -12,63 +12,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec
-from .tiles import COLUMNS, DTYPES, dot_tile, sum_tile, wide_spec
-from .walk import CHUNK, sum_slots
+from ..launch import Budget, KernelSpec, WideTile, spec
+from .tiles import COLUMNS, DTYPES, dot_tile, sum_tile
+from .walk import CHUNK, Walk, block_columns, sum_facts
 
 # Smaller packs save the launch: half a tile of facts at a time, their longest rows are short.
 SPLIT_FACTS = 8192
 
 
 @triton.jit
-def _row_of_block(pid_b, ptr_ptr, key_ptr, order_ptr, CHUNK_E: tl.constexpr):
-    """(begin, end) of the row of a block's last slot, and whether the slot is in it.
+def _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E: tl.constexpr):
+    """(begin, end) of the row of a block's last offset, and whether the offset is in it.
 
-    Slots of padding are in no row.
+    Offsets of padding are in no row.
     """
     last = (pid_b + 1) * CHUNK_E - 1
     fact = last
-    if order_ptr is not None:
-        fact = tl.load(order_ptr + last).to(tl.int64)
+    if perm_ptr is not None:
+        fact = tl.load(perm_ptr + last).to(tl.int64)
     row = tl.load(key_ptr + fact).to(tl.int64)
-    begin = tl.load(ptr_ptr + row)
-    end = tl.load(ptr_ptr + row + 1)
+    begin = tl.load(rowptr_ptr + row)
+    end = tl.load(rowptr_ptr + row + 1)
     return begin, end, (begin <= last) & (last < end)
 
 
 @triton.jit
 def _message_passing_fwd_chunks_kernel(
-    ptr_ptr,
+    rowptr_ptr,
     key_ptr,
-    order_ptr,
+    perm_ptr,
     row_ptr,
-    end_ptr,
+    sender_ptr,
     count_ptr,
     p_ptr,
     table_ptr,
-    other_ptr,
+    factor_ptr,
     chunk_ptr,
     num_columns,
     CHUNK_E: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """chunk_b = sum over the one whole chunk of a row that begins in slots b CHUNK..(b+1) CHUNK.
+    """chunk_b = sum over the one whole chunk of a row that begins at offsets b CHUNK..(b+1) CHUNK.
 
-    Such a chunk holds the last of these slots, and there is no other. Where none begins, chunk_b is
-    left as it is: nobody reads it. With `other` it is one number for each block of columns.
+    Such a chunk holds the last of these offsets, and there is no other. Where none begins, chunk_b
+    is left as it is: nobody reads it. With a factor it is one number for each block of columns.
     """
     pid_b = tl.program_id(0).to(tl.int64)
-    row_begin, row_end, inside = _row_of_block(pid_b, ptr_ptr, key_ptr, order_ptr, CHUNK_E)
+    row_begin, row_end, inside = _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E)
     begin = row_begin + (pid_b - row_begin // CHUNK_E) * CHUNK_E
-    if inside & (begin + CHUNK_E <= row_end):
-        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < num_columns
-        total = sum_slots(
-            begin, begin + CHUNK_E, offs_c, mask_c, num_columns, order_ptr, row_ptr, end_ptr,
-            count_ptr, p_ptr, table_ptr, other_ptr, BLOCK_E, BLOCK_C,
-        )  # fmt: skip
-        if other_ptr is None:
+    end = begin + CHUNK_E
+    if inside & (end <= row_end):
+        offs_c, mask_c = block_columns(BLOCK_C, num_columns)
+        walk = (perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr)
+        total = sum_facts(begin, end, offs_c, num_columns, walk, BLOCK_E, BLOCK_C)
+        if factor_ptr is None:
             tl.store(chunk_ptr + pid_b * num_columns + offs_c, total, mask=mask_c)
         else:
             at = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + pid_b
@@ -77,9 +75,9 @@ def _message_passing_fwd_chunks_kernel(
 
 @triton.jit
 def _message_passing_fwd_row_chunks_kernel(
-    ptr_ptr,
+    rowptr_ptr,
     key_ptr,
-    order_ptr,
+    perm_ptr,
     chunk_ptr,
     num_columns,
     CHUNK_E: tl.constexpr,
@@ -88,113 +86,83 @@ def _message_passing_fwd_row_chunks_kernel(
 ):
     """chunk_b = sum of all chunks of a row, for the first of them: b. They lie side by side."""
     pid_b = tl.program_id(0).to(tl.int64)
-    begin, end, inside = _row_of_block(pid_b, ptr_ptr, key_ptr, order_ptr, CHUNK_E)
+    begin, end, inside = _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E)
     if inside & (begin // CHUNK_E == pid_b) & (begin + 2 * CHUNK_E <= end):
-        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        mask_c = offs_c < num_columns
-        total = sum_slots(
-            pid_b, pid_b + (end - begin) // CHUNK_E, offs_c, mask_c, num_columns, None, None, None,
-            None, None, chunk_ptr, None, BLOCK_E, BLOCK_C,
-        )  # fmt: skip
+        offs_c, mask_c = block_columns(BLOCK_C, num_columns)
+        walk = (None, None, None, None, None, chunk_ptr, None)
+        last = pid_b + (end - begin) // CHUNK_E
+        total = sum_facts(pid_b, last, offs_c, num_columns, walk, BLOCK_E, BLOCK_C)
         tl.store(chunk_ptr + pid_b * num_columns + offs_c, total, mask=mask_c)
 
 
-def chunk_sums(
-    ptr: Tensor,
-    key: Tensor,
-    order: Tensor | None,
-    row: Tensor | None,
-    end: Tensor | None,
-    count: Tensor | None,
-    p: Tensor | None,
-    table: Tensor,
-    other: Tensor | None = None,
-) -> Tensor | None:
-    """float32 [slots / CHUNK, C], the sum of row v's chunks at ptr[v] / CHUNK.
-
-    None for a small pack. With `other` [slots / CHUNK], summed over the columns. Places of no row
-    hold anything.
+def chunk_sums(rowptr: Tensor, key: Tensor, walk: Walk) -> Tensor | None:
+    """Sums of the whole chunks of rows; None for a small pack.
 
     Args:
-        ptr: int32 [V+1] slots of each row; key: int32, row of a fact; order: int32, fact of a slot.
-        row, end, count, p, table, other: of the facts, see `add_facts`. All contiguous.
+        rowptr: int32 [V+1] first offset of each row; key: int32, row of each fact. Contiguous.
+        walk: what is summed.
+
+    Returns:
+        float32 [offsets / CHUNK, C], with that of row v at rowptr[v] / CHUNK. With a factor it is
+        summed over the columns, [offsets / CHUNK]. Places of no row hold anything.
     """
-    num_slots, num_columns = (key if order is None else order).shape[0], table.shape[1]
-    if num_slots < max(SPLIT_FACTS, CHUNK):
+    table, dots = walk.table, walk.factor is not None
+    num_offsets, num_columns = (key if walk.perm is None else walk.perm).shape[0], table.shape[1]
+    if num_offsets < max(SPLIT_FACTS, CHUNK):
         return None
-    tile = (sum_tile if other is None else dot_tile)(num_columns, table.dtype)
-    grid = (num_slots // CHUNK, tile.grid(1, num_columns)[1])
-    shape = (grid[0], num_columns) if other is None else grid[::-1]
-    out = table.new_empty(shape, dtype=torch.float32)
+    tile = (dot_tile if dots else sum_tile)(num_columns, table.dtype)
+    grid = (num_offsets // CHUNK, tile.grid(1, num_columns)[1])
+    out = table.new_empty(grid[::-1] if dots else (grid[0], num_columns), dtype=torch.float32)
+    sizes = {"CHUNK_E": CHUNK, "BLOCK_E": tile.rows, "BLOCK_C": tile.columns}
     _message_passing_fwd_chunks_kernel[grid](
-        ptr,
-        key,
-        order,
-        row,
-        end,
-        count,
-        p,
-        table,
-        other,
-        out,
-        num_columns,
-        CHUNK_E=CHUNK,
-        BLOCK_E=tile.rows,
-        BLOCK_C=tile.columns,
-        **tile.options,
+        rowptr, key, *walk, out, num_columns, **sizes, **tile.options
     )
-    out = out if other is None else out.sum(0)
-    tile = dot_tile(1 if other is not None else num_columns, torch.float32)
-    _message_passing_fwd_row_chunks_kernel[(grid[0], tile.grid(1, out[0].numel())[1])](
-        ptr,
-        key,
-        order,
-        out,
-        out[0].numel(),
-        CHUNK_E=CHUNK,
-        BLOCK_E=tile.rows,
-        BLOCK_C=tile.columns,
-        **tile.options,
+    if dots:
+        out, num_columns = out.sum(0), 1
+    tile = dot_tile(num_columns, torch.float32)
+    sizes = {"CHUNK_E": CHUNK, "BLOCK_E": tile.rows, "BLOCK_C": tile.columns}
+    grid = (grid[0], tile.grid(1, num_columns)[1])
+    _message_passing_fwd_row_chunks_kernel[grid](
+        rowptr, key, walk.perm, out, num_columns, **sizes, **tile.options
     )
     return out
 
 
-_EVERY = ("key_ptr", "order_ptr", "row_ptr", "end_ptr", "count_ptr", "ptr_ptr")
-
-
-def _spec(columns: int, kind: str, absent: tuple[str, ...]) -> KernelSpec:
-    types = dict.fromkeys(_EVERY, "*i32") | {"chunk_ptr": "*fp32"}
-    return wide_spec(
-        _message_passing_fwd_chunks_kernel,
-        kind,
-        (sum_tile if "other_ptr" in absent else dot_tile)(columns, DTYPES[kind]),
-        "BLOCK_E",
-        Budget(registers=80, shared=8192, wide_loads=4),
-        types | dict.fromkeys(absent),
-        {"CHUNK_E": CHUNK},
+def _spec(
+    kernel: object, tile: WideTile, dtype: str, wide_loads: int, absent: tuple[str, ...]
+) -> KernelSpec:
+    return spec(
+        kernel,
+        Budget(registers=80, shared=8192, wide_loads=wide_loads),
+        tile=tile,
+        dtype=dtype,
+        constants={"CHUNK_E": CHUNK},
+        **dict.fromkeys(absent),
     )
 
 
-# Sums of table rows by p, with and without; of products with another table's; of nodes.
-_SUMS = (
-    ("other_ptr",),
-    ("other_ptr", "p_ptr"),
-    ("p_ptr",),
-    ("other_ptr", "order_ptr", "row_ptr", "end_ptr", "count_ptr"),
-)
 KERNELS = (
-    *(_spec(columns, kind, absent) for columns in COLUMNS for kind in DTYPES for absent in _SUMS),
     *(
-        wide_spec(
+        _spec(_message_passing_fwd_chunks_kernel, tile(columns, DTYPES[dtype]), dtype, 4, absent)
+        for columns in COLUMNS
+        for dtype in DTYPES
+        # Sums of table rows, with p and without; of products with another table's rows; of nodes.
+        for tile, absent in (
+            (sum_tile, ("factor_ptr",)),
+            (sum_tile, ("factor_ptr", "p_ptr")),
+            (dot_tile, ("p_ptr",)),
+            (sum_tile, ("factor_ptr", "perm_ptr", "row_ptr", "sender_ptr", "count_ptr")),
+        )
+    ),
+    *(
+        _spec(
             _message_passing_fwd_row_chunks_kernel,
-            "*fp32",
             dot_tile(columns, torch.float32),
-            "BLOCK_E",
-            Budget(registers=80, shared=8192),
-            {"ptr_ptr": "*i32", "key_ptr": "*i32", "order_ptr": order, "chunk_ptr": "*fp32"},
-            {"CHUNK_E": CHUNK},
+            "*fp32",
+            0,
+            absent,
         )
         for columns in COLUMNS
-        for order in ("*i32", None)
+        for absent in ((), ("perm_ptr",))
     ),
 )

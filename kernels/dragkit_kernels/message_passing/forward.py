@@ -1,4 +1,4 @@
-"""Triton forward of message_passing: the whole layer in one launch."""
+"""Triton forward of message_passing, the whole layer in one launch, and of relation_sum."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import INTERPRETED
-from ..launch import ONE_HOT_FACTS, Budget, sum_way
+from ..launch import Budget, spec
+from ..orders import FactOrders, contiguous_orders
 from .chunks import chunk_sums
-from .one_hot import add_one_hot
 from .product import product
-from .tiles import COLUMNS, DTYPES, layer_tile, wide_spec
-from .walk import add_chunks, add_rows, block_rows
+from .tiles import COLUMNS, DTYPES, dot_tile, layer_tile
+from .walk import Walk, add_chunks, add_rows, block_columns, block_rows
 
-# Others are multiplied by the library; the interpreter computes bfloat16 wrongly.
+# Other dtypes leave the product to PyTorch. The interpreter computes bfloat16 products wrongly.
 TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
 # Rows of the weight that a program takes at a time.
 DEPTH = 32
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_scores"])
+@triton.jit(do_not_specialize=["num_nodes"])
 def _message_passing_fwd_kernel(
     h_ptr,
     p_ptr,
@@ -30,44 +30,39 @@ def _message_passing_fwd_kernel(
     self_table_ptr,
     weight_ptr,
     bias_ptr,
+    product_ptr,
     head_ptr,
     tail_ptr,
-    tail_begin_ptr,
+    tail_rowptr_ptr,
     tail_fact_ptr,
-    head_begin_ptr,
+    head_rowptr_ptr,
     head_fact_ptr,
     fact_pair_ptr,
     head_count_ptr,
     tail_count_ptr,
     node_graph_ptr,
-    product_ptr,
     chunk_in_ptr,
     chunk_out_ptr,
-    score_weight_ptr,
     out_ptr,
-    score_ptr,
     num_nodes,
-    num_scores,
     num_columns,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
     + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
 
-    The product h W is read from `product` or, where that is None, made here on the tensor cores. So
-    are the sums, BLOCK_E facts at a time, if that is not 0. score_s is the product of this block's
-    columns of out with row s of the score weights.
+    The product h W is read from `product` or, with `h`, computed here on the tensor cores. Without
+    a bias the two sums are all, and without p its factors are one.
     """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < num_columns
+    offs_c, mask_c = block_columns(BLOCK_C, num_columns)
     row = offs_n[:, None] * num_columns
+    mask = mask_n[:, None] & mask_c[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    if product_ptr is None:
+    if h_ptr is not None:
         for start in range(0, num_columns, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < num_columns
@@ -78,65 +73,35 @@ def _message_passing_fwd_kernel(
             w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
             acc = tl.dot(h, w, acc)
 
-    if BLOCK_E == 0:
-        acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, tail_fact_ptr,
-            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None,
-            chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
-        )  # fmt: skip
-        acc = add_rows(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, head_fact_ptr,
-            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None,
-            chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
-        )  # fmt: skip
-    else:
-        acc = add_one_hot(
-            acc, offs_c, mask_c, num_nodes, num_columns, tail_begin_ptr, tail_ptr, tail_fact_ptr,
-            fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
-        acc = add_one_hot(
-            acc, offs_c, mask_c, num_nodes, num_columns, head_begin_ptr, head_ptr, head_fact_ptr,
-            fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, BLOCK_N, BLOCK_E,
-        )  # fmt: skip
+    walk = (tail_fact_ptr, fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None)
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, walk,
+        chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    walk = (head_fact_ptr, fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None)
+    acc = add_rows(
+        acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, walk,
+        chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
     if chunk_in_ptr is not None:
-        acc = add_chunks(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, tail_begin_ptr, chunk_in_ptr
-        )
-        acc = add_chunks(
-            acc, offs_n, mask_n, offs_c, mask_c, num_columns, head_begin_ptr, chunk_out_ptr
-        )
+        acc = add_chunks(acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, chunk_in_ptr)
+        acc = add_chunks(acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, chunk_out_ptr)
 
-    mask = mask_n[:, None] & mask_c[None, :]
-    graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
-    at = graph[:, None] * num_columns + offs_c[None, :]
-    own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    acc = tl.fma(p[:, None], own, acc)
-    acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    if product_ptr is not None:
-        acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
-    # A NaN stays one, as in torch.relu.
-    rounded = tl.where(acc < 0.0, 0.0, acc).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row + offs_c[None, :], rounded, mask=mask)
-    place = tl.program_id(1).to(tl.int64) * num_nodes + offs_n
-    for s in range(0, num_scores):
-        w = tl.load(score_weight_ptr + s * num_columns + offs_c, mask=mask_c, other=0.0)
-        score = tl.sum(tl.where(mask_c[None, :], rounded.to(tl.float32) * w[None, :], 0.0), 1)
-        tl.store(score_ptr + place * num_scores + s, score, mask=mask_n)
+    if bias_ptr is not None:
+        graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+        at = graph[:, None] * num_columns + offs_c[None, :]
+        own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+        acc = tl.fma(p[:, None], own, acc)
+        acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+        if product_ptr is not None:
+            acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
+        # A comparison with NaN is false, so NaN stays NaN as in torch.relu.
+        acc = tl.where(acc < 0.0, 0.0, acc)
+    tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def message_passing_fwd(*arguments: Tensor) -> Tensor:
-    """Launches the layer; see `dragkit::message_passing_fwd`."""
-    return _launch(None, *arguments)[0]
-
-
-def message_passing_scored_fwd(score_weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    """Launches the layer with its scores; see `dragkit::message_passing_scored_fwd`."""
-    return _launch(score_weight.to(torch.float32).contiguous(), *arguments)
-
-
-def _launch(
-    score_weight: Tensor | None,
+def message_passing_fwd(
     h: Tensor,
     p: Tensor,
     table_fwd: Tensor,
@@ -144,94 +109,99 @@ def _launch(
     self_table: Tensor,
     weight: Tensor,
     bias: Tensor,
-    head: Tensor,
-    tail: Tensor,
-    tail_ptr: Tensor,
-    tail_fact: Tensor,
-    head_ptr: Tensor,
-    head_fact: Tensor,
-    pair_ptr: Tensor,
-    pair_fact: Tensor,
-    fact_pair: Tensor,
-    head_count: Tensor,
-    tail_count: Tensor,
+    index: list[Tensor],
     node_graph: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(out, score); without score weights the kernel's loop over them has no steps."""
-    num_nodes, num_columns = h.shape
-    num_scores = 0 if score_weight is None else score_weight.shape[0]
-    out = h.new_empty(num_nodes, num_columns)
-    tile = layer_tile(num_columns, table_fwd.dtype)
-    grid = tile.grid(num_nodes, num_columns)
-    score = h.new_empty((grid[1], num_nodes, num_scores), dtype=torch.float32)
+) -> Tensor:
+    """Launches the layer; see `dragkit::message_passing_fwd`."""
+    out = h.new_empty(h.shape)
     if out.numel() == 0:
-        return out, score.new_zeros(num_nodes, num_scores)
-    on_tensor_cores = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
-    whole = None if on_tensor_cores else product(h, weight, torch.float32)
-    same = on_tensor_cores and table_fwd.dtype == table_inv.dtype
-    one_hot = same and sum_way(table_fwd.dtype) == "one-hot"
-    p, table_fwd, table_inv, self_table = (
-        x.contiguous() for x in (p, table_fwd, table_inv, self_table)
-    )
-    walks = (head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count)
-    walks = tuple(x.contiguous() for x in (*walks, tail_count))
-    head, tail, tail_ptr, tail_fact, head_ptr, head_fact, fact_pair, head_count, tail_count = walks
-    chunks = (None, None)
-    if not one_hot:
-        chunks = (
-            chunk_sums(tail_ptr, tail, tail_fact, fact_pair, head, tail_count, p, table_fwd),
-            chunk_sums(head_ptr, head, head_fact, fact_pair, tail, head_count, p, table_inv),
-        )
-    _message_passing_fwd_kernel[grid](
-        h.contiguous() if on_tensor_cores else None,
-        *(p, table_fwd, table_inv, self_table),
-        # One small copy where it is strided, in place of a kernel for each way it may be.
-        weight.contiguous() if on_tensor_cores else None,
-        bias.contiguous(),
-        *walks,
-        node_graph.contiguous(),
-        whole,
-        *chunks,
-        score if score_weight is None else score_weight,
+        return out
+    fused = h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES
+    _launch(
         out,
-        score,
+        p.contiguous(),
+        table_fwd.contiguous(),
+        table_inv.contiguous(),
+        contiguous_orders(index),
+        h=h.contiguous() if fused else None,
+        # A strided weight is copied once: the copy is small, and programs read it row by row.
+        weight=weight.contiguous() if fused else None,
+        product=None if fused else product(h, weight, torch.float32),
+        self_table=self_table.contiguous(),
+        bias=bias.contiguous(),
+        node_graph=node_graph.contiguous(),
+    )
+    return out
+
+
+def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
+    """Launches the sum; see `dragkit::relation_sum_fwd`."""
+    orders, table = contiguous_orders(index), table.contiguous()
+    out = table.new_empty(orders.num_nodes, table.shape[1])
+    if out.numel() > 0:
+        _launch(out, None, table, table, orders)
+    return out
+
+
+def _launch(
+    out: Tensor,
+    p: Tensor | None,
+    table_fwd: Tensor,
+    table_inv: Tensor,
+    o: FactOrders,
+    *,
+    h: Tensor | None = None,
+    weight: Tensor | None = None,
+    product: Tensor | None = None,
+    self_table: Tensor | None = None,
+    bias: Tensor | None = None,
+    node_graph: Tensor | None = None,
+) -> None:
+    """Fills `out`."""
+    num_nodes, num_columns = out.shape
+    incoming = Walk(o.tail_fact, o.fact_pair, o.head, o.tail_count, p, table_fwd)
+    outgoing = Walk(o.head_fact, o.fact_pair, o.tail, o.head_count, p, table_inv)
+    tile = (dot_tile if p is None else layer_tile)(num_columns, table_fwd.dtype)
+    _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
+        *(h, p, table_fwd, table_inv, self_table, weight, bias, product, o.head, o.tail),
+        *(o.tail_ptr, o.tail_fact, o.head_ptr, o.head_fact, o.fact_pair),
+        *(o.head_count, o.tail_count, node_graph),
+        chunk_sums(o.tail_ptr, o.tail, incoming),
+        chunk_sums(o.head_ptr, o.head, outgoing),
+        out,
         num_nodes,
-        num_scores,
         num_columns,
-        BLOCK_N=tile.rows,
         BLOCK_K=DEPTH,
-        BLOCK_E=ONE_HOT_FACTS if one_hot else 0,
+        BLOCK_N=tile.rows,
         BLOCK_C=tile.columns,
         **tile.options,
     )
-    return out, score[0] if grid[1] == 1 else score.sum(0)
 
 
-_SCORES = {"score_weight_ptr": "*fp32", "score_ptr": "*fp32"}
-_FUSED = _SCORES | {"product_ptr": None}
-_LIBRARY = _SCORES | {"h_ptr": None, "weight_ptr": None, "product_ptr": "*fp32"}
-_WAYS = (("*bf16", _FUSED), ("*bf16", _LIBRARY), ("*fp32", _LIBRARY))
+# Arguments that are None where PyTorch computes the product, where the kernel does, and in
+# relation_sum.
+_SEPARATE = dict.fromkeys(("h_ptr", "weight_ptr"))
+_FUSED = {"product_ptr": None}
+_SUMS = dict.fromkeys(
+    ("h_ptr", "p_ptr", "self_table_ptr", "weight_ptr", "bias_ptr", "product_ptr", "node_graph_ptr")
+)
 KERNELS = tuple(
-    wide_spec(
+    spec(
         _message_passing_fwd_kernel,
-        kind,
-        layer_tile(columns, DTYPES[kind]),
-        "BLOCK_N",
-        # The facts' rows of a one-hot product go from global to shared memory without a register.
-        Budget(
-            registers=128,
-            shared=40960,
-            wide_loads=4 if facts else 8,
-            products=(48 if facts else 16) if types is _FUSED else 0,
-        ),
-        types,
-        {"BLOCK_K": DEPTH, "BLOCK_E": facts},
-        chunks,
+        budget,
+        tile=tile(columns, DTYPES[dtype]),
+        dtype=dtype,
+        constants={"BLOCK_K": DEPTH},
+        **absent,
+        **dict.fromkeys(("chunk_in_ptr", "chunk_out_ptr"), chunks),
     )
     for columns in COLUMNS
-    for facts, chunks, kind, types in (
-        *((0, None, *way) for way in _WAYS),
-        *((0, "*fp32", *way) for way in _WAYS),
-        (ONE_HOT_FACTS, None, "*bf16", _FUSED),
+    for chunks in (None, "*fp32")
+    for dtype, absent, tile, budget in (
+        ("*bf16", _FUSED, layer_tile, Budget(128, shared=40960, wide_loads=8, products=16)),
+        ("*bf16", _SEPARATE, layer_tile, Budget(128, shared=40960, wide_loads=8)),
+        ("*fp32", _SEPARATE, layer_tile, Budget(128, shared=40960, wide_loads=8)),
+        ("*bf16", _SUMS, dot_tile, Budget(80, shared=8192, wide_loads=4)),
+        ("*fp32", _SUMS, dot_tile, Budget(80, shared=8192, wide_loads=4)),
     )
 )

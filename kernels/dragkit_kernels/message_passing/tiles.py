@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..launch import Budget, KernelSpec, WideTile
+from ..launch import WideTile
 
 # Warps such that a tile of 32 rows takes 32 registers a thread.
 _WARPS = {64: 2, 256: 8}
@@ -37,46 +37,3 @@ def dot_tile(num_columns: int, dtype: torch.dtype) -> WideTile:
 
 # What `aot` compiles: tables, states and gradients in one dtype, p in float32.
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
-INDEX = (
-    *("head_ptr", "tail_ptr", "tail_begin_ptr", "tail_fact_ptr", "head_begin_ptr"),
-    *("head_fact_ptr", "pair_begin_ptr", "pair_fact_ptr", "graph_begin_ptr", "fact_pair_ptr"),
-    *("head_count_ptr", "tail_count_ptr", "node_graph_ptr"),
-)
-
-
-def wide_spec(
-    kernel: object,
-    kind: str,
-    tile: WideTile,
-    rows: str,
-    budget: Budget,
-    types: dict[str, str | None] | None = None,
-    constants: dict[str, int] | None = None,
-    chunks: str | None = None,
-) -> KernelSpec:
-    """Specification of a kernel of this folder for a width of its tile's columns.
-
-    Args:
-        kernel: the jit function; kind: "*bf16" or "*fp32"; tile: of the launcher.
-        rows: name of the constant that holds the tile's rows.
-        budget: see Budget.
-        types, constants: what differs from the common arguments.
-        chunks: type of the sums of long rows' chunks; None where there are none.
-    """
-    constants = {**(constants or {}), rows: tile.rows, "BLOCK_C": tile.columns}
-    common = {
-        name: "*i32" if name in INDEX else kind if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    common |= {name: "*fp32" for name in ("p_ptr", "dp_ptr") if name in common}
-    common |= {name: chunks for name in common if name.startswith("chunk_")}
-    return KernelSpec(
-        kernel,
-        types={**common, **(types or {})},
-        constants=constants,
-        num_warps=tile.num_warps,
-        budget=budget,
-        max_registers=tile.max_registers,
-        divisible=("num_columns",),
-    )

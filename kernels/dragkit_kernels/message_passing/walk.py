@@ -1,17 +1,46 @@
 """Triton helpers: weighted sums of table rows over the facts of a row of a FactOrders order.
 
 Every sum runs in float32 and in the order's own sequence, so results do not depend on scheduling.
+
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-# Facts of a row that its tile walks one by one; those of a longer row are summed side by side, in a
-# large pack by programs of their own.
+# Facts of a row that its tile walks one by one. The rest of a longer row is summed side by side, in
+# a large pack by programs of its own.
 CHUNK = 64
 _CHUNK = tl.constexpr(CHUNK)
+
+
+class Walk(NamedTuple):
+    """What is summed: tensors for a launch, the tuple of their pointers in a kernel.
+
+    The fact at offset i of an order is f = perm[i]. It adds
+
+        count[f] p[sender[f]] table[row[f]] factor[sender[f]].
+
+    None leaves a part out: without perm f is i, without row or sender they are f, without count, p
+    or factor these are one.
+
+    Attributes:
+        perm: int32, fact of each offset; row: int32, row of `table` of each fact.
+        sender: int32, node of each fact; count: int32, number of each fact; p: float of each node.
+        table, factor: float [*, C]. All are contiguous.
+    """
+
+    perm: Tensor | None
+    row: Tensor | None
+    sender: Tensor | None
+    count: Tensor | None
+    p: Tensor | None
+    table: Tensor
+    factor: Tensor | None = None
 
 
 @triton.jit
@@ -22,154 +51,78 @@ def block_rows(BLOCK: tl.constexpr, size):
 
 
 @triton.jit
-def add_facts(
-    acc,
-    slot,
-    live,
-    offs_c,
-    mask_c,
-    num_columns,
-    order_ptr,
-    row_ptr,
-    end_ptr,
-    count_ptr,
-    p_ptr,
-    table_ptr,
-    other_ptr,
-):
-    """acc_i += n_f p[end_f] table[row_f] for the fact f = order[slot_i] of every live lane i.
+def block_columns(BLOCK_C: tl.constexpr, size):
+    """(columns of this program on axis 1, which of them exist)."""
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return offs_c, offs_c < size
 
-    Without an order f is the slot, without rows or ends they are f, without counts or p these
-    factors are one; with `other` the table's row is multiplied by other[end_f].
-    """
-    fact = slot
-    if order_ptr is not None:
-        fact = tl.load(order_ptr + slot, mask=live, other=0)
+
+@triton.jit
+def _row_bounds(offs_n, mask_n, rowptr_ptr):
+    """(first offset, number of facts) of each row; a row that does not exist has no facts."""
+    begin = tl.load(rowptr_ptr + offs_n, mask=mask_n, other=0)
+    return begin, tl.load(rowptr_ptr + offs_n + 1, mask=mask_n, other=0) - begin
+
+
+@triton.jit
+def _add_facts(acc, offs, live, offs_c, num_columns, walk):
+    """acc_i += what the fact at offs_i adds, in every lane i that is live."""
+    perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr = walk
+    fact = offs
+    if perm_ptr is not None:
+        fact = tl.load(perm_ptr + offs, mask=live, other=0)
     row = fact
     if row_ptr is not None:
         row = tl.load(row_ptr + fact, mask=live, other=0)
-    end = fact
-    if end_ptr is not None:
-        end = tl.load(end_ptr + fact, mask=live, other=0)
+    sender = fact
+    if sender_ptr is not None:
+        sender = tl.load(sender_ptr + fact, mask=live, other=0)
     weight = live.to(tl.float32)
     if count_ptr is not None:
         weight = tl.load(count_ptr + fact, mask=live, other=0).to(tl.float32)
     if p_ptr is not None:
-        weight *= tl.load(p_ptr + end, mask=live, other=0.0).to(tl.float32)
-    mask = live[:, None] & mask_c[None, :]
+        weight *= tl.load(p_ptr + sender, mask=live, other=0.0).to(tl.float32)
+    mask = live[:, None] & (offs_c < num_columns)[None, :]
     at = row[:, None].to(tl.int64) * num_columns + offs_c[None, :]
     value = tl.load(table_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if other_ptr is not None:
-        at = end[:, None].to(tl.int64) * num_columns + offs_c[None, :]
-        value *= tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if factor_ptr is not None:
+        at = sender[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+        value *= tl.load(factor_ptr + at, mask=mask, other=0.0).to(tl.float32)
     return tl.fma(weight[:, None], value, acc)
 
 
 @triton.jit
-def sum_slots(
-    begin,
-    end,
-    offs_c,
-    mask_c,
-    num_columns,
-    order_ptr,
-    row_ptr,
-    end_ptr,
-    count_ptr,
-    p_ptr,
-    table_ptr,
-    other_ptr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """[BLOCK_C] sum over the slots begin..end, BLOCK facts side by side."""
-    lane = tl.arange(0, BLOCK)
+def sum_facts(begin, end, offs_c, num_columns, walk, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    """[BLOCK_C] sum over the offsets begin..end, BLOCK facts side by side."""
     part = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for start in range(begin, end, BLOCK):
-        slot = start + lane
-        part = add_facts(
-            part,
-            slot,
-            slot < end,
-            offs_c,
-            mask_c,
-            num_columns,
-            order_ptr,
-            row_ptr,
-            end_ptr,
-            count_ptr,
-            p_ptr,
-            table_ptr,
-            other_ptr,
-        )
+        offs = start + tl.arange(0, BLOCK)
+        part = _add_facts(part, offs, offs < end, offs_c, num_columns, walk)
     return tl.sum(part, 0)
 
 
 @triton.jit
 def sum_row(
-    begin,
-    end,
-    offs_c,
-    mask_c,
-    num_columns,
-    order_ptr,
-    row_ptr,
-    end_ptr,
-    count_ptr,
-    p_ptr,
-    table_ptr,
-    other_ptr,
-    chunk_ptr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """[BLOCK_C] sum over the slots of one row; that of its whole chunks is read, if there are."""
+    begin, end, offs_c, num_columns, walk, chunk_ptr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_C] sum over the facts of one row. With chunks, that of its whole ones is read."""
     rest = begin
     if chunk_ptr is not None:
         rest = begin + (end - begin) // _CHUNK * _CHUNK
-    total = sum_slots(
-        rest,
-        end,
-        offs_c,
-        mask_c,
-        num_columns,
-        order_ptr,
-        row_ptr,
-        end_ptr,
-        count_ptr,
-        p_ptr,
-        table_ptr,
-        other_ptr,
-        BLOCK,
-        BLOCK_C,
-    )
-    # Not one condition: the first is known when the kernel is compiled.
+    total = sum_facts(rest, end, offs_c, num_columns, walk, BLOCK, BLOCK_C)
+    # Two conditions: the first is known when the kernel is compiled.
     if chunk_ptr is not None:  # noqa: SIM102
         if rest > begin:
             at = (begin // _CHUNK).to(tl.int64) * num_columns + offs_c
-            total += tl.load(chunk_ptr + at, mask=mask_c, other=0.0)
+            total += tl.load(chunk_ptr + at, mask=offs_c < num_columns, other=0.0)
     return total
 
 
 @triton.jit
 def _add_long_rows(
-    acc,
-    begin,
-    size,
-    offs_c,
-    mask_c,
-    num_columns,
-    order_ptr,
-    row_ptr,
-    end_ptr,
-    count_ptr,
-    p_ptr,
-    table_ptr,
-    other_ptr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """acc_i += sum over the slots begin_i..begin_i+size_i, for the few lanes with a size above 0.
+    acc, begin, size, offs_c, num_columns, walk, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """acc_i += sum over the offsets begin_i..begin_i+size_i, for the few lanes with facts left.
 
     BLOCK / 2 facts at a time: beside the tile there are registers for half of one more.
     """
@@ -179,22 +132,8 @@ def _add_long_rows(
             first = tl.sum(tl.where(lane == i, begin, 0), 0)
             facts = tl.sum(tl.where(lane == i, size, 0), 0)
             if facts > 0:
-                rest = sum_slots(
-                    first,
-                    first + facts,
-                    offs_c,
-                    mask_c,
-                    num_columns,
-                    order_ptr,
-                    row_ptr,
-                    end_ptr,
-                    count_ptr,
-                    p_ptr,
-                    table_ptr,
-                    other_ptr,
-                    BLOCK // 2,
-                    BLOCK_C,
-                )
+                end = first + facts
+                rest = sum_facts(first, end, offs_c, num_columns, walk, BLOCK // 2, BLOCK_C)
                 acc += tl.where(lane[:, None] == i, rest[None, :], 0.0)
     return acc
 
@@ -205,83 +144,46 @@ def add_rows(
     offs_n,
     mask_n,
     offs_c,
-    mask_c,
     num_columns,
-    ptr_ptr,
-    order_ptr,
-    row_ptr,
-    end_ptr,
-    count_ptr,
-    p_ptr,
-    table_ptr,
-    other_ptr,
+    rowptr_ptr,
+    walk,
     CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """acc_v += sum of add_facts over the slots ptr[v]..ptr[v+1], for a tile of rows v.
+    """acc_v += sum over the facts of row v, for a tile of rows v.
 
     The j-th facts of all rows go together. A long row would keep the others waiting: with CHUNKED
     its whole chunks are left to `add_chunks`, else all but the first are summed side by side.
     """
-    begin = tl.load(ptr_ptr + offs_n, mask=mask_n, other=0)
-    size = tl.load(ptr_ptr + offs_n + 1, mask=mask_n, other=0) - begin
+    begin, size = _row_bounds(offs_n, mask_n, rowptr_ptr)
     if CHUNKED:
         walked = size % _CHUNK
         begin += size - walked
     else:
         walked = tl.minimum(size, _CHUNK)
     for j in range(0, tl.max(walked, 0)):
-        acc = add_facts(
-            acc,
-            begin + j,
-            j < walked,
-            offs_c,
-            mask_c,
-            num_columns,
-            order_ptr,
-            row_ptr,
-            end_ptr,
-            count_ptr,
-            p_ptr,
-            table_ptr,
-            other_ptr,
-        )
+        acc = _add_facts(acc, begin + j, j < walked, offs_c, num_columns, walk)
     if not CHUNKED:
-        acc = _add_long_rows(
-            acc,
-            begin + _CHUNK,
-            size - walked,
-            offs_c,
-            mask_c,
-            num_columns,
-            order_ptr,
-            row_ptr,
-            end_ptr,
-            count_ptr,
-            p_ptr,
-            table_ptr,
-            other_ptr,
-            BLOCK,
-            BLOCK_C,
-        )
+        rest = size - walked
+        acc = _add_long_rows(acc, begin + _CHUNK, rest, offs_c, num_columns, walk, BLOCK, BLOCK_C)
     return acc
 
 
 @triton.jit
-def chunk_rows(offs_n, mask_n, ptr_ptr):
+def chunk_rows(offs_n, mask_n, rowptr_ptr):
     """(row of `chunk` for each of a tile of rows v, whether v has whole chunks)."""
-    begin = tl.load(ptr_ptr + offs_n, mask=mask_n, other=0)
-    size = tl.load(ptr_ptr + offs_n + 1, mask=mask_n, other=0) - begin
+    begin, size = _row_bounds(offs_n, mask_n, rowptr_ptr)
     return (begin // _CHUNK).to(tl.int64), size >= _CHUNK
 
 
 @triton.jit
-def add_chunks(acc, offs_n, mask_n, offs_c, mask_c, num_columns, ptr_ptr, chunk_ptr):
+def add_chunks(acc, offs_n, mask_n, offs_c, num_columns, rowptr_ptr, chunk_ptr):
     """acc_v += the sum of the chunks that a CHUNKED add_rows leaves out."""
-    row, live = chunk_rows(offs_n, mask_n, ptr_ptr)
-    # Most tiles have none; a branch also keeps their registers apart from other loads'.
+    row, live = chunk_rows(offs_n, mask_n, rowptr_ptr)
+    # Most tiles have none. The branch also keeps the registers of these loads apart from others.
     if tl.max(live.to(tl.int32), 0) > 0:
+        mask = live[:, None] & (offs_c < num_columns)[None, :]
         at = row[:, None] * num_columns + offs_c[None, :]
-        acc += tl.load(chunk_ptr + at, mask=live[:, None] & mask_c[None, :], other=0.0)
+        acc += tl.load(chunk_ptr + at, mask=mask, other=0.0)
     return acc
