@@ -48,7 +48,7 @@ setup(
     package_data={
         "dragkit": [
             "py.typed",
-            "presets/*.yaml",
+            "config/presets/*.yaml",
             "demo/tables/*.tsv",
             "demo/*.tsv",
             "demo/*.yaml",

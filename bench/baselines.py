@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import softmax
 
-from dragkit.model.encoder import find_encoder
+from dragkit.retriever.text_encoder import find_encoder
 
 GRAD_CLIP = 1.0
 _RHO, _MARGIN = 0.7, 1.0

@@ -15,8 +15,8 @@ from bench.measure import Tally, Way
 from bench.tables import Comparison
 from bench.train_ways import DEVICE
 from dragkit.demo import demo_files
-from dragkit.model.generator import Generator
-from dragkit.model.prompt import NeuralPrompt
+from dragkit.generator.generator import Generator
+from dragkit.generator.prompt import NeuralPrompt
 from dragkit.trainer.build import build_joint
 
 # A step without the cache is as slow as the prompt is long.

@@ -27,11 +27,11 @@ from bench.measure import Tally, Way, check_agreement
 from bench.tables import Comparison
 from bench.train_ways import DEVICE
 from dragkit.config import GeneratorConfig, TrainConfig
-from dragkit.model.adapters import add_adapters
-from dragkit.model.generator import Generator
-from dragkit.model.load import prepare_nemotron_h
-from dragkit.model.prompt import NeuralPrompt
-from dragkit.model.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
+from dragkit.generator.generator import Generator
+from dragkit.generator.load import prepare_nemotron_h
+from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.prompt import NeuralPrompt
+from dragkit.generator.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
 from dragkit.observe.flops import active_weights
 from dragkit.trainer.build import build_joint
 from dragkit.trainer.compile import compile_generator

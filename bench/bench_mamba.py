@@ -19,8 +19,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mi
 from bench.measure import Way, check_agreement
 from bench.tables import Comparison
 from bench.train_ways import DEVICE
-from dragkit.model.nemotron_h import make_pack, mamba_ops
-from dragkit.model.nemotron_h.mixer import mamba_mixer
+from dragkit.generator.nemotron_h import make_pack, mamba_ops
+from dragkit.generator.nemotron_h.mixer import mamba_mixer
 from dragkit_kernels import ssd_scan
 
 pytestmark = pytest.mark.timeout(1800)

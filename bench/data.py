@@ -16,9 +16,9 @@ from torch_geometric.data import Data
 from bench.pyg_rearev import pyg_question
 from dragkit.config import TrainConfig, load_config
 from dragkit.data.packed import QuestionBatch
-from dragkit.model.encoder import TextEncoder, find_encoder
-from dragkit.model.generator import Generator
-from dragkit.trainer.source import QuestionSource
+from dragkit.generator.generator import Generator
+from dragkit.retriever.text_encoder import TextEncoder, find_encoder
+from dragkit.trainer.question_dataset import QuestionSource
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bench.baselines import GRAD_CLIP, EarlierOutput, EarlierRetriever, earlier_retrieval_loss
 from bench.measure import Tally
-from dragkit.model.generator import Generator
-from dragkit.model.prompt import PromptTemplate
+from dragkit.generator.generator import Generator
+from dragkit.generator.prompt import PromptTemplate
 
 
 class EarlierJointLoop:

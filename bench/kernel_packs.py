@@ -14,7 +14,7 @@ from torch_geometric.data import Batch, Data
 
 from bench.pyg_rearev import pyg_batch, pyg_question
 from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
-from dragkit.model.encoder import RelationStates
+from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import FactGroups, FactOrders, build_fact_orders
 from dragkit_kernels.testing import Adjacency, adjacency, random_adjacency
 

@@ -32,7 +32,7 @@ from bench.kernel_ways import (
     segment_csr_sum,
 )
 from bench.pyg_rearev import Layer
-from dragkit.model.layers import ReasoningLayer, gate_pairs
+from dragkit.retriever.layers import ReasoningLayer, gate_pairs
 from dragkit_kernels import (
     message_passing,
     relation_gate,

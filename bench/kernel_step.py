@@ -13,8 +13,8 @@ from bench.kernel_ways import Contender, Problem, compiled, ours
 from bench.pyg_rearev import PackedPyGReaRev
 from dragkit.config import RetrieverConfig
 from dragkit.data.packed import QuestionBatch
-from dragkit.losses import retrieval_loss
-from dragkit.model.retriever import Retriever
+from dragkit.retriever.losses import retrieval_loss
+from dragkit.retriever.retriever import Retriever
 
 
 def retriever_step(

@@ -13,7 +13,7 @@ from torch_geometric.nn import MessagePassing, global_add_pool
 from torch_geometric.utils import scatter, softmax
 
 from dragkit.config import RetrieverConfig
-from dragkit.model.encoder import RelationStates
+from dragkit.retriever.text_encoder import RelationStates
 
 
 class RelationMessage(MessagePassing):

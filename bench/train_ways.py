@@ -17,13 +17,13 @@ from bench.measure import Tally, Way, check_agreement
 from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
-from dragkit.losses import retrieval_loss
+from dragkit.retriever.losses import retrieval_loss
 from dragkit.trainer.build import build_retriever, maybe_replay
 from dragkit.trainer.compile import autocast, compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.source import QuestionSource
+from dragkit.trainer.question_dataset import QuestionSource
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

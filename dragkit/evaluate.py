@@ -6,15 +6,15 @@ import json
 import sys
 from collections.abc import Sequence
 
-from dragkit.cli import parse_evaluate_args, run_main
-from dragkit.console import setup_console
+from dragkit.config.arguments import parse_evaluate_args
+from dragkit.console import run_main, setup_console
 
 
 def _evaluate(argv: list[str]) -> int:
     args = parse_evaluate_args(argv)
     setup_console(debug=args.debug)
+    from dragkit.trainer.evaluate_run import evaluate_run
     from dragkit.trainer.resume import run_of
-    from dragkit.trainer.saved import evaluate_run
 
     content = evaluate_run(args)
     for name, result in content["files"].items():

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dragkit import __version__
-from dragkit.cli import PlanArguments, parse_plan_args, run_main
-from dragkit.console import setup_console
+from dragkit.config.arguments import PlanArguments, parse_plan_args
+from dragkit.console import run_main, setup_console
 from dragkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from dragkit.config import TrainConfig
-    from dragkit.model.budget import Device, Plan
+    from dragkit.memory_plan.choice import Device, Plan
 
 # Share of a card's peak that a step may sustain: first versions, and well-tuned ones.
 _SHARES = (0.1, 0.4)
@@ -26,7 +26,7 @@ _GIB = 2.0**30
 def _device(args: PlanArguments) -> Device:
     import torch
 
-    from dragkit.model.budget import DEVICES, this_device
+    from dragkit.memory_plan.choice import DEVICES, this_device
 
     if args.card is not None:
         return DEVICES[args.card]
@@ -38,8 +38,8 @@ def _device(args: PlanArguments) -> Device:
 
 def _work(config: TrainConfig, plan: Plan) -> dict[str, object]:
     """Operations and time of a batch of usual prompts."""
-    from dragkit.model.budget import ROWS_SHARE, adapters_of
-    from dragkit.model.memory import flops_per_token
+    from dragkit.memory_plan.choice import ROWS_SHARE, adapters_of
+    from dragkit.memory_plan.memory import flops_per_token
 
     prompt = min(_PROMPT + _FACT * config.sampler.k_facts, config.generator.max_prompt_tokens)
     questions = config.optim.batch_size_in(2)
@@ -72,9 +72,8 @@ def content(args: PlanArguments) -> dict[str, object]:
     Raises:
         ConfigError: the generator is none of those that have figures.
     """
-    from dragkit.model.budget import alternatives, make_plan
-    from dragkit.model.load import generator_shape
-    from dragkit.model.shape import parameters
+    from dragkit.memory_plan.choice import alternatives, make_plan
+    from dragkit.memory_plan.dims import generator_shape, parameters
 
     config, device = args.config, _device(args)
     shape = generator_shape(config.generator, name=config.generator_model)

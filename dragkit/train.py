@@ -5,16 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dragkit.cli import parse_train_args, run_main
-from dragkit.console import setup_console
+from dragkit.config.arguments import parse_train_args
+from dragkit.console import run_main, setup_console
 
 
 def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
     # Heavy imports only once the arguments are known to be right.
     setup_console(debug=args.debug)
+    from dragkit.distributed.torchrun import joined
     from dragkit.trainer.run import Run
-    from dragkit.trainer.torchrun import joined
 
     with joined(args.config.run) as ranks:
         summary = Run(args.config, args.origins, args.in_phase(1), ranks).execute()

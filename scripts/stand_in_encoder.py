@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from dragkit.errors import MissingInputError
-from dragkit.model.encoder import PACKAGED_MODEL, find_encoder
+from dragkit.retriever.text_encoder import PACKAGED_MODEL, find_encoder
 
 DEMO = Path(__file__).resolve().parents[1] / "dragkit" / "demo"
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

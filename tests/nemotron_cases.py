@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
-from dragkit.model.adapters import LORA_TARGETS, add_adapters
-from dragkit.model.random_weights import ARCHITECTURES
+from dragkit.generator.lora.adapters import LORA_TARGETS, add_adapters
+from dragkit.generator.random_weights import ARCHITECTURES
 
 ROUTED = ("experts.up_proj", "experts.down_proj")
 EVERY = (*LORA_TARGETS, "out_proj")

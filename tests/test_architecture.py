@@ -10,15 +10,15 @@ from tests.source_tree import ROOTS, imports, is_within, modules, of_module
 # matching name decides. An entry admits a module and everything below it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit": (),
-    "dragkit.schema": (),
-    "dragkit.config": ("dragkit.schema", "dragkit.cli"),
-    "dragkit.flags": ("dragkit.config", "dragkit.observe.gpu", "dragkit.schema"),
-    "dragkit.cli": ("dragkit.config", "dragkit.flags"),
+    "dragkit.config.schema": (),
+    "dragkit.config": ("dragkit.config.schema", "dragkit.cli"),
+    "dragkit.config.flags": ("dragkit.config", "dragkit.observe.gpu", "dragkit.config.schema"),
+    "dragkit.cli": ("dragkit.config", "dragkit.config.flags"),
     "dragkit.console": (),
     "dragkit.train": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
     "dragkit.evaluate": ("dragkit.cli", "dragkit.console", "dragkit.trainer"),
     "dragkit.plan": ("dragkit.cli", "dragkit.config", "dragkit.console", "dragkit.model"),
-    "dragkit.losses": ("dragkit_kernels",),
+    "dragkit.retriever.losses": ("dragkit_kernels",),
     "dragkit.observe": (),
     "dragkit.data": ("dragkit.config", "dragkit_kernels"),
     "dragkit.model": (
@@ -31,22 +31,22 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit_kernels",
     ),
     # Only to find the bundled weights, when they are asked for.
-    "dragkit.model.load": (
+    "dragkit.generator.load": (
         "dragkit.config",
         "dragkit.data.packed",
         "dragkit.model",
         "dragkit.tiny",
     ),
     "dragkit.eval": ("dragkit.data.packed",),
-    "dragkit.eval.families": (),
-    "dragkit.eval.metrics": ("dragkit.data.tokens", "dragkit.eval.families"),
+    "dragkit.eval.published_metrics": (),
+    "dragkit.eval.metrics": ("dragkit.data.tokens", "dragkit.eval.published_metrics"),
     "dragkit.eval.report": ("dragkit.data.tokens", "dragkit.eval.metrics"),
     # The names of the demo's entities only train the tokeniser.
     "dragkit.tiny": (
         "dragkit.data.relations",
         "dragkit.demo",
-        "dragkit.model.nemotron_h",
-        "dragkit.model.prompt",
+        "dragkit.generator.nemotron_h",
+        "dragkit.generator.prompt",
         "dragkit_kernels",
     ),
     "dragkit.demo": ("dragkit.data.cache",),
@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "dragkit.data",
         "dragkit.demo",
         "dragkit.eval",
-        "dragkit.losses",
+        "dragkit.retriever.losses",
         "dragkit.model",
         "dragkit.observe",
     ),
@@ -76,26 +76,26 @@ DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orde
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}
 CONFINED: dict[str, tuple[str, ...]] = {
     "torch_geometric": ("dragkit.data.subgraph",),
-    "sentence_transformers": ("dragkit.model.encoder",),
-    "transformers": ("dragkit.model.load", "dragkit.model.random_weights", "dragkit.tiny"),
+    "sentence_transformers": ("dragkit.retriever.text_encoder",),
+    "transformers": ("dragkit.generator.load", "dragkit.generator.random_weights", "dragkit.tiny"),
     "tokenizers": ("dragkit.tiny",),
-    "peft": ("dragkit.model.adapters", "dragkit.model.generator", "dragkit.tiny"),
-    "huggingface_hub": ("dragkit.model.encoder", "dragkit.model.load"),
+    "peft": ("dragkit.generator.lora.adapters", "dragkit.generator.generator", "dragkit.tiny"),
+    "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
-    "pydantic": ("dragkit.schema", "dragkit.config"),
+    "pydantic": ("dragkit.config.schema", "dragkit.config"),
     "yaml": ("dragkit.config", "dragkit.demo"),
-    "filelock": ("dragkit.trainer.lock",),
+    "filelock": ("dragkit.checkpoint.lock",),
 }
 NARROW: dict[str, set[str]] = {
     "dragkit_kernels": {"torch", "triton"},
-    "dragkit.losses": {"torch"},
+    "dragkit.retriever.losses": {"torch"},
     "dragkit.eval.metrics": {"torch"},
     "dragkit.observe": {"torch", "pynvml"},
-    "dragkit.schema": {"pydantic"},
+    "dragkit.config.schema": {"pydantic"},
     "dragkit.config": {"pydantic", "yaml"},
     "dragkit.errors": set(),
-    "dragkit.flags": set(),
+    "dragkit.config.flags": set(),
     "dragkit.cli": set(),
 }
 

@@ -20,9 +20,9 @@ from bench.bench_decode import (  # noqa: E402
 from bench.bench_kernels import in_small_set  # noqa: E402
 from bench.measure import Tally, Way, compare  # noqa: E402
 from dragkit.config import GeneratorConfig  # noqa: E402
-from dragkit.model.generator import Generator  # noqa: E402
-from dragkit.model.load import load_generator  # noqa: E402
-from dragkit.model.prompt import NeuralPrompt  # noqa: E402
+from dragkit.generator.generator import Generator  # noqa: E402
+from dragkit.generator.load import load_generator  # noqa: E402
+from dragkit.generator.prompt import NeuralPrompt  # noqa: E402
 from dragkit.observe.flops import ActiveWeights  # noqa: E402
 from dragkit.observe.gpu import GpuMonitor, device_spec  # noqa: E402
 

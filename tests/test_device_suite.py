@@ -181,11 +181,11 @@ def test_a_report_that_is_cut_off_is_passed_over(tmp_path):
 
 def test_every_gpu_test_is_found():
     found = suite_module.gpu_test_files()
-    assert "tests/model/test_retriever_on_gpu.py" in found
+    assert "tests/retriever/test_retriever_on_gpu.py" in found
     assert "tests/trainer/test_replay_on_gpu.py" in found
     assert "tests/ops/test_triton_math.py" in found
     assert "tests/ops/test_gated_rms_norm.py" in found
-    assert "tests/test_cli.py" not in found
+    assert "tests/config/test_command_lines.py" not in found
 
 
 def test_unknown_parts_are_refused(capsys, monkeypatch):

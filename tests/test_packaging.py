@@ -180,8 +180,10 @@ def test_every_data_file_is_installed(shipped: tuple[set[Path], set[Path]]) -> N
     assert sorted(present - shipped[1]) == []
     names = {str(file.relative_to(ROOT)) for file in shipped[1]}
     assert {"dragkit/py.typed", "kernels/dragkit_kernels/py.typed"} <= names
-    presets = {name for name in names if name.startswith("dragkit/presets/")}
-    expected = {f"dragkit/presets/{p}.yaml" for p in ("tiny", "webqsp", "cwq", "h200", "b200")}
+    presets = {name for name in names if name.startswith("dragkit/config/presets/")}
+    expected = {
+        f"dragkit/config/presets/{p}.yaml" for p in ("tiny", "webqsp", "cwq", "h200", "b200")
+    }
     assert presets == expected
     assert any(name.startswith("dragkit/demo/tables/") for name in names)
 

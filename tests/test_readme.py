@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.cli import config_main, parse_evaluate_args, parse_train_args
+from dragkit.config.__main__ import main as config_main
+from dragkit.config.arguments import parse_evaluate_args, parse_train_args
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -248,7 +249,7 @@ def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
         ("dragkit.evaluate", []),
         ("dragkit.config", ["shwo"]),
         ("dragkit.no_such_module", []),
-        ("dragkit.losses", []),
+        ("dragkit.retriever.losses", []),
     ]:
         with pytest.raises((Exception, SystemExit)):
             accept(module, words, tmp_path)

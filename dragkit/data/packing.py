@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from dragkit.data.arrays import FolderWriter, seal_folder
-from dragkit.data.heuristics import HeuristicsReader, Question
 from dragkit.data.labels import LabelRule
-from dragkit.data.quotient import Quotient, quotient
+from dragkit.data.node_merging import Quotient, quotient
+from dragkit.data.question_file import HeuristicsReader, Question
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
 from dragkit_kernels import build_fact_orders

@@ -18,10 +18,10 @@ from dragkit.data.arrays import (
     read_array,
 )
 from dragkit.data.cache import cache_root
-from dragkit.data.heuristics import Triple, made_id
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
 from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
+from dragkit.data.question_file import Triple, made_id
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dragkit.data.heuristics import Question
 from dragkit.data.labels import LabelRule, fact_labels
+from dragkit.data.question_file import Question
 from dragkit.data.relations import RelationVocab
 
 if TYPE_CHECKING:

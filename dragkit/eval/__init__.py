@@ -1,6 +1,5 @@
 """What an evaluation measures: answers, retrieved facts, and the report over a split."""
 
-from dragkit.eval.families import rearev_scores, rog_scores, subgraphrag_scores
 from dragkit.eval.metrics import (
     METRIC_VERSION,
     answer_hit_at_k,
@@ -11,6 +10,7 @@ from dragkit.eval.metrics import (
     strict_key,
     strict_scores,
 )
+from dragkit.eval.published_metrics import rearev_scores, rog_scores, subgraphrag_scores
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
 
 __all__ = [

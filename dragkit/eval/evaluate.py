@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
-from dragkit.data.packed import QuestionBatch
 from dragkit.eval.metrics import answer_hit_at_k, answer_recall_at_k, retrieval_prf
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
+from dragkit.eval.types import Prediction, Predictor, Source
 
 if TYPE_CHECKING:
-    from dragkit.data.store import PackedStore, StoredQuestion
-    from dragkit.trainer.phase import Phase, Prediction
-    from dragkit.trainer.ranks import Ranks
+    from dragkit.data.store import StoredQuestion
+    from dragkit.distributed.ranks import Ranks
 
 RECALL_AT = (5, 10, 20, 50, 100)
-
-
-class Source(Protocol):
-    """Questions in batches, and their records."""
-
-    store: PackedStore
-    relations: object
-    sampler: object
-
-    def load(
-        self, batches: Sequence[Sequence[int]], device: torch.device
-    ) -> Iterator[QuestionBatch]:
-        """Collated batches for a device, there or in host memory."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +124,7 @@ def _of_all_ranks(own: list[list[_Scored]], ranks: Ranks, batches: int) -> list[
 
 @torch.no_grad()
 def evaluate(
-    phase: Phase,
+    phase: Predictor,
     source: Source,
     device: torch.device,
     *,

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 
 from dragkit.data.tokens import ANSWER_DELIMITER
-from dragkit.eval.families import rog_scores, subgraphrag_scores
+from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
 
 # Raised whenever a change of parser, folding or formula can change a number.
 METRIC_VERSION = 1

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dragkit.model.nemotron_h.pack import Pack, make_pack
-from dragkit.model.prompt import PromptTemplate
+from dragkit.generator.nemotron_h.pack import Pack, make_pack
+from dragkit.generator.prompt import PromptTemplate
 from dragkit.tiny.tasks import Sample
 from dragkit.tiny.tokenizer import BOS, EOS, NEUTRAL, PAD
 

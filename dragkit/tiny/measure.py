@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from dragkit.model.nemotron_h.backends import MambaOps
-from dragkit.model.nemotron_h.decoder import hidden_at_rows
+from dragkit.generator.nemotron_h.backends import MambaOps
+from dragkit.generator.nemotron_h.decoder import hidden_at_rows
 from dragkit.tiny.batches import IGNORED, Batch, PromptWriter, Slots, collate
 from dragkit.tiny.names import NameSource
 from dragkit.tiny.tasks import KINDS, draw_sample, noisy_markers, without_clue

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from dragkit.model.prompt import PromptTemplate
+from dragkit.generator.prompt import PromptTemplate
 from dragkit.tiny.names import NameSource
 from dragkit.tiny.tasks import KINDS, MARKERS, draw_sample
 

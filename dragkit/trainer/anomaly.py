@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dragkit.distributed.ranks import Ranks
 from dragkit.errors import DragkitError
 from dragkit.trainer.phase import StepOutput
-from dragkit.trainer.ranks import Ranks
 
 
 class NumericalError(DragkitError):

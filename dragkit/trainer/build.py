@@ -9,22 +9,23 @@ import torch
 
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
-from dragkit.data.capacity import Buckets
+from dragkit.data.padding import Buckets
+from dragkit.distributed.rank_consistency import frozen_facts
+from dragkit.distributed.ranks import Ranks
+from dragkit.distributed.sharding import shard
 from dragkit.errors import ConfigError
-from dragkit.model.budget import planned, this_device
-from dragkit.model.encoder import TextEncoder
-from dragkit.model.joint import JointModel
-from dragkit.model.load import generator_shape, host_memory, load_generator, weight_bytes
-from dragkit.model.retriever import Retriever
-from dragkit.model.sharding import shard
-from dragkit.trainer.agreement import frozen_facts
+from dragkit.generator.load import host_memory, load_generator, weight_bytes
+from dragkit.joint import JointModel
+from dragkit.memory_plan.choice import planned, this_device
+from dragkit.memory_plan.dims import generator_shape
+from dragkit.retriever.retriever import Retriever
+from dragkit.retriever.text_encoder import TextEncoder
 from dragkit.trainer.compile import compile_generator, compile_retriever
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
-from dragkit.trainer.ranks import Ranks
+from dragkit.trainer.question_dataset import QuestionSource
 from dragkit.trainer.replay import StepReplay, capture_for
-from dragkit.trainer.source import QuestionSource
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch._dynamo.utils
 import torch.fx.experimental._config
 from torch import nn
 
-from dragkit.model.generator import Generator
+from dragkit.generator.generator import Generator
 
 
 def one_graph_for_all_sizes() -> None:

@@ -15,17 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dragkit import __version__
-from dragkit.config import TrainConfig, dump_config
-from dragkit.data.packed import QuestionBatch
-from dragkit.errors import CheckpointError, Interrupted, WriteError
-from dragkit.eval.evaluate import evaluate
-from dragkit.eval.report import Report
-from dragkit.observe.profiling import ProfileWindow, nvtx_range
-from dragkit.observe.throughput import ThroughputMeter
-from dragkit.trainer.agreement import trained_facts, weight_facts
-from dragkit.trainer.anomaly import numerical_error
-from dragkit.trainer.atomic import make_folders, replace_text
-from dragkit.trainer.checkpoint import (
+from dragkit.checkpoint.atomic import make_folders, replace_text
+from dragkit.checkpoint.checkpoint import (
     LoadedCheckpoint,
     Snapshot,
     TrainState,
@@ -33,12 +24,21 @@ from dragkit.trainer.checkpoint import (
     restore_optimizer_state,
     save_checkpoint,
 )
+from dragkit.config import TrainConfig, dump_config
+from dragkit.data.packed import QuestionBatch
+from dragkit.distributed.rank_consistency import trained_facts, weight_facts
+from dragkit.distributed.ranks import Ranks
+from dragkit.errors import CheckpointError, Interrupted, WriteError
+from dragkit.eval.evaluate import evaluate
+from dragkit.eval.report import Report
+from dragkit.observe.profiling import ProfileWindow, nvtx_range
+from dragkit.observe.throughput import ThroughputMeter
+from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
 from dragkit.trainer.phase import Phase, StepOutput
 from dragkit.trainer.progress import Progress
-from dragkit.trainer.ranks import Ranks
+from dragkit.trainer.question_dataset import QuestionSource
 from dragkit.trainer.signals import StopSignal
-from dragkit.trainer.source import QuestionSource
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dragkit.checkpoint.checkpoint import LoadedCheckpoint
 from dragkit.data.packed import QuestionBatch
-from dragkit.model.encoder import RelationStates
-from dragkit.trainer.checkpoint import LoadedCheckpoint
+from dragkit.eval.types import Predictor
+from dragkit.retriever.text_encoder import RelationStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +33,10 @@ class StepOutput:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the model says about one question.
-
-    Attributes:
-        row: the question in its store.
-        ranked: its facts by falling probability, indices within the question.
-        selected: those that enter the prompt.
-        probability: of the ranked facts.
-        text: the generated answer; None without a generator.
-    """
-
-    row: int
-    ranked: tuple[int, ...]
-    selected: tuple[int, ...]
-    probability: tuple[float, ...]
-    text: str | None
-
-
-class Phase(Protocol):
+class Phase(Predictor, Protocol):
     """What differs between the phases; `Trainer` is what does not."""
 
     name: str
-    model: nn.Module
     validation_limit: int | None
     validates_answers: bool
 
@@ -85,19 +66,6 @@ class Phase(Protocol):
 
     def check_gradients(self, counts: Mapping[str, int]) -> None:
         """Looks at the clipped gradients of an optimizer step; raises where one is missing."""
-        ...
-
-    def predict(
-        self, batch: QuestionBatch, relations: RelationStates, *, generate: bool = True
-    ) -> list[Prediction]:
-        """Deterministic predictions, one per question of the batch.
-
-        Without `generate` they hold ranked facts alone, as in a phase that has no generator.
-        """
-        ...
-
-    def keep_up(self) -> None:
-        """After the last `predict` of an evaluation: returns when other ranks need nothing more."""
         ...
 
     def heads(self) -> dict[str, Tensor]:

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from dragkit.checkpoint.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
-from dragkit.losses import retrieval_loss
-from dragkit.model.encoder import RelationStates
-from dragkit.model.retriever import Retriever, RetrieverOutput
-from dragkit.model.sampler import FactSampler, FactSelection
+from dragkit.eval.types import Prediction
 from dragkit.observe.profiling import nvtx_range
-from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.retriever.fact_sampler import FactSampler, FactSelection
+from dragkit.retriever.losses import retrieval_loss
+from dragkit.retriever.retriever import Retriever, RetrieverOutput
+from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
-from dragkit.trainer.phase import Prediction, StepOutput
+from dragkit.trainer.phase import StepOutput
 from dragkit.trainer.replay import StepReplay
 
 

@@ -10,21 +10,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dragkit.checkpoint.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.config import TrainConfig
 from dragkit.data.packed import PackedGraph, QuestionBatch
-from dragkit.losses import balance_weight, retrieval_loss
-from dragkit.model.adapter_watch import AdapterWatch
-from dragkit.model.encoder import RelationStates
-from dragkit.model.joint import JointModel
-from dragkit.model.nemotron_h import split_by_tokens
-from dragkit.model.prompt import NeuralPrompt
-from dragkit.model.retriever import RetrieverOutput
+from dragkit.distributed.ranks import Ranks
+from dragkit.eval.types import Prediction
+from dragkit.generator.lora.gradient_watch import AdapterWatch
+from dragkit.generator.nemotron_h import split_by_tokens
+from dragkit.generator.prompt import NeuralPrompt
+from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
-from dragkit.trainer.checkpoint import LoadedCheckpoint, load_tensors_into
+from dragkit.retriever.losses import balance_weight, retrieval_loss
+from dragkit.retriever.retriever import RetrieverOutput
+from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
-from dragkit.trainer.phase import Prediction, StepOutput
+from dragkit.trainer.phase import StepOutput
 from dragkit.trainer.phase1 import module_tensors, rank_facts
-from dragkit.trainer.ranks import Ranks
 
 
 def _answer_tokens(batches: Sequence[QuestionBatch]) -> int:

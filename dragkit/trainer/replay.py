@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dragkit.data.capacity import Buckets, Capacity, pad_batch
 from dragkit.data.packed import QuestionBatch
-from dragkit.model.encoder import RelationStates
+from dragkit.data.padding import Buckets, Capacity, pad_batch
 from dragkit.observe.profiling import nvtx_range
-from dragkit.trainer.prefetch import join, split
+from dragkit.retriever.text_encoder import RelationStates
+from dragkit.trainer.transfer import join, split
 
 logger = logging.getLogger(__name__)
 

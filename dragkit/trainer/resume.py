@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from dragkit.checkpoint.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint
+from dragkit.checkpoint.manifest import step_of_folder
 from dragkit.config import TrainConfig
 from dragkit.errors import CheckpointError, ConfigError, MissingInputError
-from dragkit.trainer.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint
-from dragkit.trainer.manifest import step_of_folder
 
 
 def new_run_dir(config: TrainConfig) -> Path:

@@ -8,14 +8,21 @@ from pathlib import Path
 
 import torch
 
+from dragkit.checkpoint.checkpoint import (
+    LoadedCheckpoint,
+    RunLock,
+    find_checkpoint,
+    load_checkpoint,
+)
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
+from dragkit.distributed.rank_consistency import check_batch, start_facts
+from dragkit.distributed.ranks import Ranks
 from dragkit.errors import MissingInputError
-from dragkit.model.encoder import TextEncoder, find_encoder
-from dragkit.model.generator import Generator
-from dragkit.model.load import check_generator
-from dragkit.model.random_weights import is_random
-from dragkit.trainer.agreement import check_batch, start_facts
+from dragkit.generator.generator import Generator
+from dragkit.generator.load import check_generator
+from dragkit.generator.random_weights import is_random
+from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import (
     build_joint,
     build_retriever,
@@ -26,10 +33,10 @@ from dragkit.trainer.build import (
     setup,
     shards,
 )
-from dragkit.trainer.checkpoint import LoadedCheckpoint, RunLock, find_checkpoint, load_checkpoint
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.ranks import Ranks
+from dragkit.trainer.question_dataset import QuestionSource, evaluation_batch
+from dragkit.trainer.results_table import Stages
 from dragkit.trainer.resume import (
     adopt_saved,
     chosen_checkpoint,
@@ -40,8 +47,6 @@ from dragkit.trainer.resume import (
     resume_dir,
     resumed_config,
 )
-from dragkit.trainer.source import QuestionSource, evaluation_batch
-from dragkit.trainer.stages import Stages
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dragkit.data.collate import PackedCollator
-from dragkit.data.heuristics import Question
+from dragkit.data.question_file import Question
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
 

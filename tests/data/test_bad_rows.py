@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data.heuristics import _decode, read_heuristics
+from dragkit.data.question_file import _decode, read_heuristics
 from dragkit.errors import DataError
 
 GOOD = b'{"id":"%d","question":"q","triples":[["a","r","b"]],"answer":"b"}'

@@ -9,8 +9,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from dragkit.data.heuristics import Question
 from dragkit.data.labels import fact_labels
+from dragkit.data.question_file import Question
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import build_subgraph
 

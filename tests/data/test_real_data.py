@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dragkit.data.collate import PackedCollator
-from dragkit.data.heuristics import read_heuristics
+from dragkit.data.question_file import read_heuristics
 from dragkit.data.store import PackedStore
 
 

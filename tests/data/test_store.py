@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from dragkit.data import packing, store
-from dragkit.data.heuristics import read_heuristics
 from dragkit.data.packing import question_key
+from dragkit.data.question_file import read_heuristics
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.subgraph import build_subgraph

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dragkit.data.heuristics import Question, read_heuristics
+from dragkit.data.question_file import Question, read_heuristics
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import build_subgraph, from_pyg, to_pyg
 

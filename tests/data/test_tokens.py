@@ -16,7 +16,7 @@ from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import TokenPack
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
-from dragkit.model.prompt import PromptTemplate
+from dragkit.generator.prompt import PromptTemplate
 
 BOS, EOS = 256, 257
 

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
-from dragkit.model.adapters import LORA_TARGETS
-from dragkit.model.shape import matrix_parameters, shape_of
+from dragkit.generator.lora.adapters import LORA_TARGETS
+from dragkit.memory_plan.dims import matrix_parameters, shape_of
 from dragkit.observe.flops import ActiveWeights, active_weights, model_flops_utilisation
 from dragkit.observe.gpu import device_spec
 from tests.nemotron_cases import adapted, config_30b, toy_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dragkit.checkpoint.checkpoint import Snapshot, TrainState, save_checkpoint
 from dragkit.data.packed import QuestionBatch
-from dragkit.trainer.checkpoint import Snapshot, TrainState, save_checkpoint
+from dragkit.trainer.question_dataset import QuestionSource
 from dragkit.trainer.run import Run
-from dragkit.trainer.source import QuestionSource
 from tests.trainer.replay_cases import MICRO_BATCHES, command
 
 

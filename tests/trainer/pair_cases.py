@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
-from dragkit.trainer.ranks import Ranks
+from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint
+from dragkit.distributed.ranks import Ranks
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

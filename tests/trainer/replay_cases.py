@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dragkit.data.capacity import Buckets
+from dragkit.data.padding import Buckets
 from dragkit.trainer import replay as replay_module
 from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.question_dataset import QuestionSource
 from dragkit.trainer.replay import StepReplay
 from dragkit.trainer.run import Run
-from dragkit.trainer.source import QuestionSource
 from tests.trainer.run_cases import run
 
 # Question 2 has an empty graph.

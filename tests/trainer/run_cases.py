@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.config import load_config
-from dragkit.trainer.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.run import Run
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dragkit.data.capacity import Buckets, pad_batch
 from dragkit.data.packed import QuestionBatch
+from dragkit.data.padding import Buckets, pad_batch
 from dragkit.trainer import replay as replay_module
-from dragkit.trainer.prefetch import join, split
+from dragkit.trainer.transfer import join, split
 from tests.trainer.replay_cases import (
     MICRO_BATCHES,
     Rerun,

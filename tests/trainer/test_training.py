@@ -10,15 +10,15 @@ import torch
 
 from dragkit import evaluate as evaluate_command
 from dragkit import train as train_command
-from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
-from dragkit.trainer import loop
-from dragkit.trainer.anomaly import NumericalError
-from dragkit.trainer.checkpoint import (
+from dragkit.checkpoint.checkpoint import (
     RunInUseError,
     RunLock,
     find_checkpoint,
     load_checkpoint,
 )
+from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
+from dragkit.trainer import loop
+from dragkit.trainer.anomaly import NumericalError
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from tests.trainer.run_cases import FIXTURE, assert_same, run, stop_after
@@ -89,7 +89,7 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
 def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from dragkit.model.nemotron_h.decoder import after_mixer
+    from dragkit.generator.nemotron_h.decoder import after_mixer
     from dragkit.trainer import compile as settings
 
     counters, stock = {}, torch.compile
@@ -126,8 +126,8 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from dragkit.model.load import prepare_nemotron_h
-    from dragkit.tiny import tiny_generator_path
+    from dragkit.generator.bundled import tiny_generator_path
+    from dragkit.generator.load import prepare_nemotron_h
     from dragkit.trainer.build import build_joint
 
     checked, check = [], JointPhase.check_gradients

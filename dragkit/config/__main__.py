@@ -1,0 +1,39 @@
+"""`python -m dragkit.config show|schema`: every setting with its origin, or the JSON Schema."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from dragkit.config.arguments import parse_train_args
+from dragkit.config.resolve import config_schema, show_config
+from dragkit.console import run_main
+from dragkit.errors import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    return run_main(_config_command, argv)
+
+
+def _config_command(argv: list[str]) -> int:
+    prog = "python -m dragkit.config"
+    command = argv[0] if argv else ""
+    if command == "show":
+        args = parse_train_args(argv[1:], f"{prog} show")
+        text = show_config(args.config, args.origins)
+    elif command == "schema" and len(argv) == 1:
+        text = config_schema()
+    elif command in ("-h", "--help"):
+        text = (
+            f"usage: {prog} show [flags of dragkit.train]   every value and its origin\n"
+            f"       {prog} schema                         JSON Schema of --config files"
+        )
+    else:
+        raise ConfigError(f"expected `{prog} show [flags]` or `{prog} schema`, got {argv}")
+    sys.stdout.write(f"{text}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Several ranks: collectives, torchrun, consistency checks, sharded weights."""

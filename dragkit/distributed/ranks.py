@@ -1,0 +1,138 @@
+"""Several processes (ranks) that train one model; those of `torchrun` are in `torchrun.py`.
+
+Every rank holds all that is trained and takes its slice of every batch. Once per optimizer step,
+when all micro-batches are done, the gradients of the trained parameters are added up over the ranks
+in one flat float32 tensor; all ranks then clip and step alike. `DistributedDataParallel` is not
+used: its hooks expect one backward pass through one module, while phase 2 cuts its graph twice,
+runs the generator in micro-batches and adds up gradients over passes; and a rank with no question
+in a batch has no backward pass at all. One sum at the step needs no such care, sends what is to be
+sent once however many micro-batches there are, and always adds in the same order. What is lost is
+the overlap of sending and computing, which is little where adapters are all that is sent.
+
+The frozen weights are on every rank, or cut between the ranks (`run.sharding`,
+`dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes it; `torch.distributed.checkpoint`, which writes the parts of tensors that no rank holds whole,
+would only give checkpoints a second form.
+
+Host values (counts, the stop flag, log entries) go over gloo, so that no rank waits for its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dragkit.errors import ConfigError, DragkitError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_SHOWN = 12
+Value = TypeVar("Value")
+
+
+class RankError(DragkitError):
+    """Another rank failed or does not answer; `exit_code` is that of its failure, if known."""
+
+    def __init__(self, message: str, exit_code: int = DragkitError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Ranks:
+    """One process alone: every method does what several ranks would do, and sends nothing.
+
+    Attributes:
+        index: of this rank; count: of all ranks.
+        place: where training stands, for messages about lost ranks.
+    """
+
+    index = 0
+    count = 1
+    place = "at the start"
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no other ranks."""
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.index == 0
+
+    def share(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """This rank's slice of every batch; some may be empty, together they are the batch."""
+        return [rows[slice(*self._bounds(len(rows)))] for rows in batches]
+
+    def _bounds(self, size: int) -> tuple[int, int]:
+        each, more = divmod(size, self.count)
+        start = self.index * each + min(self.index, more)
+        return start, start + each + (self.index < more)
+
+    def use(self, device: torch.device) -> torch.device:
+        """The device of this rank, given what the configuration asks for."""
+        return device
+
+    def total(self, numbers: Sequence[int]) -> list[int]:
+        """Sums over ranks of host integers."""
+        return list(numbers)
+
+    def most(self, number: int) -> int:
+        """The largest of a host integer over ranks."""
+        return number
+
+    def add(self, tensor: Tensor) -> None:
+        """Replaces a tensor on the device by its sum over ranks."""
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replaces every gradient by its sum over ranks; none stays none where no rank has one."""
+
+    def gather(self, value: Value) -> list[Value]:
+        """The values of all ranks, in their order, on every rank."""
+        return [value]
+
+    def wait(self) -> None:
+        """Returns when all ranks have come here."""
+
+    def in_turn(self) -> AbstractContextManager[None]:
+        """The first rank of each machine inside before the others, so that they find its files."""
+        return nullcontext()
+
+    def in_waves(self, size: int) -> AbstractContextManager[None]:
+        """So many ranks of each machine inside at a time."""
+        return nullcontext()
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """The ranks in one dimension, on devices of a kind, for what libraries distribute.
+
+        Raises:
+            ConfigError: this process is alone.
+        """
+        raise ConfigError(f"{device}: a process alone has nothing to distribute over.")
+
+    def require_same(self, values: Mapping[str, object]) -> None:
+        """Sees to it that all ranks have the same values.
+
+        Raises:
+            ConfigError: on every rank, naming the ranks that differ from the first.
+        """
+        everyone = self.gather(dict(values))
+        lines = []
+        for index, other in enumerate(everyone):
+            for key in dict.fromkeys([*everyone[0], *other]):
+                ours, theirs = everyone[0].get(key), other.get(key)
+                if ours != theirs:
+                    lines.append(
+                        f"  rank {index}: {key} is {theirs!r:.80}, rank 0 has {ours!r:.80}"
+                    )
+        if lines:
+            more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+            raise ConfigError(
+                f"{self.place}, the ranks do not agree:\n"
+                + "\n".join(lines[:_SHOWN] + more)
+                + "\nStart all of them with the same code, data, settings and weights."
+            )

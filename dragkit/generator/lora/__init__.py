@@ -1,0 +1,1 @@
+"""LoRA adapters: targets, their coverage, their gradients, and PEFT's files."""

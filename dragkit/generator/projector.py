@@ -1,0 +1,49 @@
+"""From a fact's representation in the retriever to one vector of the generator's width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dragkit.data.packed import PackedGraph
+from dragkit.retriever.retriever import RetrieverOutput
+from dragkit_kernels import fact_rows
+
+
+class Projector(nn.Module):
+    """A two-layer MLP whose output has the scale of the generator's token embeddings.
+
+    Args:
+        fact_dim: width of [h_head ; x_relation ; h_tail].
+        hidden_dim: width of the hidden layer; None is that of the generator, at least 128.
+        generator_dim: width M of the generator.
+        embedding_rms: root mean square of the generator's token embeddings. The last layer is
+            followed by RMS normalisation to that scale, so that a vector looks like a token to a
+            generator of any size, and stays so while the projector learns.
+    """
+
+    def __init__(
+        self, fact_dim: int, hidden_dim: int | None, generator_dim: int, embedding_rms: float
+    ) -> None:
+        super().__init__()
+        hidden_dim = hidden_dim or max(128, generator_dim)
+        self.hidden = nn.Linear(fact_dim, hidden_dim)
+        self.output = nn.Linear(hidden_dim, generator_dim)
+        self.norm = nn.RMSNorm(generator_dim, eps=1e-6)
+        nn.init.constant_(self.norm.weight, embedding_rms)
+
+    def forward(self, output: RetrieverOutput, graph: PackedGraph, index: Tensor) -> Tensor:
+        """Vectors of the selected facts.
+
+        Args:
+            output: of the retriever; graph: its pack; index: int32 [..., K] facts, -1 for none.
+
+        Returns:
+            float [..., K, M]; what stands at an empty place is not used.
+        """
+        if output.fact_logits.numel() == 0:
+            return output.node.new_zeros(*index.shape, self.output.out_features)
+        features = fact_rows(
+            output.node, output.relation, index, orders=graph.orders, groups=graph.groups
+        )
+        return self.norm(self.output(torch.relu(self.hidden(features))))

@@ -1,0 +1,1 @@
+"""What fits on a card, predicted without one: dimensions, bytes, operations, choices."""

@@ -1,1 +1,0 @@
-"""Models: text encoder, graph retriever, fact sampler, projector, neural prompt and generator."""

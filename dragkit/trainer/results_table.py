@@ -1,0 +1,66 @@
+"""The table of a run: test metrics after each stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from dragkit.checkpoint.atomic import make_folders, replace_text
+from dragkit.distributed.ranks import Ranks
+from dragkit.eval.evaluate import evaluate
+from dragkit.trainer.phase import Phase
+from dragkit.trainer.question_dataset import QuestionSource
+
+logger = logging.getLogger(__name__)
+
+HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
+
+
+class Stages:
+    """The table of a run: test metrics after each stage, printed and kept in results.json."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        test: QuestionSource | None,
+        device: torch.device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.path = run_dir / "results.json"
+        self.test, self.device, self.ranks = test, device, ranks or Ranks()
+        self.rows: dict[str, dict] = {}
+        if self.path.is_file():
+            self.rows = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def measure(self, name: str, phase: Phase) -> None:
+        """Evaluates on the test questions, where there are any."""
+        if self.test is None:
+            return
+        logger.info("evaluating %s on %s", name, self.test.path.name)
+        result = evaluate(phase, self.test, self.device, ranks=self.ranks)
+        self.rows[name] = result.report.to_dict()
+        if not self.ranks.first:
+            return
+        make_folders(self.path.parent)
+        replace_text(self.path, json.dumps(self.rows, indent=1) + "\n")
+
+    def table(self) -> str:
+        """Stages as rows, headline metrics in percent as columns."""
+        if not self.rows:
+            return ""
+        asked = next(iter(self.rows.values()))["counts"]["asked"]
+        title = f"test, {asked} questions"
+        names = [n for n in HEADLINE if any(n in row["metrics"] for row in self.rows.values())]
+        width = max(map(len, (title, *self.rows)))
+        lines = [f"{title:<{width}}  " + "  ".join(names)]
+        for stage, row in self.rows.items():
+            cells = [
+                f"{100 * row['metrics'][n]['mean']:.1f}" if n in row["metrics"] else "-"
+                for n in names
+            ]
+            padded = (cell.rjust(len(n)) for cell, n in zip(cells, names, strict=True))
+            lines.append(f"{stage:<{width}}  " + "  ".join(padded))
+        return "\n".join(lines)

@@ -1,0 +1,190 @@
+"""Damaged and foreign checkpoints: all are found out, none is read as something else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
+from dragkit.checkpoint.manifest import hash_file
+from dragkit.errors import CheckpointError
+from tests.checkpoint.checkpoint_cases import FILES, StateAt
+
+
+def _flip(path: Path, _: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[random.Random(1).randrange(len(data))] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "half": lambda path, other: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "last byte gone": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
+    "one bit": _flip,
+    "removed": lambda path, other: path.unlink(),
+    "from another step": lambda path, other: shutil.copy(other, path),
+    "a folder": lambda path, other: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
+def test_damage_is_found_and_the_older_one_used(
+    run: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture, state_at: StateAt
+) -> None:
+    DAMAGES[damage](run / "step-00000020" / name, run / "step-00000010" / name)
+    with caplog.at_level(logging.WARNING):
+        found = find_checkpoint(run)
+    assert found == run / "step-00000010"
+    assert load_checkpoint(found).state == state_at(10)
+    assert "step-00000020" in caplog.text and name in caplog.text
+    for loader in (find_checkpoint, load_checkpoint):
+        with pytest.raises(CheckpointError, match=name):
+            loader(run / "step-00000020")
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    path = folder / "MANIFEST.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["../outside.json", "{run}/outside.json", "a/../../outside.json"])
+def test_names_that_lead_out_of_the_folder_are_refused(run: Path, name: str) -> None:
+    folder, outside = run / "step-00000020", run / "outside.json"
+    outside.write_text("{}")
+    (folder / "a").mkdir()
+    entry = {"name": name.format(run=run), "size": 2, "sha256": hash_file(outside)}
+    edit_manifest(folder, lambda manifest: manifest["files"].append(entry))
+    with pytest.raises(CheckpointError, match="name"):
+        find_checkpoint(folder)
+
+
+EDITS: dict[str, Callable[[dict], object]] = {
+    "a pickle": lambda manifest: manifest["files"][0].update(name="model.bin"),
+    "no name": lambda manifest: manifest["files"][0].pop("name"),
+    "size is true": lambda manifest: manifest["files"][0].update(size=True),
+    "one too few": lambda manifest: manifest["files"].pop(),
+    "version": lambda manifest: manifest.update(version=2),
+    "step": lambda manifest: manifest.update(step=10),
+    "files is a dict": lambda manifest: manifest.update(files={}),
+    "extra key": lambda manifest: manifest.update(more=1),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_manifests_that_lie_are_refused(run: Path, edit: str) -> None:
+    edit_manifest(run / "step-00000020", EDITS[edit])
+    assert find_checkpoint(run) == run / "step-00000010"
+
+
+@pytest.mark.parametrize("text", [b"", b"null", b"\xff{}", b"[" * 100_000, b'{"a":NaN}'], ids=len)
+def test_manifests_that_are_no_manifest(run: Path, text: bytes) -> None:
+    (run / "step-00000020" / "MANIFEST.json").write_bytes(text)
+    assert find_checkpoint(run) == run / "step-00000010"
+
+
+def test_any_flipped_bit_of_the_manifest_is_found(run: Path) -> None:
+    path = run / "step-00000020" / "MANIFEST.json"
+    data = path.read_bytes()
+    draw = random.Random(3)
+    for position in range(len(data)):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError):
+            verify_checkpoint(path.parent)
+    path.write_bytes(data)
+    verify_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "adapter/adapter_model.bin", "x.safetensors"])
+def test_stray_files_are_refused_and_hidden_ones_passed_over(
+    run: Path, name: str, state_at: StateAt
+) -> None:
+    (run / "step-00000020" / ".DS_Store").write_text("x")
+    assert load_checkpoint(find_checkpoint(run)).state == state_at(20)
+    (run / "step-00000020" / name).write_text("x")
+    assert find_checkpoint(run) == run / "step-00000010"
+
+
+def test_parts_of_two_steps_do_not_mix(run: Path) -> None:
+    shutil.rmtree(run / "step-00000020" / "adapter")
+    shutil.copytree(run / "step-00000010" / "adapter", run / "step-00000020" / "adapter")
+    assert find_checkpoint(run) == run / "step-00000010"
+    shutil.rmtree(run / "step-00000020")
+    shutil.copytree(run / "step-00000010", run / "step-00000020")
+    with pytest.raises(CheckpointError, match="belongs to step 10"):
+        find_checkpoint(run / "step-00000020")
+
+
+def test_when_nothing_is_whole_every_reason_is_listed(run: Path) -> None:
+    (run / "step-00000020" / "config.json").unlink()
+    (run / "step-00000010" / "heads.safetensors").write_bytes(b"")
+    (run / "step-00000010" / "state.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        find_checkpoint(run)
+    reasons = (
+        "config.json: missing",
+        "heads.safetensors: 0 bytes, expected",
+        "state.json: missing",
+    )
+    assert all(reason in str(caught.value) for reason in reasons)
+    assert caught.value.exit_code == 66
+
+
+def reseal(folder: Path) -> None:
+    """Makes the manifest agree with whatever the files hold now."""
+
+    def update(manifest: dict) -> None:
+        for row in manifest["files"]:
+            row["size"] = (folder / row["name"]).stat().st_size
+            row["sha256"] = hash_file(folder / row["name"])
+
+    edit_manifest(folder, update)
+
+
+class _Payload:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("content", ["pickle", "empty"])
+def test_sealed_files_that_are_no_safetensors(run: Path, tmp_path: Path, content: str) -> None:
+    folder, ran = run / "step-00000020", tmp_path / "ran"
+    data = pickle.dumps(_Payload(str(ran))) if content == "pickle" else b""
+    (folder / "heads.safetensors").write_bytes(data)
+    reseal(folder)
+    verify_checkpoint(folder)
+    with pytest.raises(CheckpointError, match=r"heads\.safetensors"):
+        load_checkpoint(folder)
+    assert not ran.exists()
+    if content == "pickle":
+        pickle.loads(data)
+        assert ran.exists(), "the payload is live"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 21}, {"epoch": -1}, {"questions_seen": True}, {"phase": None}, {"best": "high"}],
+    ids=str,
+)
+def test_sealed_states_that_make_no_sense(run: Path, change: dict[str, object]) -> None:
+    folder = run / "step-00000020"
+    content = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**content, **change}))
+    reseal(folder)
+    with pytest.raises(CheckpointError, match=r"state\.json"):
+        load_checkpoint(folder)

@@ -1,0 +1,124 @@
+"""Strict loading of tensors and of optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dragkit.checkpoint.checkpoint import (
+    Snapshot,
+    TrainState,
+    flatten_optimizer_state,
+    load_checkpoint,
+    load_tensors_into,
+    restore_optimizer_state,
+    save_checkpoint,
+)
+from dragkit.errors import CheckpointError
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_tensors_go_into_a_module_strictly() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    own = model.state_dict()
+    new = {name: torch.randn_like(t) if t.is_floating_point() else t + 5 for name, t in own.items()}
+    load_tensors_into(own, new, what="heads")
+    assert all(torch.equal(model.state_dict()[name], new[name]) for name in new)
+
+    wrong = {**new, "0.weight": torch.zeros(3, 4), "extra.x": torch.zeros(7)}
+    wrong["1.num_batches_tracked"] = torch.tensor(1.5)
+    del wrong["0.bias"]
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_tensors_into(own, wrong, what="heads")
+    for line in (
+        "heads: the checkpoint does not fit",
+        "0.bias: float [3] here, nothing in the checkpoint",
+        "extra.x: nothing here, float [7] in the checkpoint",
+        "0.weight: float [3, 2] here, float [3, 4] in the checkpoint",
+        "1.num_batches_tracked: int [] here, float [] in the checkpoint",
+    ):
+        assert line in str(caught.value)
+    assert all(torch.equal(own[name], before[name]) for name in own)
+
+
+def _model_and_optimizer(amsgrad: bool) -> tuple[list[str], list[Tensor], torch.optim.AdamW]:
+    torch.manual_seed(1)
+    named = {
+        "a.w": torch.randn(3, 2),
+        "unused": torch.randn(2),
+        "scale": torch.randn(()),
+        "half": torch.randn(2, 2).bfloat16(),
+    }
+    parameters = [tensor.requires_grad_() for tensor in named.values()]
+    groups = [{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.01}]
+    return list(named), parameters, torch.optim.AdamW(groups, amsgrad=amsgrad)
+
+
+def _train(parameters: list[Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    w, _, scale, half = parameters
+    for step in steps:
+        optimizer.zero_grad()
+        ((w * scale * (step + 1)).square().sum() + half.float().pow(3).sum()).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_an_optimizer_goes_on_bit_for_bit(
+    tmp_path: Path, amsgrad: bool, state_at: Callable[..., TrainState]
+) -> None:
+    names, straight, optimizer = _model_and_optimizer(amsgrad)
+    _train(straight, optimizer, range(6))
+
+    names, parameters, optimizer = _model_and_optimizer(amsgrad)
+    _train(parameters, optimizer, range(3))
+    parts = Snapshot(
+        {
+            "heads": dict(zip(names, parameters, strict=True)),
+            "optim": flatten_optimizer_state(optimizer, names),
+        }
+    )
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 3, parts, state_at(3))).tensors
+    keys = {"a.w/exp_avg", "a.w/exp_avg_sq", "a.w/step", "unused/fresh"}
+    assert keys <= loaded["optim"].keys()
+
+    names, resumed, optimizer = _model_and_optimizer(amsgrad)
+    _train(resumed, optimizer, range(1))
+    own = dict(zip(names, (p.detach() for p in resumed), strict=True))
+    load_tensors_into(own, loaded["heads"], what="heads")
+    restore_optimizer_state(optimizer, names, loaded["optim"])
+    again = flatten_optimizer_state(optimizer, names)
+    assert again.keys() == parts.tensors["optim"].keys()
+    assert all(bits(again[name]) == bits(parts.tensors["optim"][name]) for name in again)
+    _train(resumed, optimizer, range(3, 6))
+    # Training on did not reach into the loaded tensors.
+    assert loaded["optim"]["a.w/step"].item() == 3.0
+    for one, other in zip(straight, resumed, strict=True):
+        assert bits(one.detach()) == bits(other.detach())
+
+
+def test_an_optimizer_state_that_does_not_fit() -> None:
+    names, parameters, optimizer = _model_and_optimizer(False)
+    _train(parameters, optimizer, range(2))
+    good = flatten_optimizer_state(optimizer, names)
+    before = {name: tensor.clone() for name, tensor in good.items()}
+    bad = {**good, "a.w/exp_avg": torch.zeros(2, 3), "gone/step": torch.tensor(1.0)}
+    del bad["scale/step"], bad["unused/fresh"]
+    with pytest.raises(CheckpointError) as caught:
+        restore_optimizer_state(optimizer, names, bad)
+    for part in ("a.w/exp_avg", "[2, 3]", "[3, 2]", "gone/step", "scale/step", "unused/exp_avg_sq"):
+        assert part in str(caught.value)
+    again = flatten_optimizer_state(optimizer, names)
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    for wrong in (names[:-1], ["a.w"] * 4):
+        with pytest.raises(ValueError):
+            flatten_optimizer_state(optimizer, wrong)
+        with pytest.raises(ValueError):
+            restore_optimizer_state(optimizer, wrong, good)

@@ -1,0 +1,92 @@
+"""One writer per run: a live owner is respected, a dead one replaced."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dragkit.checkpoint.checkpoint import RunInUseError, RunLock
+from dragkit.errors import WriteError
+
+_held: list[RunLock] = []
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def in_child(action: Callable[[], object]) -> int:
+    """Forks, runs `action` in the child and lets it wait; returns its pid once that is done."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            action()
+            os.write(writer, b"+")
+            signal.pause()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read(1) == b"+"
+    return pid
+
+
+def end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def hold(root: Path) -> None:
+    """Locks for the rest of this process."""
+    held = RunLock(root)
+    held.__enter__()
+    _held.append(held)
+
+
+def assert_in_use(root: Path) -> None:
+    with pytest.raises(RunInUseError, match="another process") as caught, RunLock(root):
+        pass
+    assert caught.value.exit_code == 73 and str(root) in str(caught.value)
+
+
+def test_a_live_owner_is_respected_and_a_killed_one_replaced(tmp_path: Path) -> None:
+    root = tmp_path / "runs" / "one"
+    pid = in_child(lambda: hold(root))
+    try:
+        assert_in_use(root)
+        (tmp_path / "link").symlink_to(root)
+        assert_in_use(tmp_path / "link")
+    finally:
+        end(pid)
+    with RunLock(tmp_path / "link"):
+        pass
+
+
+def test_a_process_can_enter_again_after_the_block_or_its_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), RunLock(tmp_path):
+        raise KeyError
+    (tmp_path / "run.lock").write_text('{"pid": 1, "host": "an earlier one"}')
+    with RunLock(tmp_path):
+        end(in_child(lambda: assert_in_use(tmp_path)))
+
+
+def test_a_worker_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:
+    with RunLock(tmp_path) as held:
+        pid = in_child(lambda: None)
+        try:
+            # A child that leaves the block does not free its parent's lock.
+            end(in_child(lambda: held.__exit__(None, None, None)))
+            end(in_child(lambda: assert_in_use(tmp_path)))
+            held.__exit__(None, None, None)
+            end(in_child(lambda: hold(tmp_path)))
+        finally:
+            end(pid)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WriteError, match="cannot be locked") as caught, RunLock(tmp_path / "file"):
+        pass
+    assert caught.value.exit_code == 74

@@ -1,0 +1,163 @@
+"""Reading heuristics files: what is accepted, and how."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dragkit.data.question_file import read_heuristics
+from dragkit.errors import DataError, MissingInputError
+
+ROW = {"question": "q?", "triples": [["a", "r", "b"]], "answer": "b"}
+
+
+def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = read_heuristics(tiny_file)
+    by_id = {question.id: question for question in found.questions}
+    assert list(by_id) == [
+        "tiny-unicode",
+        "tiny-parallel",
+        "tiny-empty-graph",
+        "tiny-no-answer",
+        "tiny-lone-answer",
+        "heuristics_tiny-6",
+        "tiny-self-loop",
+        "tiny-duplicates",
+    ]
+    assert found.rejects == ()
+    assert [question.line for question in found.questions] == list(range(1, 9))
+    assert by_id["tiny-lone-answer"].answers == ("Fenn Valley",)
+    assert by_id["tiny-no-answer"].answers == ()
+    assert by_id["tiny-empty-graph"].triples == ()
+    assert by_id["heuristics_tiny-6"].topics == ("Pim Oster",)
+    assert by_id["tiny-duplicates"].answers == ("smoke leaf", "pale needle")
+    assert len(by_id["tiny-duplicates"].triples) == 5
+    # Composed and decomposed spellings are two entities: names are never normalised.
+    names = {name for h, _, t in by_id["tiny-unicode"].triples for name in (h, t)}
+    assert {"Cafe\u0301 Anouk", "Caf\u00e9 Anouk", "null", "NaN"} <= names
+    assert found.notes == {
+        "questions": 8,
+        "empty_graph": 1,
+        "empty_question": 0,
+        "no_answer": 1,
+        "no_topic": 0,
+        "duplicate_triples": 2,
+        "topics_from_paths": 1,
+    }
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert "1 questions name no topic entity" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ([["a", "b", "c"]], (("a", "b", "c"),)),
+        ([[["a", "r", "b"], ["b", "s", "c"]]], (("a", "b", "c"),)),
+        ([[["b", "r", "a"], ["b", "s", "c"], ["d", "t", "c"]]], (("a", "b", "c", "d"),)),
+        ([[["a", "r", "b"]]], (("a", "b"),)),
+        ([[["a", "r", "b"], ["x", "r", "y"]]], (("a", "b"), ("x", "y"))),
+        ([[["a", "r", "a"], ["a", "r", "b"]]], (("a", "a", "b"),)),
+        ([[]], ()),
+        (None, ()),
+    ],
+)
+def test_paths_as_names_or_triples(
+    paths: list | None, expected: tuple, write_rows: Callable[..., Path]
+) -> None:
+    (found,) = read_heuristics(write_rows([ROW | {"paths": paths}])).questions
+    assert found.paths == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"answer": "x"}, ("x",)),
+        ({"answer": ["x", "y", "x"]}, ("x", "y")),
+        ({"answer": ""}, ()),
+        ({"answer": None}, ()),
+        ({"answer": None, "answers": ["z"]}, ("z",)),
+        ({"answer": ["x"], "answers": ["z"]}, ("x",)),
+    ],
+)
+def test_answers(fields: dict, expected: tuple, write_rows: Callable[..., Path]) -> None:
+    (found,) = read_heuristics(write_rows([ROW | fields])).questions
+    assert found.answers == expected
+
+
+def test_what_is_tolerated(tmp_path: Path) -> None:
+    lines = [
+        b"\xef\xbb\xbf" + json.dumps(ROW | {"id": 7}).encode(),
+        b"",
+        json.dumps(ROW | {"hops": {"deep": [1, None]}, 'odd"key': 1}).encode() + b"\r",
+        b"   ",
+        # Keys inside a string and a zero-width character in a name are no faults.
+        json.dumps(ROW | {"question": '"question": "answer"\ufeff'}, ensure_ascii=False).encode(),
+    ]
+    path = tmp_path / "mixed.train.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    found = read_heuristics(path)
+    assert [question.id for question in found.questions] == ["7", "mixed-3", "mixed-5"]
+    assert found.questions[2].text == '"question": "answer"\ufeff'
+    assert found.notes["blank_lines"] == 2
+
+
+def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
+    names = [
+        "\u202eabc",
+        "👩‍👩‍👧‍👦",
+        "a\u200bb",
+        "é",
+        "e\u0301",
+        "null",
+        "None",
+        "\x1b[31m",
+        "n" * 10**6,
+    ]
+    rows = [ROW | {"triples": [[name, "r", name + "!"] for name in names]}]
+    (found,) = read_heuristics(write_rows(rows)).questions
+    assert [head for head, _, _ in found.triples] == names
+
+
+def test_gzip_reads_the_same(tmp_path: Path, tiny_file: Path) -> None:
+    packed = tmp_path / "heuristics_tiny.jsonl.gz"
+    packed.write_bytes(gzip.compress(tiny_file.read_bytes()))
+    assert read_heuristics(packed) == read_heuristics(tiny_file)
+
+
+def test_cut_and_damaged_gzip_is_refused_whatever_may_be_bad(tmp_path: Path) -> None:
+    data = gzip.compress(b"\n".join(json.dumps(ROW).encode() for _ in range(2000)))
+    damaged = bytearray(data)
+    damaged[-6] ^= 0xFF
+    path = tmp_path / "cut.jsonl.gz"
+    for content in (*(data[:size] for size in (0, 1, 5, len(data) // 2, len(data) - 1)), damaged):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="gzip"):
+            read_heuristics(path, max_bad=0.9)
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    with pytest.raises(
+        MissingInputError, match=r"trian\.jsonl: no such file.*train\.jsonl"
+    ) as error:
+        read_heuristics(tmp_path / "trian.jsonl")
+    assert error.value.exit_code == 66
+    with pytest.raises(MissingInputError, match="does not exist either"):
+        read_heuristics(tmp_path / "nowhere" / "train.jsonl")
+    with pytest.raises(MissingInputError, match="cannot be read"):
+        read_heuristics(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="holds no question"):
+        read_heuristics(path)

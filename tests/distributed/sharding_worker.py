@@ -1,0 +1,250 @@
+"""What each of two ranks does for test_sharding.py: whole and cut generators compared, then runs.
+
+`torchrun sharding_worker.py plan.json` leaves `waves.<rank>.json`, `direct.<rank>.json`, and
+`<name>.<rank>.json` of each case of the plan, as ranks_worker.py does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import ranks_worker
+import torch
+import torch._dynamo.utils
+from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, NemotronHForCausalLM
+
+from dragkit.config import GeneratorConfig, RunConfig
+from dragkit.console import run_main
+from dragkit.distributed.ranks import Ranks
+from dragkit.distributed.sharding import decoder_blocks, shard
+from dragkit.distributed.torchrun import joined
+from dragkit.generator.generator import Generator
+from dragkit.generator.load import prepare_nemotron_h
+from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.prompt import NeuralPrompt
+from dragkit.trainer.compile import compile_generator
+
+WIDTH, VOCAB = 32, 64
+# End tokens that some of the continuations come to.
+END = {"nemotron": 53, "llama": 19}
+# Prompts of every pass, by rank and round; without any, a rank only keeps up.
+PASSES = {0: [[(5, 9), (3,)], [(12,)]], 1: [[], [(7, 2), (3,), (20, 4)]]}
+DECODED = {0: [(4,)], 1: [(3,), (9, 2, 6)]}
+# Kind of model, checkpointing, whether structural vectors are given, type, whether compiled.
+CASES = {
+    "nemotron": ("nemotron", "none", True, "float32", False),
+    "recomputed": ("nemotron", "all", True, "float32", False),
+    "text": ("nemotron", "none", False, "bfloat16", False),
+    "compiled": ("nemotron", "mamba", True, "bfloat16", True),
+    "llama": ("llama", "none", True, "float32", False),
+}
+
+
+def make_model(kind: str) -> torch.nn.Module:
+    """Every kind of block there is, or an ordinary decoder with tied embeddings."""
+    if kind == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        return LlamaForCausalLM(config)
+    config = NemotronHConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        hybrid_override_pattern="ME*-ME*",
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        ssm_state_size=8,
+        mamba_num_heads=3,  # does not divide by two
+        mamba_head_dim=16,
+        n_groups=1,
+        chunk_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=24,
+    )
+    return NemotronHForCausalLM(config)
+
+
+def make_generator(kind: str, policy: str, dtype: str) -> Generator:
+    """The same on every call."""
+    torch.manual_seed(0)
+    model = make_model(kind).to(getattr(torch, dtype)).requires_grad_(False)
+    prepare_nemotron_h(model)
+    # None in the first block: only vectors bring gradients to it.
+    targets = ["q_proj", "down_proj"] + (["experts.up_proj"] if kind == "nemotron" else [])
+    model = add_adapters(model, GeneratorConfig(lora_rank=3, lora_targets=targets))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokenizer = SimpleNamespace(eos_token_id=END[kind])
+    # So few tokens in a pass that prompts to be continued are read in one pass or in two.
+    return Generator(model, tokenizer, checkpointing=policy, tokens_per_pass=12).train()
+
+
+def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
+    """Random tokens, a vector at the first one of each prompt, the last one supervised."""
+    count, total = len(lengths), sum(lengths)
+    draw = torch.Generator().manual_seed(total)
+    length = torch.tensor(lengths)
+    question = torch.repeat_interleave(length)
+    position = torch.cat([torch.arange(n) for n in lengths])
+    rows = length.cumsum(0) - 1 if target else torch.empty(0, dtype=torch.int64)
+    return NeuralPrompt(
+        input_ids=torch.randint(2, VOCAB, (total,), generator=draw),
+        slot=torch.where(position == 0, question, -1),
+        position=position,
+        question=question,
+        ptr=torch.tensor([0, *length.cumsum(0)]).int(),
+        target_row=rows,
+        target_id=torch.randint(2, VOCAB, (len(rows),), generator=draw),
+        kept=torch.ones(count),
+        longest=max(lengths),
+    )
+
+
+class Gathered:
+    """Bytes of frozen weights that the blocks have beside their parts, seen from inside of them."""
+
+    def __init__(self, blocks: list[torch.nn.Module]) -> None:
+        self.storages: dict[int, torch.UntypedStorage] = {}
+        self.alive: list[int] = []
+        self.largest = 0
+        for block in blocks:
+            self._watch(block)
+
+    def _watch(self, block: torch.nn.Module) -> None:
+        inner = block.forward
+
+        def forward(*args: object, **options: object) -> object:
+            frozen = [p for p in block.parameters() if not p.requires_grad]
+            own = {id(p): p.untyped_storage() for p in frozen}
+            self.storages |= own
+            self.largest = max(self.largest, sum(s.size() for s in own.values()))
+            self.alive.append(self.now())
+            output = inner(*args, **options)
+            first = output[0] if isinstance(output, tuple) else output
+            if first.requires_grad:
+                first.register_hook(lambda grad: self.alive.append(self.now()))
+            return output
+
+        block.forward = forward
+
+    def now(self) -> int:
+        """Bytes at present."""
+        return sum(storage.size() for storage in self.storages.values())
+
+
+def train(generator: Generator, passes: list, vectors: bool) -> tuple[list[float], list]:
+    """Losses of passes, and their gradients: of every adapter, and of the vectors of each pass."""
+    losses, leaves = [], []
+    for lengths in passes:
+        leaf = None
+        if vectors:
+            draw = torch.Generator().manual_seed(len(lengths))
+            leaf = torch.randn(len(lengths), WIDTH, generator=draw).requires_grad_()
+            leaves.append(leaf)
+        loss = generator(prompts(lengths, target=True), leaf).loss_sum
+        loss.backward()
+        losses.append(float(loss.detach()))
+    generator.keep_up(vectors=vectors)
+    trained = {n: p.grad for n, p in generator.named_parameters() if p.requires_grad}
+    return losses, [*(trained[name] for name in sorted(trained)), *(leaf.grad for leaf in leaves)]
+
+
+def _graphs() -> int:
+    """Graphs that were compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def compare(name: str, ranks: Ranks) -> dict:
+    """A generator with all of its weights, and one with its part, over the same prompts."""
+    kind, policy, vectors, dtype, compiled = CASES[name]
+    whole, cut = (make_generator(kind, policy, dtype) for _ in range(2))
+    frozen = [p for p in cut.parameters() if not p.requires_grad]
+    total = sum(p.nbytes for p in frozen)
+    blocks = decoder_blocks(cut.model)
+    shard(cut, ranks.mesh(torch.device("cpu")), ranks.most)
+    if compiled:
+        for generator in (cut, whole):
+            compile_generator(generator)
+    own = [p.to_local() for p in cut.parameters() if not p.requires_grad]
+    found = {"share": sum(t.untyped_storage().size() for t in own) / total, "differences": []}
+    torch._dynamo.utils.counters.clear()
+    found["graphs"] = [0, 0]
+    gathered = None
+    for passes in PASSES[ranks.index]:
+        before = _graphs()
+        ours = train(cut, passes, vectors)
+        found["graphs"][0] += _graphs() - before
+        theirs = train(whole, passes, vectors)
+        found["graphs"][1] = _graphs() - found["graphs"][0]
+        found["losses"] = [ours[0], theirs[0]]
+        for a, b in zip(ours[1], theirs[1], strict=True):
+            b = torch.zeros_like(a) if b is None else b  # a rank that only kept up
+            scale = float(b.abs().max()) or 1.0
+            found["differences"].append(float((a - b).abs().max()) / scale)
+        # From the second round on: our own forward is put into the blocks in the first one.
+        gathered = gathered or Gathered(blocks)
+    found |= {"most": max(gathered.alive), "largest": gathered.largest, "left": gathered.now()}
+    found["tokens"] = []
+    for generator in (cut, whole):
+        generator.eval()
+        with torch.no_grad():
+            batches = [prompts(lengths, target=False) for lengths in DECODED[ranks.index]]
+            found["tokens"].append([generator.greedy_tokens(b, None, 6) for b in batches])
+            generator.keep_up()
+    found["left after decoding"] = gathered.now()
+    return found
+
+
+def met(folder: Path, ranks: Ranks, size: int) -> int:
+    """The most ranks that were seen inside of a wave at the same time."""
+    folder.mkdir(exist_ok=True)
+    seen = 0
+    with ranks.in_waves(size):
+        (folder / str(ranks.index)).touch()
+        for _ in range(20):
+            time.sleep(0.01)
+            seen = max(seen, len(list(folder.iterdir())))
+        (folder / str(ranks.index)).unlink()
+    ranks.wait()
+    return ranks.most(seen)
+
+
+def _main(argv: list[str]) -> int:
+    plan = Path(argv[0])
+    # Traced as ever, but not handed to a C++ compiler.
+    torch.compile = partial(torch.compile, backend="aot_eager")
+    with joined(RunConfig(rank_timeout=60)) as ranks:
+        waves = [met(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
+        plan.with_name(f"waves.{ranks.index}.json").write_text(json.dumps(waves))
+        direct = {name: compare(name, ranks) for name in CASES}
+        plan.with_name(f"direct.{ranks.index}.json").write_text(json.dumps(direct))
+        for case in json.loads(plan.read_text()):
+            if case.get("fails") == ranks.index:
+                Generator.embed = _fail
+            outcome = ranks_worker.run_case(case, ranks)
+            plan.with_name(f"{case['name']}.{ranks.index}.json").write_text(json.dumps(outcome))
+    return 0
+
+
+def _fail(*passed: object) -> None:
+    raise ValueError("planted failure")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(_main, sys.argv[1:]))

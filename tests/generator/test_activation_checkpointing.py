@@ -1,0 +1,65 @@
+"""Blocks that are computed again in the backward pass: the same numbers bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dragkit.generator.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
+from tests.nemotron_cases import KINDS, adapted, decoder_of, toy_model
+
+LENGTHS = (40, 9, 23)
+ROWS = torch.tensor([39, 38, 48, 60, 71])
+OPS = mamba_ops("dragkit")
+
+
+def make_model(pattern: str, dtype: torch.dtype, dropout: float = 0.0) -> torch.nn.Module:
+    model = toy_model(pattern, dtype, std=0.1)
+    return adapted(None, 3, model, 0.3, lora_dropout=dropout).train()
+
+
+def run(model: torch.nn.Module, policy: str, grad: bool = True) -> list[torch.Tensor | None]:
+    """States at some tokens, and gradients of embeddings and adapters."""
+    torch.manual_seed(1)
+    dtype = model.get_base_model().dtype
+    embeds = torch.randn(sum(LENGTHS), 32).to(dtype).requires_grad_(grad)
+    pack = make_pack(torch.tensor(LENGTHS), sum(LENGTHS), max(LENGTHS))
+    with torch.set_grad_enabled(grad):
+        out = hidden_at_rows(decoder_of(model), embeds, pack, ROWS, OPS, RECOMPUTED[policy])
+    model.zero_grad()
+    if grad:
+        out.float().square().sum().backward()
+    return [out.detach(), embeds.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout"), [(torch.float32, 0.0), (torch.bfloat16, 0.0), (torch.float32, 0.5)]
+)
+@pytest.mark.parametrize("pattern", ["MEM*-ME", "ME*"])  # the last attention has a way of its own
+@pytest.mark.parametrize("policy", ["mamba", "all"])
+def test_gradients_are_equal_bit_for_bit(
+    policy: str, pattern: str, dtype: torch.dtype, dropout: float
+) -> None:
+    model = make_model(pattern, dtype, dropout)
+    kept, again = run(model, "none"), run(model, policy)
+    assert len(kept) == len(again) > 10
+    for a, b in zip(kept, again, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (torch.equal(a, b) and torch.isfinite(a).all())
+    assert any(a is not None and a.any() for a in kept[2:])
+
+
+@pytest.mark.parametrize("pattern", ["ME*-M", "ME-*"])
+@pytest.mark.parametrize(("policy", "letters"), [("none", ""), ("mamba", "M"), ("all", "ME*-")])
+def test_blocks_of_the_policy_run_twice_and_others_once(
+    policy: str, letters: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, change = [], decoder._change
+    monkeypatch.setattr(decoder, "_change", lambda *args: seen.append(args[2]) or change(*args))
+    model = make_model(pattern, torch.float32)
+    run(model, policy)
+    kinds = [KINDS[letter] for letter in pattern]
+    assert seen == kinds + [KINDS[x] for x in reversed(pattern) if x in letters]
+    seen.clear()
+    run(model, policy, grad=False)
+    assert seen == kinds

@@ -1,0 +1,275 @@
+"""Routed experts under LoRA against PEFT's own forward, and against a loop over tokens."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from dragkit.generator.nemotron_h.experts import _plan, routed_experts
+from tests.nemotron_cases import rms_ratio
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+EXPERTS, WIDTH, INNER = 6, 32, 24
+BOTH = ("up_proj", "down_proj")
+
+
+def make(dtype=F32, rank=4, names=BOTH, experts=EXPERTS, width=WIDTH, inner=INNER):
+    """A library's expert stack under PEFT, frozen, adapters at work: (model, wrapper, compute)."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import NemotronHConfig
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    torch.manual_seed(0)
+    config = NemotronHConfig(
+        hybrid_override_pattern="E",
+        hidden_size=width,
+        n_routed_experts=experts,
+        moe_intermediate_size=inner,
+        experts_implementation="eager",
+    )
+    holder = nn.Module()
+    holder.experts = NemotronHExperts(config)
+    for parameter in holder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    holder = holder.to(dtype).requires_grad_(False)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=[],
+        target_parameters=[f"experts.{name}" for name in names],
+    )
+    model = get_peft_model(holder, lora)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    wrapper = model.base_model.model.experts
+    return model, wrapper, lambda *args: routed_experts(*args, *_plan(wrapper))
+
+
+def inputs(tokens=23, copies=2, dtype=F32, experts=EXPERTS, width=WIDTH, skip=()):
+    """Rows, distinct experts of each row (never one of `skip`) and their weights."""
+    torch.manual_seed(1)
+    x = torch.randn(tokens, width).to(dtype).requires_grad_()
+    allowed = torch.tensor([e for e in range(experts) if e not in skip])
+    index = torch.stack([allowed[torch.randperm(len(allowed))[:copies]] for _ in range(tokens)])
+    kind = torch.promote_types(dtype, F32)
+    return x, index, torch.rand(tokens, copies, dtype=kind, requires_grad=True)
+
+
+def definition(wrapper, x, index, weights):
+    """Token by token, expert by expert, in float64."""
+    chain, module = {}, wrapper
+    while hasattr(module, "parameter_name"):
+        chain[module.parameter_name] = module
+        module = module.base_layer
+
+    def project(row, name, expert):
+        y = getattr(module, name)[expert].double() @ row
+        if name not in chain:
+            return y
+        layer = chain[name]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        number, rank = layer.num_experts, layer.r["default"]
+        a = down.double()[expert * rank : (expert + 1) * rank]
+        b = up.double()[:, expert::number]
+        return y + layer.scaling["default"] * (b @ (a @ row))
+
+    rows = []
+    for row, chosen, shares in zip(x.double(), index.tolist(), weights.double(), strict=True):
+        total = torch.zeros_like(row)
+        for expert, share in zip(chosen, shares, strict=True):
+            inner = module.act_fn(project(row, "up_proj", expert))
+            total = total + share * project(inner, "down_proj", expert)
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def value_and_gradients(forward, model, x, index, weights):
+    leaves = [x, weights, *(p for p in model.parameters() if p.requires_grad)]
+    y = forward(x, index, weights)
+    torch.manual_seed(2)
+    return y, torch.autograd.grad((y * torch.randn(y.shape).to(y.dtype)).sum(), leaves)
+
+
+def agree(forward, other, model, given, limits):
+    """Two computations of the same, values and gradients."""
+    y, ours = value_and_gradients(forward, model, *given)
+    z, theirs = value_and_gradients(other, model, *given)
+    assert y.dtype == given[0].dtype and rms_ratio(y, z) <= limits[0]
+    assert all(rms_ratio(a, b) <= limits[1] for a, b in zip(ours, theirs, strict=True) if b.any())
+    assert all(not a.any() for a, b in zip(ours, theirs, strict=True) if not b.any())
+    return ours
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 16])
+@pytest.mark.parametrize("names", [BOTH, ("up_proj",), ("down_proj",)])
+def test_equals_pefts_materialised_weights(names, rank):
+    model, wrapper, compute = make(rank=rank, names=names)
+    stock = partial(type(wrapper).forward, wrapper)
+    ours = agree(compute, stock, model, inputs(), (1e-5, 1e-5))
+    assert len(ours) == 2 + 2 * len(names)
+
+
+# The limits are those of one product; here two follow one another, with a square between them.
+# PEFT's own forward in bfloat16 comes to 7e-3.
+LIMITS = {F64: (1e-12, 1e-12), F32: (2.5e-6, 1e-5), BF16: (1e-2, 1.6e-2)}
+LIMITS[torch.float16] = (2.5e-3, 4e-3)
+
+
+ROWS = [
+    (23, 2, (), {}),
+    (23, 2, (0, 5), {}),
+    # Widths that the library's grouped product refuses.
+    (23, 2, (), {"width": 7}),
+    (23, 2, (), {"inner": 5}),
+    (23, 2, (), {"width": 1, "inner": 1}),
+    (23, 6, (), {}),
+    (1, 1, (), {}),
+    (1, 3, (), {}),
+    (9, 1, (1, 2), {}),
+]
+TYPES = [(F64, F64, 9), (F32, F32, 5), (BF16, F32, 2), (BF16, BF16, 2), (torch.float16, F32, 2)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapters", "tokens", "copies", "skip", "sizes"),
+    [(*types, *row) for *types, count in TYPES for row in ROWS[:count]],
+)
+def test_equals_the_loop_over_tokens(dtype, adapters, tokens, copies, skip, sizes):
+    model, wrapper, compute = make(dtype, rank=2 if sizes else 4, **sizes)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (parameter.data / 2).to(adapters)
+    given = inputs(tokens, copies, dtype, width=sizes.get("width", WIDTH), skip=skip)
+    ours = agree(compute, lambda *a: definition(wrapper, *a), model, given, LIMITS[dtype])
+    assert all(g.dtype == adapters for g in ours[2:])
+    for expert in skip:
+        assert not ours[3][:, expert::EXPERTS].any(), "no token, no gradient"
+
+
+def test_the_grouped_product_is_what_runs_where_it_exists(monkeypatch):
+    model, wrapper, compute = make(rank=3)
+    calls, given, library = [], inputs(), torch.nn.functional
+    product = library.grouped_mm
+    monkeypatch.setattr(library, "grouped_mm", lambda *a, **k: calls.append(1) or product(*a, **k))
+    y, ours = value_and_gradients(compute, model, *given)
+    assert len(calls) == 6
+    monkeypatch.delattr(library, "grouped_mm")
+    z, theirs = value_and_gradients(compute, model, *given)
+    for a, b in zip((y, *ours), (z, *theirs), strict=True):
+        assert rms_ratio(a, b) <= 1e-6
+
+
+def test_no_tokens():
+    *_, compute = make()
+    x, index, weights = inputs(1)
+    y = compute(x[:0], index[:0], weights[:0])
+    assert y.shape == (0, WIDTH) and y.dtype == x.dtype
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_nothing_of_the_size_of_the_experts_is_made_or_kept(dtype, made):
+    """Twelve pairs among 64 experts: PEFT makes the stack, several times over."""
+    model, wrapper, compute = make(dtype, rank=8, experts=64, width=64, inner=96)
+    given, stack, kept = inputs(6, 2, dtype, experts=64, width=64), 64 * 64 * 96, []
+    base = {p.data_ptr() for p in wrapper.get_base_layer().parameters()}
+
+    def pack(tensor):
+        if tensor.data_ptr() not in base:
+            kept.append(tensor.numel())
+        return tensor
+
+    with made, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        (compute(*given) ** 2).sum().backward()
+    largest = max(torch.Size(shape).numel() for shape, _ in made.tensors)
+    assert 0 < max(kept) <= largest <= 64 * 8 * 96 < stack / 7
+    assert all(p.grad is None for p in wrapper.get_base_layer().parameters())
+    made.tensors.clear()
+    with made:
+        (type(wrapper).forward(wrapper, *given) ** 2).sum().backward()
+    assert max(torch.Size(shape).numel() for shape, _ in made.tensors) == stack
+
+
+def test_gradients_that_are_wanted_and_no_others():
+    x, index, weights = inputs()
+    for trained, rows in (("", x), ("lora_", x.detach()), ("up_proj", x)):
+        model, wrapper, compute = make()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(bool(trained) and trained in name)
+        x.grad = None
+        compute(rows, index, weights.detach()).sum().backward()  # a gradient without strides
+        assert (x.grad is not None) == rows.requires_grad
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_two_runs_are_equal_to_the_bit_and_rows_do_not_touch():
+    model, wrapper, compute = make()
+    x, index, weights = inputs()
+    y, first = value_and_gradients(compute, model, x, index, weights)
+    z, second = value_and_gradients(compute, model, x, index, weights)
+    assert torch.equal(y, z) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    spoiled = x.detach().clone()
+    spoiled[4] = torch.nan
+    w = compute(spoiled, index, weights)
+    assert w[4].isnan().all() and not w[torch.arange(len(w)) != 4].isnan().any()
+    strided = torch.stack([x.detach(), x.detach()], 2)[..., 0]
+    assert torch.equal(compute(strided, index.mT.contiguous().mT, weights), y)
+
+
+def test_what_is_not_plain_is_left_to_peft():
+    model, wrapper, compute = make()
+    given = inputs()
+    plain = compute(*given)
+    with model.disable_adapter():
+        assert _plan(wrapper) is None
+    model.merge_adapter()
+    assert _plan(wrapper) is None and rms_ratio(wrapper(*given), plain) <= 1e-5
+    model.unmerge_adapter()
+    torch.testing.assert_close(compute(*given), plain, rtol=1e-4, atol=1e-4)
+    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    assert rms_ratio(compute(*given), plain) <= 1e-5
+    model.base_model.set_adapter(["default", "second"])
+    assert _plan(wrapper) is None
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32, F64])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_values_and_gradients_are_the_eager_ones(backend, dtype):
+    """One graph in every type, in those too that the library's product refuses or cannot trace."""
+    model, wrapper, compute = make(dtype)
+    given = inputs(dtype=dtype)
+    y, ours = value_and_gradients(compute, model, *given)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *args: compute(*args), backend=backend, fullgraph=True)
+    z, theirs = value_and_gradients(compiled, model, *given)
+    assert torch.equal(y, z) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("ends", [(3, 3, 9), (0, 9, 9), (9, 9, 9), (2, 5, 9)])
+@pytest.mark.parametrize("dtype", [F64, F32])
+def test_the_operator_of_a_trace(dtype, ends):
+    x = torch.randn(9, 8, dtype=dtype, requires_grad=True)
+    stack = torch.randn(3, 12, 8, dtype=dtype, requires_grad=True)
+    where = torch.tensor(ends, dtype=torch.int32)
+    owner = torch.searchsorted(where, torch.arange(9), right=True)
+    wanted = torch.einsum("si,soi->so", x, stack[owner])
+    product = torch.ops.dragkit.grouped_product
+    y = product(x, stack, where)
+    torch.testing.assert_close(y, wanted)
+    weight = torch.randn_like(y)
+    ours = torch.autograd.grad((y * weight).sum(), [x, stack])
+    theirs = torch.autograd.grad((wanted * weight).sum(), [x, stack], retain_graph=True)
+    torch.testing.assert_close(ours, theirs)
+    # As an expanded gradient comes, and with the stack frozen.
+    (alone,) = torch.autograd.grad(product(x, stack.detach(), where).sum(), [x])
+    torch.testing.assert_close(alone, torch.autograd.grad(wanted.sum(), [x])[0])
+    if dtype == F32:
+        torch.library.opcheck(product, (x, stack, where))
+        torch.library.opcheck(product, (x, stack.mT.contiguous().mT, where))
+        args = (torch.randn(9, 12), x.detach(), stack.detach(), where)
+        torch.library.opcheck(torch.ops.dragkit.grouped_weight_gradient, args)

@@ -1,0 +1,185 @@
+"""The generator on neural prompts: no padding may change a result, and only answers are scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dragkit.config import GeneratorConfig
+from dragkit.errors import ConfigError, MissingInputError
+from dragkit.generator.decode import greedy_decode
+from dragkit.generator.generator import Generator
+from dragkit.generator.load import load_generator, prepare_nemotron_h, resolve_generator
+from dragkit.generator.nemotron_h import decoding
+from dragkit.generator.prompt import NeuralPrompt
+from tests.nemotron_cases import toy_model
+
+WIDTH = 32
+
+
+class Words:
+    """A stand-in tokeniser: numbers as text."""
+
+    eos_token_id = 1
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [" ".join(str(int(i)) for i in row if int(i) != 1) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
+    model = toy_model(std=0.15)
+    prepare_nemotron_h(model)
+    return Generator(model, Words())
+
+
+def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt:
+    """(tokens, position of the slot, target) per question, packed."""
+    ids, slot, position, question, ptr, rows, wanted = [], [], [], [], [0], [], []
+    for b, (tokens, place, target) in enumerate(questions):
+        start = len(ids)
+        whole = tokens + target
+        ids += whole
+        slot += [b if i == place else -1 for i in range(len(whole))]
+        position += range(len(whole))
+        question += [b] * len(whole)
+        ptr.append(len(ids))
+        rows += range(start + len(tokens) - 1, start + len(whole) - 1)
+        wanted += target
+    return NeuralPrompt(
+        *map(torch.tensor, (ids, slot, position, question, ptr, rows, wanted)),
+        torch.ones(len(questions)),
+        longest=max(position) + 4,
+    )
+
+
+def questions(with_target=True):
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for length in (3, 17, 16, 40, 1, 9):
+        tokens = torch.randint(2, 64, (length,), generator=generator).tolist()
+        target = [*torch.randint(2, 64, (length % 3,), generator=generator).tolist(), 1]
+        made.append((tokens, length // 2, target if with_target else []))
+    return made
+
+
+def test_a_question_alone_equals_the_question_in_a_batch(generator):
+    torch.manual_seed(3)
+    made, vectors = questions(), torch.randn(6, WIDTH)
+    together = vectors.clone().requires_grad_()
+    out = generator(prompt_of(made), together)
+    out.loss_sum.backward()
+    singles = []
+    for i, question in enumerate(made):
+        alone = vectors[i : i + 1].clone().requires_grad_()
+        singles.append(generator(prompt_of([question]), alone))
+        singles[-1].loss_sum.backward()
+        torch.testing.assert_close(together.grad[i], alone.grad[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(out.loss_sum, sum(x.loss_sum for x in singles), rtol=1e-5, atol=0)
+    assert int(out.num_correct) == sum(int(x.num_correct) for x in singles)
+
+
+def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generator):
+    torch.manual_seed(4)
+    made, vectors = questions(with_target=False), torch.randn(6, WIDTH)
+    batch = greedy_decode(generator, prompt_of(made), vectors, 8)
+    for i, question in enumerate(made):
+        single = prompt_of([question])
+        assert greedy_decode(generator, single, vectors[i : i + 1], 8) == [batch[i]]
+        embeds = generator.embed(single, vectors[i : i + 1])[None]
+        produced = []
+        with torch.no_grad():
+            for _ in range(8):
+                logits = generator.model(inputs_embeds=embeds, use_cache=False).logits
+                token = int(logits[0, -1].argmax())
+                if token == 1:
+                    break
+                produced.append(token)
+                step = generator.model.get_input_embeddings()(torch.tensor([[token]]))
+                embeds = torch.cat([embeds, step], dim=1)
+        assert " ".join(map(str, produced)) == batch[i]
+
+
+@pytest.mark.parametrize(("tokens", "passes"), [(1, 6), (20, 4), (40, 3), (75, 2), (86, 1)])
+def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkeypatch):
+    made, vectors = prompt_of(questions(with_target=False)), torch.randn(6, WIDTH)
+    wanted = generator.greedy_tokens(made, vectors, 8)
+    assert len({tuple(row) for row in wanted}) > 1
+    sizes, read = [], decoding.prefill
+
+    def counting(model, embeds, *rest, **options):
+        sizes.append(len(embeds))
+        return read(model, embeds, *rest, **options)
+
+    monkeypatch.setattr(decoding, "prefill", counting)
+    monkeypatch.setattr(generator, "tokens_per_pass", tokens)
+    assert generator.greedy_tokens(made, vectors, 8) == wanted
+    assert len(sizes) == passes and sum(sizes) == len(made.input_ids)
+    longest = int(made.length.max())
+    assert max(sizes) <= max(tokens, longest)
+
+
+@pytest.mark.parametrize("end", [1.0, 0.0, 2.0])
+def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator, end):
+    (question,) = questions()[1:2]
+    prompt = prompt_of([question])
+    vectors = torch.randn(1, WIDTH)
+    embeds = generator.embed(prompt, vectors)[None]
+    logits = generator.model(inputs_embeds=embeds, use_cache=False).logits[0]
+    first, goal = len(question[0]), question[2]
+    each = torch.nn.functional.cross_entropy(
+        logits[first - 1 : -1], torch.tensor(goal), reduction="none"
+    )
+    assert len(goal) > 1
+    each[-1] *= end
+    torch.testing.assert_close(generator(prompt, vectors, end).loss_sum, each.sum())
+
+
+def test_the_time_step_limit_is_the_configurations(generator):
+    limits = {
+        tuple(m.time_step_limit) for m in generator.model.modules() if hasattr(m, "time_step_limit")
+    }
+    assert limits == {tuple(float(x) for x in generator.model.config.time_step_limit)}
+
+
+def test_tiny_generator_with_adapters_trains_only_them():
+    generator = load_generator(GeneratorConfig(lora_rank=4), torch.device("cpu"), name="tiny")
+    trained = [n for n, p in generator.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    state = generator.adapter_state()
+    name, tensor = next(iter(state.items()))
+    with torch.no_grad():
+        tensor.fill_(0.25)
+    assert float(generator.adapter_state()[name].mean()) == 0.25, "adapter_state must share memory"
+
+
+def test_what_cannot_be_loaded_says_where_and_how(tmp_path):
+    with pytest.raises(MissingInputError, match="hf download.*--generator_model tiny"):
+        resolve_generator(GeneratorConfig(), name="no-such-organisation/no-such-model")
+    with pytest.raises(MissingInputError, match="config.json"):
+        resolve_generator(GeneratorConfig(), name=str(tmp_path))
+    with pytest.raises(ConfigError, match="generator_dim"):
+        load_generator(GeneratorConfig(generator_dim=4096), torch.device("cpu"), name="tiny")
+
+
+class Scaled(torch.nn.Embedding):
+    """Embeddings as Gemma has them: looked up, then scaled."""
+
+    def forward(self, ids):
+        return 3.0 * super().forward(ids)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, Scaled])
+def test_vectors_stand_among_the_embeddings_of_the_model(generator, kind, monkeypatch):
+    embedding = kind(64, WIDTH).requires_grad_(False)
+    monkeypatch.setattr(generator, "_embedding", [embedding])
+    prompt = prompt_of([([5, 6, 7], 1, [1]), ([8, 9], 0, [])])
+    vectors = torch.randn(2, WIDTH, requires_grad=True)
+    embeds = generator.embed(prompt, vectors)
+    wanted = embedding(prompt.input_ids).clone()
+    assert torch.equal(generator.embed(prompt, None), wanted)
+    wanted[1], wanted[4] = vectors[0], vectors[1]
+    assert torch.equal(embeds, wanted)
+    (grad,) = torch.autograd.grad(embeds[:5].sum(), vectors)
+    assert torch.equal(grad, torch.ones(2, WIDTH))

@@ -1,0 +1,46 @@
+"""Models as the 30B in kind, at small widths, for counting the tensors that a pass leaves alive."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dragkit.config import GeneratorConfig
+from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.random_weights import ARCHITECTURES, random_model
+from dragkit.memory_plan.dims import Adapters, Shape, linear_layers, shape_of
+
+# As the 30B in kind and proportion: inner is not hidden, keys are fewer than queries.
+SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
+    "vocab_size": 1024,
+    "hidden_size": 168,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 32,
+    "n_groups": 2,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 120,
+    "moe_shared_expert_intermediate_size": 232,
+    "intermediate_size": 336,
+}
+
+
+def build(
+    monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...], **sizes: int
+) -> tuple[torch.nn.Module, Shape, Adapters]:
+    """A bfloat16 model under LoRA, its shape and adapters; `targets` that it lacks are left out."""
+    published = ARCHITECTURES["nemotron-3-nano-30b-a3b"]
+    architecture = published._replace(pattern=pattern, sizes=SIZES | sizes)
+    monkeypatch.setitem(ARCHITECTURES, "small", architecture)
+    model = random_model("random:small", torch.device("cpu"), torch.bfloat16)
+    shape = shape_of(model.config)
+    linear = {n for kind in shape.kinds for n in linear_layers(shape, kind)}
+    routed = "moe" in shape.kinds
+    targets = tuple(t for t in targets if t in linear or (routed and t.startswith("experts.")))
+    model.requires_grad_(False)
+    model = add_adapters(model, GeneratorConfig(lora_rank=4, lora_targets=targets))
+    return model, shape, Adapters(4, targets)

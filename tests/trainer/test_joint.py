@@ -1,0 +1,219 @@
+"""Gradients of phase 2: what the answer's loss reaches, and through which door."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dragkit.generator.lora.gradient_watch import DeadAdapterError
+from dragkit.retriever.losses import retrieval_loss
+from dragkit.trainer.phase2 import split_by_tokens
+from tests.trainer.joint_cases import make, make_batch, relation_states
+
+
+@pytest.fixture
+def relations():
+    return relation_states()
+
+
+def gradients(phase, batch, relations):
+    phase.model.zero_grad()
+    counts = phase.counts([batch])
+    out = phase.training_step(batch, relations, counts, 0)
+    grads = {
+        n: p.grad.clone()
+        for n, p in phase.model.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
+    return out, grads
+
+
+def test_the_answers_loss_alone_moves_the_retriever(relations):
+    phase = make()
+    _, grads = gradients(phase, make_batch(phase.model.generator), relations)
+    assert "retriever.fact_score.weight" in grads, "the scorer is reached through the gate only"
+    assert any(n.startswith("retriever.layers") for n in grads)
+    assert any(n.startswith("projector") for n in grads)
+    assert any("lora_B" in n for n in grads)
+
+
+def test_the_watch_sees_steps_with_answers_only(relations):
+    phase = make()
+    batch = make_batch(phase.model.generator)
+    gradients(phase, batch, relations)
+    phase.check_gradients(phase.counts([replace(batch, target=None)]))
+    assert phase.watch.step == 0
+    phase.check_gradients(phase.counts([batch]))
+    assert phase.watch.step == 1
+    layer = next(m for m in phase.model.generator.modules() if hasattr(m, "lora_A"))
+    layer.lora_B["default"].weight.grad = None
+    with pytest.raises(DeadAdapterError, match="lora_B"):
+        phase.check_gradients(phase.counts([batch]))
+
+
+def test_no_gate_and_no_vectors_give_the_retriever_nothing(relations, monkeypatch):
+    phase = make(generator={"structural_vectors": False})
+    batch = make_batch(phase.model.generator)
+    _, grads = gradients(phase, batch, relations)
+    assert not any(n.startswith("retriever") for n in grads)
+    assert any("lora_B" in n for n in grads)
+    phase = make()
+    draw, grad = phase.model.sampler.draw, torch.autograd.grad
+
+    def cut(logits, graph, step):
+        selection = draw(logits.detach(), graph, step)
+        return selection._replace(gate=selection.gate.detach(), soft=selection.soft.detach())
+
+    def grad_where_there_is_a_path(outputs, *args, **kwargs):
+        pathless = isinstance(outputs, torch.Tensor) and not outputs.requires_grad
+        return (None,) if pathless else grad(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(phase.model.sampler, "draw", cut)
+    monkeypatch.setattr(torch.autograd, "grad", grad_where_there_is_a_path)
+    _, grads = gradients(phase, batch, relations)
+    assert "retriever.fact_score.weight" not in grads
+
+
+def test_gradient_equals_one_uncut_backward_pass(relations):
+    """Two cuts and three backward calls must give what a single graph gives."""
+    phase = make(loss={"ret_loss_weight": 0.3})
+    model, batch = phase.model, make_batch(phase.model.generator)
+    counts = phase.counts([batch])
+    out, grads = gradients(phase, batch, relations)
+    model.zero_grad()
+    output = model.retriever(batch, relations)
+    selection = model.sampler.draw(output.fact_logits, batch.graph, 0)
+    prompt = model.prompt(batch, selection.index, with_target=True)
+    vectors = selection.gate.unsqueeze(-1) * model.vectors(output, batch, selection)
+    generated = model.generator(prompt, vectors.flatten(0, 1)).loss_sum / counts["tokens"]
+    retrieval = retrieval_loss(
+        output.fact_logits, batch.graph.label, batch.graph.fact_ptr, rho=0.7, margin=1.0
+    )
+    total = generated + 0.3 * retrieval / counts["questions"]
+    total.backward()
+    torch.testing.assert_close(out.loss, total.detach())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.grad.any():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "count", "sizes"),
+    [
+        ([], 10, 2, []),
+        ([5], 10, 2, [1]),
+        ([11], 10, 2, [1]),  # longer than a pass
+        ([2, 3, 5], 10, 9, [3]),  # exactly full
+        ([2, 3, 6], 10, 9, [2, 1]),
+        ([2, 3, 6], 10, 1, [1, 1, 1]),
+        ([4, 4, 4, 4], 8, 9, [2, 2]),
+        ([1, 1, 20, 20], 10, 9, [2, 1, 1]),
+        ([1, 1, 1, 1, 1], 100, 2, [2, 2, 1]),
+        ([3, 90, 2], None, 9, [3]),
+    ],
+)
+def test_passes_hold_at_most_so_many_tokens_and_prompts(lengths, tokens, count, sizes):
+    assert split_by_tokens(lengths, tokens, count) == sizes
+
+
+def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
+    phase = make()
+    for tokens, count, passes in (
+        (None, None, [[0, 1, 2, 3]]),
+        (22, None, [[0, 1, 2, 3]]),
+        (21, None, [[1, 3, 2], [0]]),
+        (None, 3, [[1, 3, 2], [0]]),
+        (8, 4, [[1, 3], [2], [0]]),
+        (1, None, [[1], [3], [2], [0]]),
+    ):
+        phase.model.generator.tokens_per_pass = tokens
+        generator = phase.config.generator.model_copy(update={"generator_microbatch": count})
+        phase.config = phase.config.model_copy(update={"generator": generator})
+        assert phase._passes([9, 3, 7, 3]) == passes
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"generator_microbatch": 1}, {"generator_microbatch": 3}, {"tokens_per_pass": 150}],
+    ids=str,
+)
+def test_generator_micro_batches_change_nothing(relations, limits):
+    whole = make()
+    parts = make(generator=limits)
+    passes = []
+    forward = parts.model.generator.forward
+
+    def spy(prompt, *rest):
+        passes.append(prompt.length.tolist())
+        return forward(prompt, *rest)
+
+    parts.model.generator.forward = spy
+    batch = make_batch(whole.model.generator)
+    a, first = gradients(whole, batch, relations)
+    b, second = gradients(parts, batch, relations)
+    assert sum(map(len, passes)) == 4 and len(passes) > 1
+    most, tokens = limits.get("generator_microbatch", 4), limits.get("tokens_per_pass", 10_000)
+    assert all(len(p) <= most and (sum(p) <= tokens or len(p) == 1) for p in passes)
+    torch.testing.assert_close(a.loss, b.loss)
+    # A softmax does not see its scores' common part: that gradient is zero but for rounding.
+    noise = {"retriever.node_score.bias"}
+    assert first.keys() - noise == second.keys() - noise
+    for name in first.keys() - noise:
+        # Other paddings, other orders of float32 sums: near-cancelling entries differ relatively.
+        assert (first[name] - second[name]).norm() <= 1e-4 * first[name].norm() + 1e-7, name
+
+
+def test_balance_makes_the_two_gradients_proportional(relations):
+    phase = make(
+        loss={"use_grad_norm_balance": True, "balance_rho": 0.9}, run={"log_grad_norms": True}
+    )
+    out, _ = gradients(phase, make_batch(phase.model.generator), relations)
+    weighted = out.parts["retrieval_weight"] * out.parts["grad_norm_retrieval"]
+    torch.testing.assert_close(weighted, 0.9 * out.parts["grad_norm_generator"])
+
+
+def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations, monkeypatch):
+    backward, reached = torch.autograd.backward, []
+
+    def spy(roots, grads=None, *args, **kwargs):
+        if isinstance(roots, list) and len(roots) == 2:
+            reached.append(int((grads[0] != 0).sum()))
+        return backward(roots, grads, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", spy)
+    for residual in (False, True):
+        phase = make(sampler={"residual_slot": residual, "k_facts": 2})
+        gradients(phase, make_batch(phase.model.generator), relations)
+    without, with_slot = reached
+    assert with_slot > 2 * without
+
+
+@pytest.mark.parametrize("fact_relation", ["static", "instructed"])
+def test_mixed_precision_trains_through_every_slot(relations, fact_relation):
+    phase = make(
+        retriever={"fact_relation": fact_relation},
+        sampler={"residual_slot": True, "k_facts": 2},
+        run={"precision": "bfloat16"},
+    )
+    out, grads = gradients(phase, make_batch(phase.model.generator), relations)
+    assert out.loss.isfinite() and "retriever.fact_score.weight" in grads
+    assert all(bool(g.isfinite().all()) for g in grads.values())
+
+
+def test_the_same_step_draws_the_same_facts(relations):
+    phase = make()
+    graph = make_batch(phase.model.generator).graph
+    logits = torch.randn(graph.num_facts)
+    one, two, other = (phase.model.sampler.draw(logits, graph, step).index for step in (3, 3, 4))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_predictions_are_deterministic_and_complete(relations):
+    phase = make()
+    phase.model.eval()
+    batch = make_batch(phase.model.generator)
+    first, second = phase.predict(batch, relations), phase.predict(batch, relations)
+    assert first == second and len(first) == 4
+    assert all(len(p.ranked) == 9 and 1 <= len(p.selected) <= 4 for p in first)
