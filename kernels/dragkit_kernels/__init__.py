@@ -5,7 +5,8 @@ from __future__ import annotations
 from .attention_pool import attention_pool, attention_pool_ref
 from .backend import force_backend, resolve_backend
 from .causal_conv import causal_conv, causal_conv_ref, causal_conv_state
-from .fact_head import fact_loss, fact_loss_ref, fact_scores, fact_scores_ref
+from .fact_loss import fact_loss, fact_loss_ref
+from .fact_scores import fact_scores, fact_scores_ref
 from .gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
 from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
@@ -35,9 +36,6 @@ from .prompt import (
 from .relation_gate import relation_gate, relation_gate_ref
 from .rows import (
     fact_rows,
-    fact_rows_ref,
-    gated_rows,
-    gated_rows_ref,
     gather_rows,
     gather_rows_ref,
     segment_sum,
@@ -63,14 +61,11 @@ __all__ = [
     "fact_loss",
     "fact_loss_ref",
     "fact_rows",
-    "fact_rows_ref",
     "fact_scores",
     "fact_scores_ref",
     "force_backend",
     "gated_rms_norm",
     "gated_rms_norm_ref",
-    "gated_rows",
-    "gated_rows_ref",
     "gather_rows",
     "gather_rows_ref",
     "gumbel_topk",

@@ -139,24 +139,3 @@ def topk_tile(max_facts: int) -> tuple[Tile, bool]:
 def walk_tile(max_facts: int) -> Tile:
     """The tile in which a program walks the facts of a question."""
     return WALK_TILES[int(max_facts > WALK_TILES[0].block)]
-
-
-# Facts of a question that fact_loss walks at a time to split them.
-SPLIT_TILES = (Tile(512, 4), Tile(1024, 8))
-
-
-def split_tile(max_facts: int) -> Tile:
-    """The tile in which a program splits the facts of a question."""
-    return SPLIT_TILES[int(max_facts > SPLIT_TILES[0].block)]
-
-
-# Facts compared at a time by a program of fact_loss, with how many of the other kind, and the
-# most programs for one question.
-PAIR_TILE = Tile(32, 8)
-PAIR_STEP = 64
-PAIR_PROGRAMS = 1024
-
-
-def pair_programs(max_facts: int) -> int:
-    """Programs that share a question of up to `max_facts` facts."""
-    return min(-(-max_facts // PAIR_TILE.block), PAIR_PROGRAMS)

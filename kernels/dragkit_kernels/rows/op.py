@@ -1,7 +1,7 @@
 """dragkit::gather_rows_* and segment_sum_*: one is the other's gradient, up to the order.
 
-On CPU index_add runs in the order of the places; elsewhere it adds as threads arrive, so the
-kernels sum over places sorted by row.
+On CPU index_add adds in the order of the places. On a GPU it adds in the order in which threads
+arrive, so the kernels sum over places sorted by row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..library import forbid_gradient, register, register_gradient
 
 if HAS_TRITON:
     from .backward import gather_rows_bwd
-    from .sums import segment_sum_fwd
+    from .forward import segment_sum_fwd
 else:
     gather_rows_bwd = segment_sum_fwd = None
 
