@@ -28,7 +28,7 @@ test: $(VENV)/.installed $(COMPILED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest -q
 ifdef COMPILED
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto tests/triton_ops tests/ops/test_properties.py
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto -m "triton or gpu" tests/ops tests/triton_ops
 	$(RUN) -m dragkit_kernels.aot --triton-path $(OLDER_TRITON)
 endif
 

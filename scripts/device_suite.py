@@ -165,11 +165,14 @@ class Suite(Runner):
 
 
 def gpu_test_files() -> list[str]:
-    """Test files of the `gpu` tier: those in tests/triton_ops, and those that say so."""
+    """Test files of the `gpu` tier: those of kernels, and those that say so."""
+    # A test of an op that asks for the fixture `backend` runs its kernels as well.
+    signs = ("mark.gpu", "mark.triton", "backend: str")
     found = [
         file
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if file.parent.name == "triton_ops" or "mark.gpu" in file.read_text(encoding="utf-8")
+        if file.parent.name == "triton_ops"
+        or any(sign in file.read_text(encoding="utf-8") for sign in signs)
     ]
     return [str(file.relative_to(ROOT)) for file in found]
 

@@ -184,6 +184,7 @@ def test_every_gpu_test_is_found():
     assert "tests/model/test_retriever_on_gpu.py" in found
     assert "tests/trainer/test_replay_on_gpu.py" in found
     assert "tests/triton_ops/test_triton_math.py" in found
+    assert "tests/ops/test_gated_rms_norm.py" in found
     assert "tests/test_cli.py" not in found
 
 

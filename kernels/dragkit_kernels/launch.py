@@ -5,6 +5,7 @@ A table lists every configuration a launcher can choose, so that `aot` can compi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -13,17 +14,28 @@ import torch
 
 
 class Tile(NamedTuple):
-    """Rows that one program holds at a time, and the warps that share them."""
+    """Rows of one program, its warps, and the registers of a thread (None: the assembler's choice).
+
+    Without a limit, the assembler may spill a few registers to fit one more program.
+    """
 
     block: int
     num_warps: int
+    max_registers: int | None = None
+
+    @property
+    def sizes(self) -> tuple[int]:
+        """The constants of a kernel that the tile gives, in the kernel's order."""
+        return (self.block,)
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Keyword arguments of a launch besides the kernel's own."""
+        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 class WideTile(NamedTuple):
-    """Rows and columns of one program, the warps that share them, and registers of a thread.
-
-    Without a limit of its own the assembler spills a few registers to fit one more program.
-    """
+    """Rows and columns of one program, its warps, and the registers of a thread."""
 
     rows: int
     columns: int
@@ -31,8 +43,13 @@ class WideTile(NamedTuple):
     max_registers: int = 80
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        """The constants of a kernel that the tile gives, in the kernel's order."""
+        return self.rows, self.columns
+
+    @property
     def options(self) -> dict[str, int]:
-        """What a launch is told beside its arguments."""
+        """Keyword arguments of a launch besides the kernel's own."""
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
@@ -41,13 +58,13 @@ class WideTile(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """What one compiled kernel may use; spills and stack are never allowed.
+    """Limits of one compiled kernel. Spills and stack are never allowed.
 
     Attributes:
-        registers: per thread.
-        shared: bytes per program.
+        registers: most registers of a thread.
+        shared: most bytes of shared memory of a program.
         wide_loads: least number of 128-bit global loads in the machine code.
-        products: least number of products on the tensor cores in it.
+        products: least number of tensor core instructions in the machine code.
     """
 
     registers: int
@@ -57,19 +74,17 @@ class Budget(NamedTuple):
 
 
 class KernelSpec(NamedTuple):
-    """One configuration of a kernel as its launcher compiles it, for `aot`.
+    """One configuration of a kernel as its launcher compiles it, for `aot`. `spec` makes them.
 
     Attributes:
         kernel: the jit function.
-        types: argument name to type, such as "*fp32", "i32" or "fp32"; an argument the launcher
-            passes as None has None here.
+        types: argument name to type, such as "*fp32", "i32" or "fp32". An argument that the
+            launcher passes as None has None here.
         constants: constexpr name to value.
         num_warps: warps of a program.
         budget: see Budget.
-        divisible: integer arguments that the launcher knows to be multiples of 16. Pointers always
-            are; integers that the kernel does not specialise never are.
-        max_registers: what the launcher allows a thread (`maxnreg`); None leaves it to the
-            assembler, which may spill a few to fit one more program.
+        divisible: integer arguments that are multiples of 16.
+        max_registers: `maxnreg` of the launch.
     """
 
     kernel: object
@@ -79,6 +94,81 @@ class KernelSpec(NamedTuple):
     budget: Budget
     divisible: tuple[str, ...] = ()
     max_registers: int | None = None
+
+
+# Types of pointers by the last words of their names. Other pointers have the dtype of the spec.
+_POINTERS = {
+    "*i32": (
+        *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
+        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "position"),
+        *("positives", "ptr", "question", "row", "rowptr", "sender", "sequence", "slot", "slots"),
+        *("source", "start", "tail", "target"),
+    ),
+    "*i64": ("last", "question_key", "seed"),
+    # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
+    "*fp32": (
+        *("bce", "chunk", "chunk_fwd", "chunk_in", "chunk_inv", "chunk_out", "direct", "dp", "dt"),
+        *("fed", "gradient", "label", "log", "p", "product", "rate", "score_weight", "skip"),
+        *("split_logit", "state", "sums", "through"),
+    ),
+}
+_BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
+# Arguments that are Python floats.
+_FLOATS = ("bce_weight", "bound", "eps", "margin", "rank_weight", "scale", "temperature")
+
+
+def _type_of(name: str, dtype: str) -> str:
+    """The type of a kernel's argument by its name."""
+    if not name.endswith("_ptr"):
+        return "fp32" if name in _FLOATS else "i32"
+    name = name.removesuffix("_ptr")
+    if name.startswith("d_"):  # a gradient, which is never an integer
+        return "*fp32" if name[2:] in _POINTERS["*fp32"] else dtype
+    return _BY_NAME.get(name) or _BY_NAME.get(name.rpartition("_")[2], dtype)
+
+
+def spec(
+    kernel: object,
+    budget: Budget,
+    *,
+    tile: Tile | WideTile,
+    dtype: str = "*fp32",
+    constants: Mapping[str, int] | None = None,
+    **types: str | None,
+) -> KernelSpec:
+    """Specification of a kernel for `aot`, by the names of its arguments.
+
+    Args:
+        kernel: the jit function.
+        budget: see Budget.
+        tile: gives warps, registers, and `sizes` for the constexpr arguments that `constants`
+            lacks, in the kernel's order.
+        dtype: type of the pointers whose names `_POINTERS` lacks.
+        constants: values of constexpr arguments.
+        types: exceptions: argument name to type, None for an argument that is not there.
+
+    Returns:
+        The specification. Integers that the kernel specialises count as multiples of 16.
+
+    Raises:
+        ValueError: the tile has too many or too few sizes for the kernel.
+    """
+    given = dict(constants or {})
+    marks = inspect.get_annotations(kernel.fn)
+    compiled = [name for name in kernel.arg_names if str(marks.get(name)).endswith("constexpr")]
+    free = [name for name in compiled if name not in given]
+    given.update(zip(free, tile.sizes, strict=True))
+    found = {n: _type_of(n, dtype) for n in kernel.arg_names if n not in compiled} | types
+    unspecialised = getattr(kernel, "do_not_specialize", None) or ()
+    return KernelSpec(
+        kernel,
+        types=found,
+        constants={name: given[name] for name in compiled},
+        num_warps=tile.num_warps,
+        budget=budget,
+        divisible=tuple(n for n, t in found.items() if t == "i32" and n not in unspecialised),
+        max_registers=tile.max_registers,
+    )
 
 
 # How the layer's forward sums the facts of a tile of nodes, by the dtype of its tables: the j-th

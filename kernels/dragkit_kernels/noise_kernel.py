@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NOISE_TILE, Budget, KernelSpec
+from .launch import NOISE_TILE, Budget, spec
 from .triton_math import logistic_noise_block
 
 
@@ -45,24 +45,9 @@ def logistic_noise_fwd(
         num_facts,
         num_questions,
         BLOCK=NOISE_TILE.block,
-        num_warps=NOISE_TILE.num_warps,
+        **NOISE_TILE.options,
     )
     return noise
 
 
-KERNELS = (
-    KernelSpec(
-        _logistic_noise_fwd_kernel,
-        types={
-            "seed_ptr": "*i64",
-            "question_key_ptr": "*i64",
-            "fact_ptr": "*i32",
-            "noise_ptr": "*fp32",
-            "num_facts": "i32",
-            "num_questions": "i32",
-        },
-        constants={"BLOCK": NOISE_TILE.block},
-        num_warps=NOISE_TILE.num_warps,
-        budget=Budget(registers=64, shared=0),
-    ),
-)
+KERNELS = (spec(_logistic_noise_fwd_kernel, Budget(registers=64, shared=0), tile=NOISE_TILE),)

@@ -1,13 +1,52 @@
-"""Packs that every op must survive."""
+"""Packs that every op must survive, and the two backends of an op.
+
+A test that asks for `backend` runs once for PyTorch and once for Triton. The Triton item has the
+markers `triton` and `gpu`, as a test of kernels alone has that carries `pytest.mark.triton`. Such
+items run interpreted under TRITON_INTERPRET=1, where they are the only ones, else on a CUDA device.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+from dragkit_kernels.backend import HAS_TRITON, INTERPRETED
 from dragkit_kernels.testing import Adjacency, adjacency, random_adjacency
+
+KERNELS_RUN = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
+NO_KERNELS = pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the items of kernels, and leaves out the others where kernels are interpreted."""
+    kept, others = [], []
+    for item in items:
+        of_kernels = item.get_closest_marker("triton") is not None
+        if of_kernels:
+            item.add_marker(pytest.mark.gpu)
+            if not KERNELS_RUN:
+                item.add_marker(NO_KERNELS)
+        here = item.path.is_relative_to(Path(__file__).parent)
+        (others if INTERPRETED and here and not of_kernels else kept).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = kept
+
+
+@pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The argument `backend` of an op."""
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the item's backend runs: compiled kernels on a CUDA device, all else on the CPU."""
+    compiled = request.node.get_closest_marker("triton") is not None and not INTERPRETED
+    return torch.device("cuda" if compiled else "cpu")
 
 
 def _star() -> Adjacency:

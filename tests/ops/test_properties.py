@@ -5,7 +5,6 @@ The kernels are held to it too, in a process with TRITON_INTERPRET=1 or on a CUD
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from dragkit_kernels import (
     relation_sum,
     segment_softmax,
 )
-from dragkit_kernels.backend import HAS_TRITON, INTERPRETED
+from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import (
     Adjacency,
     adjacency,
@@ -30,8 +29,6 @@ from dragkit_kernels.testing import (
 )
 
 WIDTH, RELATIONS = 5, 4
-RUNS_TRITON = HAS_TRITON and (INTERPRETED or torch.cuda.is_available())
-needs_kernels = pytest.mark.skipif(not RUNS_TRITON, reason="needs CUDA or TRITON_INTERPRET=1")
 
 few = settings(
     max_examples=4 if INTERPRETED else 15,
@@ -42,11 +39,6 @@ graphs = st.lists(
     st.tuples(st.integers(1, 6), st.integers(0, 14)), min_size=1, max_size=4
 ) | st.just([(3, 90), (0, 0), (2, 5)])
 seeds = st.integers(0, 2**16)
-
-
-@pytest.fixture(params=["torch", pytest.param("triton", marks=[needs_kernels, pytest.mark.gpu])])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def place(backend: str, *tensors: Tensor) -> list[Tensor]:

@@ -7,12 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile
+from ..launch import Budget, Tile, spec
 from .forward import (
-    MAX_REGISTERS,
     ROWS,
     columns_of,
-    conv_spec,
     convolve,
     load_past,
     load_rows,
@@ -23,7 +21,7 @@ from .forward import (
 
 # Four columns for each thread: with eight, what a thread carries leaves no registers to ask for
 # several rows at a time, and that many bytes on their way count for more than wider loads.
-STRIPE = Tile(128, 1)
+STRIPE = Tile(128, 1, max_registers=128)
 # Rows asked for at a time, and where a thread has sums to carry as well.
 STEP, SUM_STEP = 4, 2
 # Programs that share the rows at most, where each writes sums of its own.
@@ -168,8 +166,7 @@ def causal_conv_bwd(
             SILU=silu,
             STEP=SUM_STEP if with_sums else STEP,
             BLOCK_C=STRIPE.block,
-            num_warps=STRIPE.num_warps,
-            maxnreg=MAX_REGISTERS,
+            **STRIPE.options,
         )
     total = sums.sum(0) if with_sums else sums  # in order
     return (
@@ -182,16 +179,15 @@ def causal_conv_bwd(
 
 
 KERNELS = tuple(
-    conv_spec(
+    spec(
         _causal_conv_bwd_kernel,
-        kind,
-        STRIPE,
-        step,
-        silu,
-        Budget(MAX_REGISTERS, shared=0, wide_loads=8 if (kind, step) == ("*fp32", STEP) else 0),
-        bias_ptr=kind if silu else None,
+        Budget(registers=128, shared=0, wide_loads=8 if (dtype, step) == ("*fp32", STEP) else 0),
+        tile=STRIPE,
+        dtype=dtype,
+        constants={"W": 4, "SILU": silu, "STEP": step},
+        bias_ptr=dtype if silu else None,
         sums_ptr=None if step == STEP else "*fp32",
     )
-    for kind in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
     for step, silu in ((STEP, True), (SUM_STEP, True), (SUM_STEP, False))
 )

@@ -6,15 +6,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile
+from ..launch import Budget, Tile, spec
 
 # Columns of a program, eight for each thread: one load of 128 bits in low precision.
-STRIPE = Tile(256, 1)
+STRIPE = Tile(256, 1, max_registers=128)
 # Rows that a program walks down. The rows before them are read twice.
 ROWS = 32
 # Rows that it asks for at a time.
 STEP = 4
-MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -149,49 +148,20 @@ def causal_conv_fwd(
         SILU=silu,
         STEP=STEP,
         BLOCK_C=STRIPE.block,
-        num_warps=STRIPE.num_warps,
-        maxnreg=MAX_REGISTERS,
+        **STRIPE.options,
     )
     return out
 
 
-def conv_spec(
-    kernel: object,
-    kind: str,
-    tile: Tile,
-    step: int,
-    silu: bool,
-    budget: Budget,
-    **types: str | None,
-) -> KernelSpec:
-    """Specification for four taps, the most that models use; fewer take less."""
-    constants = {"W": 4, "SILU": silu, "STEP": step, "BLOCK_C": tile.block}
-    found = {
-        name: "*i32" if name == "position_ptr" else kind if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    return KernelSpec(
-        kernel,
-        types={**found, **types},
-        constants=constants,
-        num_warps=tile.num_warps,
-        budget=budget,
-        divisible=tuple(n for n in found if n == "num_columns" or n.startswith("stride")),
-        max_registers=MAX_REGISTERS,
-    )
-
-
 KERNELS = tuple(
-    conv_spec(
+    spec(
         _causal_conv_fwd_kernel,
-        kind,
-        STRIPE,
-        STEP,
-        silu,
-        Budget(registers=MAX_REGISTERS, shared=0, wide_loads=7),
-        bias_ptr=kind if silu else None,
+        Budget(registers=128, shared=0, wide_loads=7),
+        tile=STRIPE,
+        dtype=dtype,
+        constants={"W": 4, "SILU": silu, "STEP": STEP},
+        bias_ptr=dtype if silu else None,
     )
-    for kind in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
     for silu in (True, False)
 )

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile, norm_spec, with_unit_stride
+from ..launch import Budget, spec
+from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile, with_unit_stride
 
 # Programs that share the rows at most, where each writes a sum of its own.
 SUM_PROGRAMS = 256
@@ -127,8 +128,9 @@ def gated_rms_norm_bwd(
     return d_y, d_gate, d_weight
 
 
+_BUDGET = Budget(registers=128, shared=2048, wide_loads=2)
 KERNELS = tuple(
-    norm_spec(_gated_rms_norm_bwd_kernel, kind, tile, sums_ptr=sums)
+    spec(_gated_rms_norm_bwd_kernel, _BUDGET, tile=tile, dtype=dtype, sums_ptr=sums)
     for tile in TILES
-    for kind, sums in (("*bf16", None), ("*fp32", "*fp32"))
+    for dtype, sums in (("*bf16", None), ("*fp32", "*fp32"))
 )

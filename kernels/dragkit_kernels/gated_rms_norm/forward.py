@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, WideTile
+from ..launch import Budget, WideTile, spec
 
 # A whole group at a time, eight numbers of each tensor for each thread.
 TILES = (
@@ -117,28 +117,9 @@ def gated_rms_norm_fwd(
     return out
 
 
-def norm_spec(kernel: object, kind: str, tile: WideTile, **types: str | None) -> KernelSpec:
-    """Specification of a kernel whose floats are of one kind but for those in `types`."""
-    constants = {"BLOCK_R": tile.rows, "BLOCK_K": tile.columns}
-    found = {
-        name: kind if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    divisible = ("num_columns", "size", *(n for n in found if n.startswith("stride")))
-    return KernelSpec(
-        kernel,
-        types={**found, **types},
-        constants=constants,
-        num_warps=tile.num_warps,
-        budget=Budget(registers=128, shared=2048, wide_loads=2),
-        divisible=divisible,
-        max_registers=tile.max_registers,
-    )
-
-
+_BUDGET = Budget(registers=128, shared=2048, wide_loads=2)
 KERNELS = tuple(
-    norm_spec(_gated_rms_norm_fwd_kernel, kind, tile, gate_ptr=gate)
+    spec(_gated_rms_norm_fwd_kernel, _BUDGET, tile=tile, dtype=dtype, gate_ptr=gate)
     for tile in TILES
-    for kind, gate in (("*bf16", "*bf16"), ("*fp32", None))
+    for dtype, gate in (("*bf16", "*bf16"), ("*fp32", None))
 )

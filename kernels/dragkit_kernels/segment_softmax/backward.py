@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec
+from ..launch import Budget, spec
 from .forward import TILE, graph_rows
 
 
@@ -54,26 +54,17 @@ def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | No
         num_graphs,
         p.shape[0],
         BLOCK=TILE.block,
-        num_warps=TILE.num_warps,
+        **TILE.options,
     )
     return d_score
 
 
 KERNELS = tuple(
-    KernelSpec(
+    spec(
         _segment_softmax_bwd_kernel,
-        types={
-            "grad_ptr": "*fp32",
-            "p_ptr": "*fp32",
-            "ptr_ptr": "*i32",
-            "count_ptr": count,
-            "d_score_ptr": "*fp32",
-            "num_graphs": "i32",
-            "num_rows": "i32",
-        },
-        constants={"BLOCK": TILE.block},
-        num_warps=TILE.num_warps,
-        budget=Budget(registers=64, shared=512),
+        Budget(registers=64, shared=512),
+        tile=TILE,
+        count_ptr=count,
     )
     for count in ("*i32", None)
 )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile
+from ..launch import Budget, Tile, spec
 
 # Rows of a graph at a time.
 TILE = Tile(1024, 4)
@@ -83,25 +83,18 @@ def segment_softmax_fwd(
         num_graphs,
         score.shape[0],
         BLOCK=TILE.block,
-        num_warps=TILE.num_warps,
+        **TILE.options,
     )
     return p
 
 
 KERNELS = tuple(
-    KernelSpec(
+    spec(
         _segment_softmax_fwd_kernel,
-        types={
-            "score_ptr": score,
-            "ptr_ptr": "*i32",
-            "p_ptr": "*fp32",
-            "num_graphs": "i32",
-            "num_rows": "i32",
-            **options,
-        },
-        constants={"BLOCK": TILE.block},
-        num_warps=TILE.num_warps,
-        budget=Budget(registers=64, shared=512),
+        Budget(registers=64, shared=512),
+        tile=TILE,
+        score_ptr=score,
+        **options,
     )
     for score in ("*bf16", "*fp32")
     for options in (

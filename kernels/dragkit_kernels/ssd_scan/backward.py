@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget
+from ..launch import spec
 from .backward_maps import _ssd_scan_bwd_maps_kernel
 from .backward_steps import DOT_BLOCK, _ssd_scan_bwd_steps_kernel
 from .decays import (
@@ -25,7 +25,7 @@ from .decays import (
     sees,
 )
 from .states import chunk_states
-from .tiles import FULL, WIDE, rows_of, scan_specs, scan_tile
+from .tiles import GRADIENT_BUDGETS, TILES, rows_of, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -186,5 +186,7 @@ def ssd_scan_bwd(
     return tuple(out)
 
 
-_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
-KERNELS = (*scan_specs(_ssd_scan_bwd_x_kernel, _BUDGETS),)
+KERNELS = tuple(
+    spec(_ssd_scan_bwd_x_kernel, GRADIENT_BUDGETS[tile], tile=tile, dtype=dtype)
+    for dtype, tile in TILES.items()
+)

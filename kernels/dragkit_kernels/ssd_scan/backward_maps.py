@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import Budget
+from ..launch import spec
 from .decays import chunk_rows, finite, flaw, kept, load_rows, load_state, product, sees
-from .tiles import FULL, WIDE, scan_specs
+from .tiles import GRADIENT_BUDGETS, TILES
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "heads"])
@@ -90,8 +90,14 @@ def _ssd_scan_bwd_maps_kernel(
     tl.store(d_map_ptr + at, d_map.to(d_map_ptr.dtype.element_ty), mask=mask)
 
 
-_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
-KERNELS = (
-    *scan_specs(_ssd_scan_bwd_maps_kernel, _BUDGETS, {"INTO": 1}),
-    *scan_specs(_ssd_scan_bwd_maps_kernel, _BUDGETS, {"INTO": 0}),
+KERNELS = tuple(
+    spec(
+        _ssd_scan_bwd_maps_kernel,
+        GRADIENT_BUDGETS[tile],
+        tile=tile,
+        dtype=dtype,
+        constants={"INTO": into},
+    )
+    for into in (1, 0)
+    for dtype, tile in TILES.items()
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..launch import Budget
+from ..launch import spec
 from .decays import (
     LOG2_E,
     LOWEST_LOG,
@@ -17,7 +17,7 @@ from .decays import (
     scores,
     sees,
 )
-from .tiles import FULL, WIDE, scan_specs
+from .tiles import GRADIENT_BUDGETS, TILES
 
 # Elements of two states multiplied at a time.
 DOT_BLOCK = 1024
@@ -122,5 +122,13 @@ def _ssd_scan_bwd_steps_kernel(
         tl.store(d_rate_ptr + tl.program_id(0), tl.sum(tl.where(live, d_log * dt, 0.0), 0))
 
 
-_BUDGETS = {WIDE: Budget(registers=240, shared=32768), FULL: Budget(registers=176, shared=16384)}
-KERNELS = (*scan_specs(_ssd_scan_bwd_steps_kernel, _BUDGETS, {"DOT_BLOCK": DOT_BLOCK}),)
+KERNELS = tuple(
+    spec(
+        _ssd_scan_bwd_steps_kernel,
+        GRADIENT_BUDGETS[tile],
+        tile=tile,
+        dtype=dtype,
+        constants={"DOT_BLOCK": DOT_BLOCK},
+    )
+    for dtype, tile in TILES.items()
+)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec
+from ..launch import Budget, Tile, spec
 from .tiles import FULL, WIDE
 
 # log2(e), and the lowest binary logarithm of a decay; see slabs.py.
@@ -14,7 +14,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST_LOG = tl.constexpr(-127.0)
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 # Heads that a program sums the logarithms of.
-LOG_HEADS, LOG_WARPS = 8, 1
+LOG_TILE = Tile(8, 1)
 
 
 @triton.jit
@@ -136,31 +136,22 @@ def decay_logs(dt: Tensor, rate: Tensor, position: Tensor, chunk: int) -> tuple[
     num_rows, num_heads = dt.shape
     num_chunks = triton.cdiv(num_rows, chunk)
     log, through = dt.new_empty(num_heads, num_rows), dt.new_empty(num_heads, num_chunks)
-    _ssd_scan_fwd_logs_kernel[(num_chunks, triton.cdiv(num_heads, LOG_HEADS))](
+    _ssd_scan_fwd_logs_kernel[(num_chunks, triton.cdiv(num_heads, LOG_TILE.block))](
         *(dt, rate, position, log, through),
         *(num_rows, num_heads),
         Q=chunk,
-        BLOCK_H=LOG_HEADS,
-        num_warps=LOG_WARPS,
+        BLOCK_H=LOG_TILE.block,
+        **LOG_TILE.options,
     )
     return log, through
 
 
 KERNELS = tuple(
-    KernelSpec(
+    spec(
         _ssd_scan_fwd_logs_kernel,
-        types={
-            "dt_ptr": "*fp32",
-            "rate_ptr": "*fp32",
-            "position_ptr": "*i32",
-            "log_ptr": "*fp32",
-            "through_ptr": "*fp32",
-            "num_rows": "i32",
-            "num_heads": "i32",
-        },
-        constants={"Q": chunk, "BLOCK_H": LOG_HEADS},
-        num_warps=LOG_WARPS,
-        budget=Budget(registers=128, shared=4096),
+        Budget(registers=128, shared=4096),
+        tile=LOG_TILE,
+        constants={"Q": chunk},
     )
-    for chunk in sorted({WIDE.chunk, FULL.chunk})
+    for chunk in (FULL.chunk, WIDE.chunk)
 )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget
+from ..launch import Budget, spec
 from .decays import (
     chunk_rows,
     decay_logs,
@@ -20,7 +20,7 @@ from .decays import (
     sees,
 )
 from .states import chunk_states
-from .tiles import FULL, WIDE, rows_of, scan_specs, scan_tile
+from .tiles import TILES, rows_of, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -108,7 +108,7 @@ def ssd_scan_fwd(
         *(x, dt, log, into, out_of, skip, position, state, y),
         *(num_rows, num_heads, num_heads // groups, num_width, num_states),
         *(x.stride(0), into.stride(0), out_of.stride(0)),
-        **{**tile.options, "maxnreg": tile.output_registers},
+        **tile.for_output.options,
     )
     return y
 
@@ -189,8 +189,14 @@ def ssd_state_fwd(
     return out
 
 
-_BUDGETS = {tile: Budget(registers=168, shared=32768) for tile in (WIDE, FULL)}
+_BUDGET = Budget(registers=168, shared=32768)
 KERNELS = (
-    *scan_specs(_ssd_scan_fwd_output_kernel, _BUDGETS, registers="output_registers"),
-    *scan_specs(_ssd_state_fwd_kernel, _BUDGETS),
+    *(
+        spec(_ssd_scan_fwd_output_kernel, _BUDGET, tile=tile.for_output, dtype=dtype)
+        for dtype, tile in TILES.items()
+    ),
+    *(
+        spec(_ssd_state_fwd_kernel, _BUDGET, tile=tile, dtype=dtype, out_ptr="*fp32")
+        for dtype, tile in TILES.items()
+    ),
 )

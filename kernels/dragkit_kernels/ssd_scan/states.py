@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec
+from ..launch import Budget, spec
 from .decays import chunk_rows, load_rows, product
-from .tiles import FULL, PASS_BLOCK, PASS_WARPS, WIDE, ScanTile, scan_specs
+from .tiles import PASS_TILE, TILES, ScanTile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -132,34 +132,34 @@ def chunk_states(
         **tile.options,
     )
     elements = num_width * num_states
-    _ssd_scan_fwd_pass_kernel[(num_heads, triton.cdiv(elements, PASS_BLOCK))](
+    _ssd_scan_fwd_pass_kernel[(num_heads, triton.cdiv(elements, PASS_TILE.block))](
         *(state, through),
         *(num_chunks, num_heads, elements),
-        BLOCK=PASS_BLOCK,
+        BLOCK=PASS_TILE.block,
         BACKWARD=int(backward),
-        num_warps=PASS_WARPS,
+        **PASS_TILE.options,
     )
     return state
 
 
-_BUDGETS = {tile: Budget(registers=96, shared=24576) for tile in (WIDE, FULL)}
 KERNELS = (
-    *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 1}),
-    *scan_specs(_ssd_scan_fwd_states_kernel, _BUDGETS, {"TO_END": 0}),
     *(
-        KernelSpec(
+        spec(
+            _ssd_scan_fwd_states_kernel,
+            Budget(registers=96, shared=24576),
+            tile=tile,
+            dtype=dtype,
+            constants={"TO_END": to_end},
+        )
+        for to_end in (1, 0)
+        for dtype, tile in TILES.items()
+    ),
+    *(
+        spec(
             _ssd_scan_fwd_pass_kernel,
-            types={
-                "state_ptr": "*fp32",
-                "through_ptr": "*fp32",
-                "num_chunks": "i32",
-                "num_heads": "i32",
-                "num_elements": "i32",
-            },
-            constants={"BLOCK": PASS_BLOCK, "BACKWARD": backward},
-            num_warps=PASS_WARPS,
-            budget=Budget(registers=64, shared=0, wide_loads=1),
-            divisible=("num_elements",),
+            Budget(registers=64, shared=0, wide_loads=1),
+            tile=PASS_TILE,
+            constants={"BACKWARD": backward},
         )
         for backward in (0, 1)
     ),
