@@ -8,7 +8,7 @@ from .causal_conv import causal_conv, causal_conv_ref, causal_conv_state
 from .fact_loss import fact_loss, fact_loss_ref
 from .fact_scores import fact_scores, fact_scores_ref
 from .gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
-from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
+from .gumbel_topk import FactSelection, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
     message_passing,
     message_passing_parity,
@@ -47,7 +47,7 @@ from .ssd_scan import ssd_scan, ssd_state
 __all__ = [
     "FactGroups",
     "FactOrders",
-    "GumbelTopK",
+    "FactSelection",
     "PromptTokens",
     "RowOrder",
     "attention_pool",
@@ -56,7 +56,6 @@ __all__ = [
     "causal_conv",
     "causal_conv_ref",
     "causal_conv_state",
-    "check_finite_logits",
     "concat_fact_orders",
     "fact_loss",
     "fact_loss_ref",

@@ -208,14 +208,10 @@ def force_sum(way: str) -> Iterator[None]:
 # of one. A tile takes 16 registers a thread.
 ROW_TILE = WideTile(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
-# Facts of a question that a program holds from one end to the other, or walks in blocks.
+# Facts of a question that a program holds in registers.
 TOPK_TILES = (Tile(512, 4), Tile(2048, 8), Tile(8192, 16))
-WALK_TILES = (Tile(512, 4), Tile(2048, 8))
 # Facts at a time beyond those that fit.
 TOPK_STEP = 2048
-# Kept facts ranked by one program, and how many it compares them with at a time.
-RANK_TILE = Tile(128, 4)
-RANK_STEP = 32
 
 
 def topk_tile(max_facts: int) -> tuple[Tile, bool]:
@@ -224,8 +220,3 @@ def topk_tile(max_facts: int) -> tuple[Tile, bool]:
         if max_facts <= tile.block:
             return tile, False
     return TOPK_TILES[-1], True
-
-
-def walk_tile(max_facts: int) -> Tile:
-    """The tile in which a program walks the facts of a question."""
-    return WALK_TILES[int(max_facts > WALK_TILES[0].block)]

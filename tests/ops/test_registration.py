@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dragkit_kernels import (
     FactGroups,
     fact_scores,
-    gumbel_topk,
     message_passing,
     relation_sum,
     segment_softmax,
@@ -88,25 +87,6 @@ def test_opcheck_the_others() -> None:
         size = o.num_facts if groups[0] is None else groups.row.numel()
         arguments = (torch.randn(size), *ordered, *groups, False)
         torch.library.opcheck(ops.fact_scores_bwd.default, arguments)
-
-
-@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-@pytest.mark.parametrize("concrete", [False, True], ids=["mean", "concrete"])
-@pytest.mark.parametrize("budget", [False, True], ids=["bernoulli", "budget"])
-def test_opcheck_gumbel_topk(drawn: bool, concrete: bool, budget: bool) -> None:
-    ptr, ops = torch.tensor([0, 9, 9, 15], dtype=torch.int32), torch.ops.dragkit
-    logits = torch.randn(15, requires_grad=True)
-    seed, keys = torch.tensor(3), torch.arange(3)
-    source = (None, seed, keys) if drawn else (torch.randn(15), None, None)
-    arguments = (ptr, *source, 4, 9, 0.0, 0.5, budget, concrete, False)
-    torch.library.opcheck(ops.gumbel_topk_fwd.default, (logits, *arguments))
-    gate, soft, nu, *_, slot = ops.gumbel_topk_fwd(logits.detach(), *arguments)
-    grads = torch.randn_like(gate), torch.randn_like(soft)
-    torch.library.opcheck(
-        ops.gumbel_topk_bwd.default,
-        (*grads, logits.detach(), ptr, *source, slot, nu, 9, 0.5, budget, False),
-    )
-    torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 15, False))
 
 
 def test_fake_tensors_follow_low_precision() -> None:
@@ -196,37 +176,3 @@ def test_compiled_equals_eager_for_any_size() -> None:
         for place, (want, got) in enumerate(zip(*outputs, strict=True)):
             assert_close(got, want.double(), name=f"output {place} of {sizes}")
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("mode", ["bernoulli", "budget"])
-@pytest.mark.parametrize("estimator", ["concrete", "mean"])
-def test_compiled_selection_equals_eager(mode: str, estimator: str) -> None:
-    def choose(logits: Tensor, ptr: Tensor, seed: Tensor, keys: Tensor, width: int) -> tuple:
-        return gumbel_topk(
-            logits,
-            ptr,
-            3,
-            seed=seed,
-            question_key=keys,
-            mode=mode,
-            estimator=estimator,
-            max_facts=width,
-        )
-
-    torch._dynamo.reset()
-    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager", dynamic=True)
-    for sizes in ([5, 9], [4, 0, 7, 2]):
-        ptr = torch.tensor([0, *sizes]).cumsum(0).int()
-        logits = torch.randn(sum(sizes), requires_grad=True)
-        arguments = (logits, ptr, torch.tensor(3), torch.arange(len(sizes)), max(sizes))
-        results = []
-        for function in (choose, compiled):
-            out = function(*arguments)
-            floats_out = [t for t in out if t.requires_grad]
-            loss = sum((i + 1) * (t * t).sum() for i, t in enumerate(floats_out))
-            results.append((*out, *torch.autograd.grad(loss, logits)))
-        for want, got in zip(*results, strict=True):
-            if got.dtype == torch.int32:
-                assert torch.equal(got, want)
-            else:
-                assert_close(got, want.double())
