@@ -137,9 +137,8 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, Tensor
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: object, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    d_logits = torch.ops.dragkit.fact_loss_bwd(grad, *ctx.saved_tensors)
-    return d_logits.to(ctx.logits_dtype), None, None, None, None
+def _backward(ctx: object, grad: Tensor, _: Tensor | None) -> Tensor:
+    return torch.ops.dragkit.fact_loss_bwd(grad, *ctx.saved_tensors).to(ctx.logits_dtype)
 
 
 register(

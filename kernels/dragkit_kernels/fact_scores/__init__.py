@@ -33,7 +33,7 @@ def fact_scores(
         head_score, tail_score: float [N].
         pair_score: float [P].
         bias: float [].
-        orders: Q facts; groups: the E facts that they stand for; None where each is its own.
+        orders: Q facts; groups: the E facts that these stand for; None if each is its own.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -56,17 +56,9 @@ def fact_scores(
         check_index(op, **{f"groups.{name}": x for name, x in groups._asdict().items()})
     scores = (head_score, pair_score, tail_score, bias)
     triton = resolve_backend(op, widest(*scores), backend) == "triton"
-    return torch.ops.dragkit.fact_scores_fwd(
-        *scores,
-        orders.head,
-        orders.tail,
-        orders.fact_pair,
-        orders.head_ptr,
-        orders.head_fact,
-        orders.pair_ptr,
-        orders.pair_fact,
-        orders.tail_ptr,
-        orders.tail_fact,
-        *(groups or (None, None, None)),
-        triton,
-    )
+    facts = [orders.head, orders.fact_pair, orders.tail]
+    sums = [orders.head_ptr, orders.head_fact, orders.pair_ptr, orders.pair_fact]
+    sums += [orders.tail_ptr, orders.tail_fact]
+    if groups is not None:
+        facts, sums = [*facts, groups.row], [*sums, groups.ptr, groups.fact]
+    return torch.ops.dragkit.fact_scores_fwd(*scores, facts, sums, triton)

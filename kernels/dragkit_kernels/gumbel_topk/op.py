@@ -63,15 +63,14 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(x, soft, fact_ptr, index)
 
 
-def _backward(ctx: object, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, *grads: Tensor) -> Tensor:
     d_gate, d_soft, *_ = grads
     x, soft, fact_ptr, index = ctx.saved_tensors
     # A fact is in one slot at most, so no two slots write to the same place. An empty slot, -1,
     # writes to the spare last place.
     grad, place = F.pad(d_soft, (0, 1)), index.flatten().long()
     grad[place] = grad[place] + d_gate.flatten()
-    d_x = torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.budget)
-    return d_x, *(None,) * 7
+    return torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.budget)
 
 
 register(

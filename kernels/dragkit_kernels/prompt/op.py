@@ -94,7 +94,7 @@ def _embeddings_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -
 def _embeddings_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     (slot,) = ctx.saved_tensors
     bwd = torch.ops.dragkit.prompt_embeddings_bwd
-    return None, None, bwd(grad, slot, ctx.num_slots, ctx.dtype, ctx.triton), None, None
+    return None, None, bwd(grad, slot, ctx.num_slots, ctx.dtype, ctx.triton)
 
 
 register(

@@ -47,7 +47,7 @@ def gather_rows(
     if order is not None:
         check_row_order(op, "order", order, rows.shape[0], table.shape[0])
     triton = resolve_backend(op, table, backend) == "triton"
-    return torch.ops.dragkit.gather_rows_fwd(table, rows, *(order or (None, None)), triton)
+    return torch.ops.dragkit.gather_rows_fwd(table, rows, list(order or ()), triton)
 
 
 def segment_sum(

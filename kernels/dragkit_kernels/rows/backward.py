@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..orders import RowOrder, row_order
+from ..orders import row_order
 from .forward import sum_rows
 
 
-def gather_rows_bwd(
-    grad: Tensor, rows: Tensor, place: Tensor | None, ptr: Tensor | None, num_rows: int
-) -> Tensor:
+def gather_rows_bwd(grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int) -> Tensor:
     """Launches the ordered sum; see `dragkit::gather_rows_bwd`."""
-    missing = place is None or ptr is None
-    return sum_rows(grad, *(row_order(rows, num_rows) if missing else RowOrder(place, ptr)))
+    return sum_rows(grad, *(order or row_order(rows, num_rows)))

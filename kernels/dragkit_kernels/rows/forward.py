@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget, KernelSpec
+from ..launch import ROW_TILE, Budget, spec
 from ..segments import segment_ptr
 
 
@@ -63,21 +63,13 @@ def segment_sum_fwd(value: Tensor, segment: Tensor, num_segments: int) -> Tensor
 
 
 KERNELS = tuple(
-    KernelSpec(
+    spec(
         _segment_sum_fwd_kernel,
-        types={
-            "value_ptr": kind,
-            "place_ptr": place,
-            "begin_ptr": "*i32",
-            "out_ptr": kind,
-            "num_columns": "i32",
-        },
-        constants={"BLOCK_E": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns},
-        num_warps=ROW_TILE.num_warps,
-        budget=Budget(registers=64, shared=8192, wide_loads=2),
-        divisible=("num_columns",),
-        max_registers=ROW_TILE.max_registers,
+        Budget(registers=64, shared=8192, wide_loads=2),
+        tile=ROW_TILE,
+        dtype=dtype,
+        place_ptr=place,
     )
-    for kind in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
     for place in ("*i32", None)
 )
