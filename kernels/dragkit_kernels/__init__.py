@@ -42,7 +42,7 @@ from .rows import (
     segment_sum_ref,
 )
 from .segment_softmax import segment_softmax, segment_softmax_ref
-from .ssd_scan import ssd_scan, ssd_state
+from .ssd_scan import ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
 
 __all__ = [
     "FactGroups",
@@ -89,6 +89,8 @@ __all__ = [
     "segment_sum",
     "segment_sum_ref",
     "ssd_scan",
+    "ssd_scan_ref",
     "ssd_state",
+    "ssd_state_ref",
     "top_facts",
 ]

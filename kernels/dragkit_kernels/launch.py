@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Tile(NamedTuple):
@@ -100,21 +101,35 @@ class KernelSpec(NamedTuple):
 _POINTERS = {
     "*i32": (
         *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
-        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "position"),
-        *("positives", "ptr", "question", "row", "rowptr", "sender", "sequence", "slot", "slots"),
-        *("source", "start", "tail", "target"),
+        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
+        *("position", "positives", "ptr", "question", "row", "rowptr", "sender", "sequence"),
+        *("slot", "slots", "source", "start", "tail", "target"),
     ),
     "*i64": ("last", "question_key", "seed"),
     # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
     "*fp32": (
-        *("bce", "chunk", "chunk_fwd", "chunk_in", "chunk_inv", "chunk_out", "direct", "dp", "dt"),
-        *("fed", "gradient", "label", "log", "p", "product", "rate", "score_weight", "skip"),
-        *("split_logit", "state", "sums", "through"),
+        *("A", "D", "bce", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
+        *("chunk_out", "dot", "dp", "dt", "gradient", "label", "log", "p", "product"),
+        *("score_weight", "split_logit", "state", "state_dot", "sums"),
     ),
 }
 _BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
 # Arguments that are Python floats.
 _FLOATS = ("bce_weight", "bound", "eps", "margin", "rank_weight", "scale", "temperature")
+
+
+def row_strided(tensor: Tensor) -> Tensor:
+    """The tensor itself if only its rows have gaps, such as columns of a wider matrix, else a copy.
+
+    Args:
+        tensor: at least one axis; the first is the rows.
+    """
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size > 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
 
 
 def _type_of(name: str, dtype: str) -> str:

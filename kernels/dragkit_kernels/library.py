@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,29 @@ def _by_flag(torch_path: Callable, triton_path: Callable | None) -> Callable:
             return triton_path(*rest)
 
     return run
+
+
+def empty_gradients(
+    inputs: Sequence[Tensor | None], output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What a backward op returns, unfilled: like each input of the mask, [0] for the others.
+
+    Args:
+        inputs: the differentiable inputs of the forward op, None for an optional one left out.
+        output_mask: which gradients are wanted.
+    """
+    like = next(x for x in inputs if x is not None)
+    return tuple(
+        x.new_empty(x.shape) if x is not None and wanted else like.new_empty(0)
+        for x, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def wanted_gradients(
+    grads: Sequence[Tensor], output_mask: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The results of a backward op as autograd takes them: None where no gradient is wanted."""
+    return tuple(g if wanted else None for g, wanted in zip(grads, output_mask, strict=True))
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:

@@ -64,7 +64,7 @@ def test_back_ends_agree(packages, name):
     ours, other = mamba_ops("dragkit"), mamba_ops(name)
     wide = torch.randn(8, 11, dtype=torch.float64)
     x, weight, bias = wide[:, 2:8], torch.randn(6, 4).double(), torch.randn(6).double()
-    convolved = [o.conv(x, weight, bias, POSITION, activation="silu") for o in (ours, other)]
+    convolved = [o.conv(x, weight, bias, POSITION) for o in (ours, other)]
     torch.testing.assert_close(*convolved)
     x = torch.randn(8, 4, 3, dtype=torch.float64)
     dt = torch.rand(8, 4, dtype=torch.float64)
@@ -72,6 +72,19 @@ def test_back_ends_agree(packages, name):
     into, out_of = torch.randn(2, 8, 2, 5, dtype=torch.float64)
     torch.testing.assert_close(
         *(o.scan(x, dt, rate, into, out_of, skip, POSITION) for o in (ours, other))
+    )
+
+
+def test_the_reference_is_the_definition():
+    """Plain PyTorch, and so differentiable twice, as our ops are not."""
+    ops = mamba_ops("reference")
+    x = torch.randn(8, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4).double()
+    assert torch.autograd.gradgradcheck(lambda x: ops.conv(x, weight, None, POSITION), x)
+    steps, rate = torch.rand(8, 4).double(), -torch.rand(4).double()
+    maps = torch.randn(2, 8, 2, 3).double()
+    assert torch.autograd.gradgradcheck(
+        lambda x: ops.scan(x.view(8, 4, 1) ** 2, steps, rate, *maps, rate, POSITION), x
     )
 
 

@@ -1,9 +1,9 @@
-"""The packed causal convolution against loops, F.conv1d and the library's own layer."""
+"""The packed causal convolution: the reference against loops and F.conv1d, both backends against
+the reference."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,22 +11,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit_kernels import blocks, causal_conv, causal_conv_ref, causal_conv_state
-from dragkit_kernels.testing import assert_close, gradients, leaves, strided_like
+from dragkit_kernels.testing import (
+    assert_close,
+    fenced_allocations,
+    gradients,
+    leaves,
+    strided_like,
+)
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
 
-LENGTHS = [1, 2, 3, 4, 5, 64]
-FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-BOTH = pytest.mark.parametrize("function", [causal_conv, causal_conv_ref])
-ACTIVATIONS = pytest.mark.parametrize("activation", ["silu", None])
+# The interpreter computes masked elements too.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+LENGTHS = [1, 2, 3, 4, 5, 20]
 
 
-def positions(lengths: list[int]) -> Tensor:
-    return torch.cat([torch.arange(n) for n in [0, *lengths]]).int()
+def positions(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    return torch.cat([torch.arange(n) for n in [0, *lengths]]).int().to(device)
 
 
-def inputs(lengths: list[int], columns: int, taps: int, *, bias: bool = True) -> list[Tensor]:
+def inputs(
+    rows: int,
+    columns: int,
+    device: torch.device | str = "cpu",
+    *,
+    taps: int = 4,
+    bias: bool = True,
+) -> list[Tensor]:
     """x, weight and perhaps bias."""
-    shapes = [(sum(lengths), columns), (columns, taps), (columns,)]
-    return [torch.randn(shape) for shape in shapes[: 2 + bias]]
+    shapes = [(rows, columns), (columns, taps), (columns,)]
+    return [random(*s, seed=i).to(device) for i, s in enumerate(shapes[: 2 + bias])]
 
 
 def with_bias(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -34,73 +47,69 @@ def with_bias(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, weight, bias[0] if bias else None
 
 
-def loop_conv(values: list[Tensor], lengths: list[int], activation: str | None) -> Tensor:
-    """Token by token, in float64."""
-    x, weight, bias = with_bias(values)
-    rows = []
-    begin = 0
-    for length in lengths:
-        for place in range(length):
-            y = torch.zeros_like(weight[:, 0]) if bias is None else bias
-            for back in range(min(weight.shape[1], place + 1)):
-                y = y + weight[:, -1 - back] * x[begin + place - back]
-            rows.append(F.silu(y) if activation else y)
-        begin += length
-    return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1])
-
-
-def single_convs(values: list[Tensor], lengths: list[int], activation: str | None) -> Tensor:
-    """F.conv1d of each sequence alone."""
-    x, weight, bias = with_bias(values)
-    pieces = []
-    for piece in x.split(lengths):
-        padded = F.pad(piece.mT, (weight.shape[1] - 1, 0))[None]
-        pieces.append(F.conv1d(padded, weight[:, None], bias, groups=x.shape[1])[0].mT)
-    y = torch.cat(pieces)
-    return F.silu(y) if activation else y
-
-
-def check(
-    values: list[Tensor],
-    lengths: list[int],
-    activation: str | None = "silu",
-    expect: Callable = loop_conv,
-    function: Callable = causal_conv,
-    grad: Tensor | None = None,
-) -> Tensor:
-    tried, exact = leaves(values), leaves([x.double() for x in values])
-    actual = function(*with_bias(tried), positions(lengths), activation=activation)
-    expected = expect(exact, lengths, activation)
-    assert actual.dtype == values[0].dtype
-    assert_close(actual, expected, tolerance=FORWARD[actual.dtype])
+def check(values: list[Tensor], position: Tensor, backend: str, grad: Tensor | None = None) -> None:
+    """Values and gradients against float64, with learned weights and with frozen ones."""
+    exact = leaves([x.double() for x in values])
+    expected = causal_conv_ref(*with_bias(exact), position)
     if grad is None:
-        grad = torch.randn(actual.shape).to(actual.dtype)
-    found = gradients(actual, tried, grad)
-    for got, want, given in zip(found, gradients(expected, exact, grad), values, strict=True):
-        assert got.dtype == given.dtype
-        assert_close(got, want)
-    return actual
+        grad = random(*expected.shape, seed=9).to(values[0])
+    wanted = gradients(expected, exact, grad)
+    for learned in (True, False):
+        tried = leaves(values) if learned else [values[0].detach().requires_grad_(), *values[1:]]
+        graded = tried if learned else tried[:1]
+        with fenced_allocations():
+            actual = causal_conv(*with_bias(tried), position, backend=backend)
+            found = gradients(actual, graded, grad)
+        assert actual.dtype == values[0].dtype and actual.is_contiguous()
+        assert_close(actual, expected, tolerance=FORWARD.get(actual.dtype, 1e-12))
+        for name, leaf, got, want in zip(
+            ("x", "weight", "bias"), graded, found, wanted, strict=False
+        ):
+            assert got.dtype == leaf.dtype
+            assert_close(got, want, tolerance=GRADIENT.get(got.dtype), name=name)
 
 
-@BOTH
-@ACTIVATIONS
-@pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
+@pytest.fixture
+def few_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program walks down 8 rows only, since the interpreter is slow."""
+    if backend == "triton":
+        for name in ("forward", "backward"):
+            monkeypatch.setattr(kernels(f"causal_conv.{name}"), "ROWS", 8)
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
-def test_matches_the_loop(
-    taps: int, bias: bool, activation: str | None, function: Callable
-) -> None:
-    lengths = [3, 1, 1, 7, 2, 11]
-    values = [x.double() for x in inputs(lengths, 5, taps, bias=bias)]
-    check(values, lengths, activation, function=function)
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
+def test_the_reference_is_the_formula(taps: int, bias: bool) -> None:
+    """Token by token, and F.conv1d of each sequence alone."""
+    values = [x.double() for x in inputs(sum(LENGTHS), 5, taps=taps, bias=bias)]
+    x, weight, b = with_bias(values)
+    base = torch.zeros(5).double() if b is None else b
+    rows, singles = [], []
+    for piece in x.split(LENGTHS):
+        for place in range(len(piece)):
+            read = range(min(taps, place + 1))
+            rows.append(base + sum(weight[:, -1 - j] * piece[place - j] for j in read))
+        padded = F.pad(piece.mT, (taps - 1, 0))[None]
+        singles.append(F.conv1d(padded, weight[:, None], b, groups=5)[0].mT)
+    actual = causal_conv_ref(x, weight, b, positions(LENGTHS))
+    assert_close(actual, F.silu(torch.stack(rows)), tolerance=1e-12)
+    assert_close(actual, F.silu(torch.cat(singles)), tolerance=1e-12)
 
 
-@BOTH
-@pytest.mark.parametrize("dtype", list(FORWARD), ids=str)
+@DTYPES
 @pytest.mark.parametrize("columns", [1, 7, 64, 96, 257])
-def test_dtypes_and_widths(columns: int, dtype: torch.dtype, function: Callable) -> None:
-    lengths = [*LENGTHS, 30]
-    values = [x.to(dtype) for x in inputs(lengths, columns, 4)]
-    check(values, lengths, expect=single_convs, function=function)
+def test_dtypes_and_widths(
+    backend: str, device: torch.device, columns: int, dtype: torch.dtype
+) -> None:
+    values = [x.to(dtype) for x in inputs(6, columns, device)]
+    check(values, positions([1, 5], device), backend)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
+def test_taps(backend: str, device: torch.device, taps: int, bias: bool) -> None:
+    values = inputs(9, 5, device, taps=taps, bias=bias)
+    check(values, positions([2, 7], device), backend)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 1000])
@@ -109,182 +118,176 @@ def test_blocks_of_any_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_BLOCK", 1)
     monkeypatch.setattr(blocks, "_ROWS", rows)
     lengths = [4, 1, 9, 2, 3, 1, 1, 12]
-    values = [x.double() for x in inputs(lengths, 3, 4)]
-    check(values, lengths)
-    check([x.bfloat16() for x in values], lengths)
+    for dtype in (torch.float64, torch.bfloat16):
+        check([x.to(dtype) for x in inputs(33, 3)], positions(lengths), "torch")
 
 
-@ACTIVATIONS
-def test_packed_equals_alone(activation: str | None) -> None:
-    x, weight, bias = leaves(inputs(LENGTHS, 12, 4))
-    grad = torch.randn(x.shape)
-    packed = causal_conv(x, weight, bias, positions(LENGTHS), activation=activation)
-    (d_x,) = torch.autograd.grad(packed, x, grad)
-    begin = 0
-    for length in LENGTHS:
-        rows = slice(begin, begin + length)
-        alone = x.detach()[rows].requires_grad_()
-        y = causal_conv(alone, weight, bias, positions([length]), activation=activation)
-        assert_close(packed[rows], y, tolerance=1e-6)
-        (d_alone,) = torch.autograd.grad(y, alone, grad[rows])
-        assert_close(d_x[rows], d_alone, tolerance=1e-6)
-        begin += length
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(
+    "lengths",
+    [[8, 1], [7, 2], [6, 3], [5, 6], [9, 1, 1], [1] * 10, [8], [1], [0, 3, 0, 0, 2, 0]],
+    ids=str,
+)
+def test_programs_meet(backend: str, device: torch.device, lengths: list[int]) -> None:
+    """Sequences begin in, before and after the first rows of a program, and end with it."""
+    check(inputs(sum(lengths), 3, device), positions(lengths, device), backend)
 
 
-def test_matches_the_layer_of_the_library() -> None:
-    """NemotronHMamba2Mixer's own Conv1d followed by silu."""
-    conv = nn.Conv1d(20, 20, 4, groups=20, padding=3)
-    x = torch.randn(17, 20)
-    expected = F.silu(conv(x.mT[None])[..., :17])[0].mT
-    actual = causal_conv(x, conv.weight.squeeze(1), conv.bias, positions([17]))
-    assert_close(actual, expected, tolerance=2e-6)
-
-
-def test_rows_of_padding_stand_alone() -> None:
-    x, weight, bias = inputs([6, 5], 8, 4)
-    position = torch.cat([positions([6]), torch.zeros(5).int()])
-    x[6:] = math.nan
-    x.requires_grad_()
-    y = causal_conv(x, weight, bias, position)
-    assert y[:6].isfinite().all()
-    (d_x,) = torch.autograd.grad(y[:6].sum(), x)
-    assert d_x[:6].isfinite().all()
-    with torch.no_grad():
-        x[6:] = torch.randn(5, 8)
-    y = causal_conv(x, weight, bias, position)
-    assert_close(y[6:], F.silu(x[6:] * weight[:, -1] + bias), tolerance=2e-6)
-
-
-@BOTH
-@ACTIVATIONS
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_number_stays_in_its_sequence(
-    bad: float, activation: str | None, function: Callable
+@pytest.mark.triton
+def test_a_program_of_full_size_and_one_that_sums_many_rows(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = [3, 5, 2, 1, 6]
-    x, weight, bias = inputs(lengths, 4, 4)
-    rows = torch.arange(17)
-    for row, inside in ((2, rows < 3), (7, (rows >= 3) & (rows < 8)), (10, rows == 10)):
-        spoilt, grad = x.clone(), torch.randn(x.shape)
-        spoilt[row] = bad
-        tried = spoilt.requires_grad_()
-        y = function(tried, weight, bias, positions(lengths), activation=activation)
-        clean = function(x, weight, bias, positions(lengths), activation=activation)
-        assert torch.equal(y[~inside], clean[~inside])
-        (d_x,) = torch.autograd.grad(y, tried, grad)
-        assert d_x[~inside].isfinite().all()
-        grad[row] = bad
-        tried = x.clone().requires_grad_()
-        y = function(tried, weight, bias, positions(lengths), activation=activation)
-        (d_x,) = torch.autograd.grad(y, tried, grad)
-        assert d_x[~inside].isfinite().all() and not d_x[row].isfinite().any()
+    monkeypatch.setattr(kernels("causal_conv.backward"), "SUM_PROGRAMS", 1)
+    check(inputs(sum(LENGTHS), 3, device), positions(LENGTHS, device), "triton")
 
 
-@BOTH
-def test_a_bad_number_reaches_only_the_taps_that_read_it(function: Callable) -> None:
-    """The last token of a sequence is read by the tap for the token itself alone."""
-    lengths = [5, 6]
-    x, weight, bias = inputs(lengths, 3, 4)
-    x[4, 1] = math.nan
-    weight.requires_grad_()
-    y = function(x, weight, bias, positions(lengths), activation=None)
-    (d_weight,) = torch.autograd.grad(y, weight, torch.ones_like(y))
-    assert d_weight.isnan().nonzero().tolist() == [[1, 3]]
-    grad = torch.ones_like(y)
-    grad[5, 2] = math.nan
-    y = function(x.nan_to_num(), weight, bias, positions(lengths), activation=None)
-    (d_weight,) = torch.autograd.grad(y, weight, grad)
-    assert d_weight.isnan().nonzero().tolist() == [[2, 3]]
+@pytest.mark.usefixtures("few_rows")
+def test_packed_equals_alone(backend: str, device: torch.device) -> None:
+    """Bit for bit with kernels: a program does not know where a sequence lies."""
+    x, weight, bias = inputs(sum(LENGTHS), 5, device)
+    grad = random(sum(LENGTHS), 5, seed=9).to(device)
+    packed = leaves([x])[0]
+    y = causal_conv(packed, weight, bias, positions(LENGTHS, device), backend=backend)
+    found = y, *torch.autograd.grad(y, packed, grad)
+    pieces, rows = [], (leaves(list(x.split(LENGTHS))), grad.split(LENGTHS), LENGTHS)
+    for alone, part, length in zip(*rows, strict=True):
+        y = causal_conv(alone, weight, bias, positions([length], device), backend=backend)
+        pieces.append((y, *torch.autograd.grad(y, alone, part)))
+    for got, wanted in zip(found, zip(*pieces, strict=True), strict=True):
+        want = torch.cat(wanted)
+        assert torch.equal(got, want) if backend == "triton" else torch.allclose(got, want)
 
 
-@pytest.mark.parametrize("lengths", [[], [1], [2], [1] * 9, [0, 3, 0, 0, 2, 0]], ids=str)
-def test_few_rows(lengths: list[int]) -> None:
-    values = inputs(lengths, 6, 4)
-    if sum(lengths):
-        check(values, lengths)
-    else:
-        x, weight, bias = leaves(values)
-        y = causal_conv(x, weight, bias, positions(lengths))
-        d_x, d_weight, d_bias = torch.autograd.grad(y.sum(), [x, weight, bias])
-        assert y.shape == d_x.shape == (0, 6) and not d_weight.any() and not d_bias.any()
-    none = causal_conv(values[0][:, :0], values[1][:0], values[2][:0], positions(lengths))
-    assert none.shape == (sum(lengths), 0)
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(
+    ("row", "bad"), [(0, math.inf), (4, math.nan), (5, math.nan), (7, math.nan), (10, math.inf)]
+)
+def test_a_bad_number_stays_in_its_sequence(
+    backend: str, device: torch.device, row: int, bad: float
+) -> None:
+    """In x and in the gradient; the sums of the weights get it only from taps that read it."""
+    lengths = [1, 4, 3, 3]
+    values, position = inputs(11, 3, device), positions(lengths, device)
+    x, weight, bias = values
+    clean = causal_conv(*values, position, backend=backend)
+    ends = torch.tensor(lengths).cumsum(0)
+    sequence = int((ends <= row).sum())
+    outside = torch.ones(11, dtype=torch.bool, device=device)
+    outside[int(ends[sequence]) - lengths[sequence] : int(ends[sequence])] = False
+    grad = random(11, 3, seed=9).to(device)
+    for spoilt in (x, grad):
+        spoilt_x, spoilt_grad = x.clone(), grad.clone()
+        (spoilt_x if spoilt is x else spoilt_grad)[row, 1] = bad
+        tried = leaves([spoilt_x, weight, bias])
+        y = causal_conv(*tried, position, backend=backend)
+        d_x, d_weight, _ = torch.autograd.grad(y, tried, spoilt_grad)
+        assert torch.equal(y[outside], clean[outside])
+        assert d_x[outside].isfinite().all()
+        exact = leaves([t.double() for t in (spoilt_x, weight, bias)])
+        wanted = torch.autograd.grad(
+            causal_conv_ref(*exact, position), exact, spoilt_grad.double()
+        )[1]
+        assert torch.equal(d_weight.isfinite(), wanted.isfinite())
 
 
-def test_gradcheck() -> None:
-    lengths = [3, 1, 5]
-    x, weight, bias = (t.double().requires_grad_() for t in inputs(lengths, 2, 3))
-    position = positions(lengths)
-    for activation in ("silu", None):
-        assert torch.autograd.gradcheck(
-            lambda *t, a=activation: causal_conv(*t, position, activation=a), (x, weight, bias)
-        )
+def test_rows_of_padding_stand_alone(backend: str, device: torch.device) -> None:
+    values = inputs(9, 5, device)
+    position = torch.cat([positions([4], device), torch.zeros_like(positions([5], device))])
+    check(values, position, backend)
+    y = causal_conv(*values, position, backend=backend)
+    values[0][4:] = math.nan
+    x = values[0].requires_grad_()
+    spoilt = causal_conv(*values, position, backend=backend)
+    assert torch.equal(spoilt[:4], y[:4])
+    (d_x,) = torch.autograd.grad(spoilt[:4].sum(), x)
+    assert d_x[:4].isfinite().all()
 
 
-def test_rows_apart_strides_and_an_expanded_gradient() -> None:
-    lengths = [4, 9, 2]
-    x, weight, bias = inputs(lengths, 10, 4)
-    wide = torch.randn(15, 30)
-    wide[:, 7:17] = x
-    position = strided_like(positions(lengths))
-    found = []
-    for given in (x, wide[:, 7:17], strided_like(x)):
-        tried = given.detach().requires_grad_()
-        y = causal_conv(tried, strided_like(weight), strided_like(bias), position)
-        assert y.is_contiguous()
-        y.sum().backward()
-        found.append((y, tried.grad))
-    for y, d_x in found:
-        assert torch.equal(y, found[0][0]) and torch.equal(d_x, found[0][1])
-    check([x, weight, bias], lengths, grad=torch.ones(()).expand(15, 10))
-    check([x, weight, bias], lengths, grad=strided_like(torch.randn(15, 10)))
+def test_row_strides_and_expanded_gradients(backend: str, device: torch.device) -> None:
+    x, weight, bias = inputs(7, 6, device)
+    position = strided_like(positions([2, 5], device))
+    wide = random(7, 30).to(device)
+    wide[:, 11:17] = x
+    for grad in (
+        torch.ones((), device=device).expand(7, 6),
+        random(6).to(device).expand(7, 6),
+        strided_like(random(7, 6).to(device)),
+        random(7, 20).to(device)[:, 3:9],
+    ):
+        check([wide[:, 11:17], weight, bias], position, backend, grad)
+    check([strided_like(x), strided_like(weight), strided_like(bias)], position, backend)
+    check([x[:1].expand(7, 6), weight, bias], position, backend)
 
 
-def test_no_gradient_in_none_out_and_two_runs_bit_equal() -> None:
-    lengths = [700, 1, 800]
-    values = leaves(inputs(lengths, 70, 4))
-    grad = torch.randn(1501, 70)
-    runs = []
-    for _ in range(2):
-        y = causal_conv(*values, positions(lengths))
-        assert not any(g.any() for g in gradients(y, values, torch.zeros_like(y)))
-        runs.append([y, *gradients(causal_conv(*values, positions(lengths)), values, grad)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+@pytest.mark.triton
+def test_a_slice_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = kernels("causal_conv.forward")
+    wide, weight, bias = random(5, 20).to(device), *inputs(5, 6, device)[1:]
+    x, seen, plain = wide[:, 8:14], [], forward.row_strided
+    monkeypatch.setattr(forward, "row_strided", lambda t: seen.append(plain(t)) or seen[-1])
+    causal_conv(x, weight, bias, positions([5], device), backend="triton")
+    assert [t.data_ptr() for t in seen] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
+def test_nothing(backend: str, device: torch.device, shape: tuple[int, int]) -> None:
+    values = leaves(inputs(*shape, device))
+    with fenced_allocations():
+        y = causal_conv(*values, positions([shape[0]], device), backend=backend)
+        found = torch.autograd.grad(y.sum(), values)
+    assert y.shape == shape
+    for got, given in zip(found, values, strict=True):
+        assert got.shape == given.shape and not got.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_nobody_wants_are_not_computed(dtype: torch.dtype) -> None:
-    lengths = [4, 9]
-    x, weight, bias = (t.to(dtype) for t in inputs(lengths, 5, 4))
-    position, grad = positions(lengths), torch.randn(13, 5).to(dtype)
+def test_unneeded_gradients_are_not_computed(
+    backend: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    values, position = [x.to(dtype) for x in inputs(9, 5, device)], positions([4, 5], device)
+    grad, triton = random(9, 5, seed=9).to(values[0]), backend == "triton"
     bwd = torch.ops.dragkit.causal_conv_bwd
-    every = bwd(grad, x, weight, bias, position, True, [True] * 3, False)
-    for place in range(3):
-        mask = [i == place for i in range(3)]
-        found = bwd(grad, x, weight, bias, position, True, mask, False)
-        assert torch.equal(found[place], every[place])
-        assert all(g.numel() == 0 for i, g in enumerate(found) if i != place)
+    every = bwd(grad, *values, position, [True] * 3, triton)
+    for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
+        with fenced_allocations():
+            found = bwd(grad, *values, position, mask, triton)
+        for got, want, wanted in zip(found, every, mask, strict=True):
+            assert torch.equal(got, want) if wanted else got.numel() == 0
 
 
-def test_opcheck() -> None:
-    lengths = [4, 9]
-    position = positions(lengths)
+def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
+    backend: str, device: torch.device
+) -> None:
+    lengths, columns = ([30, 4], 3) if backend == "triton" else ([700, 1, 800], 70)
+    values, position = leaves(inputs(sum(lengths), columns, device)), positions(lengths, device)
+    grad, runs = random(*values[0].shape, seed=9).to(device), []
+    for _ in range(2):
+        y = causal_conv(*values, position, backend=backend)
+        runs.append((y, *torch.autograd.grad(y, values, grad, retain_graph=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    assert not any(g.any() for g in gradients(y, values, torch.zeros_like(y)))
+
+
+def test_gradcheck_and_opcheck() -> None:
+    position = positions([3, 1, 5])
+    values = leaves([x.double() for x in inputs(9, 2, taps=3)])
+    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, position), tuple(values))
     fwd, bwd = (getattr(torch.ops.dragkit, f"causal_conv_{n}").default for n in ("fwd", "bwd"))
     for bias in (True, False):
-        x, weight, b = with_bias(leaves(inputs(lengths, 5, 4, bias=bias)))
-        torch.library.opcheck(fwd, (x, weight, b, position, True, False))
+        x, weight, b = with_bias(leaves(inputs(9, 5, bias=bias)))
+        torch.library.opcheck(fwd, (x, weight, b, position, False))
         roomy = strided_like(x.detach()).requires_grad_()
-        torch.library.opcheck(fwd, (roomy, weight, b, position, False, False))
+        torch.library.opcheck(fwd, (roomy, weight, b, position, False))
         plain = [None if t is None else t.detach() for t in (x, weight, b)]
         for mask in ([True, True, bias], [False] * 3, [True, False, False]):
-            torch.library.opcheck(bwd, (torch.randn(13, 5), *plain, position, True, mask, False))
+            torch.library.opcheck(bwd, (torch.randn(9, 5), *plain, position, mask, False))
     low = [t.detach().bfloat16() for t in (x, weight)]
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fwd, (*low, None, position, True, False), test_utils=utils)
+    torch.library.opcheck(fwd, (*low, None, position, False), test_utils=utils)
 
 
 def test_second_derivatives_are_refused() -> None:
-    x, weight, bias = leaves(inputs([4], 5, 4))
+    x, weight, bias = leaves(inputs(4, 5))
     y = causal_conv(x, weight, bias, positions([4]))
     (d_x,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="causal_conv_bwd has no derivative"):
@@ -292,13 +295,12 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    x, weight, bias = leaves(inputs([4, 9], 5, 4))
-    position = positions([4, 9])
+    values, position = leaves(inputs(13, 5)), positions([4, 9])
     compiled = torch.compile(causal_conv, fullgraph=True, backend="aot_eager")
     results = []
     for function in (causal_conv, compiled):
-        y = function(x, weight, bias, position)
-        results.append([y, *torch.autograd.grad((y * y).sum(), [x, weight, bias])])
+        y = function(*values, position)
+        results.append([y, *torch.autograd.grad((y * y).sum(), values)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -313,40 +315,34 @@ def test_compiled_equals_eager() -> None:
         ({"position": torch.zeros(3).long()}, "position must be int32, got torch.int64"),
         ({"x": torch.zeros(3, 5).int()}, "x must be floating point"),
         ({"bias": torch.zeros(5).int()}, "bias must be floating point"),
-        ({"activation": "relu"}, "activation must be 'silu' or None, got 'relu'"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
-    arguments = {
-        "x": torch.zeros(3, 5),
-        "weight": torch.zeros(5, 4),
-        "bias": torch.zeros(5),
-        "position": torch.zeros(3).int(),
-        "activation": None,
-    }
+    x, weight, bias, position = torch.zeros(3, 5), torch.zeros(5, 4), None, torch.zeros(3).int()
+    arguments = {"x": x, "weight": weight, "bias": bias, "position": position}
     with pytest.raises(ValueError, match=message):
         causal_conv(**{**arguments, **change})
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 5])
-def test_state_is_what_the_library_keeps(width: int) -> None:
-    """The library pads a short sequence on the left and keeps the last columns."""
-    lengths = [1, 2, 3, 4, 5, 9]
-    x = torch.randn(sum(lengths), 6)
-    last = (torch.tensor(lengths).cumsum(0) - 1).int()
-    state = causal_conv_state(x, positions(lengths), last, width)
-    expected = [F.pad(p.mT, (width, 0))[:, -width:] for p in x.split(lengths)]
+def test_state_is_what_transformers_keeps(width: int) -> None:
+    """Transformers pads a short sequence on the left and keeps the last columns."""
+    x, position = random(sum(LENGTHS), 6), positions(LENGTHS)
+    last = (torch.tensor(LENGTHS).cumsum(0) - 1).int()
+    state = causal_conv_state(x, position, last, width)
+    expected = [F.pad(p.mT, (width, 0))[:, -width:] for p in x.split(LENGTHS)]
     assert torch.equal(state, torch.stack(expected)) and state.is_contiguous()
     spoilt = x.clone()
     spoilt[0] = math.nan  # of another sequence
-    assert torch.equal(causal_conv_state(spoilt, positions(lengths), last, width)[1:], state[1:])
+    assert torch.equal(causal_conv_state(spoilt, position, last, width)[1:], state[1:])
 
 
-def test_state_continues_the_convolution() -> None:
-    lengths, conv = [2, 7], nn.Conv1d(6, 6, 4, groups=6)
-    x, new = torch.randn(9, 6), torch.randn(2, 6)
-    weight = conv.weight.squeeze(1)
-    state = causal_conv_state(x, positions(lengths), torch.tensor([1, 8]).int(), 4)
+def test_state_continues_the_convolution_of_transformers() -> None:
+    conv = nn.Conv1d(6, 6, 4, groups=6, padding=3)
+    x, new, weight = torch.randn(9, 6), torch.randn(2, 6), conv.weight.squeeze(1)
+    y = causal_conv(x, weight, conv.bias, positions([9]))
+    assert_close(y, F.silu(conv(x.mT[None])[..., :9])[0].mT, tolerance=2e-6)
+    state = causal_conv_state(x, positions([2, 7]), torch.tensor([1, 8]).int(), 4)
     state = torch.cat([state[..., 1:], new[..., None]], -1)
     step = F.silu((state * weight).sum(-1) + conv.bias)
     longer = torch.cat([x[:2], new[:1], x[2:], new[1:]])

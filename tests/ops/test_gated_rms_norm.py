@@ -194,8 +194,8 @@ def test_slices_are_not_copied(device: torch.device, monkeypatch: pytest.MonkeyP
     wide, weight = random(5, 20).to(device), random(6).to(device)
     given = wide[:, 2:8], wide[:, 9:15]
     seen = []
-    plain = forward.with_unit_stride
-    monkeypatch.setattr(forward, "with_unit_stride", lambda t: seen.append(plain(t)) or seen[-1])
+    plain = forward.row_strided
+    monkeypatch.setattr(forward, "row_strided", lambda t: seen.append(plain(t)) or seen[-1])
     gated_rms_norm(*given, weight, backend="triton")
     assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in given]
 

@@ -1,36 +1,146 @@
-"""The packed Mamba-2 scan against the recurrence, token by token in float64."""
+"""The packed Mamba-2 scan: both backends against the recurrence, token by token in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from dragkit_kernels import ssd_scan, ssd_state
-from dragkit_kernels.ssd_scan import slabs
-from dragkit_kernels.ssd_scan.reference import ssd_scan_ref
-from dragkit_kernels.ssd_scan.reference_backward import ssd_scan_bwd_ref
-from dragkit_kernels.testing import assert_close, gradients, leaves
-from tests.ops.ssd_scan_cases import (
-    NAMES,
-    ORDERS,
-    SHAPES,
-    check,
-    make_inputs,
-    positions,
-    recurrence,
+from dragkit_kernels import ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
+from dragkit_kernels.ssd_scan import slabs, torch_impl
+from dragkit_kernels.testing import (
+    assert_close,
+    fenced_allocations,
+    gradients,
+    leaves,
+    strided_like,
 )
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, random
+
+# The interpreter computes masked elements too.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+NAMES = ("x", "dt", "A", "B", "C", "D")
+# Around chunks of 32 and of 64 rows, and in several orders.
+LENGTHS = (1, 33, 2, 28, 65, 4)
+ORDERS = ((1, 2, 31, 32, 33, 101), (101, 33, 32, 31, 2, 1), (1, 1, 1, 101, 2, 2, 33))
+# Heads, head width, groups, states.
+SHAPES = ((4, 3, 2, 5), (3, 7, 3, 1), (6, 1, 1, 64), (1, 5, 1, 3))
+SMALL = (1, 3, 1, 5)
+
+
+def positions(lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
+    return torch.cat([torch.arange(n) for n in (0, *lengths)]).int().to(device)
+
+
+def make_inputs(
+    rows: int,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """x, dt, A, B, C, D; dt, A and D are never of low precision."""
+    heads, width, groups, states = shape
+    draw = torch.Generator().manual_seed(rows + width)
+    maps = (rows, groups, states)
+    sizes = ((rows, heads, width), (rows, heads), (heads,), maps, maps, (heads,))
+    values = [torch.randn(s, generator=draw, dtype=torch.float64) for s in sizes]
+    values[1] = F.softplus(values[1] - 2)
+    values[2] = -3 * torch.rand(heads, generator=draw, dtype=torch.float64) - 0.02
+    values[3:5] = (t / max(states, 1) ** 0.5 for t in values[3:5])
+    full = torch.promote_types(dtype, torch.float32)
+    kinds = (dtype, full, full, dtype, dtype, full)
+    return [t.to(device, kind) for t, kind in zip(values, kinds, strict=True)]
+
+
+def random_grad(values: list[Tensor]) -> Tensor:
+    return random(*values[0].shape, seed=1).to(values[0])
+
+
+def check(
+    values: list[Tensor],
+    seq_pos: Tensor,
+    backend: str,
+    grad: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+) -> None:
+    """Result, gradients, and states at the ends; every buffer is filled."""
+    exact, tried = leaves([t.double() for t in values]), leaves(values)
+    expected = ssd_scan_ref(*exact, seq_pos)
+    grad = random_grad(values) if grad is None else grad
+    ends = (seq_pos == 0).nonzero().flatten()[1:] - 1
+    last = torch.cat([ends, ends.new_tensor([len(seq_pos) - 1])]).flip(0)
+    with fenced_allocations():
+        actual = ssd_scan(*tried, seq_pos, backend=backend)
+        found = gradients(actual, tried, grad)
+        state = ssd_state(*values[:4], seq_pos, last, backend=backend)
+    dtype = values[0].dtype
+    limit = tolerance or FORWARD.get(dtype, 1e-12)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, name="y", tolerance=limit)
+    assert state.dtype == torch.promote_types(dtype, torch.float32)
+    want = ssd_state_ref(*(t.double() for t in values[:4]), seq_pos, last)
+    assert_close(state, want, name="state", tolerance=limit)
+    limit = tolerance or GRADIENT.get(dtype, 1e-10)
+    wanted = gradients(expected, exact, grad.double())
+    for name, t, g, want in zip(NAMES, values, found, wanted, strict=True):
+        assert g.dtype == t.dtype, name
+        if name == "A":
+            # A sum over all rows that may cancel: its error is one of its terms.
+            scale = (wanted[1] * exact[1]).abs().sum(0)
+            assert ((g - want).abs() <= limit * scale + 1e-9).all(), (g, want, scale)
+        else:
+            assert_close(g, want, name=f"d{name}", tolerance=limit)
+
+
+def test_the_reference_is_the_recurrence() -> None:
+    """Three rows, worked out by hand, and a NaN that stays in its sequence."""
+    x, dt, A = torch.tensor([2.0, 3.0, 5.0]), torch.tensor([1.0, 0.5, 2.0]), torch.tensor([-1.0])
+    B, C, D = torch.tensor([1.0, -1.0, 0.5]), torch.tensor([3.0, 2.0, 4.0]), torch.tensor([0.25])
+    values = [x.view(3, 1, 1), dt.view(3, 1), A, B.view(3, 1, 1), C.view(3, 1, 1), D]
+    kept = float(torch.tensor(-0.5).exp())
+    states = torch.tensor([2.0, 2.0 * kept - 1.5, 5.0])
+    y = ssd_scan_ref(*values, positions((2, 1)))
+    assert_close(y.flatten(), states * C + 0.25 * x, tolerance=1e-6)
+    found = ssd_state_ref(*values[:4], positions((2, 1)), torch.tensor([2, 1]))
+    assert_close(found.flatten(), states[[2, 1]], tolerance=1e-6)
+    values[0][1] = torch.nan
+    tried = leaves(values)
+    y = ssd_scan_ref(*tried, positions((2, 1)))
+    assert y.flatten().isfinite().tolist() == [True, False, True]
+    (d_x,) = torch.autograd.grad(y.sum(), tried[0])
+    assert d_x[2].isfinite().all()
+
+
+@DTYPES
+def test_every_gradient(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    check(make_inputs(133, (2, 7, 1, 5), dtype, device), positions(LENGTHS, device), backend)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("lengths", ORDERS, ids=str)
-def test_equals_the_recurrence(lengths: tuple[int, ...], shape: tuple[int, ...]) -> None:
-    check(make_inputs(sum(lengths), shape), positions(lengths))
+def test_orders_of_sequences(lengths: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    check(make_inputs(sum(lengths), shape), positions(lengths), "torch")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(4, 64, 2, 16), (2, 96, 1, 7), (2, 1, 1, 257)], ids=str)
-def test_dtypes_and_widths(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    check(make_inputs(sum(ORDERS[2]), shape, dtype), positions(ORDERS[2]))
+def test_one_sequence_of_many_chunks(backend: str, device: torch.device) -> None:
+    for dtype in (torch.float32, torch.float16):
+        check(make_inputs(133, SMALL, dtype, device), positions((133,), device), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1, 1, 1), (1, 64, 1, 96), (1, 96, 1, 64), (1, 7, 1, 257), (2, 5, 2, 4), (4, 5, 2, 4)],
+    ids=str,
+)
+def test_widths_and_groups(
+    backend: str, device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    check(make_inputs(40, shape, dtype, device), positions((35, 5), device), backend)
 
 
 @pytest.mark.parametrize("bytes_of_a_slab", [1, 200_000])
@@ -39,152 +149,250 @@ def test_many_slabs(
     bytes_of_a_slab: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slabs, "SLAB_BYTES", bytes_of_a_slab)
-    inputs, position = make_inputs(sum(lengths), SHAPES[0]), positions(lengths)
-    sizes = slabs.Sizes.of(inputs[0], inputs[3])
-    assert len(list(sizes.slabs())) > 1
-    check(inputs, position)
-    last = torch.arange(sum(lengths))
-    assert_close(ssd_state(*inputs[:4], position, last), recurrence(inputs, position)[1])
+    values, seq_pos = make_inputs(sum(lengths), SHAPES[0]), positions(lengths)
+    assert len(list(slabs.Sizes.of(values[0], values[3]).slabs())) > 1
+    check(values, seq_pos, "torch")
+    every = torch.arange(sum(lengths))
+    state = ssd_state(*values[:4], seq_pos, every, backend="torch")
+    assert_close(state, ssd_state_ref(*values[:4], seq_pos, every))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 8, 64, 128])
 def test_the_chunk_changes_no_result(chunk: int) -> None:
-    inputs, position = make_inputs(sum(ORDERS[3]), SHAPES[0]), positions(ORDERS[3])
-    assert_close(ssd_scan_ref(*inputs, position, chunk=chunk), ssd_scan(*inputs, position))
-    tried = leaves(inputs)
-    y = ssd_scan(*tried, position)
-    grad = torch.randn_like(y)
-    got = ssd_scan_bwd_ref(grad, *inputs, position, [True] * 6, chunk=chunk)
-    for name, g, want in zip(NAMES, got, gradients(y, tried, grad), strict=True):
+    values, seq_pos = make_inputs(sum(ORDERS[2]), SHAPES[0]), positions(ORDERS[2])
+    tried = leaves(values)
+    y = ssd_scan_ref(*tried, seq_pos)
+    assert_close(torch_impl.scan_forward(*values, seq_pos, chunk=chunk), y)
+    grad = random_grad(values)
+    found = torch_impl.scan_backward(grad, *values, seq_pos, [True] * 6, chunk=chunk)
+    for name, g, want in zip(NAMES, found, gradients(y, tried, grad), strict=True):
         assert_close(g, want, name=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_pack_equals_its_sequences_alone(dtype: torch.dtype) -> None:
-    for lengths in ORDERS:
-        inputs, position = make_inputs(sum(lengths), SHAPES[0], dtype), positions(lengths)
-        together = leaves(inputs)
-        y = ssd_scan(*together, position)
-        grad = torch.randn_like(y)
-        got = gradients(y, together, grad)
-        by_row = [t.split(lengths) if t.shape[0] == len(y) else None for t in inputs]
-        alone = []
-        for i, n in enumerate(lengths):
-            own = leaves([t if rows is None else rows[i] for t, rows in zip(inputs, by_row)])  # noqa: B905
-            part = ssd_scan(*own, positions((n,)))
-            alone.append((part, *gradients(part, own, grad.split(lengths)[i])))
-        for name, actual, parts in zip(
-            ("y", *NAMES), (y, *got), zip(*alone, strict=True), strict=True
-        ):
-            whole = sum(parts) if name in ("rate", "skip") else torch.cat(parts)
-            tolerance = 1e-11 if dtype == torch.float64 else 1e-5
-            assert_close(actual, whole.double(), name=name, tolerance=tolerance)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strides(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    values, seq_pos = make_inputs(45, (2, 3, 2, 5), dtype, device), positions((40, 5), device)
+    one = torch.ones((), dtype=dtype, device=device).expand(values[0].shape)
+    check([strided_like(t) for t in values], strided_like(seq_pos), backend, one)
+    # Parts of one row, as a convolution leaves them, are not copied.
+    mixed = torch.randn(45, 6 + 10 + 10).to(device, dtype)
+    x, B, C = mixed.split([6, 10, 10], 1)
+    parts = x.unflatten(1, (2, 3)), B.unflatten(1, (2, 5)), C.unflatten(1, (2, 5))
+    grad = torch.randn(45, 30).to(device, dtype)[:, 5:11].unflatten(1, (2, 3))
+    check([parts[0], values[1], values[2], *parts[1:], values[5]], seq_pos, backend, grad)
 
 
-def test_padding_rows_change_nothing() -> None:
-    """A buffer of fixed size: every row behind the last sequence is one of its own."""
-    lengths = (33, 2, 40)
-    inputs, position = make_inputs(200, SHAPES[0]), positions((*lengths, *([1] * 125)))
-    grad = torch.randn_like(inputs[0])
-    grad[75:] = 0
-    padded, short = leaves(inputs), leaves([t[:75] if t.shape[0] == 200 else t for t in inputs])
-    y, wanted = ssd_scan(*padded, position), ssd_scan(*short, position[:75])
-    assert_close(y[:75], wanted)
-    assert y.isfinite().all()
-    pairs = zip(gradients(y, padded, grad), gradients(wanted, short, grad[:75]), strict=True)
-    for name, (got, want) in zip(NAMES, pairs, strict=True):
-        assert_close(got[:75], want, name=name)
-        assert not got[75:].any(), name
-
-
-def test_no_rows_and_no_heads_width_or_states() -> None:
-    for rows, shape in ((0, (4, 3, 2, 5)), (9, (4, 0, 2, 5)), (9, (4, 3, 2, 0))):
-        inputs, position = make_inputs(rows, shape), torch.arange(rows).int()
-        check(inputs, position)
-        last = torch.tensor([rows - 1] * (rows > 0)).long()
-        wanted = recurrence(inputs, position)[1][last]
-        assert torch.equal(ssd_state(*inputs[:4], position, last), wanted)
-    inputs = make_inputs(9, SHAPES[0])
-    none = torch.zeros(0, dtype=torch.int64)
-    assert ssd_state(*inputs[:4], torch.arange(9).int(), none).shape == (0, 4, 3, 5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("step", [0.0, 1e-6, 30.0, 1e4])
-def test_extreme_steps(step: float, dtype: torch.dtype) -> None:
-    """No decay at all, or one that underflows: everything stays finite and right."""
-    lengths = (70, 1, 40)
-    inputs, position = make_inputs(sum(lengths), SHAPES[0], dtype), positions(lengths)
-    inputs[1].fill_(step)
-    check(inputs, position)
-    # Small steps between large ones: their decays are differences of large sums.
-    rough = 1e-9 if dtype == torch.float64 else 1e-3
-    inputs[1][::3] = 0.1
-    check(inputs, position, tolerance=rough)
-    inputs[2].fill_(-1e3)
-    check(inputs, position, tolerance=rough)
-
-
-def test_ten_thousand_tokens_in_float32() -> None:
-    inputs = make_inputs(10_000, (2, 4, 1, 6), torch.float32)
-    # Slow and fast heads: a memory of thousands of tokens, and one of a few.
-    inputs[2].copy_(torch.tensor([-1e-3, -8.0]))
-    check(inputs, torch.arange(10_000).int())
-
-
-def test_gradcheck() -> None:
-    inputs = leaves(make_inputs(13, (4, 2, 2, 3)))
-    position = positions((5, 1, 7))
-    assert torch.autograd.gradcheck(lambda *t: ssd_scan(*t, position), inputs)
+@pytest.mark.parametrize("places", [(0,), (3, 4), (2, 5)], ids=str)
+def test_mixed_precision(backend: str, device: torch.device, places: tuple[int, ...]) -> None:
+    """Products of several dtypes take float32: only a result of low precision is rounded."""
+    values = make_inputs(40, (1, 5, 1, 4), torch.float32, device)
+    for place in places:
+        values[place] = values[place].half()
+    check(values, positions((40,), device), backend, tolerance=2e-3)
 
 
 @pytest.mark.parametrize("place", range(6), ids=NAMES)
-def test_each_gradient_alone(place: int) -> None:
-    values, position = make_inputs(75, SHAPES[0]), positions((40, 35))
-    every = leaves(values)
-    grad = torch.randn_like(values[0])
-    want = gradients(ssd_scan(*every, position), every, grad)[place]
+def test_each_gradient_alone(backend: str, device: torch.device, place: int) -> None:
+    values, seq_pos = make_inputs(40, SMALL, torch.float32, device), positions((35, 5), device)
+    every, grad = leaves(values), random_grad(values)
+    want = gradients(ssd_scan(*every, seq_pos, backend=backend), every, grad)[place]
     alone = [t.detach() for t in values]
     alone[place].requires_grad_()
-    (got,) = gradients(ssd_scan(*alone, position), [alone[place]], grad)
+    with fenced_allocations():
+        y = ssd_scan(*alone, seq_pos, backend=backend)
+        (got,) = gradients(y, [alone[place]], grad)
     assert torch.equal(got, want)
     mask = [i == place for i in range(6)]
-    found = torch.ops.dragkit.ssd_scan_bwd(grad, *values, position, mask, False)
+    found = torch.ops.dragkit.ssd_scan_bwd(grad, *values, seq_pos, mask, backend == "triton")
     assert [t.numel() > 0 for t in found] == mask
 
 
-def test_a_zero_gradient_gives_zeros() -> None:
-    tried, position = leaves(make_inputs(75, SHAPES[0], torch.float32)), positions((40, 35))
-    y = ssd_scan(*tried, position)
+def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
+    backend: str, device: torch.device
+) -> None:
+    rows, shape = (40, (1, 7, 1, 5)) if backend == "triton" else (300, (6, 32, 2, 16))
+    values = make_inputs(rows, shape, torch.float32, device)
+    seq_pos, runs = positions((rows - 7, 7), device), []
+    for _ in range(2):
+        tried = leaves(values)
+        y = ssd_scan(*tried, seq_pos, backend=backend)
+        runs.append((y, *torch.autograd.grad(y, tried, random_grad(values), retain_graph=True)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert not any(g.any() for g in gradients(y, tried, torch.zeros_like(y)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_states_at_the_ends(dtype: torch.dtype) -> None:
-    for lengths in ORDERS:
-        values, position = make_inputs(sum(lengths), SHAPES[0], dtype), positions(lengths)
-        last = torch.tensor(lengths).cumsum(0)[torch.randperm(len(lengths))] - 1
-        state = ssd_state(*values[:4], position, last)
-        assert state.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
-        assert_close(state, recurrence(values, position)[1][last], tolerance=tolerance)
+def test_rows_of_padding_change_nothing(backend: str, device: torch.device) -> None:
+    """Each of them is a sequence of one row."""
+    values = make_inputs(70, SMALL, torch.float32, device)
+    seq_pos = positions((20, 1, 45, *([1] * 4)), device)
+    grad = random_grad(values)
+    grad[66:] = 0
+    check(values, seq_pos, backend, grad)
+    results = []
+    for spoilt in (False, True):
+        if spoilt:
+            for t in (values[0], values[3], values[4]):
+                t[66:] = torch.nan
+        tried = leaves(values)
+        y = ssd_scan(*tried, seq_pos, backend=backend)
+        results.append((y, *(g for g in gradients(y, tried, grad) if len(g) == 70)))
+    assert all(torch.equal(a[:66], b[:66]) for a, b in zip(*results, strict=True))
+    assert not any(g[66:].any() for g in results[0][1:])
 
 
-def test_equals_the_librarys_scan() -> None:
-    """That of transformers' Nemotron-H, over a batch of equal sequences."""
+def test_no_rows_and_no_heads_width_or_states(backend: str, device: torch.device) -> None:
+    for rows, shape in ((0, (4, 3, 2, 5)), (9, (4, 0, 2, 5)), (9, (4, 3, 2, 0))):
+        values = make_inputs(rows, shape, torch.float32, device)
+        seq_pos = positions((rows,), device)
+        if rows:
+            check(values, seq_pos, backend)
+        else:
+            tried = leaves(values)
+            y = ssd_scan(*tried, seq_pos, backend=backend)
+            assert y.shape == (0, 4, 3)
+            assert not any(g.any() for g in gradients(y, tried, torch.ones_like(y)))
+        none = torch.zeros(0, dtype=torch.int64, device=device)
+        states = ssd_state(*values[:4], seq_pos, none, backend=backend)
+        assert states.shape == (0, *values[0].shape[1:], shape[3])
+
+
+@pytest.mark.parametrize("step", [0.0, 1e-6, 30.0, 1e4])
+def test_extreme_steps(backend: str, device: torch.device, step: float) -> None:
+    """No decay at all, or one that underflows: everything stays finite and right."""
+    for dtype, rough in ((torch.float64, 1e-9), (torch.float32, 1e-3)):
+        if dtype == torch.float64 and backend == "triton":
+            continue
+        values, seq_pos = make_inputs(45, SMALL, dtype, device), positions((40, 5), device)
+        values[1].fill_(step)
+        check(values, seq_pos, backend)
+        # Small steps between large ones: their decays are differences of large sums.
+        values[1][::3] = 0.1
+        check(values, seq_pos, backend, tolerance=rough)
+        values[2].fill_(-1e3)
+        check(values, seq_pos, backend, tolerance=rough)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("place", [0, 1, 3, 4, 6], ids=["x", "dt", "B", "C", "grad"])
+def test_a_number_that_is_not_finite_stays_in_its_sequence(
+    backend: str, device: torch.device, place: int, dtype: torch.dtype, value: float
+) -> None:
+    """Neighbours lie in the same chunk; the sequence begins in one chunk and ends in another."""
+    seq_pos, last = positions((10, 60, 10), device), torch.tensor([9, 69, 79], device=device)
+    values = make_inputs(80, SMALL, dtype, device)
+    grad, results = random_grad(values), []
+    for spoilt in (False, True):
+        if spoilt:
+            (values + [grad])[place][14] = value
+        tried = leaves(values)
+        y = ssd_scan(*tried, seq_pos, backend=backend)
+        state = ssd_state(*values[:4], seq_pos, last, backend=backend)
+        results.append((y, state, gradients(y, tried, grad)))
+    (clean, states, wanted), (y, state, found) = results
+    later = place in (0, 1, 3)  # what reaches the state reaches all later rows
+    rows = range(14, 70 if later else 15 if place == 4 else 14)
+    bad = (~y.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    assert bad == list(rows)
+    outside = [t for t in range(80) if t not in rows]
+    assert_close(y[outside], clean[outside].double(), tolerance=1e-6)
+    assert state.isfinite().flatten(1).all(1).tolist() == [True, not later, True]
+    assert_close(state[[0, 2]], states[[0, 2]].double(), tolerance=1e-6)
+    others = [*range(10), *range(70, 80)]
+    for name, g, want in zip(NAMES, found, wanted, strict=True):
+        if name not in ("A", "D"):
+            assert_close(g[others], want[others].double(), name=name, tolerance=1e-6)
+    assert not all(g[14].isfinite().all() for g in found if len(g) == 80)
+
+
+def test_ten_thousand_tokens_in_float32() -> None:
+    values = make_inputs(10_000, (2, 4, 1, 6), torch.float32)
+    # Slow and fast heads: a memory of thousands of tokens, and one of a few.
+    values[2].copy_(torch.tensor([-1e-3, -8.0]))
+    check(values, positions((10_000,)), "torch")
+
+
+def test_equals_the_scan_of_transformers() -> None:
+    """That of Nemotron-H, over a batch of equal sequences."""
     from transformers.models.nemotron_h import modeling_nemotron_h
 
-    batch, length, shape = 3, 50, (4, 8, 2, 6)
-    values = make_inputs(batch * length, shape, torch.float32)
+    values = make_inputs(150, (4, 8, 2, 6), torch.float32)
     tried, theirs = leaves(values), leaves(values)
-    x, dt, rate, into, out_of, skip = theirs
-    x, dt, into, out_of = (t.unflatten(0, (batch, length)) for t in (x, dt, into, out_of))
-    wanted = modeling_nemotron_h.mamba2_chunk_scan(
-        x, dt, rate, into, out_of, chunk_size=16, D=skip
-    ).flatten(0, 1)
-    y = ssd_scan(*tried, positions((length,) * batch))
+    x, dt, A, B, C, D = theirs
+    x, dt, B, C = (t.unflatten(0, (3, 50)) for t in (x, dt, B, C))
+    wanted = modeling_nemotron_h.mamba2_chunk_scan(x, dt, A, B, C, chunk_size=16, D=D).flatten(0, 1)
+    y = ssd_scan(*tried, positions((50,) * 3))
     assert_close(y, wanted.double(), tolerance=3e-6)
-    grad = torch.randn_like(y)
+    grad = random_grad(values)
     pairs = zip(gradients(y, tried, grad), gradients(wanted, theirs, grad), strict=True)
     for name, (got, want) in zip(NAMES, pairs, strict=True):
         assert_close(got, want.double(), name=name, tolerance=2e-5)
+
+
+def test_gradcheck_and_opcheck() -> None:
+    seq_pos = positions((5, 1, 7))
+    values = leaves(make_inputs(13, (4, 2, 2, 3)))
+    assert torch.autograd.gradcheck(lambda *t: ssd_scan(*t, seq_pos), values)
+    values, seq_pos = make_inputs(40, (4, 2, 2, 3), torch.float32), positions((5, 33, 2))
+    ops, check_op = torch.ops.dragkit, torch.library.opcheck
+    check_op(ops.ssd_scan_fwd.default, (*leaves(values), seq_pos, False))
+    for mask in ([True] * 6, [True, False, False, True, False, False]):
+        arguments = (random_grad(values), *values, seq_pos, mask, False)
+        check_op(ops.ssd_scan_bwd.default, arguments)
+    check_op(ops.ssd_state_fwd.default, (*values[:4], seq_pos, torch.tensor([4, 37]), False))
+    low = make_inputs(40, (4, 2, 2, 3), torch.bfloat16)
+    tests = ("test_schema", "test_faketensor")
+    check_op(ops.ssd_scan_fwd.default, (*low, seq_pos, False), test_utils=tests)
+
+
+def test_compiled_equals_eager_for_any_size() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ssd_scan, fullgraph=True, backend=counter, dynamic=True)
+    for lengths in ((33, 7), (5, 40, 31)):
+        values, seq_pos = make_inputs(sum(lengths), SHAPES[0]), positions(lengths)
+        results = []
+        for function in (ssd_scan, compiled):
+            tried = leaves(values)
+            y = function(*tried, seq_pos)
+            results.append((y, *gradients(y, tried, random_grad(values))))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert counter.frame_count == 1
+
+
+def test_derivatives_that_do_not_exist_are_refused() -> None:
+    tried, seq_pos = leaves(make_inputs(9, SHAPES[0])), positions((9,))
+    y = ssd_scan(*tried, seq_pos)
+    (grad,) = torch.autograd.grad((y**2).sum(), tried[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="ssd_scan_bwd has no derivative"):
+        grad.sum().backward()
+    with pytest.raises(ValueError, match="ssd_state: has no gradient"):
+        ssd_state(*tried[:4], seq_pos, torch.tensor([8]))
+    with torch.no_grad():
+        assert not ssd_state(*tried[:4], seq_pos, torch.tensor([8])).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(9, 4)}, r"x must have shape \[\*, \*, \*\], got \[9, 4\]"),
+        ({"dt": torch.zeros(9, 3)}, r"dt must have shape \[9, 4\], got \[9, 3\]"),
+        ({"dt": torch.zeros(9, 4).bfloat16()}, "dt must be float32 or float64"),
+        ({"A": torch.zeros(3)}, r"A must have shape \[4\], got \[3\]"),
+        ({"B": torch.zeros(8, 2, 5)}, r"B must have shape \[9, \*, \*\]"),
+        ({"B": torch.zeros(9, 3, 5)}, r"multiple of groups, got x \(9, 4, 3\) and B \(9, 3"),
+        ({"C": torch.zeros(9, 2, 4)}, r"C must have shape \[9, 2, 5\]"),
+        ({"D": torch.zeros(4, 1)}, r"D must have shape \[4\]"),
+        ({"x": torch.zeros(9, 4, 3).long()}, "x must be floating point"),
+        ({"seq_pos": torch.zeros(9)}, "seq_pos must be int32"),
+        ({"seq_pos": torch.zeros(8).int()}, r"seq_pos must have shape \[9\], got \[8\]"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Tensor], message: str) -> None:
+    values = dict(zip(NAMES, make_inputs(9, SHAPES[0], torch.float32), strict=True))
+    with pytest.raises(ValueError, match=f"ssd_scan: .*{message}"):
+        ssd_scan(**{**values, "seq_pos": positions((9,)), **change})
+    position = positions((9,))
+    for last, message in ((position, "last must be int64"), (position[None], "last must have")):
+        with pytest.raises(ValueError, match=message):
+            ssd_state(*make_inputs(9, SHAPES[0])[:4], position, last)

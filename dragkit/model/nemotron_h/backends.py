@@ -1,18 +1,17 @@
-"""Who computes the Mamba-2 convolution and scan: our kernels, their references, or mamba-ssm."""
+"""Who computes the Mamba-2 convolution and scan: our ops, their definitions, or mamba-ssm."""
 
 from __future__ import annotations
 
 import importlib
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dragkit.errors import ConfigError
-from dragkit_kernels import causal_conv, ssd_scan
+from dragkit_kernels import causal_conv, causal_conv_ref, ssd_scan, ssd_scan_ref
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +43,9 @@ def _from_mamba_ssm() -> MambaOps:
             "needs a CUDA compiler), or leave generator.mamba at dragkit."
         ) from error
 
-    def conv(
-        x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, *, activation: str | None
-    ) -> Tensor:
-        y = conv_fn(
-            x[None].mT, weight, bias, seq_idx=sequence_numbers(position), activation=activation
-        )
+    def conv(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
+        numbers = sequence_numbers(position)
+        y = conv_fn(x[None].mT, weight, bias, seq_idx=numbers, activation="silu")
         return y[0].mT
 
     def scan(
@@ -80,8 +76,9 @@ def mamba_ops(name: str) -> MambaOps:
     """The ops of a back end of `generator.mamba`.
 
     Args:
-        name: "dragkit", our ops with whatever `DRAGKIT_BACKEND` says; "reference", their plain
-            PyTorch definitions; "mamba_ssm", the packages mamba-ssm and causal-conv1d.
+        name: "dragkit", our ops with whatever `DRAGKIT_BACKEND` says; "reference", their
+            definitions in plain PyTorch, token by token; "mamba_ssm", the packages mamba-ssm and
+            causal-conv1d.
 
     Raises:
         ConfigError: the packages cannot be imported.
@@ -89,7 +86,7 @@ def mamba_ops(name: str) -> MambaOps:
     if name == "mamba_ssm":
         ops = _from_mamba_ssm()
     elif name == "reference":
-        ops = MambaOps(partial(causal_conv, backend="torch"), partial(ssd_scan, backend="torch"))
+        ops = MambaOps(causal_conv_ref, ssd_scan_ref)
     else:
         ops = MambaOps(causal_conv, ssd_scan)
     logger.info("Mamba-2 layers: convolution and scan by %s", name)

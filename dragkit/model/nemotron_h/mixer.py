@@ -81,7 +81,7 @@ def mamba_mixer(
     gate, mixed, dt = _project(mixer, hidden)
     conv = mixer.conv1d
     weight = conv.weight.squeeze(1)
-    convolved = ops.conv(mixed, weight, conv.bias, pack.position, activation=mixer.activation)
+    convolved = ops.conv(mixed, weight, conv.bias, pack.position)
     inputs = _inputs(mixer, convolved, dt)
     state = None
     if last is not None:

@@ -19,30 +19,29 @@ def causal_conv(
     bias: Tensor | None,
     position: Tensor,
     *,
-    activation: str | None = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """y_t = act(b + sum_{j < W, j <= position_t} weight[:, W-1-j] x_{t-j}).
+    """y_t = silu(b + sum_{j < W, j <= position_t} weight[:, W-1-j] x_{t-j}).
 
-    Sequences lie end to end and none sees another, not even a NaN of it. Sums are in float32, or
-    float64 where x or weight is; the backward makes the sums again, so nothing is kept but the
-    inputs. The PyTorch form looks at `position`, which makes a GPU wait.
+    Sequences lie end to end. Taps that cross a sequence boundary are masked with `where`, not
+    multiplied by 0, so a NaN cannot leak. Sums are in float32, or float64 where x or weight is. The
+    backward keeps only the inputs and recomputes the sums. The PyTorch path reads `position` on the
+    host, which makes a GPU wait.
 
     Args:
-        x: float [T, C], tokens of all sequences; rows may lie apart, such as a slice of the columns
+        x: float [T, C], tokens of all sequences; may be row-strided, such as a slice of the columns
             of a wider matrix.
         weight: float [C, W], the last tap for the token itself.
         bias: float [C] or None.
         position: int32 [T] place of a token in its own sequence; 0 starts one. Never above t, and
             0 in every row of padding.
-        activation: "silu" or None.
         backend: "auto", "triton" or "torch".
 
     Returns:
         [T, C] of x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or another activation.
+        ValueError: shapes or dtypes do not fit.
         RuntimeError: Triton was asked for where it cannot run.
 
     Source: the convolution of Mamba-2, https://arxiv.org/abs/2405.21060.
@@ -57,11 +56,8 @@ def causal_conv(
     if bias is not None:
         check_shape("causal_conv", "bias", bias, (x.shape[1],))
         check_float("causal_conv", bias=bias)
-    if activation not in ("silu", None):
-        raise ValueError(f"causal_conv: activation must be 'silu' or None, got {activation!r}")
     triton = resolve_backend("causal_conv", widest(x, weight), backend) == "triton"
-    silu = activation == "silu"
-    return torch.ops.dragkit.causal_conv_fwd(x, weight, bias, position, silu, triton)
+    return torch.ops.dragkit.causal_conv_fwd(x, weight, bias, position, triton)
 
 
 def causal_conv_state(x: Tensor, position: Tensor, last: Tensor, width: int) -> Tensor:

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
+from ..launch import Budget, Tile, row_strided, spec
+from ..library import empty_gradients
 from .forward import (
     ROWS,
     columns_of,
@@ -16,7 +17,6 @@ from .forward import (
     load_rows,
     load_taps,
     pushed,
-    with_unit_stride,
 )
 
 # Four columns for each thread: with eight, what a thread carries leaves no registers to ask for
@@ -74,11 +74,10 @@ def _causal_conv_bwd_kernel(
     stride_grad,
     stride_x,
     W: tl.constexpr,
-    SILU: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= position_{t+j}; d = grad act'(y).
+    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= position_{t+j}; d = grad silu'(y).
 
     sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. What has
     no place to go is not computed.
@@ -111,10 +110,9 @@ def _causal_conv_bwd_kernel(
             x = ahead[step]
             d = grads[step].to(tl.float32)
             position = tl.load(position_ptr + row, mask=row < num_rows, other=0)
-            if SILU:
-                y = convolve(x, past, taps, bias, position, W)
-                share = 1.0 / (1.0 + tl.exp(-y))
-                d = d * share * tl.fma(y, 1.0 - share, 1.0)
+            y = convolve(x, past, taps, bias, position, W)
+            share = 1.0 / (1.0 + tl.exp(-y))
+            d = d * share * tl.fma(y, 1.0 - share, 1.0)
             if d_x_ptr is not None:
                 done = _finished(d, pending, taps, position, W)
                 pending = _pending(d, pending, taps, position, W)
@@ -137,18 +135,17 @@ def causal_conv_bwd(
     weight: Tensor,
     bias: Tensor | None,
     position: Tensor,
-    silu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches what output_mask asks for in one walk; see `dragkit::causal_conv_bwd`."""
     (num_rows, num_columns), width = x.shape, weight.shape[1]
-    d_x = x.new_empty(x.shape if output_mask[0] else 0)
+    d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
     with_sums = output_mask[1] or output_mask[2]
     rows = max(ROWS, triton.cdiv(num_rows, SUM_PROGRAMS)) if with_sums else ROWS
     programs = triton.cdiv(num_rows, rows)
     sums = x.new_empty((programs, width + 1, num_columns) if with_sums else 0, dtype=torch.float32)
     if x.numel() > 0 and any(output_mask):
-        grad, x = with_unit_stride(grad), with_unit_stride(x)
+        grad, x = row_strided(grad), row_strided(x)
         _causal_conv_bwd_kernel[programs, triton.cdiv(num_columns, STRIPE.block)](
             grad,
             x,
@@ -163,19 +160,16 @@ def causal_conv_bwd(
             grad.stride(0),
             x.stride(0),
             W=width,
-            SILU=silu,
             STEP=SUM_STEP if with_sums else STEP,
             BLOCK_C=STRIPE.block,
             **STRIPE.options,
         )
     total = sums.sum(0) if with_sums else sums  # in order
-    return (
-        d_x,
-        total[:width].flip(0).mT.to(weight.dtype).contiguous()
-        if output_mask[1]
-        else weight.new_empty(0),
-        total[width].to(bias.dtype, copy=True) if output_mask[2] else weight.new_empty(0),
-    )
+    if output_mask[1]:
+        d_weight.copy_(total[:width].flip(0).mT)
+    if output_mask[2]:
+        d_bias.copy_(total[width])
+    return out
 
 
 KERNELS = tuple(
@@ -184,10 +178,10 @@ KERNELS = tuple(
         Budget(registers=128, shared=0, wide_loads=8 if (dtype, step) == ("*fp32", STEP) else 0),
         tile=STRIPE,
         dtype=dtype,
-        constants={"W": 4, "SILU": silu, "STEP": step},
-        bias_ptr=dtype if silu else None,
+        constants={"W": 4, "STEP": step},
+        bias_ptr=bias,
         sums_ptr=None if step == STEP else "*fp32",
     )
     for dtype in ("*bf16", "*fp32")
-    for step, silu in ((STEP, True), (SUM_STEP, True), (SUM_STEP, False))
+    for step, bias in ((STEP, dtype), (SUM_STEP, dtype), (SUM_STEP, None))
 )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
+from ..launch import Budget, Tile, row_strided, spec
 
 # Columns of a program, eight for each thread: one load of 128 bits in low precision.
 STRIPE = Tile(256, 1, max_registers=128)
@@ -91,11 +91,10 @@ def _causal_conv_fwd_kernel(
     num_columns,
     stride_x,
     W: tl.constexpr,
-    SILU: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out_t = act(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
+    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
     begin = tl.program_id(0) * rows
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
@@ -112,27 +111,19 @@ def _causal_conv_fwd_kernel(
             x = ahead[step]
             position = tl.load(position_ptr + row, mask=row < end, other=0)
             y = convolve(x, past, taps, bias, position, W)
-            if SILU:
-                y = y / (1.0 + tl.exp(-y))
+            y = y / (1.0 + tl.exp(-y))
             out = out_ptr + row.to(tl.int64) * num_columns + offs_c
             mask = offs_c < columns_of(row, end, num_columns)
             tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
             past = pushed(x, past, W)
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """x itself if the numbers of a row follow one another, however far apart its rows are."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def causal_conv_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, silu: bool
-) -> Tensor:
+def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
     """Launches the walk; see `dragkit::causal_conv_fwd`."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
-    x = with_unit_stride(x)
+    x = row_strided(x)
     grid = triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], STRIPE.block)
     _causal_conv_fwd_kernel[grid](
         x,
@@ -145,7 +136,6 @@ def causal_conv_fwd(
         x.shape[1],
         x.stride(0),
         W=weight.shape[1],
-        SILU=silu,
         STEP=STEP,
         BLOCK_C=STRIPE.block,
         **STRIPE.options,
@@ -159,9 +149,9 @@ KERNELS = tuple(
         Budget(registers=128, shared=0, wide_loads=7),
         tile=STRIPE,
         dtype=dtype,
-        constants={"W": 4, "SILU": silu, "STEP": STEP},
-        bias_ptr=dtype if silu else None,
+        constants={"W": 4, "STEP": STEP},
+        bias_ptr=bias,
     )
     for dtype in ("*bf16", "*fp32")
-    for silu in (True, False)
+    for bias in (dtype, None)
 )

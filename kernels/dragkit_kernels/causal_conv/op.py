@@ -16,7 +16,13 @@ from torch import Tensor
 from ..backend import HAS_TRITON
 from ..blocks import row_blocks
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import (
+    empty_gradients,
+    forbid_gradient,
+    register,
+    register_gradient,
+    wanted_gradients,
+)
 
 if HAS_TRITON:
     from .backward import causal_conv_bwd
@@ -77,9 +83,7 @@ def _prepared(
     return list(taps.flip(0)), base, _Starts(position, taps.shape[0])
 
 
-def _torch_fwd(
-    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor, silu: bool
-) -> Tensor:
+def _torch_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
     """See causal_conv."""
     taps, base, starts = _prepared(x, weight, bias, position)
     out = x.new_empty(x.shape)
@@ -88,8 +92,7 @@ def _torch_fwd(
         part = out[begin:end]
         y = base.new_empty(part.shape) if narrow else part
         _convolve(x, taps, base, starts, begin, end, y)
-        if silu:
-            F.silu(y, inplace=True)
+        F.silu(y, inplace=True)
         if narrow:
             part.copy_(y)
     return out
@@ -101,22 +104,21 @@ def _torch_bwd(
     weight: Tensor,
     bias: Tensor | None,
     position: Tensor,
-    silu: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx_t = sum_j weight[:, W-1-j] d_{t+j}, d the gradient before the activation."""
     taps, base, starts = _prepared(x, weight, bias, position)
     width = len(taps)
-    d_x = x.new_empty(x.shape if output_mask[0] else 0)
+    d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
     narrow = d_x.dtype != base.dtype
-    d_taps, d_bias = base.new_zeros(width, x.shape[1]), torch.zeros_like(base)
+    d_taps, d_base = base.new_zeros(width, x.shape[1]), torch.zeros_like(base)
     room: Tensor | None = None
     for begin, end in row_blocks(x):
         count, last = end - begin, min(end + width - 1, x.shape[0])
         if room is None:
-            # Memory that has been used before: fresh memory costs more than the sums.
+            # Reuse this buffer: page faults cost more than the sums.
             room = base.new_empty(last, x.shape[1])
-        d = _before_activation(grad, x, taps, base, starts, begin, last, silu, room)
+        d = _before_activation(grad, x, taps, base, starts, begin, last, room)
         y = base.new_empty(count, x.shape[1]) if narrow else d_x[begin:end]
         for back in range(width):
             rows = starts.rows(back, begin, last)
@@ -131,14 +133,14 @@ def _torch_bwd(
             if output_mask[1]:
                 d_taps[back] += _tap_sum(d, x, starts, back, begin, end)
             if output_mask[2] and back == 0:
-                d_bias += source.sum(0)
+                d_base += source.sum(0)
         if output_mask[0] and narrow:
             d_x[begin:end] = y
-    return (
-        d_x,
-        d_taps.flip(0).mT.to(weight.dtype).contiguous() if output_mask[1] else weight.new_empty(0),
-        d_bias.to(bias.dtype) if output_mask[2] else weight.new_empty(0),
-    )
+    if output_mask[1]:
+        d_weight.copy_(d_taps.flip(0).mT)
+    if output_mask[2]:
+        d_bias.copy_(d_base)
+    return out
 
 
 def _before_activation(
@@ -149,13 +151,10 @@ def _before_activation(
     starts: _Starts,
     begin: int,
     end: int,
-    silu: bool,
     room: Tensor,
 ) -> Tensor:
     """The gradient of the sums of the rows from `begin` to `end`, in `room`."""
     d, wide = room[: end - begin], grad[begin:end].to(room.dtype)
-    if not silu:
-        return d.copy_(wide)
     _convolve(x, taps, base, starts, begin, end, d)
     return torch.ops.aten.silu_backward.grad_input(wide, d, grad_input=d)
 
@@ -174,46 +173,31 @@ def _causal_conv_fake(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _causal_conv_bwd_fake(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    position: Tensor,
-    silu: bool,
-    output_mask: list[bool],
-    triton: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(x.shape if output_mask[0] else 0),
-        weight.new_empty(weight.shape if output_mask[1] else 0),
-        weight.new_empty(0) if bias is None or not output_mask[2] else bias.new_empty(bias.shape),
-    )
+def _causal_conv_bwd_fake(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, weight, bias, position, ctx.silu, ctx.triton = inputs
+    x, weight, bias, position, ctx.triton = inputs
     ctx.save_for_backward(x, weight, bias, position)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.dragkit.causal_conv_bwd(
-        grad, *ctx.saved_tensors, ctx.silu, wanted, ctx.triton
-    )
-    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
+    grads = torch.ops.dragkit.causal_conv_bwd(grad, *ctx.saved_tensors, wanted, ctx.triton)
+    return *wanted_gradients(grads, wanted), None, None
 
 
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor position"
 register(
-    "causal_conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor position, bool silu, "
-    "bool triton) -> Tensor",
+    f"causal_conv_fwd({_INPUTS}, bool triton) -> Tensor",
     _torch_fwd,
     _causal_conv_fake,
     triton=causal_conv_fwd,
 )
 register(
-    "causal_conv_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor position, "
-    "bool silu, bool[] output_mask, bool triton) -> (Tensor, Tensor, Tensor)",
+    f"causal_conv_bwd(Tensor grad, {_INPUTS}, bool[] output_mask, bool triton) "
+    "-> (Tensor, Tensor, Tensor)",
     _torch_bwd,
     _causal_conv_bwd_fake,
     triton=causal_conv_bwd,

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, spec
-from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile, with_unit_stride
+from ..launch import Budget, row_strided, spec
+from ..library import empty_gradients
+from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile
 
 # Programs that share the rows at most, where each writes a sum of its own.
 SUM_PROGRAMS = 256
@@ -89,10 +90,10 @@ def gated_rms_norm_bwd(
     """Launches what output_mask asks for in one walk; see `dragkit::gated_rms_norm_bwd`."""
     num_rows, num_columns = y.shape
     want_gate = gate is not None and output_mask[1]
-    d_y = y.new_empty(y.shape if output_mask[0] else 0)
-    d_gate = gate.new_empty(gate.shape) if want_gate else y.new_empty(0)
+    d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     if y.numel() == 0:
-        return d_y, d_gate, weight.new_zeros(num_columns if output_mask[2] else 0)
+        d_weight.zero_()
+        return out
     size = num_columns // groups
     tile = group_tile(size)
     rows = STEPS * tile.rows
@@ -100,8 +101,8 @@ def gated_rms_norm_bwd(
         rows = max(rows, triton.cdiv(num_rows, SUM_PROGRAMS))
     programs = triton.cdiv(num_rows, rows)
     sums = y.new_empty((programs, num_columns) if output_mask[2] else 0, dtype=torch.float32)
-    grad, y = with_unit_stride(grad), with_unit_stride(y)
-    gate = None if gate is None else with_unit_stride(gate)
+    grad, y = row_strided(grad), row_strided(y)
+    gate = None if gate is None else row_strided(gate)
     if any(output_mask):
         _gated_rms_norm_bwd_kernel[programs, groups](
             grad,
@@ -123,9 +124,9 @@ def gated_rms_norm_bwd(
             BLOCK_K=tile.columns,
             **tile.options,
         )
-    # The programs' sums in their order.
-    d_weight = sums.sum(0).to(weight.dtype) if output_mask[2] else weight.new_empty(0)
-    return d_y, d_gate, d_weight
+    if output_mask[2]:
+        d_weight.copy_(sums.sum(0))  # in the order of the programs
+    return out
 
 
 _BUDGET = Budget(registers=128, shared=2048, wide_loads=2)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, WideTile, spec
+from ..launch import Budget, WideTile, row_strided, spec
 
 # A whole group at a time, eight numbers of each tensor for each thread.
 TILES = (
@@ -81,11 +81,6 @@ def _gated_rms_norm_fwd_kernel(
         tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """x itself if the numbers of a row follow one another, however far apart its rows are."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def gated_rms_norm_fwd(
     y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float
 ) -> Tensor:
@@ -93,8 +88,8 @@ def gated_rms_norm_fwd(
     out = y.new_empty(y.shape)
     if out.numel() == 0:
         return out
-    y = with_unit_stride(y)
-    gate = None if gate is None else with_unit_stride(gate)
+    y = row_strided(y)
+    gate = None if gate is None else row_strided(gate)
     size = y.shape[1] // groups
     tile = group_tile(size)
     rows = STEPS * tile.rows

@@ -11,7 +11,13 @@ from torch import Tensor
 from ..backend import HAS_TRITON
 from ..blocks import row_blocks
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import (
+    empty_gradients,
+    forbid_gradient,
+    register,
+    register_gradient,
+    wanted_gradients,
+)
 
 if HAS_TRITON:
     from .backward import gated_rms_norm_bwd
@@ -71,14 +77,13 @@ def _torch_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; then its factors."""
     wide_weight = weight.to(_accumulator(y, gate, weight))
-    d_y = y.new_empty(y.shape if output_mask[0] else 0)
+    d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     want_gate = gate is not None and output_mask[1]
-    d_gate = gate.new_empty(gate.shape) if want_gate else y.new_empty(0)
     total, one = torch.zeros_like(wide_weight), wide_weight.new_ones(())
     room: Tensor | None = None
     for begin, end in row_blocks(y) if y.numel() else ():
         if room is None:
-            # Memory that has been used before: fresh memory costs more than most of the passes.
+            # Reuse these buffers: page faults cost more than most of the passes.
             room = wide_weight.new_empty(5, end, y.shape[1])
         share, active, z, d_z, product = room[:, : end - begin]
         wide_grad, wide_y, wide_gate = _rows(wide_weight, begin, end, grad, y, gate)
@@ -109,7 +114,9 @@ def _torch_bwd(
             _multiply(d_z, active, d_y[begin:end])
         elif output_mask[0] and d_y.dtype != d_z.dtype:
             d_y[begin:end] = d_z
-    return d_y, d_gate, total.to(weight.dtype) if output_mask[2] else weight.new_empty(0)
+    if output_mask[2]:
+        d_weight.copy_(total)
+    return out
 
 
 def _accumulator(y: Tensor, gate: Tensor | None, weight: Tensor) -> torch.dtype:
@@ -125,21 +132,8 @@ def _gated_rms_norm_fake(y: Tensor, *rest: object) -> Tensor:
     return y.new_empty(y.shape)
 
 
-def _gated_rms_norm_bwd_fake(
-    grad: Tensor,
-    y: Tensor,
-    gate: Tensor | None,
-    weight: Tensor,
-    groups: int,
-    eps: float,
-    output_mask: list[bool],
-    triton: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        y.new_empty(y.shape if output_mask[0] else 0),
-        y.new_empty(0) if gate is None or not output_mask[1] else gate.new_empty(gate.shape),
-        weight.new_empty(weight.shape if output_mask[2] else 0),
-    )
+def _gated_rms_norm_bwd_fake(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    return empty_gradients(arguments[:3], arguments[-2])
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -152,7 +146,7 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.dragkit.gated_rms_norm_bwd(
         grad, *ctx.saved_tensors, ctx.groups, ctx.eps, wanted, ctx.triton
     )
-    return *(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None
+    return *wanted_gradients(grads, wanted), None, None, None
 
 
 register(

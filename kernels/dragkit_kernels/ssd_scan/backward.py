@@ -10,22 +10,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import spec
+from ..launch import row_strided, spec
+from ..library import empty_gradients
 from .backward_maps import _ssd_scan_bwd_maps_kernel
 from .backward_steps import DOT_BLOCK, _ssd_scan_bwd_steps_kernel
 from .decays import (
+    causal_mask,
     chunk_rows,
-    decay_logs,
     finite,
-    flaw,
     load_rows,
     load_state,
+    nonfinite,
     product,
     scores,
-    sees,
 )
-from .states import chunk_states
-from .tiles import GRADIENT_BUDGETS, TILES, rows_of, scan_tile
+from .states import Scan, chunk_states
+from .tiles import GRADIENT_BUDGETS, TILES, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
@@ -34,15 +34,15 @@ def _ssd_scan_bwd_x_kernel(
     x_ptr,
     dt_ptr,
     log_ptr,
-    into_ptr,
-    out_of_ptr,
-    skip_ptr,
-    position_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    seq_pos_ptr,
     d_state_ptr,
     d_x_ptr,
-    direct_ptr,
-    fed_ptr,
-    d_skip_ptr,
+    dot_ptr,
+    state_dot_ptr,
+    d_D_ptr,
     num_rows,
     num_heads,
     heads,
@@ -50,37 +50,37 @@ def _ssd_scan_bwd_x_kernel(
     num_states,
     stride_grad,
     stride_x,
-    stride_into,
-    stride_out_of,
+    stride_B,
+    stride_C,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOW: tl.constexpr,
 ):
-    """Gradient of x for the rows of a chunk and a head: dt_j v_j + (skip + dt_j own_j) dy_j, where
-    v_j = sum_{i>j} exp(log_i - log_j) (out_of_i . into_j) dy_i + exp(log_end - log_j) dS into_j and
-    own_j = out_of_j . into_j. Also direct_j = x_j . v_j, and the sums over the rows of x_j . dy_j
-    and of dt_j times the second part of direct_j."""
+    """Gradient of x for the rows of a chunk and a head: dt_j v_j + (D + dt_j own_j) dy_j, where
+    v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j and
+    own_j = C_j . B_j. Also dot_j = x_j . v_j, and the sums over the rows of x_j . dy_j
+    and of dt_j times the second part of dot_j."""
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    first, offs_q, live, position, last = chunk_rows(position_ptr, chunk, num_rows, Q)
+    first, offs_q, live, seq_pos, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     kind = x_ptr.dtype.element_ty
-    into_ptr += first * stride_into + pid_h // heads * num_states
-    out_of_ptr += first * stride_out_of + pid_h // heads * num_states
+    B_ptr += first * stride_B + pid_h // heads * num_states
+    C_ptr += first * stride_C + pid_h // heads * num_states
     d_state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
     at_log = pid_h.to(tl.int64) * num_rows + first + offs_q
     log = tl.load(log_ptr + at_log, mask=live, other=0.0)
     dt_ptr += first * num_heads + pid_h
     dt = tl.load(dt_ptr + offs_q * num_heads, mask=live, other=0.0)
     score, own = scores(
-        into_ptr, out_of_ptr, log, offs_q, live, position, num_states, stride_into, stride_out_of,
+        B_ptr, C_ptr, log, offs_q, live, seq_pos, num_states, stride_B, stride_C,
         kind, Q, BLOCK_N, LOW,
     )  # fmt: skip
     feeds = live & (Q - 1 - offs_q <= last)
     whole = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
     to_end = tl.exp2(tl.where(feeds, whole - log, 0.0))
-    by_grad = tl.load(skip_ptr + pid_h).to(tl.float32) + dt * own
-    direct = tl.zeros((Q,), tl.float32)
-    fed, x_grad = direct, direct
+    by_grad = tl.load(D_ptr + pid_h).to(tl.float32) + dt * own
+    dot = tl.zeros((Q,), tl.float32)
+    state_dot, x_grad = dot, dot
     grad_ptr += first * stride_grad + pid_h * num_width
     x_ptr += first * stride_x + pid_h * num_width
     for begin in tl.range(0, num_width, BLOCK_P, num_stages=1):
@@ -88,102 +88,85 @@ def _ssd_scan_bwd_x_kernel(
         value = tl.zeros((Q, BLOCK_P), tl.float32)
         for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
             offs_n = start + tl.arange(0, BLOCK_N)
-            into = load_rows(into_ptr, offs_q, live, stride_into, offs_n, num_states)
+            B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
             d_state = load_state(d_state_ptr, offs_p, num_width, offs_n, num_states)
-            value = product(into, tl.trans(d_state), value, LOW, kind)
+            value = product(B, tl.trans(d_state), value, LOW, kind)
         value = tl.where(feeds[:, None], value * to_end[:, None], 0.0)
         x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
-        fed += tl.sum(value * x, 1)
+        state_dot += tl.sum(value * x, 1)
         grad = load_rows(grad_ptr, offs_q, live, stride_grad, offs_p, num_width)
         x_grad += tl.sum(grad * x, 1)
         # Rows that are not finite act on those they see by a sum, not in the products.
-        spoiled = tl.where(sees(offs_q, position), flaw(grad)[:, None], 0.0)
+        spoiled = tl.where(causal_mask(offs_q, seq_pos), nonfinite(grad)[:, None], 0.0)
         value += tl.sum(spoiled, 0)[:, None]
         value = product(tl.trans(score), finite(grad), value, LOW, kind)
-        direct += tl.sum(value * x, 1)
+        dot += tl.sum(value * x, 1)
         if d_x_ptr is not None:
             d_x = value * dt[:, None] + grad * by_grad[:, None]
             at = (first * num_heads + pid_h) * num_width
             at += offs_q[:, None] * (num_heads * num_width) + offs_p[None, :]
             mask = live[:, None] & (offs_p < num_width)[None, :]
             tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
-    if direct_ptr is not None:
-        tl.store(direct_ptr + at_log, direct, mask=live)
-        tl.store(fed_ptr + tl.program_id(0), tl.sum(tl.where(feeds, fed * dt, 0.0), 0))
-    if d_skip_ptr is not None:
-        tl.store(d_skip_ptr + tl.program_id(0), tl.sum(x_grad, 0))
+    if dot_ptr is not None:
+        tl.store(dot_ptr + at_log, dot, mask=live)
+        tl.store(state_dot_ptr + tl.program_id(0), tl.sum(tl.where(feeds, state_dot * dt, 0.0), 0))
+    if d_D_ptr is not None:
+        tl.store(d_D_ptr + tl.program_id(0), tl.sum(x_grad, 0))
 
 
-def ssd_scan_bwd(
-    grad: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    rate: Tensor,
-    into: Tensor,
-    out_of: Tensor,
-    skip: Tensor,
-    position: Tensor,
-    output_mask: list[bool],
-) -> tuple[Tensor, ...]:
-    """Launches what output_mask asks for; see `dragkit::ssd_scan_bwd`."""
-    inputs = (x, dt, rate, into, out_of, skip)
-    out = [
-        t.new_empty(t.shape if wanted else (0,))
-        for t, wanted in zip(inputs, output_mask, strict=True)
-    ]
+def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
+    """Launches the wanted gradients; arguments as `dragkit::ssd_scan_bwd`, without the last."""
+    x, dt, A, B, C, D, seq_pos, output_mask = arguments
+    out = empty_gradients((x, dt, A, B, C, D), output_mask)
     if x.numel() == 0:
         return tuple(t.zero_() for t in out)
-    num_rows, num_heads, num_width = x.shape
-    groups, num_states = into.shape[1:]
-    tile = scan_tile(grad, x, into, out_of)
-    grad, x, into, out_of = (rows_of(t) for t in (grad, x, into, out_of))
-    dt, rate, skip, position = (t.contiguous() for t in (dt, rate, skip, position))
-    log, through = decay_logs(dt, rate, position, tile.chunk)
-    sizes = (num_heads // groups, num_width, num_states, grad.stride(0), x.stride(0))
-    strides = (into.stride(0), out_of.stride(0))
-    to_x, to_dt, to_rate, to_into, to_out_of, to_skip = output_mask
-    to_step = to_dt or to_rate
-    chunks = through.shape[1]
-    state = d_state = direct = fed = None
-    if to_step or to_out_of:
-        state = chunk_states(x, dt, log, through, into, position, tile)
-    if to_x or to_step or to_into or to_skip:
-        d_state = chunk_states(grad, dt, log, through, out_of, position, tile, backward=True)
-    if to_x or to_step or to_skip:
-        direct, fed = (log.new_empty(s) if to_step else None for s in (log.shape, through.shape))
-        d_skip = log.new_empty(chunks, num_heads) if to_skip else None
-        _ssd_scan_bwd_x_kernel[(chunks * num_heads,)](
-            *(grad, x, dt, log, into, out_of, skip, position, d_state),
-            *(out[0] if to_x else None, direct, fed, d_skip),
-            *(num_rows, num_heads, *sizes, *strides),
+    d_x, d_dt, d_A, d_B, d_C, d_D = (
+        t if wanted else None for t, wanted in zip(out, output_mask, strict=True)
+    )
+    grad, C = row_strided(grad), row_strided(C)
+    scan = Scan.of(x, dt, A, B, seq_pos, scan_tile(grad, x, B, C))
+    tile, x, B = scan.tile, scan.x, scan.B
+    to_step = d_dt is not None or d_A is not None
+    to_x = d_x is not None or to_step or d_D is not None
+    state = d_state = dot = state_dot = None
+    if to_step or d_C is not None:
+        state = chunk_states(scan)
+    if to_x or d_B is not None:
+        d_state = chunk_states(scan._replace(x=grad, B=C), backward=True)
+    sums = scan.log.new_empty(2, scan.num_chunks, x.shape[1])  # of A and D, by chunk
+    sizes = (*scan.sizes, grad.stride(0), x.stride(0), B.stride(0), C.stride(0))
+    grid = (scan.num_chunks * x.shape[1],)
+    if to_x:
+        if to_step:
+            dot = scan.log.new_empty(scan.log.shape)
+            state_dot = scan.log.new_empty(scan.chunk_decay.shape)
+        _ssd_scan_bwd_x_kernel[grid](
+            *(grad, x, scan.dt, scan.log, B, C, D.contiguous(), scan.seq_pos, d_state),
+            *(d_x, dot, state_dot, None if d_D is None else sums[1]),
+            *sizes,
             **tile.options,
         )
-        if to_skip:
-            out[5].copy_(d_skip.sum(0))
     if to_step:
-        d_rate = log.new_empty(chunks, num_heads) if to_rate else None
-        _ssd_scan_bwd_steps_kernel[(chunks * num_heads,)](
-            *(grad, x, dt, rate, log, through, into, out_of, position, state, d_state),
-            *(direct, fed, out[1] if to_dt else None, d_rate),
-            *(num_rows, num_heads, *sizes, *strides),
+        _ssd_scan_bwd_steps_kernel[grid](
+            *(grad, x, scan.dt, scan.A, scan.log, scan.chunk_decay, B, C, scan.seq_pos),
+            *(state, d_state, dot, state_dot, d_dt, None if d_A is None else sums[0]),
+            *sizes,
             DOT_BLOCK=DOT_BLOCK,
             **tile.options,
         )
-        if to_rate:
-            out[2].copy_(d_rate.sum(0))
-    grid = (chunks * groups, triton.cdiv(num_states, tile.states))
-    for wanted, place, other, its_state, is_into in (
-        (to_into, 3, out_of, d_state, 1),
-        (to_out_of, 4, into, state, 0),
-    ):
-        if wanted and num_states > 0:
-            _ssd_scan_bwd_maps_kernel[grid](
-                *(grad, x, dt, log, other, position, its_state, out[place]),
-                *(num_rows, groups, *sizes, other.stride(0)),
-                INTO=is_into,
+    for d_map, other, its_state, of_b in ((d_B, C, d_state, 1), (d_C, B, state, 0)):
+        if d_map is not None and d_map.numel() > 0:
+            blocks = triton.cdiv(B.shape[2], tile.states)
+            _ssd_scan_bwd_maps_kernel[scan.num_chunks * B.shape[1], blocks](
+                *(grad, x, scan.dt, scan.log, other, scan.seq_pos, its_state, d_map),
+                *(x.shape[0], B.shape[1], *sizes[2:7], other.stride(0)),
+                OF_B=of_b,
                 **tile.options,
             )
-    return tuple(out)
+    for d_head, total in ((d_A, sums[0]), (d_D, sums[1])):
+        if d_head is not None:
+            d_head.copy_(total.sum(0))
+    return out
 
 
 KERNELS = tuple(

@@ -9,13 +9,13 @@ from ..launch import spec
 from .decays import (
     LOG2_E,
     LOWEST_LOG,
+    causal_mask,
     chunk_rows,
     finite,
     load_rows,
     load_state,
     product,
     scores,
-    sees,
 )
 from .tiles import GRADIENT_BUDGETS, TILES
 
@@ -28,18 +28,18 @@ def _ssd_scan_bwd_steps_kernel(
     grad_ptr,
     x_ptr,
     dt_ptr,
-    rate_ptr,
+    A_ptr,
     log_ptr,
-    through_ptr,
-    into_ptr,
-    out_of_ptr,
-    position_ptr,
+    chunk_decay_ptr,
+    B_ptr,
+    C_ptr,
+    seq_pos_ptr,
     state_ptr,
     d_state_ptr,
-    direct_ptr,
-    fed_ptr,
+    dot_ptr,
+    state_dot_ptr,
     d_dt_ptr,
-    d_rate_ptr,
+    d_A_ptr,
     num_rows,
     num_heads,
     heads,
@@ -47,26 +47,26 @@ def _ssd_scan_bwd_steps_kernel(
     num_states,
     stride_grad,
     stride_x,
-    stride_into,
-    stride_out_of,
+    stride_B,
+    stride_C,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     LOW: tl.constexpr,
     DOT_BLOCK: tl.constexpr,
 ):
-    """Gradient of dt for the rows of a chunk and a head, rate d_log_t + direct_t +
-    (out_of_t . into_t) (x_t . dy_t), and the chunk's part of that of rate, sum_t dt_t d_log_t.
+    """Gradient of dt for the rows of a chunk and a head, A d_log_t + dot_t +
+    (C_t . B_t) (x_t . dy_t), and the chunk's part of that of A, sum_t dt_t d_log_t.
 
     d_log_t, of the logarithm of a decay, is what all pairs i >= t > j give: sums of rows i less
     sums of columns j, over the rows from t to the end of its sequence in the chunk, and what leaves
     the chunk.
     """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    first, offs_q, live, position, last = chunk_rows(position_ptr, chunk, num_rows, Q)
+    first, offs_q, live, seq_pos, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     kind = x_ptr.dtype.element_ty
-    into_ptr += first * stride_into + pid_h // heads * num_states
-    out_of_ptr += first * stride_out_of + pid_h // heads * num_states
+    B_ptr += first * stride_B + pid_h // heads * num_states
+    C_ptr += first * stride_C + pid_h // heads * num_states
     state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
     d_state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
     at_log = pid_h.to(tl.int64) * num_rows + first + offs_q
@@ -74,7 +74,7 @@ def _ssd_scan_bwd_steps_kernel(
     at_dt = first * num_heads + pid_h + offs_q * num_heads
     dt = tl.load(dt_ptr + at_dt, mask=live, other=0.0)
     score, own = scores(
-        into_ptr, out_of_ptr, log, offs_q, live, position, num_states, stride_into, stride_out_of,
+        B_ptr, C_ptr, log, offs_q, live, seq_pos, num_states, stride_B, stride_C,
         kind, Q, BLOCK_N, LOW,
     )  # fmt: skip
     x_grad = tl.zeros((Q,), tl.float32)
@@ -87,39 +87,39 @@ def _ssd_scan_bwd_steps_kernel(
         read = tl.zeros((Q, BLOCK_P), tl.float32)
         for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
             offs_n = start + tl.arange(0, BLOCK_N)
-            out_of = load_rows(out_of_ptr, offs_q, live, stride_out_of, offs_n, num_states)
+            C = load_rows(C_ptr, offs_q, live, stride_C, offs_n, num_states)
             state = load_state(state_ptr, offs_p, num_width, offs_n, num_states)
-            read = product(out_of, tl.trans(state), read, LOW, kind)
+            read = product(C, tl.trans(state), read, LOW, kind)
         grad = load_rows(grad_ptr, offs_q, live, stride_grad, offs_p, num_width)
         d_log += tl.sum(read * grad, 1)
         x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
         x_grad += tl.sum(grad * x, 1)
-        # Rows that are not finite have spoiled `direct`: here they would spoil others.
+        # Rows that are not finite have spoiled `dot`: here they would spoil others.
         d_seen = tl.zeros((Q, Q), tl.float32)
         d_seen = product(finite(grad), tl.trans(finite(x)), d_seen, LOW, kind)
         pairs += tl.sum(score * d_seen * finite(dt)[None, :], 1)
-    d_log = tl.where(position > offs_q, d_log * tl.exp2(log), 0.0)
+    d_log = tl.where(seq_pos > offs_q, d_log * tl.exp2(log), 0.0)
     d_log += pairs
-    direct = tl.load(direct_ptr + at_log, mask=live, other=0.0)
-    d_log -= dt * direct
-    d_log = tl.sum(tl.where(sees(offs_q, position), d_log[:, None], 0.0), 0)
+    dot = tl.load(dot_ptr + at_log, mask=live, other=0.0)
+    d_log -= dt * dot
+    d_log = tl.sum(tl.where(causal_mask(offs_q, seq_pos), d_log[:, None], 0.0), 0)
     passed = tl.zeros((DOT_BLOCK,), tl.float32)
     for start in range(0, num_width * num_states, DOT_BLOCK):
         at = start + tl.arange(0, DOT_BLOCK)
         mask = at < num_width * num_states
         state = tl.load(state_ptr + at, mask=mask, other=0.0)
         passed = tl.fma(state, tl.load(d_state_ptr + at, mask=mask, other=0.0), passed)
-    through = tl.load(through_ptr + pid_h * (tl.num_programs(0) // num_heads) + chunk)
-    leaving = tl.where(through < 0.0, 0.0, tl.sum(passed, 0) * through)
-    leaving += tl.load(fed_ptr + tl.program_id(0))
+    chunk_decay = tl.load(chunk_decay_ptr + pid_h * (tl.num_programs(0) // num_heads) + chunk)
+    leaving = tl.where(chunk_decay < 0.0, 0.0, tl.sum(passed, 0) * chunk_decay)
+    leaving += tl.load(state_dot_ptr + tl.program_id(0))
     d_log += tl.where(Q - 1 - offs_q <= last, leaving, 0.0)
-    rate = tl.load(rate_ptr + pid_h).to(tl.float32)
+    A = tl.load(A_ptr + pid_h).to(tl.float32)
     # At the lowest decay a change of the step makes none.
-    d_log = tl.where(dt * rate * LOG2_E < LOWEST_LOG, 0.0, d_log)
+    d_log = tl.where(dt * A * LOG2_E < LOWEST_LOG, 0.0, d_log)
     if d_dt_ptr is not None:
-        tl.store(d_dt_ptr + at_dt, d_log * rate + direct + own * x_grad, mask=live)
-    if d_rate_ptr is not None:
-        tl.store(d_rate_ptr + tl.program_id(0), tl.sum(tl.where(live, d_log * dt, 0.0), 0))
+        tl.store(d_dt_ptr + at_dt, d_log * A + dot + own * x_grad, mask=live)
+    if d_A_ptr is not None:
+        tl.store(d_A_ptr + tl.program_id(0), tl.sum(tl.where(live, d_log * dt, 0.0), 0))
 
 
 KERNELS = tuple(

@@ -18,26 +18,26 @@ LOG_TILE = Tile(8, 1)
 
 
 @triton.jit
-def chunk_rows(position_ptr, chunk, num_rows, Q: tl.constexpr):
-    """(first row as int64, places in the chunk, which exist, their positions, position of the
+def chunk_rows(seq_pos_ptr, chunk, num_rows, Q: tl.constexpr):
+    """(first row as int64, places in the chunk, which exist, their positions, seq_pos of the
     chunk's last row or -1 where it does not exist)."""
     first = chunk.to(tl.int64) * Q
     offs_q = tl.arange(0, Q)
     live = offs_q < num_rows - first
-    position = tl.load(position_ptr + first + offs_q, mask=live, other=0)
-    last = tl.load(position_ptr + first + Q - 1, mask=first + Q - 1 < num_rows, other=-1)
-    return first, offs_q, live, position, last
+    seq_pos = tl.load(seq_pos_ptr + first + offs_q, mask=live, other=0)
+    last = tl.load(seq_pos_ptr + first + Q - 1, mask=first + Q - 1 < num_rows, other=-1)
+    return first, offs_q, live, seq_pos, last
 
 
 @triton.jit
-def sees(offs_q, position):
+def causal_mask(offs_q, seq_pos):
     """Whether row i [Q, 1] depends on row j [1, Q] of its chunk."""
     behind = offs_q[:, None] - offs_q[None, :]
-    return (behind >= 0) & (behind <= position[:, None])
+    return (behind >= 0) & (behind <= seq_pos[:, None])
 
 
 @triton.jit
-def kept(log, seen):
+def decay(log, seen):
     """Decays from row j to row i, anything finite where i does not see j."""
     return tl.exp2(tl.where(seen, log[:, None] - log[None, :], 0.0))
 
@@ -68,7 +68,7 @@ def finite(x):
 
 
 @triton.jit
-def flaw(x):
+def nonfinite(x):
     """0 for every row of finite numbers, NaN for the others."""
     return tl.sum(x * 0.0, 1)
 
@@ -83,67 +83,67 @@ def product(a, b, acc, LOW: tl.constexpr, kind):
 
 @triton.jit
 def scores(
-    into_ptr, out_of_ptr, log, offs_q, live, position, num_states, stride_into, stride_out_of, kind,
+    B_ptr, C_ptr, log, offs_q, live, seq_pos, num_states, stride_B, stride_C, kind,
     Q: tl.constexpr, BLOCK_N: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """(exp(log_i - log_j) (out_of_i . into_j) for i > j that i sees, else 0; out_of_i . into_i)."""
+    """(exp(log_i - log_j) (C_i . B_j) for i > j in the causal mask, else 0; C_i . B_i)."""
     score = tl.zeros((Q, Q), tl.float32)
     for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
         offs_n = start + tl.arange(0, BLOCK_N)
-        out_of = load_rows(out_of_ptr, offs_q, live, stride_out_of, offs_n, num_states)
-        into = load_rows(into_ptr, offs_q, live, stride_into, offs_n, num_states)
-        score = product(out_of, tl.trans(into), score, LOW, kind)
+        C = load_rows(C_ptr, offs_q, live, stride_C, offs_n, num_states)
+        B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
+        score = product(C, tl.trans(B), score, LOW, kind)
     itself = offs_q[:, None] == offs_q[None, :]
     own = tl.sum(tl.where(itself, score, 0.0), 1)
-    seen = sees(offs_q, position) & ~itself
-    return tl.where(seen, score * kept(log, seen), 0.0), own
+    seen = causal_mask(offs_q, seq_pos) & ~itself
+    return tl.where(seen, score * decay(log, seen), 0.0), own
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _ssd_scan_fwd_logs_kernel(
     dt_ptr,
-    rate_ptr,
-    position_ptr,
+    A_ptr,
+    seq_pos_ptr,
     log_ptr,
-    through_ptr,
+    chunk_decay_ptr,
     num_rows,
     num_heads,
     Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """log[h, t] = sum of max(rate dt log2(e), lowest) from the chunk's first row to t, and
-    through[h, c] = the decay over the chunk, -1 where a sequence begins in it."""
+    """log[h, t] = sum of max(A dt log2(e), lowest) from the chunk's first row to t, and
+    chunk_decay[h, c] = the decay over the chunk, -1 where a sequence begins in it."""
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < num_heads
-    first, offs_q, live, _, last = chunk_rows(position_ptr, chunk, num_rows, Q)
+    first, offs_q, live, _, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     at = first * num_heads + offs_q[:, None] * num_heads + offs_h[None, :]
     mask = live[:, None] & mask_h[None, :]
     # A step that is not finite spoils what it is multiplied with, not other sequences' decays.
     dt = finite(tl.load(dt_ptr + at, mask=mask, other=0.0))
-    rate = tl.load(rate_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32) * LOG2_E
-    log = dt * rate[None, :]
+    A = tl.load(A_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32) * LOG2_E
+    log = dt * A[None, :]
     log = tl.cumsum(tl.where(log < LOWEST_LOG, LOWEST_LOG, log), 0)
     at = offs_h.to(tl.int64)[None, :] * num_rows + first + offs_q[:, None]
     tl.store(log_ptr + at, log, mask=mask)
     whole = tl.sum(tl.where((offs_q == Q - 1)[:, None], log, 0.0), 0)
-    through = tl.where(last > Q - 1, tl.exp2(whole), -1.0)
-    tl.store(through_ptr + offs_h * num_chunks + chunk, through, mask=mask_h)
+    chunk_decay = tl.where(last > Q - 1, tl.exp2(whole), -1.0)
+    tl.store(chunk_decay_ptr + offs_h * num_chunks + chunk, chunk_decay, mask=mask_h)
 
 
-def decay_logs(dt: Tensor, rate: Tensor, position: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Launches the logarithms: (log [H, T], through [H, chunks]), float32."""
+def decay_logs(dt: Tensor, A: Tensor, seq_pos: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """Launches the logarithms: (log [H, T], chunk_decay [H, chunks]), float32."""
     num_rows, num_heads = dt.shape
     num_chunks = triton.cdiv(num_rows, chunk)
-    log, through = dt.new_empty(num_heads, num_rows), dt.new_empty(num_heads, num_chunks)
+    log, chunk_decay = dt.new_empty(num_heads, num_rows), dt.new_empty(num_heads, num_chunks)
     _ssd_scan_fwd_logs_kernel[(num_chunks, triton.cdiv(num_heads, LOG_TILE.block))](
-        *(dt, rate, position, log, through),
+        *(dt, A, seq_pos, log, chunk_decay),
         *(num_rows, num_heads),
         Q=chunk,
         BLOCK_H=LOG_TILE.block,
         **LOG_TILE.options,
     )
-    return log, through
+    return log, chunk_decay
 
 
 KERNELS = tuple(

@@ -31,15 +31,15 @@ def spoil(tensor: Tensor, rows: Tensor) -> None:
     tensor.masked_fill_(rows.view(-1, *(1,) * (tensor.dim() - 1)), float("nan"))
 
 
-def from_then_on(bad: Tensor, position: Tensor) -> Tensor:
+def from_then_on(bad: Tensor, seq_pos: Tensor) -> Tensor:
     """bool [T]: rows with a bad one at or before them in their sequence."""
     count = bad.cumsum(0)
-    first = (torch.arange(len(bad), device=bad.device) - position).clamp_(min=0)
+    first = (torch.arange(len(bad), device=bad.device) - seq_pos).clamp_(min=0)
     return count > count[first] - bad[first].long()
 
 
-def whole_sequences(bad: Tensor, position: Tensor) -> Tensor:
+def whole_sequences(bad: Tensor, seq_pos: Tensor) -> Tensor:
     """bool [T]: rows of sequences that have a bad one."""
-    sequence = (position == 0).cumsum(0)
+    sequence = (seq_pos == 0).cumsum(0)
     count = torch.zeros(len(bad) + 1, dtype=torch.int64, device=bad.device)
     return count.index_add_(0, sequence, bad.long())[sequence] > 0

@@ -34,10 +34,10 @@ class Sizes(NamedTuple):
     chunk: int
 
     @classmethod
-    def of(cls, x: Tensor, into: Tensor, chunk: int | None = None) -> Sizes:
+    def of(cls, x: Tensor, B: Tensor, chunk: int | None = None) -> Sizes:
         """The sizes of the arguments of ssd_scan."""
         rows, heads, width = x.shape
-        groups, states = into.shape[1:]
+        groups, states = B.shape[1:]
         if chunk is None:
             # Products within a chunk grow with its size, those with its states shrink.
             chunk = 32 if width * states <= 2048 else 64
@@ -66,13 +66,13 @@ class Sizes(NamedTuple):
             yield begin, min(begin + step, self.chunks)
 
 
-def binary_logs(dt: Tensor, rate: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sums along `dim` of the binary logarithms of the decays exp(rate dt), and which are at their
+def binary_logs(dt: Tensor, A: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Sums along `dim` of the binary logarithms of the decays exp(A dt), and which are at their
     lowest, where a change of the step makes none.
 
     Binary because exp2 is several times faster than exp where results are 0 or nearly.
     """
-    log = dt * (rate.double() * math.log2(math.e))
+    log = dt * (A.double() * math.log2(math.e))
     # Summed in double precision: an error of a sum is one of all decays after it.
     lost = log < LOWEST_LOG
     return log.clamp_(min=LOWEST_LOG).cumsum(dim).to(dtype), lost
@@ -87,10 +87,10 @@ class Slab:
         dt: [n, G, q, R, 1]; value: dt x, [n, G, q, R, P].
         log: [R, n, G, q] sums of the binary logarithms of the decays from the chunk's first row on.
         lost: bool [n, G, q, R], see binary_logs.
-        sees: [n, q, q] 1 where row i depends on row j, else 0.
+        causal_mask: [n, q, q] 1 where row i depends on row j, else 0.
         from_start, to_end: [n, G, q, R, 1] decays to a row from the state before the chunk, and
             from a row to the chunk's end; 0 where they are of different sequences.
-        through: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins in it.
+        chunk_decay: [n, G, 1, R, 1] decay of a state over the chunk, 0 where a sequence begins.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class Slab:
         span: tuple[int, int],
         x: Tensor,
         dt: Tensor,
-        rate: Tensor,
-        into: Tensor,
-        position: Tensor,
+        A: Tensor,
+        B: Tensor,
+        seq_pos: Tensor,
         dtype: torch.dtype,
     ) -> None:
         begin, end = span
@@ -111,22 +111,23 @@ class Slab:
         self.rows = slice(begin * chunk, min(end * chunk, sizes.rows))
         self.dt = self.by_group(dt).unsqueeze(-1)
         self.value = self.by_group(x).mul(self.dt)
-        self.into = self.map(into)
-        log, self.lost = binary_logs(self.dt.squeeze(-1), rate.view(groups, 1, heads), 2, dtype)
+        self.B = self.map(B)
+        log, self.lost = binary_logs(self.dt.squeeze(-1), A.view(groups, 1, heads), 2, dtype)
         place = torch.arange(chunk, device=x.device)
-        position = self.chunked(position).long()
-        last = position[:, -1:]
+        seq_pos = self.chunked(seq_pos).long()
+        last = seq_pos[:, -1:]
         behind = place[:, None] - place
-        sees = (behind >= 0) & (behind <= position[:, :, None])
-        self.sees = sees.to(dtype)
+        causal_mask = (behind >= 0) & (behind <= seq_pos[:, :, None])
+        self.causal_mask = causal_mask.to(dtype)
         # As a logarithm: added before exp2, which would overflow above the diagonal.
-        self._apart = torch.zeros_like(self.sees).masked_fill_(~sees, float("-inf")).unsqueeze(1)
-        by_row = (len(position), 1, chunk, 1)
-        before = (position > place).view(by_row)
+        apart = torch.zeros_like(self.causal_mask).masked_fill_(~causal_mask, float("-inf"))
+        self._apart = apart.unsqueeze(1)
+        by_row = (len(seq_pos), 1, chunk, 1)
+        before = (seq_pos > place).view(by_row)
         feeds = (chunk - 1 - place <= last).view(by_row)
         self.from_start = log.exp2().mul_(before).unsqueeze(-1)
         self.to_end = (log[:, :, -1:] - log).exp2_().mul_(feeds).unsqueeze(-1)
-        self.through = self.from_start[:, :, -1:]
+        self.chunk_decay = self.from_start[:, :, -1:]
         self.log = log.permute(3, 0, 1, 2).contiguous()
         self.weighted = self.wide(self.value * self.to_end)
 
@@ -161,7 +162,7 @@ class Slab:
         """[n, G, q, R, P] as the matrices of head r of every group, [n G, q, P]."""
         return tensor[:, :, :, r].flatten(0, 1)
 
-    def kept(self, r: int, out: Tensor) -> Tensor:
+    def decay(self, r: int, out: Tensor) -> Tensor:
         """Decays from row j to row i for head r of every group: [n G, q, q]."""
         log = self.log[r]
         square = out.view(*log.shape, log.shape[-1])
@@ -176,13 +177,13 @@ class Slab:
     def pass_on(self, states: Tensor) -> None:
         """Turns gains into states: [n + 1, G, N, R P], the first of them the state before all."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()
-        through = self.through.unbind()
-        for before, after, decay in zip(by_head, by_head[1:], through, strict=False):
+        chunk_decay = self.chunk_decay.unbind()
+        for before, after, decay in zip(by_head, by_head[1:], chunk_decay, strict=False):
             after.addcmul_(before, decay)
 
     def pass_back(self, states: Tensor) -> None:
         """The way back: each of [n + 1, G, N, R P] gets what the next one hands on."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()[::-1]
-        through = self.through.unbind()[::-1]
-        for after, before, decay in zip(by_head, by_head[1:], through, strict=False):
+        chunk_decay = self.chunk_decay.unbind()[::-1]
+        for after, before, decay in zip(by_head, by_head[1:], chunk_decay, strict=False):
             before.addcmul_(after, decay)

@@ -63,13 +63,3 @@ def scan_tile(*tensors: Tensor) -> ScanTile:
     """The tile, given all tensors that are operands of products; any width works with any."""
     dtypes = {t.dtype for t in tensors}
     return WIDE if len(dtypes) == 1 and dtypes <= set(TENSOR_CORE_DTYPES) else FULL
-
-
-def rows_of(tensor: Tensor) -> Tensor:
-    """The tensor itself if only its rows lie apart, as parts of wider rows do, else a copy."""
-    inner, expected = tensor.stride()[1:], 1
-    for size, stride in zip(reversed(tensor.shape[1:]), reversed(inner), strict=True):
-        if size > 1 and stride != expected:
-            return tensor.contiguous()
-        expected *= size
-    return tensor
