@@ -101,21 +101,21 @@ class KernelSpec(NamedTuple):
 _POINTERS = {
     "*i32": (
         *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
-        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
-        *("position", "positives", "ptr", "question", "row", "rowptr", "sender", "sequence"),
+        *("ids", "index", "order", "pair", "pair_relation", "perm", "place", "pos"),
+        *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
         *("slot", "slots", "source", "start", "tail", "target"),
     ),
     "*i64": ("last", "question_key", "seed"),
     # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
     "*fp32": (
-        *("A", "D", "bce", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
-        *("chunk_out", "dot", "dp", "dt", "gradient", "label", "log", "p", "product"),
-        *("score_weight", "split_logit", "state", "state_dot", "sums"),
+        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
+        *("chunk_out", "dot", "dp", "dt", "log", "p", "product"),
+        *("score_weight", "state", "state_dot", "sums"),
     ),
 }
 _BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
 # Arguments that are Python floats.
-_FLOATS = ("bce_weight", "bound", "eps", "margin", "rank_weight", "scale", "temperature")
+_FLOATS = ("bound", "eps", "scale")
 
 
 def row_strided(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import ROW_TILE, Budget, spec
+from ..library import empty_gradients
 from ..orders import row_order
 from .forward import product_gate
 
@@ -111,8 +112,7 @@ def relation_gate_bwd(
     grad, relation, instruction = grad.contiguous(), relation.contiguous(), instruction.contiguous()
     num_graphs, num_instructions, num_columns = instruction.shape
     num_relations, num_pairs = relation.shape[1], pair_relation.shape[0]
-    d_relation = relation.new_empty(relation.shape if output_mask[0] else 0)
-    d_instruction = instruction.new_empty(instruction.shape if output_mask[1] else 0)
+    d_relation, d_instruction = empty_gradients((relation, instruction), output_mask)
     sizes = (num_pairs, num_relations, num_instructions, num_columns)
     constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns, **ROW_TILE.options}
     blocks = triton.cdiv(num_columns, ROW_TILE.columns)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import empty_gradients, forbid_gradient, register, register_gradient
 
 if HAS_TRITON:
     from .backward import relation_gate_bwd
@@ -77,10 +77,7 @@ def _relation_gate_fake(
 def _relation_gate_bwd_fake(
     grad: Tensor, out: Tensor | None, relation: Tensor, instruction: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape if wanted else 0)
-        for x, wanted in zip((relation, instruction), rest[-2], strict=True)
-    )
+    return empty_gradients((relation, instruction), rest[-2])
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
