@@ -101,7 +101,7 @@ class KernelSpec(NamedTuple):
 _POINTERS = {
     "*i32": (
         *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
-        *("ids", "index", "order", "pair", "pair_relation", "perm", "place", "pos"),
+        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
         *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
         *("slot", "slots", "source", "start", "tail", "target"),
     ),

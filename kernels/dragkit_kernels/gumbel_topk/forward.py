@@ -183,6 +183,7 @@ KERNELS = tuple(
         Budget(registers=128, shared=2048),
         tile=tile,
         constants={"STEP": min(tile.block, TOPK_STEP), "STREAM": stream},
+        key_ptr="*fp32",
     )
     for tile, stream in (*((tile, False) for tile in TOPK_TILES), (TOPK_TILES[-1], True))
 )
