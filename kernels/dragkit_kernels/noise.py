@@ -69,12 +69,11 @@ def dropout_threshold(dropout: float) -> int:
 
 
 def dropout_scale(dropout: float) -> float:
-    """What kept elements are multiplied by, so that the mean stays; 1 / (1 - dropout) but for the
-    rounding to 16 bits."""
+    """Factor of kept elements that keeps the mean: 1 / (1 - dropout), with dropout in 16 bits."""
     return 2.0**16 / (2**16 - dropout_threshold(dropout))
 
 
-# Counters drawn at a time on a CPU, so that they stay in its cache.
+# Counters per block on a CPU: a block stays in its cache.
 _CHUNK = 65536
 
 
