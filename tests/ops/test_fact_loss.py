@@ -155,6 +155,12 @@ def test_ties_at_the_margin_cost_nothing() -> None:
     above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     loss, gradient = both(torch.stack([logits[0], above]), label[:2], ptr_of([2]), rho=0.0)
     assert loss > 0 and gradient.tolist() == [-1, 1]
+    # 1 - 0.4 lies between two float32 numbers: the upper one violates the margin, the lower does not.
+    upper = torch.tensor(0.6)
+    for number, slope in ((upper, 1), (torch.nextafter(upper, -upper), 0)):
+        pair = torch.stack([torch.ones(()), number])
+        _, gradient = both(pair, label[:2], ptr_of([2]), rho=0.0, margin=0.4)
+        assert gradient.tolist() == [-slope, slope]
 
 
 def test_many_equal_logits() -> None:
