@@ -155,7 +155,7 @@ def test_ties_at_the_margin_cost_nothing() -> None:
     above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     loss, gradient = both(torch.stack([logits[0], above]), label[:2], ptr_of([2]), rho=0.0)
     assert loss > 0 and gradient.tolist() == [-1, 1]
-    # 1 - 0.4 lies between two float32 numbers: the upper one violates the margin, the lower does not.
+    # 1 - 0.4 lies between two float32 numbers. Only the upper one violates the margin.
     upper = torch.tensor(0.6)
     for number, slope in ((upper, 1), (torch.nextafter(upper, -upper), 0)):
         pair = torch.stack([torch.ones(()), number])
