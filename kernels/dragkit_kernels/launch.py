@@ -223,15 +223,17 @@ def force_sum(way: str) -> Iterator[None]:
 # of one. A tile takes 16 registers a thread.
 ROW_TILE = WideTile(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
-# Facts of a question that a program holds in registers.
-TOPK_TILES = (Tile(512, 4), Tile(2048, 8), Tile(8192, 16))
-# Facts at a time beyond those that fit.
+# Facts of a question that a program holds in registers: all, or the first 8192. Without a limit the
+# assembler of Triton 3.6 spills in the second tile.
+TOPK_TILES = (Tile(512, 4), Tile(2048, 8, 96))
+TOPK_STREAM = Tile(8192, 16)
+# Facts at a time of the others.
 TOPK_STEP = 2048
 
 
 def topk_tile(max_facts: int) -> tuple[Tile, bool]:
-    """The tile for questions of up to `max_facts` facts, and whether some need several tiles."""
+    """The tile for questions of up to `max_facts` facts, and whether it may not hold all of them."""
     for tile in TOPK_TILES:
         if max_facts <= tile.block:
             return tile, False
-    return TOPK_TILES[-1], True
+    return TOPK_STREAM, True

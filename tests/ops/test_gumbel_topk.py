@@ -18,7 +18,7 @@ from dragkit_kernels import (
     logistic_noise,
     top_facts,
 )
-from dragkit_kernels.launch import TOPK_TILES, Tile
+from dragkit_kernels.launch import TOPK_STREAM, Tile
 from dragkit_kernels.testing import assert_close, fenced_allocations, strided_like
 from tests.ops.budget_cases import solve_threshold
 from tests.ops.cases import kernels
@@ -207,7 +207,7 @@ def test_streamed_questions(
 def test_the_largest_tile_and_one_more(
     backend: str, device: torch.device, kind: tuple[str, str]
 ) -> None:
-    for size in (TOPK_TILES[-1].block, TOPK_TILES[-1].block + 1):
+    for size in (TOPK_STREAM.block, TOPK_STREAM.block + 1):
         values = (3 * torch.randn(size + 2) - 2).to(device)
         check(values, [size, 2], 100, kind, backend, drawn=True, tolerance=3e-5)
 

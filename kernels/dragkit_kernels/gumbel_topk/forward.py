@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TOPK_STEP, TOPK_TILES, Budget, spec, topk_tile
+from ..launch import TOPK_STEP, TOPK_STREAM, TOPK_TILES, Budget, spec, topk_tile
 from ..triton_math import order_code
 
 LOWEST = tl.constexpr(-0x80000000)
@@ -185,5 +185,5 @@ KERNELS = tuple(
         constants={"STEP": min(tile.block, TOPK_STEP), "STREAM": stream},
         key_ptr="*fp32",
     )
-    for tile, stream in (*((tile, False) for tile in TOPK_TILES), (TOPK_TILES[-1], True))
+    for tile, stream in (*((tile, False) for tile in TOPK_TILES), (TOPK_STREAM, True))
 )
