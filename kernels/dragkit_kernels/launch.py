@@ -232,7 +232,7 @@ TOPK_STEP = 2048
 
 
 def topk_tile(max_facts: int) -> tuple[Tile, bool]:
-    """The tile for questions of up to `max_facts` facts, and whether it may not hold all of them."""
+    """The tile for questions of up to `max_facts` facts, and whether a program streams the rest."""
     for tile in TOPK_TILES:
         if max_facts <= tile.block:
             return tile, False
