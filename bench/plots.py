@@ -25,8 +25,7 @@ def _figure(title: str, machine: Mapping[str, object]) -> tuple[Figure, Axes]:
 
     figure = Figure(figsize=(9.0, 5.4), layout="constrained")
     shown = {key: value for key, value in machine.items() if key not in ("command", "packages")}
-    figure.suptitle(f"{title}
-{describe(shown)}", fontsize=9)
+    figure.suptitle(f"{title}\n{describe(shown)}", fontsize=9)
     return figure, figure.subplots()
 
 
