@@ -290,8 +290,7 @@ def gpu_test_files() -> list[str]:
     found = [
         file
         for file in sorted((ROOT / "tests").rglob("test_*.py"))
-        if file.parent.name == "triton_ops"
-        or any(sign in file.read_text(encoding="utf-8") for sign in signs)
+        if any(sign in file.read_text(encoding="utf-8") for sign in signs)
     ]
     return [str(file.relative_to(ROOT)) for file in found]
 

@@ -36,6 +36,9 @@ from dragkit_kernels.testing import (
     leaves,
     random_adjacency,
 )
+from tests.ops.cases import to_device
+
+pytestmark = pytest.mark.triton
 
 SIZES = [(9, 25), (0, 0), (4, 7)] if INTERPRETED else [(800, 2000)] * 63 + [(0, 0)]
 WIDTH, RELATIONS = (6, 4) if INTERPRETED else (256, 150)
@@ -44,11 +47,6 @@ REPEATS = 2 if INTERPRETED else 20
 LOW = torch.float16 if INTERPRETED else torch.bfloat16
 
 Case = Callable[[str], tuple[Tensor, ...]]
-
-
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
 
 
 def layer_inputs(pack: Adjacency, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
