@@ -26,9 +26,9 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed $(COMPILED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n auto
 ifdef COMPILED
-	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto -m "triton or gpu" tests/ops tests/triton_ops
+	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto -m triton tests/ops
 	$(RUN) -m dragkit_kernels.aot --triton-path $(OLDER_TRITON)
 endif
 

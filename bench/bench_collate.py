@@ -19,9 +19,9 @@ from bench.data import (
     sizes,
     whole_batches,
 )
-from bench.measure import Way, check_agreement
+from bench.measure import Contender, check_agreement
 from bench.pyg_rearev import pyg_batch
-from bench.tables import Comparison
+from bench.results import Comparison
 from dragkit.data.packed import PackedGraph
 from dragkit_kernels import FactOrders, build_fact_orders
 
@@ -58,9 +58,10 @@ def test_collation(
     questions = pyg_questions(source, sorted({row for rows in batches for row in rows}))
     rows, graphs = cycle(batches), cycle([source.collator(r).graph for r in batches])
     lists = cycle([[questions[row] for row in r] for r in batches])
-    ways = [
-        Way("PackedCollator", lambda: source.collator(next(rows)), batch, 10),
-        Way("its three orders sorted anew", lambda: _sorted_anew(next(graphs)), batch, 10),
-        Way("PyG Batch.from_data_list, no orders", lambda: pyg_batch(next(lists)), batch, 10),
+    contenders = [
+        Contender("PackedCollator", lambda: source.collator(next(rows)), peer=False, calls=10),
+        Contender("its three orders sorted anew", lambda: _sorted_anew(next(graphs)), calls=10),
+        Contender("PyG Batch.from_data_list, no orders", lambda: pyg_batch(next(lists)), calls=10),
     ]
-    timed(f"collate, {file.name}", ways, {"data": file.name} | sizes(first))
+    about = {"data": file.name} | sizes(first)
+    timed(Comparison(f"collate, {file.name}", about, [], questions=batch), contenders)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from bench.data import QuestionFile, bench_config, question_source, text_encoder
-from bench.measure import Tally, Way
-from bench.tables import Comparison
-from bench.train_ways import DEVICE
+from bench.measure import DEVICE, Contender, Tally
+from bench.results import Comparison
 from dragkit.demo import demo_files
 from dragkit.generator.generator import Generator
 from dragkit.generator.prompt import NeuralPrompt
@@ -25,12 +24,7 @@ _TOKENS = 12
 
 
 class Decoded(NamedTuple):
-    """What one call gave.
-
-    Attributes:
-        tokens: of every prompt, without the end token.
-        texts: theirs.
-    """
+    """Tokens of every prompt, without the end token, and their texts."""
 
     tokens: list[list[int]]
     texts: list[str]
@@ -39,7 +33,7 @@ class Decoded(NamedTuple):
 def decode_cached(
     generator: Generator, prompt: NeuralPrompt, vectors: Tensor | None, count: int
 ) -> Decoded:
-    """The generator's own way."""
+    """By the generator's own loop, with the model's cache."""
     return _decoded(generator, generator.greedy_tokens(prompt, vectors, count))
 
 
@@ -52,7 +46,7 @@ def _decoded(generator: Generator, tokens: list[list[int]]) -> Decoded:
 def decode_anew(
     generator: Generator, prompt: NeuralPrompt, vectors: Tensor | None, count: int
 ) -> Decoded:
-    """The same by a loop that runs everything again for each token; only last logits are made."""
+    """By a loop that runs the whole prompt for each token and computes the last logits only."""
     embeds, mask = generator.pad(generator.embed(prompt, vectors), prompt, left=True)
     end, table = generator.eos_token_id, generator.model.get_input_embeddings()
     done = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
@@ -73,15 +67,15 @@ def decode_anew(
 
 
 def check_tokens(cached: Decoded, anew: Decoded) -> None:
-    """The gate in front of the timing.
+    """The gate before the timing.
 
     Raises:
-        ValueError: a token differs, with the first such prompt.
+        ValueError: a token or a text differs. The message names the first such prompts.
     """
     pairs = zip(cached.tokens, anew.tokens, strict=True)
     wrong = [place for place, (ours, theirs) in enumerate(pairs) if ours != theirs]
     if wrong or cached.texts != anew.texts:
-        raise ValueError(f"decoding: the ways differ at prompts {wrong[:3]}; not timed")
+        raise ValueError(f"decoding: the results differ at prompts {wrong[:3]}; not timed")
 
 
 def test_decoding(
@@ -106,25 +100,31 @@ def test_decoding(
         prompt = joint.prompt(batch, chosen.index, with_target=False)
         vectors = joint.vectors(output, batch, chosen).flatten(0, 1)
 
-    kept = []
-    for way in (decode_cached, decode_anew):
-        kept.append(way(joint.generator, prompt, vectors, _TOKENS))
-    check_tokens(*kept)
-    made = sum(len(tokens) for tokens in kept[0].tokens)
-    ways = []
-    for name, way in (("dragkit, cached", decode_cached), ("every token anew", decode_anew)):
+    decoded = [
+        decode(joint.generator, prompt, vectors, _TOKENS) for decode in (decode_cached, decode_anew)
+    ]
+    check_tokens(*decoded)
+    num_tokens = sum(len(tokens) for tokens in decoded[0].tokens)
+
+    def contender(name: str, decode: Callable[..., Decoded], peer: bool) -> Contender:
         tally = Tally()
 
-        def step(way: Callable[..., Decoded] = way, tally: Tally = tally) -> None:
-            way(joint.generator, prompt, vectors, _TOKENS)
-            tally.tokens += made
+        def step() -> None:
+            decode(joint.generator, prompt, vectors, _TOKENS)
+            tally.tokens += num_tokens
 
-        ways.append(Way(name, step, prompts, 1, tally))
+        return Contender(name, step, peer=peer, tally=tally)
+
+    contenders = [
+        contender("dragkit, cached", decode_cached, False),
+        contender("every token anew", decode_anew, True),
+    ]
     about = {
         "data": file.name,
         "prompts": prompts,
         "prompt tokens": f"{int(prompt.length.min())} to {int(prompt.length.max())}",
         "tokens at most": _TOKENS,
-        "tokens generated": made,
+        "tokens generated": num_tokens,
     }
-    timed("greedy decoding, tiny generator", ways, about, DEVICE)
+    name = "greedy decoding, tiny generator"
+    timed(Comparison(name, about, [], questions=prompts), contenders, DEVICE)

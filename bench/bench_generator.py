@@ -1,8 +1,8 @@
 """The generator's part of a joint step over packs against the earlier formulation of it.
 
 Earlier: prompts padded on the right in micro-batches of four, a cache built in training, logits of
-the whole vocabulary at every place, a loop over experts, attention as written out. Both on the same
-model with random weights: the 30B's architecture, on a CPU with a twenty-first of its widths.
+the whole vocabulary at every token, a loop over experts, eager attention. Both run the same model
+with random weights: the 30B's architecture, on a CPU with its widths divided by 21.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ from bench.data import (
     text_encoder,
     whole_batches,
 )
-from bench.measure import Tally, Way, check_agreement
-from bench.tables import Comparison
-from bench.train_ways import DEVICE
+from bench.measure import DEVICE, Contender, Tally, check_agreement
+from bench.results import Comparison
 from dragkit.config import GeneratorConfig, TrainConfig
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import prepare_nemotron_h
@@ -38,8 +37,8 @@ from dragkit.trainer.compile import compile_generator
 
 pytestmark = pytest.mark.timeout(1800)
 _WHOLE = "nemotron-3-nano-30b-a3b"
-# On a CPU the same blocks, experts and choice of experts with every width, the vocabulary's too,
-# divided by 21; heads and groups are as many as such widths allow.
+# On a CPU the same blocks and experts. Every width, the vocabulary's too, is divided by 21, and the
+# heads and groups are as many as such widths allow.
 _SMALL = Architecture(
     ARCHITECTURES[_WHOLE].pattern,
     {
@@ -62,7 +61,7 @@ _QUESTIONS, _MICROBATCH = 16, 4
 
 @contextmanager
 def _as_earlier(model: nn.Module) -> Iterator[None]:
-    """The library's slowest ways through the model, as the earlier implementation took them."""
+    """transformers' eager attention and loop over experts, as in the earlier implementation."""
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     kept = config._attn_implementation, config._experts_implementation, config.use_cache
     config._attn_implementation, config._experts_implementation = "eager", "eager"
@@ -81,13 +80,13 @@ class _Step:
         self.total = sum(len(part.target_id) for part in parts)
 
     def packed(self, whole: NeuralPrompt) -> Tensor:
-        """Ours: one pass; logits at supervised tokens."""
+        """Ours: one pass, with logits at supervised tokens only."""
         loss = self.generator(whole, self.vectors).loss_sum / self.total
         loss.backward()
         return loss.detach()
 
     def earlier(self) -> Tensor:
-        """Micro-batches, padded; logits everywhere."""
+        """Padded micro-batches with logits at every token."""
         loss = torch.zeros((), device=self.vectors.device)
         with _as_earlier(self.generator.model):
             for part in self.parts:
@@ -105,7 +104,7 @@ class _Step:
         return loss
 
     def gradients(self) -> list[Tensor]:
-        """Those of the vectors and adapters, which begin anew."""
+        """Gradients of the vectors and adapters, which are then cleared."""
         leaves = [self.vectors, *(p for p in self.generator.parameters() if p.requires_grad)]
         found = [leaf.grad for leaf in leaves]
         for leaf in leaves:
@@ -114,7 +113,7 @@ class _Step:
 
 
 def _prompts(config: TrainConfig, cache_dir: Path) -> tuple[NeuralPrompt, list[NeuralPrompt], str]:
-    """Questions with ten facts each, as one pack and in micro-batches, and whose they are."""
+    """Questions with ten facts each as one pack, the same in micro-batches, and the data's name."""
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
     file = question_file(SMALL, cache_dir)
     source = question_source(file, config, cache_dir, joint.generator, _QUESTIONS)
@@ -152,9 +151,7 @@ def _check(step: _Step, whole: NeuralPrompt, dtype: torch.dtype) -> None:
 
 @pytest.mark.full
 def test_joint_step(
-    timed: Callable[..., Comparison],
-    cache_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    timed: Callable[..., Comparison], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward through the frozen model into adapters and fact vectors."""
     config = bench_config(2, run__device=DEVICE.type)
@@ -183,28 +180,26 @@ def test_joint_step(
     step = _Step(generator, parts, vectors.to(DEVICE, dtype).requires_grad_())
 
     _check(step, whole, dtype)
-    tallies = [Tally(weights=active_weights(model)) for _ in range(3)]
 
-    def counted(run: Callable[[], object], tally: Tally) -> Callable[[], object]:
-        def call() -> object:
+    def contender(label: str, run: Callable[[], object], peer: bool = False) -> Contender:
+        tally = Tally(weights=active_weights(model))
+
+        def call() -> None:
             tally.tokens += len(whole.input_ids)
             tally.supervised += len(whole.target_id)
-            return run()
+            run()
 
-        return call
+        return Contender(label, call, peer=peer, tally=tally)
 
-    def way(label: str, run: Callable[[], object], tally: Tally) -> Way:
-        return Way(label, counted(run, tally), _QUESTIONS, 1, tally)
-
-    ways = [
-        way("packs", lambda: step.packed(whole), tallies[0]),
-        way("earlier formulation", step.earlier, tallies[1]),
+    contenders = [
+        contender("packs", lambda: step.packed(whole)),
+        contender("earlier formulation", step.earlier, peer=True),
     ]
     if DEVICE.type == "cuda":  # what training does there
         compiled = Generator(model, generator.tokenizer)
         compile_generator(compiled)
         again = _Step(compiled, parts, step.vectors)
-        ways.insert(0, way("packs, compiled", lambda: again.packed(whole), tallies[2]))
+        contenders.insert(0, contender("packs, compiled", lambda: again.packed(whole)))
     about = {
         "model": name,
         "questions from": data,
@@ -213,4 +208,5 @@ def test_joint_step(
         "padded tokens": sum(len(p.length) * int(p.length.max()) for p in parts),
         "supervised": len(whole.target_id),
     }
-    timed("generator's part of a joint step", ways, about, DEVICE)
+    title = "generator's part of a joint step"
+    timed(Comparison(title, about, [], questions=_QUESTIONS), contenders, DEVICE)

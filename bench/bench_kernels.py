@@ -1,7 +1,7 @@
-"""Every op and a six-layer retriever against the other ways to write them, on the same packs.
+"""Every op against the other ways to write it, on the same packs.
 
-A CPU takes the small shapes in float32, and unless --bench-full is given only the ops on the
-smallest pack and the layer on a larger one. CUDA takes all, in float32 and bfloat16.
+A CPU takes the small shapes in float32, and without --bench-full only the ops on the smallest pack
+and the layer on a larger one. CUDA takes all, in float32 and bfloat16.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import row_contenders, scalar_contenders
 from bench.data import (
     LARGE,
     SMALL,
@@ -21,31 +22,27 @@ from bench.data import (
     question_source,
     whole_batches,
 )
-from bench.kernel_packs import CPU_SHAPES, SHAPES, Pack, random_pack, real_pack
-from bench.kernel_problems import gates, layer, messages, starts
-from bench.kernel_scalars import choice, fact_head, node_softmax, scores
-from bench.kernel_step import retriever_step
-from bench.kernel_timing import compare_kernels, copy_bandwidth
-from bench.kernel_ways import Problem
-from bench.tables import KernelComparison
+from bench.measure import DEVICE, copy_bandwidth
+from bench.packs import CPU_SHAPES, SHAPES, Pack, random_pack, real_pack
+from bench.problems import TOLERANCES, Problem, checked
+from bench.results import Comparison
 
 pytestmark = pytest.mark.timeout(1800)
 
 WIDTH, INSTRUCTIONS = 256, 3
-_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-_ON_CUDA = _DEVICE.type == "cuda"
-_BATCH = 16
+_ON_CUDA = DEVICE.type == "cuda"
+_BATCH, _CPU_SECONDS = 16, 12.0
 
 PROBLEMS: dict[str, Callable[..., Problem]] = {
-    "layer": layer,
-    "message_passing": messages,
-    "relation_sum": starts,
-    "segment_softmax": node_softmax,
-    "relation_gate": gates,
-    "fact_scores": scores,
-    "fact_head": fact_head,
-    "gumbel_topk_bernoulli": choice("bernoulli"),
-    "gumbel_topk_budget": choice("budget"),
+    "layer": row_contenders.layer,
+    "message_passing": row_contenders.messages,
+    "relation_sum": row_contenders.starts,
+    "segment_softmax": scalar_contenders.node_softmax,
+    "relation_gate": row_contenders.gates,
+    "fact_scores": scalar_contenders.scores,
+    "fact_head": scalar_contenders.fact_head,
+    "gumbel_topk_bernoulli": scalar_contenders.bernoulli,
+    "gumbel_topk_budget": scalar_contenders.budget,
 }
 # Logits are float32 whatever the precision of training.
 _FLOAT32_ONLY = {"fact_scores", "gumbel_topk_bernoulli", "gumbel_topk_budget"}
@@ -56,71 +53,67 @@ _SMALLEST, _LARGER = CPU_SHAPES[0].name, CPU_SHAPES[-1].name
 
 
 def _is_layer_step(params: Mapping[str, object]) -> bool:
-    """The row that a CPU compares with compiled PyG without being asked."""
-    return params.get("name") == "layer" and bool(params.get("backward"))
+    """Whether a CPU compares these parameters with compiled PyG without being asked."""
+    return params["name"] == "layer" and bool(params["backward"])
 
 
 def in_small_set(params: Mapping[str, object]) -> bool:
-    """Whether a CPU runs a benchmark by these parameters without --bench-full."""
-    if params["pack"] == _LARGER:
-        return _is_layer_step(params)
-    return params["pack"] == _SMALLEST and "name" in params
+    """Whether a CPU runs a benchmark with these parameters without --bench-full."""
+    return params["pack"] == _SMALLEST or (params["pack"] == _LARGER and _is_layer_step(params))
 
 
 @pytest.fixture(scope="session")
 def copy_gb_s() -> float:
     """GB/s of a copy, measured once in each run."""
-    return copy_bandwidth(_DEVICE)
+    return copy_bandwidth(DEVICE)
 
 
 @pytest.fixture(scope="module", params=[*_RANDOM, *_REAL])
 def pack(request: pytest.FixtureRequest, cache_dir: Path) -> Pack:
     """One pack after the other, each made once."""
     if request.param in _RANDOM:
-        return random_pack(_RANDOM[request.param], _DEVICE)
+        return random_pack(_RANDOM[request.param], DEVICE)
     file = question_file(_REAL[request.param], cache_dir)
     source = question_source(file, bench_config(1), cache_dir, None, _BATCH)
     rows = whole_batches(source, _BATCH, 1)[0]
-    return real_pack(file.name, list(pyg_questions(source, rows).values()), _DEVICE)
-
-
-@pytest.fixture
-def compared(
-    pack: Pack,
-    copy_gb_s: float,
-    benchmark: Callable,
-    request: pytest.FixtureRequest,
-    keep: Callable[[KernelComparison], None],
-) -> Callable[..., None]:
-    """`compared(build, dtype, backward)`: checks and times a problem on the pack."""
-    params = request.node.callspec.params
-    default = _ON_CUDA or (params["pack"] == _LARGER and _is_layer_step(params))
-
-    def run(build: Callable[..., Problem], dtype: torch.dtype, backward: bool) -> None:
-        option = request.config.getoption
-        compile_ = option("--bench-compiled")
-        torch.compiler.reset()
-        problem = build(pack, dtype, WIDTH, INSTRUCTIONS, default if compile_ is None else compile_)
-        comparison = compare_kernels(
-            benchmark, problem, backward=backward, copy=copy_gb_s, repeats=option("--bench-repeats")
-        )
-        comparison.name = f"{pack.name}: {comparison.name}"
-        keep(comparison)
-
-    return run
+    return real_pack(file.name, list(pyg_questions(source, rows).values()), DEVICE)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_op(name: str, dtype: torch.dtype, backward: bool, compared: Callable[..., None]) -> None:
+def test_op(
+    name: str,
+    dtype: torch.dtype,
+    backward: bool,
+    pack: Pack,
+    copy_gb_s: float,
+    request: pytest.FixtureRequest,
+    timed: Callable[..., Comparison],
+) -> None:
     """One op, forward alone and with all gradients."""
     if name in _FLOAT32_ONLY and dtype != torch.float32:
         pytest.skip("float32 in any precision of training")
-    compared(PROBLEMS[name], dtype, backward)
-
-
-@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
-def test_retriever_step(dtype: torch.dtype, compared: Callable[..., None]) -> None:
-    """Six layers, loss and gradients."""
-    compared(retriever_step, dtype, backward=True)
+    params = request.node.callspec.params
+    compile_ = request.config.getoption("--bench-compiled")
+    if compile_ is None:
+        compile_ = _ON_CUDA or (params["pack"] == _LARGER and _is_layer_step(params))
+    torch.compiler.reset()
+    problem = PROBLEMS[name](pack, dtype, WIDTH, INSTRUCTIONS)
+    contenders = checked(problem, problem.contenders(compile_=compile_), backward=backward)
+    result, gradient = TOLERANCES[dtype]
+    about = problem.about | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy": f"{copy_gb_s:.1f} GB/s",
+        "tolerance of results and gradients": f"{result:.0e} and {gradient:.0e}",
+    }
+    title = f"{pack.name}: {problem.name}, {'forward + backward' if backward else 'forward'}"
+    comparison = Comparison(
+        title,
+        about,
+        [],
+        copy_gb_s=copy_gb_s,
+        bytes=sum(problem.bytes[: 1 + backward]),
+        flops=sum(problem.flops[: 1 + backward]),
+    )
+    timed(comparison, contenders, DEVICE, seconds=_CPU_SECONDS)

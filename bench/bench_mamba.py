@@ -1,4 +1,4 @@
-"""Packed Mamba-2 layers against the library's own: the scan, and a training step of one layer."""
+"""Packed Mamba-2 layers against transformers': the scan, and a training step of one layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +17,8 @@ from transformers import NemotronHConfig
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
-from bench.measure import Way, check_agreement
-from bench.tables import Comparison
-from bench.train_ways import DEVICE
+from bench.measure import DEVICE, Contender, check_agreement
+from bench.results import Comparison
 from dragkit.generator.nemotron_h import make_pack, mamba_ops
 from dragkit.generator.nemotron_h.mixer import mamba_mixer
 from dragkit_kernels import ssd_scan
@@ -29,7 +29,7 @@ _LIBRARY = "transformers without mamba-ssm"
 
 
 class Shape(NamedTuple):
-    """Sequences of equal length, so that the library needs no padding either."""
+    """Sequences of equal length, so that transformers needs no padding either."""
 
     sequences: int
     length: int
@@ -44,49 +44,58 @@ SHAPES = {"tiny": Shape(16, 170, 3, 32, 1, 16), "30B": Shape(1, 1024, 64, 64, 8,
 
 
 def _scan_inputs(shape: Shape) -> list[Tensor]:
-    """x, dt, rate, into, out_of, skip as batches [B, L, ...]."""
+    """x, dt, A, B, C and D as batches [B, L, ...]."""
     draw = torch.Generator().manual_seed(0)
     rows = (shape.sequences, shape.length)
-    maps = (*rows, shape.groups, shape.states)
     x = torch.randn(*rows, shape.heads, shape.width, generator=draw)
     dt = torch.rand(*rows, shape.heads, generator=draw)
-    rate = -torch.rand(shape.heads, generator=draw)
-    into, out_of = torch.randn(2, *maps, generator=draw)
-    skip = torch.randn(shape.heads, generator=draw)
-    return [t.to(DEVICE) for t in (x, dt, rate, into, out_of, skip)]
+    a = -torch.rand(shape.heads, generator=draw)
+    b, c = torch.randn(2, *rows, shape.groups, shape.states, generator=draw)
+    d = torch.randn(shape.heads, generator=draw)
+    return [t.to(DEVICE) for t in (x, dt, a, b, c, d)]
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("30B", marks=pytest.mark.full)])
 def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
     """Forward and backward of the scan, from the layer's inputs to their gradients."""
     shape = SHAPES[name]
-    batch = _scan_inputs(shape)
-    leaves = [batch[i].clone().requires_grad_() for i in (0, 1, 3, 4)]
-    packed = [t.detach().flatten(0, 1).clone().requires_grad_() for t in leaves]
-    rate, skip = batch[2], batch[5]
-    position = torch.arange(shape.length, dtype=torch.int32, device=DEVICE)
-    position = position.repeat(shape.sequences)
+    *batch, d = _scan_inputs(shape)
+    a = batch.pop(2)
+    leaves = [t.clone().requires_grad_() for t in batch]
+    packed = [t.flatten(0, 1).clone().requires_grad_() for t in batch]
+    seq_pos = torch.arange(shape.length, dtype=torch.int32, device=DEVICE).repeat(shape.sequences)
     grad = torch.randn_like(batch[0])
 
     def ours() -> list[Tensor]:
-        x, dt, into, out_of = packed
-        y = ssd_scan(x, dt, rate, into, out_of, skip, position)
+        x, dt, b, c = packed
+        y = ssd_scan(x, dt, a, b, c, d, seq_pos)
         return [y, *torch.autograd.grad(y, packed, grad.flatten(0, 1))]
 
     def library() -> list[Tensor]:
-        x, dt, into, out_of = leaves
-        y = modeling_nemotron_h.mamba2_chunk_scan(x, dt, rate, into, out_of, _CHUNK, D=skip)
+        x, dt, b, c = leaves
+        y = modeling_nemotron_h.mamba2_chunk_scan(x, dt, a, b, c, _CHUNK, D=d)
         return [y, *torch.autograd.grad(y, leaves, grad)]
 
-    for part, mine, theirs in zip(
-        ["y", "x", "dt", "into", "out_of"], ours(), library(), strict=True
-    ):
-        check_agreement(part, mine, theirs.flatten(0, 1), 1e-4)
-    ways = [
-        Way("dragkit", ours, shape.sequences),
-        Way(_LIBRARY, library, shape.sequences),
-    ]
-    timed(f"Mamba-2 scan, {name} widths", ways, shape._asdict(), DEVICE)
+    def mamba_ssm() -> list[Tensor]:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        x, dt, b, c = leaves
+        y = mamba_chunk_scan_combined(x, dt, a, b, c, _CHUNK, D=d)
+        return [y, *torch.autograd.grad(y, leaves, grad)]
+
+    contenders = [Contender("dragkit", ours, peer=False), Contender(_LIBRARY, library)]
+    tolerances = {_LIBRARY: 1e-4}
+    if DEVICE.type == "cuda" and find_spec("mamba_ssm"):
+        contenders.append(Contender("mamba-ssm", mamba_ssm))
+        tolerances["mamba-ssm"] = 5e-3  # its products are in tf32
+    for other in contenders[1:]:
+        parts = zip(["y", "x", "dt", "B", "C"], ours(), other.run(), strict=True)
+        for part, mine, theirs in parts:
+            what = f"{other.name}: {part}"
+            check_agreement(what, mine, theirs.flatten(0, 1), tolerances[other.name])
+    title = f"Mamba-2 scan, {name} widths"
+    comparison = Comparison(title, shape._asdict(), [], questions=shape.sequences)
+    timed(comparison, contenders, DEVICE)
 
 
 def _mixer() -> nn.Module:
@@ -108,12 +117,12 @@ def _mixer() -> nn.Module:
     return mixer.to(DEVICE)
 
 
-def _step(way: str) -> Callable[[Tensor], Tensor]:
+def _step(name: str) -> Callable[[Tensor], Tensor]:
     """Forward and backward of the layer: float [T, M] to the gradient of it."""
     mixer, ops = _mixer(), mamba_ops("dragkit")
 
     def step(hidden: Tensor) -> Tensor:
-        if way == "dragkit":
+        if name == "dragkit":
             length = torch.tensor([len(hidden)], device=hidden.device)
             pack = make_pack(length, len(hidden), len(hidden))
             y, _ = mamba_mixer(mixer, hidden, pack, ops)
@@ -126,29 +135,30 @@ def _step(way: str) -> Callable[[Tensor], Tensor]:
 
 
 def _memory(field: str) -> float:
-    """MiB of this process by /proc."""
+    """MiB of this process, from /proc."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1]) / 1024
 
 
-def peak_of_step(way: str, tokens: int) -> float:
-    """MiB that one step takes above what the process held before; for a fresh process."""
-    step = _step(way)
+def peak_of_step(name: str, tokens: int) -> float:
+    """MiB that one step takes above what a fresh process held before."""
+    step = _step(name)
     hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)
-    step(hidden[:64].detach().requires_grad_())  # libraries take memory of their own at first
+    # The first call allocates what libraries keep for later calls.
+    step(hidden[:64].detach().requires_grad_())
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(hidden)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     step(hidden)
     return _memory("VmHWM") - before
 
 
-def _measured(way: str, tokens: int) -> float:
-    code = f"import bench.bench_mamba as b; print(b.peak_of_step({way!r}, {tokens}))"
+def _measured(name: str, tokens: int) -> float:
+    code = f"import bench.bench_mamba as b; print(b.peak_of_step({name!r}, {tokens}))"
     return float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
 
 
@@ -161,11 +171,12 @@ def test_layer(timed: Callable[..., Comparison]) -> None:
     ours, library = _step("dragkit"), _step("library")
     check_agreement("gradient of the layer", ours(hidden), library(hidden), 1e-4)
     about: dict[str, object] = {"tokens": tokens}
-    for way in ("dragkit", "library"):
-        about[f"peak MiB, {way}"] = round(_measured(way, tokens))
+    for name in ("dragkit", "library"):
+        about[f"peak MiB, {name}"] = round(_measured(name, tokens))
     about["ratio of peaks"] = round(about["peak MiB, library"] / about["peak MiB, dragkit"], 2)
-    ways = [
-        Way("dragkit", lambda: ours(hidden), 1),
-        Way(_LIBRARY, lambda: library(hidden), 1),
+    contenders = [
+        Contender("dragkit", lambda: ours(hidden), peer=False),
+        Contender(_LIBRARY, lambda: library(hidden)),
     ]
-    timed("Mamba-2 layer of the 30B, forward and backward", ways, about, DEVICE)
+    title = "Mamba-2 layer of the 30B, forward and backward"
+    timed(Comparison(title, about, [], questions=1), contenders, DEVICE)

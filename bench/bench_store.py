@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bench.data import LARGE, SMALL, question_file, raw_questions
-from bench.measure import Way
-from bench.tables import Comparison
+from bench.measure import Contender
+from bench.results import Comparison
 from dragkit.data.store import PackedStore
 
 
@@ -28,10 +28,10 @@ def test_packing(
         )
 
     store = build(tmp_path / "kept")
-    ways = [
-        Way("pack", lambda: build(tmp_path / str(next(fresh))), len(store)),
-        Way("open what is packed", lambda: build(tmp_path / "kept"), len(store)),
-        Way("read the JSON alone", lambda: raw_questions(file.path), len(store)),
+    contenders = [
+        Contender("pack", lambda: build(tmp_path / str(next(fresh))), peer=False),
+        Contender("open what is packed", lambda: build(tmp_path / "kept"), peer=False),
+        Contender("read the JSON alone", lambda: raw_questions(file.path)),
     ]
     about = {"data": file.name, "questions": len(store), "facts": int(store.fact_counts.sum())}
-    timed(f"store, {file.name}", ways, about)
+    timed(Comparison(f"store, {file.name}", about, [], questions=len(store)), contenders)

@@ -2,7 +2,8 @@
 
 A step is everything from the packed store (ours), PyG graphs in memory (packed PyG) or raw lines
 (the earlier loops) to the update of the weights. The comparisons with packed PyG run on a GPU where
-there is one, both sides in the trainer's mixed precision; those with the earlier loops on the CPU.
+there is one, both sides in the trainer's mixed precision. Those with the earlier loops run on the
+CPU.
 """
 
 from __future__ import annotations
@@ -14,37 +15,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.baselines import EarlierRetrieverLoop
-from bench.data import (
-    LARGE,
-    SMALL,
-    bench_config,
-    question_file,
-    question_source,
-    sizes,
-    text_encoder,
-    whole_batches,
-)
-from bench.earlier_joint import EarlierJointLoop
-from bench.measure import Tally, Way, check_agreement
-from bench.tables import Comparison
-from bench.train_ways import (
-    CPU,
-    DEVICE,
-    OurStep,
-    PackedPyGStep,
-    compiled_ways,
-    phase1_trainer,
-    raw_batches,
-    replayed_way,
-)
+from bench.data import LARGE, SMALL, bench_config, question_file, text_encoder
+from bench.earlier_contenders import EarlierJointLoop, EarlierRetriever, EarlierRetrieverLoop
+from bench.measure import CPU, DEVICE, Contender, Tally, check_agreement
+from bench.results import Comparison
+from bench.step_contenders import PackedPyGStep, Setup, set_up
 from dragkit.observe.flops import FORMULA, ActiveWeights, active_weights
 from dragkit.trainer.build import build_joint
-from dragkit.trainer.loop import Trainer
 
 # Packed PyG takes many seconds a step on graphs of 2,000 facts.
 pytestmark = pytest.mark.timeout(1800)
-_BATCHES = 8
 # On a CPU with --bench-full only.
 _FULL = pytest.mark.full
 
@@ -71,21 +51,18 @@ def test_phase1_against_packed_pyg(
     if facts != "50" and file.name != LARGE:
         pytest.skip(f"{LARGE} was not found, and the bundled graphs are small")
     config = bench_config(1, retriever__num_instructions=instructions)
-    source = question_source(file, config, cache_dir, None, batch)
-    batches = whole_batches(source, batch, _BATCHES)
-    trainer = phase1_trainer(config, source, cache_dir, tmp_path, DEVICE)
-    others = {
-        "eager PyG, relations projected once": PackedPyGStep(trainer, batches, per_fact=False),
-        "eager PyG, relations projected per fact": PackedPyGStep(trainer, batches, per_fact=True),
-    }
-    for name, way in others.items():
-        way.check(trainer, batches[0], name)
-    ours = Way("dragkit", OurStep(trainer, batches), batch, steps)
-    ways = [ours, *replayed_way(trainer, batches, batch, steps)]
-    ways += compiled_ways(trainer, batches, batch, steps, request)
-    ways += [Way(name, way, batch, steps) for name, way in others.items()]
-    about = {"data": file.name, "K": instructions} | sizes(source.collator(batches[0]))
-    timed(f"phase 1, {facts}-fact graphs, packed PyG", ways, about)
+    setup = set_up(config, file, cache_dir, tmp_path, batch=batch, calls=steps, device=DEVICE)
+    contenders = [
+        setup.ours(),
+        *setup.variants(compiled=bool(request.config.getoption("--bench-compiled"))),
+        PackedPyGStep(setup, per_fact=False).checked(setup, "eager PyG, relations projected once"),
+        PackedPyGStep(setup, per_fact=True).checked(
+            setup, "eager PyG, relations projected per fact"
+        ),
+    ]
+    about = setup.about() | {"K": instructions}
+    title = f"phase 1, {facts}-fact graphs, packed PyG"
+    timed(Comparison(title, about, [], questions=batch), contenders, DEVICE)
 
 
 @pytest.mark.parametrize("facts,batch", [("50", 16), ("2000", 4)])
@@ -101,18 +78,39 @@ def test_phase1_against_compiled_pyg(
     if not request.config.getoption("--bench-compiled"):
         pytest.skip("compilation takes minutes; ask for it with --bench-compiled")
     file = question_file(SMALL if facts == "50" else LARGE, cache_dir)
-    config = bench_config(1)
-    source = question_source(file, config, cache_dir, None, batch)
-    batches = whole_batches(source, batch, _BATCHES)
-    trainer = phase1_trainer(config, source, cache_dir, tmp_path, DEVICE)
-    other = PackedPyGStep(trainer, batches, per_fact=False, compiled=True)
-    other.check(trainer, batches[0], "compiled PyG")
-    ways = [
-        Way("dragkit", OurStep(trainer, batches), batch),
-        Way("compiled PyG, relations projected once", other, batch),
+    setup = set_up(bench_config(1), file, cache_dir, tmp_path, batch=batch, device=DEVICE)
+    other = PackedPyGStep(setup, per_fact=False, compiled=True)
+    contenders = [setup.ours(), other.checked(setup, "compiled PyG, relations projected once")]
+    title = f"phase 1, {facts}-fact graphs, compiled PyG"
+    timed(Comparison(title, setup.about(), [], questions=batch), contenders, DEVICE)
+
+
+def _earlier(
+    make: Callable[[], EarlierRetrieverLoop | EarlierJointLoop],
+    raw: list[list[dict]],
+    weights: ActiveWeights | None = None,
+) -> tuple[list[Contender], EarlierRetrieverLoop | EarlierJointLoop]:
+    """The earlier loop with empty caches and with all texts cached, and the latter loop."""
+    first, later = make(), make()
+    every, few = cycle(raw), cycle(raw[:2])
+    for questions in raw[:2]:
+        later.step(questions)
+
+    def first_epoch() -> None:
+        first.retriever.forget()
+        first.step(next(every))
+
+    tallies = [None, None]
+    if weights is not None:
+        tallies = [first.tally, later.tally]
+        first.tally.weights = later.tally.weights = weights
+    contenders = [
+        Contender("earlier loop, first epoch", first_epoch, tally=tallies[0]),
+        Contender(
+            "earlier loop, all texts in its cache", lambda: later.step(next(few)), tally=tallies[1]
+        ),
     ]
-    about = {"data": file.name} | sizes(source.collator(batches[0]))
-    timed(f"phase 1, {facts}-fact graphs, compiled PyG", ways, about)
+    return contenders, later
 
 
 @pytest.mark.parametrize("instructions,stages", [pytest.param(2, 2, marks=_FULL), (1, 1)])
@@ -126,42 +124,27 @@ def test_phase1_against_earlier_loop(
 ) -> None:
     """Goal: 40 times the earlier loop, which encodes the relations of every question.
 
-    The earlier model has one instruction and three layers in all; K = 1, T = 1 has the same depth.
+    The earlier model has one instruction and three layers in all. K = 1, T = 1 has the same depth.
     """
-    batch = 16
-    file = question_file(SMALL, cache_dir)
+    batch, file = 16, question_file(SMALL, cache_dir)
     config = bench_config(1, retriever__num_instructions=instructions, retriever__num_stages=stages)
-    source = question_source(file, config, cache_dir, None, batch)
-    batches = whole_batches(source, batch, _BATCHES)
-    trainer = phase1_trainer(config, source, cache_dir, tmp_path)
-    raw = raw_batches(source, batches)
-    first, later = EarlierRetrieverLoop(), EarlierRetrieverLoop()
-    first_stream, later_stream = cycle(raw), cycle(raw[:2])
-
-    def first_epoch() -> None:
-        first.model.forget()
-        first.step(next(first_stream))
-
-    for questions in raw[:2]:
-        later.step(questions)
-    ways = [
-        Way("dragkit", OurStep(trainer, batches), batch, 4),
-        *compiled_ways(trainer, batches, batch, 4, request),
-        Way("earlier loop, first epoch", first_epoch, batch),
-        Way("earlier loop, all texts in its cache", lambda: later.step(next(later_stream)), batch),
-    ]
-    about = {"data": file.name, "K": instructions, "T": stages} | sizes(source.collator(batches[0]))
-    timed(f"phase 1, 50-fact graphs, earlier loop, K={instructions} T={stages}", ways, about)
+    setup = set_up(config, file, cache_dir, tmp_path, batch=batch, calls=4)
+    earlier, _ = _earlier(lambda: EarlierRetrieverLoop(EarlierRetriever()), setup.raw_batches())
+    compiled = bool(request.config.getoption("--bench-compiled"))
+    contenders = [setup.ours(), *setup.variants(compiled=compiled), *earlier]
+    about = setup.about() | {"K": instructions, "T": stages}
+    title = f"phase 1, 50-fact graphs, earlier loop, K={instructions} T={stages}"
+    timed(Comparison(title, about, [], questions=batch), contenders)
 
 
-def _check_joint(trainer: Trainer, loop: EarlierJointLoop, row: int, question: dict) -> None:
+def _check_joint(setup: Setup, loop: EarlierJointLoop) -> None:
     """One prompt, same facts and vectors, no padding: the two losses are the same number."""
+    trainer, row = setup.trainer, setup.batches[0][0]
     joint = trainer.phase.model
     batch = trainer.train.collator([row])
     stored = trainer.train.store.question(row)
-    known = [*stored.answers]
-    known.sort(key=lambda answer: answer not in stored.entities)
-    question = question | {
+    known = sorted(stored.answers, key=lambda answer: answer not in stored.entities)
+    question = setup.raw_batches()[0][0] | {
         "triples": stored.triples,
         "answer": known[: joint.config.generator.max_answers],
     }
@@ -191,71 +174,47 @@ def test_phase2_rates(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """Our joint step alone: tokens/s, MFU and energy, on a GPU or with a generator of one's own."""
+    """Our joint step alone: tokens/s, MFU and energy, on a GPU or with --bench-generator."""
     name, batch = request.config.getoption("--bench-generator"), 16
     if name is None and DEVICE.type != "cuda":
         pytest.skip("a CPU's rates are in the comparison with the earlier loop")
     generator = name or "tiny"
-    # Four prompts of a large generator at a time, as its activations are not small.
+    # Four prompts of a large generator at a time, because its activations are large.
     some = {} if generator == "tiny" else {"generator__generator_microbatch": 4}
     config = bench_config(2, generator__model=generator, run__device=DEVICE.type, **some)
-    phase = build_joint(config, text_encoder(cache_dir), DEVICE)
     file = question_file(SMALL, cache_dir)
-    source = question_source(file, config, cache_dir, phase.model.generator, batch)
-    batches = whole_batches(source, batch, _BATCHES)
-    trainer = Trainer(config, phase, source, None, tmp_path, DEVICE)
-    tally = Tally(weights=active_weights(phase.model.generator.model))
-    ways = [Way("dragkit", OurStep(trainer, batches, tally), batch, 4, tally)]
-    about = {"data": file.name} | sizes(source.collator(batches[0])) | _flops(tally.weights)
-    timed(f"phase 2, rates, generator {Path(generator).name}", ways, about, DEVICE)
+    setup = set_up(config, file, cache_dir, tmp_path, batch=batch, calls=4, device=DEVICE)
+    weights = active_weights(setup.trainer.phase.model.generator.model)
+    about = setup.about() | _flops(weights)
+    title = f"phase 2, rates, generator {Path(generator).name}"
+    contenders = [setup.ours(Tally(weights=weights))]
+    timed(Comparison(title, about, [], questions=batch), contenders, DEVICE)
 
 
 def test_phase2_against_earlier_loop(
     timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
 ) -> None:
     """Goal: 8 times the earlier joint loop with the same tiny generator and facts per prompt."""
-    batch = 16
-    file = question_file(SMALL, cache_dir)
-    config = bench_config(2)
-    phase = build_joint(config, text_encoder(cache_dir), CPU)
-    source = question_source(file, config, cache_dir, phase.model.generator, batch)
-    batches = whole_batches(source, batch, _BATCHES)
-    trainer = Trainer(config, phase, source, None, tmp_path, CPU)
-    raw = raw_batches(source, batches)
+    batch, file, config = 16, question_file(SMALL, cache_dir), bench_config(2)
+    setup = set_up(config, file, cache_dir, tmp_path, batch=batch)
+    trainer = setup.trainer
+    joint = trainer.phase.model
+    weights = active_weights(joint.generator.model)
 
-    def earlier() -> EarlierJointLoop:
-        generator = build_joint(config, text_encoder(cache_dir), CPU).model.generator
+    def loop() -> EarlierJointLoop:
         return EarlierJointLoop(
-            generator,
+            EarlierRetriever(),
+            build_joint(config, text_encoder(cache_dir), CPU).model.generator,
             k_facts=config.sampler.k_facts,
             max_answers=config.generator.max_answers,
-            hidden=phase.model.projector.hidden.out_features,
+            hidden=joint.projector.hidden.out_features,
         )
 
-    first, later = earlier(), earlier()
-    _check_joint(trainer, first, batches[0][0], raw[0][0])
-    first_stream, later_stream = cycle(raw), cycle(raw[:2])
-
-    def first_epoch() -> None:
-        first.retriever.forget()
-        first.step(next(first_stream))
-
-    for questions in raw[:2]:
-        later.step(questions)
-    weights = active_weights(phase.model.generator.model)
-    tally = Tally(weights=weights)
-    first.tally.weights = later.tally.weights = weights
-
-    def later_epoch() -> None:
-        later.step(next(later_stream))
-
-    ways = [
-        Way("dragkit", OurStep(trainer, batches, tally), batch, 1, tally),
-        Way("earlier loop, first epoch", first_epoch, batch, 1, first.tally),
-        Way("earlier loop, all texts in its cache", later_epoch, batch, 1, later.tally),
-    ]
-    kept = trainer.train_step([source.collator(batches[0])])[0].parts["facts_kept"]
-    theirs = later.facts_used / later.prompts_made
-    facts = f"{float(kept):.1f} (earlier loop {theirs:.1f})"
-    about = {"data": file.name, "facts per prompt": facts} | _flops(weights)
-    timed("phase 2, tiny generator", ways, about | sizes(source.collator(batches[0])), CPU)
+    _check_joint(setup, loop())
+    earlier, later = _earlier(loop, setup.raw_batches(), weights)
+    contenders = [setup.ours(Tally(weights=weights)), *earlier]
+    (done,) = trainer.train_step([trainer.train.collator(setup.batches[0])])
+    used = later.facts_used / later.prompts_made
+    facts = f"{float(done.parts['facts_kept']):.1f} (earlier loop {used:.1f})"
+    about = setup.about() | {"facts per prompt": facts} | _flops(weights)
+    timed(Comparison("phase 2, tiny generator", about, [], questions=batch), contenders)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.measure import Way, compare
+from bench.measure import CPU, Contender, compare
 from bench.records import write_results
-from bench.tables import Comparison, Reported
+from bench.results import Comparison
 
 _REPEATS, _SMALL_REPEATS, _SMALL_SECONDS = 9, 5, 12.0
-_COMPARISONS = pytest.StashKey[dict[str, list[Reported]]]()
+_COMPARISONS = pytest.StashKey[dict[str, list[Comparison]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,12 +28,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
     group.addoption(
-        "--bench-repeats", type=int, help="repeats of every way: 9 if not said, 5 of the small set"
+        "--bench-repeats", type=int, help="of every contender; default 9, of the small set 5"
     )
     group.addoption(
         "--bench-full",
         action="store_true",
-        help="on a CPU all of it instead of the small set",
+        help="run all benchmarks on a CPU, not only the small set",
     )
     group.addoption(
         "--bench-generator", help="also time phase 2 with this generator: tiny, a folder, a name"
@@ -42,13 +42,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-compiled",
         action=argparse.BooleanOptionalAction,
-        help="also time compiled opponents; if not said, only bench_kernels does: all of them on "
-        "CUDA, on a CPU the layer's",
+        help="also time compiled contenders; default: only in bench_kernels, all of them on CUDA "
+        "and the layer's on a CPU",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets up the store of comparisons, the number of threads and of repeats."""
+    """Sets the number of threads and of repeats."""
     config.addinivalue_line("markers", "full: on a CPU only with --bench-full")
     if config.getoption("--bench-repeats", None) is None:
         config.option.bench_repeats = _SMALL_REPEATS if is_small(config) else _REPEATS
@@ -58,12 +58,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def is_small(config: pytest.Config) -> bool:
-    """Whether a run takes the small set: on a CPU, unless all of it is asked for."""
+    """Whether only the small set runs: on a CPU without --bench-full."""
     return not (torch.cuda.is_available() or config.getoption("--bench-full", False))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is not in the small set, by marker or by its module's word, and says so."""
+    """Skips what is not in the small set, by marker or by the module's `in_small_set`."""
     if not is_small(config):
         return
     skip = pytest.mark.skip(reason="not in the small set: --bench-full")
@@ -94,32 +94,35 @@ def pytest_terminal_summary(
 
 @pytest.fixture(autouse=True)
 def flush_denormals() -> Iterator[None]:
-    """As training does: state-space decays underflow, and denormals are slow on some processors."""
+    """As training does. State-space decays underflow, and denormals are slow on some processors."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture
-def keep(request: pytest.FixtureRequest) -> Callable[[Reported], None]:
-    """`keep(comparison)`: puts it into the tables of its module."""
+def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., Comparison]:
+    """`timed(comparison, contenders, device, seconds)`: times them and keeps the result."""
     theme = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
-    return request.config.stash[_COMPARISONS].setdefault(theme, []).append
-
-
-@pytest.fixture
-def timed(
-    benchmark: Callable, request: pytest.FixtureRequest, keep: Callable[[Reported], None]
-) -> Callable[..., Comparison]:
-    """`timed(name, ways, about, device)`: compares, and keeps the result for the tables."""
+    config = request.config
 
     def run(
-        name: str, ways: list[Way], about: dict[str, object], device: torch.device | None = None
+        comparison: Comparison,
+        contenders: list[Contender],
+        device: torch.device = CPU,
+        seconds: float | None = None,
     ) -> Comparison:
-        repeats = request.config.getoption("--bench-repeats")
-        small = {"warmup": 1, "seconds": _SMALL_SECONDS} if is_small(request.config) else {}
-        comparison = compare(benchmark, name, ways, about, repeats=repeats, device=device, **small)
-        keep(comparison)
+        small = is_small(config)
+        compare(
+            benchmark,
+            comparison,
+            contenders,
+            repeats=config.getoption("--bench-repeats"),
+            warmup=1 if small else 2,
+            seconds=_SMALL_SECONDS if small else seconds,
+            device=device,
+        )
+        config.stash[_COMPARISONS].setdefault(theme, []).append(comparison)
         return comparison
 
     return run

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from bench.pyg_rearev import pyg_question
 from dragkit.config import TrainConfig, load_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.generator.generator import Generator
@@ -44,7 +43,7 @@ def question_file(name: str, cache_dir: Path) -> QuestionFile:
 
 
 def raw_questions(path: Path) -> list[dict]:
-    """The lines of a heuristics file as they are, for the ways that work on strings."""
+    """The lines of a heuristics file as they are, for the contenders that work on strings."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
@@ -70,7 +69,7 @@ def bench_config(phase: int, **overrides: object) -> TrainConfig:
 
 
 def text_encoder(cache_dir: Path) -> TextEncoder:
-    """all-MiniLM-L6-v2, wherever it is found."""
+    """all-MiniLM-L6-v2."""
     return TextEncoder(find_encoder(), cache_dir)
 
 
@@ -115,13 +114,13 @@ def _as_pyg(source: QuestionSource, row: int) -> Data:
     topic = torch.zeros(len(asked.entities))
     start = list(asked.topic_nodes) or list(range(len(topic)))
     topic[start] = 1 / max(len(start), 1)
-    return pyg_question(
-        head=head,
-        tail=tail,
-        relation=torch.tensor([relation_of[name] for _, name, _ in asked.triples]),
+    return Data(
+        edge_index=torch.stack([head, tail]),
+        edge_type=torch.tensor([relation_of[name] for _, name, _ in asked.triples]),
         topic=topic,
         label=batch.graph.label,
         states=states,
+        num_nodes=len(topic),
     )
 
 

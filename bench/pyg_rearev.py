@@ -1,7 +1,8 @@
 """The opponent that packs too: ReaRev in eager PyG, all questions of a batch in one graph.
 
 Every instruction and direction is its own propagate over the facts, with self-loops as edges, as
-the model was published and as one writes it with PyG's tools. Weights are `Retriever`'s by name.
+the model was published and as one writes it with PyG's tools. What does not run over the graph is
+`Retriever`'s own, and so are the names of the weights.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch_geometric.nn import MessagePassing, global_add_pool
 from torch_geometric.utils import scatter, softmax
 
 from dragkit.config import RetrieverConfig
+from dragkit.retriever.layers import InstructionRevision, InstructionStack, TokenPooling
 from dragkit.retriever.text_encoder import RelationStates
 
 
@@ -36,45 +38,6 @@ class RelationMessage(MessagePassing):
         return p_j * torch.relu(relation * instruction)
 
 
-class Pooling(nn.Module):
-    """Projects every token, then attends over the tokens of a text."""
-
-    def __init__(self, text_dim: int, width: int) -> None:
-        super().__init__()
-        self.project = nn.Linear(text_dim, width)
-        self.relation_query = nn.Parameter(torch.empty(width))
-
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Relation vectors: float [R, 2, W, D], bool [R, 2, W] to float [R, 2, C]."""
-        tokens = self.project(states)
-        attention = torch.softmax(
-            (tokens @ self.relation_query).masked_fill(~mask, float("-inf")), dim=-1
-        )
-        return (attention.unsqueeze(-1) * tokens).sum(-2)
-
-
-class Instructions(nn.Module):
-    """K instructions, each attending over the question's projected tokens."""
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        self.query = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
-        self.combine = nn.Linear(4 * width, width)
-        self.attend = nn.Parameter(torch.empty(width))
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> list[Tensor]:
-        """float [B, T, C], bool [B, T] to K tensors [B, C]."""
-        previous, found = torch.zeros_like(tokens[:, 0]), []
-        for query in self.query:
-            q = query(tokens[:, 0])
-            z = self.combine(torch.cat([previous, q, q - previous, q * previous], dim=-1))
-            score = (z.unsqueeze(1) * tokens) @ self.attend
-            attention = torch.softmax(score.masked_fill(~mask, float("-inf")), dim=-1)
-            previous = (attention.unsqueeze(-1) * tokens).sum(1)
-            found.append(previous)
-        return found
-
-
 class Layer(nn.Module):
     """One hop: 2K propagates, their concatenation, one linear map.
 
@@ -96,7 +59,7 @@ class Layer(nn.Module):
         h: Tensor,
         p: Tensor,
         x: Tensor,
-        instructions: list[Tensor],
+        instruction: Tensor,
         edge_index: Tensor,
         edge_type: Tensor,
         edge_graph: Tensor,
@@ -109,29 +72,11 @@ class Layer(nn.Module):
             table = self.relation(x)
             relation = [table[edge_type, way] for way in (0, 1)]
         parts = [h]
-        for instruction in instructions:
-            gate = instruction[edge_graph]
+        for k in range(instruction.shape[1]):
+            gate = instruction[edge_graph, k]
             for way, index in enumerate(directions):
                 parts.append(self.message(p, index, relation[way], gate))
         return torch.relu(self.update(torch.cat(parts, dim=-1)))
-
-
-class Revision(nn.Module):
-    """Gated update of the instructions between two stages."""
-
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        self.gate = nn.Parameter(torch.empty(count, 3 * width, width))
-        self.value = nn.Parameter(torch.empty(count, 3 * width, width))
-
-    def forward(self, instructions: list[Tensor], topic: Tensor) -> list[Tensor]:
-        """K tensors [B, C] and float [B, C]."""
-        revised = []
-        for k, instruction in enumerate(instructions):
-            features = torch.cat([instruction, topic, instruction - topic], dim=-1)
-            gate = torch.sigmoid(features @ self.gate[k])
-            revised.append(gate * (features @ self.value[k]) + (1 - gate) * instruction)
-        return revised
 
 
 class PackedPyGReaRev(nn.Module):
@@ -148,24 +93,24 @@ class PackedPyGReaRev(nn.Module):
             raise ValueError("the comparison is exact only without dropout")
         width, count = config.hidden_dim, config.num_instructions
         self.num_stages = config.num_stages
-        self.pooling = Pooling(text_dim, width)
-        self.instructions = Instructions(width, count)
+        self.pooling = TokenPooling(text_dim, width)
+        self.instructions = InstructionStack(width, count, 0.0)
         self.start = nn.Linear(width, width)
         self.self_relation = nn.Parameter(torch.empty(width))
         self.layers = nn.ModuleList(
             Layer(width, count, per_fact=per_fact) for _ in range(config.num_reasoning_steps)
         )
         self.node_score = nn.Linear(width, 1)
-        self.revision = Revision(width, count)
+        self.revision = InstructionRevision(width, count)
         self.fact_score = nn.Linear(3 * width, 1)
 
     def forward(self, batch: Batch, relations: RelationStates) -> Tensor:
         """Fact logits, float32 [E]."""
         head, tail = batch.edge_index
         rows, edge_type = torch.unique(batch.edge_type, return_inverse=True)
-        x = self.pooling(relations.states[rows], relations.mask[rows])
-        tokens = self.pooling.project(batch.question)
-        instructions = self.instructions(tokens, batch.question_mask)
+        query = self.pooling.relation_query
+        x = self.pooling.pool(relations.states[rows], relations.mask[rows], query)
+        instruction = self.instructions(self.pooling, batch.question, batch.question_mask)
 
         start = self.start(x[:, 0])[edge_type]
         nodes = batch.num_nodes
@@ -179,37 +124,13 @@ class PackedPyGReaRev(nn.Module):
         topic = (batch.topic > 0).to(h.dtype).unsqueeze(1)
         for stage in range(self.num_stages):
             if stage:
-                instructions = self.revision(instructions, global_add_pool(h * topic, batch.batch))
+                instruction = self.revision(instruction, global_add_pool(h * topic, batch.batch))
             p = batch.topic
             for layer in self.layers:
-                h = layer(h, p, with_self, instructions, edge_index, all_types, edge_graph)
+                h = layer(h, p, with_self, instruction, edge_index, all_types, edge_graph)
                 p = softmax(self.node_score(h).squeeze(1), batch.batch, num_nodes=batch.num_graphs)
         facts = torch.cat([h[head], x[edge_type, 0], h[tail]], dim=-1)
         return self.fact_score(facts).squeeze(1)
-
-
-def pyg_question(
-    head: Tensor,
-    tail: Tensor,
-    relation: Tensor,
-    topic: Tensor,
-    label: Tensor,
-    states: Tensor,
-) -> Data:
-    """One question as a PyG graph, kept ready in memory.
-
-    Args:
-        head, tail, relation: int [E]; relation counts in the data set's relation table.
-        topic: float [N]; label: float [E]; states: float [T, D] token states of the question.
-    """
-    return Data(
-        edge_index=torch.stack([head, tail]).long(),
-        edge_type=relation.long(),
-        topic=topic,
-        label=label,
-        states=states,
-        num_nodes=topic.shape[0],
-    )
 
 
 def pyg_batch(questions: list[Data]) -> Batch:

@@ -13,7 +13,7 @@ from dragkit.generator.projector import Projector
 from dragkit.generator.prompt import NeuralPrompt, PromptLayout, PromptTemplate, lay_out
 from dragkit.retriever.fact_sampler import FactSampler, FactSelection
 from dragkit.retriever.retriever import Retriever, RetrieverOutput
-from dragkit_kernels import gated_rows, segment_sum
+from dragkit_kernels import segment_sum
 
 
 class JointModel(nn.Module):
@@ -52,7 +52,8 @@ class JointModel(nn.Module):
 
     def gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
         """Slots of the selected facts: their vectors times their gates, float [B*K, M]."""
-        return gated_rows(vectors, selection.gate).flatten(0, 1)
+        gated = vectors * selection.gate.unsqueeze(-1)
+        return gated.to(vectors.dtype).flatten(0, 1)
 
     def residual(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
@@ -71,8 +72,8 @@ class JointModel(nn.Module):
         drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
         drawn[selection.index.long().flatten()] = 1.0  # -1 lands on the spare last place
         z = selection.soft - selection.soft.detach()
-        weighted = gated_rows(vectors, z * (1.0 - drawn[:-1]))
-        return segment_sum(weighted, graph.fact_graph, graph.num_graphs)
+        weighted = vectors * (z * (1.0 - drawn[:-1])).unsqueeze(-1)
+        return segment_sum(weighted.to(vectors.dtype), graph.fact_graph, graph.num_graphs)
 
     def layout(
         self,

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,11 +52,6 @@ learned late.
 """
 
 
-def data_folder() -> Path:
-    """Where the published sets are."""
-    return Path(os.environ.get("DRAGKIT_DATA", ROOT.parent / "shared" / "data"))
-
-
 def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[str]:
     """The training command of one phase of a run."""
     parts = ["--phase", str(phase), "--preset", "tiny", "--seed", str(seed)]
@@ -72,39 +68,34 @@ def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[st
 
 
 def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> dict | None:
-    """Both phases of one run; what is done already is taken as it is."""
+    """The results of one run, None if it failed. A phase that has results is not repeated."""
     folder = runs / f"{name}-{seed}"
     for phase in phases:
-        if not run_phase(name, phase, seed, folder, threads):
+        result = folder / f"phase{phase}" / "results.json"
+        last = {1: "after phase 1", 2: "after phase 2 (joint)"}[phase]
+        if result.is_file() and last in json.loads(result.read_text()):
+            continue
+        data = os.environ.get("DRAGKIT_DATA", str(ROOT.parent / "shared" / "data"))
+        arguments = command(name, phase, seed, str(folder), data)
+        arguments += ["--set", f"run.num_threads={threads}"]
+        start = time.time()
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"phase{phase}.log").open("w") as log:
+            code = subprocess.run(
+                [sys.executable, "-m", "dragkit.train", *arguments],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                stdout=log,
+                stderr=log,
+                check=False,
+            ).returncode
+        seconds = time.time() - start
+        sys.stdout.write(f"{name} seed {seed} phase {phase}: exit {code} after {seconds:.0f} s\n")
+        sys.stdout.flush()
+        if code:
             return None
     result = folder / "phase2" / "results.json"
     return json.loads(result.read_text()) if result.is_file() else None
-
-
-def run_phase(name: str, phase: int, seed: int, folder: Path, threads: int) -> bool:
-    """One training command; True once its results are there."""
-    result = folder / f"phase{phase}" / "results.json"
-    last = {1: "after phase 1", 2: "after phase 2 (joint)"}[phase]
-    if result.is_file() and last in json.loads(result.read_text()):
-        return True
-    arguments = command(name, phase, seed, str(folder), str(data_folder()))
-    arguments += ["--set", f"run.num_threads={threads}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    start = time.time()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"phase{phase}.log").open("w") as log:
-        code = subprocess.run(
-            [sys.executable, "-m", "dragkit.train", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            check=False,
-        ).returncode
-    seconds = time.time() - start
-    sys.stdout.write(f"{name} seed {seed} phase {phase}: exit {code} after {seconds:.0f} s\n")
-    sys.stdout.flush()
-    return code == 0
 
 
 def cell(values: list[float]) -> str:
@@ -137,20 +128,12 @@ def table(name: str, results: list[dict], made: str) -> str:
 
 def made_by() -> str:
     """When, where and with what the runs were made."""
-    import torch
-    import transformers
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return (
         f"Made on {time.strftime('%Y-%m-%d')} at commit {commit} with Python "
-        f"{platform.python_version()}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, on a CPU ({os.cpu_count()} cores)."
+        f"{platform.python_version()}, torch {version('torch')}, transformers "
+        f"{version('transformers')}, on a CPU ({os.cpu_count()} cores)."
     )
 
 

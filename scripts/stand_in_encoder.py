@@ -2,9 +2,9 @@
 
     python scripts/stand_in_encoder.py FOLDER
 
-Only where the true one is not found. It goes into FOLDER under the name of the package that
-dragkit looks for, so that FOLDER on PYTHONPATH is enough. Texts become about as many tokens as with
-the true one, so that times are right; what a model learns from them is not.
+It is made only where the true one is not found. The package in FOLDER has the name that dragkit
+looks for, so FOLDER on PYTHONPATH is enough. Texts become about as many tokens as with the true
+one, so times are right. What a model learns from them is not.
 """
 
 from __future__ import annotations

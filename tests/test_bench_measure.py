@@ -1,4 +1,4 @@
-"""Timings with a clock and a GPU counter set by hand, the gate of decoding, the small set."""
+"""Timings with a clock and a GPU counter set by hand, and the gate of decoding."""
 
 from __future__ import annotations
 
@@ -11,14 +11,9 @@ import torch
 pytest.importorskip("torch_geometric")
 
 from bench import measure  # noqa: E402
-from bench.bench_decode import (  # noqa: E402
-    Decoded,
-    check_tokens,
-    decode_anew,
-    decode_cached,
-)
-from bench.bench_kernels import in_small_set  # noqa: E402
-from bench.measure import Tally, Way, compare  # noqa: E402
+from bench.bench_decode import Decoded, check_tokens, decode_anew, decode_cached  # noqa: E402
+from bench.measure import Contender, Tally, check_agreement, compare  # noqa: E402
+from bench.results import Comparison, Timing  # noqa: E402
 from dragkit.config import GeneratorConfig  # noqa: E402
 from dragkit.generator.generator import Generator  # noqa: E402
 from dragkit.generator.load import load_generator  # noqa: E402
@@ -27,14 +22,13 @@ from dragkit.observe.flops import ActiveWeights  # noqa: E402
 from dragkit.observe.gpu import GpuMonitor, device_spec  # noqa: E402
 
 WEIGHTS = ActiveWeights(blocks=1000, head=300, lora=10)
+FLOP_PER_S = 400 * 4060 + 40 * 1200
 
 
 class Time:
     """Seconds that pass only when a step says so, and joules with them."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.joules = 0.0
+    now = joules = 0.0
 
     def perf_counter(self) -> float:
         return self.now
@@ -66,84 +60,102 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     return time
 
 
-def step_of(time: Time, tally: Tally | None, seconds: float) -> Callable[[], None]:
-    def step() -> None:
-        time.now += seconds
-        time.joules += 300 * seconds
-        if tally is not None:
-            tally.tokens += 200
-            tally.supervised += 20
-
-    return step
-
-
-def two_ways(time: Time) -> list[Way]:
+def contenders(time: Time) -> list[Contender]:
+    """Half a second a call of ours, which counts tokens; two seconds of the peer."""
     tally = Tally(weights=WEIGHTS)
+
+    def ours() -> None:
+        time.now += 0.5
+        time.joules += 150
+        tally.tokens += 200
+        tally.supervised += 20
+
+    def plain() -> None:
+        time.now += 2.0
+
     return [
-        Way("ours", step_of(time, tally, 0.5), 16, 2, tally),
-        Way("plain", step_of(time, None, 2.0), 16),
+        Contender("ours", ours, peer=False, calls=2, tally=tally),
+        Contender("absent", plain, obstacle="not installed"),
+        Contender("plain", plain),
     ]
 
 
-def test_rates_are_of_the_timed_steps_alone(time: Time) -> None:
-    """The warm-up's tokens do not count."""
-    found = compare(Benchmark(), "x", two_ways(time), {}, repeats=3, device=torch.device("cpu"))
-    ours, plain = found.timings
-    assert plain.rates is None and ours.wall_ms == (500.0, 500.0, 500.0)
-    assert ours.questions_per_s == pytest.approx(32.0)
-    assert plain.speedup_wall == pytest.approx(4.0)
-    rates = ours.rates
-    assert rates.tokens_per_s == pytest.approx(400.0)
-    assert rates.supervised_tokens_per_s == pytest.approx(40.0)
+def timings(time: Time, **options: object) -> dict[str, Timing]:
+    comparison = Comparison("x", {"a": 1}, [], questions=16)
+    benchmark = Benchmark()
+    compare(benchmark, comparison, contenders(time), **options)
+    assert benchmark.extra_info["name"] == benchmark.group == "x"
+    assert [row.name for row in comparison.timings] == ["ours", "absent", "plain"]
+    return {row.name: row for row in comparison.timings} | {"all": comparison}
+
+
+def test_times_and_rates_are_of_single_calls(time: Time) -> None:
+    found = timings(time, repeats=3)
+    ours, plain = found["ours"], found["plain"]
+    assert ours.ms == (500.0, 500.0, 500.0) and ours.cpu_ms == 1000.0 and not ours.peer
+    assert plain.ms[0] == 2000.0 and plain.peer and plain.rates is None
+    assert found["absent"].ms is None and found["absent"].note == "not installed"
+    assert ours.rates.tokens_per_s == pytest.approx(400.0)
+    assert ours.rates.supervised_tokens_per_s == pytest.approx(40.0)
     # (4 * 1000 + 6 * 10) tokens and 4 * 300 supervised ones.
-    assert rates.flop_per_s == pytest.approx(400 * 4060 + 40 * 1200)
-    assert rates.mfu is None and rates.joules_per_question is None
-    assert "| ours | 400 | 40 | 0.001672 |" in found.markdown()
+    assert ours.rates.flop_per_s == pytest.approx(FLOP_PER_S)
+    assert ours.rates.mfu is None and ours.rates.joules_per_question is None
+    text = found["all"].markdown()
+    assert "| plain | 2000 (2000-2000) | 4.00 |" in text and "| 400 | 40 | 0.001672 |" in text
+    assert "Strongest peer: plain, 4.00 times the time of ours." in text
+    assert "- absent: not installed" in text
 
 
 @pytest.mark.parametrize(("seconds", "repeats"), [(None, 9), (1.0, 3), (15.0, 5), (1e3, 9)])
 def test_what_takes_long_is_repeated_less(time: Time, seconds: float | None, repeats: int) -> None:
-    """A round of both ways takes three seconds."""
-    found = compare(Benchmark(), "x", two_ways(time), {"a": 1}, repeats=9, seconds=seconds)
+    """A round of both contenders takes three seconds."""
+    found = timings(time, repeats=9, seconds=seconds)["all"]
     assert found.about == {"a": 1, "repeats": repeats}
     # Two calls of each to warm up.
     assert time.now == pytest.approx(2 * 2.5 + 3 * repeats)
 
 
-def test_tokens_alone(time: Time) -> None:
-    tally = Tally()
+@pytest.mark.parametrize("gpu", ["NVIDIA H200", "some GPU"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_utilisation_and_energy_of_a_gpu(
+    time: Time, monkeypatch: pytest.MonkeyPatch, gpu: str, fails: bool
+) -> None:
+    def do_bench(run: Callable[[], None], rep: int, quantiles: list[float]) -> list[float]:
+        """As Triton's, which also calls what it does not time."""
+        assert quantiles == [0.5, 0.2, 0.8]
+        begin = time.now
+        for _ in range(8):
+            run()
+        ms = (time.now - begin) / 8 * 1e3
+        return [ms, ms / 2, ms * 2]
 
-    def step() -> None:
-        time.now += 0.5
-        tally.tokens += 10
-
-    way = Way("decoding", step, 4, 1, tally)
-    (row,) = compare(Benchmark(), "x", [way], {}, repeats=2).timings
-    assert row.rates.tokens_per_s == pytest.approx(20.0)
-    assert row.rates.supervised_tokens_per_s is None and row.rates.flop_per_s is None
-
-
-def test_utilisation_and_energy_of_a_gpu(time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = SimpleNamespace(read=lambda: SimpleNamespace(energy_j=time.joules))
+    readings = iter([1.0, None])
+    energy = (lambda: next(readings, 9.0)) if fails else (lambda: time.joules)
+    monitor = SimpleNamespace(
+        read=lambda: None if (j := energy()) is None else SimpleNamespace(energy_j=j)
+    )
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(GpuMonitor, "open", lambda device: monitor)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    found = compare(Benchmark(), "x", two_ways(time), {}, repeats=3, device=torch.device("cuda"))
-    rates = found.timings[0].rates
-    # 300 W, and 16 questions in half a second.
-    assert rates.joules_per_question == pytest.approx(300 * 0.5 / 16)
-    peak = device_spec("NVIDIA H200").bf16_tflops * 1e12
-    assert rates.mfu == pytest.approx((400 * 4060 + 40 * 1200) / peak)
-    assert "| MFU | J/question |" in found.markdown()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    found = timings(time, repeats=3, device=torch.device("cuda"))
+    ours = found["ours"]
+    assert ours.ms == (500.0, 250.0, 1000.0) and ours.cpu_ms is None
+    assert ours.rates.tokens_per_s == pytest.approx(400.0)
+    if fails:
+        assert ours.rates.joules_per_question is None
+    else:  # 150 J a call of 16 questions
+        assert ours.rates.joules_per_question == pytest.approx(150 / 16)
+    spec = device_spec(gpu)
+    wanted = None if spec is None else pytest.approx(FLOP_PER_S / (spec.bf16_tflops * 1e12))
+    assert ours.rates.mfu == wanted and ours.rates.flop_per_s > 0
 
 
-def test_a_counter_that_fails_gives_no_energy(time: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    readings = iter([SimpleNamespace(energy_j=1.0), None])
-    monitor = SimpleNamespace(read=lambda: next(readings, SimpleNamespace(energy_j=9.0)))
-    monkeypatch.setattr(GpuMonitor, "open", lambda device: monitor)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
-    found = compare(Benchmark(), "x", two_ways(time), {}, repeats=3, device=torch.device("cuda"))
-    rates = found.timings[0].rates
-    assert rates.joules_per_question is None and rates.mfu is None and rates.flop_per_s > 0
+def test_a_wrong_result_is_not_timed() -> None:
+    right = torch.tensor([1.0, -4.0])
+    check_agreement("x", right, right + 3e-5, 1e-5)
+    for wrong in (right + 5e-5, -right, right * float("nan")):
+        with pytest.raises(ValueError, match="x: differs from ours"):
+            check_agreement("x", right, wrong, 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -207,19 +219,3 @@ def test_the_gate_of_decoding() -> None:
         check_tokens(decoded, decoded._replace(tokens=[[5, 6], [5, 6, 7], []]))
     with pytest.raises(ValueError, match="differ"):
         check_tokens(decoded, decoded._replace(texts=["a", "c", ""]))
-
-
-@pytest.mark.parametrize(
-    ("params", "chosen"),
-    [
-        ({"pack": "S", "name": "segment_softmax", "backward": False}, True),
-        ({"pack": "C, 2 graphs", "name": "layer", "backward": True}, True),
-        ({"pack": "C, 2 graphs", "name": "layer", "backward": False}, False),
-        ({"pack": "C, 2 graphs", "name": "fact_head", "backward": True}, False),
-        ({"pack": "C, 2 graphs"}, False),
-        ({"pack": "C, reduced", "name": "layer", "backward": True}, False),
-        ({"pack": "WebQSP", "name": "layer", "backward": True}, False),
-    ],
-)
-def test_the_small_set_of_the_kernels(params: dict[str, object], chosen: bool) -> None:
-    assert in_small_set(params) == chosen

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,17 +26,17 @@ def load(name: str) -> ModuleType:
     return module
 
 
-load("device_runner")  # of which the suite is made
 suite_module, parts_module = load("device_suite"), load("device_parts")
 Part = suite_module.Part
 
 
 @pytest.fixture
-def suite(tmp_path: Path) -> Iterator[object]:
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
     before = signal.getsignal(signal.SIGINT)
     suite_module.hear_interrupts()
+    monkeypatch.setattr(suite_module.Suite, "prepare", lambda self: None)
     yield suite_module.Suite(tmp_path / "out", tmp_path / "work", cpu=True)
     signal.signal(signal.SIGINT, before)
 
@@ -60,7 +59,7 @@ def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files = [out / file for part in parts.values() for file in part["files"]]
     assert all(file.is_file() for file in files) and len(files) == 8
     machine = json.loads((out / "env.json").read_text())
-    assert machine["machine"]["packages"]["torch"] and machine["torch"]["cuda"] is None
+    assert machine["machine"]["packages"]["torch"] and machine["machine"]["gpu"] is None
     profiled = json.loads((out / "profile.json").read_text())
     assert profiled["problems"] == [] and set(profiled["traces"]) == {"phase1", "phase2"}
     # Three steps each.
@@ -73,7 +72,7 @@ def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "scripts/device_suite.sh" in report and str(out) not in json.dumps(machine["machine"])
 
 
-def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys):
+def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys) -> None:
     def raises(part: object, end: float) -> None:
         raise OSError("no space left")
 
@@ -90,21 +89,31 @@ def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys):
     assert "env: exit code 70" in capsys.readouterr().out
 
 
-def test_the_time_of_all_parts_is_limited(suite, monkeypatch):
-    suite.end = time.monotonic() - 1
-    monkeypatch.setattr(suite, "prepare", lambda: None)
-    (part,) = suite.run(["kernels"])
-    assert part.exit_code == 124 and part.notes == ["not begun: out of time"]
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_suite_fails_if_a_part_failed(code, tmp_path, monkeypatch, capsys) -> None:
+    parts = [Part("env"), Part("kernels", exit_code=code)]
+    asked: list[list[str]] = []
+    monkeypatch.setattr(suite_module.Suite, "run", lambda self, names: asked.append(names) or parts)
+    monkeypatch.setattr(sys, "argv", ["device_suite.py", "--cpu", str(tmp_path)])
+    assert suite_module.main() == bool(code)
+    said = capsys.readouterr().out
+    assert ("failed: kernels" in said) == bool(code) and ("all parts done" in said) == (not code)
+    # The whole generator runs only when it is named.
+    assert asked == [[name for name in suite_module.LIMITS if name != "generator"]]
+    monkeypatch.setattr(sys, "argv", ["device_suite.py", "--parts", "env,speed"])
+    with pytest.raises(SystemExit) as caught:
+        suite_module.main()
+    assert caught.value.code == 2 and "unknown parts speed" in capsys.readouterr().err
 
 
-def test_the_report_comes_even_if_time_is_out(suite, monkeypatch):
+def test_when_time_is_out_only_the_report_comes(suite) -> None:
     """Of what is in the folder; a damaged file fails it."""
     suite.end = time.monotonic() - 1
-    monkeypatch.setattr(suite, "prepare", lambda: None)
     traces = {"phase1": {"ranges": {"copy": {"calls": 1, "ms": 2.0}}}}
     (suite.out / "profile.json").write_text(json.dumps({"steps": "1:2", "traces": traces}))
-    (part,) = suite.run(["report"])
-    assert part.exit_code == 0 and part.files == ["profile_parts.png", "report.md"]
+    late, report = suite.run(["kernels", "report"])
+    assert late.exit_code == 124 and late.notes[0].startswith("not begun, out of time: ")
+    assert report.exit_code == 0 and report.files == ["profile_parts.png", "report.md"]
     assert "| copy | 2.000 |" in (suite.out / "report.md").read_text()
     (suite.out / "kernels.json").write_text("{")
     (part,) = suite.run(["report"])
@@ -112,7 +121,7 @@ def test_the_report_comes_even_if_time_is_out(suite, monkeypatch):
     assert "kernels.json: is no JSON" in (suite.out / "report.md").read_text()
 
 
-def test_a_command_out_of_time_is_interrupted_with_its_children(suite):
+def test_a_command_out_of_time_is_interrupted_with_its_children(suite) -> None:
     """It may still write what it has; a child of its own ends too."""
     code = (
         "import subprocess, sys, time\n"
@@ -138,48 +147,25 @@ FILES = {
 }
 
 
-def run_tests_part(suite: object, monkeypatch: pytest.MonkeyPatch, folder: Path) -> object:
+@pytest.mark.parametrize("known", [True, False])
+def test_files_that_need_a_missing_module_are_left_out(suite, monkeypatch, tmp_path, known) -> None:
+    """One that needs a module that should be there fails the part."""
     for name, text in FILES.items():
-        (folder / name).write_text(text)
-    suite.cpu = False
-    monkeypatch.setattr(
-        suite_module, "gpu_test_files", lambda: [str(folder / name) for name in FILES]
-    )
+        (tmp_path / name).write_text(text)
+    suite.cpu, suite.missing = False, ["absent_module"] * known
+    files = [str(tmp_path / name) for name in FILES]
+    monkeypatch.setattr(suite_module, "gpu_test_files", lambda: files)
     part = Part("tests")
-    suite.tests(part, time.monotonic() + 60)
-    return part
+    suite.tests(part, time.monotonic() + 120)
+    assert part.exit_code == (0 if known else 2) and part.tests["passed"] == 1
+    kinds = [note.split(":")[0] for note in sorted(part.notes)]
+    assert kinds == (["left out", "no tests"] if known else ["failed", "no tests"])
+    notes = " ".join(part.notes)
+    assert "test_absent.py" in notes and ("needs absent_module" in notes) == known
+    assert "test_good.py" in (suite.out / "gpu_tests.log").read_text()
 
 
-def test_files_that_need_a_missing_module_are_left_out(suite, monkeypatch, tmp_path):
-    suite.missing = ["absent_module"]
-    part = run_tests_part(suite, monkeypatch, tmp_path)
-    assert part.exit_code == 0
-    assert [note.split(":")[0] for note in sorted(part.notes)] == ["left out", "no tests"]
-    assert "test_absent.py, needs absent_module" in " ".join(part.notes)
-    assert (
-        part.tests["failures"] == 0 and "test_good.py" in (suite.out / "gpu_tests.log").read_text()
-    )
-    cases = ET.parse(suite.out / "gpu_tests.xml").getroot().iter("testcase")
-    assert "test_a" in [case.get("name") for case in cases]
-
-
-def test_a_module_that_should_be_there_fails_the_part(suite, monkeypatch, tmp_path):
-    part = run_tests_part(suite, monkeypatch, tmp_path)
-    assert part.exit_code == 2
-    assert any(note.startswith("failed") and "test_absent" in note for note in part.notes)
-
-
-def test_a_report_that_is_cut_off_is_passed_over(tmp_path):
-    whole = '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/></testsuites>'
-    (tmp_path / "a.xml").write_text(whole)
-    (tmp_path / "b.xml").write_text(whole[:30])
-    reports, target = sorted(tmp_path.glob("*.xml")), tmp_path / "all.xml"
-    sums = suite_module.merge_reports(reports, target)
-    assert sums == {"tests": 3, "failures": 1, "errors": 0, "skipped": 1}
-    assert [suite.get("name") for suite in ET.parse(target).getroot()] == ["a"]
-
-
-def test_every_gpu_test_is_found():
+def test_every_gpu_test_is_found() -> None:
     found = suite_module.gpu_test_files()
     assert "tests/retriever/test_retriever_on_gpu.py" in found
     assert "tests/trainer/test_replay_on_gpu.py" in found
@@ -188,26 +174,7 @@ def test_every_gpu_test_is_found():
     assert "tests/config/test_command_lines.py" not in found
 
 
-def test_unknown_parts_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["device_suite.py", "--parts", "env,speed"])
-    with pytest.raises(SystemExit) as caught:
-        suite_module.main()
-    assert caught.value.code == 2 and "unknown parts speed" in capsys.readouterr().err
-
-
-def test_the_whole_generator_runs_only_when_it_is_named(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(suite_module.Suite, "run", lambda self, names: asked.append(names) or [])
-    for more in ([], ["--parts", "generator"]):
-        command = ["device_suite.py", "--cpu", *more, str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", command)
-        assert suite_module.main() == 0
-    usual, named = asked
-    assert named == ["generator"]
-    assert usual == [name for name in suite_module.LIMITS if name != "generator"]
-
-
-def test_what_a_trace_lacks_is_said(tmp_path):
+def test_what_a_trace_lacks_is_said(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json.gz"
     events = [
         {"ph": "X", "cat": "user_annotation", "name": "copy", "dur": 1500},
@@ -215,15 +182,15 @@ def test_what_a_trace_lacks_is_said(tmp_path):
         {"ph": "X", "cat": "kernel", "name": "void at::native::add", "dur": 30},
         {"ph": "i", "name": "a mark"},
     ]
-    with gzip.open(trace, "wt") as file:
-        json.dump({"traceEvents": events}, file)
-    found = parts_module.summarise(trace)
-    assert found["ranges"] == {"copy": {"calls": 2, "ms": 2.0}}
-    wanted = frozenset({"copy", "backward"})
-    assert parts_module.lacking(found, wanted, cpu=True) == ["no range backward"]
-    problems = parts_module.lacking(found, wanted, cpu=False)
-    assert problems[1:] == ["no kernel of dragkit ran on the device"]
+
+    def lacking(cpu: bool) -> list[str]:
+        with gzip.open(trace, "wt") as file:
+            json.dump({"traceEvents": events}, file)
+        found = parts_module.summarise(trace)
+        assert found["ranges"] == {"copy": {"calls": 2, "ms": 2.0}}
+        return list(parts_module.lacking(found, {"copy", "backward"}, cpu=cpu))
+
+    assert lacking(cpu=True) == ["no range backward"]
+    assert lacking(cpu=False) == ["no range backward", "no kernel of dragkit ran on the device"]
     events.append({"ph": "X", "cat": "kernel", "name": "_fact_head_fwd_kernel", "dur": 30})
-    with gzip.open(trace, "wt") as file:
-        json.dump({"traceEvents": events}, file)
-    assert len(parts_module.lacking(parts_module.summarise(trace), wanted, cpu=False)) == 1
+    assert lacking(cpu=False) == ["no range backward"]

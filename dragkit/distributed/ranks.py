@@ -10,8 +10,9 @@ sent once however many micro-batches there are, and always adds in the same orde
 the overlap of sending and computing, which is little where adapters are all that is sent.
 
 The frozen weights are on every rank, or cut between the ranks (`run.sharding`,
-`dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes it; `torch.distributed.checkpoint`, which writes the parts of tensors that no rank holds whole,
-would only give checkpoints a second form.
+`dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes
+it. `torch.distributed.checkpoint` writes the parts of tensors that no rank holds whole. Here it would
+only give checkpoints a second form.
 
 Host values (counts, the stop flag, log entries) go over gloo, so that no rank waits for its device.
 """

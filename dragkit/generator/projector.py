@@ -41,8 +41,6 @@ class Projector(nn.Module):
         Returns:
             float [..., K, M]; what stands at an empty place is not used.
         """
-        if output.fact_logits.numel() == 0:
-            return output.node.new_zeros(*index.shape, self.output.out_features)
         features = fact_rows(
             output.node, output.relation, index, orders=graph.orders, groups=graph.groups
         )

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dragkit.config import SamplerConfig
 from dragkit.data.packed import PackedGraph
-from dragkit_kernels import gumbel_topk, top_facts
-
-
-class FactSelection(NamedTuple):
-    """At most K facts of every question.
-
-    Attributes:
-        index: int32 [B, K] facts of the pack, best first, -1 for an empty place.
-        gate: float32 [B, K] 1 at kept facts and 0 elsewhere; straight-through gradient to logits.
-        count: int32 [B] kept facts.
-        soft: float32 [E] relaxed selection of every fact, for the residual slot.
-    """
-
-    index: Tensor
-    gate: Tensor
-    count: Tensor
-    soft: Tensor
+from dragkit_kernels import FactSelection, gumbel_topk, top_facts
 
 
 class FactSampler:
@@ -49,7 +31,7 @@ class FactSampler:
 
     def draw(self, logits: Tensor, graph: PackedGraph, step: int) -> FactSelection:
         """A random subgraph per question; float32 [E] logits."""
-        drawn = gumbel_topk(
+        return gumbel_topk(
             logits,
             graph.fact_ptr,
             self.config.k_facts,
@@ -60,15 +42,13 @@ class FactSampler:
             estimator=self.config.estimator,
             max_facts=graph.max_facts,
         )
-        return FactSelection(drawn.index, drawn.gate, drawn.count, drawn.soft)
 
     def best(self, logits: Tensor, graph: PackedGraph) -> FactSelection:
         """The `k_facts` most probable facts with p above the threshold, at least one."""
-        top = top_facts(
+        return top_facts(
             logits,
             graph.fact_ptr,
             self.config.k_facts,
             threshold=self.config.prob_threshold,
             max_facts=graph.max_facts,
         )
-        return FactSelection(top.index, top.gate, top.count, top.soft)

@@ -8,29 +8,21 @@ from dragkit_kernels import fact_loss
 
 
 def retrieval_loss(
-    logits: Tensor,
-    label: Tensor,
-    fact_ptr: Tensor,
-    *,
-    rho: float,
-    margin: float,
-    max_facts: int | None = None,
+    logits: Tensor, label: Tensor, fact_ptr: Tensor, *, rho: float, margin: float
 ) -> Tensor:
     """rho * BCE + (1 - rho) * rank, summed over the questions that have a positive fact.
 
-    A question without any positive fact says nothing about which facts are relevant, so it has no
-    part in the loss. See `fact_loss` for the two terms.
+    A question without any positive fact does not say which facts are relevant, so it has no part
+    in the loss. See `fact_loss` for the two terms.
 
     Args:
         logits: float32 [E]; label: float [E]; fact_ptr: int32 [B+1] first fact of each question.
         rho: weight of the BCE; margin: of the ranking hinge.
-        max_facts: at least the facts of every question; without it the device may be asked.
 
     Returns:
         float32 [].
     """
-    loss = fact_loss(logits, label, fact_ptr, rho=rho, margin=margin, max_facts=max_facts)
-    return loss.sum()
+    return fact_loss(logits, label, fact_ptr, rho=rho, margin=margin).sum()
 
 
 def balance_weight(generator_gradient: Tensor, retriever_gradient: Tensor, rho: float) -> Tensor:

@@ -86,7 +86,6 @@ class RetrieverPhase:
             graph.fact_ptr,
             rho=self.config.loss.rho,
             margin=self.config.loss.margin,
-            max_facts=graph.max_facts,
         )
 
     def parameter_groups(self) -> list[dict]:

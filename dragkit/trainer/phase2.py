@@ -138,7 +138,6 @@ class JointPhase:
             graph.fact_ptr,
             rho=loss.rho,
             margin=loss.margin,
-            max_facts=graph.max_facts,
         )
         return found / questions
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from .attention_pool import attention_pool, attention_pool_ref
 from .backend import force_backend, resolve_backend
 from .causal_conv import causal_conv, causal_conv_ref, causal_conv_state
-from .fact_head import fact_loss, fact_loss_ref, fact_scores, fact_scores_ref
+from .fact_loss import fact_loss, fact_loss_ref
+from .fact_scores import fact_scores, fact_scores_ref
 from .gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
-from .gumbel_topk import GumbelTopK, check_finite_logits, gumbel_topk, gumbel_topk_ref, top_facts
+from .gumbel_topk import FactSelection, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
     message_passing,
     message_passing_parity,
@@ -34,9 +35,6 @@ from .prompt import (
 from .relation_gate import relation_gate, relation_gate_ref
 from .rows import (
     fact_rows,
-    fact_rows_ref,
-    gated_rows,
-    gated_rows_ref,
     gather_rows,
     gather_rows_ref,
     segment_sum,
@@ -48,7 +46,7 @@ from .ssd_scan import ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
 __all__ = [
     "FactGroups",
     "FactOrders",
-    "GumbelTopK",
+    "FactSelection",
     "PromptTokens",
     "RowOrder",
     "attention_pool",
@@ -57,19 +55,15 @@ __all__ = [
     "causal_conv",
     "causal_conv_ref",
     "causal_conv_state",
-    "check_finite_logits",
     "concat_fact_orders",
     "fact_loss",
     "fact_loss_ref",
     "fact_rows",
-    "fact_rows_ref",
     "fact_scores",
     "fact_scores_ref",
     "force_backend",
     "gated_rms_norm",
     "gated_rms_norm_ref",
-    "gated_rows",
-    "gated_rows_ref",
     "gather_rows",
     "gather_rows_ref",
     "gumbel_topk",

@@ -100,20 +100,20 @@ _POINTERS = {
     "*i32": (
         *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
         *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
-        *("position", "positives", "ptr", "question", "row", "rowptr", "sender", "sequence"),
+        *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
         *("slot", "slots", "source", "start", "tail", "target"),
     ),
     "*i64": ("last", "question_key", "seed"),
     # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
     "*fp32": (
-        *("A", "D", "bce", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
-        *("chunk_out", "dot", "dp", "dt", "gradient", "label", "log", "p", "product"),
-        *("score_weight", "split_logit", "state", "state_dot", "sums"),
+        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
+        *("chunk_out", "dot", "dp", "dt", "log", "p", "product"),
+        *("score_weight", "state", "state_dot", "sums"),
     ),
 }
 _BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
 # Arguments that are Python floats.
-_FLOATS = ("bce_weight", "bound", "eps", "margin", "rank_weight", "scale", "temperature")
+_FLOATS = ("bound", "eps", "scale")
 
 
 def row_strided(tensor: Tensor) -> Tensor:
@@ -188,45 +188,17 @@ def spec(
 # of one. A tile takes 16 registers a thread.
 ROW_TILE = WideTile(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
-# Facts of a question that a program holds from one end to the other, or walks in blocks.
-TOPK_TILES = (Tile(512, 4), Tile(2048, 8), Tile(8192, 16))
-WALK_TILES = (Tile(512, 4), Tile(2048, 8))
-# Facts at a time beyond those that fit.
+# Facts of a question that a program holds in registers: all, or the first 8192. Without a limit the
+# assembler of Triton 3.6 spills in the second tile.
+TOPK_TILES = (Tile(512, 4), Tile(2048, 8, 96))
+TOPK_STREAM = Tile(8192, 16)
+# Facts at a time of the others.
 TOPK_STEP = 2048
-# Kept facts ranked by one program, and how many it compares them with at a time.
-RANK_TILE = Tile(128, 4)
-RANK_STEP = 32
 
 
 def topk_tile(max_facts: int) -> tuple[Tile, bool]:
-    """The tile for questions of up to `max_facts` facts, and whether some need several tiles."""
+    """The tile for questions of up to `max_facts` facts, and whether a program streams the rest."""
     for tile in TOPK_TILES:
         if max_facts <= tile.block:
             return tile, False
-    return TOPK_TILES[-1], True
-
-
-def walk_tile(max_facts: int) -> Tile:
-    """The tile in which a program walks the facts of a question."""
-    return WALK_TILES[int(max_facts > WALK_TILES[0].block)]
-
-
-# Facts of a question that fact_loss walks at a time to split them.
-SPLIT_TILES = (Tile(512, 4), Tile(1024, 8))
-
-
-def split_tile(max_facts: int) -> Tile:
-    """The tile in which a program splits the facts of a question."""
-    return SPLIT_TILES[int(max_facts > SPLIT_TILES[0].block)]
-
-
-# Facts compared at a time by a program of fact_loss, with how many of the other kind, and the
-# most programs for one question.
-PAIR_TILE = Tile(32, 8)
-PAIR_STEP = 64
-PAIR_PROGRAMS = 1024
-
-
-def pair_programs(max_facts: int) -> int:
-    """Programs that share a question of up to `max_facts` facts."""
-    return min(-(-max_facts // PAIR_TILE.block), PAIR_PROGRAMS)
+    return TOPK_STREAM, True

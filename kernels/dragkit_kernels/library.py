@@ -79,16 +79,33 @@ def wanted_gradients(
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
-    """Attaches the gradient formula of `dragkit::name`."""
+    """Attaches the gradient formula of `dragkit::name`.
+
+    Args:
+        name: of the forward op.
+        backward: gradients of the op's first inputs, from (ctx, *gradients of the outputs). Those
+            that nobody needs are dropped, and the inputs after them have none.
+        setup_context: saves what `backward` needs, from (ctx, inputs, output).
+    """
+
+    def every_gradient(ctx: object, *grads: Tensor) -> tuple[object, ...]:
+        found = backward(ctx, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        # One answer for each input, in a list for a list of tensors.
+        needed = ctx.needs_input_grad
+        first = (g if need else None for g, need in zip(found, needed, strict=False))
+        rest = ([None] * len(n) if isinstance(n, list) else None for n in needed[len(found) :])
+        return (*first, *rest)
+
     torch.library.register_autograd(
-        f"dragkit::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        f"dragkit::{name}", every_gradient, setup_context=setup_context, lib=_LIBRARY
     )
 
 
 def forbid_gradient(name: str) -> None:
     """Makes a derivative through `dragkit::name` an error instead of a wrong number."""
 
-    def backward(ctx: object, *grads: Tensor) -> None:
+    def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
             f"dragkit::{name} has no derivative: the ops of dragkit_kernels give first "
             "derivatives only, so create_graph=True cannot be used through them"

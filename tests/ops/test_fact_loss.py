@@ -6,23 +6,16 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dragkit_kernels import fact_loss, fact_loss_ref
-from dragkit_kernels.fact_head import loss_op
 from dragkit_kernels.testing import assert_close, strided_like
 
 # Empty questions first, in the middle and last; one fact; without a positive; without a negative.
 SIZES = [0, 7, 0, 1, 12, 5, 30, 257, 0]
 FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(autouse=True, params=[loss_op.FEW_PAIRS, -1], ids=["few_pairs", "sorted"])
-def few_pairs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small packs compare all pairs; everything here is also done the other way."""
-    monkeypatch.setattr(loss_op, "FEW_PAIRS", request.param)
 
 
 def ptr_of(sizes: list[int]) -> Tensor:
@@ -162,6 +155,12 @@ def test_ties_at_the_margin_cost_nothing() -> None:
     above = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
     loss, gradient = both(torch.stack([logits[0], above]), label[:2], ptr_of([2]), rho=0.0)
     assert loss > 0 and gradient.tolist() == [-1, 1]
+    # 1 - 0.4 lies between two float32 numbers. Only the upper one violates the margin.
+    upper = torch.tensor(0.6)
+    for number, slope in ((upper, 1), (torch.nextafter(upper, -upper), 0)):
+        pair = torch.stack([torch.ones(()), number])
+        _, gradient = both(pair, label[:2], ptr_of([2]), rho=0.0, margin=0.4)
+        assert gradient.tolist() == [-slope, slope]
 
 
 def test_many_equal_logits() -> None:
@@ -288,11 +287,7 @@ def test_two_runs_are_bit_equal() -> None:
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-@settings(
-    max_examples=25,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_packs_and_orders_change_nothing(sizes: list[int], seed: int) -> None:
     """A question alone, and with its facts in another order."""
@@ -315,18 +310,17 @@ def test_opcheck() -> None:
     logits, label, ptr = make([5, 0, 4], padding=2)
     ops = torch.ops.dragkit
     leaf = logits.float().requires_grad_()
-    torch.library.opcheck(ops.fact_loss_fwd.default, (leaf, label, ptr, 0.7, 1.0, 5, False))
-    low = logits.bfloat16()
-    torch.library.opcheck(ops.fact_loss_fwd.default, (low, label, ptr, 0.7, 1.0, 5, False))
-    _, gradient = ops.fact_loss_fwd(logits.float(), label, ptr, 0.7, 1.0, 5, False)
-    torch.library.opcheck(ops.fact_loss_bwd.default, (torch.randn(3), gradient, ptr, 5, False))
+    for x in (leaf, logits.bfloat16()):
+        torch.library.opcheck(ops.fact_loss_fwd.default, (x, label, ptr, 0.7, 1.0))
+    _, gradient = ops.fact_loss_fwd(logits.float(), label, ptr, 0.7, 1.0)
+    torch.library.opcheck(ops.fact_loss_bwd.default, (torch.randn(3), gradient, ptr))
 
 
 def test_compiled_equals_eager_for_any_size() -> None:
     torch._dynamo.reset()
 
-    def loss_of(logits: Tensor, label: Tensor, ptr: Tensor, max_facts: int) -> Tensor:
-        return fact_loss(logits, label, ptr, rho=0.7, margin=1.0, max_facts=max_facts)
+    def loss_of(logits: Tensor, label: Tensor, ptr: Tensor) -> Tensor:
+        return fact_loss(logits, label, ptr, rho=0.7, margin=1.0)
 
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
     for sizes in ([5, 9], [4, 0, 7, 2]):
@@ -334,7 +328,7 @@ def test_compiled_equals_eager_for_any_size() -> None:
         logits.requires_grad_()
         results = []
         for function in (loss_of, compiled):
-            loss = function(logits, label, ptr, max(sizes))
+            loss = function(logits, label, ptr)
             results.append((loss, *torch.autograd.grad((loss * loss).sum(), logits)))
         assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,27 +14,50 @@ from dragkit_kernels import (
     prompt_tokens,
     prompt_tokens_ref,
 )
-from dragkit_kernels.testing import Pieces, assert_close, gradients, leaves, random_pieces
+from dragkit_kernels.testing import (
+    Pieces,
+    assert_close,
+    fenced_allocations,
+    gradients,
+    leaves,
+    random_pieces,
+    strided_like,
+)
+from tests.ops.cases import DTYPES, FORWARD
 
 OPS = torch.ops.dragkit
+# The embeddings are copies, which are rounded where the dtypes differ and only there.
+TOLERANCE = FORWARD | {torch.float32: 0.0}
 
 
-def assembled(pieces: Pieces, question: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Found and wanted columns of some prompts."""
-    chosen = torch.tensor(question, dtype=torch.int32)
-    ptr = torch.cat([torch.zeros(1), pieces.length[chosen.long()].cumsum(0)]).int()
-    *layout, _ = pieces
-    found = prompt_tokens(*layout, chosen, ptr=ptr, num_tokens=int(ptr[-1]), backend="torch")
-    return list(found), list(prompt_tokens_ref(*layout, chosen))
+def check_tokens(pieces: Pieces, question: list[int], backend: str, device: torch.device) -> None:
+    *layout, length = (x.to(device) for x in pieces)
+    chosen = torch.tensor(question, dtype=torch.int32, device=device)
+    total = length[chosen.long()].cumsum(0)
+    ptr = torch.cat([total.new_zeros(1), total]).int()
+    sizes = {"ptr": ptr, "num_tokens": int(ptr[-1]), "backend": backend}
+    wanted = prompt_tokens_ref(*layout, chosen)
+    with fenced_allocations():
+        found = prompt_tokens(*layout, chosen, **sizes)
+        strided = prompt_tokens(*map(strided_like, layout), strided_like(chosen), **sizes)
+    for x, y, z in zip(found, strided, wanted, strict=True):
+        assert x.dtype == torch.int32 and torch.equal(x, z) and torch.equal(y, z)
 
 
-@pytest.mark.parametrize("question", [range(7), [3], [6, 0, 2], [5, 5], []], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_tokens_equal_those_of_a_loop(question: Sequence[int], count: int) -> None:
-    for seed in range(5):
-        found, wanted = assembled(random_pieces(7, count, seed=seed), question)
-        assert all(x.dtype == torch.int32 for x in found)
-        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+@pytest.mark.parametrize("question", [[0], [1, 0], [4, 2, 0, 1, 3], [5, 5], [3] * 8, []], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 9, 19])
+def test_tokens_equal_those_of_a_loop(
+    backend: str, device: torch.device, count: int, question: list[int]
+) -> None:
+    for seed in (count, count + 1):
+        check_tokens(random_pieces(6, count, longest=7, seed=seed), question, backend, device)
+
+
+def test_prompts_of_vectors_alone_and_of_nothing(backend: str, device: torch.device) -> None:
+    pieces = random_pieces(3, 4, longest=0)
+    assert pieces.source.numel() == 0 and int(pieces.length.sum()) > 0
+    for part in (pieces, pieces._replace(end=0 * pieces.end, length=0 * pieces.length)):
+        check_tokens(part, [2, 0, 1], backend, device)
 
 
 def test_tokens_by_hand() -> None:
@@ -54,61 +77,82 @@ def test_tokens_by_hand() -> None:
     assert tokens.sequence.tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
-def test_prompts_of_vectors_alone_and_of_nothing() -> None:
-    pieces = random_pieces(3, 4, longest=0)
-    assert pieces.source.numel() == 0 and int(pieces.length.sum()) > 0
-    for part in (pieces, pieces._replace(end=0 * pieces.end, length=0 * pieces.length)):
-        found, wanted = assembled(part, [2, 0, 1])
-        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
-
-
-def embedding_inputs(tokens: int, slots: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Table, ids, vectors and slots; some vectors stand nowhere."""
-    table = torch.randn(20, 6).to(dtype)
-    ids = torch.randint(0, 20, (tokens,), dtype=torch.int32)
+def inputs(tokens: int, slots: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Table, ids, vectors and slots; some vectors are at no token."""
+    draw = torch.Generator().manual_seed(0)
     slot = torch.full((tokens,), -1, dtype=torch.int32)
     used = min(tokens, slots) * 2 // 3
-    slot[torch.randperm(tokens)[:used]] = torch.randperm(slots)[:used].int()
-    return table, ids, torch.randn(slots, 6), slot
+    at = torch.randperm(tokens, generator=draw)[:used]
+    slot[at] = torch.randperm(slots, generator=draw)[:used].int()
+    ids = torch.randint(0, 20, (tokens,), generator=draw, dtype=torch.int32)
+    table = torch.randn(20, width, generator=draw).to(dtype)
+    return table, ids, torch.randn(slots, width, generator=draw), slot
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [(40, 9), (1, 1), (5, 0), (0, 4), (0, 0), (9, 30)], ids=str)
-def test_embeddings(dtype: torch.dtype, sizes: tuple[int, int]) -> None:
-    table, ids, vectors, slot = embedding_inputs(*sizes, dtype)
-    out = prompt_embeddings(table, ids, vectors, slot)
-    wanted = [vectors[s].to(dtype) if s >= 0 else table[i] for i, s in zip(ids, slot, strict=True)]
-    assert out.dtype == dtype and out.shape == (sizes[0], 6)
-    assert torch.equal(out, torch.stack(wanted) if wanted else table[:0])
-    assert torch.equal(out, prompt_embeddings_ref(table, ids, vectors, slot))
+def test_the_reference_by_a_loop() -> None:
+    table, ids, vectors, slot = inputs(40, 9, 6, torch.float32)
+    wanted = [vectors[s] if s >= 0 else table[i] for i, s in zip(ids, slot, strict=True)]
+    assert torch.equal(prompt_embeddings_ref(table, ids, vectors, slot), torch.stack(wanted))
 
 
-@pytest.mark.parametrize("sizes", [(40, 9), (5, 0), (0, 4), (9, 30)], ids=str)
-def test_gradient_of_the_vectors(sizes: tuple[int, int]) -> None:
-    table, ids, vectors, slot = embedding_inputs(*sizes, torch.float64)
-    grad = torch.randn(sizes[0], 6, dtype=torch.float64)
-    (tried,) = leaves([vectors.double()])
-    (found,) = gradients(prompt_embeddings(table, ids, tried, slot), [tried], grad)
-    wanted = torch.zeros_like(found)
-    for token, s in enumerate(slot.tolist()):
-        if s >= 0:
-            wanted[s] = grad[token]
-    assert torch.equal(found, wanted)
-    if min(sizes):
-        call = lambda x: prompt_embeddings(table, ids, x, slot)  # noqa: E731
-        assert torch.autograd.gradcheck(call, tried)
-        exact = prompt_embeddings_ref(table, ids, tried, slot)
-        assert_close(gradients(exact, [tried], grad)[0], found)
+@DTYPES
+@pytest.mark.parametrize("vectors", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(33, 9, 7), (5, 8, 257), (4, 2, 256), (6, 0, 5), (0, 3, 5), (0, 0, 5), (9, 30, 1)],
+    ids=str,
+)
+def test_embeddings_and_their_gradient(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    vectors: torch.dtype,
+    sizes: tuple[int, int, int],
+) -> None:
+    table, ids, rows, slot = (x.to(device) for x in inputs(*sizes, dtype))
+    tried, exact = leaves([rows.to(vectors)]), leaves([rows.to(vectors).double()])
+    grad = torch.randn(sizes[0], sizes[2], generator=torch.Generator().manual_seed(1)).to(table)
+    one = torch.ones((), device=device, dtype=dtype)
+    for given in (grad, strided_like(grad), one.expand(grad.shape)):
+        expected = prompt_embeddings_ref(table.double(), ids, *exact, slot)
+        (wanted,) = gradients(expected, exact, given)
+        with fenced_allocations():
+            out = prompt_embeddings(table, ids, *tried, slot, backend=backend)
+            (found,) = gradients(out, tried, given)
+        assert out.dtype == dtype and found.dtype == vectors
+        assert_close(out, expected, tolerance=TOLERANCE[dtype])
+        text = slot < 0
+        assert torch.equal(out[text], table[ids[text].long()])
+        assert_close(found, wanted, tolerance=TOLERANCE[vectors])
 
 
-def test_a_low_precision_gradient_has_the_vectors_dtype() -> None:
-    table, ids, vectors, slot = embedding_inputs(12, 5, torch.bfloat16)
-    vectors.requires_grad_()
-    out = prompt_embeddings(table, ids, vectors, slot)
-    (found,) = gradients(out, [vectors], torch.ones_like(out))
-    stands = torch.tensor([s in slot.tolist() for s in range(5)])
-    assert found.dtype == torch.float32
-    assert torch.equal(found, stands.float().unsqueeze(1).expand(5, 6))
+def test_nan_and_infinity_stay_in_their_rows(backend: str, device: torch.device) -> None:
+    table, ids, rows, slot = (x.to(device) for x in inputs(12, 6, 5, torch.float32))
+    ids[slot >= 0] = 0  # the text at the token of a vector
+    table[0] = torch.nan
+    rows[[s for s in range(6) if s not in slot.tolist()]] = torch.inf
+    rows.requires_grad_()
+    out = prompt_embeddings(table, ids, rows, slot, backend=backend)
+    assert_close(out, prompt_embeddings_ref(table, ids, rows, slot))
+    grad = torch.ones_like(out).masked_fill((slot < 0).unsqueeze(1), torch.nan)
+    (found,) = gradients(out, [rows], grad)
+    assert found.isfinite().all() and int(found.sum()) == 5 * int((slot >= 0).sum())
+
+
+def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
+    table, ids, rows, slot = (x.to(device) for x in inputs(33, 9, 7, torch.float16))
+    rows.requires_grad_()
+    runs = []
+    for _ in range(2):
+        out = prompt_embeddings(table, ids, rows, slot, backend=backend)
+        runs.append([out, *gradients(out, [rows], torch.ones_like(out))])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_gradcheck() -> None:
+    table, ids, rows, slot = inputs(9, 6, 3, torch.float64)
+    (tried,) = leaves([rows.double()])
+    assert torch.autograd.gradcheck(lambda x: prompt_embeddings(table, ids, x, slot), tried)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +176,7 @@ def test_wrong_tokens_are_refused(change: dict[str, Callable], message: str) -> 
 
 
 def test_wrong_embeddings_are_refused() -> None:
-    table, ids, vectors, slot = embedding_inputs(6, 3, torch.float32)
+    table, ids, vectors, slot = inputs(6, 3, 6, torch.float32)
     with pytest.raises(ValueError, match="vectors must have shape"):
         prompt_embeddings(table, ids, vectors[:, 1:], slot)
     with pytest.raises(ValueError, match="ids must be int32"):
@@ -142,7 +186,7 @@ def test_wrong_embeddings_are_refused() -> None:
 
 
 def test_opcheck() -> None:
-    table, ids, vectors, slot = embedding_inputs(12, 5, torch.float32)
+    table, ids, vectors, slot = inputs(12, 5, 6, torch.float32)
     arguments = (table, ids, vectors.requires_grad_(), slot, False)
     torch.library.opcheck(OPS.prompt_embeddings_fwd.default, arguments)
     arguments = (torch.randn(12, 6), slot, 5, torch.float32, False)

@@ -10,7 +10,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dragkit_kernels import (
     FactGroups,
     fact_scores,
-    gumbel_topk,
     message_passing,
     relation_sum,
     segment_softmax,
@@ -64,45 +63,12 @@ def test_opcheck_the_others() -> None:
         (rows, list(o), False),
     )
     score = torch.randn(9).requires_grad_()
-    mask = torch.rand(9) > 0.3
-    torch.library.opcheck(
-        ops.segment_softmax_fwd.default, (score, pack.node_ptr, mask, None, False)
-    )
-    counted = (score, pack.node_ptr, None, pack.node_count, False)
-    torch.library.opcheck(ops.segment_softmax_fwd.default, counted)
+    for count in (None, pack.node_count):
+        arguments = (score, pack.node_ptr, count, False)
+        torch.library.opcheck(ops.segment_softmax_fwd.default, arguments)
     p = torch.rand(9)
     counted = (p, p, pack.node_ptr, pack.node_count, False)
     torch.library.opcheck(ops.segment_softmax_bwd.default, counted)
-    ordered = (o.head_ptr, o.head_fact, o.pair_ptr, o.pair_fact, o.tail_ptr, o.tail_fact)
-    scores = [torch.randn(n).requires_grad_() for n in (9, o.num_pairs, 9)]
-    bias = torch.zeros((), requires_grad=True)
-    for groups in ((None, None, None), fact_groups(o.num_facts)):
-        torch.library.opcheck(
-            ops.fact_scores_fwd.default,
-            (*scores, bias, o.head, o.tail, o.fact_pair, *ordered, *groups, False),
-        )
-        size = o.num_facts if groups[0] is None else groups.row.numel()
-        arguments = (torch.randn(size), *ordered, *groups, False)
-        torch.library.opcheck(ops.fact_scores_bwd.default, arguments)
-
-
-@pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
-@pytest.mark.parametrize("concrete", [False, True], ids=["mean", "concrete"])
-@pytest.mark.parametrize("budget", [False, True], ids=["bernoulli", "budget"])
-def test_opcheck_gumbel_topk(drawn: bool, concrete: bool, budget: bool) -> None:
-    ptr, ops = torch.tensor([0, 9, 9, 15], dtype=torch.int32), torch.ops.dragkit
-    logits = torch.randn(15, requires_grad=True)
-    seed, keys = torch.tensor(3), torch.arange(3)
-    source = (None, seed, keys) if drawn else (torch.randn(15), None, None)
-    arguments = (ptr, *source, 4, 9, 0.0, 0.5, budget, concrete, False)
-    torch.library.opcheck(ops.gumbel_topk_fwd.default, (logits, *arguments))
-    gate, soft, nu, *_, slot = ops.gumbel_topk_fwd(logits.detach(), *arguments)
-    grads = torch.randn_like(gate), torch.randn_like(soft)
-    torch.library.opcheck(
-        ops.gumbel_topk_bwd.default,
-        (*grads, logits.detach(), ptr, *source, slot, nu, 9, 0.5, budget, False),
-    )
-    torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 15, False))
 
 
 def test_fake_tensors_follow_low_precision() -> None:
@@ -120,7 +86,7 @@ def test_fake_tensors_follow_low_precision() -> None:
     )
     torch.library.opcheck(
         torch.ops.dragkit.segment_softmax_fwd.default,
-        (x[1], pack.node_ptr, None, pack.node_count, False),
+        (x[1], pack.node_ptr, pack.node_count, False),
         test_utils=utils,
     )
 
@@ -161,7 +127,7 @@ def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
             orders=pack.orders,
             node_graph=pack.node_graph,
         )
-        p = segment_softmax(h.sum(1), pack.node_ptr, None, count=pack.node_count)
+        p = segment_softmax(h.sum(1), pack.node_ptr, count=pack.node_count)
     logits = fact_scores(
         h @ x["bias"],
         x["table_fwd"].sum(1),
@@ -192,37 +158,3 @@ def test_compiled_equals_eager_for_any_size() -> None:
         for place, (want, got) in enumerate(zip(*outputs, strict=True)):
             assert_close(got, want.double(), name=f"output {place} of {sizes}")
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("mode", ["bernoulli", "budget"])
-@pytest.mark.parametrize("estimator", ["concrete", "mean"])
-def test_compiled_selection_equals_eager(mode: str, estimator: str) -> None:
-    def choose(logits: Tensor, ptr: Tensor, seed: Tensor, keys: Tensor, width: int) -> tuple:
-        return gumbel_topk(
-            logits,
-            ptr,
-            3,
-            seed=seed,
-            question_key=keys,
-            mode=mode,
-            estimator=estimator,
-            max_facts=width,
-        )
-
-    torch._dynamo.reset()
-    compiled = torch.compile(choose, fullgraph=True, backend="aot_eager", dynamic=True)
-    for sizes in ([5, 9], [4, 0, 7, 2]):
-        ptr = torch.tensor([0, *sizes]).cumsum(0).int()
-        logits = torch.randn(sum(sizes), requires_grad=True)
-        arguments = (logits, ptr, torch.tensor(3), torch.arange(len(sizes)), max(sizes))
-        results = []
-        for function in (choose, compiled):
-            out = function(*arguments)
-            floats_out = [t for t in out if t.requires_grad]
-            loss = sum((i + 1) * (t * t).sum() for i, t in enumerate(floats_out))
-            results.append((*out, *torch.autograd.grad(loss, logits)))
-        for want, got in zip(*results, strict=True):
-            if got.dtype == torch.int32:
-                assert torch.equal(got, want)
-            else:
-                assert_close(got, want.double())

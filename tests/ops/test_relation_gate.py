@@ -1,108 +1,258 @@
-"""Gated relation rows against a loop over pairs."""
+"""Gated relation rows: the reference against a loop over pairs, both backends against it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from dragkit_kernels import relation_gate, relation_gate_ref, row_order
-from dragkit_kernels.testing import assert_close, gradients, leaves, strided_like
+from dragkit_kernels.testing import (
+    assert_close,
+    fenced_allocations,
+    gradients,
+    leaves,
+    strided_like,
+)
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
+
+# The interpreter computes masked elements too.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+RELATIONS, GRAPHS = 6, 4
+Pairs = tuple[Tensor, Tensor]
 
 
-def make(pairs: int, instructions: int, dtype: torch.dtype = torch.float64) -> list:
-    rows = torch.randint(0, 5, (pairs,)).int(), torch.randint(0, 3, (pairs,)).int()
-    return [torch.randn(2, 5, 7).to(dtype), torch.randn(3, instructions, 7).to(dtype), *rows]
+def _pack() -> Pairs:
+    """As a retriever has them: graphs one after the other, the first and third without pairs, then
+    one self-loop of the last relation for each. Relations 0 and 3 occur nowhere."""
+    relation = [1, 2, 4, 1, 4, *[RELATIONS - 1] * GRAPHS]
+    return torch.tensor(relation).int(), torch.tensor([1, 1, 1, 3, 3, *range(GRAPHS)]).int()
 
 
-@pytest.mark.parametrize("function", [relation_gate, relation_gate_ref])
-@pytest.mark.parametrize("pairs,instructions", [(0, 2), (1, 1), (13, 1), (13, 3)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_matches_the_loop_with_every_gradient(
-    pairs: int, instructions: int, dtype: torch.dtype, function: object
+def _random() -> Pairs:
+    generator = torch.Generator().manual_seed(0)
+    relation, graph = (torch.randint(0, n, (41,), generator=generator) for n in (6, 4))
+    return relation.int(), graph.int()
+
+
+def _hub() -> Pairs:
+    """One relation and one graph in all pairs but one: several blocks of rows."""
+    relation, graph = torch.full((101,), 2).int(), torch.full((101,), 1).int()
+    relation[50], graph[50] = 4, 3
+    return relation, graph
+
+
+PAIRS: dict[str, Callable[[], Pairs]] = {
+    "pack": _pack,
+    "random": _random,
+    "hub": _hub,
+    "one": lambda: (torch.tensor([5]).int(), torch.tensor([3]).int()),
+    "none": lambda: (torch.zeros(0).int(), torch.zeros(0).int()),
+}
+
+
+def make_values(
+    width: int,
+    instructions: int = 2,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    shapes = (2, RELATIONS, width), (GRAPHS, instructions, width)
+    return [random(*s, seed=i).to(device, dtype) for i, s in enumerate(shapes)]
+
+
+def on(device: torch.device, pairs: Pairs) -> Pairs:
+    return tuple(x.to(device) for x in pairs)
+
+
+def orders_of(pairs: Pairs) -> dict[str, object]:
+    names = (("relation_order", RELATIONS), ("graph_order", GRAPHS))
+    return {name: row_order(x, n) for (name, n), x in zip(names, pairs, strict=True)}
+
+
+def check(
+    values: list[Tensor],
+    pairs: Pairs,
+    backend: str,
+    grad: Tensor | None = None,
+    *,
+    ordered: bool = False,
 ) -> None:
-    *values, relation, graph = make(pairs, instructions, dtype)
+    """Result and gradients agree with the float64 reference, and every buffer is filled."""
     tried, exact = leaves(values), leaves([x.double() for x in values])
-    actual = function(*tried, relation, graph)
-    u, i = exact
-    rows = [
-        torch.stack(
-            [
-                torch.stack([(u[d, r] * i[g, k]).clamp(min=0) for k in range(instructions)])
-                for r, g in zip(relation.tolist(), graph.tolist(), strict=True)
-            ]
+    expected, dtype = relation_gate_ref(*exact, *pairs), values[0].dtype
+    if grad is None:
+        grad = random(*expected.shape, seed=9).to(values[0])
+    with fenced_allocations():
+        actual = relation_gate(
+            *tried, *pairs, **(orders_of(pairs) if ordered else {}), backend=backend
         )
-        if pairs
-        else u[d, :0].unsqueeze(1).expand(0, instructions, 7)
-        for d in (0, 1)
-    ]
-    expected = torch.stack(rows)
-    assert actual.dtype == dtype
-    assert_close(actual, expected)
-    if not pairs:
-        return
-    grad = torch.randn(expected.shape, dtype=torch.float64).to(dtype)
-    wanted = gradients(expected, exact, grad.double())
-    for got, want in zip(gradients(actual, tried, grad), wanted, strict=True):
-        assert got.dtype == dtype
-        assert_close(got, want)
+        got = gradients(actual, tried, grad)
+        nothing = gradients(relation_gate(*tried, *pairs, backend=backend), tried, 0 * grad)
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    assert_close(actual, expected, tolerance=FORWARD[dtype])
+    # The op takes the rounded output for positive or not.
+    wanted = torch.autograd.grad(expected, exact, torch.where(actual <= 0, 0.0, grad.double()))
+    for name, g, want in zip("ui", got, wanted, strict=True):
+        assert g.dtype == dtype
+        assert_close(g, want, name=f"d{name}", tolerance=GRADIENT[dtype])
+    assert not any(g.any() for g in nothing)
 
 
-def test_gradcheck_opcheck_and_strides() -> None:
-    *values, relation, graph = make(9, 2)
-    inputs = leaves(values)
-    assert torch.autograd.gradcheck(lambda u, i: relation_gate(u, i, relation, graph), inputs)
-    ops = torch.ops.dragkit
-    ordered = *row_order(relation, 5), *row_order(graph, 3)
-    for orders in ((None,) * 4, ordered):
-        pairs = (relation, graph, *orders)
-        torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, False))
-        out = ops.relation_gate_fwd(*values, *pairs, False)
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_reference_matches_the_loop(name: str) -> None:
+    relation, graph = PAIRS[name]()
+    u, i = (x.double() for x in make_values(3))
+    found = relation_gate_ref(u, i, relation, graph)
+    assert found.shape == (2, len(relation), 2, 3)
+    for d in (0, 1):
+        for p, (r, g) in enumerate(zip(relation.tolist(), graph.tolist(), strict=True)):
+            for k in (0, 1):
+                assert torch.equal(found[d, p, k], (u[d, r] * i[g, k]).clamp(min=0))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["sorts", "ordered"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_matches_the_reference(
+    backend: str, device: torch.device, name: str, ordered: bool
+) -> None:
+    pairs = on(device, PAIRS[name]())
+    check(make_values(7, 3, device=device), pairs, backend, ordered=ordered)
+    low = make_values(7, 1, device=device, dtype=torch.float16)
+    check(low, pairs, backend, ordered=ordered)
+
+
+@DTYPES
+@pytest.mark.parametrize("width", [0, 1, 64, 96, 257])
+def test_widths(backend: str, device: torch.device, dtype: torch.dtype, width: int) -> None:
+    check(make_values(width, device=device, dtype=dtype), on(device, _pack()), backend)
+
+
+def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> None:
+    values = [strided_like(x) for x in make_values(7, device=device)]
+    pairs = tuple(strided_like(x) for x in on(device, _random()))
+    grad = torch.randn(2, 41, 2, 7, device=device)
+    check(values, pairs, backend, strided_like(grad), ordered=True)
+    check(values, pairs, backend, torch.ones((), device=device).expand(2, 41, 2, 7))
+
+
+@pytest.mark.triton
+def test_what_underflows_has_no_gradient(device: torch.device) -> None:
+    """Products below the smallest float16 are zero: the backward must round as the forward did."""
+    values = [x * 2.5e-4 for x in make_values(64, device=device, dtype=torch.float16)]
+    pairs, results = on(device, _random()), []
+    for backend in ("triton", "torch"):
+        tried = leaves(values)
+        out = relation_gate(*tried, *pairs, backend=backend)
+        results.append([out, *gradients(out, tried, torch.full_like(out, 64.0))])
+    positive = (results[0][0] > 0).float().mean()
+    assert 0.1 < positive < 0.4, "half of the products would be positive"
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want.double())
+
+
+def test_nan_and_infinity_stay_what_they_are(backend: str, device: torch.device) -> None:
+    values, pairs = make_values(7, device=device), on(device, _pack())
+    values[0][1, 1, 2], values[0][0, 2, 3], values[1][1, 0, 1] = math.nan, math.inf, -math.inf
+    tried, plain = leaves(values), leaves(values)
+    actual = relation_gate(*tried, *pairs, backend=backend)
+    expected = relation_gate_ref(*plain, *pairs)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    grad = torch.randn_like(expected)
+    for got, want in zip(
+        gradients(actual, tried, grad), gradients(expected, plain, grad), strict=True
+    ):
+        torch.testing.assert_close(got, want, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_gradient_nobody_wants_is_not_computed(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    if backend == "triton":
+        name = ("_relation_gate_bwd_instruction_kernel", "_relation_gate_bwd_relation_kernel")
+        monkeypatch.setattr(kernels("relation_gate.backward"), name[place], None)
+    values, pairs = make_values(7, device=device), on(device, _pack())
+    values[place].requires_grad_()
+    out = relation_gate(*values, *pairs, backend=backend)
+    torch.autograd.grad(out.sum(), values[place])
+
+
+def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
+    values, pairs = leaves(make_values(7, device=device)), on(device, _hub())
+    grad, runs = torch.randn(2, 101, 2, 7, device=device), []
+    for _ in range(2):
+        out = relation_gate(*values, *pairs, backend=backend)
+        runs.append([out, *gradients(out, values, grad)])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_only_pytorch_keeps_the_output(backend: str, device: torch.device) -> None:
+    """Under dropout the output has no other reader, and the kernels free its memory."""
+    values, pairs = leaves(make_values(7, device=device)), on(device, _pack())
+    shapes: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: shapes.append(x.shape) or x, lambda x: x
+    ):
+        out = relation_gate(*values, *pairs, backend=backend)
+    assert (out.shape in shapes) == (backend == "torch")
+
+
+def test_gradcheck_opcheck_and_no_second_derivative() -> None:
+    values, pairs = [x.double() for x in make_values(3)], _random()
+    inputs, ops = leaves(values), torch.ops.dragkit
+    assert torch.autograd.gradcheck(lambda u, i: relation_gate(u, i, *pairs), inputs)
+    ordered = [x for order in orders_of(pairs).values() for x in order]
+    for orders in ([], ordered):
+        torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, orders, False))
+        out = ops.relation_gate_fwd(*values, *pairs, orders, False)
         for mask in ([True, True], [False, True], [True, False]):
-            torch.library.opcheck(
-                ops.relation_gate_bwd.default,
-                (torch.randn_like(out), out, *values, *pairs, mask, False),
-            )
-    roomy = leaves([strided_like(x) for x in values])
-    relation_gate(*roomy, relation, graph).sum().backward()
-    relation_gate(*inputs, relation, graph).sum().backward()
-    for x, y in zip(inputs, roomy, strict=True):
-        assert_close(y.grad, x.grad)
-
-
-def test_second_derivatives_are_refused_and_unwanted_gradients_empty() -> None:
-    *values, relation, graph = make(9, 2)
-    inputs = leaves(values)
-    loss = relation_gate(*inputs, relation, graph).pow(2).sum()
+            arguments = (torch.randn_like(out), out, *values, *pairs, orders, mask, False)
+            torch.library.opcheck(ops.relation_gate_bwd.default, arguments)
+    loss = relation_gate(*inputs, *pairs).pow(2).sum()
     first = torch.autograd.grad(loss, inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="relation_gate_bwd has no derivative"):
         sum(g.sum() for g in first).backward()
-    inputs[1].requires_grad_(False)
-    relation_gate(*inputs, relation, graph).sum().backward()
-    assert inputs[0].grad is not None and inputs[1].grad is None
 
 
-def test_low_precision_sums_do_not_stall() -> None:
+def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> None:
     """A relation in many pairs: adding ones in bfloat16 stops at 256."""
-    ones = leaves([torch.ones(2, 1, 1).bfloat16(), torch.ones(1, 1, 1).bfloat16()])
-    rows = torch.zeros(2000).int()
-    relation_gate(*ones, rows, rows).sum().backward()
-    assert_close(ones[0].grad, torch.full((2, 1, 1), 2000.0))
-    assert_close(ones[1].grad, torch.full((1, 1, 1), 4000.0))
+    ones = [torch.ones(s, device=device).bfloat16() for s in ((2, 1, 1), (1, 1, 1))]
+    ones, rows = leaves(ones), torch.zeros(2000, device=device).int()
+    out = relation_gate(*ones, rows, rows, backend=backend)
+    du, di = gradients(out, ones, torch.ones_like(out))
+    assert_close(du, torch.full((2, 1, 1), 2000.0))
+    assert_close(di, torch.full((1, 1, 1), 4000.0))
 
 
 def test_wrong_arguments() -> None:
-    u, i, relation, graph = make(4, 2)
-    with pytest.raises(ValueError, match=r"relation must have shape \[2, \*, 7\], got \[5, 7\]"):
-        relation_gate(u[0], i, relation, graph)
-    with pytest.raises(ValueError, match="pair_graph must be int32"):
-        relation_gate(u, i, relation, graph.long())
-    with pytest.raises(ValueError, match="at least one instruction"):
-        relation_gate(u, i[:, :0], relation, graph)
-    order = row_order(relation, 5)
-    with pytest.raises(ValueError, match=r"relation_order.ptr must have shape \[6\], got \[5\]"):
-        relation_gate(u, i, relation, graph, relation_order=order._replace(ptr=order.ptr[1:]))
-    with pytest.raises(ValueError, match=r"graph_order.place must have shape \[4\], got \[3\]"):
-        relation_gate(u, i, relation, graph, graph_order=row_order(graph[1:], 3))
-    with pytest.raises(ValueError, match="relation_order.place must be int32"):
-        wide = order._replace(place=order.place.long())
-        relation_gate(u, i, relation, graph, relation_order=wide)
+    (u, i), (relation, graph) = make_values(7), _random()
+    order, other = orders_of((relation, graph)).values()
+    for given, options, message in (
+        ((u[0], i, relation, graph), {}, r"relation must have shape \[2, \*, 7\], got \[6, 7\]"),
+        ((u, i, relation, graph.long()), {}, "pair_graph must be int32"),
+        ((u, i[:, :0], relation, graph), {}, "at least one instruction"),
+        ((u, i, relation, graph), {"graph_order": other}, "both relation_order and graph_order"),
+        (
+            (u, i, relation, graph),
+            {"relation_order": order._replace(ptr=order.ptr[1:]), "graph_order": other},
+            r"relation_order.ptr must have shape \[7\], got \[6\]",
+        ),
+        (
+            (u, i, relation, graph),
+            {"relation_order": order, "graph_order": row_order(graph[1:], 4)},
+            r"graph_order.place must have shape \[41\], got \[40\]",
+        ),
+        (
+            (u, i, relation, graph),
+            {"relation_order": order._replace(place=order.place.long()), "graph_order": other},
+            "relation_order.place must be int32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            relation_gate(*given, **options)

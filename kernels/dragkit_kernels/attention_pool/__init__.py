@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import attention_pool_ref
@@ -13,24 +12,20 @@ from .reference import attention_pool_ref
 __all__ = ["attention_pool", "attention_pool_ref"]
 
 
-def attention_pool(
-    states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor, *, backend: str = "auto"
-) -> Tensor:
+def attention_pool(states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor) -> Tensor:
     """o_g = sum_i a_i states[rows_i], a = softmax of <states[rows_i], query> over segment g.
 
     Args:
         states: float32 or float64 [T, D], frozen.
         query: [D] with the dtype of `states`.
-        rows: int32 [S] rows of `states`; ptr: int32 [G+1], segment g is rows[ptr[g]:ptr[g+1]];
-            they cover all rows.
-        backend: "auto", "triton" or "torch".
+        rows: int32 [S] rows of `states`; ptr: int32 [G+1], segment g is rows[ptr[g]:ptr[g+1]].
+            The segments cover all rows.
 
     Returns:
         [G, D] with the dtype of `states`; a segment without rows gives zeros.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or `states` requires a gradient.
-        RuntimeError: Triton was asked for where it cannot run.
     """
     op = "attention_pool"
     check_shape(op, "states", states, (None, None))
@@ -46,5 +41,4 @@ def attention_pool(
         )
     if states.requires_grad:
         raise ValueError(f"{op}: states are frozen; they must not require a gradient")
-    resolve_backend(op, states, backend)
     return torch.ops.dragkit.attention_pool_fwd(states, query, rows, ptr)[0]

@@ -61,8 +61,8 @@ def _setup(ctx: object, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: object, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return None, torch.ops.dragkit.attention_pool_bwd(grad, *ctx.saved_tensors), None, None
+def _backward(ctx: object, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor]:
+    return None, torch.ops.dragkit.attention_pool_bwd(grad, *ctx.saved_tensors)
 
 
 register(

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import accumulator_dtype, check_float, check_index, check_shape
-from ..noise import check_counter
-from ..segments import longest, segment_ids
+from ..noise import logistic_noise
+from ..segments import longest
 from . import op as _op  # noqa: F401  (registers the ops)
-from .reference import GumbelTopK, gumbel_topk_ref
+from .reference import FactSelection, gumbel_topk_ref, perturbed
 
-__all__ = ["GumbelTopK", "check_finite_logits", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
+__all__ = ["FactSelection", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
 
 MODES = ("bernoulli", "budget")
 ESTIMATORS = ("concrete", "mean")
@@ -33,7 +33,7 @@ def gumbel_topk(
     estimator: str = "concrete",
     max_facts: int | None = None,
     backend: str = "auto",
-) -> GumbelTopK:
+) -> FactSelection:
     """Draws facts by logistic-perturbed logits, key_i = l_i + noise_i.
 
     "bernoulli" (D-RAG's model): fact i is drawn when key_i > 0, so independently with probability
@@ -50,8 +50,8 @@ def gumbel_topk(
 
     with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In
     budget mode a question of at most k facts has no choice: s = 1 and zero gradient. Infinite
-    logits are certain facts without gradient. NaN is not looked for here (that would wait for the
-    device): see check_finite_logits.
+    logits are certain facts without gradient. NaN logits are not refused: a check would wait for
+    the device.
 
     Args:
         logits: float [E].
@@ -66,7 +66,7 @@ def gumbel_topk(
         backend: "auto", "triton" or "torch".
 
     Returns:
-        GumbelTopK, floats in float32 (float64 for float64 logits).
+        FactSelection, floats in float32 (float64 for float64 logits).
 
     Raises:
         ValueError: shapes, dtypes or options do not fit.
@@ -80,30 +80,22 @@ def gumbel_topk(
         )
     if not temperature > 0:
         raise ValueError(f"gumbel_topk: temperature must be above 0, got {temperature}")
-    if noise is None:
-        if seed is None or question_key is None:
-            raise ValueError("gumbel_topk: give either noise, or seed and question_key")
-        check_counter("gumbel_topk", seed, question_key, fact_ptr)
-    elif seed is not None or question_key is not None:
-        raise ValueError("gumbel_topk: give either noise, or seed and question_key, not both")
+    if (noise is None) == (seed is None) or (seed is None) != (question_key is None):
+        raise ValueError("gumbel_topk: give either noise, or seed and question_key")
+    path = resolve_backend("gumbel_topk", logits, backend)
+    if seed is not None and question_key is not None:
+        num_facts = logits.shape[0]
+        noise = logistic_noise(seed, question_key, fact_ptr, num_facts=num_facts, backend=path)
     else:
         check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
         noise = noise.to(accumulator_dtype(logits))
-    gate, soft, _, index, count, _ = torch.ops.dragkit.gumbel_topk_fwd(
-        logits,
-        fact_ptr,
-        noise,
-        seed,
-        question_key,
-        k,
-        longest(fact_ptr) if max_facts is None else max_facts,
-        0.0,
-        temperature,
-        mode == "budget",
-        estimator == "concrete",
-        resolve_backend("gumbel_topk", logits, backend) == "triton",
+    x, key = perturbed(logits, noise, temperature, estimator)
+    width = longest(fact_ptr) if max_facts is None else max_facts
+    budget, triton = mode == "budget", path == "triton"
+    gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
+        x, key.detach(), fact_ptr, k, width, 0.0, budget, triton
     )
-    return GumbelTopK(index, gate, count, soft)
+    return FactSelection(index, gate, count, soft)
 
 
 def top_facts(
@@ -114,7 +106,7 @@ def top_facts(
     *,
     max_facts: int | None = None,
     backend: str = "auto",
-) -> GumbelTopK:
+) -> FactSelection:
     """The facts used at inference: the k largest logits with sigmoid(l) > threshold, best first.
 
     At least the best fact of a question that has one is kept (if k > 0); equal logits are taken
@@ -129,47 +121,20 @@ def top_facts(
         backend: "auto", "triton" or "torch".
 
     Returns:
-        GumbelTopK; `soft` is sigmoid(logits).
+        FactSelection; `soft` is sigmoid(logits).
 
     Raises:
         ValueError: shapes or dtypes do not fit.
         RuntimeError: Triton was asked for where it cannot run.
     """
     _check(logits, fact_ptr, k, "top_facts")
-    gate, soft, _, index, count, _ = torch.ops.dragkit.gumbel_topk_fwd(
-        logits.detach(),
-        fact_ptr,
-        None,
-        None,
-        None,
-        k,
-        longest(fact_ptr) if max_facts is None else max_facts,
-        _logit(threshold),
-        1.0,
-        False,
-        False,
-        resolve_backend("gumbel_topk", logits, backend) == "triton",
+    x, key = perturbed(logits.detach(), None, 1.0, "mean")
+    width = longest(fact_ptr) if max_facts is None else max_facts
+    triton = resolve_backend("gumbel_topk", logits, backend) == "triton"
+    gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
+        x, key, fact_ptr, k, width, _logit(threshold), False, triton
     )
-    return GumbelTopK(index, gate, count, soft)
-
-
-def check_finite_logits(logits: Tensor, fact_ptr: Tensor) -> None:
-    """Raises ValueError naming the questions whose logits hold NaN or infinity.
-
-    Waits for the device: call it once in a while or after a bad loss, not in every step.
-
-    Args:
-        logits: float [E].
-        fact_ptr: int32 [B+1].
-    """
-    _check(logits, fact_ptr, 0, "check_finite_logits")
-    bad = ~torch.isfinite(logits)
-    if bool(bad.any()):
-        questions = torch.unique(segment_ids(fact_ptr, logits.shape[0])[bad]).tolist()
-        raise ValueError(
-            f"{int(bad.sum())} of {logits.shape[0]} fact logits are NaN or infinite, in questions "
-            f"{questions[:20]} of the batch; look at the learning rate or the inputs"
-        )
+    return FactSelection(index, gate, count, soft)
 
 
 def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:

@@ -14,8 +14,8 @@ from ..segments import padded_rows, segment_ids
 CERTAIN = 1e4
 
 
-class GumbelTopK(NamedTuple):
-    """The facts kept for each question.
+class FactSelection(NamedTuple):
+    """At most k facts of each question.
 
     Attributes:
         index: int32 [B, k] facts of the pack, best key first, -1 for an empty slot.
@@ -89,8 +89,8 @@ def budget_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Ten
 def relaxed_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, budget: bool) -> Tensor:
     """s_i = sigmoid(x_i - nu), nu of i's question; 0 after the last question.
 
-    In a budget nu moves with x such that its s keep their sum: ds = d g - d (d . g) / sum(d) with
-    d = s (1 - s).
+    In a budget nu moves with x, so that the s of a question keep their sum:
+    ds = d g - d (d . g) / sum(d) with d = s (1 - s).
 
     Args:
         x: float [E], finite; nu: [B]; fact_ptr: int [B+1].
@@ -115,6 +115,15 @@ def straight_through(soft: Tensor, index: Tensor) -> Tensor:
     return kept.to(soft.dtype) + (picked - picked.detach())
 
 
+def perturbed(
+    logits: Tensor, noise: Tensor | None, temperature: float, estimator: str
+) -> tuple[Tensor, Tensor]:
+    """(x, key) float [E]: key = l + noise, and x = key / T for "concrete" or l for "mean"."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    key = logits if noise is None else logits + noise
+    return key / temperature if estimator == "concrete" else logits, key
+
+
 def gumbel_topk_ref(
     logits: Tensor,
     fact_ptr: Tensor,
@@ -126,45 +135,32 @@ def gumbel_topk_ref(
     estimator: str,
     max_facts: int,
     bound: float = 0.0,
-) -> GumbelTopK:
-    """See gumbel_topk; the noise is an argument so that any two implementations can be compared.
+) -> FactSelection:
+    """See gumbel_topk. The noise is an argument, so that any two implementations can be compared.
 
-    `bound` is what a key must exceed in bernoulli mode; without noise and with the logit of a
-    threshold this is top_facts.
+    `bound` is what a key must exceed in bernoulli mode. Without noise, and with the logit of a
+    threshold as the bound, this is top_facts.
     """
-    return choose(
-        logits,
-        fact_ptr,
-        k,
-        temperature=temperature,
-        noise=noise,
-        budget=mode == "budget",
-        concrete=estimator == "concrete",
-        max_facts=max_facts,
-        bound=bound,
-    )[0]
+    x, key = perturbed(logits, noise, temperature, estimator)
+    return choose(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, budget=mode == "budget")
 
 
 def choose(
-    logits: Tensor,
+    x: Tensor,
+    key: Tensor,
     fact_ptr: Tensor,
     k: int,
     *,
-    temperature: float,
-    noise: Tensor | None,
-    budget: bool,
-    concrete: bool,
     max_facts: int,
     bound: float,
-) -> tuple[GumbelTopK, Tensor]:
-    """gumbel_topk_ref together with nu [B] (0 in bernoulli mode)."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    key = logits if noise is None else logits + noise
-    x = (key / temperature if concrete else logits).clamp(-CERTAIN, CERTAIN)
+    budget: bool,
+) -> FactSelection:
+    """The k largest keys of each question and the relaxed choice of x, float [E] both."""
+    x = x.clamp(-CERTAIN, CERTAIN)
     if budget:
         nu = budget_threshold(x.detach(), fact_ptr, k, max_facts)
     else:
         nu = x.new_zeros(fact_ptr.shape[0] - 1)
     soft = relaxed_choice(x, nu, fact_ptr, budget)
     index, count = select_largest(key, None if budget else bound, fact_ptr, k, max_facts)
-    return GumbelTopK(index, straight_through(soft, index), count, soft), nu
+    return FactSelection(index, straight_through(soft, index), count, soft)

@@ -25,9 +25,9 @@ class PromptTokens(NamedTuple):
     """T tokens of G prompts end to end.
 
     Attributes:
-        ids: int32 [T] token ids, 0 where a structural vector stands.
-        slot: int32 [T] which vector that is, -1 for text.
-        position: int32 [T] place of the token in its prompt.
+        ids: int32 [T] token ids, 0 at a structural vector.
+        slot: int32 [T] number of the vector, -1 for text.
+        position: int32 [T] position of the token in its prompt.
         sequence: int32 [T] prompt of the token, 0..G-1.
     """
 
@@ -50,17 +50,18 @@ def prompt_tokens(
 ) -> PromptTokens:
     """Some of B prompts end to end, each made of P pieces, which may be empty.
 
-    A piece is a run of text, behind one structural vector where it has a slot. Piece p of prompt b
-    takes the places end[b, p-1] to end[b, p] of the prompt.
+    A piece is a run of text. A piece with a slot begins with one structural vector. Piece p of
+    prompt b takes the positions end[b, p-1] to end[b, p] of the prompt.
 
     Args:
         source: int32 [W] token ids of all text.
-        start: int32 [B, P] where a piece's text begins in `source`.
-        end: int32 [B, P] ascending, where the piece ends in its prompt.
-        slot: int32 [B, P] the vector in front of the piece, -1 for none.
+        start: int32 [B, P] first row of a piece's text in `source`.
+        end: int32 [B, P] ascending, end of a piece in its prompt.
+        slot: int32 [B, P] vector at the beginning of a piece, -1 for none.
         question: int32 [G] which prompts, in their order.
-        ptr: int32 [G+1] where these begin in the result and where the last ends, that is the sums
-            of their `end[:, -1]`; num_tokens: T, the last of them.
+        ptr: int32 [G+1] first token of each of these in the result, and the end of the last: the
+            running sums of their `end[:, -1]`.
+        num_tokens: T, the last number of `ptr`.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -88,13 +89,13 @@ def prompt_tokens(
 def prompt_embeddings(
     table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """out_t = table[ids_t], or vectors[slot_t] where a structural vector stands.
+    """out_t = table[ids_t], or vectors[slot_t] at the token of a structural vector.
 
-    Backward: dvectors_s = grad at the token of slot s, 0 where it stands at none.
+    Backward: dvectors_s = grad at the token of slot s, 0 for a slot without a token.
 
     Args:
         table: float [V, M], frozen.
-        ids: int32 [T] rows of the table, any valid one where there is a slot.
+        ids: int32 [T] rows of the table. At the token of a vector any valid row will do.
         vectors: float [S, M], rounded to the dtype of the table.
         slot: int32 [T] rows of `vectors`, -1 for text; no two tokens have the same slot.
         backend: "auto", "triton" or "torch".

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget
-from .forward import EMBEDDING_TILE, embedding_spec
+from ..launch import Budget, spec
+from .forward import EMBEDDING_TILE
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -50,12 +50,13 @@ def prompt_embeddings_bwd(grad: Tensor, slot: Tensor, num_slots: int, dtype: tor
 
 
 KERNELS = tuple(
-    embedding_spec(
+    spec(
         _prompt_embeddings_bwd_kernel,
         Budget(registers=40, shared=2048, wide_loads=1),
-        grad_ptr=grad,
+        tile=EMBEDDING_TILE,
+        dtype=dtype,
         d_vectors_ptr=vectors,
     )
-    for grad in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
     for vectors in ("*bf16", "*fp32")
 )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile, WideTile
+from ..launch import Budget, Tile, WideTile, spec
 
 TOKEN_TILE = Tile(128, 4)
 # Few rows, many columns.
@@ -119,7 +119,7 @@ def prompt_tokens_fwd(
         (prompts - 1).bit_length(),
         (pieces - 1).bit_length(),
         BLOCK_T=TOKEN_TILE.block,
-        num_warps=TOKEN_TILE.num_warps,
+        **TOKEN_TILE.options,
     )
     return out
 
@@ -140,46 +140,17 @@ def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Ten
     return out
 
 
-def embedding_spec(kernel: object, budget: Budget, **types: str) -> KernelSpec:
-    """Specification of a kernel over tokens and columns; `types` are those of its floats."""
-    constants = {"BLOCK_T": EMBEDDING_TILE.rows, "BLOCK_C": EMBEDDING_TILE.columns}
-    found = {
-        name: "*i32" if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    return KernelSpec(
-        kernel,
-        types={**found, **types},
-        constants=constants,
-        num_warps=EMBEDDING_TILE.num_warps,
-        budget=budget,
-        divisible=("num_columns",),
-        max_registers=EMBEDDING_TILE.max_registers,
-    )
-
-
 KERNELS = (
-    KernelSpec(
-        _prompt_tokens_fwd_kernel,
-        types={
-            name: "*i32" if name.endswith("_ptr") else "i32"
-            for name in _prompt_tokens_fwd_kernel.arg_names
-            if name != "BLOCK_T"
-        },
-        constants={"BLOCK_T": TOKEN_TILE.block},
-        num_warps=TOKEN_TILE.num_warps,
-        budget=Budget(registers=40, shared=0),
-    ),
+    spec(_prompt_tokens_fwd_kernel, Budget(registers=40, shared=0), tile=TOKEN_TILE),
     *(
-        embedding_spec(
+        spec(
             _prompt_embeddings_fwd_kernel,
             Budget(registers=48, shared=4096, wide_loads=2),
-            table_ptr=table,
-            out_ptr=table,
+            tile=EMBEDDING_TILE,
+            dtype=dtype,
             vectors_ptr=vectors,
         )
-        for table in ("*bf16", "*fp32")
+        for dtype in ("*bf16", "*fp32")
         for vectors in ("*bf16", "*fp32")
     ),
 )

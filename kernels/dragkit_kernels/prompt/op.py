@@ -1,4 +1,4 @@
-"""dragkit::prompt_tokens_* and prompt_embeddings_*: nothing in either asks the device a size."""
+"""dragkit::prompt_tokens_* and prompt_embeddings_*: neither waits for the device."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _torch_tokens(
     slot = slot.flatten().index_select(0, piece)
     structural = (slot >= 0) & (within == 0)
     address = start.flatten().index_select(0, piece) + within - (slot >= 0).int()
-    # Where a slot stands there need not be any text.
+    # A piece that is a vector alone has no text to read.
     padded = torch.cat([source.new_zeros(1), source])
     ids = padded.index_select(0, (address + 1).masked_fill_(structural, 0))
     return ids, torch.where(structural, slot, -1), position, sequence.int()
@@ -48,7 +48,7 @@ def _tokens_fake(source: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor,
 
 
 def _token_of(slot: Tensor, num_slots: int) -> Tensor:
-    """int64 [num_slots] the token at which a slot stands, -1 where at none."""
+    """int64 [num_slots] token of every slot, -1 for none."""
     token = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slot.device)
     # Text, -1, writes to the spare last place.
     token[slot.long()] = torch.arange(slot.shape[0], device=slot.device)
@@ -56,7 +56,7 @@ def _token_of(slot: Tensor, num_slots: int) -> Tensor:
 
 
 def _torch_embeddings(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """The table's rows, then those of the slots over them; one row more for slots of no token."""
+    """The rows of the table, overwritten by the vectors; a spare row takes unused vectors."""
     size = ids.shape[0]
     out = table.new_empty(size + 1, table.shape[1])
     torch.index_select(table, 0, ids, out=out[:size])
@@ -94,7 +94,7 @@ def _embeddings_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -
 def _embeddings_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     (slot,) = ctx.saved_tensors
     bwd = torch.ops.dragkit.prompt_embeddings_bwd
-    return None, None, bwd(grad, slot, ctx.num_slots, ctx.dtype, ctx.triton), None, None
+    return None, None, bwd(grad, slot, ctx.num_slots, ctx.dtype, ctx.triton)
 
 
 register(

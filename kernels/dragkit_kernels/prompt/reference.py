@@ -28,6 +28,6 @@ def prompt_tokens_ref(
 
 
 def prompt_embeddings_ref(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """table[ids_t], or vectors[slot_t] where there is a slot."""
+    """table[ids_t], or vectors[slot_t] at a token with a slot."""
     rows = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[slot.long()]
     return torch.where((slot < 0).unsqueeze(1), table[ids.long()], rows.to(table.dtype))

@@ -35,8 +35,8 @@ def relation_gate(
         instruction: float [B, I, C], I at least 1, with the dtype of `relation`.
         pair_relation, pair_graph: int32 [P] relation and graph of every pair.
         relation_order, graph_order: `row_order(pair_relation, R)` and `row_order(pair_graph, B)`,
-            for callers with several gates over the same pairs. Only the kernels' backward reads
-            them, and makes what is None; the PyTorch path has no use for them.
+            for callers with several gates over the same pairs. Give both or neither. Only the
+            kernels' backward reads them, and it sorts the pairs itself without them.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -58,17 +58,15 @@ def relation_gate(
             f"{op}: at least one instruction of {relation.dtype} is needed, got "
             f"{instruction.shape[1]} of {instruction.dtype}"
         )
-    pairs = pair_relation.shape[0]
-    if relation_order is not None:
+    orders: list[Tensor] = []
+    if relation_order is not None and graph_order is not None:
+        pairs = pair_relation.shape[0]
         check_row_order(op, "relation_order", relation_order, pairs, relation.shape[1])
-    if graph_order is not None:
         check_row_order(op, "graph_order", graph_order, pairs, instruction.shape[0])
+        orders = [*relation_order, *graph_order]
+    elif relation_order is not None or graph_order is not None:
+        raise ValueError(f"{op}: give both relation_order and graph_order, or neither")
+    triton = resolve_backend(op, relation, backend) == "triton"
     return torch.ops.dragkit.relation_gate_fwd(
-        relation,
-        instruction,
-        pair_relation,
-        pair_graph,
-        *(relation_order or (None, None)),
-        *(graph_order or (None, None)),
-        resolve_backend(op, relation, backend) == "triton",
+        relation, instruction, pair_relation, pair_graph, orders, triton
     )

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget
-from ..orders import RowOrder, row_order
-from .forward import gate_spec, product_gate
+from ..launch import ROW_TILE, Budget, spec
+from ..library import empty_gradients
+from ..orders import row_order
+from .forward import product_gate
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_relations", "num_instructions"])
@@ -104,35 +105,32 @@ def relation_gate_bwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    relation_place: Tensor | None,
-    relation_ptr: Tensor | None,
-    graph_place: Tensor | None,
-    graph_ptr: Tensor | None,
+    orders: list[Tensor],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Launches the sums that output_mask asks for; see `dragkit::relation_gate_bwd`."""
     grad, relation, instruction = grad.contiguous(), relation.contiguous(), instruction.contiguous()
     num_graphs, num_instructions, num_columns = instruction.shape
     num_relations, num_pairs = relation.shape[1], pair_relation.shape[0]
-    d_relation = relation.new_empty(relation.shape if output_mask[0] else 0)
-    d_instruction = instruction.new_empty(instruction.shape if output_mask[1] else 0)
+    d_relation, d_instruction = empty_gradients((relation, instruction), output_mask)
     sizes = (num_pairs, num_relations, num_instructions, num_columns)
     constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns, **ROW_TILE.options}
     blocks = triton.cdiv(num_columns, ROW_TILE.columns)
+    if not orders:
+        orders = [*row_order(pair_relation, num_relations), *row_order(pair_graph, num_graphs)]
+    orders = [x.contiguous() for x in orders]
     if d_relation.numel() > 0:
-        order = _given_or_made(relation_place, relation_ptr, pair_relation, num_relations)
         _relation_gate_bwd_relation_kernel[(num_relations, blocks, 2)](
             *(grad, relation, instruction, pair_graph.contiguous()),
-            *(x.contiguous() for x in order),
+            *orders[:2],
             d_relation,
             *sizes,
             **constants,
         )
     if d_instruction.numel() > 0:
-        order = _given_or_made(graph_place, graph_ptr, pair_graph, num_graphs)
         _relation_gate_bwd_instruction_kernel[(num_graphs * num_instructions, blocks)](
             *(grad, relation, instruction, pair_relation.contiguous()),
-            *(x.contiguous() for x in order),
+            *orders[2:],
             d_instruction,
             *sizes,
             **constants,
@@ -140,16 +138,8 @@ def relation_gate_bwd(
     return d_relation, d_instruction
 
 
-def _given_or_made(
-    place: Tensor | None, ptr: Tensor | None, rows: Tensor, num_rows: int
-) -> RowOrder:
-    if place is None or ptr is None:
-        return row_order(rows, num_rows)
-    return RowOrder(place, ptr)
-
-
 KERNELS = tuple(
-    gate_spec(kernel, kind, Budget(registers=80, shared=8192, wide_loads=2))
+    spec(kernel, Budget(registers=80, shared=8192, wide_loads=2), tile=ROW_TILE, dtype=dtype)
     for kernel in (_relation_gate_bwd_relation_kernel, _relation_gate_bwd_instruction_kernel)
-    for kind in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
 )

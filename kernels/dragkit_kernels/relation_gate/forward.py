@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget, KernelSpec
+from ..launch import ROW_TILE, Budget, spec
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def relation_gate_fwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    *orders: Tensor | None,
+    orders: list[Tensor],
 ) -> Tensor:
     """Launches the products; see `dragkit::relation_gate_fwd`."""
     num_pairs, num_columns = pair_relation.shape[0], relation.shape[2]
@@ -78,27 +78,12 @@ def relation_gate_fwd(
     return out
 
 
-def gate_spec(kernel: object, kind: str, budget: Budget) -> KernelSpec:
-    """Specification of a kernel of this folder whose floats are of one kind."""
-    index = ("pair_relation_ptr", "pair_graph_ptr", "place_ptr", "begin_ptr")
-    constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns}
-    types = {
-        name: "*i32" if name in index else kind if name.endswith("_ptr") else "i32"
-        for name in kernel.arg_names
-        if name not in constants
-    }
-    return KernelSpec(
-        kernel,
-        types=types,
-        constants=constants,
-        num_warps=ROW_TILE.num_warps,
-        budget=budget,
-        divisible=("num_columns",),
-        max_registers=ROW_TILE.max_registers,
-    )
-
-
 KERNELS = tuple(
-    gate_spec(_relation_gate_fwd_kernel, kind, Budget(registers=80, shared=8192, wide_loads=3))
-    for kind in ("*bf16", "*fp32")
+    spec(
+        _relation_gate_fwd_kernel,
+        Budget(registers=80, shared=8192, wide_loads=3),
+        tile=ROW_TILE,
+        dtype=dtype,
+    )
+    for dtype in ("*bf16", "*fp32")
 )

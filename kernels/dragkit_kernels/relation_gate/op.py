@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import empty_gradients, forbid_gradient, register, register_gradient
 
 if HAS_TRITON:
     from .backward import relation_gate_bwd
@@ -19,9 +19,9 @@ if HAS_TRITON:
 else:
     relation_gate_bwd = relation_gate_fwd = None
 
+# The orders are relation_place, relation_ptr, graph_place and graph_ptr, or nothing.
 _INPUTS = (
-    "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, "
-    "Tensor? relation_place, Tensor? relation_ptr, Tensor? graph_place, Tensor? graph_ptr"
+    "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, Tensor[] orders"
 )
 
 
@@ -30,9 +30,9 @@ def _torch_fwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    *orders: Tensor | None,
+    orders: list[Tensor],
 ) -> Tensor:
-    """See relation_gate; the orders serve the kernels' backward."""
+    """See relation_gate. The orders serve the kernels' backward alone."""
     u = relation.index_select(1, pair_relation).unsqueeze(2)
     return torch.mul(u, instruction.index_select(0, pair_graph)).relu_()
 
@@ -44,10 +44,10 @@ def _torch_bwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    *rest: object,
+    orders: list[Tensor],
+    output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """du[d, r] = sum_k delta[d, :, k] i[:, k] over the pairs of r, di[g, k] = sum_d delta u."""
-    output_mask = rest[-1]
     dtype = accumulator_dtype(relation, instruction)
     delta = torch.ops.aten.threshold_backward(grad, out, 0).to(dtype)  # [2, P, I, C]
     d_relation, d_instruction = relation.new_empty(0), instruction.new_empty(0)
@@ -77,21 +77,19 @@ def _relation_gate_fake(
 def _relation_gate_bwd_fake(
     grad: Tensor, out: Tensor | None, relation: Tensor, instruction: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(x.shape if wanted else 0)
-        for x, wanted in zip((relation, instruction), rest[-2], strict=True)
-    )
+    return empty_gradients((relation, instruction), rest[-2])
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    *tensors, ctx.triton = inputs
-    ctx.save_for_backward(None if ctx.triton else output, *tensors)
+    *tensors, orders, ctx.triton = inputs
+    ctx.save_for_backward(None if ctx.triton else output, *tensors, *orders)
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
     mask = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.dragkit.relation_gate_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
-    return (*(g if need else None for g, need in zip(grads, mask, strict=True)), *(None,) * 7)
+    out, relation, instruction, pair_relation, pair_graph, *orders = ctx.saved_tensors
+    inputs = (relation, instruction, pair_relation, pair_graph, orders)
+    return torch.ops.dragkit.relation_gate_bwd(grad, out, *inputs, mask, ctx.triton)
 
 
 register(

@@ -1,4 +1,4 @@
-"""Rows of matrices gathered, added up and scaled, with gradients that are sums in a fixed order."""
+"""Rows of matrices gathered and added up, with gradients that are sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import torch
 from torch import Tensor
 
 from ..backend import resolve_backend
-from ..checks import check_float, check_index, check_shape, widest
+from ..checks import check_float, check_index, check_shape
 from ..orders import FactGroups, FactOrders, RowOrder, check_row_order
-from . import facts as _facts  # noqa: F401  (registers the ops)
 from . import op as _op  # noqa: F401  (registers the ops)
-from .reference import fact_rows_ref, gated_rows_ref, gather_rows_ref, segment_sum_ref
+from .reference import gather_rows_ref, segment_sum_ref
 
 __all__ = [
     "fact_rows",
-    "fact_rows_ref",
-    "gated_rows",
-    "gated_rows_ref",
     "gather_rows",
     "gather_rows_ref",
     "segment_sum",
@@ -51,7 +47,7 @@ def gather_rows(
     if order is not None:
         check_row_order(op, "order", order, rows.shape[0], table.shape[0])
     triton = resolve_backend(op, table, backend) == "triton"
-    return torch.ops.dragkit.gather_rows_fwd(table, rows, *(order or (None, None)), triton)
+    return torch.ops.dragkit.gather_rows_fwd(table, rows, list(order or ()), triton)
 
 
 def segment_sum(
@@ -92,14 +88,12 @@ def fact_rows(
 ) -> Tensor:
     """Representations of selected facts: [node[head_q] ; relation[pair_q] ; node[tail_q]].
 
-    q is the row of fact index_p in the orders; an empty place gives zeros and no gradient.
-    Backward: dnode_v = sum of the first part of grad_p over the places whose head is v and of its
-    last part over those whose tail is v; drelation_r = sum of the middle over those of pair r.
+    q is the row of fact index_p in the orders. An empty place gives zeros and no gradient.
 
     Args:
         node: float [N, C]; relation: float [P, D] with the dtype of `node`.
-        index: int32 [...] facts, -1 for an empty place; a fact may stand at several places.
-        orders: Q facts; groups: the E facts that they stand for; None where each is its own.
+        index: int32 [...] facts, -1 for an empty place. A fact may be at several places.
+        orders: Q facts; groups: the E facts that these stand for; None if each is its own.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -118,46 +112,18 @@ def fact_rows(
             f"{op}: node {list(node.shape)} and relation {list(relation.shape)} must share a "
             f"dtype, got {node.dtype} and {relation.dtype}"
         )
-    check_shape(op, "orders.fact_pair", orders.fact_pair, (orders.num_facts,))
-    check_shape(op, "orders.tail", orders.tail, (orders.num_facts,))
-    check_index(op, index=index, **{"orders.head": orders.head, "orders.tail": orders.tail})
-    check_index(op, **{"orders.fact_pair": orders.fact_pair})
+    check_index(op, index=index)
+    if (orders.head if groups is None else groups.row).shape[0] == 0:  # every place is empty
+        return node.new_zeros(*index.shape, 2 * node.shape[1] + relation.shape[1])
+    place = index.flatten()
+    row = place.clamp(min=0)
     if groups is not None:
-        check_index(op, **{"groups.row": groups.row})
-    out = torch.ops.dragkit.fact_rows_fwd(
-        node,
-        relation,
-        index.flatten(),
-        orders.head,
-        orders.fact_pair,
-        orders.tail,
-        None if groups is None else groups.row,
-        resolve_backend(op, node, backend) == "triton",
-    )
+        row = groups.row.index_select(0, row)
+    # One gather for both ends, so that one sum orders all that a node receives: heads, then tails.
+    ends = torch.cat([orders.head.index_select(0, row), orders.tail.index_select(0, row)])
+    head, tail = gather_rows(node, ends, backend=backend).chunk(2)
+    pair = gather_rows(relation, orders.fact_pair.index_select(0, row), backend=backend)
+    out = torch.cat([head, pair, tail], 1)
+    # Fact 0 stands in at an empty place. The selection keeps its NaN out, and any gradient.
+    out = out.masked_fill((place < 0).unsqueeze(1), 0.0)
     return out.view(*index.shape, out.shape[1])
-
-
-def gated_rows(vectors: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
-    """out_i = gate_i vectors_i.
-
-    Backward, in one pass: dvectors_i = gate_i grad_i and dgate_i = <grad_i, vectors_i>.
-
-    Args:
-        vectors: float [..., M]; gate: float [...].
-        backend: "auto", "triton" or "torch".
-
-    Returns:
-        [..., M] with the dtype of `vectors`; products and sums run in float32 (float64 if an
-        argument is).
-
-    Raises:
-        ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
-    """
-    op = "gated_rows"
-    check_shape(op, "gate", gate, tuple(vectors.shape[:-1]))
-    check_float(op, vectors=vectors, gate=gate)
-    triton = resolve_backend(op, widest(vectors, gate), backend) == "triton"
-    rows = vectors.reshape(gate.numel(), vectors.shape[-1])
-    out = torch.ops.dragkit.gated_rows_fwd(rows, gate.flatten(), triton)
-    return out.view(vectors.shape)

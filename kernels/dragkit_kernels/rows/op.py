@@ -1,7 +1,7 @@
 """dragkit::gather_rows_* and segment_sum_*: one is the other's gradient, up to the order.
 
-On CPU index_add runs in the order of the places; elsewhere it adds as threads arrive, so the
-kernels sum over places sorted by row.
+On CPU index_add adds in the order of the places. On a GPU it adds in the order in which threads
+arrive, so the kernels sum over places sorted by row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ..library import forbid_gradient, register, register_gradient
 
 if HAS_TRITON:
     from .backward import gather_rows_bwd
-    from .sums import segment_sum_fwd
+    from .forward import segment_sum_fwd
 else:
     gather_rows_bwd = segment_sum_fwd = None
 
@@ -28,14 +28,12 @@ def _sum_at(value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return out.index_add_(0, rows.long(), value.to(dtype)).to(value.dtype)
 
 
-def _gather_fwd(table: Tensor, rows: Tensor, place: Tensor | None, ptr: Tensor | None) -> Tensor:
-    """out_i = table[rows_i], on any device: the library's gather needs no help."""
+def _gather_fwd(table: Tensor, rows: Tensor, order: list[Tensor]) -> Tensor:
+    """out_i = table[rows_i], on any device: PyTorch's gather is enough."""
     return table.index_select(0, rows)
 
 
-def _torch_gather_bwd(
-    grad: Tensor, rows: Tensor, place: Tensor | None, ptr: Tensor | None, num_rows: int
-) -> Tensor:
+def _torch_gather_bwd(grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int) -> Tensor:
     """dtable_r = sum of grad_i over rows_i = r."""
     return _sum_at(grad, rows, num_rows)
 
@@ -45,25 +43,20 @@ def _gather_fake(table: Tensor, rows: Tensor, *rest: object) -> Tensor:
 
 
 def _gather_bwd_fake(
-    grad: Tensor,
-    rows: Tensor,
-    place: Tensor | None,
-    ptr: Tensor | None,
-    num_rows: int,
-    triton: bool,
+    grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int, triton: bool
 ) -> Tensor:
     return grad.new_empty(num_rows, grad.shape[1])
 
 
 def _gather_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    table, rows, place, ptr, ctx.triton = inputs
+    table, rows, order, ctx.triton = inputs
     ctx.num_rows = table.shape[0]
-    ctx.save_for_backward(rows, place, ptr)
+    ctx.save_for_backward(rows, *order)
 
 
-def _gather_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bwd = torch.ops.dragkit.gather_rows_bwd
-    return bwd(grad, *ctx.saved_tensors, ctx.num_rows, ctx.triton), None, None, None, None
+def _gather_backward(ctx: object, grad: Tensor) -> Tensor:
+    rows, *order = ctx.saved_tensors
+    return torch.ops.dragkit.gather_rows_bwd(grad, rows, order, ctx.num_rows, ctx.triton)
 
 
 def _segment_sum_bwd(grad: Tensor, segment: Tensor) -> Tensor:
@@ -75,29 +68,27 @@ def _segment_sum_fake(value: Tensor, segment: Tensor, num_segments: int, triton:
     return value.new_empty(num_segments, value.shape[1])
 
 
-def _segment_sum_bwd_fake(grad: Tensor, segment: Tensor, triton: bool) -> Tensor:
+def _segment_sum_bwd_fake(grad: Tensor, segment: Tensor) -> Tensor:
     return grad.new_empty(segment.shape[0], grad.shape[1])
 
 
 def _segment_sum_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    _, segment, _, ctx.triton = inputs
-    ctx.save_for_backward(segment)
+    ctx.save_for_backward(inputs[1])
 
 
-def _segment_sum_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bwd = torch.ops.dragkit.segment_sum_bwd
-    return bwd(grad, *ctx.saved_tensors, ctx.triton), None, None, None
+def _segment_sum_backward(ctx: object, grad: Tensor) -> Tensor:
+    return torch.ops.dragkit.segment_sum_bwd(grad, *ctx.saved_tensors)
 
 
 register(
-    "gather_rows_fwd(Tensor table, Tensor rows, Tensor? place, Tensor? ptr, bool triton) -> Tensor",
+    "gather_rows_fwd(Tensor table, Tensor rows, Tensor[] order, bool triton) -> Tensor",
     _gather_fwd,
     _gather_fake,
     triton=_gather_fwd if HAS_TRITON else None,
 )
 register(
-    "gather_rows_bwd(Tensor grad, Tensor rows, Tensor? place, Tensor? ptr, SymInt num_rows, "
-    "bool triton) -> Tensor",
+    "gather_rows_bwd(Tensor grad, Tensor rows, Tensor[] order, SymInt num_rows, bool triton)"
+    " -> Tensor",
     _torch_gather_bwd,
     _gather_bwd_fake,
     triton=gather_rows_bwd,
@@ -109,10 +100,9 @@ register(
     triton=segment_sum_fwd,
 )
 register(
-    "segment_sum_bwd(Tensor grad, Tensor segment, bool triton) -> Tensor",
+    "segment_sum_bwd(Tensor grad, Tensor segment) -> Tensor",
     _segment_sum_bwd,
     _segment_sum_bwd_fake,
-    triton=_segment_sum_bwd if HAS_TRITON else None,
 )
 register_gradient("gather_rows_fwd", _gather_backward, _gather_setup)
 register_gradient("segment_sum_fwd", _segment_sum_backward, _segment_sum_setup)

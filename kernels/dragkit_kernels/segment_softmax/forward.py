@@ -25,10 +25,8 @@ def graph_rows(ptr_ptr, num_graphs, num_rows):
 
 
 @triton.jit
-def load_scores(score_ptr, mask_ptr, offs_n, live):
+def _load_scores(score_ptr, offs_n, live):
     """Scores in float32, -inf where a row takes no part."""
-    if mask_ptr is not None:
-        live = live & (tl.load(mask_ptr + offs_n, mask=live, other=0) != 0)
     return tl.load(score_ptr + offs_n, mask=live, other=float("-inf")).to(tl.float32)
 
 
@@ -36,14 +34,13 @@ def load_scores(score_ptr, mask_ptr, offs_n, live):
 def _segment_softmax_fwd_kernel(
     score_ptr,
     ptr_ptr,
-    mask_ptr,
     count_ptr,
     p_ptr,
     num_graphs,
     num_rows,
     BLOCK: tl.constexpr,
 ):
-    """p_v = exp(s_v - max) / sum_u n_u exp(s_u - max) over a graph's unmasked rows, else 0.
+    """p_v = exp(s_v - max) / sum_u n_u exp(s_u - max) over a graph's rows, else 0.
 
     The first walk keeps a running maximum and the sum of exponentials relative to it.
     """
@@ -53,31 +50,28 @@ def _segment_softmax_fwd_kernel(
     for start in range(begin, graph_end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         live = offs_n < graph_end
-        score = load_scores(score_ptr, mask_ptr, offs_n, live)
+        score = _load_scores(score_ptr, offs_n, live)
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - new_top)
         if count_ptr is not None:
             weight *= tl.load(count_ptr + offs_n, mask=live, other=0).to(tl.float32)
         total = tl.fma(total, tl.exp(top - new_top), tl.sum(weight, 0))
         top = new_top
-    # Without a live row every weight is zero.
+    # Every weight is zero if all scores are -inf.
     total = tl.where(total == 0.0, 1.0, total)
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        score = load_scores(score_ptr, mask_ptr, offs_n, offs_n < graph_end)
+        score = _load_scores(score_ptr, offs_n, offs_n < graph_end)
         tl.store(p_ptr + offs_n, tl.exp(score - top) / total, mask=offs_n < end)
 
 
-def segment_softmax_fwd(
-    score: Tensor, ptr: Tensor, mask: Tensor | None, count: Tensor | None
-) -> Tensor:
+def segment_softmax_fwd(score: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
     """Launches the softmax; see `dragkit::segment_softmax_fwd`."""
     p = score.new_empty(score.shape, dtype=torch.float32)
     num_graphs = ptr.shape[0] - 1
     _segment_softmax_fwd_kernel[(num_graphs + 1,)](
         score.contiguous(),
         ptr.contiguous(),
-        None if mask is None else mask.contiguous().view(torch.uint8),
         None if count is None else count.contiguous(),
         p,
         num_graphs,
@@ -94,11 +88,8 @@ KERNELS = tuple(
         Budget(registers=64, shared=512),
         tile=TILE,
         score_ptr=score,
-        **options,
+        count_ptr=count,
     )
     for score in ("*bf16", "*fp32")
-    for options in (
-        {"mask_ptr": "*u8", "count_ptr": "*i32"},
-        {"mask_ptr": None, "count_ptr": None},
-    )
+    for count in ("*i32", None)
 )

@@ -26,9 +26,7 @@ def _torch_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | None) -> Te
     return weighted.addcmul_(mass, total.index_select(0, segment), value=-1)
 
 
-def _segment_softmax_fake(
-    score: Tensor, ptr: Tensor, mask: Tensor | None, count: Tensor | None, triton: bool
-) -> Tensor:
+def _segment_softmax_fake(score: Tensor, ptr: Tensor, count: Tensor | None, triton: bool) -> Tensor:
     dtype = torch.float64 if score.dtype == torch.float64 else torch.float32
     return score.new_empty(score.shape, dtype=dtype)
 
@@ -38,19 +36,18 @@ def _segment_softmax_bwd_fake(grad: Tensor, p: Tensor, *rest: object) -> Tensor:
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    score, ptr, _, count, ctx.triton = inputs
+    score, ptr, count, ctx.triton = inputs
     ctx.save_for_backward(output, ptr, count)
     ctx.score_dtype = score.dtype
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, grad: Tensor) -> Tensor:
     ds = torch.ops.dragkit.segment_softmax_bwd(grad, *ctx.saved_tensors, ctx.triton)
-    return ds.to(ctx.score_dtype), None, None, None, None
+    return ds.to(ctx.score_dtype)
 
 
 register(
-    "segment_softmax_fwd(Tensor score, Tensor ptr, Tensor? mask, Tensor? count, bool triton)"
-    " -> Tensor",
+    "segment_softmax_fwd(Tensor score, Tensor ptr, Tensor? count, bool triton) -> Tensor",
     segment_softmax_ref,
     _segment_softmax_fake,
     triton=segment_softmax_fwd,

@@ -16,7 +16,6 @@ from dragkit_kernels import (
     fact_loss,
     fact_rows,
     fact_scores,
-    gated_rows,
     gather_rows,
     gumbel_topk,
     message_passing,
@@ -37,6 +36,9 @@ from dragkit_kernels.testing import (
     leaves,
     random_adjacency,
 )
+from tests.ops.cases import to_device
+
+pytestmark = pytest.mark.triton
 
 SIZES = [(9, 25), (0, 0), (4, 7)] if INTERPRETED else [(800, 2000)] * 63 + [(0, 0)]
 WIDTH, RELATIONS = (6, 4) if INTERPRETED else (256, 150)
@@ -45,11 +47,6 @@ REPEATS = 2 if INTERPRETED else 20
 LOW = torch.float16 if INTERPRETED else torch.bfloat16
 
 Case = Callable[[str], tuple[Tensor, ...]]
-
-
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
 
 
 def layer_inputs(pack: Adjacency, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
@@ -122,21 +119,19 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         return run(lambda *x: (relation_gate(*x, *pairs, backend=backend),), table, instruction)
 
     def loss_case(backend: str) -> tuple[Tensor, ...]:
-        options = {"rho": 0.7, "margin": 1.0, "max_facts": longest, "backend": backend}
-        return run(lambda x: (fact_loss(x, label, pack.fact_ptr, **options),), logits)
+        return run(lambda x: (fact_loss(x, label, pack.fact_ptr, rho=0.7, margin=1.0),), logits)
 
     def rows_case(backend: str) -> tuple[Tensor, ...]:
         index = pack.fact_ptr[:-1, None] + torch.arange(20, device=device, dtype=torch.int32)
         index = torch.where(index < pack.fact_ptr[1:, None], index, -1).int()
 
-        def rows(h: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+        def rows(h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
             chosen = fact_rows(h, x, index, orders=pack.orders, backend=backend)
             gathered = gather_rows(h, pack.orders.head, backend=backend)
             added = segment_sum(h, pack.node_graph, len(SIZES), backend=backend)
-            return gated_rows(chosen, gate, backend=backend), gathered, added
+            return chosen, gathered, added
 
-        gate = torch.rand(index.shape, generator=torch.Generator().manual_seed(4)).to(device)
-        return run(rows, layer[0], layer[2], gate)
+        return run(rows, layer[0], layer[2])
 
     return {
         "relation_gate": gate_case,

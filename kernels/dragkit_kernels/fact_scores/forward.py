@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile
+from ..launch import Budget, Tile, spec
 
 TILE = Tile(1024, 4)
 
@@ -19,8 +19,8 @@ def _fact_scores_fwd_kernel(
     tail_score_ptr,
     bias_ptr,
     head_ptr,
+    pair_ptr,
     tail_ptr,
-    fact_pair_ptr,
     group_row_ptr,
     score_ptr,
     num_facts,
@@ -33,7 +33,7 @@ def _fact_scores_fwd_kernel(
     if group_row_ptr is not None:
         row = tl.load(group_row_ptr + offs_e, mask=mask_e, other=0)
     head = tl.load(head_ptr + row, mask=mask_e, other=0)
-    pair = tl.load(fact_pair_ptr + row, mask=mask_e, other=0)
+    pair = tl.load(pair_ptr + row, mask=mask_e, other=0)
     tail = tl.load(tail_ptr + row, mask=mask_e, other=0)
     score = tl.load(head_score_ptr + head, mask=mask_e, other=0.0).to(tl.float32)
     score += tl.load(pair_score_ptr + pair, mask=mask_e, other=0.0).to(tl.float32)
@@ -47,48 +47,36 @@ def fact_scores_fwd(
     pair_score: Tensor,
     tail_score: Tensor,
     bias: Tensor,
-    head: Tensor,
-    tail: Tensor,
-    fact_pair: Tensor,
-    *sorted_facts: Tensor | None,
+    facts: list[Tensor],
+    sums: list[Tensor],
 ) -> Tensor:
     """Launches the gathers; see `dragkit::fact_scores_fwd`."""
-    group_row = sorted_facts[-3]
-    num_facts = (head if group_row is None else group_row).shape[0]
-    score = head_score.new_empty(num_facts, dtype=torch.float32)
+    score = head_score.new_empty(facts[-1].shape, dtype=torch.float32)
+    num_facts = score.shape[0]
     if num_facts == 0:
         return score
-    arguments = (head_score, pair_score, tail_score, bias, head, tail, fact_pair)
+    arguments = (head_score, pair_score, tail_score, bias, *facts)
     _fact_scores_fwd_kernel[(triton.cdiv(num_facts, TILE.block),)](
         *(x.contiguous() for x in arguments),
-        None if group_row is None else group_row.contiguous(),
+        *([None] if len(facts) == 3 else []),
         score,
         num_facts,
         BLOCK=TILE.block,
-        num_warps=TILE.num_warps,
+        **TILE.options,
     )
     return score
 
 
 KERNELS = tuple(
-    KernelSpec(
+    spec(
         _fact_scores_fwd_kernel,
-        types={
-            "head_score_ptr": score,
-            "pair_score_ptr": score,
-            "tail_score_ptr": score,
-            "bias_ptr": "*fp32",
-            "head_ptr": "*i32",
-            "tail_ptr": "*i32",
-            "fact_pair_ptr": "*i32",
-            "group_row_ptr": group_row,
-            "score_ptr": "*fp32",
-            "num_facts": "i32",
-        },
-        constants={"BLOCK": TILE.block},
-        num_warps=TILE.num_warps,
-        budget=Budget(registers=80, shared=0),
+        Budget(registers=80, shared=0),
+        tile=TILE,
+        dtype=dtype,
+        bias_ptr="*fp32",
+        group_row_ptr=group_row,
+        score_ptr="*fp32",
     )
-    for score in ("*bf16", "*fp32")
+    for dtype in ("*bf16", "*fp32")
     for group_row in ("*i32", None)
 )

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, Tile
+from ..launch import Budget, Tile, spec
 
 TILE = Tile(16, 4)
 # Facts that the rows of a tile pick from at a time.
@@ -46,28 +46,13 @@ def _fact_scores_bwd_sum_kernel(
     tl.store(out_ptr + offs_v, tl.sum(acc, 1), mask=mask_v)
 
 
-def fact_scores_bwd(
-    grad: Tensor,
-    head_ptr: Tensor,
-    head_fact: Tensor,
-    pair_ptr: Tensor,
-    pair_fact: Tensor,
-    tail_ptr: Tensor,
-    tail_fact: Tensor,
-    group_row: Tensor | None,
-    group_ptr: Tensor | None,
-    group_fact: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fact_scores_bwd(grad: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches one sum per table; see `dragkit::fact_scores_bwd`."""
     grad = grad.contiguous()
-    if group_ptr is not None and group_fact is not None:
-        grad = _ordered_sum(grad, group_ptr, group_fact)
-    return (
-        _ordered_sum(grad, head_ptr, head_fact),
-        _ordered_sum(grad, pair_ptr, pair_fact),
-        _ordered_sum(grad, tail_ptr, tail_fact),
-        grad.sum(),
-    )
+    tables = list(zip(sums[::2], sums[1::2], strict=True))
+    for ptr, order in tables[3:]:
+        grad = _ordered_sum(grad, ptr, order)
+    return (*(_ordered_sum(grad, ptr, order) for ptr, order in tables[:3]), grad.sum())
 
 
 def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
@@ -82,23 +67,16 @@ def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
             num_rows,
             BLOCK_V=TILE.block,
             BLOCK_E=FACTS,
-            num_warps=TILE.num_warps,
+            **TILE.options,
         )
     return out
 
 
 KERNELS = (
-    KernelSpec(
+    spec(
         _fact_scores_bwd_sum_kernel,
-        types={
-            "grad_ptr": "*fp32",
-            "ptr_ptr": "*i32",
-            "order_ptr": "*i32",
-            "out_ptr": "*fp32",
-            "num_rows": "i32",
-        },
-        constants={"BLOCK_V": TILE.block, "BLOCK_E": FACTS},
-        num_warps=TILE.num_warps,
-        budget=Budget(registers=80, shared=512),
+        Budget(registers=80, shared=512),
+        tile=TILE,
+        constants={"BLOCK_E": FACTS},
     ),
 )

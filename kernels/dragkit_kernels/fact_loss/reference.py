@@ -1,4 +1,4 @@
-"""Fact scores and their loss by their formulas: plain PyTorch, differentiable."""
+"""The loss of fact scores by its formula: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 
@@ -7,27 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..orders import FactGroups, FactOrders
-
-
-def fact_scores_ref(
-    head_score: Tensor,
-    pair_score: Tensor,
-    tail_score: Tensor,
-    bias: Tensor,
-    *,
-    orders: FactOrders,
-    groups: FactGroups | None = None,
-) -> Tensor:
-    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, q = row_e, summed in float32 or float64."""
-    dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
-    score = (
-        head_score.to(dtype).index_select(0, orders.head)
-        + pair_score.to(dtype).index_select(0, orders.fact_pair)
-        + tail_score.to(dtype).index_select(0, orders.tail)
-        + bias.to(dtype)
-    )
-    return score if groups is None else score.index_select(0, groups.row)
 
 
 def fact_loss_ref(
