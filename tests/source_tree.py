@@ -63,14 +63,11 @@ def of_module(table: dict[str, object], name: str) -> object | None:
 
 @cache
 def imports(module: Module) -> list[Import]:
-    """What a module imports when it runs; imports for type checkers alone are left out."""
+    """What a module imports, for type checkers alone, too: such imports count as lazy."""
     found: list[Import] = []
 
     def visit(node: ast.AST, lazy: bool) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            for child in node.orelse:
-                visit(child, lazy)
-            return
+        lazy = lazy or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
         if isinstance(node, ast.Import):
             found.extend(Import(alias.name, (), node, lazy) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

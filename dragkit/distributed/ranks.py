@@ -11,8 +11,8 @@ the overlap of sending and computing, which is little where adapters are all tha
 
 The frozen weights are on every rank, or cut between the ranks (`run.sharding`,
 `dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes
-it. `torch.distributed.checkpoint` writes the parts of tensors that no rank holds whole. Here it would
-only give checkpoints a second form.
+it. `torch.distributed.checkpoint` writes the parts of tensors that no rank holds whole. Here it
+would only give checkpoints a second form.
 
 Host values (counts, the stop flag, log entries) go over gloo, so that no rank waits for its device.
 """

@@ -155,13 +155,22 @@ class Trainer:
         if self.ranks.first:
             make_folders(self.run_dir)
         self._require_same(weight_facts)
-        with StopSignal() as stop, Progress(self) as progress, self.window:
+        progress = Progress(
+            self.phase.name,
+            self.total_steps,
+            done=self.state.step,
+            every=self.config.run.log_every_steps,
+            meter=self.meter,
+            record=self.record,
+            ranks=self.ranks,
+        )
+        with StopSignal() as stop, progress, self.window:
             self.stop = stop
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
                     self.window.tick(self.state.step)
                     outputs = self.train_step(batches)
-                    progress.step(outputs)
+                    progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
                     every = self.config.run.save_every_steps
                     if stop.requested and self.ranks.alone:
                         self._interrupted()

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
 
-from dragkit.observe.throughput import Throughput
+from dragkit.checkpoint.checkpoint import TrainState
+from dragkit.distributed.ranks import Ranks
+from dragkit.observe.throughput import Throughput, ThroughputMeter
 from dragkit.trainer.compile import compiled_graphs
 from dragkit.trainer.phase import StepOutput
-
-if TYPE_CHECKING:
-    from dragkit.trainer.loop import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +43,41 @@ def _of_all_ranks(
 
 
 class Progress:
-    """Reads the step's tensors only every `log_every_steps` steps, since reading waits for them."""
+    """Reads the step's tensors only every `every` steps, since reading waits for them.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.every = trainer.config.run.log_every_steps
+    Args:
+        phase: its name, for the bar and the log.
+        total_steps, done: optimizer steps of the whole run, and those before this process.
+        every: steps between two entries.
+        meter: counts the work of this rank.
+        record: appends an entry to metrics.jsonl.
+        ranks: whose entries are put together; the first one shows them.
+    """
+
+    def __init__(
+        self,
+        phase: str,
+        total_steps: int,
+        *,
+        done: int,
+        every: int,
+        meter: ThroughputMeter,
+        record: Callable[[dict], None],
+        ranks: Ranks,
+    ) -> None:
+        self.phase, self.total_steps, self.every = phase, total_steps, every
+        self.meter, self.record, self.ranks = meter, record, ranks
+        self._done = done
         self._parts: list[dict[str, torch.Tensor]] = []
         self._questions = 0
 
     def __enter__(self) -> Progress:
         self.bar = tqdm(
-            total=self.trainer.total_steps,
-            initial=self.trainer.state.step,
-            desc=self.trainer.phase.name,
+            total=self.total_steps,
+            initial=self._done,
+            desc=self.phase,
             unit="step",
-            disable=not (sys.stderr.isatty() and self.trainer.ranks.first),
+            disable=not (sys.stderr.isatty() and self.ranks.first),
             dynamic_ncols=True,
         )
         return self
@@ -66,51 +85,36 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def step(self, outputs: list[StepOutput]) -> None:
-        """To be called after every optimizer step."""
-        trainer = self.trainer
-        total = {"loss": sum(out.loss for out in outputs)}
-        for name in dict.fromkeys(name for out in outputs for name in out.parts):
-            found = [out.parts[name] for out in outputs if name in out.parts]
-            total[name] = sum(found)
-            if name not in _SHARES:
-                total[name] = total[name] / len(found)
-        self._parts.append(total)
+    def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
+        """Counts one optimizer step.
+
+        Args:
+            outputs: of its micro-batches; state: after the step; lr: of the next one.
+        """
+        self._parts.append(_sum_over_micro_batches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)
-        if trainer.state.step % self.every and trainer.state.step != trainer.total_steps:
+        if state.step % self.every and state.step != self.total_steps:
             return
         names = dict.fromkeys(name for part in self._parts for name in part)
         means = {
             name: float(torch.stack([p[name].float() for p in self._parts if name in p]).mean())
             for name in names
         }
-        rate = trainer.meter.read()
-        everyone = trainer.ranks.gather((means, self._questions, rate))
+        rate = self.meter.read()
+        everyone = self.ranks.gather((means, self._questions, rate))
         self._parts.clear()
         self._questions = 0
-        if not trainer.ranks.first:
+        if not self.ranks.first:
             return
         if len(everyone) > 1:
             means, rate = _of_all_ranks(everyone)
-        left = (trainer.total_steps - trainer.state.step) * rate.step_ms / 1e3
-        shown = {name: f"{value:.4g}" for name, value in means.items()}
-        shown["questions/s"] = f"{rate.questions_per_s:.0f}"
-        self.bar.set_postfix(shown)
-        if self.bar.disable:
-            logger.info(
-                "%s step %d/%d %s, %.0f s left",
-                trainer.phase.name,
-                trainer.state.step,
-                trainer.total_steps,
-                ", ".join(f"{k} {v}" for k, v in shown.items()),
-                left,
-            )
-        trainer.record(
+        self._show(means, rate, state.step)
+        self.record(
             {
-                "epoch": trainer.state.epoch,
+                "epoch": state.epoch,
                 "train": means,
-                "lr": trainer.scheduler.get_last_lr()[0],
+                "lr": lr,
                 "questions_per_s": rate.questions_per_s,
                 "facts_per_s": rate.facts_per_s,
                 "tokens_per_s": rate.tokens_per_s,
@@ -118,3 +122,28 @@ class Progress:
                 "compiled_graphs": compiled_graphs(),
             }
         )
+
+    def _show(self, means: dict[str, float], rate: Throughput, step: int) -> None:
+        shown = {name: f"{value:.4g}" for name, value in means.items()}
+        shown["questions/s"] = f"{rate.questions_per_s:.0f}"
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            logger.info(
+                "%s step %d/%d %s, %.0f s left",
+                self.phase,
+                step,
+                self.total_steps,
+                ", ".join(f"{k} {v}" for k, v in shown.items()),
+                (self.total_steps - step) * rate.step_ms / 1e3,
+            )
+
+
+def _sum_over_micro_batches(outputs: list[StepOutput]) -> dict[str, torch.Tensor]:
+    """One step's scalars: loss and shares are added up, the others averaged."""
+    total = {"loss": sum(out.loss for out in outputs)}
+    for name in dict.fromkeys(name for out in outputs for name in out.parts):
+        found = [out.parts[name] for out in outputs if name in out.parts]
+        total[name] = sum(found)
+        if name not in _SHARES:
+            total[name] = total[name] / len(found)
+    return total

@@ -25,7 +25,7 @@ from dragkit.distributed.torchrun import joined
 from dragkit.errors import ConfigError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.types import Prediction
-from tests.trainer.pair_cases import HERE, Pair, assert_close, environment, lines, worker
+from tests.distributed.pair_cases import HERE, Pair, assert_close, environment, lines, worker
 
 FIXTURE = str(worker.FIXTURE)
 # Batches of 7 and 1: in every second one, rank 1 has no question.

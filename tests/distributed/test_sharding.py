@@ -14,7 +14,7 @@ from dragkit.distributed.rank_consistency import frozen_facts
 from dragkit.distributed.sharding import decoder_blocks
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.generator import load
-from tests.trainer.pair_cases import Pair, assert_close, worker
+from tests.distributed.pair_cases import Pair, assert_close, worker
 
 DIRECT = ("nemotron", "recomputed", "text", "compiled", "llama")
 

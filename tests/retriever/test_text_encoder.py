@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dragkit.errors import MissingInputError
-from dragkit.model import encoder as module
+from dragkit.retriever import text_encoder as module
 from dragkit.retriever.text_encoder import TextEncoder, TokenStates, find_encoder
 
 TEXTS = ["what is the capital of france?", "", "place of birth", "Ñuñoa 灯台 🌊", "birth of place"]

@@ -26,7 +26,7 @@ from dragkit.tiny.names import NameSource
 from dragkit.tiny.tasks import KINDS, draw_sample
 from dragkit.tiny.tokenizer import SPECIAL, whole_pieces
 from dragkit.tiny.warmup import main, tensors_digest, warm_up
-from tests.generator.shipped import FOLDER, shipped
+from tests.tiny.shipped import FOLDER, shipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

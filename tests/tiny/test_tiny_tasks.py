@@ -24,7 +24,7 @@ from dragkit.tiny.tasks import (
 from dragkit.tiny.tokenizer import SPECIAL
 from dragkit.tiny.warmup import rate_at
 from dragkit.tiny.words import PARTICIPLES
-from tests.generator.shipped import shipped
+from tests.tiny.shipped import shipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ from bench.report import LABEL, ceiling, main
 from bench.results import Comparison, Rates, ResultError, Timing, read_all, read_results
 from dragkit.observe.gpu import device_spec
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GPU = "NVIDIA H200"
 COMMAND = "python -m pytest bench --benchmark-only"
 
