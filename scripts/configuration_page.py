@@ -24,7 +24,8 @@ _TYPE_NAMES = {bool: "true, false", int: "integer", float: "number", str: "text"
 
 HEAD = """# Configuration
 
-`scripts/configuration_page.py` writes this page from the schema. It lists every setting with its default.
+`scripts/configuration_page.py` writes this page from the schema. It lists every setting with its
+default.
 
 ## Where a value comes from
 
@@ -36,15 +37,16 @@ python -m dragkit.config show --preset cwq --config mine.yaml
 python -m dragkit.config schema
 ```
 
-`show` prints every value with the source it came from. `schema` prints the JSON Schema of a configuration file,
-which editors use for completion.
+`show` prints every value with the source it came from. `schema` prints the JSON Schema of a
+configuration file, which editors use for completion.
 
-- `--set SECTION.FIELD=VALUE` reaches every setting and may be repeated. `none` empties an optional setting, and
-  commas separate the items of a list.
+- `--set SECTION.FIELD=VALUE` reaches every setting and may be repeated. `none` empties an
+  optional setting, and commas separate the items of a list.
 - A setting marked \\* has a flag of its name. {longer}
-- Words in a flag join by `_` or `-`. A switch stands alone, takes `true` or `false`, or begins with `--no_`.
-- A file holds sections and keys in YAML. The blocks `phase1` and `phase2` hold sections that apply in that phase
-  only:
+- Words in a flag join by `_` or `-`. A switch stands alone, takes `true` or `false`, or begins
+  with `--no_`.
+- A file holds sections and keys in YAML. The blocks `phase1` and `phase2` hold sections that
+  apply in that phase only:
 
 ```yaml
 retriever:
@@ -54,8 +56,9 @@ phase2:
     batch_size: 8
 ```
 
-All wrong keys and values are reported at once, each with its source and the nearest name that exists. Without
-training data and without a preset, a run takes the bundled demo questions and the preset `tiny`.
+All wrong keys and values are reported at once, each with its source and the nearest name that
+exists. Without training data and without a preset, a run takes the bundled demo questions and the
+preset `tiny`.
 """
 
 
