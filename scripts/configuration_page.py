@@ -59,6 +59,16 @@ phase2:
 All wrong keys and values are reported at once, each with its source and the nearest name that
 exists. Without training data and without a preset, a run takes the bundled demo questions and the
 preset `tiny`.
+
+## Environment variables
+
+| variable | effect |
+| --- | --- |
+| `DRAGKIT_CACHE` | folder for packed questions and encoded texts, `~/.cache/dragkit` by default |
+| `DRAGKIT_BACKEND` | `auto`, `triton` or `torch` for all operators |
+| `DRAGKIT_DEBUG` | `1` shows tracebacks |
+| `DRAGKIT_DATA` | folder with the question sets of benchmarks and of the results page |
+| `DRAGKIT_BENCH_RESULTS` | folder that `pytest bench` writes result files to |
 """
 
 
