@@ -37,6 +37,7 @@ _FOLDERS = r"(?:dragkit|kernels|bench|tests|docs|scripts|\.ci)"
 _REPOSITORY_PATH = re.compile(rf"(?<![\w./:-])({_FOLDERS}/[\w./*-]*)")
 _TOP_LEVEL_FILE = re.compile(r"[\w.-]+\.(?:md|toml|txt|py)")
 _SETTING = re.compile(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z0-9_]+)(?![\w.])")
+_MODULE = re.compile(r"dragkit(?:_kernels)?(?:\.\w+)+")
 _FILE_ENDINGS = (".json", ".jsonl", ".lock", ".md", ".py", ".safetensors", ".yaml")
 
 
@@ -150,6 +151,23 @@ def missing_names(code: str) -> list[str]:
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             used += [(node.value.id, node.attr)] if node.value.id == "dragkit" else []
     return [f"{m}.{n}" for m, n in used if not hasattr(importlib.import_module(m), n)]
+
+
+def missing_modules(text: str) -> list[str]:
+    """Dotted names of our packages in backticks that are neither modules nor names in one."""
+    names = [m[0] for m in map(_MODULE.match, _INLINE.findall(text)) if m]
+    return [name for name in names if not is_there(name)]
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is a module, or a name in its parent."""
+    parent, _, last = name.rpartition(".")
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:  # the parent is a module and not a package
+        pass
+    return hasattr(importlib.import_module(parent), last)
 
 
 def unknown_settings(text: str) -> set[str]:
@@ -272,6 +290,11 @@ def test_python_examples_use_names_that_exist() -> None:
     assert wrong == []
 
 
+def test_every_module_that_a_document_names_exists() -> None:
+    wrong = [f"{d.name}: {name}" for d in DOCUMENTS for name in missing_modules(read(d))]
+    assert wrong == []
+
+
 def test_json_examples_are_questions(tmp_path: Path) -> None:
     found = examples("json")
     assert README in {document for document, _ in found}
@@ -336,6 +359,8 @@ def test_the_reading_of_documents() -> None:
 def test_wrong_names_are_noticed() -> None:
     assert missing_names("import dragkit\ndragkit.no_such_name()") == ["dragkit.no_such_name"]
     assert missing_names("from dragkit.errors import DragkitError, No") == ["dragkit.errors.No"]
+    text = "`dragkit.eval.evaluate`, `dragkit.data.no_such`, `dragkit.train --phase 1`"
+    assert missing_modules(text) == ["dragkit.data.no_such"]
     text = "`run.seed`, `run.sede=1`, `retriever.py`\n```\npython x --set optim.rate=1\n```\n"
     assert unknown_settings(text) == {"run.sede", "optim.rate"}
 
