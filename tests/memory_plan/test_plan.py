@@ -1,4 +1,4 @@
-"""The command that predicts memory and time."""
+"""`python -m dragkit.plan`, which predicts memory and time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dragkit.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_document_is_what_the_command_writes(capsys: pytest.CaptureFixture) -> None:
+def test_docs_show_the_output_of_the_command(capsys: pytest.CaptureFixture) -> None:
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     found = re.findall(r"```\n\$ python -m dragkit\.plan ([^\n]*)\n(.*?)```", text, re.DOTALL)
     assert {"--preset h200 --card H200", "--preset b200 --card B200"} <= {args for args, _ in found}
@@ -26,7 +26,7 @@ def test_the_document_is_what_the_command_writes(capsys: pytest.CaptureFixture) 
         assert capsys.readouterr().out == shown, f"run python -m dragkit.plan {args}"
 
 
-def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture) -> None:
+def test_json_output_is_consistent(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--preset", "h200", "--card", "H200", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"] and found["alternatives"] == []
@@ -39,7 +39,7 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture) -> None:
     assert work["seconds_at_40%"] >= work["seconds_reading_weights"]
 
 
-def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_does_not_fit_has_an_exit_code_and_offers(capsys: pytest.CaptureFixture) -> None:
     argv = [
         "--preset",
         "h200",
@@ -51,10 +51,10 @@ def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixtu
     assert plan.main(argv) == ConfigError.exit_code
     out = capsys.readouterr().out
     assert re.search(r"^fits +no$", out, re.MULTILINE)
-    assert len(out.partition("what would:\n")[2].splitlines()) == 3
+    assert len(out.partition("what would fit:\n")[2].splitlines()) == 3
 
 
-def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
+def test_the_plan_is_of_phase_2_and_covers_the_bundled_generator(
     capsys: pytest.CaptureFixture,
 ) -> None:
     plan.main(["--preset", "b200", "--card", "B200", "--phase", "1", "--json"])
@@ -64,7 +64,7 @@ def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--preset", "h200", "--card", "A100"], "--card"),
         (["--preset", "h200", "--jsn"], "--json|unknown flag"),
@@ -72,11 +72,11 @@ def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
         (["--preset", "h200", "--generator_model", "no/such"], "not on this machine"),
     ],
 )
-def test_wrong_arguments_are_one_line(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture
+def test_wrong_arguments_are_named(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert plan.main(argv) in (2, 66)
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_help_loads_no_torch() -> None:
