@@ -1,4 +1,4 @@
-"""Small models with the block types of the 30B, for counting the tensors that a pass leaves alive."""
+"""Small models with the block types of the 30B, for counting the tensors of a pass."""
 
 from __future__ import annotations
 

@@ -88,9 +88,7 @@ def test_the_30b_has_3_23_billion_active_weights() -> None:
     found = active_weights(model)
     assert found.head == 131072 * 2688
     dims = dims_of(model.config)
-    assert found.blocks == num_active_parameters(dims, dims.block_types), (
-        "as in the memory plan"
-    )
+    assert found.blocks == num_active_parameters(dims, dims.block_types), "as in the memory plan"
     assert found.active / 1e9 == pytest.approx(3.23, abs=0.005)
     assert found.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
     # Scan and attention, not counted here, add 0.26 GFLOP per token.
