@@ -1,8 +1,7 @@
-"""Strict loading of tensors and of optimizer state."""
+"""Strict loading of tensors and optimizer state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from dragkit.checkpoint.checkpoint import (
     Snapshot,
-    TrainState,
     flatten_optimizer_state,
     load_checkpoint,
     load_tensors_into,
@@ -19,13 +17,10 @@ from dragkit.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from dragkit.errors import CheckpointError
+from tests.checkpoint.checkpoint_cases import bits, state_at
 
 
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def test_tensors_go_into_a_module_strictly() -> None:
+def test_a_module_loads_only_matching_tensors() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
     own = model.state_dict()
     new = {name: torch.randn_like(t) if t.is_floating_point() else t + 5 for name, t in own.items()}
@@ -71,9 +66,7 @@ def _train(parameters: list[Tensor], optimizer: torch.optim.Optimizer, steps: ra
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_an_optimizer_goes_on_bit_for_bit(
-    tmp_path: Path, amsgrad: bool, state_at: Callable[..., TrainState]
-) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(tmp_path: Path, amsgrad: bool) -> None:
     names, straight, optimizer = _model_and_optimizer(amsgrad)
     _train(straight, optimizer, range(6))
 
@@ -98,13 +91,13 @@ def test_an_optimizer_goes_on_bit_for_bit(
     assert again.keys() == parts.tensors["optim"].keys()
     assert all(bits(again[name]) == bits(parts.tensors["optim"][name]) for name in again)
     _train(resumed, optimizer, range(3, 6))
-    # Training on did not reach into the loaded tensors.
+    # Further training has not changed the loaded tensors.
     assert loaded["optim"]["a.w/step"].item() == 3.0
     for one, other in zip(straight, resumed, strict=True):
         assert bits(one.detach()) == bits(other.detach())
 
 
-def test_an_optimizer_state_that_does_not_fit() -> None:
+def test_an_optimizer_state_that_does_not_fit_is_refused() -> None:
     names, parameters, optimizer = _model_and_optimizer(False)
     _train(parameters, optimizer, range(2))
     good = flatten_optimizer_state(optimizer, names)
