@@ -40,11 +40,10 @@ class TorchrunRanks(Ranks):
         # A single process never imports torch.distributed.
         import torch.distributed as dist
 
-        self._dist, self.timeout = dist, timeout
+        self._dist, self._timeout = dist, timedelta(seconds=timeout)
         self.rank, self.world_size = _env_int("RANK"), _env_int("WORLD_SIZE")
         self.local_rank = _env_int("LOCAL_RANK", 0)
         self.local_world_size = _env_int("LOCAL_WORLD_SIZE", 1)
-        self._timeout = timedelta(seconds=timeout)
         self._store = self._device_group = None
         with self._translate_errors():
             store, rank, world_size = next(dist.rendezvous("env://", timeout=self._timeout))
@@ -66,10 +65,10 @@ class TorchrunRanks(Ranks):
             if (failure := self.peer_failure(error)) is not None:
                 raise failure from error
             text = " ".join(str(error).split())
+            seconds = int(self._timeout.total_seconds())
             raise RankError(
                 f"rank {self.rank} of {self.world_size} lost the others {self.progress}: one has "
-                f"ended, or did not answer within {self.timeout} s (run.rank_timeout). "
-                f"({text:.200})"
+                f"ended, or did not answer within {seconds} s (run.rank_timeout). ({text:.200})"
             ) from error
 
     def peer_failure(self, error: RuntimeError) -> RankError | None:
@@ -131,38 +130,28 @@ class TorchrunRanks(Ranks):
         return device
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
-        """See `Ranks.all_reduce_sum`."""
         sums = torch.tensor(list(numbers), dtype=torch.int64)
         with self._translate_errors():
             self._dist.all_reduce(sums)
         return sums.tolist()
 
     def all_reduce_max(self, number: int) -> int:
-        """See `Ranks.all_reduce_max`."""
         largest = torch.tensor(number)
         with self._translate_errors():
             self._dist.all_reduce(largest, self._dist.ReduceOp.MAX)
         return int(largest)
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """See `Ranks.all_reduce_`."""
         with self._translate_errors():
             self._dist.all_reduce(tensor, group=self._device_group)
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """See `Ranks.all_reduce_gradients`."""
         num_holders = self.all_reduce_sum([int(p.grad is not None) for p in parameters])
         reduced = [p for p, number in zip(parameters, num_holders, strict=True) if number]
         if not reduced:
             return
-        flat = torch.cat(
-            [
-                p.new_zeros(p.numel(), dtype=torch.float32)
-                if p.grad is None
-                else p.grad.detach().float().reshape(-1)
-                for p in reduced
-            ]
-        )
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in reduced]
+        flat = torch.cat([grad.float().reshape(-1) for grad in grads])
         self.all_reduce_(flat)
         for parameter, total in zip(reduced, flat.split([p.numel() for p in reduced]), strict=True):
             if parameter.grad is None:
@@ -171,20 +160,17 @@ class TorchrunRanks(Ranks):
             parameter.grad.copy_(total.view_as(parameter))
 
     def all_gather_object(self, value: Value) -> list[Value]:
-        """See `Ranks.all_gather_object`."""
         gathered: list[Value] = [value] * self.world_size
         with self._translate_errors():
             self._dist.all_gather_object(gathered, value)
         return gathered
 
     def barrier(self) -> None:
-        """See `Ranks.barrier`."""
         with self._translate_errors():
             self._dist.barrier()
 
     @contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """See `Ranks.main_process_first`."""
         if self.local_rank != 0:
             self.barrier()
         yield
@@ -193,9 +179,9 @@ class TorchrunRanks(Ranks):
 
     @contextmanager
     def limited_concurrency(self, size: int) -> Iterator[None]:
-        """See `Ranks.limited_concurrency`; `size` may differ between machines."""
         wave = self.local_rank // size
-        # Every rank calls the same number of barriers, that of the machine with the most waves.
+        # `size` may differ between machines. Every rank calls as many barriers as the machine with
+        # the most waves needs.
         num_waves = self.all_reduce_max(-(-self.local_world_size // size))
         for _ in range(wave):
             self.barrier()
@@ -204,7 +190,6 @@ class TorchrunRanks(Ranks):
             self.barrier()
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """See `Ranks.mesh`."""
         from torch.distributed.device_mesh import DeviceMesh
 
         return DeviceMesh.from_group(self._device_group or self._dist.group.WORLD, device.type)
