@@ -26,6 +26,7 @@ _GIB = 2.0**30
 
 def _card(args: PlanArguments) -> CardSpec:
     """The card of `--card`, else the local GPU, else the preset's card."""
+    # Imports of torch stay inside functions, so that --help answers at once.
     import torch
 
     from dragkit.memory_plan.choice import local_card

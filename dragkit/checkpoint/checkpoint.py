@@ -66,6 +66,7 @@ __all__ = [
 ]
 
 
+# Names that are safe on every file system and lead out of no folder.
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
@@ -155,10 +156,12 @@ def save_checkpoint(
     outcome = "not saved"
     try:
         make_dirs(root)
+        # The caller holds the run's lock, so every leftover belongs to a dead writer.
         recover(root)
-        _fill(temp, step, snapshot, documents)
+        _write_files(temp, step, snapshot, documents)
         commit(temp, final)
-        outcome = "saved, but 'latest' or 'best' could not be pointed at it"
+        # The checkpoint is committed. From here on only a pointer can be missing.
+        outcome = "saved, but 'latest' or 'best' could not be updated"
         write_text_atomically(root / "latest", f"{final.name}\n")
         if is_best:
             write_text_atomically(root / "best", f"{final.name}\n")
@@ -195,19 +198,20 @@ def _encode_documents(
     return documents
 
 
-def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]) -> None:
+def _write_files(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]) -> None:
     """Writes and fsyncs all files of a checkpoint in a new folder, the manifest last."""
     temp.mkdir()
     files: list[FileEntry] = []
 
-    def add(name: str, data: bytes) -> None:
+    def write(name: str, data: bytes) -> None:
         files.append(FileEntry(name, len(data), write_durably(temp / name, data)))
 
     for stem, tensors in snapshot.tensors.items():
-        add(f"{stem}.safetensors", tensor_bytes(tensors))
+        write(f"{stem}.safetensors", tensor_bytes(tensors))
     for stem, fill_folder in snapshot.folders.items():
         (temp / stem).mkdir()
         fill_folder(temp / stem)
+        # PEFT wrote these files without fsync, and nothing has checked their values.
         for path in sorted((temp / stem).rglob("*")):
             name = path.relative_to(temp).as_posix()
             if path.is_file():
@@ -219,7 +223,7 @@ def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]
             fsync_path(path)
         fsync_path(temp / stem)
     for name, data in documents.items():
-        add(name, data)
+        write(name, data)
     files.sort(key=lambda entry: entry.name)
     manifest = Manifest("dragkit-checkpoint", 1, step, files)
     write_durably(temp / MANIFEST_NAME, encode_json(msgspec.to_builtins(manifest)))
@@ -246,7 +250,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
     for path in (folder / entry.name for entry in verify_checkpoint(folder).files):
         try:
             if path.parent != folder:
-                continue
+                continue  # a sub-folder has its own reader
             if path.suffix == ".safetensors":
                 tensors[path.stem] = load_file(path, device=device)
             elif path.suffix == ".json":
@@ -254,6 +258,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
         except (CheckpointError, SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
     state = documents.pop("state", None)
+    # A copied checkpoint may have any name, but the name of a step must be its own.
     if not isinstance(state, TrainState) or step_of_folder(folder.name) not in (None, state.step):
         raise CheckpointError(f"{folder}: state.json is missing or of another step")
     return LoadedCheckpoint(tensors, state, documents, folder)

@@ -92,6 +92,7 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
             else [f"{MANIFEST_NAME}: belongs to step {manifest.step}"]
         )
         listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
+        # Unlisted files come from another writer, so the folder is not what was saved.
         for path in sorted(folder.rglob("[!.]*")):
             name = path.relative_to(folder).as_posix()
             if name not in listed and not path.is_dir():

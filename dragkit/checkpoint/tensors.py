@@ -68,6 +68,7 @@ def load_tensors_into(
     Raises:
         CheckpointError: lists every missing name, unexpected name and differing shape or kind.
     """
+    # All checks come before the first copy, so that an error changes nothing.
     _require_same(
         {name: _describe(tensor) for name, tensor in module_state.items()},
         {name: _describe(tensor) for name, tensor in loaded.items()},
@@ -117,6 +118,7 @@ def flatten_optimizer_state(
     for name, parameter, _ in _named_parameters(optimizer, names):
         state = optimizer.state.get(parameter, {})
         if not state:
+            # Recorded, so that a missing state is told from one that never existed.
             flat[f"{name}/fresh"] = torch.empty(0)
         for key, value in state.items():
             if not isinstance(value, Tensor):

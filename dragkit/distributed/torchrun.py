@@ -44,6 +44,7 @@ class TorchrunRanks(Ranks):
         self.rank, self.world_size = _env_int("RANK"), _env_int("WORLD_SIZE")
         self.local_rank = _env_int("LOCAL_RANK", 0)
         self.local_world_size = _env_int("LOCAL_WORLD_SIZE", 1)
+        # Without an NCCL group, device tensors go over the default group, which is gloo.
         self._store = self._device_group = None
         with self._translate_errors():
             store, rank, world_size = next(dist.rendezvous("env://", timeout=self._timeout))
@@ -130,6 +131,7 @@ class TorchrunRanks(Ranks):
         return device
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
+        # A CPU tensor goes over gloo, so the host does not wait for its GPU.
         sums = torch.tensor(list(numbers), dtype=torch.int64)
         with self._translate_errors():
             self._dist.all_reduce(sums)
@@ -146,6 +148,7 @@ class TorchrunRanks(Ranks):
             self._dist.all_reduce(tensor, group=self._device_group)
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        # Ranks may differ in which gradients they have, but all must send the same flat tensor.
         num_holders = self.all_reduce_sum([int(p.grad is not None) for p in parameters])
         reduced = [p for p, number in zip(parameters, num_holders, strict=True) if number]
         if not reduced:
