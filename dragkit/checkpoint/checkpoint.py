@@ -258,7 +258,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
         except (CheckpointError, SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
     state = documents.pop("state", None)
-    # A copied checkpoint may have any name, but the name of a step must be its own.
+    # A copied checkpoint may have any name, but a step-<n> name must give its step.
     if not isinstance(state, TrainState) or step_of_folder(folder.name) not in (None, state.step):
         raise CheckpointError(f"{folder}: state.json is missing or of another step")
     return LoadedCheckpoint(tensors, state, documents, folder)

@@ -108,5 +108,5 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
     if problems:
-        raise CheckpointError(f"{folder}: not a whole checkpoint\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{folder}: the checkpoint is not intact\n  " + "\n  ".join(problems))
     return manifest

@@ -118,7 +118,7 @@ def flatten_optimizer_state(
     for name, parameter, _ in _named_parameters(optimizer, names):
         state = optimizer.state.get(parameter, {})
         if not state:
-            # Recorded, so that a missing state is told from one that never existed.
+            # Recorded, because a missing state is an error when the optimizer is restored.
             flat[f"{name}/fresh"] = torch.empty(0)
         for key, value in state.items():
             if not isinstance(value, Tensor):

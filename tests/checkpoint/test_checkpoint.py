@@ -38,8 +38,8 @@ def test_folder_layout_and_manifest(tmp_path: Path) -> None:
     root = tmp_path / "a" / "b"
     folder = save_checkpoint(root, 1200, snapshot_at(1200), state_at(1200), is_best=True)
     assert folder == root / "step-00001200"
-    found = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert found == {*FILES, "MANIFEST.json"}
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == {*FILES, "MANIFEST.json"}
     rows = json.loads((folder / "MANIFEST.json").read_text())["files"]
     assert {row["name"] for row in rows} == set(FILES)
     for row in rows:
@@ -74,8 +74,8 @@ def test_views_json_and_state_are_restored(tmp_path: Path) -> None:
     extra = {"lr": 0.1 + 0.2, "text": "Zürich \u2028 \U0001f600", "deep": [None, True, {"k": [1]}]}
     state = state_at(5, best=None, extra=extra)
     documents = {"config": {"a": [1, 2.5, "x"], "seed": 2**70}, "listing": [1]}
-    parts = Snapshot({"views": tensors, "none": {}}, json=documents)
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 5, parts, state))
+    snapshot = Snapshot({"views": tensors, "none": {}}, json=documents)
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 5, snapshot, state))
     assert (loaded.state, loaded.json) == (state, documents)
     assert loaded.folder == tmp_path / "step-00000005" and loaded.tensors["none"] == {}
     for name, tensor in tensors.items():
@@ -87,7 +87,7 @@ def _adapter_with_nan(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "best", "named"),
+    ("snapshot", "best", "named"),
     [
         (Snapshot({"heads": {"layer.w": torch.tensor([1.0, float("nan")])}}), 1.0, "layer.w"),
         (Snapshot({"heads": {"w": torch.tensor(float("inf")).bfloat16()}}), 1.0, "heads.*w"),
@@ -96,16 +96,16 @@ def _adapter_with_nan(folder: Path) -> None:
     ],
 )
 def test_nan_and_infinity_are_not_saved(
-    run: Path, parts: Snapshot, best: float, named: str
+    run: Path, snapshot: Snapshot, best: float, named: str
 ) -> None:
     before = sorted(os.listdir(run))
     with pytest.raises(CheckpointError, match=named):
-        save_checkpoint(run, 30, parts, state_at(30, best=best))
+        save_checkpoint(run, 30, snapshot, state_at(30, best=best))
     assert sorted(os.listdir(run)) == before
 
 
 @pytest.mark.parametrize(
-    ("parts", "step", "keep"),
+    ("snapshot", "step", "keep"),
     [
         (Snapshot(), 2, 3),
         (Snapshot(), 1, 0),
@@ -116,9 +116,11 @@ def test_nan_and_infinity_are_not_saved(
         (Snapshot(folders={"adapter": lambda folder: (folder / "m.bin").touch()}), 1, 3),
     ],
 )
-def test_wrong_arguments_are_refused(tmp_path: Path, parts: Snapshot, step: int, keep: int) -> None:
+def test_wrong_arguments_are_refused(
+    tmp_path: Path, snapshot: Snapshot, step: int, keep: int
+) -> None:
     with pytest.raises(ValueError):
-        save_checkpoint(tmp_path, step, parts, state_at(1), keep=keep)
+        save_checkpoint(tmp_path, step, snapshot, state_at(1), keep=keep)
     assert os.listdir(tmp_path) == []
 
 
@@ -210,8 +212,14 @@ def test_leftovers_of_dead_writers_are_removed_at_the_next_save(run: Path, suffi
     assert load_checkpoint(run / f"step-00000010.old{suffix}").state == state_at(10)
     assert set(os.listdir(run)) == before, "a reader changes nothing"
     save_steps(run, 30)
-    kept = {"step-00000010", "step-00000020", "step-00000030", "latest", "step-00000050.tmp-notes"}
-    assert set(os.listdir(run)) == kept
+    remaining = {
+        "step-00000010",
+        "step-00000020",
+        "step-00000030",
+        "latest",
+        "step-00000050.tmp-notes",
+    }
+    assert set(os.listdir(run)) == remaining
 
 
 def test_an_old_copy_is_restored_if_its_replacement_is_damaged(run: Path) -> None:
@@ -248,11 +256,11 @@ def test_failed_removals_do_not_stop_a_run(
         def call(path: Path, *rest: Path, **options: object) -> object:
             if (not rest or Path(rest[0]).name.endswith(".tmp")) and draw.random() < 0.3:
                 raise PermissionError(13, "Permission denied", str(path))
-            found = action(path, *rest, **options)
+            result = action(path, *rest, **options)
             if (tmp_path / "latest").exists():
                 # After the first save an intact checkpoint exists at every moment.
                 verify_checkpoint(max(p for p in tmp_path.glob("step-*") if "." not in p.name))
-            return found
+            return result
 
         return call
 

@@ -42,9 +42,9 @@ def test_damage_is_detected_and_the_older_checkpoint_is_used(
 ) -> None:
     DAMAGES[damage](run / "step-00000020" / name, run / "step-00000010" / name)
     with caplog.at_level(logging.WARNING):
-        found = find_checkpoint(run)
-    assert found == run / "step-00000010"
-    assert load_checkpoint(found).state == state_at(10)
+        folder = find_checkpoint(run)
+    assert folder == run / "step-00000010"
+    assert load_checkpoint(folder).state == state_at(10)
     assert "step-00000020" in caplog.text and name in caplog.text
     for loader in (find_checkpoint, load_checkpoint):
         with pytest.raises(CheckpointError, match=name):

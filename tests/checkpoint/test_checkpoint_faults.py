@@ -58,7 +58,7 @@ class FaultyDisk:
     """
 
     def __init__(self, at: int = -1, fault: str | int = "kill", lasting: bool = False) -> None:
-        self.real = {name: getattr(places[0], name) for name, places in OPERATIONS.items()}
+        self.real = {name: getattr(modules[0], name) for name, modules in OPERATIONS.items()}
         self.at, self.fault, self.lasting = at, fault, lasting
         self.calls: list[str] = []
         self.dead = self.failed = False
@@ -67,9 +67,9 @@ class FaultyDisk:
         self.unsynced_renames: list[tuple[Path, Path, bytes | None]] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name, places in OPERATIONS.items():
-            for place in places:
-                patch.setattr(place, name, lambda *args, name=name: self.call(name, *args))
+        for name, modules in OPERATIONS.items():
+            for module in modules:
+                patch.setattr(module, name, lambda *args, name=name: self.call(name, *args))
 
     def call(self, name: str, *args: object) -> object:
         if self.dead:
@@ -77,8 +77,8 @@ class FaultyDisk:
         number = len(self.calls)
         self.calls.append(name)
         if isinstance(self.fault, int):
-            again = self.lasting and self.failed and name in ("mkdir", "write_durably")
-            if number == self.at or again:
+            repeats = self.lasting and self.failed and name in ("mkdir", "write_durably")
+            if number == self.at or repeats:
                 self.failed = True
                 self.half(name, *args)
                 raise OSError(self.fault, os.strerror(self.fault))
@@ -157,15 +157,15 @@ def save(root: Path, step: int, value: float, **options: object) -> None:
 def value_at(root: Path) -> float | None:
     """The value in all parts of the newest checkpoint; None without a checkpoint."""
     try:
-        found = load_checkpoint(find_checkpoint(root))
+        loaded = load_checkpoint(find_checkpoint(root))
     except MissingInputError:
         return None
-    value = found.state.best
-    assert found.json == {"config": {"value": value}}
-    assert torch.equal(found.tensors["heads"]["w"], torch.full((40,), value))
-    assert found.tensors["optim"]["w/step"].item() == value
+    value = loaded.state.best
+    assert loaded.json == {"config": {"value": value}}
+    assert torch.equal(loaded.tensors["heads"]["w"], torch.full((40,), value))
+    assert loaded.tensors["optim"]["w/step"].item() == value
     for name in ("adapter_config.json", "notes.md"):
-        assert (found.folder / "adapter" / name).read_text() == f"{value}" * 9
+        assert (loaded.folder / "adapter" / name).read_text() == f"{value}" * 9
     return value
 
 
@@ -225,7 +225,7 @@ def test_a_complete_save_fsyncs_everything(case: Case) -> None:
 def test_every_crash_leaves_the_old_or_the_new_checkpoint(case: Case, fault: str) -> None:
     clean = FaultyDisk()
     case.run(clean)
-    found = []
+    values = []
     for point in range(len(clean.calls)):
         disk = FaultyDisk(point, fault)
         with pytest.raises(Killed):
@@ -239,12 +239,12 @@ def test_every_crash_leaves_the_old_or_the_new_checkpoint(case: Case, fault: str
                     verify_checkpoint(folder)
         value = value_at(case.root)
         assert value in (case.old, 2.0), (point, clean.calls[point])
-        found.append(value)
+        values.append(value)
         case.assert_next_save_works()
-    assert found[0] == case.old and found[-1] == 2.0
+    assert values[0] == case.old and values[-1] == 2.0
     if fault != "power":
         # One operation commits: the old checkpoint before it, the new one after it.
-        assert found == sorted(found, key=lambda value: value == 2.0)
+        assert values == sorted(values, key=lambda value: value == 2.0)
 
 
 @pytest.mark.parametrize(("code", "lasting"), [(errno.ENOSPC, True), (errno.EIO, False)])

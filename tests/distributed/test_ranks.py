@@ -227,12 +227,12 @@ class _Phase:
         self, batch: SimpleNamespace, relations: object, *, generate: bool
     ) -> list[Prediction]:
         """One prediction per question."""
-        found = []
+        predictions = []
         for row in batch.rows:
             ranked = tuple(reversed(range(self.store.num_facts(row))))
-            p = tuple(1 / (3 + row + place) for place in ranked)
-            found.append(Prediction(row, ranked, ranked[:2], p, f"answer {row}"))
-        return found
+            p = tuple(1 / (3 + row + index) for index in ranked)
+            predictions.append(Prediction(row, ranked, ranked[:2], p, f"answer {row}"))
+        return predictions
 
 
 class _Sent(Exception):
@@ -273,8 +273,8 @@ def test_evaluation_gathers_in_file_order(tmp_path: Path, size: int) -> None:
         load=load,
     )
     phase, device, sent = _Phase(store), torch.device("cpu"), []
-    whole = evaluate(phase, source, device)
+    expected = evaluate(phase, source, device)
     with pytest.raises(_Sent):
         evaluate(phase, source, device, ranks=_OneOfTwo(1, sent))
-    assert evaluate(phase, source, device, ranks=_OneOfTwo(0, sent)) == whole
-    assert [p["text"] for p in whole.predictions] == [f"answer {row}" for row in range(8)]
+    assert evaluate(phase, source, device, ranks=_OneOfTwo(0, sent)) == expected
+    assert [p["text"] for p in expected.predictions] == [f"answer {row}" for row in range(8)]

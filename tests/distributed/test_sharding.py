@@ -77,22 +77,22 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.mark.parametrize("name", DIRECT)
 def test_a_sharded_generator_equals_an_unsharded_one(pair: Pair, name: str) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)[name]
-        ours, theirs = found["losses"]
+        outcome = pair.outcome("direct", rank)[name]
+        ours, theirs = outcome["losses"]
         assert ours == theirs and ours
-        assert len(found["differences"]) > 20 and max(found["differences"]) == 0.0
-        ours, theirs = found["tokens"]
+        assert len(outcome["differences"]) > 20 and max(outcome["differences"]) == 0.0
+        ours, theirs = outcome["tokens"]
         assert ours == theirs
 
 
 def test_sharded_blocks_of_a_type_share_a_graph(pair: Pair) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)
-        ours, theirs = found["compiled"]["graphs"]
+        outcome = pair.outcome("direct", rank)
+        ours, theirs = outcome["compiled"]["graphs"]
         # The recomputed block type may compile one graph more: FSDP's hook makes the first
         # forward's input a view, and the recomputed input is none.
         assert 4 <= theirs <= ours <= theirs + 1
-        assert found["nemotron"]["graphs"] == [0, 0]
+        assert outcome["nemotron"]["graphs"] == [0, 0]
 
 
 def test_continuations_of_the_ranks_differ_in_length(pair: Pair) -> None:
@@ -109,11 +109,11 @@ def test_a_rank_holds_half_of_the_weights_and_gathers_one_block_at_a_time(
     pair: Pair, name: str
 ) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)[name]
+        outcome = pair.outcome("direct", rank)[name]
         # Odd sizes are rounded up.
-        assert 0.5 <= found["share"] < 0.51
-        assert 0 < found["most"] <= 2 * found["largest"]
-        assert found["left"] == found["left after decoding"] == 0
+        assert 0.5 <= outcome["share"] < 0.51
+        assert 0 < outcome["most"] <= 2 * outcome["largest"]
+        assert outcome["left"] == outcome["left after decoding"] == 0
 
 
 def test_two_ranks_train_as_one(pair: Pair) -> None:

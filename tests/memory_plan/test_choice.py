@@ -59,9 +59,9 @@ def test_the_most_tokens_fit_and_one_step_more_does_not(policy: str, gib: int) -
             generator__max_tokens_per_microbatch=tokens,
         ).peak_bytes
 
-    most = plan_on(gib).fit[policy]
-    assert most > 0 and most % choice.TOKEN_MULTIPLE == 0
-    assert peak(most) <= gib * GIB < peak(most + choice.TOKEN_MULTIPLE)
+    tokens_that_fit = plan_on(gib).fit[policy]
+    assert tokens_that_fit > 0 and tokens_that_fit % choice.TOKEN_MULTIPLE == 0
+    assert peak(tokens_that_fit) <= gib * GIB < peak(tokens_that_fit + choice.TOKEN_MULTIPLE)
 
 
 def test_blocks_are_recomputed_only_if_memory_is_short() -> None:
@@ -82,8 +82,8 @@ def test_settings_override_choices() -> None:
     )
     plan = make_plan(settings, DIMS, CARDS["H200"])
     assert (plan.policy, plan.tokens, plan.fits) == ("all", 5000, True)
-    found = apply_memory_plan(settings, DIMS, CARDS["H200"]).generator
-    assert (found.activation_checkpointing, found.max_tokens_per_microbatch) == ("all", 5000)
+    chosen = apply_memory_plan(settings, DIMS, CARDS["H200"]).generator
+    assert (chosen.activation_checkpointing, chosen.max_tokens_per_microbatch) == ("all", 5000)
     small = config("h200", generator__max_prompt_tokens=1000)
     assert make_plan(small, DIMS, CARDS["H200"]).tokens == 1024  # the longest prompt, padded
 
@@ -136,8 +136,8 @@ def test_the_evaluation_batch_is_the_planned_decode_batch(monkeypatch: pytest.Mo
     settings, generator = config("h200", generator__model=PUBLIC), object()
     gpu = torch.device("cuda")
     monkeypatch.setattr(source, "local_card", lambda device: card(67))
-    found = source.evaluation_batch_size(settings, generator, gpu)
-    assert found == make_plan(settings, DIMS, card(67)).decode_batch < MAX_DECODE_BATCH
+    batch_size = source.evaluation_batch_size(settings, generator, gpu)
+    assert batch_size == make_plan(settings, DIMS, card(67)).decode_batch < MAX_DECODE_BATCH
     assert source.evaluation_batch_size(settings, None, gpu) == MAX_DECODE_BATCH
     monkeypatch.setattr(source, "generator_dims", lambda generator, name: None)
     assert source.evaluation_batch_size(settings, generator, gpu) == MAX_DECODE_BATCH
@@ -184,33 +184,33 @@ def test_weights_that_do_not_fit_leave_larger_cards_and_fewer_blocks() -> None:
         apply_memory_plan(config(), DIMS, card(40))
     message = str(raised.value)
     assert "--set" not in message and "another card: H200" in message
-    found = list(choice.alternatives(config(), DIMS, card(24)))
-    (part,) = (line for line in found if "layers=" in line)
-    count = int(re.search(r"layers=(\d+)", part)[1])
+    offers = list(choice.alternatives(config(), DIMS, card(24)))
+    (offer,) = (line for line in offers if "layers=" in line)
+    count = int(re.search(r"layers=(\d+)", offer)[1])
     for layers, fits in ((count, True), (count + 1, False)):
         dims = dims_of(random_config(f"{PUBLIC}:layers={layers}"))
         assert make_plan(config(), dims, card(24)).fits is fits
 
 
 def test_ranks_shard_the_weights_only_if_configured() -> None:
-    whole, full = plan_on(80), {"run__generator_fsdp": True}
-    assert plan_on(80, ranks=4).training == plan_on(80, **full).training == whole.training
-    cut = plan_on(80, ranks=4, **full)
-    assert cut.training["frozen weights"] == whole.training["frozen weights"] // 4
+    replicated, full = plan_on(80), {"run__generator_fsdp": True}
+    assert plan_on(80, ranks=4).training == plan_on(80, **full).training == replicated.training
+    sharded = plan_on(80, ranks=4, **full)
+    assert sharded.training["frozen weights"] == replicated.training["frozen weights"] // 4
     # Embeddings, LM head and three times the experts of a block, 2 bytes per value.
-    more = 2 * (2 * 131072 * 2688 + 3 * 128 * 2 * 1856 * 2688)
+    gathered = 2 * (2 * 131072 * 2688 + 3 * 128 * 2 * 1856 * 2688)
     name = "all-gathered weights"
-    assert cut.training[name] == pytest.approx(more, rel=0.03)
-    assert cut.fit["none"] > whole.fit["none"]
+    assert sharded.training[name] == pytest.approx(gathered, rel=0.03)
+    assert sharded.fit["none"] > replicated.fit["none"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_sharding_is_offered_if_it_fits(ranks: int) -> None:
-    found = list(choice.alternatives(config(), DIMS, card(60 if ranks > 1 else 40), ranks))
-    (offer,) = (line for line in found if "run.generator_fsdp=true" in line)
+    offers = list(choice.alternatives(config(), DIMS, card(60 if ranks > 1 else 40), ranks))
+    (offer,) = (line for line in offers if "run.generator_fsdp=true" in line)
     full = {"run__generator_fsdp": True}
     if ranks > 1:
-        assert offer == found[0] == "--set run.generator_fsdp=true"
+        assert offer == offers[0] == "--set run.generator_fsdp=true"
         assert plan_on(60, ranks=ranks, **full).fits
     else:
         count = int(offer.split()[0])
@@ -221,8 +221,8 @@ def test_sharding_is_offered_if_it_fits(ranks: int) -> None:
 def test_a_run_on_a_gpu_applies_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "local_card", lambda device: CARDS["H200"])
     settings = config("h200", generator__model=PUBLIC)
-    found = build.with_memory_plan(settings, torch.device("cuda")).generator
-    assert (found.activation_checkpointing, found.max_tokens_per_microbatch) == ("none", 4096)
+    chosen = build.with_memory_plan(settings, torch.device("cuda")).generator
+    assert (chosen.activation_checkpointing, chosen.max_tokens_per_microbatch) == ("none", 4096)
     monkeypatch.setattr(build, "local_card", lambda device: card(50))
     with pytest.raises(ConfigError, match="a card has 50 GiB"):
         build.with_memory_plan(settings, torch.device("cuda"))

@@ -88,14 +88,14 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def peak_bytes(model: torch.nn.Module, passes: int) -> int:
     """Bytes at the peak of decoding all prompts, without weights and the prompts themselves."""
     tokens = SEQUENCES * PROMPT // passes
-    generator, made = (
+    generator, prompt = (
         Generator(model, EndlessTokenizer(), max_tokens_per_microbatch=tokens),
         prompts(SEQUENCES),
     )
-    fields = (getattr(made, name) for name in NeuralPrompt.__dataclass_fields__)
+    fields = (getattr(prompt, name) for name in NeuralPrompt.__dataclass_fields__)
     given = [*model.parameters(), *model.buffers(), *(x for x in fields if isinstance(x, Tensor))]
     with AliveBytes(given) as alive:
-        answers = generator.greedy_tokens(made, None, ANSWER)
+        answers = generator.greedy_tokens(prompt, None, ANSWER)
     assert [len(row) for row in answers] == [ANSWER] * SEQUENCES
     return alive.peak
 
@@ -116,12 +116,12 @@ def test_decoding_peaks_at_the_bytes_of_the_plan(monkeypatch: pytest.MonkeyPatch
 
 def test_states_have_the_bytes_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dims, _ = build(monkeypatch, PATTERN, DEFAULT_LORA_TARGETS)
-    generator, made = Generator(model, EndlessTokenizer()), prompts(SEQUENCES)
+    generator, prompt = Generator(model, EndlessTokenizer()), prompts(SEQUENCES)
     with torch.no_grad():
         _, states = prefill_in_microbatches(
             generator._decoder[0],
-            generator.embed(made, None),
-            made.length,
+            generator.embed(prompt, None),
+            prompt.length,
             mamba_ops("dragkit"),
             ANSWER,
             tokens=2 * PROMPT,

@@ -19,22 +19,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_docs_show_the_output_of_the_command(capsys: pytest.CaptureFixture) -> None:
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    found = re.findall(r"```\n\$ python -m dragkit\.plan ([^\n]*)\n(.*?)```", text, re.DOTALL)
-    assert {"--preset h200 --card H200", "--preset b200 --card B200"} <= {args for args, _ in found}
-    for args, shown in found:
+    blocks = re.findall(r"```\n\$ python -m dragkit\.plan ([^\n]*)\n(.*?)```", text, re.DOTALL)
+    assert {"--preset h200 --card H200", "--preset b200 --card B200"} <= {
+        args for args, _ in blocks
+    }
+    for args, shown in blocks:
         plan.main(shlex.split(args))
         assert capsys.readouterr().out == shown, f"run python -m dragkit.plan {args}"
 
 
 def test_json_output_is_consistent(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--preset", "h200", "--card", "H200", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["alternatives"] == []
-    assert sum(found["bytes"].values()) == found["peak_bytes"] <= found["device_bytes"]
-    assert sum(found["validation_bytes"].values()) < found["peak_bytes"]
-    assert found["questions_decoded_at_once"] == 32
-    assert found["bytes"]["frozen weights"] == 2 * found["parameters"] == 2 * 31_577_937_344
-    work = found["work"]
+    plan_json = json.loads(capsys.readouterr().out)
+    assert plan_json["fits"] and plan_json["alternatives"] == []
+    assert sum(plan_json["bytes"].values()) == plan_json["peak_bytes"] <= plan_json["device_bytes"]
+    assert sum(plan_json["validation_bytes"].values()) < plan_json["peak_bytes"]
+    assert plan_json["questions_decoded_at_once"] == 32
+    assert plan_json["bytes"]["frozen weights"] == 2 * plan_json["parameters"] == 2 * 31_577_937_344
+    work = plan_json["work"]
     assert work["seconds_at_40%"] <= work["seconds_at_10%"]
     assert work["seconds_at_40%"] >= work["seconds_reading_weights"]
 

@@ -35,16 +35,16 @@ BLOCKS = {"M": MAMBA, "E": MOE, "*": ATTENTION, "-": MLP}
 @pytest.mark.parametrize("pattern", [*BLOCKS, "ME*-M"])
 def test_counts_by_hand(pattern: str) -> None:
     blocks = sum(BLOCKS[kind] for kind in pattern)
-    found = active_weights(tiny(pattern))
-    assert found == ActiveWeights(blocks=blocks, head=M * V, lora=0)
-    assert found.active == blocks + M * V
+    weights = active_weights(tiny(pattern))
+    assert weights == ActiveWeights(blocks=blocks, head=M * V, lora=0)
+    assert weights.active == blocks + M * V
 
 
 def test_adapters_are_counted_separately() -> None:
     plain, model = active_weights(tiny()), tiny(rank=2)
-    found = active_weights(model)
-    assert (found.blocks, found.head) == (plain.blocks, plain.head)
-    assert found.lora == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+    weights = active_weights(model)
+    assert (weights.blocks, weights.head) == (plain.blocks, plain.head)
+    assert weights.lora == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
 def products(counter: FlopCounterMode) -> int:
@@ -85,14 +85,14 @@ def test_the_30b_has_3_23_billion_active_weights() -> None:
     with torch.device("meta"):
         model = NemotronHForCausalLM(config_30b())
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
-    found = active_weights(model)
-    assert found.head == 131072 * 2688
+    weights = active_weights(model)
+    assert weights.head == 131072 * 2688
     dims = dims_of(model.config)
-    assert found.blocks == num_active_parameters(dims, dims.block_types), "as in the memory plan"
-    assert found.active / 1e9 == pytest.approx(3.23, abs=0.005)
-    assert found.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
+    assert weights.blocks == num_active_parameters(dims, dims.block_types), "as in the memory plan"
+    assert weights.active / 1e9 == pytest.approx(3.23, abs=0.005)
+    assert weights.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
     # Scan and attention, not counted here, add 0.26 GFLOP per token.
-    assert found.step_flops(1, 0) / 1e9 == pytest.approx(11.5, abs=0.05)
+    assert weights.step_flops(1, 0) / 1e9 == pytest.approx(11.5, abs=0.05)
 
 
 class WithHead(nn.Module):
