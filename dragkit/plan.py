@@ -154,12 +154,13 @@ def format_plan(plan: dict) -> str:
     if plan["peak_flops"]:
         low, high = (f"{fraction:.0%}" for fraction in _PEAK_FRACTIONS)
         slow, fast = work[f"seconds_at_{low}"], work[f"seconds_at_{high}"]
+        tokens_per_s = [f"{work[f'tokens_per_second_at_{x}']:,.0f}" for x in (low, high)]
         lines += [
             "",
             f"estimate for the generator: {work['questions_per_batch']} prompts of "
             f"{work['tokens_per_prompt']} tokens, passes: {work['passes']}",
-            f"  {1e3 * fast:.0f} to {1e3 * slow:.0f} ms, {_rate(work, low)} to "
-            f"{_rate(work, high)} tokens/s, at {low} to {high} of "
+            f"  {1e3 * fast:.0f} to {1e3 * slow:.0f} ms, {tokens_per_s[0]} to "
+            f"{tokens_per_s[1]} tokens/s, at {low} to {high} of "
             f"{plan['peak_flops'] / 1e12:.0f} TFLOP/s",
             f"  reading the weights takes {1e3 * work['seconds_reading_weights']:.0f} ms of that",
         ]
@@ -171,10 +172,6 @@ def format_plan(plan: dict) -> str:
 def _table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
     rows = rows | {"sum": sum(rows.values())}
     return [f"{title:<66}{unit:>5}", *(f"  {name:<58}{x:>11.2f}" for name, x in rows.items())]
-
-
-def _rate(work: dict, fraction: str) -> str:
-    return f"{work[f'tokens_per_second_at_{fraction}']:,.0f}"
 
 
 def _plan(argv: list[str]) -> int:

@@ -26,8 +26,8 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(
-            f"{what}: not saved, because {', '.join(bad)} contain NaN or infinity. Earlier "
-            "checkpoints are unchanged."
+            f"{what}: not saved. NaN or infinity in {', '.join(bad)}. Earlier checkpoints are "
+            "unchanged."
         )
 
 

@@ -34,8 +34,9 @@ def check_batch_size(config: TrainConfig, phase: int, ranks: Ranks) -> None:
     size = config.optim.batch_size_in(phase)
     if size < ranks.world_size:
         raise ConfigError(
-            f"optim.batch_size: {ranks.world_size} ranks share {size} questions in phase {phase}; "
-            f"set --batch_size to {ranks.world_size} or more, or start fewer ranks."
+            f"optim.batch_size: a batch of {size} in phase {phase} leaves some of the "
+            f"{ranks.world_size} ranks without a question. Set --batch_size to {ranks.world_size} "
+            "or more, or start fewer ranks."
         )
 
 

@@ -47,7 +47,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def shard_generator(
     generator: Generator, mesh: DeviceMesh, all_reduce_max: Callable[[int], int]
 ) -> None:
-    """Leaves this rank its shard of the generator's frozen weights, on the mesh's device.
+    """Shards the generator's frozen weights over a mesh; this rank keeps its shard on its device.
 
     The model may be in host memory. FSDP moves one block at a time to the device and shards it
     there before it moves the next.

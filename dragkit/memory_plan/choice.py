@@ -105,10 +105,15 @@ def _num_retriever_projector_parameters(config: TrainConfig, dims: NemotronHDims
     return sum(p.numel() for module in (retriever, projector) for p in module.parameters())
 
 
+def _itemsize(config: TrainConfig) -> int:
+    return 4 if config.generator.dtype == "float32" else 2
+
+
 def _fixed_bytes(
-    config: TrainConfig, dims: NemotronHDims, card: CardSpec, itemsize: int, num_shards: int
+    config: TrainConfig, dims: NemotronHDims, card: CardSpec, num_shards: int
 ) -> dict[str, int]:
     """Bytes by component that do not depend on the size of a micro-batch."""
+    itemsize = _itemsize(config)
     questions, retriever = config.optim.batch_size_in(2), config.retriever
     facts = min(config.data.max_facts_per_batch, questions * _FACTS_PER_QUESTION)
     num_layers = retriever.num_reasoning_steps * retriever.num_stages
@@ -147,14 +152,10 @@ def _max_tokens(dims: NemotronHDims, free: int, per_token: int) -> int:
 
 
 def _decode_batch(
-    config: TrainConfig,
-    dims: NemotronHDims,
-    fixed: dict[str, int],
-    memory_bytes: int,
-    tokens: int,
-    itemsize: int,
+    config: TrainConfig, dims: NemotronHDims, card: CardSpec, fixed: dict[str, int], tokens: int
 ) -> tuple[int, dict[str, int]]:
     """The most questions whose decoding fits, at least one, and its bytes by component."""
+    itemsize = _itemsize(config)
     settings = config.generator
     prompt = settings.max_prompt_tokens - settings.max_new_tokens
     answer = config.run.val_max_new_tokens or settings.max_new_tokens
@@ -166,7 +167,7 @@ def _decode_batch(
         decoding |= memory.decode_bytes(
             dims, questions, prompt, answer, max(tokens, prompt), itemsize
         )
-        if sum(decoding.values()) <= memory_bytes:
+        if sum(decoding.values()) <= card.memory_bytes:
             break
     return questions, decoding
 
@@ -186,8 +187,8 @@ def make_plan(
     """
     settings, lora = config.generator, lora_dims_of(config)
     num_shards = world_size if config.run.generator_fsdp else 1
-    itemsize = 4 if settings.dtype == "float32" else 2
-    fixed = _fixed_bytes(config, dims, card, itemsize, num_shards)
+    itemsize = _itemsize(config)
+    fixed = _fixed_bytes(config, dims, card, num_shards)
     free = card.memory_bytes - sum(fixed.values())
     per_token, fit = {}, {}
     for policy in ACTIVATION_CHECKPOINTING:
@@ -203,7 +204,7 @@ def make_plan(
         sufficient = (p for p in ACTIVATION_CHECKPOINTING if fit[p] >= wanted)
         policy = next(sufficient, max(fit, key=lambda p: fit[p]))
     tokens = settings.max_tokens_per_microbatch or max(min(useful, fit[policy]), longest)
-    decode_batch, decoding = _decode_batch(config, dims, fixed, card.memory_bytes, tokens, itemsize)
+    decode_batch, decoding = _decode_batch(config, dims, card, fixed, tokens)
     return MemoryPlan(
         card=card,
         dims=dims,

@@ -121,8 +121,7 @@ def activation_bytes_per_token(
     """Bytes per token at the peak of a training pass, by component.
 
     Args:
-        dims: of the model; policy: a key of `ACTIVATION_CHECKPOINTING`; lora: of the run.
-        itemsize: bytes per value in the model's dtype.
+        policy: a key of `ACTIVATION_CHECKPOINTING`; the others: as in `saved_bytes_per_token`.
 
     Returns:
         "block inputs", one entry per block type for its saved tensors, and "block workspace".
@@ -180,9 +179,8 @@ def decode_bytes(
     """Bytes at the peak of decoding, which is the last prefill pass, by component.
 
     Args:
-        dims: of the model; sequences: decoded at once.
-        prompt, answer: most tokens of each; tokens: most tokens of a prefill pass.
-        itemsize: bytes per value in the model's dtype.
+        sequences: decoded at once; prompt, answer: most tokens of each.
+        tokens: most tokens of a prefill pass; itemsize: bytes per value in the model's dtype.
     """
     num_mamba = dims.block_types.count("linear_attention")
     num_attention = dims.block_types.count("full_attention")

@@ -109,7 +109,7 @@ def test_only_rank_0_writes(pair: Pair) -> None:
     [
         ("other_data", "rank 1: the content of the questions is"),
         ("other_rate", "rank 1: optim.lr is 0.5, rank 0 has 0.0001"),
-        ("small_batch", "set --batch_size to 2 or more"),
+        ("small_batch", "Set --batch_size to 2 or more"),
         ("drift", "at step 2, the ranks do not agree:\n  rank 1: trained weights is"),
     ],
 )

@@ -28,6 +28,8 @@ from dragkit.trainer import question_dataset as source
 PUBLIC = "random:nemotron-3-nano-30b-a3b"
 DIMS = dims_of(random_config(PUBLIC))
 GIB = 2**30
+POLICY, TOKENS = "generator__activation_checkpointing", "generator__max_tokens_per_microbatch"
+FSDP = {"run__generator_fsdp": True}
 
 
 def config(preset: str = "b200", **values: object) -> TrainConfig:
@@ -53,11 +55,7 @@ def test_every_preset_for_a_large_card_fits_its_card() -> None:
 @pytest.mark.parametrize("gib", [80, 141])
 def test_the_most_tokens_fit_and_one_step_more_does_not(policy: str, gib: int) -> None:
     def peak(tokens: int) -> int:
-        return plan_on(
-            gib,
-            generator__activation_checkpointing=policy,
-            generator__max_tokens_per_microbatch=tokens,
-        ).peak_bytes
+        return plan_on(gib, **{POLICY: policy, TOKENS: tokens}).peak_bytes
 
     tokens_that_fit = plan_on(gib).fit[policy]
     assert tokens_that_fit > 0 and tokens_that_fit % choice.TOKEN_MULTIPLE == 0
@@ -77,9 +75,7 @@ def test_blocks_are_recomputed_only_if_memory_is_short() -> None:
 
 
 def test_settings_override_choices() -> None:
-    settings = config(
-        generator__activation_checkpointing="all", generator__max_tokens_per_microbatch=5000
-    )
+    settings = config(**{POLICY: "all", TOKENS: 5000})
     plan = make_plan(settings, DIMS, CARDS["H200"])
     assert (plan.policy, plan.tokens, plan.fits) == ("all", 5000, True)
     chosen = apply_memory_plan(settings, DIMS, CARDS["H200"]).generator
@@ -100,7 +96,7 @@ def test_adapters_cost_16_bytes_per_parameter() -> None:
 def test_the_decode_batch_is_the_largest_that_fits() -> None:
     counts = []
     for gib in (60, 65, 66, 67, 68, 69, 80, 141):
-        plan = plan_on(gib, generator__max_tokens_per_microbatch=256)
+        plan = plan_on(gib, **{TOKENS: 256})
         counts.append(plan.decode_batch)
         taken = sum(plan.decoding.values())
         if plan.decode_batch > 1:
@@ -119,8 +115,7 @@ def test_the_decode_batch_is_the_largest_that_fits() -> None:
 def test_the_peak_is_the_larger_of_training_and_validation() -> None:
     usual = plan_on(140, "h200")
     assert usual.peak_bytes == sum(usual.training.values()) > sum(usual.decoding.values())
-    small = {"generator__max_tokens_per_microbatch": 256, "generator__max_prompt_tokens": 256}
-    plan = plan_on(140, "h200", **small)
+    plan = plan_on(140, "h200", **{TOKENS: 256, "generator__max_prompt_tokens": 256})
     assert plan.peak_bytes == sum(plan.decoding.values()) > sum(plan.training.values())
 
 
@@ -148,15 +143,9 @@ def test_the_evaluation_batch_is_the_planned_decode_batch(monkeypatch: pytest.Mo
     ("gib", "values"),
     [
         (67, {}),
-        (72, {"generator__activation_checkpointing": "none"}),
-        (
-            80,
-            {
-                "generator__activation_checkpointing": "none",
-                "generator__max_tokens_per_microbatch": 20_000,
-            },
-        ),
-        (140, {"generator__max_tokens_per_microbatch": 200_000}),
+        (72, {POLICY: "none"}),
+        (80, {POLICY: "none", TOKENS: 20_000}),
+        (140, {TOKENS: 200_000}),
     ],
 )
 def test_offers_fit(gib: int, values: dict[str, object]) -> None:
@@ -165,11 +154,7 @@ def test_offers_fit(gib: int, values: dict[str, object]) -> None:
     message = str(raised.value)
     offers = [line for line in message.splitlines() if line.startswith("  ")]
     assert len(offers) == 3, message
-    given = [
-        part
-        for key, value in values.items()
-        for part in ("--set", f"{key.replace('__', '.')}={value}")
-    ]
+    given = [f"--set={key.replace('__', '.')}={value}" for key, value in values.items()]
     for line in offers:
         if line.startswith("  --set"):
             argv = ["--preset", "b200", *given, *line.split()]
@@ -193,9 +178,8 @@ def test_weights_that_do_not_fit_leave_larger_cards_and_fewer_blocks() -> None:
 
 
 def test_ranks_shard_the_weights_only_if_configured() -> None:
-    replicated, full = plan_on(80), {"run__generator_fsdp": True}
-    assert plan_on(80, ranks=4).training == plan_on(80, **full).training == replicated.training
-    sharded = plan_on(80, ranks=4, **full)
+    replicated, sharded = plan_on(80), plan_on(80, ranks=4, **FSDP)
+    assert plan_on(80, ranks=4).training == plan_on(80, **FSDP).training == replicated.training
     assert sharded.training["frozen weights"] == replicated.training["frozen weights"] // 4
     # Embeddings, LM head and three times the experts of a block, 2 bytes per value.
     gathered = 2 * (2 * 131072 * 2688 + 3 * 128 * 2 * 1856 * 2688)
@@ -208,14 +192,13 @@ def test_ranks_shard_the_weights_only_if_configured() -> None:
 def test_sharding_is_offered_if_it_fits(ranks: int) -> None:
     offers = list(choice.alternatives(config(), DIMS, card(60 if ranks > 1 else 40), ranks))
     (offer,) = (line for line in offers if "run.generator_fsdp=true" in line)
-    full = {"run__generator_fsdp": True}
     if ranks > 1:
         assert offer == offers[0] == "--set run.generator_fsdp=true"
-        assert plan_on(60, ranks=ranks, **full).fits
+        assert plan_on(60, ranks=ranks, **FSDP).fits
     else:
         count = int(offer.split()[0])
-        assert plan_on(40, ranks=count, **full).fits
-        assert not plan_on(40, ranks=count // 2, **full).fits
+        assert plan_on(40, ranks=count, **FSDP).fits
+        assert not plan_on(40, ranks=count // 2, **FSDP).fits
 
 
 def test_a_run_on_a_gpu_applies_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
