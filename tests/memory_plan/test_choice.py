@@ -72,6 +72,8 @@ def test_blocks_are_recomputed_only_if_memory_is_short() -> None:
             assert plan.peak_bytes <= gib * GIB
     assert policies == sorted(policies, reverse=True) and set(policies) == {0, 1, 2}
     assert max(tokens) == SATURATING_TOKENS
+    # A larger batch does not enlarge the micro-batch.
+    assert plan_on(178, optim__batch_size=8).tokens == SATURATING_TOKENS
 
 
 def test_settings_override_choices() -> None:
