@@ -236,7 +236,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
     Sub-folders such as `adapter/` are verified but not read.
 
     Args:
-        folder: as `find_checkpoint` returns it; device: where the tensors go.
+        folder: a checkpoint, such as `find_checkpoint` returns; device: where the tensors go.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or a file has another type than its name says.

@@ -18,7 +18,7 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
     """Refuses NaN and infinity.
 
     Args:
-        tensors: of any dtype; what: name of their file, for the message.
+        tensors: tensors of any dtype, by name; what: name of their file, for the message.
 
     Raises:
         CheckpointError: names every tensor with a NaN or infinite value.
@@ -134,7 +134,7 @@ def restore_optimizer_state(
 
     Args:
         optimizer: has the groups of the saved one; its present state is replaced.
-        names: as in `flatten_optimizer_state`; the order of parameters may differ.
+        names: one per parameter; the saved parameters may have had another order.
         tensors: saved tensors on any device; their dtypes stay.
 
     Raises:

@@ -53,7 +53,7 @@ def shard_generator(
     there before it moves the next.
 
     Args:
-        generator: with equal weights on all ranks; mesh: one-dimensional, of these ranks.
+        generator: equal on all ranks; mesh: the one-dimensional mesh of these ranks.
         all_reduce_max: returns the largest of the ranks' numbers; every rank must call it.
 
     Raises:
@@ -82,7 +82,7 @@ class UnevenPasses:
     passes until no rank announces another. (`torch.distributed.algorithms.Join` does this for DDP.)
 
     Args:
-        generator: whose passes are counted; all_reduce_max: as in `shard_generator`.
+        generator: the sharded generator; all_reduce_max: see `shard_generator`.
     """
 
     def __init__(self, generator: Generator, all_reduce_max: Callable[[int], int]) -> None:

@@ -217,7 +217,8 @@ def init_ranks(config: RunConfig) -> Iterator[Ranks]:
     collective.
 
     Raises:
-        ConfigError, RankError: as `TorchrunRanks`; RankError also if another rank has failed.
+        ConfigError: the environment of `torchrun` is incomplete.
+        RankError: another rank failed, or did not answer.
     """
     if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
         yield Ranks()

@@ -48,8 +48,9 @@ class MemoryPlan:
     """The predicted memory of a run on a card.
 
     Attributes:
-        card: of each rank; dims: of the generator; num_shards: of its frozen weights.
-        policy: a key of `ACTIVATION_CHECKPOINTING`; tokens: of a micro-batch.
+        card: the card of each rank; dims: the generator's dimensions.
+        num_shards: shards of the frozen weights, one per rank; 1 replicates them.
+        policy: a key of `ACTIVATION_CHECKPOINTING`; tokens: tokens of a micro-batch.
         fixed: bytes by component that do not depend on `tokens`.
         per_token: bytes per token by component.
         supervised_rows: supervised tokens of a micro-batch; longest: tokens of the longest prompt.
@@ -182,7 +183,7 @@ def make_plan(
     in half precision; float32 and the other `generator.mamba_backend` values save more.
 
     Args:
-        config: of the run; dims: of its generator; card: of each rank.
+        config: the run's settings; dims: its generator's dimensions; card: the card of each rank.
         world_size: number of ranks that train together.
     """
     settings, lora = config.generator, lora_dims_of(config)

@@ -81,7 +81,8 @@ def saved_bytes_per_token(
     """Bytes per token that a block saves for its backward, without the block's input.
 
     Args:
-        dims: of the model; block_type: an entry of `dims.block_types`; lora: of the run.
+        dims: the model's dimensions; block_type: an entry of `dims.block_types`.
+        lora: the run's adapters.
         itemsize: bytes per value in the model's dtype.
     """
     if block_type == "mlp":
@@ -121,7 +122,7 @@ def activation_bytes_per_token(
     """Bytes per token at the peak of a training pass, by component.
 
     Args:
-        policy: a key of `ACTIVATION_CHECKPOINTING`; the others: as in `saved_bytes_per_token`.
+        policy: a key of `ACTIVATION_CHECKPOINTING`; the others: see `saved_bytes_per_token`.
 
     Returns:
         "block inputs", one entry per block type for its saved tensors, and "block workspace".
@@ -214,7 +215,7 @@ def flops_per_token(
     gradients of inputs.
 
     Args:
-        dims, policy, lora: as in `activation_bytes_per_token`; context: tokens of a prompt.
+        dims, policy, lora: see `activation_bytes_per_token`; context: tokens of a prompt.
         supervised_fraction: supervised tokens over all tokens.
     """
     block_types, recomputed = blocks_of_all_tokens(dims), ACTIVATION_CHECKPOINTING[policy]

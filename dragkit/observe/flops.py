@@ -19,9 +19,9 @@ class ActiveWeights:
     """Numbers of weights that one token is multiplied with.
 
     Attributes:
-        blocks: in the frozen blocks; of routed experts only the `num_experts_per_tok` chosen ones.
-        head: in the LM head, which runs on supervised tokens only.
-        lora: in the adapters.
+        blocks: weights of the frozen blocks, with `num_experts_per_tok` of the routed experts.
+        head: weights of the LM head, which runs on supervised tokens only.
+        lora: weights of the adapters.
     """
 
     blocks: int

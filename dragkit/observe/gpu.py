@@ -18,7 +18,7 @@ class CardSpec:
     """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity); 0 is unknown.
 
     Attributes:
-        name: of the card.
+        name: the table's name of the card, or the driver's.
         bf16_tflops, tf32_tflops: rates of the tensor cores, 10^12 FLOP/s.
         fp32_tflops: rate of the vector units, 10^12 FLOP/s.
         memory_gb_per_s: bandwidth of the device memory, 10^9 byte/s.
@@ -97,7 +97,7 @@ class GpuMonitor:
         """The monitor of a device; None on a machine without GPU, driver or `pynvml`.
 
         Args:
-            device: in torch's numbering, which `CUDA_VISIBLE_DEVICES` may change.
+            device: torch's device; `CUDA_VISIBLE_DEVICES` may change its number.
         """
         import torch
 
