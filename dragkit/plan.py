@@ -85,7 +85,7 @@ def plan_document(args: PlanArguments) -> dict[str, object]:
     if dims is None:
         raise ConfigError(
             f"generator.model: {config.generator_model} is not a Nemotron-H. The memory plan "
-            "covers no other model; train without a plan, or choose a Nemotron-H."
+            "covers no other model. Train without a plan, or choose a Nemotron-H."
         )
     plan = make_plan(config, dims, card, args.ranks)
     offers = [] if plan.fits else list(alternatives(config, dims, card, args.ranks))[:3]
@@ -165,7 +165,11 @@ def format_plan(plan: dict) -> str:
             f"  reading the weights takes {1e3 * work['seconds_reading_weights']:.0f} ms of that",
         ]
     if plan["alternatives"]:
-        lines += ["", "does not fit; what would fit:", *(f"  {x}" for x in plan["alternatives"])]
+        lines += [
+            "",
+            "does not fit, but these settings would fit:",
+            *(f"  {x}" for x in plan["alternatives"]),
+        ]
     return "\n".join(lines)
 
 
@@ -183,7 +187,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command line. Returns its exit code."""
     return run_main(_plan, argv)
 
 

@@ -19,7 +19,7 @@ def write_durably(path: Path, data: bytes) -> str:
         detects a fault of the disk.
 
     Raises:
-        OSError: the write failed; a part of the file may remain.
+        OSError: the write failed. A part of the file may remain.
     """
     with open(path, "xb") as file:
         file.write(data)
@@ -34,7 +34,7 @@ def fsync_path(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems refuse to fsync a folder; then nothing more can be done.
+        # Some network file systems refuse to fsync a folder. Then nothing more can be done.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:

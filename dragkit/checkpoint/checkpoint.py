@@ -76,7 +76,7 @@ class TrainState:
 
     Attributes:
         phase: name of the phase; epoch: finished epochs.
-        step: optimizer steps done; it names the checkpoint's folder.
+        step: optimizer steps done. It names the checkpoint's folder.
         batch: batches done in the current epoch; questions_seen: questions over all epochs.
         best: best validation value so far, None before the first validation.
         extra: further JSON values (hashes, versions, learning rate).
@@ -101,7 +101,7 @@ class Snapshot:
     Attributes:
         tensors: file stem -> tensors by name, one safetensors file each.
         folders: folder name -> function that fills the given empty folder (PEFT's layout).
-        json: file stem -> JSON value; the stem "state" is reserved for the `TrainState`.
+        json: file stem -> JSON value. The stem "state" is reserved for the `TrainState`.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -133,18 +133,18 @@ def save_checkpoint(
     Hold a `RunLock`, and save from one thread at a time.
 
     Args:
-        root: folder of the run's checkpoints; made if absent.
-        step: optimizer step, equal to `state.step`; an existing checkpoint of it is replaced.
+        root: folder of the run's checkpoints, made if absent.
+        step: optimizer step, equal to `state.step`. An existing checkpoint of it is replaced.
         snapshot: content; state: position of the run.
-        keep: number of newest checkpoints that stay, at least 1; the best stays too.
+        keep: number of newest checkpoints that stay, at least 1. The best stays too.
         is_best: points `best` at this checkpoint.
 
     Returns:
         The new folder.
 
     Raises:
-        CheckpointError: a value is NaN or infinite; nothing is written.
-        WriteError: the disk is full or fails; older checkpoints stay.
+        CheckpointError: a value is NaN or infinite. Nothing is written.
+        WriteError: the disk is full or fails. Older checkpoints stay.
         ValueError: the arguments contradict each other, or a name is not allowed.
     """
     documents = _encode_documents(step, snapshot, state, keep)

@@ -23,10 +23,10 @@ class RunLock:
     removed, two processes could lock two files of the same name.
 
     Args:
-        root: run folder; made if absent.
+        root: run folder, made if absent.
 
     Raises:
-        RunInUseError: on entry, another live process holds the lock; exit code 73.
+        RunInUseError: on entry, another live process holds the lock (exit code 73).
         WriteError: on entry, the lock file cannot be written.
     """
 

@@ -42,13 +42,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def step_of_folder(name: str) -> int | None:
-    """The step in the name of a checkpoint folder; None for any other name."""
+    """The step in the name of a checkpoint folder, or None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def encode_json(content: object) -> bytes:
-    """Encodes `content` as JSON; raises ValueError for NaN, infinity and unknown types."""
+    """Encodes `content` as JSON. Raises ValueError for NaN, infinity and unknown types."""
     # No newline at the end: a file that lost its last byte must not parse.
     return json.dumps(content, indent=1, allow_nan=False).encode()
 

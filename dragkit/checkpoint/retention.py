@@ -29,7 +29,7 @@ _POINTER_TARGET = re.compile(r"step-\d{8,18}")
 
 
 def commit(temp: Path, final: Path) -> None:
-    """Renames a complete folder to its final name; an existing one becomes `.old` meanwhile."""
+    """Renames a complete folder to its final name. An existing one becomes `.old` meanwhile."""
     old = final.with_name(f"{final.name}.old")
     replaces = final.exists()
     if replaces:
@@ -41,7 +41,7 @@ def commit(temp: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint or a leftover; a failure is logged.
+    """Removes a checkpoint or a leftover. A failure is logged.
 
     A checkpoint is first renamed to `.tmp`, so that a search never finds a part of it.
     """
@@ -67,7 +67,7 @@ def _checkpoint_folders(root: Path) -> list[Path]:
 
 
 def last_intact(root: Path) -> Path | None:
-    """The newest checkpoint with the names and sizes of its manifest; hashes are not checked."""
+    """The newest checkpoint with the names and sizes of its manifest. Hashes are not checked."""
     folders = _checkpoint_folders(root) if root.is_dir() else []
     return next((folder for folder in folders if _is_intact(folder, hashes=False)), None)
 
@@ -118,7 +118,7 @@ def prune(root: Path, newest: Path, keep: int) -> None:
 
 
 def _read_pointer(path: Path) -> str | None:
-    """The folder name in the file `best`; None if there is no such file."""
+    """The folder name in the file `best`, or None if there is no such file."""
     try:
         name = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
@@ -131,21 +131,21 @@ def _read_pointer(path: Path) -> str | None:
 
 
 def require_folder(path: Path) -> None:
-    """Refuses a path that is missing or a file; no file is opened."""
+    """Refuses a path that is missing or a file. No file is opened."""
     if not path.exists():
         raise MissingInputError(
-            f"{path}: no such folder; expected a run's checkpoint folder or a step-<n> folder in it"
+            f"{path}: no such folder. Expected a run's checkpoint folder or a step-<n> folder in it"
         )
     if not path.is_dir():
         raise DataError(
-            f"{path} is a file; a checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
+            f"{path} is a file. A checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
         )
 
 
 def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
     """Finds and verifies the newest checkpoint, or the best.
 
-    The newest checkpoint has the highest step; file times are ignored. A damaged one is logged and
+    The newest checkpoint has the highest step. File times are ignored. A damaged one is logged and
     the next older one is tried. A checkpoint given by folder, or as the best, has no substitute.
 
     Args:
@@ -153,7 +153,7 @@ def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
         pointer: "latest" or "best".
 
     Raises:
-        CheckpointError: no checkpoint verifies; lists every reason.
+        CheckpointError: no checkpoint verifies. The message lists every reason.
         MissingInputError: there is no checkpoint.
         DataError: the path is a file, such as a pickle.
         ValueError: `pointer` is another word.
@@ -162,13 +162,13 @@ def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
     if path.name in ("latest", "best") and path.is_file():
         path, pointer = path.parent, path.name
     if pointer not in ("latest", "best"):
-        raise ValueError(f"pointer is {pointer!r}; expected 'latest' or 'best'")
+        raise ValueError(f"pointer is {pointer!r}, expected 'latest' or 'best'")
     require_folder(path)
     if step_of_folder(path.name) is None and not (path / MANIFEST_NAME).exists():
         if pointer == "latest":
             return _find_newest(path)
         if (name := _read_pointer(path / "best")) is None:
-            raise MissingInputError(f"{path}: no checkpoint is marked as the best; use the latest")
+            raise MissingInputError(f"{path}: no checkpoint is marked as best. Use the latest.")
         path /= name
     verify_checkpoint(path)
     return path
@@ -181,7 +181,7 @@ def _find_newest(root: Path) -> Path:
             verify_checkpoint(folder)
             return folder
         except CheckpointError as error:
-            logger.warning("%s; trying the next older checkpoint", error)
+            logger.warning("%s. Trying the next older checkpoint", error)
             reasons.append(str(error))
     if reasons:
         raise CheckpointError(
@@ -189,5 +189,5 @@ def _find_newest(root: Path) -> Path:
             + "\n".join(reasons)
         )
     raise MissingInputError(
-        f"{root}: no checkpoint; expected folders such as step-00000100. {_PICKLE_HINT}"
+        f"{root}: no checkpoint. Expected folders such as step-00000100. {_PICKLE_HINT}"
     )

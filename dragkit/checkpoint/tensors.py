@@ -38,7 +38,7 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _describe(tensor: Tensor) -> str:
-    """Kind of dtype and shape; precision is left out, because it may change."""
+    """Kind of dtype and shape. Precision is left out, because it may change."""
     kind = "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
     return f"{kind} {list(tensor.shape)}"
 
@@ -58,11 +58,11 @@ def _require_same(expected: Mapping[str, str], saved: Mapping[str, str], message
 def load_tensors_into(
     module_state: dict[str, Tensor], loaded: dict[str, Tensor], *, what: str
 ) -> None:
-    """Copies loaded tensors into a module's tensors; on an error it copies nothing.
+    """Copies loaded tensors into a module's tensors. On an error it copies nothing.
 
     Args:
         module_state: the module's tensors by name (`state_dict()`), changed in place.
-        loaded: the checkpoint's tensors on any device; a change of precision is logged.
+        loaded: the checkpoint's tensors on any device. A change of precision is logged.
         what: part of the model, for the message.
 
     Raises:
@@ -89,8 +89,8 @@ def _named_parameters(
     rows = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     if len(rows) != len(names) or len(set(names)) != len(names):
         raise ValueError(
-            f"the optimizer has {len(rows)} parameters; got {len(names)} names, of which "
-            f"{len(set(names))} differ"
+            f"the optimizer has {len(rows)} parameters, but {len(names)} names were given, "
+            f"of which {len(set(names))} differ"
         )
     return [(name, p, group) for name, (p, group) in zip(names, rows, strict=True)]
 
@@ -130,12 +130,12 @@ def flatten_optimizer_state(
 def restore_optimizer_state(
     optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: dict[str, Tensor]
 ) -> None:
-    """Restores the tensors of `flatten_optimizer_state` bit for bit; on an error nothing changes.
+    """Restores the tensors of `flatten_optimizer_state` bit for bit. On an error nothing changes.
 
     Args:
-        optimizer: has the groups of the saved one; its present state is replaced.
-        names: one per parameter; the saved parameters may have had another order.
-        tensors: saved tensors on any device; their dtypes stay.
+        optimizer: has the groups of the saved one. Its present state is replaced.
+        names: one per parameter. The saved parameters may have had another order.
+        tensors: saved tensors on any device. Their dtypes stay.
 
     Raises:
         CheckpointError: lists every missing, unexpected or wrongly shaped entry.
@@ -150,7 +150,7 @@ def restore_optimizer_state(
         keys = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         for key in keys:
             expected[f"{name}/{key}"] = "float []" if key == "step" else _describe(parameter)
-        # The optimizer updates its state in place; the caller's tensors must not change.
+        # The optimizer updates its state in place. The caller's tensors must not change.
         saved = {key: tensors[f"{name}/{key}"] for key in keys if f"{name}/{key}" in tensors}
         state[index] = {key: tensor.clone() for key, tensor in saved.items()}
     actual = {name: _describe(tensor) for name, tensor in tensors.items()}

@@ -53,7 +53,7 @@ def run_fingerprint(config: TrainConfig) -> dict[str, object]:
         for name, value in (values if isinstance(values, dict) else {"": values}).items():
             key = f"{section}.{name}".rstrip(".")
             if key in _FILE_SETTINGS:
-                # Paths may differ; the trainer compares the files' content.
+                # Paths may differ. The trainer compares the files' content.
                 fingerprint[f"{key} is given"] = value is not None
             elif key not in _MAY_DIFFER:
                 fingerprint[key] = value
@@ -75,7 +75,7 @@ def weight_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digest of a sample of all frozen weights and buffers; sharded weights are left out."""
+    """Digest of a sample of all frozen weights and buffers. Sharded weights are left out."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     frozen += list(model.named_buffers())
     unsharded = [(name, tensor) for name, tensor in frozen if not hasattr(tensor, "device_mesh")]
@@ -89,7 +89,7 @@ def trained_fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def _digest(tensors: list[tuple[str, Tensor]], max_values: int | None = None) -> str:
-    """Hashes names, shapes and values; of each tensor at most `max_values`, evenly spaced."""
+    """Hashes names, shapes and at most `max_values` evenly spaced values of each tensor."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr([(name, tuple(t.shape)) for name, t in tensors]).encode())
     values = [tensor.flatten() for _, tensor in tensors]

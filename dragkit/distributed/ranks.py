@@ -1,4 +1,4 @@
-"""The ranks of a run and the collectives between them; `torchrun.py` implements several ranks.
+"""The ranks of a run and the collectives between them. `torchrun.py` implements several ranks.
 
 Every rank holds all trained parameters and takes its slice of every batch. After the last
 micro-batch of an optimizer step the gradients are all-reduced in one flat float32 tensor, and all
@@ -33,7 +33,7 @@ Value = TypeVar("Value")
 
 
 class RankError(DragkitError):
-    """Another rank failed or does not answer; `exit_code` is that of its failure, if known."""
+    """Another rank failed or does not answer. `exit_code` is that of its failure, if known."""
 
     def __init__(self, message: str, exit_code: int = DragkitError.exit_code) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class Ranks:
 
     Attributes:
         rank: index of this process; world_size: number of processes.
-        progress: where training stands, such as "at step 7"; errors about other ranks quote it.
+        progress: where training stands, such as "at step 7". Errors about other ranks quote it.
     """
 
     rank = 0
@@ -63,7 +63,7 @@ class Ranks:
         return self.rank == 0
 
     def local_slices(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """This rank's contiguous slice of every batch; a slice may be empty."""
+        """This rank's contiguous slice of every batch. A slice may be empty."""
         return [rows[slice(*self._bounds(len(rows)))] for rows in batches]
 
     def _bounds(self, size: int) -> tuple[int, int]:
@@ -97,7 +97,7 @@ class Ranks:
         """Returns once every rank has called it."""
 
     def main_process_first(self) -> AbstractContextManager[None]:
-        """Local rank 0 runs the block first; the others of its machine then use its cache."""
+        """Local rank 0 runs the block first. The others of its machine then use its cache."""
         return nullcontext()
 
     def limited_concurrency(self, size: int) -> AbstractContextManager[None]:
@@ -118,7 +118,7 @@ class Ranks:
         """Checks that all ranks hold the same values.
 
         Raises:
-            ConfigError: on every rank; names each rank and value that differ from rank 0.
+            ConfigError: on every rank. The message names each difference from rank 0.
         """
         gathered = self.all_gather_object(dict(values))
         lines = []

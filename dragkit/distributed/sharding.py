@@ -47,14 +47,14 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
 def shard_generator(
     generator: Generator, mesh: DeviceMesh, all_reduce_max: Callable[[int], int]
 ) -> None:
-    """Shards the generator's frozen weights over a mesh; this rank keeps its shard on its device.
+    """Shards the generator's frozen weights over a mesh. This rank keeps its shard on its device.
 
     The model may be in host memory. FSDP moves one block at a time to the device and shards it
     there before it moves the next.
 
     Args:
         generator: equal on all ranks; mesh: the one-dimensional mesh of these ranks.
-        all_reduce_max: returns the largest of the ranks' numbers; every rank must call it.
+        all_reduce_max: returns the largest of the ranks' numbers. Every rank must call it.
 
     Raises:
         ConfigError: the model's blocks are not known.
@@ -120,7 +120,7 @@ class UnevenPasses:
         self._generator.reshard()  # type: ignore[operator]
 
     def _dummy_prompt(self) -> NeuralPrompt:
-        """Two prompts of two end tokens each; a size of one would recompile the blocks."""
+        """Two prompts of two end tokens each. A size of one would recompile the blocks."""
         index = torch.arange(4, device=self._generator.device)
         token = torch.full_like(index, self._generator.eos_token_id)
         return NeuralPrompt(

@@ -73,10 +73,10 @@ class TorchrunRanks(Ranks):
             ) from error
 
     def peer_failure(self, error: RuntimeError) -> RankError | None:
-        """The failure that another rank has published; None if there is none.
+        """The failure that another rank has published, or None if there is none.
 
         Args:
-            error: raised on this rank; gets a note if the store does not answer either.
+            error: raised on this rank. It gets a note if the store does not answer either.
         """
         try:
             if self._store is not None and self._store.check(["failure"]):
@@ -88,7 +88,7 @@ class TorchrunRanks(Ranks):
         return None
 
     def publish_failure(self, error: BaseException) -> None:
-        """Stores the reason why this rank ends; the other ranks raise it at their next collective.
+        """Stores the reason why this rank ends. The other ranks raise it at their next collective.
 
         The first published failure stays.
         """
@@ -107,7 +107,7 @@ class TorchrunRanks(Ranks):
             self._dist.destroy_process_group()
 
     def bind_device(self, device: torch.device) -> torch.device:
-        """Makes GPU number LOCAL_RANK current and starts NCCL on it; see `Ranks.bind_device`.
+        """Makes GPU number LOCAL_RANK current and starts NCCL on it. See `Ranks.bind_device`.
 
         Raises:
             ConfigError: the configuration names one GPU, or the machine has too few.

@@ -26,7 +26,7 @@ SATURATING_TOKENS = 16_384
 MAX_DECODE_BATCH = 32
 # Supervised tokens over all tokens: answers are 1 to 5 % of a prompt.
 SUPERVISED_FRACTION = 0.05
-# CUDA context and library workspaces in bytes; the fraction of a card that fragmentation costs.
+# Bytes of CUDA context and library workspaces, and the fraction of a card lost to fragmentation.
 CUDA_CONTEXT_BYTES, FRAGMENTATION = 3 << 29, 0.06
 # Assumed sizes of the data, which the plan does not read.
 _FACTS_PER_QUESTION, _NODES_PER_FACT, _PAIRS_PER_FACT = 10_000, 0.5, 0.25
@@ -37,7 +37,7 @@ _RETRIEVER_ACTIVATIONS = "retriever activations"
 
 
 def local_card(device: torch.device) -> CardSpec:
-    """This machine's GPU with its true memory; its rates are 0 if the table of cards lacks it."""
+    """This machine's GPU with its true memory. Its rates are 0 if the table of cards lacks it."""
     name = torch.cuda.get_device_name(device)
     total = torch.cuda.get_device_properties(device).total_memory
     return replace(card_spec(name) or CardSpec(name), name=name, memory_bytes=total)
@@ -49,12 +49,12 @@ class MemoryPlan:
 
     Attributes:
         card: the card of each rank; dims: the generator's dimensions.
-        num_shards: shards of the frozen weights, one per rank; 1 replicates them.
+        num_shards: number of shards of the frozen weights, 1 if they are replicated.
         policy: a key of `ACTIVATION_CHECKPOINTING`; tokens: tokens of a micro-batch.
         fixed: bytes by component that do not depend on `tokens`.
         per_token: bytes per token by component.
         supervised_rows: supervised tokens of a micro-batch; longest: tokens of the longest prompt.
-        fit: most tokens of a micro-batch that fit, by policy; 0 if not even the weights fit.
+        fit: most tokens of a micro-batch that fit, by policy, or 0 if not even the weights fit.
         decode_batch: questions decoded at once; decoding: bytes of validation by component.
     """
 
@@ -180,7 +180,7 @@ def make_plan(
 
     Picks the cheapest checkpointing policy that still allows a saturating micro-batch, else the one
     with the largest. Settings of the run override these choices. The bytes are those of our own ops
-    in half precision; float32 and the other `generator.mamba_backend` values save more.
+    in half precision. Float32 and the other `generator.mamba_backend` values save more.
 
     Args:
         config: the run's settings; dims: its generator's dimensions; card: the card of each rank.
@@ -280,7 +280,7 @@ def apply_memory_plan(
     """Writes the plan's policy and micro-batch into the configuration.
 
     Raises:
-        ConfigError: the run does not fit; names up to three settings with which it would.
+        ConfigError: the run does not fit. The message names up to three settings that would.
     """
     plan = make_plan(config, dims, card, world_size)
     if plan.fits:

@@ -65,14 +65,14 @@ class NemotronHDims(NamedTuple):
 
 
 class LoraDims(NamedTuple):
-    """LoRA's rank and target modules; without targets the generator is frozen."""
+    """LoRA's rank and target modules. Without targets the generator is frozen."""
 
     rank: int
     targets: tuple[str, ...]
 
 
 def dims_of(config: Any) -> NemotronHDims | None:
-    """The dimensions in a `NemotronHConfig`; None for a model that the formulas do not cover."""
+    """The dimensions in a `NemotronHConfig`, or None for a model that the formulas do not cover."""
     if getattr(config, "model_type", None) != "nemotron_h":
         return None
     if getattr(config, "moe_latent_size", None) is not None:
@@ -82,7 +82,7 @@ def dims_of(config: Any) -> NemotronHDims | None:
 
 
 def generator_dims(config: GeneratorConfig, *, name: str) -> NemotronHDims | None:
-    """The generator's dimensions, read from its configuration; None if it is no Nemotron-H.
+    """The generator's dimensions, read from its configuration, or None if it is no Nemotron-H.
 
     Raises:
         MissingInputError: the generator is neither on this machine nor a known architecture.
@@ -145,7 +145,7 @@ def num_block_parameters(dims: NemotronHDims, block_type: str) -> int:
     matrices = _num_matrix_parameters(dims, block_type, dims.n_routed_experts)
     count = matrices + dims.hidden_size  # the norm before the mixer
     if block_type == "linear_attention":
-        # Convolution with bias; A, D and the time step's bias per head; the gated norm.
+        # Convolution with bias, A, D and the time step's bias per head, and the gated norm.
         count += dims.conv_dim * (dims.conv_kernel + 1) + 3 * dims.mamba_num_heads + dims.d_inner
     return count
 

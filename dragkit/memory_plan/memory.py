@@ -1,7 +1,7 @@
 """Bytes and FLOPs of training a Nemotron-H with LoRA, as functions of its dimensions and of tokens.
 
 Saved bytes follow our forward in half precision on a GPU (`dragkit.generator.nemotron_h`), tensor
-by tensor; `tests/memory_plan/test_memory.py` compares them with counted bytes. Workspace is
+by tensor. `tests/memory_plan/test_memory.py` compares them with counted bytes. Workspace is
 estimated from the sizes of the tensors that are alive together.
 """
 
@@ -122,7 +122,7 @@ def activation_bytes_per_token(
     """Bytes per token at the peak of a training pass, by component.
 
     Args:
-        policy: a key of `ACTIVATION_CHECKPOINTING`; the others: see `saved_bytes_per_token`.
+        policy: a key of `ACTIVATION_CHECKPOINTING`; others: see `saved_bytes_per_token`.
 
     Returns:
         "block inputs", one entry per block type for its saved tensors, and "block workspace".
@@ -165,7 +165,7 @@ def prefill_bytes_per_token(dims: NemotronHDims, block_type: str, itemsize: int 
         return itemsize * (2 * dims.q_dim + 2 * dims.kv_dim) + 4 * hidden
     if block_type == "moe":
         # Rows of the experts: input, inner, output, and output in token order in the model's
-        # dtype; the weighted output in float32; three index lists.
+        # dtype, the weighted output in float32, and three index lists.
         routed = itemsize * (3 * dims.hidden_size + dims.moe_intermediate_size)
         routed += _FLOAT32_BYTES * dims.hidden_size + 3 * _INT64_BYTES
         summed = _FLOAT32_BYTES * (dims.hidden_size + dims.n_routed_experts)
@@ -201,7 +201,7 @@ def decode_bytes(
 
 def logits_bytes(dims: NemotronHDims, rows: int, itemsize: int = 2) -> int:
     """Bytes of the loss at `rows` supervised tokens."""
-    # log_softmax is saved for every row; logits and their gradient exist for one chunk of rows.
+    # log_softmax is saved for every row. Logits and their gradient exist for one chunk of rows.
     logits = _FLOAT32_BYTES * dims.vocab_size * (rows + 2 * min(rows, LOGIT_ROWS))
     return logits + itemsize * dims.hidden_size * rows
 

@@ -54,7 +54,7 @@ def block_weights(base: nn.Module) -> Iterator[tuple[str, int | None]]:
     number is None for a weight that is neither such a stack nor the `weight` of a layer.
 
     Args:
-        base: a causal language model, with PEFT's layers or without; meta tensors suffice.
+        base: a causal language model, with PEFT's layers or without. Meta tensors suffice.
 
     Yields:
         The path without PEFT's wrappers, such as `model.layers.0.mixer.q_proj`, and the number.
@@ -75,7 +75,7 @@ def block_weights(base: nn.Module) -> Iterator[tuple[str, int | None]]:
 
 
 def active_weights(model: nn.Module) -> ActiveWeights:
-    """Counts the active weights of a Hugging Face causal LM; meta tensors suffice.
+    """Counts the active weights of a Hugging Face causal LM. Meta tensors suffice.
 
     Norms, convolutions and the embedding table are not counted.
 
@@ -94,5 +94,5 @@ def active_weights(model: nn.Module) -> ActiveWeights:
 
 
 def model_flops_utilisation(flops_per_s: float, spec: CardSpec | None) -> float | None:
-    """Fraction of the card's dense bfloat16 rate; None without a `spec`, as on a CPU."""
+    """Fraction of the card's dense bfloat16 rate, or None without a `spec`, as on a CPU."""
     return None if spec is None else flops_per_s / (spec.bf16_tflops * 1e12)

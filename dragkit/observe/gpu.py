@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CardSpec:
-    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity); 0 is unknown.
+    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity); 0 if unknown.
 
     Attributes:
         name: the table's name of the card, or the driver's.
@@ -33,7 +33,7 @@ class CardSpec:
     memory_bytes: int = 0
 
 
-# The data sheets print tensor-core rates with sparsity; half of that is the dense rate. Longer
+# The data sheets print tensor-core rates with sparsity. Half of that is the dense rate. Longer
 # names stand before the names that they begin with, because `card_spec` takes the first match.
 _CARD_SPECS = (
     # "NVIDIA H100 Tensor Core GPU" data sheet, column PCIe.
@@ -55,7 +55,7 @@ CARDS = {spec.name: spec for spec in _CARD_SPECS if spec.memory_bytes}
 
 
 def card_spec(name: str) -> CardSpec | None:
-    """The entry of the GPU that torch and NVML call `name`; None if the table lacks it."""
+    """The entry of the GPU that torch and NVML call `name`, or None if the table lacks it."""
     words = name.replace("-", " ").split()
     for spec in _CARD_SPECS:
         wanted = spec.name.split()
@@ -71,7 +71,7 @@ class GpuReading:
     Attributes:
         power_w: current draw; sm_clock_mhz, memory_clock_mhz: current clocks.
         used_mem_gib: memory in use by all processes and the driver.
-        energy_j: energy since the driver was loaded; only differences have a meaning.
+        energy_j: energy since the driver was loaded. Only differences have a meaning.
     """
 
     power_w: float
@@ -94,10 +94,10 @@ class GpuMonitor:
 
     @classmethod
     def open(cls, device: torch.device | str = "cuda") -> GpuMonitor | None:
-        """The monitor of a device; None on a machine without GPU, driver or `pynvml`.
+        """The monitor of a device, or None on a machine without GPU, driver or `pynvml`.
 
         Args:
-            device: torch's device; `CUDA_VISIBLE_DEVICES` may change its number.
+            device: torch's device. `CUDA_VISIBLE_DEVICES` may change its number.
         """
         import torch
 
@@ -119,7 +119,7 @@ class GpuMonitor:
             return None
 
     def read(self) -> GpuReading | None:
-        """The current state of the device; None if the driver refuses a value."""
+        """The current state of the device, or None if the driver refuses a value."""
         nvml, handle = self._nvml, self._handle
         try:
             return GpuReading(

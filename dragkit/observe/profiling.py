@@ -56,7 +56,7 @@ class ProfileWindow:
         self._stop()
 
     def tick(self, step: int) -> None:
-        """Starts or stops the capture; call it before step `step` runs."""
+        """Starts or stops the capture. Call it before step `step` runs."""
         if step == self.start:
             self._start()
         elif step == self.end:

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """One reading; rates are per second of wall time, `step_ms` is the mean."""
+    """One reading. Rates are per second of wall time, `step_ms` is the mean."""
 
     questions_per_s: float
     facts_per_s: float
@@ -31,7 +31,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class ThroughputMeter:
-    """Sums the work of training steps; `read` gives the rates since the last reading."""
+    """Sums the work of training steps. `read` gives the rates since the last reading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

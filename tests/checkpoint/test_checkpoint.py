@@ -136,7 +136,7 @@ def test_a_failing_writer_leaves_nothing(run: Path) -> None:
 
 def test_missing_checkpoints_and_files_are_named(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent", tmp_path / "absent" / "step-00000010"):
-        with pytest.raises(MissingInputError, match="expected") as caught:
+        with pytest.raises(MissingInputError, match="Expected") as caught:
             find_checkpoint(path)
         assert caught.value.exit_code == 66
     with pytest.raises(MissingInputError, match="best"):

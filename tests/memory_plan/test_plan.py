@@ -53,7 +53,7 @@ def test_a_run_that_does_not_fit_has_an_exit_code_and_offers(capsys: pytest.Capt
     assert plan.main(argv) == ConfigError.exit_code
     out = capsys.readouterr().out
     assert re.search(r"^fits +no$", out, re.MULTILINE)
-    assert len(out.partition("what would fit:\n")[2].splitlines()) == 3
+    assert len(out.partition("these settings would fit:\n")[2].splitlines()) == 3
 
 
 def test_the_plan_is_of_phase_2_and_covers_the_bundled_generator(
