@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torch_geometric")
 
 from bench import measure  # noqa: E402
-from bench.bench_decode import Decoded, check_tokens, decode_anew, decode_cached  # noqa: E402
+from bench.bench_decode import Decoded, check_tokens, decode_without_cache, decode_with_cache  # noqa: E402
 from bench.measure import Contender, Tally, check_agreement, compare  # noqa: E402
 from bench.results import Comparison, Timing  # noqa: E402
 from dragkit.config import GeneratorConfig  # noqa: E402
@@ -188,10 +188,10 @@ def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
 def test_both_ways_of_decoding_agree(generator: Generator) -> None:
     prompt = prompts([9, 40, 3], vectors=2)
     vectors = torch.randn(2, generator.dim, generator=torch.Generator().manual_seed(1))
-    cached = decode_cached(generator, prompt, vectors, 5)
-    check_tokens(cached, decode_anew(generator, prompt, vectors, 5))
+    cached = decode_with_cache(generator, prompt, vectors, 5)
+    check_tokens(cached, decode_without_cache(generator, prompt, vectors, 5))
     assert [len(tokens) for tokens in cached.tokens] == [5, 5, 5] and len(cached.texts) == 3
-    other = decode_anew(generator, prompt, -vectors, 5)
+    other = decode_without_cache(generator, prompt, -vectors, 5)
     assert other.tokens[0] != cached.tokens[0]
     with pytest.raises(ValueError, match=r"differ at prompts \[0\]"):
         check_tokens(cached, other)
@@ -199,15 +199,15 @@ def test_both_ways_of_decoding_agree(generator: Generator) -> None:
 
 def test_texts_end_where_the_end_token_is(generator: Generator, monkeypatch) -> None:
     prompt = prompts([9, 40, 3], vectors=0)
-    free = decode_anew(generator, prompt, None, 6).tokens
+    free = decode_without_cache(generator, prompt, None, 6).tokens
     said = [token for tokens in free for token in tokens]
     # A token that is said once, not last, and by one prompt becomes the end token.
     row, place = next(
         (row, place) for row in range(3) for place in range(4) if said.count(free[row][place]) == 1
     )
     monkeypatch.setattr(generator, "eos_token_id", free[row][place])
-    cached = decode_cached(generator, prompt, None, 6)
-    check_tokens(cached, decode_anew(generator, prompt, None, 6))
+    cached = decode_with_cache(generator, prompt, None, 6)
+    check_tokens(cached, decode_without_cache(generator, prompt, None, 6))
     wanted = [tokens[:place] if i == row else tokens for i, tokens in enumerate(free)]
     assert cached.tokens == wanted
 

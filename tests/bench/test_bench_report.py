@@ -181,9 +181,9 @@ def test_verdicts(write, capsys, ours, theirs, options, code, word) -> None:
     (line,) = (line for line in lines if ": dragkit |" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert float(cells[3]) == pytest.approx(ours / 100, abs=1e-3) and cells[4] == word
-    (opponent,) = (line for line in lines if ": eager PyG |" in line)
-    assert opponent.endswith("| opponent |")
-    assert f"opponents: median ratio {theirs / 300:.3f} of 1 rows" in lines
+    (peer,) = (line for line in lines if ": eager PyG |" in line)
+    assert peer.endswith("| peer |")
+    assert f"peers: median ratio {theirs / 300:.3f} of 1 rows" in lines
 
 
 def test_rows_of_one_name_are_told_apart(write, capsys) -> None:
