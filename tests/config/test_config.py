@@ -29,7 +29,7 @@ from dragkit.config import (
 from dragkit.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESET_DIR = ROOT / "dragkit" / "presets"
+PRESET_DIR = ROOT / "dragkit" / "config" / "presets"
 
 
 def write(folder: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data import quotient as module
+from dragkit.data import node_merging as module
 from dragkit.data.node_merging import Quotient, quotient
 
 

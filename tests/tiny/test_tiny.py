@@ -68,7 +68,9 @@ def test_folder_is_small_and_loads_by_the_auto_classes() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dragkit.tiny.__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(
+        "dragkit.generator.bundled.__file__", str(tmp_path / "generator" / "bundled.py")
+    )
     with pytest.raises(MissingInputError, match=r"lacks config.json, model.safetensors, tok"):
         tiny_generator_path()
 

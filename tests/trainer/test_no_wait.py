@@ -27,8 +27,8 @@ from dragkit.trainer import loop
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.transfer import DeviceCopies
-from tests.model import joint_cases as cases
 from tests.nemotron_cases import adapted, toy_model
+from tests.trainer import joint_cases as cases
 
 META = torch.device("meta")
 CASES = {

@@ -13,7 +13,7 @@ import torch
 from dragkit.config import load_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.demo import demo_files
-from dragkit.trainer import source as source_module
+from dragkit.trainer import question_dataset as source_module
 from dragkit.trainer.question_dataset import QuestionSource
 from dragkit.trainer.transfer import DeviceCopies, ahead, join, split
 
