@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.data import (
-    QuestionFile,
+    BenchFile,
     bench_config,
     best_facts_prompt,
     question_source,
@@ -96,7 +96,7 @@ def test_decoding(
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
     # A shorter file, because the source packs and encodes every question of its file.
     lines = Path(demo_files(cache_dir).test).read_text(encoding="utf-8").splitlines(keepends=True)
-    file = QuestionFile(tmp_path / "questions.jsonl", "demo.test")
+    file = BenchFile(tmp_path / "questions.jsonl", "demo.test")
     file.path.write_text("".join(lines[:num_prompts]), encoding="utf-8")
     source = question_source(file, config, cache_dir, joint.generator, num_prompts)
     rows = list(range(num_prompts))

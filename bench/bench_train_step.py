@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.data import LARGE, SMALL, QuestionFile, bench_config, question_file, text_encoder
+from bench.data import LARGE, SMALL, BenchFile, bench_config, question_file, text_encoder
 from bench.earlier_contenders import EarlierJointLoop, EarlierRetriever, EarlierRetrieverLoop
 from bench.measure import CPU, DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
@@ -43,11 +43,11 @@ class Steps:
         self.generator = options.getoption("--bench-generator")
         self.compiled = bool(options.getoption("--bench-compiled"))
 
-    def file(self, name: str) -> QuestionFile:
+    def file(self, name: str) -> BenchFile:
         """The questions of a published set, or of the demo."""
         return question_file(name, self.cache_dir)
 
-    def set_up(self, config: TrainConfig, file: QuestionFile, **options: object) -> StepSetup:
+    def set_up(self, config: TrainConfig, file: BenchFile, **options: object) -> StepSetup:
         """See `StepSetup.make`."""
         return StepSetup.make(config, file, self.cache_dir, self.run_dir, **options)
 
@@ -163,8 +163,8 @@ def _check_joint(setup: StepSetup, loop: EarlierJointLoop) -> None:
     """
     trainer, row = setup.trainer, setup.batches[0][0]
     joint = trainer.phase.model
-    batch = trainer.train.collator([row])
-    stored = trainer.train.store.question(row)
+    batch = trainer.train_set.collator([row])
+    stored = trainer.train_set.store.question(row)
     # Our prompt names the answers that are in the graph first.
     answers = sorted(stored.answers, key=lambda answer: answer not in stored.entities)
     question = setup.raw_batches()[0][0] | {
@@ -224,7 +224,7 @@ def test_phase2_against_earlier_loop(steps: Steps) -> None:
 
     _check_joint(setup, loop())
     earlier, later = _earlier(loop, setup.raw_batches(), weights)
-    (output,) = trainer.train_step([trainer.train.collator(setup.batches[0])])
+    (output,) = trainer.train_step([trainer.train_set.collator(setup.batches[0])])
     per_prompt = later.num_facts / later.num_prompts
     facts = f"{float(output.parts['facts_kept']):.1f} (earlier loop {per_prompt:.1f})"
     contenders = [setup.ours(Tally(weights=weights)), *earlier]

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from dragkit.config import TrainConfig, load_config
+from dragkit.config import TrainConfig, resolve_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.generator.generator import Generator
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.joint import JointModel
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 
 # Published sets are looked for beside the repository, or in DRAGKIT_DATA.
 _DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -27,22 +27,22 @@ SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionFile:
+class BenchFile:
     """A heuristics file and the name of its set."""
 
     path: Path
     name: str
 
 
-def question_file(name: str, cache_dir: Path) -> QuestionFile:
+def question_file(name: str, cache_dir: Path) -> BenchFile:
     """The published set `name`, or the training questions of the bundled demo."""
     folder = Path(os.environ.get("DRAGKIT_DATA", _DATA))
     for suffix in (".jsonl.gz", ".jsonl"):
         if (folder / f"{name}{suffix}").is_file():
-            return QuestionFile(folder / f"{name}{suffix}", name)
+            return BenchFile(folder / f"{name}{suffix}", name)
     from dragkit.demo import demo_files
 
-    return QuestionFile(Path(demo_files(cache_dir).train), "demo.train")
+    return BenchFile(Path(demo_files(cache_dir).train), "demo.train")
 
 
 def raw_questions(path: Path) -> list[dict]:
@@ -68,7 +68,7 @@ def bench_config(phase: int, **overrides: object) -> TrainConfig:
         "optim.lr": 1e-5,
     }
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_config(overrides=settings)[0]
+    return resolve_config(overrides=settings)[0]
 
 
 def text_encoder(cache_dir: Path) -> TextEncoder:
@@ -77,20 +77,20 @@ def text_encoder(cache_dir: Path) -> TextEncoder:
 
 
 def question_source(
-    file: QuestionFile,
+    file: BenchFile,
     config: TrainConfig,
     cache_dir: Path,
     generator: Generator | None,
     batch: int,
-) -> QuestionSource:
+) -> QuestionDataset:
     """The packed questions of a file, as the trainer reads them."""
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"cache_dir": str(cache_dir)})}
     )
-    return QuestionSource(file.path, config, text_encoder(cache_dir), generator, batch)
+    return QuestionDataset(file.path, config, text_encoder(cache_dir), generator, batch)
 
 
-def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[int]]:
+def whole_batches(source: QuestionDataset, size: int, count: int) -> list[list[int]]:
     """Rows of `count` batches of exactly `size` questions, which repeat if the set is small.
 
     Raises:
@@ -107,13 +107,13 @@ def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[in
     return [batches[i % len(batches)] for i in range(count)]
 
 
-def pyg_questions(source: QuestionSource, rows: Sequence[int]) -> dict[int, Data]:
+def pyg_questions(source: QuestionDataset, rows: Sequence[int]) -> dict[int, Data]:
     """The same questions as PyG graphs, by row."""
     relation_ids = {name: i for i, name in enumerate(source.store.relation_names)}
     return {row: _as_pyg(source, row, relation_ids) for row in rows}
 
 
-def _as_pyg(source: QuestionSource, row: int, relation_ids: Mapping[str, int]) -> Data:
+def _as_pyg(source: QuestionDataset, row: int, relation_ids: Mapping[str, int]) -> Data:
     batch, store = source.collator([row]), source.store
     question = store.question(row)
     head, tail = torch.from_numpy(store.block("facts", row)[:2].astype("int64"))
@@ -133,7 +133,7 @@ def _as_pyg(source: QuestionSource, row: int, relation_ids: Mapping[str, int]) -
 
 @torch.no_grad()
 def best_facts_prompt(
-    joint: JointModel, source: QuestionSource, rows: Sequence[int], *, with_target: bool
+    joint: JointModel, source: QuestionDataset, rows: Sequence[int], *, with_target: bool
 ) -> tuple[NeuralPrompt, Tensor]:
     """Prompts with the facts that the retriever scores best.
 
@@ -143,7 +143,7 @@ def best_facts_prompt(
     device = joint.generator.device
     batch = source.collator(list(rows)).to(device)
     output = joint.retriever(batch, source.relations.to(device))
-    selection = joint.sampler.best(output.fact_logits, batch.graph)
+    selection = joint.fact_sampler.best(output.fact_logits, batch.graph)
     prompt = joint.prompt(batch, selection.index, with_target=with_target)
     return prompt, joint.vectors(output, batch, selection).flatten(0, 1)
 
@@ -156,7 +156,7 @@ def sizes(batch: QuestionBatch) -> dict[str, int]:
         "nodes": int(graph.node_count.sum()),
         "facts": graph.num_facts,
         "merged to nodes": graph.num_nodes,
-        "merged to facts": graph.orders.num_facts,
+        "merged to facts": graph.fact_index.num_facts,
         "relations": len(batch.relation_row),
-        "pairs": graph.orders.num_pairs,
+        "pairs": graph.fact_index.num_pairs,
     }

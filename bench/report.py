@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.results import Comparison, Profile, ResultError, Results, Timing, describe, read_all
-from dragkit.observe.gpu import DeviceSpec, device_spec
+from dragkit.observe.gpu import CardSpec, card_spec
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 SLOWER, USAGE, DAMAGED, MISSING = 1, 2, 65, 66
@@ -180,14 +180,14 @@ def compare(
     return lines, slower
 
 
-def ceiling(spec: DeviceSpec, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
+def ceiling(spec: CardSpec, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
     """The least ms by a data sheet, and what limits them: "memory" or "arithmetic"."""
     memory = num_bytes / (spec.memory_gb_per_s * 1e6)
     arithmetic = flops / (getattr(spec, _UNITS[dtype]) * 1e9)
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
-def _projected(result: Results, name: str, target: DeviceSpec) -> Iterator[str]:
+def _projected(result: Results, name: str, target: CardSpec) -> Iterator[str]:
     """A line for every row: its time on `target` if it reaches the same fraction of the ceiling.
 
     Both ceilings are those of data sheets. A copy reaches less than the data sheet says on either
@@ -197,7 +197,7 @@ def _projected(result: Results, name: str, target: DeviceSpec) -> Iterator[str]:
     if not isinstance(gpu, str):
         device = result.machine["device"]
         raise NotComparable(f"{result.path}: was measured on {device}, which is no GPU")
-    if (measured := device_spec(gpu)) is None:
+    if (measured := card_spec(gpu)) is None:
         raise NotComparable(f"{result.path}: the peak rates of {gpu} are not known")
     for comparison in result.comparisons:
         title, dtype = _title(comparison), str(comparison.about.get("dtype"))
@@ -225,7 +225,7 @@ def project(results: Sequence[Results], target: str) -> list[str]:
         NotComparable: the target is unknown, the rows are of a CPU, or there are no rows.
     """
     name = target.upper()
-    if (spec := device_spec(name)) is None:
+    if (spec := card_spec(name)) is None:
         raise NotComparable(f"the peak rates of {target} are not known")
     rows = [line for result in results for line in _projected(result, name, spec)]
     if not rows:

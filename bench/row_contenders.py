@@ -19,7 +19,7 @@ from bench.packs import Pack
 from bench.problems import Case, Op, Problem, keep_off_zero, relu_argument
 from bench.pyg_rearev import Layer
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
-from dragkit_kernels import message_passing, relation_gate, relation_sum, resolve_backend, row_order
+from dragkit_kernels import message_passing, relation_gate, relation_sum, resolve_backend, grouped_index
 
 # Sums rows over facts. Arguments: a weight for each fact or None, the table of pairs, and the
 # direction (True sends from heads to tails).
@@ -28,10 +28,10 @@ RowSum = Callable[[Tensor | None, Tensor, bool], Tensor]
 
 def message_passing_bytes(pack: Pack, width: int, itemsize: int) -> tuple[float, float]:
     """Bytes of `message_passing`, as kernels/README.md counts them."""
-    orders = pack.orders
-    tables = width * (2 * orders.num_pairs + pack.num_graphs + width)
-    states = width * orders.num_nodes
-    index = orders.num_facts
+    fact_index = pack.fact_index
+    tables = width * (2 * fact_index.num_pairs + pack.num_graphs + width)
+    states = width * fact_index.num_nodes
+    index = fact_index.num_facts
     forward = itemsize * (2 * states + tables) + 24 * index
     return forward, itemsize * (4 * states + 2 * tables) + 40 * index
 
@@ -39,17 +39,17 @@ def message_passing_bytes(pack: Pack, width: int, itemsize: int) -> tuple[float,
 def _gate_bytes(
     pack: Pack, width: int, num_instructions: int, itemsize: int
 ) -> tuple[float, float]:
-    gates = 2 * pack.orders.num_pairs * num_instructions * width
+    gates = 2 * pack.fact_index.num_pairs * num_instructions * width
     inputs = 2 * pack.num_relations * width + pack.num_graphs * num_instructions * width
     return itemsize * (gates + inputs), itemsize * (gates + 2 * inputs)
 
 
 def _row_sums(pack: Pack) -> dict[str, RowSum]:
     """The sums of other libraries, by name."""
-    orders = pack.orders
+    fact_index = pack.fact_index
     by_tail, by_head = (
-        (ptr, fact, orders.fact_pair[fact.long()])
-        for ptr, fact in ((orders.tail_ptr, orders.tail_fact), (orders.head_ptr, orders.head_fact))
+        (ptr, fact, fact_index.fact_pair[fact.long()])
+        for ptr, fact in ((fact_index.tail_ptr, fact_index.tail_perm), (fact_index.head_ptr, fact_index.head_perm))
     )
 
     def embedding_bag(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
@@ -63,7 +63,7 @@ def _row_sums(pack: Pack) -> dict[str, RowSum]:
         rows = table.float().index_select(0, pack.pair)
         if weight is not None:
             rows = weight.float().unsqueeze(1) * rows
-        zeros = rows.new_zeros(orders.num_nodes, table.shape[1])
+        zeros = rows.new_zeros(fact_index.num_nodes, table.shape[1])
         return zeros.index_add(0, pack.edge_index[1 if forward else 0], rows).to(table.dtype)
 
     return {"index_add": index_add, "embedding_bag, its own autograd": embedding_bag}
@@ -94,25 +94,25 @@ class _CollapsedLayer(nn.Module):
         nn.init.orthogonal_(self.layer.relation.weight)
         nn.init.orthogonal_(self.layer.update.weight[:, :width])
         like = torch.empty(2, pack.num_relations, device=pack.device)
-        self.pairs = gate_pairs(pack.orders, pack.num_graphs, like.transpose(0, 1))
+        self.pairs = gate_pairs(pack.fact_index, pack.num_graphs, like.transpose(0, 1))
         self.node_graph = pack.node_graph.int()
 
     def forward(self, h: Tensor, p: Tensor, x: Tensor, instruction: Tensor) -> tuple[Tensor, ...]:
         """float [N, C], [N], [R+1, 2, C], [B, K, C] to float [N, C]."""
-        tables, orders = self.layer.prepare(x.transpose(0, 1)), self.pack.orders
-        return (self.layer(h, p, tables, instruction, orders, self.pairs, self.node_graph),)
+        tables, fact_index = self.layer.prepare(x.transpose(0, 1)), self.pack.fact_index
+        return (self.layer(h, p, tables, instruction, fact_index, self.pairs, self.node_graph),)
 
 
 def _random_weights(pack: Pack) -> Tensor:
     """p of every node, float32 [N] in [0, 1)."""
-    p = torch.rand(pack.orders.num_nodes, generator=torch.Generator().manual_seed(2))
+    p = torch.rand(pack.fact_index.num_nodes, generator=torch.Generator().manual_seed(2))
     return p.to(pack.device).requires_grad_()
 
 
 def layer_problem(case: Case) -> Problem:
     """One reasoning layer from relation vectors and instructions, as ReaRev publishes it."""
     pack, dtype, width, num_instructions = case
-    num_nodes, num_relations = pack.orders.num_nodes, pack.num_relations
+    num_nodes, num_relations = pack.fact_index.num_nodes, pack.num_relations
     torch.manual_seed(0)
     collapsed = _CollapsedLayer(pack, width, num_instructions).to(pack.device, dtype)
     relation, update = collapsed.layer.relation, collapsed.layer.update
@@ -146,7 +146,7 @@ def layer_problem(case: Case) -> Problem:
 
         return run
 
-    pair_rows = 2 * (pack.orders.num_pairs + pack.num_graphs)
+    pair_rows = 2 * (pack.fact_index.num_pairs + pack.num_graphs)
     gate = _gate_bytes(pack, width, num_instructions, dtype.itemsize)
     message = message_passing_bytes(pack, width, dtype.itemsize)
     flops = 2.0 * width**2 * (num_nodes + pair_rows * num_instructions + 2 * num_relations)
@@ -167,7 +167,7 @@ def layer_problem(case: Case) -> Problem:
 def message_passing_problem(case: Case) -> Problem:
     """`message_passing` alone, against other libraries' sums of the same collapsed tables."""
     pack, dtype, width, _ = case
-    num_nodes, num_pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    num_nodes, num_pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
     torch.manual_seed(6)
     weight = nn.init.orthogonal_(torch.empty(width, width))
     weight = weight.to(pack.device, dtype).requires_grad_()
@@ -180,7 +180,7 @@ def message_passing_problem(case: Case) -> Problem:
         weight,
         case.leaf(width, seed=7),
     ]
-    index = {"orders": pack.orders, "node_graph": pack.node_graph.int()}
+    index = {"fact_index": pack.fact_index, "node_graph": pack.node_graph.int()}
 
     def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
         return (message_passing(*leaves, **index),)
@@ -223,24 +223,24 @@ def message_passing_problem(case: Case) -> Problem:
 def relation_sum_problem(case: Case) -> Problem:
     """`relation_sum`: a node's first state is the sum over the relations of its facts."""
     pack, dtype, width, _ = case
-    orders, (head, tail) = pack.orders, pack.edge_index
+    fact_index, (head, tail) = pack.fact_index, pack.edge_index
 
     def by(row_sum: RowSum) -> Op:
         return lambda table: (row_sum(None, table, True) + row_sum(None, table, False),)
 
     def pyg(table: Tensor) -> tuple[Tensor, ...]:
-        rows, num_nodes = table[pack.pair], orders.num_nodes
+        rows, num_nodes = table[pack.pair], fact_index.num_nodes
         return (scatter(rows, tail, 0, num_nodes) + scatter(rows, head, 0, num_nodes),)
 
-    values = width * (orders.num_nodes + orders.num_pairs)
-    num_bytes = values * dtype.itemsize + 16 * orders.num_facts
-    sums = 2 * width * orders.num_facts
+    values = width * (fact_index.num_nodes + fact_index.num_pairs)
+    num_bytes = values * dtype.itemsize + 16 * fact_index.num_facts
+    sums = 2 * width * fact_index.num_facts
     return Problem(
         name="relation_sum",
         about=pack.sizes() | {"C": width},
         op="relation_sum",
-        leaves=[case.leaf(orders.num_pairs, width, seed=1)],
-        call=lambda table: (relation_sum(table, orders=orders),),
+        leaves=[case.leaf(fact_index.num_pairs, width, seed=1)],
+        call=lambda table: (relation_sum(table, fact_index=fact_index),),
         peers={"PyG scatter": pyg}
         | {name: by(row_sum) for name, row_sum in _row_sums(pack).items()},
         compiled=["PyG scatter", "index_add"],
@@ -253,21 +253,21 @@ def relation_gate_problem(case: Case) -> Problem:
     """`relation_gate` against indexing, a product and a ReLU."""
     pack, dtype, width, num_instructions = case
     relation = case.leaf(2, pack.num_relations, width, seed=1)
-    index = (pack.orders.pair_relation, pack.orders.pair_graph)
+    index = (pack.fact_index.pair_relation, pack.fact_index.pair_graph)
     pair_relation, pair_graph = (tensor.long() for tensor in index)
-    orders = {}
+    grouped = {}
     if resolve_backend("relation_gate", relation) == "triton":
         # Not timed, because all layers of a model share these orders.
-        orders = {
-            "relation_order": row_order(index[0], pack.num_relations),
-            "graph_order": row_order(index[1], pack.num_graphs),
+        grouped = {
+            "pairs_by_relation": grouped_index(index[0], pack.num_relations),
+            "pairs_by_graph": grouped_index(index[1], pack.num_graphs),
         }
 
     def plain(relation: Tensor, instruction: Tensor) -> tuple[Tensor, ...]:
         gate = relation[:, pair_relation].unsqueeze(2) * instruction[pair_graph]
         return (torch.relu(gate),)
 
-    values = 2 * pack.orders.num_pairs * num_instructions * width
+    values = 2 * pack.fact_index.num_pairs * num_instructions * width
     return Problem(
         name="relation_gate",
         about=pack.sizes() | {"C": width, "K": num_instructions},
@@ -276,7 +276,7 @@ def relation_gate_problem(case: Case) -> Problem:
             relation,
             case.leaf(pack.num_graphs, num_instructions, width, seed=2),
         ],
-        call=lambda *leaves: (relation_gate(*leaves, *index, **orders),),
+        call=lambda *leaves: (relation_gate(*leaves, *index, **grouped),),
         peers={"indexing, product, ReLU": plain},
         compiled=["indexing, product, ReLU"],
         bytes=_gate_bytes(pack, width, num_instructions, dtype.itemsize),

@@ -26,7 +26,7 @@ _MIN_KEY_GAP = 1e-5
 def segment_softmax_problem(case: Case) -> Problem:
     """`segment_softmax` over the nodes of every graph."""
     pack, dtype = case.pack, case.dtype
-    num_nodes, num_graphs, ptr = pack.orders.num_nodes, pack.num_graphs, pack.node_ptr.long()
+    num_nodes, num_graphs, ptr = pack.fact_index.num_nodes, pack.num_graphs, pack.node_ptr.long()
     return Problem(
         name="segment_softmax",
         about=pack.sizes(),
@@ -49,14 +49,14 @@ def segment_softmax_problem(case: Case) -> Problem:
 
 def _index_bytes(pack: Pack) -> int:
     """Bytes of three numbers for each fact, from tables of nodes and pairs, in float32."""
-    orders = pack.orders
-    return 16 * orders.num_facts + 8 * orders.num_nodes + 4 * orders.num_pairs
+    fact_index = pack.fact_index
+    return 16 * fact_index.num_facts + 8 * fact_index.num_nodes + 4 * fact_index.num_pairs
 
 
 def fact_scores_problem(case: Case) -> Problem:
     """`fact_scores`: the sum of three numbers for each fact, from float32 tables."""
     pack = case.pack
-    orders, (head, tail) = pack.orders, pack.edge_index
+    fact_index, (head, tail) = pack.fact_index, pack.edge_index
 
     def plain(
         head_score: Tensor, pair_score: Tensor, tail_score: Tensor, bias: Tensor
@@ -68,23 +68,23 @@ def fact_scores_problem(case: Case) -> Problem:
         about=pack.sizes(),
         op="fact_scores",
         leaves=[
-            case.leaf(orders.num_nodes, seed=1),
-            case.leaf(orders.num_pairs, seed=2),
-            case.leaf(orders.num_nodes, seed=3),
+            case.leaf(fact_index.num_nodes, seed=1),
+            case.leaf(fact_index.num_pairs, seed=2),
+            case.leaf(fact_index.num_nodes, seed=3),
             case.leaf(seed=4),
         ],
-        call=lambda *leaves: (fact_scores(*leaves, orders=orders),),
+        call=lambda *leaves: (fact_scores(*leaves, fact_index=fact_index),),
         peers={"indexing and sums": plain},
         compiled=["indexing and sums"],
         bytes=(_index_bytes(pack), _index_bytes(pack)),
-        flops=(3 * orders.num_facts, 4 * orders.num_facts),
+        flops=(3 * fact_index.num_facts, 4 * fact_index.num_facts),
     )
 
 
 def fact_head_problem(case: Case) -> Problem:
     """Fact scores from states: a linear map of [h_s ; x_r ; h_t], which the peer concatenates."""
     pack, dtype, width, _ = case
-    orders, (head, tail) = pack.orders, pack.edge_index
+    fact_index, (head, tail) = pack.fact_index, pack.edge_index
 
     def decomposed(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         # Scores are summed in float32, or in float64 for the expected values.
@@ -93,21 +93,21 @@ def fact_head_problem(case: Case) -> Problem:
         head_score, tail_score = (h @ blocks[::2].t()).to(accumulator).unbind(1)
         pair_score = (x @ blocks[1]).to(accumulator)
         bias = bias.to(accumulator)[0]
-        return (fact_scores(head_score, pair_score, tail_score, bias, orders=orders),)
+        return (fact_scores(head_score, pair_score, tail_score, bias, fact_index=fact_index),)
 
     def concatenated(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         rows = torch.cat([h[head], x[pack.pair], h[tail]], dim=1)
         return (F.linear(rows, weight, bias).squeeze(1),)
 
-    states = (orders.num_nodes + orders.num_pairs) * width * dtype.itemsize
-    flops = 2.0 * width * (2 * orders.num_nodes + orders.num_pairs)
+    states = (fact_index.num_nodes + fact_index.num_pairs) * width * dtype.itemsize
+    flops = 2.0 * width * (2 * fact_index.num_nodes + fact_index.num_pairs)
     return Problem(
         name="fact_scores from states",
         about=pack.sizes() | {"C": width},
         op="fact_scores",
         leaves=[
-            case.leaf(orders.num_nodes, width, seed=1),
-            case.leaf(orders.num_pairs, width, seed=2),
+            case.leaf(fact_index.num_nodes, width, seed=1),
+            case.leaf(fact_index.num_pairs, width, seed=2),
             case.leaf(1, 3 * width, seed=3, scale=width**-0.5),
             case.leaf(1, seed=4),
         ],
@@ -143,7 +143,7 @@ def _distinct_keys(logits: Tensor, noise: Tensor, graph: Tensor) -> Tensor:
 
 def _topk_over_padding(pack: Pack, noise: Tensor, k: int) -> Op:
     """`torch.topk` over one padded row for each graph."""
-    num_facts, max_facts = pack.orders.num_facts, pack.max_facts
+    num_facts, max_facts = pack.fact_index.num_facts, pack.max_facts
     column = pack.fact_ptr[:-1, None].long() + torch.arange(max_facts, device=pack.device)
     # The element after the last fact is the padding.
     rows = torch.where(column < pack.fact_ptr[1:, None], column, num_facts)
@@ -167,10 +167,10 @@ def gumbel_topk_problem(case: Case, *, mode: str) -> Problem:
     """`gumbel_topk`: 100 facts of each graph, 20 of small graphs.
 
     Args:
-        mode: "bernoulli" for independent draws, "budget" for exactly k facts.
+        mode: "bernoulli" for independent draws, "exact_k" for exactly k facts.
     """
     pack = case.pack
-    num_facts, num_graphs, ptr = pack.orders.num_facts, pack.num_graphs, pack.fact_ptr
+    num_facts, num_graphs, ptr = pack.fact_index.num_facts, pack.num_graphs, pack.fact_ptr
     k = 100 if pack.max_facts >= 200 else 20
     seed = torch.tensor(7, device=pack.device)
     question = torch.arange(num_graphs, device=pack.device)
@@ -190,7 +190,7 @@ def gumbel_topk_problem(case: Case, *, mode: str) -> Problem:
         return drawn.gate, drawn.index
 
     def reference(logits: Tensor) -> tuple[Tensor, ...]:
-        drawn = gumbel_topk_ref(logits, ptr, k, noise=noise, estimator="concrete", **options)
+        drawn = gumbel_topk_ref(logits, ptr, k, noise=noise, estimator="binary_concrete", **options)
         return drawn.gate, drawn.index
 
     padded = {"torch.topk over padded rows": _topk_over_padding(pack, noise, k)}

@@ -162,7 +162,7 @@ def test_replayed_contenders_are_judged_by_what_the_replay_leaves(
 def test_least_bytes_are_those_of_the_readme() -> None:
     """`message_passing` in float32: 8NC + 4C(2P+B+C) + 24E and 16NC + 8C(2P+B+C) + 40E."""
     pack, c = random_graphs(), 16
-    n, e, p = pack.orders.num_nodes, pack.orders.num_facts, pack.orders.num_pairs
+    n, e, p = pack.fact_index.num_nodes, pack.fact_index.num_facts, pack.fact_index.num_pairs
     tables = c * (2 * p + pack.num_graphs + c)
     forward, backward = 8 * n * c + 4 * tables + 24 * e, 16 * n * c + 8 * tables + 40 * e
     assert tiny_problem("message_passing").bytes == (forward, backward)
