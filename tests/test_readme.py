@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.config import FIELDS, SECTIONS, load_config
+from dragkit.config import FIELDS, SECTIONS, resolve_config
 from dragkit.config.__main__ import main as config_main
 from dragkit.config.arguments import parse_evaluate_args, parse_plan_args, parse_train_args
-from dragkit.data.question_file import read_heuristics
+from dragkit.data.question_file import read_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -301,7 +301,7 @@ def test_json_examples_are_questions(tmp_path: Path) -> None:
     assert README in {document for document, _ in found}
     path = tmp_path / "examples.jsonl"
     path.write_text("\n".join(json.dumps(json.loads(text)) for _, text in found))
-    for question in read_heuristics(path).questions:
+    for question in read_questions(path).questions:
         assert question.topics and question.answers and question.triples
 
 
@@ -309,7 +309,7 @@ def test_yaml_examples_are_configuration_files(tmp_path: Path) -> None:
     for _, text in examples("yaml"):
         path = tmp_path / "example.yaml"
         path.write_text(text)
-        load_config(file=path)
+        resolve_config(file=path)
 
 
 def test_no_placeholder_is_left_in_a_document() -> None:

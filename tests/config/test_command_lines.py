@@ -186,7 +186,7 @@ def test_set_reaches_the_whole_schema_and_the_last_one_wins(tmp_path: Path) -> N
 
 def test_the_other_phase_of_the_same_command() -> None:
     args = parse_train_args(["--preset", "b200", "--hidden_dim", "32"])
-    first = args.in_phase(1)
+    first = args.config_for_phase(1)
     assert (first.run.phase, first.retriever.hidden_dim) == (1, 32)
     assert (args.config.optim.batch_size_in(2), first.optim.batch_size_in(1)) == (4, 16)
 
