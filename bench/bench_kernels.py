@@ -43,7 +43,7 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "fact_scores": scalar_contenders.fact_scores_problem,
     "fact_head": scalar_contenders.fact_head_problem,
     "gumbel_topk_bernoulli": partial(scalar_contenders.gumbel_topk_problem, mode="bernoulli"),
-    "gumbel_topk_exact_k": partial(scalar_contenders.gumbel_topk_problem, mode="budget"),
+    "gumbel_topk_exact_k": partial(scalar_contenders.gumbel_topk_problem, mode="exact_k"),
 }
 # Logits are float32 whatever the precision of training.
 _FLOAT32_ONLY = {"fact_scores", "gumbel_topk_bernoulli", "gumbel_topk_exact_k"}

@@ -145,7 +145,7 @@ def best_facts_prompt(
     output = joint.retriever(batch, source.relations.to(device))
     selection = joint.fact_sampler.best(output.fact_logits, batch.graph)
     prompt = joint.prompt(batch, selection.index, with_target=with_target)
-    return prompt, joint.vectors(output, batch, selection).flatten(0, 1)
+    return prompt, joint.structural_vectors(output, batch, selection).flatten(0, 1)
 
 
 def sizes(batch: QuestionBatch) -> dict[str, int]:

@@ -19,7 +19,13 @@ from bench.packs import Pack
 from bench.problems import Case, Op, Problem, keep_off_zero, relu_argument
 from bench.pyg_rearev import Layer
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
-from dragkit_kernels import message_passing, relation_gate, relation_sum, resolve_backend, grouped_index
+from dragkit_kernels import (
+    grouped_index,
+    message_passing,
+    relation_gate,
+    relation_sum,
+    resolve_backend,
+)
 
 # Sums rows over facts. Arguments: a weight for each fact or None, the table of pairs, and the
 # direction (True sends from heads to tails).
@@ -49,7 +55,10 @@ def _row_sums(pack: Pack) -> dict[str, RowSum]:
     fact_index = pack.fact_index
     by_tail, by_head = (
         (ptr, fact, fact_index.fact_pair[fact.long()])
-        for ptr, fact in ((fact_index.tail_ptr, fact_index.tail_perm), (fact_index.head_ptr, fact_index.head_perm))
+        for ptr, fact in (
+            (fact_index.tail_ptr, fact_index.tail_perm),
+            (fact_index.head_ptr, fact_index.head_perm),
+        )
     )
 
     def embedding_bag(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torch_geometric")
 
 from bench import measure  # noqa: E402
-from bench.bench_decode import Decoded, check_tokens, decode_without_cache, decode_with_cache  # noqa: E402
+from bench.bench_decode import Decoded, check_tokens, decode_with_cache, decode_without_cache  # noqa: E402
 from bench.measure import Contender, Tally, check_agreement, compare  # noqa: E402
 from bench.results import Comparison, Timing  # noqa: E402
 from dragkit.config import GeneratorConfig  # noqa: E402

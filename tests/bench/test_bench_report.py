@@ -241,18 +241,19 @@ def damaged(change: Callable[[dict], object]) -> Callable[[str], str]:
 
 
 DAMAGES = {
-    "cut off": (lambda text: text[: len(text) // 2], "is no JSON, or is cut off"),
-    "bytes": (lambda text: "\x00" + text, "is no JSON, or is cut off"),
-    "a list": (lambda text: "[1, 2]", "holds no object"),
-    "foreign": (lambda text: '{"machine_info": {}, "benchmarks": []}', "no machine"),
-    "no rows": (lambda text: text.replace('"comparisons"', '"rows"'), "no list of comparisons"),
-    "no timings": (damaged(lambda c: c.pop("timings")), "no list of timings"),
+    "cut off": (lambda text: text[: len(text) // 2], "truncated"),
+    "bytes": (lambda text: "\x00" + text, "malformed"),
+    "a list": (lambda text: "[1, 2]", "Expected `object`"),
+    "foreign": (lambda text: '{"machine_info": {}, "benchmarks": []}', "`machine`"),
+    "no device": (lambda text: text.replace('"device"', '"host"'), "machine: has no device"),
+    "no timings": (damaged(lambda c: c.pop("timings")), "`timings`"),
+    "text for timings": (damaged(lambda c: c.update(timings=["x"])), "is no result file"),
     "a field less": (damaged(lambda c: c["timings"][0].pop("name")), "`name`"),
     "a field more": (damaged(lambda c: c["timings"][0].update(fps=1)), "`fps`"),
     "text": (damaged(lambda c: c["timings"][0].update(cpu_ms="1")), "timings[0].cpu_ms"),
     "two values": (damaged(lambda c: c["timings"][0]["ms"].pop()), "timings[0].ms"),
-    "no order": (damaged(lambda c: c["timings"][0]["ms"].sort()), "is no median of times"),
-    "negative": (damaged(lambda c: c["timings"][0].update(ms=[1, -1, 2])), "is no median"),
+    "no order": (damaged(lambda c: c["timings"][0]["ms"].sort()), "not between the percentiles"),
+    "negative": (damaged(lambda c: c["timings"][0].update(ms=[1, -1, 2])), "not between"),
     "rates": (damaged(lambda c: c["timings"][0]["rates"].update(mfu="x")), "rates.mfu"),
 }
 

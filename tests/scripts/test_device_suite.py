@@ -118,7 +118,7 @@ def test_when_time_is_out_only_the_report_comes(suite) -> None:
     (suite.out / "kernels.json").write_text("{")
     (part,) = suite.run(["report"])
     assert part.exit_code == 65
-    assert "kernels.json: is no JSON" in (suite.out / "report.md").read_text()
+    assert "kernels.json: is no result file" in (suite.out / "report.md").read_text()
 
 
 def test_a_command_out_of_time_is_interrupted_with_its_children(suite) -> None:
