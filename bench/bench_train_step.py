@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.data import LARGE, SMALL, BenchFile, bench_config, question_file, text_encoder
+from bench.data import LARGE, SMALL, bench_config, question_file, text_encoder
 from bench.earlier_contenders import EarlierJointLoop, EarlierRetriever, EarlierRetrieverLoop
 from bench.measure import CPU, DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
@@ -29,50 +29,21 @@ pytestmark = pytest.mark.timeout(1800)
 _FULL = pytest.mark.full
 
 
-class Steps:
-    """Sets up trainers and times their steps."""
+@pytest.fixture
+def set_up(cache_dir: Path, tmp_path: Path) -> Callable[..., StepSetup]:
+    """`set_up(config, name, batch=..., ...)` makes a `StepSetup` on the questions of a set."""
 
-    def __init__(
-        self,
-        timed: Callable[..., Comparison],
-        cache_dir: Path,
-        run_dir: Path,
-        options: pytest.Config,
-    ) -> None:
-        self.timed, self.cache_dir, self.run_dir = timed, cache_dir, run_dir
-        self.generator = options.getoption("--bench-generator")
-        self.compiled = bool(options.getoption("--bench-compiled"))
+    def make(config: TrainConfig, name: str, **options: object) -> StepSetup:
+        file = question_file(name, cache_dir)
+        return StepSetup.make(config, file, cache_dir, tmp_path, **options)
 
-    def file(self, name: str) -> BenchFile:
-        """The questions of a published set, or of the demo."""
-        return question_file(name, self.cache_dir)
-
-    def set_up(self, config: TrainConfig, file: BenchFile, **options: object) -> StepSetup:
-        """See `StepSetup.make`."""
-        return StepSetup.make(config, file, self.cache_dir, self.run_dir, **options)
-
-    def time(
-        self,
-        title: str,
-        setup: StepSetup,
-        contenders: list[Contender],
-        about: dict[str, object] | None = None,
-    ) -> None:
-        """Times the contenders on the trainer's device."""
-        comparison = Comparison(title, setup.about() | (about or {}), [])
-        comparison.questions = len(setup.batches[0])
-        self.timed(comparison, contenders, setup.trainer.device)
+    return make
 
 
 @pytest.fixture
-def steps(
-    timed: Callable[..., Comparison],
-    cache_dir: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> Steps:
-    """`Steps` with the options of this run."""
-    return Steps(timed, cache_dir, tmp_path, request.config)
+def compiled(request: pytest.FixtureRequest) -> bool:
+    """Whether compiled contenders run."""
+    return bool(request.config.getoption("--bench-compiled"))
 
 
 @pytest.mark.parametrize(
@@ -80,35 +51,48 @@ def steps(
     [("50", 16, 4, 2), pytest.param("2000", 16, 1, 3, marks=_FULL)],
 )
 def test_phase1_against_packed_pyg(
-    facts: str, batch: int, calls: int, instructions: int, steps: Steps
+    facts: str,
+    batch: int,
+    calls: int,
+    instructions: int,
+    compiled: bool,
+    set_up: Callable[..., StepSetup],
+    timed: Callable[..., Comparison],
 ) -> None:
     """Goals: 1.8 times the questions/s of eager PyG at 50 facts, 10 times at 2,000.
 
     K is ReaRev's published value for WebQSP (2) and, on the large graphs, for CWQ (3).
     """
-    file = steps.file(SMALL if facts == "50" else LARGE)
-    if facts != "50" and file.name != LARGE:
-        pytest.skip(f"{LARGE} was not found, and the bundled graphs are small")
+    name = SMALL if facts == "50" else LARGE
     config = bench_config(1, retriever__num_instructions=instructions)
-    setup = steps.set_up(config, file, batch=batch, calls=calls, device=DEVICE)
-    contenders = [setup.ours(), *setup.variants(compiled=steps.compiled)]
+    setup = set_up(config, name, batch=batch, calls=calls, device=DEVICE)
+    if name == LARGE and setup.file.name != LARGE:
+        pytest.skip(f"{LARGE} was not found, and the bundled graphs are small")
+    contenders = [setup.ours(), *setup.variants(compiled=compiled)]
     for words, per_fact in (("once", False), ("per fact", True)):
         peer = PackedPyGStep(setup, per_fact=per_fact)
         contenders.append(peer.checked(setup, f"eager PyG, relations projected {words}"))
     title = f"phase 1, {facts}-fact graphs, packed PyG"
-    steps.time(title, setup, contenders, {"K": instructions})
+    timed(setup.comparison(title, K=instructions), contenders, DEVICE)
 
 
 @pytest.mark.parametrize("facts,batch", [("50", 16), ("2000", 4)])
-def test_phase1_against_compiled_pyg(facts: str, batch: int, steps: Steps) -> None:
-    """How far a compiler gets without the collapsed layer. Runs only with --bench-compiled."""
-    if not steps.compiled:
+def test_phase1_against_compiled_pyg(
+    facts: str,
+    batch: int,
+    compiled: bool,
+    set_up: Callable[..., StepSetup],
+    timed: Callable[..., Comparison],
+) -> None:
+    """A compiler without the collapsed layer. Runs only with --bench-compiled."""
+    if not compiled:
         pytest.skip("compilation takes minutes; ask for it with --bench-compiled")
-    file = steps.file(SMALL if facts == "50" else LARGE)
-    setup = steps.set_up(bench_config(1), file, batch=batch, device=DEVICE)
+    name = SMALL if facts == "50" else LARGE
+    setup = set_up(bench_config(1), name, batch=batch, device=DEVICE)
     peer = PackedPyGStep(setup, per_fact=False, compiled=True)
     contenders = [setup.ours(), peer.checked(setup, "compiled PyG, relations projected once")]
-    steps.time(f"phase 1, {facts}-fact graphs, compiled PyG", setup, contenders)
+    title = f"phase 1, {facts}-fact graphs, compiled PyG"
+    timed(setup.comparison(title), contenders, DEVICE)
 
 
 def _earlier(
@@ -142,17 +126,23 @@ def _earlier(
 
 
 @pytest.mark.parametrize("instructions,stages", [pytest.param(2, 2, marks=_FULL), (1, 1)])
-def test_phase1_against_earlier_loop(instructions: int, stages: int, steps: Steps) -> None:
+def test_phase1_against_earlier_loop(
+    instructions: int,
+    stages: int,
+    compiled: bool,
+    set_up: Callable[..., StepSetup],
+    timed: Callable[..., Comparison],
+) -> None:
     """Goal: 40 times the earlier loop, which encodes the relations of every question.
 
     The earlier model has one instruction and three layers in all. K = 1, T = 1 has the same depth.
     """
     config = bench_config(1, retriever__num_instructions=instructions, retriever__num_stages=stages)
-    setup = steps.set_up(config, steps.file(SMALL), batch=16, calls=4)
+    setup = set_up(config, SMALL, batch=16, calls=4)
     earlier, _ = _earlier(lambda: EarlierRetrieverLoop(EarlierRetriever()), setup.raw_batches())
-    contenders = [setup.ours(), *setup.variants(compiled=steps.compiled), *earlier]
+    contenders = [setup.ours(), *setup.variants(compiled=compiled), *earlier]
     title = f"phase 1, 50-fact graphs, earlier loop, K={instructions} T={stages}"
-    steps.time(title, setup, contenders, {"K": instructions, "T": stages})
+    timed(setup.comparison(title, K=instructions, T=stages), contenders)
 
 
 def _check_joint(setup: StepSetup, loop: EarlierJointLoop) -> None:
@@ -191,24 +181,32 @@ def _flops(weights: ActiveWeights) -> dict[str, object]:
     }
 
 
-def test_phase2_rates(steps: Steps) -> None:
+def test_phase2_rates(
+    set_up: Callable[..., StepSetup],
+    timed: Callable[..., Comparison],
+    request: pytest.FixtureRequest,
+) -> None:
     """Our joint step alone: tokens/s, MFU and energy, on a GPU or with --bench-generator."""
-    if steps.generator is None and DEVICE.type != "cuda":
+    generator = request.config.getoption("--bench-generator")
+    if generator is None and DEVICE.type != "cuda":
         pytest.skip("a CPU's rates are in the comparison with the earlier loop")
-    generator = steps.generator or "tiny"
-    # Four prompts of a large generator at a time, because its activations are large.
-    some = {} if generator == "tiny" else {"generator__generator_microbatch": 4}
-    config = bench_config(2, generator__model=generator, run__device=DEVICE.type, **some)
-    setup = steps.set_up(config, steps.file(SMALL), batch=16, calls=4, device=DEVICE)
+    generator = generator or "tiny"
+    # The activations of a large generator are large, so it takes four prompts at a time.
+    microbatch = {} if generator == "tiny" else {"generator__generator_microbatch": 4}
+    config = bench_config(2, generator__model=generator, run__device=DEVICE.type, **microbatch)
+    setup = set_up(config, SMALL, batch=16, calls=4, device=DEVICE)
     weights = active_weights(setup.trainer.phase.model.generator.model)
     title = f"phase 2, rates, generator {Path(generator).name}"
-    steps.time(title, setup, [setup.ours(Tally(weights=weights))], _flops(weights))
+    comparison = setup.comparison(title, **_flops(weights))
+    timed(comparison, [setup.ours(Tally(weights=weights))], DEVICE)
 
 
-def test_phase2_against_earlier_loop(steps: Steps) -> None:
+def test_phase2_against_earlier_loop(
+    cache_dir: Path, set_up: Callable[..., StepSetup], timed: Callable[..., Comparison]
+) -> None:
     """Goal: 8 times the earlier joint loop with the same tiny generator and facts per prompt."""
     config = bench_config(2)
-    setup = steps.set_up(config, steps.file(SMALL), batch=16)
+    setup = set_up(config, SMALL, batch=16)
     trainer = setup.trainer
     joint = trainer.phase.model
     weights = active_weights(joint.generator.model)
@@ -216,7 +214,7 @@ def test_phase2_against_earlier_loop(steps: Steps) -> None:
     def loop() -> EarlierJointLoop:
         return EarlierJointLoop(
             EarlierRetriever(),
-            build_joint(config, text_encoder(steps.cache_dir), CPU).model.generator,
+            build_joint(config, text_encoder(cache_dir), CPU).model.generator,
             k_facts=config.sampler.k_facts,
             max_answers=config.generator.max_answers,
             projector_dim=joint.projector.hidden.out_features,
@@ -229,4 +227,4 @@ def test_phase2_against_earlier_loop(steps: Steps) -> None:
     facts = f"{float(output.parts['facts_kept']):.1f} (earlier loop {per_prompt:.1f})"
     contenders = [setup.ours(Tally(weights=weights)), *earlier]
     about = {"facts per prompt": facts} | _flops(weights)
-    steps.time("phase 2, tiny generator", setup, contenders, about)
+    timed(setup.comparison("phase 2, tiny generator", **about), contenders)

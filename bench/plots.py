@@ -1,4 +1,4 @@
-"""Plots of result files: a roofline, and the parts of a step."""
+"""The roofline of a result file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.results import Profile, Results, describe
+from bench.results import Results, describe
 from dragkit.observe.gpu import card_spec
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*Xhd<>"
-# The ranges of a trace, in the order of a step.
-_PARTS = ("copy", "replay", "retriever", "sampler", "prompt", "generator", "backward", "optimizer")
 
 
 def _figure(title: str, machine: Mapping[str, object]) -> tuple[Figure, Axes]:
@@ -75,23 +73,3 @@ def roofline(result: Results) -> tuple[Path | None, list[str]]:
     path = result.path.with_name(f"{result.theme}_roofline.png")
     figure.savefig(path, dpi=130)
     return path, absent
-
-
-def step_parts(profile: Profile) -> Path | None:
-    """Plots milliseconds of a step's ranges, one bar for each trace. Returns the path."""
-    traces = {name: trace.ranges for name, trace in profile.traces.items() if trace.ranges}
-    if not traces:
-        return None
-    figure, axes = _figure("a training step by its parts, host time", profile.machine)
-    names = list(traces)
-    left = [0.0] * len(names)
-    for part in (part for part in _PARTS if any(part in ranges for ranges in traces.values())):
-        columns = (ranges.get(part) for ranges in traces.values())
-        ms = [0.0 if column is None else column.ms / profile.num_steps for column in columns]
-        axes.barh(names, ms, left=left, label=part)
-        left = [a + b for a, b in zip(left, ms, strict=True)]
-    axes.set_xlabel("ms per step")
-    axes.legend(fontsize=7)
-    path = profile.path.with_name(f"{profile.path.stem}_parts.png")
-    figure.savefig(path, dpi=130)
-    return path

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.results import Comparison, Profile, ResultError, Results, Timing, describe, read_all
+from bench.results import Comparison, ResultError, Results, Timing, describe, read_all
 from dragkit.observe.gpu import CardSpec, card_spec
 
 _RESULTS = Path(__file__).resolve().parent / "results"
@@ -39,48 +39,30 @@ def say(text: str = "") -> None:
     sys.stdout.write(text + "\n")
 
 
-def profile_table(profile: Profile) -> str:
-    """Milliseconds per step of every range, one column for each trace."""
-    ranges = {name: trace.ranges for name, trace in profile.traces.items()}
-    lines = ["### a training step by its parts", "", describe(profile.machine), ""]
-    lines.append(f"| range, ms per step of {profile.num_steps} | {' | '.join(ranges)} |")
-    lines.append(f"|---|{'---:|' * len(ranges)}")
-    for name in sorted({name for columns in ranges.values() for name in columns}):
-        ms = [columns[name].ms if name in columns else None for columns in ranges.values()]
-        cells = ("" if value is None else f"{value / profile.num_steps:.3f}" for value in ms)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _draw(results: Sequence[Results], profiles: Sequence[Profile]) -> None:
+def _draw(results: Sequence[Results]) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("no plots: matplotlib is not installed (pip install 'dragkit[bench]')")
         return
-    from bench import plots
+    from bench.plots import roofline
 
     for result in results:
-        path, absent = plots.roofline(result)
+        path, absent = roofline(result)
         if path is None:
             continue
         say(f"plot: {path}")
         if absent:
             say(f"not on the roofline, bytes or operations are not counted: {'; '.join(absent)}")
-    for profile in profiles:
-        if (path := plots.step_parts(profile)) is not None:
-            say(f"plot: {path}")
 
 
 def report(paths: Sequence[Path], *, draw: bool) -> None:
     """Prints every table, and draws the plots if `draw`."""
-    results, profiles = read_all(paths)
+    results = read_all(paths)
     for result in results:
         say(f"## {result.theme}\n")
         for comparison in result.comparisons:
             say(comparison.markdown(describe(result.machine)))
-    for profile in profiles:
-        say(profile_table(profile))
     if draw:
-        _draw(results, profiles)
+        _draw(results)
 
 
 def rows_by_name(results: Sequence[Results]) -> dict[str, Timing]:
@@ -241,13 +223,7 @@ def project(results: Sequence[Results], target: str) -> list[str]:
 
 
 def _compare_folders(folders: Sequence[Path], threshold: float) -> int:
-    runs = []
-    for path in folders:
-        results, _ = read_all([path])
-        if not results:
-            raise ResultError(path, "holds no timings", missing=True)
-        runs.append(results)
-    lines, slower = compare(*runs, threshold)
+    lines, slower = compare(*(read_all([path]) for path in folders), threshold)
     say("\n".join(lines))
     return SLOWER if slower else 0
 
@@ -277,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.compare:
             return _compare_folders(args.compare, args.threshold)
         if args.project:
-            say("\n".join(project(read_all(folders)[0], args.project)))
+            say("\n".join(project(read_all(folders), args.project)))
         else:
             report(folders, draw=not args.no_plots)
     except ResultError as error:

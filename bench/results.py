@@ -8,16 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 # Median, 20th and 80th percentile.
 Spread = tuple[float, float, float]
 
-PROFILE = "profile.json"
 # Files of the device suite that hold no timings.
-_NO_TIMINGS = ("env.json", "summary.json")
+_NO_TIMINGS = ("env.json", "profile.json", "summary.json")
 # Fields of earlier files that are now computed when a table is printed.
 _DERIVED = {"host_ms", "ratio", "gb_s", "copy_share", "tflop_s"}
 
@@ -203,38 +201,6 @@ class Results(msgspec.Struct):
         return self.path.stem
 
 
-class _Range(msgspec.Struct):
-    ms: float
-
-
-class _Trace(msgspec.Struct):
-    ranges: dict[str, _Range]
-
-
-class Profile(msgspec.Struct):
-    """The device suite's record of profiled training steps.
-
-    Attributes:
-        steps: "first:end".
-        traces: the ranges of each trace, summed over its steps.
-    """
-
-    steps: str
-    traces: dict[str, _Trace]
-    machine: dict[str, object] = {}
-    path: Path = Path()
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"steps {self.steps!r}: the end is not after the first")
-
-    @property
-    def num_steps(self) -> int:
-        """Steps in each trace."""
-        first, _, end = self.steps.partition(":")
-        return int(end) - int(first)
-
-
 def _from_earlier_format(comparison: dict) -> dict:
     """A comparison as earlier versions wrote it, in the present fields."""
     timings = comparison.get("timings")
@@ -257,31 +223,23 @@ def _from_earlier_format(comparison: dict) -> dict:
     return comparison | {"timings": rows}
 
 
-_File = TypeVar("_File", Results, Profile)
-
-
-def _read(path: Path, kind: type[_File]) -> _File:
-    try:
-        content = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
-        if rows := content.get("comparisons"):
-            content["comparisons"] = [_from_earlier_format(row) for row in rows]
-        file = msgspec.convert(content, kind)
-    except OSError as error:
-        raise ResultError(path, error.strerror or str(error), missing=True) from error
-    except (msgspec.DecodeError, AttributeError, LookupError, TypeError) as error:
-        name = "profile of the device suite" if kind is Profile else "result file"
-        raise ResultError(path, f"is no {name}: {error}") from error
-    file.path = path
-    return file
-
-
 def read_results(path: Path) -> Results:
     """A file of timings, of this version or an earlier one.
 
     Raises:
         ResultError: the file is missing, damaged, or no result file.
     """
-    return _read(path, Results)
+    try:
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+        if rows := content.get("comparisons"):
+            content["comparisons"] = [_from_earlier_format(row) for row in rows]
+        results = msgspec.convert(content, Results)
+    except OSError as error:
+        raise ResultError(path, error.strerror or str(error), missing=True) from error
+    except (msgspec.DecodeError, AttributeError, LookupError, TypeError) as error:
+        raise ResultError(path, f"is no result file: {error}") from error
+    results.path = path
+    return results
 
 
 def _files(path: Path) -> list[Path]:
@@ -296,12 +254,10 @@ def _files(path: Path) -> list[Path]:
     raise ResultError(path, "holds no result files", missing=True)
 
 
-def read_all(paths: Sequence[Path]) -> tuple[list[Results], list[Profile]]:
+def read_all(paths: Sequence[Path]) -> list[Results]:
     """Everything in files and folders.
 
     Raises:
         ResultError: names the first file or folder that cannot be used.
     """
-    files = [file for path in paths for file in _files(path)]
-    profiles = [_read(file, Profile) for file in files if file.name == PROFILE]
-    return [read_results(file) for file in files if file.name != PROFILE], profiles
+    return [read_results(file) for path in paths for file in _files(path)]

@@ -23,6 +23,7 @@ from bench.data import (
 )
 from bench.measure import CPU, Contender, Tally, check_agreement
 from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
+from bench.results import Comparison
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.retriever.losses import retrieval_loss
@@ -58,11 +59,9 @@ class OurStep:
 
 @dataclass(frozen=True, slots=True)
 class StepSetup:
-    """A trainer of the configured phase on the questions of a file.
+    """A trainer on the questions of a file.
 
     Attributes:
-        file: the questions.
-        trainer: of the configured phase.
         batches: rows of each batch.
         calls: steps of one timed round on a CPU.
     """
@@ -125,9 +124,11 @@ class StepSetup:
         words = ["compiled retriever"] * compiled + ["CUDA graphs"] * replay
         return Contender(", ".join(["dragkit", *words]), step, False, self.calls)
 
-    def about(self) -> dict[str, object]:
-        """The data, and the sizes of its first batch."""
-        return {"data": self.file.name} | sizes(self.trainer.train_set.collator(self.batches[0]))
+    def comparison(self, title: str, **about: object) -> Comparison:
+        """An empty comparison with the data, the sizes of the first batch and `about`."""
+        batch = self.trainer.train_set.collator(self.batches[0])
+        about = {"data": self.file.name} | sizes(batch) | about
+        return Comparison(title, about, [], questions=len(self.batches[0]))
 
     def raw_batches(self) -> list[list[dict]]:
         """The same questions as lines of the file.

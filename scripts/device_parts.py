@@ -91,6 +91,7 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     content = {"machine": machine_info(_COMMAND), "steps": steps}
     content |= {"problems": problems, "traces": summaries}
     (out / "profile.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "profile.md").write_text(range_table(summaries, steps))
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
     return int(bool(problems))
 
@@ -111,6 +112,18 @@ def summarise(trace: Path) -> dict[str, dict[str, dict[str, float]]]:
         "kernels": _longest(kernels),
         "all_kernels": _longest({"all": total, "dragkit": ours}),
     }
+
+
+def range_table(summaries: dict[str, dict], steps: str) -> str:
+    """Milliseconds per step of every range, one column for each trace."""
+    begin, end = map(int, steps.split(":"))
+    lines = [f"| range, ms per step of {end - begin} | {' | '.join(summaries)} |"]
+    lines.append(f"|---|{'---:|' * len(summaries)}")
+    for name in sorted({name for summary in summaries.values() for name in summary["ranges"]}):
+        rows = (summary["ranges"].get(name) for summary in summaries.values())
+        cells = ("" if row is None else f"{row['ms'] / (end - begin):.3f}" for row in rows)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _longest(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:

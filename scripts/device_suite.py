@@ -57,6 +57,8 @@ MODULES = (
 OUT_OF_TIME, RAISED = 124, 70
 # Exit codes of pytest.
 NO_TESTS, NOT_COLLECTED = 5, (2, 4)
+# Exit code of bench.report.
+NO_RESULTS = 66
 _NO_MODULE = re.compile(r"No module named '?(\w+)")
 _COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
@@ -284,7 +286,9 @@ class Suite:
     def report(self, part: Part, end: float) -> None:
         """Makes tables and plots of the other parts' results, even if the time is up."""
         self.end = max(self.end, end)
-        self.call(part, ["-m", "bench.report", str(self.out)], self.out / "report.md", end)
+        log = self.out / "report.md"
+        if self.call(part, ["-m", "bench.report", str(self.out)], log, end) == NO_RESULTS:
+            part.exit_code, part.notes = 0, ["no benchmarks ran"]
 
 
 def gpu_test_files() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from bench import records
 from bench.records import command_line, write_results
 from bench.report import LABEL, ceiling, main
-from bench.results import Comparison, Rates, ResultError, Timing, read_all, read_results
+from bench.results import Comparison, Rates, Timing, read_all, read_results
 from dragkit.observe.gpu import card_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_files_are_read_as_they_were_written(write: Callable[..., Path]) -> None
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    results, _ = read_all([ROOT / "bench" / "results"])
+    results = read_all([ROOT / "bench" / "results"])
     steps = {c.name: c for result in results for c in result.comparisons}
     assert [row.peer for row in steps["phase 2, tiny generator"].timings] == [False, True, True]
     assert steps["phase 2, tiny generator"].questions == 16
@@ -132,21 +132,6 @@ def test_tables_without_plots(write, tmp_path, capsys) -> None:
     write("a", "kernels", [kernel()])
     assert main([str(tmp_path / "a"), "--no-plots"]) == 0
     assert "plot:" not in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
-
-
-def test_the_parts_of_a_step(tmp_path, capsys) -> None:
-    ranges = {"copy": {"calls": 3, "ms": 3.0}, "generator": {"calls": 6, "ms": 60.0}}
-    content = {"steps": "10:13", "problems": [], "traces": {"phase2": {"ranges": ranges}}}
-    file = tmp_path / "profile.json"
-    file.write_text(json.dumps(content | {"machine": {"device": "x", "commit": "c0ffee"}}))
-    assert main([str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    assert "| generator | 20.000 |" in text and "| copy | 1.000 |" in text
-    assert "x, commit c0ffee" in text and (tmp_path / "profile_parts.png").is_file()
-    for damage in ({"steps": "10"}, {"steps": "13:13"}, {"traces": {"phase2": {}}}, {"traces": 3}):
-        file.write_text(json.dumps(content | damage))
-        with pytest.raises(ResultError, match="profile.json"):
-            read_all([file])
 
 
 def compared(first: Path, second: Path, *options: str) -> int:

@@ -55,7 +55,8 @@ def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run.returncode == 0, run.stdout + (out / "profile.log").read_text()
     parts = summary(out)
     assert list(parts) == ["env", "profile", "report"]
-    assert all(part["exit_code"] == 0 and not part["notes"] for part in parts.values())
+    assert all(part["exit_code"] == 0 for part in parts.values())
+    assert [part["notes"] for part in parts.values()] == [[], [], ["no benchmarks ran"]]
     files = [out / file for part in parts.values() for file in part["files"]]
     assert all(file.is_file() for file in files) and len(files) == 8
     machine = json.loads((out / "env.json").read_text())
@@ -67,9 +68,8 @@ def test_the_command_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for name in ("copy", "retriever", "sampler", "prompt", "optimizer"):
         assert ranges[name]["calls"] == 3, name
     assert profiled["traces"]["phase1"]["ranges"]["backward"]["ms"] > 0
-    report = (out / "report.md").read_text()
-    assert f"plot: {out / 'profile_parts.png'}" in report and "| generator |" in report
-    assert "scripts/device_suite.sh" in report and str(out) not in json.dumps(machine["machine"])
+    assert "| generator |" in (out / "profile.md").read_text()
+    assert machine["machine"]["command"] == "scripts/device_suite.sh"
 
 
 def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys) -> None:
@@ -109,12 +109,13 @@ def test_the_suite_fails_if_a_part_failed(code, tmp_path, monkeypatch, capsys) -
 def test_only_the_report_runs_when_the_time_is_up(suite) -> None:
     """It reports what is in the folder. A damaged file fails it."""
     suite.end = time.monotonic() - 1
-    traces = {"phase1": {"ranges": {"copy": {"calls": 1, "ms": 2.0}}}}
-    (suite.out / "profile.json").write_text(json.dumps({"steps": "1:2", "traces": traces}))
+    row = {"name": "dragkit", "ms": [2.0, 1.0, 3.0]}
+    content = {"comparisons": [{"name": "step", "about": {}, "timings": [row]}]}
+    (suite.out / "x.json").write_text(json.dumps({"machine": {"device": "x"}} | content))
     late, report = suite.run(["kernels", "report"])
     assert late.exit_code == 124 and late.notes[0].startswith("not started, out of time: ")
-    assert report.exit_code == 0 and report.files == ["profile_parts.png", "report.md"]
-    assert "| copy | 2.000 |" in (suite.out / "report.md").read_text()
+    assert report.exit_code == 0 and report.files == ["report.md"]
+    assert "| dragkit | 2 (1-3) |" in (suite.out / "report.md").read_text()
     (suite.out / "kernels.json").write_text("{")
     (part,) = suite.run(["report"])
     assert part.exit_code == 65
