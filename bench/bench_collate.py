@@ -42,9 +42,7 @@ def _sorted_from_scratch(graph: PackedGraph) -> FactIndex:
 @pytest.mark.parametrize(
     "name,batch", [(SMALL, 16), pytest.param(LARGE, 16, marks=pytest.mark.full)]
 )
-def test_collation(
-    name: str, batch: int, timed: Callable[..., Comparison], cache_dir: Path
-) -> None:
+def test_collation(name: str, batch: int, timed: Callable[..., None], cache_dir: Path) -> None:
     """Questions per second. The concatenated orders equal those sorted from scratch."""
     file = question_file(name, cache_dir)
     source = question_source(file, bench_config(1), cache_dir, None, batch)

@@ -182,7 +182,7 @@ def _prompts(cache_dir: Path) -> tuple[Generator, NeuralPrompt, list[NeuralPromp
 
 @pytest.mark.full
 def test_joint_step(
-    timed: Callable[..., Comparison], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    timed: Callable[..., None], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward through the frozen model into adapters and fact vectors."""
     bundled, whole, parts, data = _prompts(cache_dir)

@@ -90,7 +90,7 @@ def test_op(
     pack: Pack,
     copy_gb_s: float,
     request: pytest.FixtureRequest,
-    timed: Callable[..., Comparison],
+    timed: Callable[..., None],
 ) -> None:
     """One op, its forward alone or with all gradients."""
     if name in _FLOAT32_ONLY and dtype != torch.float32:

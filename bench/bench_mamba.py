@@ -56,7 +56,7 @@ def _scan_inputs(shape: Shape) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("30B", marks=pytest.mark.full)])
-def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
+def test_scan(name: str, timed: Callable[..., None]) -> None:
     """Forward and backward of the scan, with the gradients of all its inputs but A and D."""
     shape = SHAPES[name]
     x, dt, a, b, c, d = _scan_inputs(shape)
@@ -164,7 +164,7 @@ def _peak_in_new_process(name: str, tokens: int) -> float:
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_layer(timed: Callable[..., Comparison]) -> None:
+def test_layer(timed: Callable[..., None]) -> None:
     """A training step of one layer at the 30B's widths, 1,024 tokens, and its peak memory."""
     tokens = 1024
     hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)

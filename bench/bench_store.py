@@ -15,9 +15,7 @@ from dragkit.data.store import PackedStore
 
 
 @pytest.mark.parametrize("name", [SMALL, pytest.param(LARGE, marks=pytest.mark.full)])
-def test_packing(
-    name: str, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
-) -> None:
+def test_packing(name: str, timed: Callable[..., None], cache_dir: Path, tmp_path: Path) -> None:
     """Questions per second. Packing reads, checks, labels, sorts and writes."""
     file = question_file(name, cache_dir)
     folder_numbers = count()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -18,7 +19,6 @@ import torch
 from bench.data import LARGE, SMALL, bench_config, question_file, text_encoder
 from bench.earlier_contenders import EarlierJointLoop, EarlierRetriever, EarlierRetrieverLoop
 from bench.measure import CPU, DEVICE, Contender, Tally, check_agreement
-from bench.results import Comparison
 from bench.step_contenders import PackedPyGStep, StepSetup
 from dragkit.config import TrainConfig
 from dragkit.observe.flops import FORMULA, ActiveWeights, active_weights
@@ -57,7 +57,7 @@ def test_phase1_against_packed_pyg(
     instructions: int,
     compiled: bool,
     set_up: Callable[..., StepSetup],
-    timed: Callable[..., Comparison],
+    timed: Callable[..., None],
 ) -> None:
     """Goals: 1.8 times the questions/s of eager PyG at 50 facts, 10 times at 2,000.
 
@@ -82,7 +82,7 @@ def test_phase1_against_compiled_pyg(
     batch: int,
     compiled: bool,
     set_up: Callable[..., StepSetup],
-    timed: Callable[..., Comparison],
+    timed: Callable[..., None],
 ) -> None:
     """A compiler without the collapsed layer. Runs only with --bench-compiled."""
     if not compiled:
@@ -95,12 +95,11 @@ def test_phase1_against_compiled_pyg(
     timed(setup.comparison(title), contenders, DEVICE)
 
 
-def _earlier(
-    make: Callable[[], EarlierRetrieverLoop | EarlierJointLoop],
-    raw: list[list[dict]],
-    weights: ActiveWeights | None = None,
-) -> tuple[list[Contender], EarlierRetrieverLoop | EarlierJointLoop]:
-    """The earlier loop without and with all texts in its cache, and the loop with them."""
+Loop = TypeVar("Loop", EarlierRetrieverLoop, EarlierJointLoop)
+
+
+def _earlier(make: Callable[[], Loop], raw: list[list[dict]]) -> tuple[list[Contender], Loop]:
+    """The earlier loop with an empty and with a full cache of texts, and the latter loop."""
     first, later = make(), make()
     stream, cached_stream = cycle(raw), cycle(raw[:2])
     for questions in raw[:2]:
@@ -110,17 +109,12 @@ def _earlier(
         first.retriever.cache.clear()
         first.step(next(stream))
 
-    tallies = [None, None]
-    if weights is not None:
-        tallies = [first.tally, later.tally]
-        first.tally.weights = later.tally.weights = weights
+    def later_epoch() -> None:
+        later.step(next(cached_stream))
+
     contenders = [
-        Contender("earlier loop, first epoch", first_epoch, tally=tallies[0]),
-        Contender(
-            "earlier loop, all texts in its cache",
-            lambda: later.step(next(cached_stream)),
-            tally=tallies[1],
-        ),
+        Contender("earlier loop, first epoch", first_epoch, tally=first.tally),
+        Contender("earlier loop, all texts in its cache", later_epoch, tally=later.tally),
     ]
     return contenders, later
 
@@ -131,7 +125,7 @@ def test_phase1_against_earlier_loop(
     stages: int,
     compiled: bool,
     set_up: Callable[..., StepSetup],
-    timed: Callable[..., Comparison],
+    timed: Callable[..., None],
 ) -> None:
     """Goal: 40 times the earlier loop, which encodes the relations of every question.
 
@@ -183,7 +177,7 @@ def _flops(weights: ActiveWeights) -> dict[str, object]:
 
 def test_phase2_rates(
     set_up: Callable[..., StepSetup],
-    timed: Callable[..., Comparison],
+    timed: Callable[..., None],
     request: pytest.FixtureRequest,
 ) -> None:
     """Our joint step alone: tokens/s, MFU and energy, on a GPU or with --bench-generator."""
@@ -202,7 +196,7 @@ def test_phase2_rates(
 
 
 def test_phase2_against_earlier_loop(
-    cache_dir: Path, set_up: Callable[..., StepSetup], timed: Callable[..., Comparison]
+    cache_dir: Path, set_up: Callable[..., StepSetup], timed: Callable[..., None]
 ) -> None:
     """Goal: 8 times the earlier joint loop with the same tiny generator and facts per prompt."""
     config = bench_config(2)
@@ -218,10 +212,11 @@ def test_phase2_against_earlier_loop(
             k_facts=config.sampler.k_facts,
             max_answers=config.generator.max_answers,
             projector_dim=joint.projector.hidden.out_features,
+            tally=Tally(weights=weights),
         )
 
     _check_joint(setup, loop())
-    earlier, later = _earlier(loop, setup.raw_batches(), weights)
+    earlier, later = _earlier(loop, setup.raw_batches())
     (output,) = trainer.train_step([trainer.train_set.collator(setup.batches[0])])
     per_prompt = later.num_facts / later.num_prompts
     facts = f"{float(output.parts['facts_kept']):.1f} (earlier loop {per_prompt:.1f})"

@@ -103,7 +103,7 @@ def flush_denormals() -> Iterator[None]:
 
 
 @pytest.fixture
-def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., Comparison]:
+def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., None]:
     """`timed(comparison, contenders, device, seconds)` times them and stores the comparison."""
     theme = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
     config = request.config
@@ -113,7 +113,7 @@ def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., 
         contenders: list[Contender],
         device: torch.device = CPU,
         seconds: float | None = None,
-    ) -> Comparison:
+    ) -> None:
         small = is_small(config)
         compare(
             benchmark,
@@ -125,7 +125,6 @@ def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., 
             device=device,
         )
         config.stash[_COMPARISONS].setdefault(theme, []).append(comparison)
-        return comparison
 
     return run
 

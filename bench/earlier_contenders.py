@@ -29,15 +29,7 @@ _RHO, _MARGIN = 0.7, 1.0
 
 
 class StringGraph(NamedTuple):
-    """One question's graph.
-
-    Attributes:
-        features: float [N, C].
-        edge_index: int64 [2, E].
-        relations: R distinct strings.
-        edge_type: int64 [E].
-        label: float [E].
-    """
+    """One question's graph: float [N, C], int64 [2, E], R strings, int64 [E] and float [E]."""
 
     features: Tensor
     edge_index: Tensor
@@ -188,6 +180,8 @@ def earlier_retrieval_loss(output: EarlierOutput) -> Tensor:
 class EarlierRetrieverLoop:
     """Phase 1: one optimizer step per batch of questions."""
 
+    tally: Tally | None = None
+
     def __init__(self, retriever: EarlierRetriever) -> None:
         self.retriever = retriever
         self.optimizer = torch.optim.AdamW(retriever.parameters(), lr=_LR, weight_decay=1e-3)
@@ -214,6 +208,7 @@ class EarlierJointLoop:
         k_facts: maximum number of facts in a prompt.
         max_answers: maximum number of answers in a target.
         projector_dim: hidden width of the projector.
+        tally: counts the tokens.
         microbatch: questions per optimizer step.
     """
 
@@ -225,6 +220,7 @@ class EarlierJointLoop:
         k_facts: int,
         max_answers: int,
         projector_dim: int,
+        tally: Tally,
         microbatch: int = 4,
     ) -> None:
         self.retriever, self.generator = retriever, generator
@@ -239,7 +235,7 @@ class EarlierJointLoop:
         adapters = [p for p in generator.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW([*self.clipped, *adapters], lr=_LR, weight_decay=1e-3)
         self.num_facts = self.num_prompts = 0
-        self.tally = Tally()
+        self.tally = tally
 
     def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
         """At most k facts, by a two-class Gumbel-Softmax, and their straight-through masks."""

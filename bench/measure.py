@@ -52,7 +52,7 @@ class Contender:
     Attributes:
         name: as printed.
         run: makes one call.
-        peer: whether it is written with other libraries. Otherwise it is ours.
+        peer: whether it is written with other libraries.
         calls: calls of one round on a CPU. None chooses a number that lasts long enough.
         tally: the tokens that the calls count, if they run a language model.
         replay: whether it is recorded as a CUDA graph.
@@ -77,8 +77,10 @@ def check_agreement(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -
         ValueError: the largest difference exceeds `tolerance` times the largest value.
     """
     ours, theirs = ours.detach(), theirs.detach()
+    # A scale of 0 would make the error of equal zeros NaN.
     scale = float(theirs.abs().max().clamp(min=1e-12))
     error = float((ours - theirs).abs().max()) / scale
+    # The negation also refuses NaN.
     if not error <= tolerance:
         raise ValueError(f"{name}: differs from ours by {error:.1e} of its scale; not timed")
 
@@ -211,7 +213,7 @@ def compare(
     warmup: int = 2,
     seconds: float | None = None,
     device: torch.device = CPU,
-) -> Comparison:
+) -> None:
     """Times contenders that the caller has checked.
 
     pytest-benchmark's own table shows the first one. On a CPU the others run in the untimed set-up
@@ -226,9 +228,6 @@ def compare(
         seconds: lowers `repeats` to what takes this long, but not below three.
         device: device of the contenders. A GPU's energy and peak rate are read.
 
-    Returns:
-        `comparison`.
-
     Raises:
         ValueError: fewer than two repeats, which have no percentiles.
     """
@@ -239,7 +238,7 @@ def compare(
     if seconds is not None and round_ms > 0:
         repeats = min(repeats, max(_MIN_REPEATS, int(1e3 * seconds / round_ms)))
     first, *others = timed.values()
-    gpu, monitor = None, None
+    gpu = None
     if device.type == "cuda":
         gpu, monitor = torch.cuda.get_device_name(device), GpuMonitor.open(device)
         spreads = {name: t.on_gpu(repeats, monitor) for name, t in timed.items()}
@@ -269,4 +268,3 @@ def compare(
     comparison.about["repeats"] = repeats
     benchmark.group = comparison.name
     benchmark.extra_info.update(msgspec.to_builtins(comparison))
-    return comparison

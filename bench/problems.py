@@ -29,14 +29,7 @@ _NORM_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
 
 
 class Case(NamedTuple):
-    """What a problem is made for.
-
-    Attributes:
-        pack: the graphs.
-        dtype: of the leaves.
-        width: C.
-        num_instructions: K.
-    """
+    """The graphs of a problem, the dtype of its leaves, C and K."""
 
     pack: Pack
     dtype: torch.dtype
