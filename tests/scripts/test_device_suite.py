@@ -80,7 +80,7 @@ def test_a_part_that_fails_stops_no_other(suite, monkeypatch, capsys) -> None:
         (suite.out / "kernels.log").write_text("fast")
 
     monkeypatch.setattr(suite, "env", raises)
-    monkeypatch.setattr(suite, "kernels", writes)
+    monkeypatch.setattr(suite, "bench", writes)
     parts = suite.run(["kernels", "env"])
     assert [(part.name, part.exit_code) for part in parts] == [("env", 70), ("kernels", 0)]
     written = summary(suite.out)
