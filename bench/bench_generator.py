@@ -66,6 +66,7 @@ def _as_earlier(model: nn.Module) -> Iterator[None]:
     """transformers' eager attention and loop over experts, as in the earlier implementation."""
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
     saved = config._attn_implementation, config._experts_implementation, config.use_cache
+    # transformers reads these fields at every call, so the same model runs both formulations.
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     config.use_cache = True
     try:
@@ -110,6 +111,7 @@ class _Step:
                 padded, mask = self.generator.pad(embeds, part, left=False)
                 labels = torch.full(mask.shape, -100, device=mask.device)
                 row, column = part.question[part.target_row], part.position[part.target_row]
+                # transformers shifts labels by one, and `target_row` predicts the next token.
                 labels[row, column + 1] = part.target_id
                 mean = self.generator.model(
                     inputs_embeds=padded, attention_mask=mask, labels=labels

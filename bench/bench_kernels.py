@@ -98,6 +98,7 @@ def test_op(
     compile_ = request.config.getoption("--bench-compiled")
     if compile_ is None:
         compile_ = _ON_CUDA or _is_larger_layer_step(request.node.callspec.params)
+    # Graphs of earlier problems would count against the limit of recompilations.
     torch.compiler.reset()
     problem = PROBLEMS[name](Case(pack, dtype, WIDTH, NUM_INSTRUCTIONS))
     contenders = checked(problem, problem.contenders(compile_=compile_), backward=backward)

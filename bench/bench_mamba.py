@@ -113,6 +113,7 @@ def _mixer() -> nn.Module:
     )
     mixer = NemotronHMamba2Mixer(config, 0).requires_grad_(False)
     nn.init.normal_(mixer.dt_bias)
+    # transformers limits dt by the minimum of the initialisation. The 30B is trained without a limit.
     mixer.time_step_limit = (0.0, float("inf"))
     return mixer.to(DEVICE)
 
@@ -158,6 +159,7 @@ def peak_of_step(name: str, tokens: int) -> float:
 
 
 def _peak_in_new_process(name: str, tokens: int) -> float:
+    # A new process, because freed memory of earlier calls would hide the step's own.
     code = f"import bench.bench_mamba as b; print(b.peak_of_step({name!r}, {tokens}))"
     return float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
 

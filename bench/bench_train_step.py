@@ -102,6 +102,7 @@ def _earlier(make: Callable[[], Loop], raw: list[list[dict]]) -> tuple[list[Cont
     """The earlier loop with an empty and with a full cache of texts, and the latter loop."""
     first, later = make(), make()
     stream, cached_stream = cycle(raw), cycle(raw[:2])
+    # Two batches fill the cache with all texts that the later epoch uses.
     for questions in raw[:2]:
         later.step(questions)
 

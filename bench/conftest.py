@@ -14,7 +14,9 @@ from bench.measure import CPU, Contender, compare
 from bench.records import write_results
 from bench.results import Comparison
 
+# The small set is to end within two minutes.
 _REPEATS, _SMALL_REPEATS, _SMALL_SECONDS = 9, 5, 12.0
+# Comparisons by theme. They are printed and written when all modules have run.
 _COMPARISONS = pytest.StashKey[dict[str, list[Comparison]]]()
 
 

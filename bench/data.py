@@ -62,6 +62,7 @@ def bench_config(phase: int, **overrides: object) -> TrainConfig:
         "retriever.num_instructions": 2,
         "retriever.num_reasoning_steps": 3,
         "retriever.num_stages": 2,
+        # Only without dropout can the results of contenders agree.
         "retriever.dropout": 0.0,
         "generator.model": "tiny",
         "sampler.k_facts": 10,
@@ -102,6 +103,7 @@ def whole_batches(source: QuestionDataset, size: int, count: int) -> list[list[i
             "use a larger set"
         )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    # The last rows that fill no batch are dropped, so that all steps process as many questions.
     order = order[: len(order) // size * size]
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     return [batches[i % len(batches)] for i in range(count)]

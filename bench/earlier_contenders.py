@@ -134,8 +134,10 @@ class EarlierRetriever(nn.Module):
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
         options = {"convert_to_tensor": True, "show_progress_bar": False}
+        # `encode` returns inference tensors, which autograd does not accept. The clone is none.
         return self._encoder[0].encode(list(texts), **options).clone()
 
+    # Without gradients, so the earlier implementation never trains `relation_map`.
     @torch.no_grad()
     def encode_relations(self, names: tuple[str, ...]) -> Tensor:
         """Vectors of a question's relations, float [R, C], cached by the tuple of their strings."""
@@ -239,6 +241,7 @@ class EarlierJointLoop:
 
     def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
         """At most k facts, by a two-class Gumbel-Softmax, and their straight-through masks."""
+        # The earlier implementation converts logits to probabilities, and back to logits here.
         p = output.probability
         logits = torch.stack([(p + 1e-8).log(), (1 - p + 1e-8).log()], dim=-1)
         noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 1e-7)))
@@ -316,6 +319,7 @@ class EarlierJointLoop:
             self.tally.supervised += int((label >= 0).sum())
         loss = self.generator_loss(prompts) + 0.1 * retrieval
         loss.backward()
+        # The earlier implementation does not clip the adapters.
         nn.utils.clip_grad_norm_(self.clipped, _GRAD_CLIP)
         self.optimizer.step()
         return loss.item()

@@ -26,6 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # On a CPU a round of a contender lasts at least this long, unless it reaches the number of calls.
 _ROUND_MS, _MAX_CALLS = 4.0, 500
 _MIN_REPEATS = 3
+# Larger than any cache, so that the copy measures memory.
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
 # Beginnings of the names of CUDA calls that start work on the device.
 _LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
@@ -112,6 +113,7 @@ class _Timed:
             begin = time.perf_counter()
             contender.run()
             _synchronise()
+            # The last call is the estimate, because the first one allocates and compiles.
             self.last_ms = (time.perf_counter() - begin) * 1e3
         calls = math.ceil(_ROUND_MS / max(self.last_ms, 1e-6))
         self.calls = contender.calls or min(_MAX_CALLS, calls)
@@ -140,10 +142,12 @@ class _Timed:
         from triton.testing import do_bench
 
         before, count = _joules(monitor), self.count
+        # The duration in ms, which do_bench divides by its own estimate of a call.
         rep = max(100, math.ceil(repeats * self.last_ms))
         median, low, high = do_bench(self.call, rep=rep, quantiles=[0.5, 0.2, 0.8])
         after = _joules(monitor)
         if before is not None and after is not None:
+            # do_bench also makes calls that it does not time. `count` and the energy include them.
             self.joules = (after - before) / (self.count - count)
         return median, low, high
 
@@ -179,6 +183,7 @@ def _launches(run: Callable[[], object], device: torch.device) -> int | None:
     events = profiler.events() or ()
     if cuda:
         return sum(event.name.startswith(_LAUNCH) for event in events) or None
+    # Only the innermost operators loop over elements.
     return sum(event.name.startswith("aten::") and not event.cpu_children for event in events)
 
 
@@ -242,6 +247,7 @@ def compare(
     if device.type == "cuda":
         gpu, monitor = torch.cuda.get_device_name(device), GpuMonitor.open(device)
         spreads = {name: t.on_gpu(repeats, monitor) for name, t in timed.items()}
+        # pytest-benchmark shows host time here. The comparison has the device times of do_bench.
         benchmark.pedantic(first.call, setup=_synchronise, rounds=repeats, iterations=1)
     else:
 

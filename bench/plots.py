@@ -19,6 +19,7 @@ _MARKERS = "osD^vP*Xhd<>"
 
 def _figure(title: str, machine: Mapping[str, object]) -> tuple[Figure, Axes]:
     """A figure without a window, with the title and the machine above it."""
+    # Not pyplot, which would need a display or a backend.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 5.4), layout="constrained")
@@ -41,6 +42,7 @@ def roofline(result: Results) -> tuple[Path | None, list[str]]:
     copies, absent = [], []
     for comparison in result.comparisons:
         dtype = comparison.about.get("dtype")
+        # Only ops have a dtype.
         if dtype is None:
             continue
         if not comparison.bytes or not comparison.flops or not comparison.copy_gb_s:

@@ -149,6 +149,7 @@ def relu_argument(call: Op, leaves: Sequence[Tensor], odd: Sequence[int]) -> Ten
     """
     leaves = [leaf.double() for leaf in leaves]
     negated = [-leaf if i in odd else leaf for i, leaf in enumerate(leaves)]
+    # One of relu(x) and relu(-x) is zero.
     run = _with_backend("torch", call)
     return run(*leaves)[0] - run(*negated)[0]
 
@@ -166,6 +167,7 @@ def compute_expected(problem: Problem, *, backward: bool) -> Expected:
     leaves = [leaf.detach().double().requires_grad_(backward) for leaf in problem.leaves]
     first, *others = _with_backend("torch", problem.call)(*leaves)
     generator = torch.Generator().manual_seed(11)
+    # Rounded to the dtype of the problem, so that all contenders get the same gradient.
     grad = torch.randn(first.shape, generator=generator).to(problem.dtype).to(first.device)
     gradients = list(torch.autograd.grad(first, leaves, grad.double())) if backward else []
     return Expected(grad, [first.detach(), *others], gradients)
@@ -183,6 +185,7 @@ def make_step(
 
     def both() -> list[Tensor]:
         first, *others = run(*leaves)
+        # Some contenders return float32 for bfloat16 leaves.
         gradients = torch.autograd.grad(first, leaves, grad.to(first.dtype))
         return [first.detach(), *others, *gradients]
 
@@ -192,6 +195,7 @@ def make_step(
     results: list[Tensor] = []
 
     def record() -> None:
+        # A replay writes to the tensors of the recording, so they are kept.
         results[:] = step()
 
     replay = CudaCapture(grad.device)(record)
@@ -252,8 +256,10 @@ def checked(
             contender.error = check_against_float64(
                 step(), expected, limits, _NORM_FLOOR[problem.dtype]
             )
+            # Ops are short, so the timing chooses the number of calls in a round.
             contender.run, contender.calls = step, None
         except torch.OutOfMemoryError:
+            # The [E, C] temporaries of peers do not fit every device at the largest shapes.
             contender.obstacle = "out of memory"
             torch.cuda.empty_cache()
         except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:

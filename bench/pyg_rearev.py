@@ -120,6 +120,7 @@ class PackedPyGReaRev(nn.Module):
 
         loops = torch.arange(num_nodes, device=head.device)
         edge_index = torch.cat([batch.edge_index, loops.expand(2, -1)], dim=1)
+        # Self-loops have one more relation, whose vector is learned.
         all_types = torch.cat([edge_type, torch.full_like(loops, x.shape[0])])
         with_self = torch.cat([x, self.self_relation.expand(1, 2, -1)])
         edge_graph = batch.batch[edge_index[0]]

@@ -48,6 +48,7 @@ def command_line(arguments: Sequence[str]) -> str:
     words = ["python", path.name] if path.suffix == ".py" else [path.name]
     if path.name == "__main__.py":
         words = ["python", "-m", path.parent.name]
+    # The folder is a path of this machine and no part of what was measured.
     is_folder = False
     for word in rest:
         if is_folder or word == "--results":

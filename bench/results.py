@@ -212,6 +212,7 @@ def _from_earlier_format(comparison: dict) -> dict:
         if "wall_ms" in row:
             row = {
                 "name": row["name"],
+                # Earlier files of steps do not mark peers.
                 "peer": number > 0 and not row["name"].startswith("dragkit"),
                 "ms": row["wall_ms"],
                 "cpu_ms": row["cpu_ms"][0],
@@ -248,6 +249,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ResultError(path, "no such file or folder", missing=True)
+    # A folder of results has one folder for each device.
     for pattern in ("*.json", "*/*.json"):
         if files := sorted(f for f in path.glob(pattern) if f.name not in _NO_TIMINGS):
             return files

@@ -132,6 +132,7 @@ def layer_problem(case: Case) -> Problem:
     leaves = [h, _random_weights(pack), x, instruction, *weights]
 
     def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
+        # functional_call takes time, and only float64 leaves need it.
         if leaves[4] is weights[0]:
             return collapsed(*leaves[:4])
         return functional_call(collapsed, dict(zip(names, leaves[4:], strict=True)), leaves[:4])
@@ -141,6 +142,7 @@ def layer_problem(case: Case) -> Problem:
     odd = [4 + names.index(name) for name in ("layer.update.weight", "layer.update.bias")]
     keep_off_zero(h, update.weight[:, :width].t(), relu_argument(ours, leaves, odd))
 
+    # The published model has self-loops as edges of one more relation.
     loops = torch.arange(num_nodes, device=pack.device)
     edge_index = torch.cat([pack.edge_index, loops.expand(2, -1)], dim=1)
     edge_type = torch.cat([pack.relation, torch.full_like(loops, num_relations)])
@@ -148,6 +150,7 @@ def layer_problem(case: Case) -> Problem:
 
     def pyg(*, per_fact: bool) -> Op:
         peer = Layer(width, num_instructions, per_fact=per_fact)
+        # The same weights, so that their gradients can be compared.
         peer.relation, peer.update = relation, update
 
         def run(h: Tensor, p: Tensor, x: Tensor, i: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
@@ -203,6 +206,7 @@ def message_passing_problem(case: Case) -> Problem:
             h: Tensor, p: Tensor, fwd: Tensor, inv: Tensor, loop: Tensor, w: Tensor, b: Tensor
         ) -> tuple[Tensor, ...]:
             p = p.to(dtype)
+            # PyG's propagate gathers p itself.
             p_head, p_tail = (p, p) if per_node else (p[head], p[tail])
             sums = row_sum(p_head, fwd, True) + row_sum(p_tail, inv, False)
             loops = p.unsqueeze(1) * loop.index_select(0, pack.node_graph)

@@ -157,6 +157,7 @@ def _topk_over_padding(pack: Pack, noise: Tensor, k: int) -> Op:
         drawn = (best > 0) | (torch.arange(num_columns, device=key.device) == 0)
         fact = torch.where(drawn, rows.gather(-1, position), -1)
         relaxed = soft[fact]
+        # Straight-through: the forward is 0 or 1, the gradient that of the relaxed choice.
         gate, padding = drawn + relaxed - relaxed.detach(), (0, k - num_columns)
         return F.pad(gate, padding), F.pad(fact, padding, value=-1).int()
 

@@ -153,7 +153,9 @@ class PackedPyGStep:
         self.device, self.config = trainer.device, trainer.config
         self.relations = trainer.relations
         self.model = PackedPyGReaRev(retriever.config, text_dim, per_fact=per_fact).to(self.device)
+        # The same weights, so that logits and gradients can be compared.
         self.model.load_state_dict(retriever.state_dict())
+        # Dynamic sizes, because every batch has another number of nodes and facts.
         self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
         rows = sorted({row for rows in setup.batches for row in rows})
         questions = pyg_questions(trainer.train_set, rows)
@@ -188,6 +190,7 @@ class PackedPyGStep:
             ValueError: logits or gradients differ.
         """
         trainer = setup.trainer
+        # Mixed precision rounds at other places in PyG, so float32 is compared.
         run = trainer.config.run.model_copy(update={"precision": "float32"})
         phase = RetrieverPhase(trainer.config.model_copy(update={"run": run}), trainer.phase.model)
         batch = trainer.train_set.collator(setup.batches[0])
@@ -201,6 +204,7 @@ class PackedPyGStep:
             # A softmax does not depend on its scores' bias, whose gradient is rounding.
             if not key.startswith("node_score.bias"):
                 check_agreement(f"{name}: gradient of {key}", ours[key].grad, parameter.grad, 1e-3)
+        # The timed steps start without gradients.
         for model in (phase.model, self.model):
             model.zero_grad(set_to_none=True)
         return Contender(name, self, calls=setup.calls)

@@ -70,6 +70,7 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     joint = work / "joint"
     commands = [(2, joint, ["--set", "run.cuda_graphs=false"])]
     traces = [("phase1", joint / "phase1", _PHASE1), ("phase2", joint, _PHASE2)]
+    # CUDA graphs hide the ranges inside a step, so the first command runs without them.
     if not cpu:
         commands.append((1, work / "graphs", []))
         traces.append(("phase1_graphs", work / "graphs", {"copy", "replay", "optimizer"}))

@@ -122,9 +122,11 @@ class Suite:
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", work / "site"))),
+            # Logs are complete when a part is stopped.
             "PYTHONUNBUFFERED": "1",
             "DRAGKIT_CACHE": cache,
             "DRAGKIT_BENCH_CACHE": cache,
+            # A machine without network would wait for the hub.
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
@@ -199,6 +201,7 @@ class Suite:
                 env={**self.environment, **variables},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                # `_stop` then signals the children as well.
                 start_new_session=True,
             )
             try:
@@ -279,6 +282,7 @@ class Suite:
 
     def report(self, part: Part, end: float) -> None:
         """Makes tables and plots of the other parts' results, even if the time is up."""
+        # The report has its own time, because it needs what the others wrote.
         self.end = max(self.end, end)
         log = self.out / "report.md"
         if self.call(part, ["-m", "bench.report", str(self.out)], log, end) == NO_RESULTS:

@@ -155,6 +155,7 @@ def main() -> None:
     add("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the checkpoints")
     add("--output", type=Path, default=ROOT / "docs" / "results.md", help="the document")
     args = parser.parse_args()
+    # More threads than cores would slow down every run.
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     runs = [(name, seed) for name in args.sets for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
