@@ -113,7 +113,7 @@ def _mixer() -> nn.Module:
     )
     mixer = NemotronHMamba2Mixer(config, 0).requires_grad_(False)
     nn.init.normal_(mixer.dt_bias)
-    # transformers limits dt by the minimum of the initialisation. The 30B is trained without a limit.
+    # transformers floors dt at the minimum of its initialisation. The 30B has no such limit.
     mixer.time_step_limit = (0.0, float("inf"))
     return mixer.to(DEVICE)
 

@@ -120,6 +120,18 @@ def test_arguments_of_relus_are_not_near_zero(name: str, dtype: torch.dtype) -> 
     assert positive.min() > 0.05 * positive.square().mean().sqrt()
 
 
+def test_peers_may_round_more_than_ours() -> None:
+    problem = tiny_problem("relation_sum", torch.bfloat16)
+
+    def rough(table: Tensor) -> tuple[Tensor, ...]:
+        return (problem.call(table)[0] * 1.02,)
+
+    (peer,) = checked(problem, [Contender("rough", rough)], backward=True)
+    assert not peer.obstacle and peer.error == pytest.approx(0.02, rel=0.2)
+    with pytest.raises(ValueError, match="result 0 differs from float64"):
+        checked(problem, [Contender("rough", rough, peer=False)], backward=True)
+
+
 def test_other_facts_are_refused() -> None:
     """Integer results are compared too, because the gates alone are always ones."""
     problem = tiny_problem("gumbel_topk_bernoulli", width=1)
