@@ -71,19 +71,29 @@ class Contender:
     error: float | None = None
 
 
-def check_agreement(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+def check_agreement(
+    name: str, ours: Tensor, theirs: Tensor, tolerance: float, *, order: float = math.inf
+) -> None:
     """The gate before a timing, so that no wrong answer is timed.
 
+    Args:
+        name: of the tensors, for the error.
+        ours: any floating dtype and shape.
+        theirs: the same shape.
+        tolerance: largest norm of the difference over the norm of `theirs`.
+        order: of the norms. 2 allows that rounding puts single elements on the other side of a
+            ReLU, or single tokens with another expert.
+
     Raises:
-        ValueError: the largest difference exceeds `tolerance` times the largest value.
+        ValueError: the difference exceeds the tolerance.
     """
-    ours, theirs = ours.detach(), theirs.detach()
+    ours, theirs = ours.detach().double(), theirs.detach().double()
     # A scale of 0 would make the error of equal zeros NaN.
-    scale = float(theirs.abs().max().clamp(min=1e-12))
-    error = float((ours - theirs).abs().max()) / scale
+    scale = torch.linalg.vector_norm(theirs, order).clamp(min=1e-12)
+    error = float(torch.linalg.vector_norm(ours - theirs, order) / scale)
     # The negation also refuses NaN.
     if not error <= tolerance:
-        raise ValueError(f"{name}: differs from ours by {error:.1e} of its scale; not timed")
+        raise ValueError(f"{name}: differs from ours by {error:.1e} of its norm; not timed")
 
 
 def _synchronise() -> None:

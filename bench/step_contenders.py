@@ -203,7 +203,8 @@ class PackedPyGStep:
         for key, parameter in self.model.named_parameters():
             # A softmax does not depend on its scores' bias, whose gradient is rounding.
             if not key.startswith("node_score.bias"):
-                check_agreement(f"{name}: gradient of {key}", ours[key].grad, parameter.grad, 1e-3)
+                what = f"{name}: gradient of {key}"
+                check_agreement(what, ours[key].grad, parameter.grad, 1e-3, order=2)
         # The timed steps start without gradients.
         for model in (phase.model, self.model):
             model.zero_grad(set_to_none=True)

@@ -157,6 +157,15 @@ def test_a_wrong_result_is_not_timed() -> None:
             check_agreement("x", right, wrong, 1e-5)
 
 
+def test_the_norm_allows_what_the_largest_difference_does_not() -> None:
+    right, wrong = torch.ones(100), torch.ones(100)
+    wrong[3] = 1.05
+    check_agreement("x", right, wrong, 6e-3, order=2)
+    for order in (2, torch.inf):
+        with pytest.raises(ValueError, match="x: differs from ours"):
+            check_agreement("x", right, wrong, 4e-3, order=order)
+
+
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     return load_generator(GeneratorConfig(), torch.device("cpu"), name="tiny")
