@@ -66,11 +66,11 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     common += ["--epochs", "1" if cpu else "4", "--set", "run.profile_trace=true"]
     common += ["--set", "run.compile=false", "--set", f"run.device={'cpu' if cpu else 'cuda'}"]
     common += [] if cpu else ["--set", "retriever.hidden_dim=256"]
-    # Phase 2 without a checkpoint trains phase 1 first, in a folder inside its folder.
+    # Phase 2 without a checkpoint trains phase 1 first, in a folder inside its folder. CUDA graphs
+    # hide the ranges inside a step, so this command runs without them.
     joint = work / "joint"
     commands = [(2, joint, ["--set", "run.cuda_graphs=false"])]
     traces = [("phase1", joint / "phase1", _PHASE1), ("phase2", joint, _PHASE2)]
-    # CUDA graphs hide the ranges inside a step, so the first command runs without them.
     if not cpu:
         commands.append((1, work / "graphs", []))
         traces.append(("phase1_graphs", work / "graphs", {"copy", "replay", "optimizer"}))
