@@ -71,7 +71,7 @@ def copy_gb_s() -> float:
 
 @pytest.fixture(scope="module", params=[*_RANDOM, *_REAL])
 def pack(request: pytest.FixtureRequest, cache_dir: Path) -> Pack:
-    """One pack after the other, each made once."""
+    """The packs, one after the other, so that each is built once."""
     if request.param in _RANDOM:
         return random_pack(_RANDOM[request.param], DEVICE)
     file = question_file(_REAL[request.param], cache_dir)

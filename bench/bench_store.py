@@ -1,4 +1,4 @@
-"""Packing of a heuristics file, which happens once per data set, and opening the result."""
+"""Packing a heuristics file, once per data set, and opening the packed store."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ Loop = TypeVar("Loop", EarlierRetrieverLoop, EarlierJointLoop)
 
 
 def _earlier(make: Callable[[], Loop], raw: list[list[dict]]) -> tuple[list[Contender], Loop]:
-    """The earlier loop with an empty and with a full cache of texts, and the latter loop."""
+    """The earlier loop with an empty and a full cache of texts. Returns the second loop as well."""
     first, later = make(), make()
     stream, cached_stream = cycle(raw), cycle(raw[:2])
     # Two batches fill the cache with all texts that the later epoch uses.

@@ -61,7 +61,7 @@ class Problem:
     Attributes:
         name: as printed.
         about: sizes for the table.
-        op: name in dragkit_kernels, which decides whether Triton runs.
+        op: its name in dragkit_kernels.
         leaves: inputs that need gradients.
         call: our implementation. Float64 leaves and PyTorch's backend give the expected values.
         peers: implementations with other libraries.
@@ -109,7 +109,7 @@ class Problem:
                 )
             ]
         contenders += [Contender(name, peer) for name, peer in self.peers.items()]
-        obstacle = "" if compile_ else "compilation is asked for by --bench-compiled"
+        obstacle = "" if compile_ else "compiled contenders need --bench-compiled"
         for name in self.compiled:
             # A graph for these sizes alone is the fastest that the compiler makes.
             run = torch.compile(self.peers[name], dynamic=False)

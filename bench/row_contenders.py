@@ -234,7 +234,7 @@ def message_passing_problem(case: Case) -> Problem:
 
 
 def relation_sum_problem(case: Case) -> Problem:
-    """`relation_sum`: a node's first state is the sum over the relations of its facts."""
+    """`relation_sum`: a node's first state is the sum of its facts' relations."""
     pack, dtype, width, _ = case
     fact_index, (head, tail) = pack.fact_index, pack.edge_index
 

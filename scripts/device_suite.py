@@ -307,13 +307,13 @@ def say(text: str) -> None:
 
 
 def restore_interrupts() -> None:
-    """Restores Ctrl-C, which background jobs of a shell ignore and their children inherit."""
+    """Restores Ctrl-C, which a background job ignores and then so do its children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Sends an interrupt first, after which pytest writes its measurements, then a kill."""
+    """Interrupts first, so that pytest writes its measurements, and then kills."""
     for number in (signal.SIGINT, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)

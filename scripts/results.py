@@ -107,10 +107,10 @@ def cell(values: list[float]) -> str:
     return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def table(name: str, results: list[dict], made: str) -> str:
+def table(name: str, results: list[dict], provenance: str) -> str:
     """The section of one set, with stages as rows."""
     asked = results[0]["untrained"]["counts"]["asked"]
-    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {made}", ""]
+    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {provenance}", ""]
     lines += ["| stage | " + " | ".join(METRICS) + " |", "| --- |" + " ---: |" * len(METRICS)]
     for stage in results[0]:
         cells = []
@@ -125,7 +125,7 @@ def table(name: str, results: list[dict], made: str) -> str:
     return "\n".join([*lines, "```", ""])
 
 
-def made_by() -> str:
+def provenance() -> str:
     """Date, commit, versions and machine of the runs."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
@@ -166,8 +166,8 @@ def main() -> None:
     for (name, _), result in zip(runs, results, strict=True):
         if result is not None:
             by_set.setdefault(name, []).append(result)
-    document, made = sections(args.output), made_by()
-    document |= {name: table(name, rows, made) for name, rows in by_set.items()}
+    document, source = sections(args.output), provenance()
+    document |= {name: table(name, rows, source) for name, rows in by_set.items()}
     lines = [HEAD, *(document[name] for name in SETS if name in document)]
     args.output.write_text("\n".join(lines), encoding="utf-8")
     if None in results:
