@@ -9,13 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.data import (
-    BenchFile,
-    bench_config,
-    best_facts_prompt,
-    question_source,
-    text_encoder,
-)
+from bench.data import BenchFile, bench_config, best_facts_prompt, question_source, text_encoder
 from bench.measure import DEVICE, Contender, Tally
 from bench.results import Comparison
 from dragkit.demo import demo_files
@@ -64,10 +58,7 @@ def check_tokens(cached: list[list[int]], uncached: list[list[int]]) -> None:
 
 
 def test_decoding(
-    timed: Callable[..., None],
-    cache_dir: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
+    timed: Callable[..., None], cache_dir: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Questions of the demo, ten facts in a prompt, at most 12 tokens, the bundled generator."""
     num_prompts = request.config.getoption("--bench-prompts")

@@ -86,11 +86,7 @@ class _Step:
     """
 
     def __init__(
-        self,
-        generator: Generator,
-        whole: NeuralPrompt,
-        parts: list[NeuralPrompt],
-        vectors: Tensor,
+        self, generator: Generator, whole: NeuralPrompt, parts: list[NeuralPrompt], vectors: Tensor
     ) -> None:
         self.generator, self.whole = generator, whole
         self.parts, self.vectors = parts, vectors

@@ -177,9 +177,7 @@ def _flops(weights: ActiveWeights) -> dict[str, object]:
 
 
 def test_phase2_rates(
-    set_up: Callable[..., StepSetup],
-    timed: Callable[..., None],
-    request: pytest.FixtureRequest,
+    set_up: Callable[..., StepSetup], timed: Callable[..., None], request: pytest.FixtureRequest
 ) -> None:
     """Our joint step alone: tokens/s, MFU and energy, on a GPU or with --bench-generator."""
     generator = request.config.getoption("--bench-generator")

@@ -78,11 +78,7 @@ def text_encoder(cache_dir: Path) -> TextEncoder:
 
 
 def question_source(
-    file: BenchFile,
-    config: TrainConfig,
-    cache_dir: Path,
-    generator: Generator | None,
-    batch: int,
+    file: BenchFile, config: TrainConfig, cache_dir: Path, generator: Generator | None, batch: int
 ) -> QuestionDataset:
     """The packed questions of a file, as the trainer reads them."""
     config = config.model_copy(

@@ -77,9 +77,6 @@ def check_agreement(
     """The gate before a timing, so that no wrong answer is timed.
 
     Args:
-        name: of the tensors, for the error.
-        ours: any floating dtype and shape.
-        theirs: the same shape.
         tolerance: largest norm of the difference over the norm of `theirs`.
         order: of the norms. 2 allows that rounding puts single elements on the other side of a
             ReLU, or single tokens with another expert.

@@ -285,10 +285,7 @@ def relation_gate_problem(case: Case) -> Problem:
         name="relation_gate",
         about=pack.sizes() | {"C": width, "K": num_instructions},
         op="relation_gate",
-        leaves=[
-            relation,
-            case.leaf(pack.num_graphs, num_instructions, width, seed=2),
-        ],
+        leaves=[relation, case.leaf(pack.num_graphs, num_instructions, width, seed=2)],
         call=lambda *leaves: (relation_gate(*leaves, *index, **grouped),),
         peers={"indexing, product, ReLU": plain},
         compiled=["indexing, product, ReLU"],
