@@ -20,7 +20,7 @@ from dragkit.data.question_file import read_heuristics
 from dragkit.demo import DemoFiles, demo_files
 from dragkit.demo.build import main
 from dragkit.demo.kb import knowledge_base, table_facts
-from dragkit.demo.questions import Template, enumerate_asked, fill_level
+from dragkit.demo.questions import Template, balanced_counts, enumerate_questions
 from dragkit.demo.subgraph import ITERATIONS, FactRanker
 from tests.demo.test_demo_tables import facts as table_facts_by_hand
 
@@ -218,27 +218,27 @@ def test_table_facts_split_cells_and_skip_empty_ones() -> None:
 def test_enumeration_leaves_out_what_makes_no_question() -> None:
     kb = knowledge_base([("a", "x.to", "b"), ("b", "x.to", "a"), ("c", "x.to", "b")])
     there = Template("x.to", (("x.to",),), ("{x}?",))
-    assert [(q.topics, q.answers) for q in enumerate_asked(kb, there)] == [
+    assert [(q.topics, q.answers) for q in enumerate_questions(kb, there)] == [
         (("a",), ("b",)),
         (("b",), ("a",)),
         (("c",), ("b",)),
     ]
     back = Template("x.to x.to", (("x.to", "x.to"),), ("{x}?",))
-    assert [(q.topics, q.answers) for q in enumerate_asked(kb, back)] == [(("c",), ("a",))]
+    assert [(q.topics, q.answers) for q in enumerate_questions(kb, back)] == [(("c",), ("a",))]
     # Both topics lead to b alone: the second adds nothing.
     both = Template("x.to & x.to", (("x.to",), ("x.to",)), ("{x} {y}?",))
-    assert not list(enumerate_asked(kb, both))
+    assert not list(enumerate_questions(kb, both))
     crowd = knowledge_base(("hub", "x.to", f"n{i}") for i in range(13))
-    assert not list(enumerate_asked(crowd, there))
+    assert not list(enumerate_questions(crowd, there))
 
 
-def test_fill_level() -> None:
-    assert fill_level([5, 5, 5], 9) == [3, 3, 3]
-    assert fill_level([1, 9, 9], 9) == [1, 4, 4]
-    assert fill_level([2, 3], 5) == [2, 3]
-    assert fill_level([4, 0], 0) == [0, 0]
+def test_balanced_counts_take_equal_shares() -> None:
+    assert balanced_counts([5, 5, 5], 9) == [3, 3, 3]
+    assert balanced_counts([1, 9, 9], 9) == [1, 4, 4]
+    assert balanced_counts([2, 3], 5) == [2, 3]
+    assert balanced_counts([4, 0], 0) == [0, 0]
     with pytest.raises(ValueError, match="6 questions are wanted"):
-        fill_level([2, 3], 6)
+        balanced_counts([2, 3], 6)
 
 
 def test_ranks_are_those_of_a_dense_random_walk() -> None:
