@@ -23,20 +23,20 @@ from bench.measure import Contender, check_agreement
 from bench.pyg_rearev import pyg_batch
 from bench.results import Comparison
 from dragkit.data.packed import PackedGraph
-from dragkit_kernels import FactOrders, build_fact_orders
+from dragkit_kernels import FactIndex, build_fact_index
 
 
-def _sorted_anew(graph: PackedGraph) -> FactOrders:
-    orders = graph.orders
-    pair = orders.fact_pair.long()
-    return build_fact_orders(
-        orders.head,
-        orders.tail,
-        orders.pair_relation[pair],
+def _sorted_anew(graph: PackedGraph) -> FactIndex:
+    fact_index = graph.fact_index
+    pair = fact_index.fact_pair.long()
+    return build_fact_index(
+        fact_index.head,
+        fact_index.tail,
+        fact_index.pair_relation[pair],
         graph.num_nodes,
-        orders.pair_graph[pair],
-        head_count=orders.head_count,
-        tail_count=orders.tail_count,
+        fact_index.pair_graph[pair],
+        head_count=fact_index.head_count,
+        tail_count=fact_index.tail_count,
     )
 
 
@@ -52,9 +52,9 @@ def test_collation(
     batches = whole_batches(source, batch, 8)
     first = source.collator(batches[0])
     for field, kept, anew in zip(
-        FactOrders._fields, first.graph.orders, _sorted_anew(first.graph), strict=True
+        FactIndex._fields, first.graph.fact_index, _sorted_anew(first.graph), strict=True
     ):
-        check_agreement(f"orders.{field}", kept.to(torch.float64), anew.to(torch.float64), 0.0)
+        check_agreement(f"fact_index.{field}", kept.to(torch.float64), anew.to(torch.float64), 0.0)
     questions = pyg_questions(source, sorted({row for rows in batches for row in rows}))
     rows, graphs = cycle(batches), cycle([source.collator(r).graph for r in batches])
     lists = cycle([[questions[row] for row in r] for r in batches])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.data import QuestionFile, bench_config, question_source, text_encoder
+from bench.data import BenchFile, bench_config, question_source, text_encoder
 from bench.measure import DEVICE, Contender, Tally
 from bench.results import Comparison
 from dragkit.demo import demo_files
@@ -90,15 +90,15 @@ def test_decoding(
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
     # The first ones alone: every question of a set is packed and its text encoded.
     lines = Path(demo_files(cache_dir).test).read_text(encoding="utf-8").splitlines(keepends=True)
-    file = QuestionFile(tmp_path / "questions.jsonl", "demo.test")
+    file = BenchFile(tmp_path / "questions.jsonl", "demo.test")
     file.path.write_text("".join(lines[:prompts]), encoding="utf-8")
     source = question_source(file, config, cache_dir, joint.generator, prompts)
     batch = source.collator(list(range(prompts))).to(DEVICE)
     with torch.no_grad():
         output = joint.retriever(batch, source.relations.to(DEVICE))
-        chosen = joint.sampler.best(output.fact_logits, batch.graph)
+        chosen = joint.fact_sampler.best(output.fact_logits, batch.graph)
         prompt = joint.prompt(batch, chosen.index, with_target=False)
-        vectors = joint.vectors(output, batch, chosen).flatten(0, 1)
+        vectors = joint.structural_vectors(output, batch, chosen).flatten(0, 1)
 
     decoded = [
         decode(joint.generator, prompt, vectors, _TOKENS) for decode in (decode_cached, decode_anew)

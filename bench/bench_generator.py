@@ -122,7 +122,7 @@ def _prompts(config: TrainConfig, cache_dir: Path) -> tuple[NeuralPrompt, list[N
         batch = source.collator(rows).to(DEVICE)
         with torch.no_grad():
             output = joint.retriever(batch, source.relations.to(DEVICE))
-            chosen = joint.sampler.best(output.fact_logits, batch.graph)
+            chosen = joint.fact_sampler.best(output.fact_logits, batch.graph)
             return joint.prompt(batch, chosen.index, with_target=True)
 
     (rows,) = whole_batches(source, _QUESTIONS, 1)

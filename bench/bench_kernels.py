@@ -42,10 +42,10 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "fact_scores": scalar_contenders.scores,
     "fact_head": scalar_contenders.fact_head,
     "gumbel_topk_bernoulli": scalar_contenders.bernoulli,
-    "gumbel_topk_budget": scalar_contenders.budget,
+    "gumbel_topk_exact_k": scalar_contenders.exact_k,
 }
 # Logits are float32 whatever the precision of training.
-_FLOAT32_ONLY = {"fact_scores", "gumbel_topk_bernoulli", "gumbel_topk_budget"}
+_FLOAT32_ONLY = {"fact_scores", "gumbel_topk_bernoulli", "gumbel_topk_exact_k"}
 _DTYPES = [torch.float32, torch.bfloat16] if _ON_CUDA else [torch.float32]
 _RANDOM = {shape.name: shape for shape in (SHAPES if _ON_CUDA else CPU_SHAPES)}
 _REAL = {"WebQSP": SMALL, "WebQSP and CWQ": LARGE} if _ON_CUDA else {"WebQSP": SMALL}

@@ -24,7 +24,7 @@ def test_packing(
 
     def build(folder: Path) -> PackedStore:
         return PackedStore.build_or_open(
-            file.path, cache_dir=folder, label_rule="auto", max_bad=0.0
+            file.path, cache_dir=folder, label_rule="auto", max_bad_fraction=0.0
         )
 
     store = build(tmp_path / "kept")

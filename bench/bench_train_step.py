@@ -141,8 +141,8 @@ def _check_joint(setup: Setup, loop: EarlierJointLoop) -> None:
     """One prompt, same facts and vectors, no padding: the two losses are the same number."""
     trainer, row = setup.trainer, setup.batches[0][0]
     joint = trainer.phase.model
-    batch = trainer.train.collator([row])
-    stored = trainer.train.store.question(row)
+    batch = trainer.train_set.collator([row])
+    stored = trainer.train_set.store.question(row)
     known = sorted(stored.answers, key=lambda answer: answer not in stored.entities)
     question = setup.raw_batches()[0][0] | {
         "triples": stored.triples,
@@ -213,7 +213,7 @@ def test_phase2_against_earlier_loop(
     _check_joint(setup, loop())
     earlier, later = _earlier(loop, setup.raw_batches(), weights)
     contenders = [setup.ours(Tally(weights=weights)), *earlier]
-    (done,) = trainer.train_step([trainer.train.collator(setup.batches[0])])
+    (done,) = trainer.train_step([trainer.train_set.collator(setup.batches[0])])
     used = later.facts_used / later.prompts_made
     facts = f"{float(done.parts['facts_kept']):.1f} (earlier loop {used:.1f})"
     about = setup.about() | {"facts per prompt": facts} | _flops(weights)

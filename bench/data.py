@@ -13,33 +13,33 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from dragkit.config import TrainConfig, load_config
+from dragkit.config import TrainConfig, resolve_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.generator.generator import Generator
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionFile:
+class BenchFile:
     """A heuristics file and where it comes from."""
 
     path: Path
     name: str
 
 
-def question_file(name: str, cache_dir: Path) -> QuestionFile:
+def question_file(name: str, cache_dir: Path) -> BenchFile:
     """The published set `name`, or the training questions of the bundled demo."""
     folder = Path(os.environ.get("DRAGKIT_DATA", _BESIDE))
     for suffix in (".jsonl.gz", ".jsonl"):
         if (folder / f"{name}{suffix}").is_file():
-            return QuestionFile(folder / f"{name}{suffix}", name)
+            return BenchFile(folder / f"{name}{suffix}", name)
     from dragkit.demo import demo_files
 
-    return QuestionFile(Path(demo_files(cache_dir).train), "demo.train")
+    return BenchFile(Path(demo_files(cache_dir).train), "demo.train")
 
 
 def raw_questions(path: Path) -> list[dict]:
@@ -65,7 +65,7 @@ def bench_config(phase: int, **overrides: object) -> TrainConfig:
         "optim.lr": 1e-5,
     }
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}
-    return load_config(overrides=settings)[0]
+    return resolve_config(overrides=settings)[0]
 
 
 def text_encoder(cache_dir: Path) -> TextEncoder:
@@ -74,20 +74,20 @@ def text_encoder(cache_dir: Path) -> TextEncoder:
 
 
 def question_source(
-    file: QuestionFile,
+    file: BenchFile,
     config: TrainConfig,
     cache_dir: Path,
     generator: Generator | None,
     batch: int,
-) -> QuestionSource:
+) -> QuestionDataset:
     """The file packed, as the trainer has it."""
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"cache_dir": str(cache_dir)})}
     )
-    return QuestionSource(file.path, config, text_encoder(cache_dir), generator, batch)
+    return QuestionDataset(file.path, config, text_encoder(cache_dir), generator, batch)
 
 
-def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[int]]:
+def whole_batches(source: QuestionDataset, size: int, count: int) -> list[list[int]]:
     """`count` batches of exactly `size` questions, from as many epochs as that takes.
 
     Raises:
@@ -101,12 +101,12 @@ def whole_batches(source: QuestionSource, size: int, count: int) -> list[list[in
     return [batches[i % len(batches)] for i in range(count)]
 
 
-def pyg_questions(source: QuestionSource, rows: Sequence[int]) -> dict[int, Data]:
+def pyg_questions(source: QuestionDataset, rows: Sequence[int]) -> dict[int, Data]:
     """The same questions as PyG graphs, by row."""
     return {row: _as_pyg(source, row) for row in rows}
 
 
-def _as_pyg(source: QuestionSource, row: int) -> Data:
+def _as_pyg(source: QuestionDataset, row: int) -> Data:
     batch, store = source.collator([row]), source.store
     states: Tensor = batch.question_states[0][batch.question_mask[0]]
     asked, relation_of = store.question(row), {n: i for i, n in enumerate(store.relation_names)}
@@ -132,7 +132,7 @@ def sizes(batch: QuestionBatch) -> dict[str, int]:
         "nodes": int(graph.node_count.sum()),
         "facts": graph.num_facts,
         "merged to nodes": graph.num_nodes,
-        "merged to facts": graph.orders.num_facts,
+        "merged to facts": graph.fact_index.num_facts,
         "relations": len(batch.relation_row),
-        "pairs": graph.orders.num_pairs,
+        "pairs": graph.fact_index.num_pairs,
     }

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.results import Comparison, Rates, Spread, Timing
 from dragkit.observe.flops import ActiveWeights, model_flops_utilisation
-from dragkit.observe.gpu import GpuMonitor, device_spec
+from dragkit.observe.gpu import GpuMonitor, card_spec
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,7 +149,7 @@ class _Timed:
         seconds = self.count * ms / 1e3
         tokens, supervised = tally.tokens - self.before[0], tally.supervised - self.before[1]
         flops = tally.weights.step_flops(tokens, supervised) if tally.weights else 0.0
-        rate, spec = flops / seconds, None if gpu is None else device_spec(gpu)
+        rate, spec = flops / seconds, None if gpu is None else card_spec(gpu)
         return Rates(
             tokens_per_s=tokens / seconds,
             supervised_tokens_per_s=supervised / seconds or None,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from dragkit_kernels import FactOrders
+from dragkit_kernels import FactIndex
 from dragkit_kernels.testing import Adjacency, adjacency, random_adjacency
 
 
@@ -46,14 +46,14 @@ class Pack(NamedTuple):
     """Graphs end to end, with the int64 indices that other libraries ask for.
 
     Attributes:
-        name: as printed; orders: the facts, in graph order, all counts one.
+        name: as printed; fact_index: the facts, in graph order, all counts one.
         edge_index: int64 [2, E]; pair, relation, fact_graph: int64 [E]; node_graph: int64 [N].
         node_ptr, fact_ptr: int32 [B+1].
         num_relations: R; max_facts: of one graph.
     """
 
     name: str
-    orders: FactOrders
+    fact_index: FactIndex
     edge_index: Tensor
     pair: Tensor
     relation: Tensor
@@ -78,22 +78,22 @@ class Pack(NamedTuple):
         """For the tables."""
         return {
             "graphs": self.num_graphs,
-            "nodes": self.orders.num_nodes,
-            "facts": self.orders.num_facts,
+            "nodes": self.fact_index.num_nodes,
+            "facts": self.fact_index.num_facts,
             "relations": self.num_relations,
-            "pairs": self.orders.num_pairs,
+            "pairs": self.fact_index.num_pairs,
         }
 
 
 def _pack(name: str, graphs: Adjacency, num_relations: int, device: torch.device) -> Pack:
-    ones = torch.ones_like(graphs.orders.head)
-    orders = graphs.orders._replace(head_count=ones, tail_count=ones)
-    orders = FactOrders(*(tensor.to(device) for tensor in orders))
+    ones = torch.ones_like(graphs.fact_index.head)
+    fact_index = graphs.fact_index._replace(head_count=ones, tail_count=ones)
+    fact_index = FactIndex(*(tensor.to(device) for tensor in fact_index))
     return Pack(
         name=name,
-        orders=orders,
-        edge_index=torch.stack([orders.head, orders.tail]).long(),
-        pair=orders.fact_pair.long(),
+        fact_index=fact_index,
+        edge_index=torch.stack([fact_index.head, fact_index.tail]).long(),
+        pair=fact_index.fact_pair.long(),
         relation=graphs.relation.to(device),
         fact_graph=graphs.fact_graph.long().to(device),
         node_graph=graphs.node_graph.long().to(device),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.results import Profile, Results, describe
-from dragkit.observe.gpu import device_spec
+from dragkit.observe.gpu import card_spec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def roofline(result: Results) -> tuple[Path | None, list[str]]:
     left, right = min(intensity) / 2, max(intensity) * 2
     copy = max(copies)
     axes.plot([left, right], [copy * left, copy * right], "k-", lw=1, label=f"copy {copy:.4g} GB/s")
-    spec = device_spec(str(result.machine.get("gpu")))
+    spec = card_spec(str(result.machine.get("gpu")))
     if spec is not None:
         for name, peak in (("bfloat16", spec.bf16_tflops), ("float32", spec.fp32_tflops)):
             axes.axhline(peak * 1e3, ls="--", lw=1, color="0.4")

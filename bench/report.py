@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench.results import Comparison, Profile, ResultError, Results, Timing, describe, read_all
-from dragkit.observe.gpu import DeviceSpec, device_spec
+from dragkit.observe.gpu import CardSpec, card_spec
 
 _RESULTS = Path(__file__).resolve().parent / "results"
 SLOWER, USAGE, DAMAGED, MISSING = 1, 2, 65, 66
@@ -178,14 +178,14 @@ def compare(
     return lines, slower
 
 
-def ceiling(spec: DeviceSpec, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
+def ceiling(spec: CardSpec, num_bytes: float, flops: float, dtype: str) -> tuple[float, str]:
     """The least ms that a data sheet allows, and what decides: "memory" or "arithmetic"."""
     memory = num_bytes / (spec.memory_gb_per_s * 1e6)
     arithmetic = flops / (getattr(spec, _UNITS[dtype]) * 1e9)
     return (memory, "memory") if memory >= arithmetic else (arithmetic, "arithmetic")
 
 
-def _projected(result: Results, target: str, there: DeviceSpec) -> Iterator[str]:
+def _projected(result: Results, target: str, there: CardSpec) -> Iterator[str]:
     """A line for every row: its time on `there` if it reaches the same share of its ceiling.
 
     Both ceilings are those of data sheets. A copy reaches less than the sheet says on either
@@ -195,7 +195,7 @@ def _projected(result: Results, target: str, there: DeviceSpec) -> Iterator[str]
     if not isinstance(gpu, str):
         device = result.machine["device"]
         raise NotComparable(f"{result.path}: was measured on {device}, which is no GPU")
-    if (here := device_spec(gpu)) is None:
+    if (here := card_spec(gpu)) is None:
         raise NotComparable(f"{result.path}: the peak rates of {gpu} are not known")
     for comparison in result.comparisons:
         title, dtype = _title(comparison), str(comparison.about.get("dtype"))
@@ -222,7 +222,7 @@ def project(results: Sequence[Results], target: str) -> list[str]:
         NotComparable: an unknown target, rows of a CPU, or no rows.
     """
     name = target.upper()
-    if (there := device_spec(name)) is None:
+    if (there := card_spec(name)) is None:
         raise NotComparable(f"the peak rates of {target} are not known")
     found = [line for result in results for line in _projected(result, name, there)]
     if not found:

@@ -19,7 +19,13 @@ from bench.packs import Pack
 from bench.problems import Op, Problem, random_leaf
 from bench.pyg_rearev import Layer
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
-from dragkit_kernels import message_passing, relation_gate, relation_sum, resolve_backend, row_order
+from dragkit_kernels import (
+    grouped_index,
+    message_passing,
+    relation_gate,
+    relation_sum,
+    resolve_backend,
+)
 
 # How a library sums rows over facts. Arguments: a weight for each fact or None, the table of pairs,
 # and the direction (True: from heads to tails).
@@ -28,28 +34,30 @@ RowSum = Callable[[Tensor | None, Tensor, bool], Tensor]
 
 def message_bytes(pack: Pack, width: int, size: int) -> tuple[float, float]:
     """Bytes of `message_passing` as kernels/README.md counts them, in values of `size` bytes."""
-    orders = pack.orders
-    tables = width * (2 * orders.num_pairs + pack.num_graphs + width)
-    states = width * orders.num_nodes
-    facts = orders.num_facts
+    fact_index = pack.fact_index
+    tables = width * (2 * fact_index.num_pairs + pack.num_graphs + width)
+    states = width * fact_index.num_nodes
+    facts = fact_index.num_facts
     return size * (2 * states + tables) + 24 * facts, size * (4 * states + 2 * tables) + 40 * facts
 
 
 def _gate_bytes(pack: Pack, width: int, count: int, size: int) -> tuple[float, float]:
-    gates = 2 * pack.orders.num_pairs * count * width
+    gates = 2 * pack.fact_index.num_pairs * count * width
     inputs = 2 * pack.num_relations * width + pack.num_graphs * count * width
     return size * (gates + inputs), size * (gates + 2 * inputs)
 
 
 def _row_sums(pack: Pack) -> dict[str, RowSum]:
     """The ways of other libraries; torch_scatter's may be missing."""
-    orders = pack.orders
+    fact_index = pack.fact_index
     sent = {}
     for forward in (True, False):
         ends = (
-            (orders.tail_ptr, orders.tail_fact) if forward else (orders.head_ptr, orders.head_fact)
+            (fact_index.tail_ptr, fact_index.tail_perm)
+            if forward
+            else (fact_index.head_ptr, fact_index.head_perm)
         )
-        sent[forward] = *ends, orders.fact_pair[ends[1].long()]
+        sent[forward] = *ends, fact_index.fact_pair[ends[1].long()]
 
     def embedding_bag(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
         ptr, fact, pair = sent[forward]
@@ -71,7 +79,7 @@ def _row_sums(pack: Pack) -> dict[str, RowSum]:
         rows = table.float().index_select(0, pack.pair)
         if weight is not None:
             rows = weight.float().unsqueeze(1) * rows
-        zeros = rows.new_zeros(orders.num_nodes, table.shape[1])
+        zeros = rows.new_zeros(fact_index.num_nodes, table.shape[1])
         summed = zeros.index_add(0, pack.edge_index[1 if forward else 0], rows)
         return summed.to(table.dtype)
 
@@ -104,18 +112,18 @@ class _CollapsedLayer(nn.Module):
         super().__init__()
         self.layer, self.pack = ReasoningLayer(width, count, 0.0), pack
         like = torch.empty(2, pack.num_relations, device=pack.device)
-        self.pairs = gate_pairs(pack.orders, pack.num_graphs, like.transpose(0, 1))
+        self.pairs = gate_pairs(pack.fact_index, pack.num_graphs, like.transpose(0, 1))
         self.node_graph = pack.node_graph.int()
 
     def forward(self, h: Tensor, p: Tensor, x: Tensor, instruction: Tensor) -> tuple[Tensor, ...]:
         """float [N, C], [N], [R+1, 2, C], [B, K, C] to float [N, C]."""
-        tables, orders = self.layer.prepare(x.transpose(0, 1)), self.pack.orders
-        return (self.layer(h, p, tables, instruction, orders, self.pairs, self.node_graph),)
+        tables, fact_index = self.layer.prepare(x.transpose(0, 1)), self.pack.fact_index
+        return (self.layer(h, p, tables, instruction, fact_index, self.pairs, self.node_graph),)
 
 
 def layer(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """One reasoning layer from relation vectors and instructions, as ReaRev publishes it."""
-    device, nodes, relations = pack.device, pack.orders.num_nodes, pack.num_relations
+    device, nodes, relations = pack.device, pack.fact_index.num_nodes, pack.num_relations
     make = {"dtype": dtype, "device": device}
     torch.manual_seed(0)
     mine = _CollapsedLayer(pack, width, count).to(**make)
@@ -146,7 +154,7 @@ def layer(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
 
         return run
 
-    rows = 2 * (pack.orders.num_pairs + pack.num_graphs)
+    rows = 2 * (pack.fact_index.num_pairs + pack.num_graphs)
     gate = _gate_bytes(pack, width, count, dtype.itemsize)
     message = message_bytes(pack, width, dtype.itemsize)
     flops = 2.0 * width**2 * (nodes + rows * count + 2 * relations)
@@ -167,7 +175,7 @@ def layer(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
 
 def messages(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`message_passing` alone, against other libraries' sums of the same collapsed tables."""
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
     make = {"dtype": dtype, "device": pack.device}
     p = torch.rand(nodes, generator=torch.Generator().manual_seed(2)).to(pack.device)
     leaves = [
@@ -179,7 +187,7 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
         random_leaf(width, width, **make, seed=6, scale=width**-0.5),
         random_leaf(width, **make, seed=7),
     ]
-    where = {"orders": pack.orders, "node_graph": pack.node_graph.int()}
+    where = {"fact_index": pack.fact_index, "node_graph": pack.node_graph.int()}
     (head, tail), table_message = pack.edge_index, TableMessage()
 
     def by(total: RowSum, *, nodewise: bool = False) -> Op:
@@ -216,24 +224,27 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
 
 def starts(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`relation_sum`: a node's first state from its facts' relations."""
-    orders = pack.orders
+    fact_index = pack.fact_index
     head, tail = pack.edge_index
 
     def by(total: RowSum) -> Op:
         return lambda table: (total(None, table, True) + total(None, table, False),)
 
     def pyg(table: Tensor) -> tuple[Tensor, ...]:
-        rows, nodes = table[pack.pair], orders.num_nodes
+        rows, nodes = table[pack.pair], fact_index.num_nodes
         return (scatter(rows, tail, 0, nodes) + scatter(rows, head, 0, nodes),)
 
-    size = width * (orders.num_nodes + orders.num_pairs) * dtype.itemsize + 16 * orders.num_facts
-    sums = 2 * width * orders.num_facts
+    size = (
+        width * (fact_index.num_nodes + fact_index.num_pairs) * dtype.itemsize
+        + 16 * fact_index.num_facts
+    )
+    sums = 2 * width * fact_index.num_facts
     return Problem(
         name="relation_sum",
         about=pack.sizes() | {"C": width},
         op="relation_sum",
-        leaves=[random_leaf(orders.num_pairs, width, dtype=dtype, device=pack.device, seed=1)],
-        call=lambda table: (relation_sum(table, orders=orders),),
+        leaves=[random_leaf(fact_index.num_pairs, width, dtype=dtype, device=pack.device, seed=1)],
+        call=lambda table: (relation_sum(table, fact_index=fact_index),),
         peers={"PyG scatter": pyg} | {name: by(total) for name, total in _row_sums(pack).items()},
         compiled=["PyG scatter", "index_add"],
         bytes=(size, size),
@@ -245,27 +256,27 @@ def gates(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`relation_gate` against the three operators that one writes for it."""
     make = {"dtype": dtype, "device": pack.device}
     relation = random_leaf(2, pack.num_relations, width, **make, seed=1)
-    where = (pack.orders.pair_relation, pack.orders.pair_graph)
+    where = (pack.fact_index.pair_relation, pack.fact_index.pair_graph)
     row, graph = (tensor.long() for tensor in where)
-    orders = {}
+    grouped = {}
     if resolve_backend("relation_gate", relation) == "triton":
         # The layers of a model share these, so they are not part of the time.
-        orders = {
-            "relation_order": row_order(where[0], pack.num_relations),
-            "graph_order": row_order(where[1], pack.num_graphs),
+        grouped = {
+            "pairs_by_relation": grouped_index(where[0], pack.num_relations),
+            "pairs_by_graph": grouped_index(where[1], pack.num_graphs),
         }
 
     def plain(relation: Tensor, instruction: Tensor) -> tuple[Tensor, ...]:
         return (torch.relu(relation[:, row].unsqueeze(2) * instruction[graph]),)
 
     # Product and ReLU; in the backward the mask, and a product and a sum for each of two gradients.
-    values = 2 * pack.orders.num_pairs * count * width
+    values = 2 * pack.fact_index.num_pairs * count * width
     return Problem(
         name="relation_gate",
         about=pack.sizes() | {"C": width, "K": count},
         op="relation_gate",
         leaves=[relation, random_leaf(pack.num_graphs, count, width, **make, seed=2)],
-        call=lambda *leaves: (relation_gate(*leaves, *where, **orders),),
+        call=lambda *leaves: (relation_gate(*leaves, *where, **grouped),),
         peers={"indexing, product, ReLU": plain},
         compiled=["indexing, product, ReLU"],
         bytes=_gate_bytes(pack, width, count, dtype.itemsize),

@@ -25,7 +25,7 @@ _APART = 1e-5
 
 def node_softmax(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`segment_softmax` over the nodes of every graph."""
-    nodes, graphs, ptr = pack.orders.num_nodes, pack.num_graphs, pack.node_ptr.long()
+    nodes, graphs, ptr = pack.fact_index.num_nodes, pack.num_graphs, pack.node_ptr.long()
 
     def scatter_softmax(score: Tensor) -> tuple[Tensor, ...]:
         from torch_scatter.composite import scatter_softmax
@@ -53,35 +53,35 @@ def node_softmax(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Prob
 
 def scores(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`fact_scores`: three numbers for each fact, from tables that are given in float32."""
-    orders = pack.orders
+    fact_index = pack.fact_index
     make = {"dtype": dtype, "device": pack.device}
     source, target = pack.edge_index
 
     def plain(head: Tensor, pair: Tensor, tail: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         return (head[source] + pair[pack.pair] + tail[target] + bias,)
 
-    size = 16 * orders.num_facts + 8 * orders.num_nodes + 4 * orders.num_pairs
+    size = 16 * fact_index.num_facts + 8 * fact_index.num_nodes + 4 * fact_index.num_pairs
     return Problem(
         name="fact_scores",
         about=pack.sizes(),
         op="fact_scores",
         leaves=[
-            random_leaf(orders.num_nodes, **make, seed=1),
-            random_leaf(orders.num_pairs, **make, seed=2),
-            random_leaf(orders.num_nodes, **make, seed=3),
+            random_leaf(fact_index.num_nodes, **make, seed=1),
+            random_leaf(fact_index.num_pairs, **make, seed=2),
+            random_leaf(fact_index.num_nodes, **make, seed=3),
             random_leaf(**make, seed=4),
         ],
-        call=lambda *leaves: (fact_scores(*leaves, orders=orders),),
+        call=lambda *leaves: (fact_scores(*leaves, fact_index=fact_index),),
         peers={"indexing and sums": plain},
         compiled=["indexing and sums"],
         bytes=(size, size),
-        flops=(3 * orders.num_facts, 4 * orders.num_facts),
+        flops=(3 * fact_index.num_facts, 4 * fact_index.num_facts),
     )
 
 
 def fact_head(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """Fact scores from the states: a linear map of [h_s ; x_r ; h_t], which others concatenate."""
-    orders = pack.orders
+    fact_index = pack.fact_index
     make = {"dtype": dtype, "device": pack.device}
     source, target = pack.edge_index
 
@@ -89,22 +89,22 @@ def fact_head(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem
         blocks = weight.view(3, -1)
         head, tail = (h @ blocks[::2].t()).to(_accumulator(h)).unbind(1)
         middle, bias = (x @ blocks[1]).to(head.dtype), bias.to(head.dtype)[0]
-        return (fact_scores(head, middle, tail, bias, orders=orders),)
+        return (fact_scores(head, middle, tail, bias, fact_index=fact_index),)
 
     def joined(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         rows = torch.cat([h[source], x[pack.pair], h[target]], dim=1)
         return (F.linear(rows, weight, bias).squeeze(1),)
 
-    size = 16 * orders.num_facts + 8 * orders.num_nodes + 4 * orders.num_pairs
-    states = (orders.num_nodes + orders.num_pairs) * width * dtype.itemsize
-    flops = 2.0 * width * (2 * orders.num_nodes + orders.num_pairs)
+    size = 16 * fact_index.num_facts + 8 * fact_index.num_nodes + 4 * fact_index.num_pairs
+    states = (fact_index.num_nodes + fact_index.num_pairs) * width * dtype.itemsize
+    flops = 2.0 * width * (2 * fact_index.num_nodes + fact_index.num_pairs)
     return Problem(
         name="fact_scores from states",
         about=pack.sizes() | {"C": width},
         op="fact_scores",
         leaves=[
-            random_leaf(orders.num_nodes, width, **make, seed=1),
-            random_leaf(orders.num_pairs, width, **make, seed=2),
+            random_leaf(fact_index.num_nodes, width, **make, seed=1),
+            random_leaf(fact_index.num_pairs, width, **make, seed=2),
             random_leaf(1, 3 * width, **make, seed=3, scale=width**-0.5),
             random_leaf(1, **make, seed=4),
         ],
@@ -141,7 +141,7 @@ def _distinct_keys(logits: Tensor, noise: Tensor, graph: Tensor) -> Tensor:
 
 def _topk_over_padding(pack: Pack, noise: Tensor, k: int) -> Op:
     """`torch.topk` over one padded row for each graph."""
-    facts, most = pack.orders.num_facts, pack.max_facts
+    facts, most = pack.fact_index.num_facts, pack.max_facts
     column = pack.fact_ptr[:-1, None].long() + torch.arange(most, device=pack.device)
     # The element after the last fact is the padding.
     rows = torch.where(column < pack.fact_ptr[1:, None], column, facts)
@@ -162,7 +162,7 @@ def _topk_over_padding(pack: Pack, noise: Tensor, k: int) -> Op:
 
 def choice(pack: Pack, dtype: torch.dtype, mode: str) -> Problem:
     """`gumbel_topk` in one mode: 100 facts of each graph, 20 of small ones."""
-    facts, graphs, ptr = pack.orders.num_facts, pack.num_graphs, pack.fact_ptr
+    facts, graphs, ptr = pack.fact_index.num_facts, pack.num_graphs, pack.fact_ptr
     k = 100 if pack.max_facts >= 200 else 20
     seed = torch.tensor(7, device=pack.device)
     question = torch.arange(graphs, device=pack.device)
@@ -182,7 +182,7 @@ def choice(pack: Pack, dtype: torch.dtype, mode: str) -> Problem:
         return found.gate, found.index
 
     def reference(logits: Tensor) -> tuple[Tensor, ...]:
-        found = gumbel_topk_ref(logits, ptr, k, noise=noise, estimator="concrete", **options)
+        found = gumbel_topk_ref(logits, ptr, k, noise=noise, estimator="binary_concrete", **options)
         return found.gate, found.index
 
     padded = {"torch.topk over padded rows": _topk_over_padding(pack, noise, k)}
@@ -207,6 +207,6 @@ def bernoulli(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem
     return choice(pack, dtype, "bernoulli")
 
 
-def budget(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
+def exact_k(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
     """`gumbel_topk` of exactly k facts."""
-    return choice(pack, dtype, "budget")
+    return choice(pack, dtype, "exact_k")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch_geometric.data import Batch
 
 from bench.data import (
-    QuestionFile,
+    BenchFile,
     pyg_questions,
     question_source,
     raw_questions,
@@ -46,7 +46,7 @@ class OurStep:
 
     def _stream(self) -> Iterator[QuestionBatch]:
         while True:
-            yield from self.trainer.train.load(self.batches, self.trainer.device)
+            yield from self.trainer.train_set.load(self.batches, self.trainer.device)
 
     def __call__(self) -> None:
         batch = next(self.stream)
@@ -64,7 +64,7 @@ class Setup:
         calls: steps of one timed round on a CPU.
     """
 
-    file: QuestionFile
+    file: BenchFile
     trainer: Trainer
     batches: list[list[int]]
     calls: int
@@ -85,7 +85,7 @@ class Setup:
     def _variant(self, compiled: bool, replay: bool) -> Contender:
         trainer = self.trainer
         # A copy, because a replay decides whether a source's batches go to page-locked memory.
-        config, source = trainer.config, copy(trainer.train)
+        config, source = trainer.config, copy(trainer.train_set)
         phase = RetrieverPhase(config, trainer.phase.model)
         if compiled:
             phase.forward = compile_retriever(phase.model)
@@ -100,11 +100,11 @@ class Setup:
 
     def about(self) -> dict[str, object]:
         """The data, and what its first batch holds."""
-        return {"data": self.file.name} | sizes(self.trainer.train.collator(self.batches[0]))
+        return {"data": self.file.name} | sizes(self.trainer.train_set.collator(self.batches[0]))
 
     def raw_batches(self) -> list[list[dict]]:
         """The same questions as lines of the file."""
-        raw, texts = raw_questions(self.file.path), self.trainer.train.store.question_texts
+        raw, texts = raw_questions(self.file.path), self.trainer.train_set.store.question_texts
         for row in {row for rows in self.batches for row in rows}:
             if raw[row]["question"] != texts[row]:
                 raise ValueError(f"{self.file.path}: line {row + 1} is not row {row} of the store")
@@ -113,7 +113,7 @@ class Setup:
 
 def set_up(
     config: TrainConfig,
-    file: QuestionFile,
+    file: BenchFile,
     cache: Path,
     run_dir: Path,
     *,
@@ -146,7 +146,7 @@ class PackedPyGStep:
         self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
         self.config, self.relations = trainer.config, trainer.relations
         rows = sorted({row for rows in setup.batches for row in rows})
-        questions = pyg_questions(trainer.train, rows)
+        questions = pyg_questions(trainer.train_set, rows)
         self.lists = [[questions[row] for row in rows] for rows in setup.batches]
         self.stream = cycle(self.lists)
         self.parameters = list(self.model.parameters())
@@ -182,7 +182,7 @@ class PackedPyGStep:
         run = trainer.config.run.model_copy(update={"precision": "float32"})
         config = trainer.config.model_copy(update={"run": run})
         phase = RetrieverPhase(config, trainer.phase.model)
-        batch = trainer.train.collator(setup.batches[0])
+        batch = trainer.train_set.collator(setup.batches[0])
         phase.model.train()
         logits = phase.forward(batch.to(self.device), trainer.relations).fact_logits
         theirs = self.backward(pyg_batch(self.lists[0]), "float32")

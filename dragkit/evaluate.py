@@ -14,12 +14,12 @@ def _evaluate(argv: list[str]) -> int:
     args = parse_evaluate_args(argv)
     setup_console(debug=args.debug)
     from dragkit.trainer.evaluate_run import evaluate_run
-    from dragkit.trainer.resume import run_of
+    from dragkit.trainer.resume import run_dir_of
 
     content = evaluate_run(args)
     for name, result in content["files"].items():
         sys.stdout.write(f"{name}\n{result.pop('table')}\n")
-    output = args.output or run_of(args.run) / "evaluation.json"
+    output = args.output or run_dir_of(args.run) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"written to {output}\n")

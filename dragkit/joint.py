@@ -10,7 +10,7 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.generator.decode import greedy_decode
 from dragkit.generator.generator import Generator
 from dragkit.generator.projector import Projector
-from dragkit.generator.prompt import NeuralPrompt, PromptLayout, PromptTemplate, lay_out
+from dragkit.generator.prompt import NeuralPrompt, PromptLayout, PromptTemplate, layout_prompts
 from dragkit.retriever.fact_sampler import FactSampler, FactSelection
 from dragkit.retriever.retriever import Retriever, RetrieverOutput
 from dragkit_kernels import segment_sum
@@ -28,7 +28,7 @@ class JointModel(nn.Module):
         self.config = config
         self.retriever = retriever
         self.generator = generator
-        self.sampler = FactSampler(config.sampler, config.run.seed)
+        self.fact_sampler = FactSampler(config.sampler, config.run.seed)
         self.template = PromptTemplate()
         self.projector = Projector(
             retriever.fact_dim,
@@ -44,7 +44,7 @@ class JointModel(nn.Module):
         """False in the control arm: text alone."""
         return self.config.generator.structural_vectors
 
-    def vectors(
+    def structural_vectors(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
         """Ungated structural vectors of the selected facts, float [B, K, M]."""
@@ -88,7 +88,7 @@ class JointModel(nn.Module):
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
             raise ValueError("the batch carries no token rows; build the collator with tokens")
-        return lay_out(
+        return layout_prompts(
             batch.prefix,
             batch.facts,
             self.cue,
@@ -109,7 +109,7 @@ class JointModel(nn.Module):
     ) -> NeuralPrompt:
         """All prompts of the batch in its order; waits for the device to know their lengths."""
         layout = self.layout(batch, index, with_target=with_target, vectors=vectors)
-        return layout.assemble(range(len(index)), *layout.sizes().wait())
+        return layout.assemble(range(len(index)), *layout.copy_lengths().result())
 
     @torch.no_grad()
     def generate(
@@ -129,6 +129,6 @@ class JointModel(nn.Module):
         prompt = self.prompt(batch, selection.index, with_target=False, vectors=used)
         vectors = None
         if used:
-            vectors = self.vectors(output, batch, selection).flatten(0, 1)
+            vectors = self.structural_vectors(output, batch, selection).flatten(0, 1)
         limit = self.config.run.val_max_new_tokens or self.config.generator.max_new_tokens
         return greedy_decode(self.generator, prompt, vectors, limit)

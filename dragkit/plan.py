@@ -14,37 +14,42 @@ from dragkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from dragkit.config import TrainConfig
-    from dragkit.memory_plan.choice import Device, Plan
+    from dragkit.memory_plan.choice import Device, MemoryPlan
 
 # Share of a card's peak that a step may sustain: first versions, and well-tuned ones.
-_SHARES = (0.1, 0.4)
+_PEAK_FRACTIONS = (0.1, 0.4)
 # Tokens of a prompt: the question with the instructions, and a fact with its vector.
-_PROMPT, _FACT = 100, 25
+_PROMPT_TOKENS, _TOKENS_PER_FACT = 100, 25
 _GIB = 2.0**30
 
 
 def _device(args: PlanArguments) -> Device:
     import torch
 
-    from dragkit.memory_plan.choice import DEVICES, this_device
+    from dragkit.memory_plan.choice import DEVICES, local_card
 
     if args.card is not None:
         return DEVICES[args.card]
     if torch.cuda.is_available():
         name = args.config.run.device
-        return this_device(torch.device("cuda" if name in ("auto", "cpu") else name))
+        return local_card(torch.device("cuda" if name in ("auto", "cpu") else name))
     return DEVICES.get((args.config.preset or "").upper(), DEVICES["H200"])
 
 
-def _work(config: TrainConfig, plan: Plan) -> dict[str, object]:
+def _estimate_work(config: TrainConfig, plan: MemoryPlan) -> dict[str, object]:
     """Operations and time of a batch of usual prompts."""
-    from dragkit.memory_plan.choice import ROWS_SHARE, adapters_of
+    from dragkit.memory_plan.choice import SUPERVISED_FRACTION, lora_dims_of
     from dragkit.memory_plan.memory import flops_per_token
 
-    prompt = min(_PROMPT + _FACT * config.sampler.k_facts, config.generator.max_prompt_tokens)
+    prompt = min(
+        _PROMPT_TOKENS + _TOKENS_PER_FACT * config.sampler.k_facts,
+        config.generator.max_prompt_tokens,
+    )
     questions = config.optim.batch_size_in(2)
     tokens = questions * prompt
-    parts = flops_per_token(plan.shape, plan.policy, adapters_of(config), prompt, ROWS_SHARE)
+    parts = flops_per_token(
+        plan.dims, plan.policy, lora_dims_of(config), prompt, SUPERVISED_FRACTION
+    )
     each = sum(parts.values())
     work: dict[str, object] = {
         "tokens_per_prompt": prompt,
@@ -59,31 +64,31 @@ def _work(config: TrainConfig, plan: Plan) -> dict[str, object]:
         whole = plan.fixed["frozen weights"] * plan.shards
         reading = passes * reads * whole / plan.device.bandwidth
         work |= {"passes": passes, "seconds_reading_weights": reading}
-        for share in _SHARES:
+        for share in _PEAK_FRACTIONS:
             seconds = max(tokens * each / (share * plan.device.flops), reading)
             work[f"seconds_at_{share:.0%}"] = seconds
             work[f"tokens_per_second_at_{share:.0%}"] = tokens / seconds
     return work
 
 
-def content(args: PlanArguments) -> dict[str, object]:
+def plan_document(args: PlanArguments) -> dict[str, object]:
     """The plan as JSON-ready data.
 
     Raises:
         ConfigError: the generator is none of those that have figures.
     """
     from dragkit.memory_plan.choice import alternatives, make_plan
-    from dragkit.memory_plan.dims import generator_shape, parameters
+    from dragkit.memory_plan.dims import generator_dims, num_parameters
 
     config, device = args.config, _device(args)
-    shape = generator_shape(config.generator, name=config.generator_model)
-    if shape is None:
+    dims = generator_dims(config.generator, name=config.generator_model)
+    if dims is None:
         raise ConfigError(
             f"generator.model: {config.generator_model} is not a Nemotron-H, and there are no "
             "figures for other models."
         )
-    plan = make_plan(config, shape, device, args.ranks)
-    instead = [] if plan.fits else list(alternatives(config, shape, device, args.ranks))[:3]
+    plan = make_plan(config, dims, device, args.ranks)
+    instead = [] if plan.fits else list(alternatives(config, dims, device, args.ranks))[:3]
     return {
         "dragkit": __version__,
         "preset": config.preset,
@@ -92,11 +97,11 @@ def content(args: PlanArguments) -> dict[str, object]:
         "shards": plan.shards,
         "peak_flops": device.flops,
         "generator": config.generator_model,
-        "blocks": len(shape.kinds),
-        "parameters": parameters(shape),
+        "blocks": len(dims.block_types),
+        "parameters": num_parameters(dims),
         "fits": plan.fits,
-        "checkpointing": plan.policy,
-        "tokens_per_pass": plan.tokens,
+        "activation_checkpointing": plan.policy,
+        "max_tokens_per_microbatch": plan.tokens,
         "bytes": plan.components,
         "validation_bytes": plan.validation,
         "questions_decoded_at_once": plan.questions,
@@ -104,24 +109,24 @@ def content(args: PlanArguments) -> dict[str, object]:
         "bytes_per_token": plan.per_token,
         "tokens_that_fit": plan.fit,
         "supervised_rows": plan.rows,
-        "work": _work(config, plan),
+        "work": _estimate_work(config, plan),
         "alternatives": instead,
     }
 
 
-def text(plan: dict) -> str:
+def format_plan(plan: dict) -> str:
     """The same for a terminal."""
     head = [
         f"plan by dragkit {plan['dragkit']}: predictions, not measurements",
         f"card       {plan['device']}, {plan['device_bytes'] / _GIB:.1f} GiB",
         f"generator  {plan['generator']}: {plan['blocks']} blocks, "
         f"{plan['parameters'] / 1e9:.2f} G parameters",
-        f"choice     generator.checkpointing={plan['checkpointing']} "
-        f"generator.tokens_per_pass={plan['tokens_per_pass']}",
+        f"choice     generator.activation_checkpointing={plan['activation_checkpointing']} "
+        f"generator.max_tokens_per_microbatch={plan['max_tokens_per_microbatch']}",
         f"fits       {'yes' if plan['fits'] else 'no'}",
         *([f"weights    shared out to {plan['shards']} ranks"] if plan["shards"] > 1 else []),
         "",
-        f"peak memory of a pass of {plan['tokens_per_pass']:,} tokens, "
+        f"peak memory of a pass of {plan['max_tokens_per_microbatch']:,} tokens, "
         f"{plan['supervised_rows']:,} of them supervised      GiB",
     ]
     together = plan["questions_decoded_at_once"]
@@ -141,7 +146,7 @@ def text(plan: dict) -> str:
         for name, count in (*flops.items(), ("all", sum(flops.values())))
     ]
     if plan["peak_flops"]:
-        low, high = (f"{share:.0%}" for share in _SHARES)
+        low, high = (f"{share:.0%}" for share in _PEAK_FRACTIONS)
         slow, fast = work[f"seconds_at_{low}"], work[f"seconds_at_{high}"]
         lines += [
             "",
@@ -169,8 +174,8 @@ def _rate(work: dict, share: str) -> str:
 def _plan(argv: list[str]) -> int:
     args = parse_plan_args(argv)
     setup_console(debug="--debug" in argv)
-    found = content(args)
-    sys.stdout.write((json.dumps(found, indent=1) if args.json else text(found)) + "\n")
+    found = plan_document(args)
+    sys.stdout.write((json.dumps(found, indent=1) if args.json else format_plan(found)) + "\n")
     return 0 if found["fits"] else ConfigError.exit_code
 
 

@@ -13,12 +13,12 @@ def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
     # Heavy imports only once the arguments are known to be right.
     setup_console(debug=args.debug)
-    from dragkit.distributed.torchrun import joined
-    from dragkit.trainer.run import Run
+    from dragkit.distributed.torchrun import init_ranks
+    from dragkit.trainer.run import TrainingRun
 
-    with joined(args.config.run) as ranks:
-        summary = Run(args.config, args.origins, args.in_phase(1), ranks).execute()
-        if ranks.first:
+    with init_ranks(args.config.run) as ranks:
+        summary = TrainingRun(args.config, args.origins, args.config_for_phase(1), ranks).execute()
+        if ranks.is_main:
             sys.stdout.write(summary + "\n")
     return 0
 

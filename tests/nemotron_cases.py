@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.config import GeneratorConfig
-from dragkit.generator.lora.adapters import LORA_TARGETS, add_adapters
+from dragkit.generator.lora.adapters import DEFAULT_LORA_TARGETS, add_adapters
 from dragkit.generator.random_weights import ARCHITECTURES
 
-ROUTED = ("experts.up_proj", "experts.down_proj")
-EVERY = (*LORA_TARGETS, "out_proj")
-KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+ROUTED_EXPERTS = ("experts.up_proj", "experts.down_proj")
+ALL_LINEAR = (*DEFAULT_LORA_TARGETS, "out_proj")
+BLOCK_TYPES = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
 TOY = {
     "vocab_size": 64,
@@ -76,11 +76,11 @@ def adapted(
     config = GeneratorConfig(lora_targets=targets, lora_rank=rank, **settings)
     model = add_adapters(model, config)
     if std:
-        stir(model, std)
+        randomize_lora_b(model, std)
     return model
 
 
-def stir(model: nn.Module, std: float = 0.2) -> None:
+def randomize_lora_b(model: nn.Module, std: float = 0.2) -> None:
     """Every adapter at work: B is zero in a fresh one."""
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
@@ -93,7 +93,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
-def rms_ratio(got: Tensor, wanted: Tensor) -> float:
+def relative_rms(got: Tensor, wanted: Tensor) -> float:
     """Root mean square of a difference, as a share of the values' own."""
     got, wanted = got.detach().double(), wanted.detach().double()
     return float((got - wanted).norm() / wanted.norm())

@@ -52,7 +52,7 @@ ONLY_LAZILY = {
 _PROGRAMS = ("train", "evaluate", "plan")
 _LIGHT = ("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS))
 # Graphs in, sorted graphs out: data takes no op.
-DATA_TAKES = {"FactGroups", "FactOrders", "build_fact_orders", "concat_fact_orders"}
+DATA_TAKES = {"FactGroups", "FactIndex", "build_fact_index", "concat_fact_indexes"}
 COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "pydantic"}
 CONFINED: dict[str, tuple[str, ...]] = {
     "torch_geometric": ("dragkit.data.subgraph",),

@@ -1,22 +1,35 @@
-"""Every command that the documents show is accepted, and every file that they name is there."""
+"""What the documents show works: commands, files, settings, examples in Python, JSON and YAML."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from dragkit.config import FIELDS, SECTIONS, resolve_config
 from dragkit.config.__main__ import main as config_main
-from dragkit.config.arguments import parse_evaluate_args, parse_train_args
+from dragkit.config.arguments import parse_evaluate_args, parse_plan_args, parse_train_args
+from dragkit.data.question_file import read_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
+CONFIGURATION = ROOT / "docs" / "configuration.md"
+# This page lists old names beside the new ones.
+RENAMES = ROOT / "docs" / "moving-from-the-earlier-trainer.md"
+DOCUMENTS = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "kernels" / "README.md",
+]
 
-_FENCE = re.compile(r"^( *)(```+|~~~+)[^\n]*\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | re.DOTALL)
 # `2>&1` and the 2 of `2>file`, which a lexer would take for words.
 _STREAMS = re.compile(r"(?<!\S)[0-2]?>&[0-2]|(?<!\S)[0-2](?=>)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -24,6 +37,9 @@ _INLINE = re.compile(r"`([^`\n]+)`")
 _FOLDERS = r"(?:dragkit|kernels|bench|tests|docs|scripts|\.ci)"
 _REPOSITORY_PATH = re.compile(rf"(?<![\w./:-])({_FOLDERS}/[\w./*-]*)")
 _TOP_LEVEL_FILE = re.compile(r"[\w.-]+\.(?:md|toml|txt|py)")
+_SETTING = re.compile(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z0-9_]+)(?![\w.])")
+_MODULE = re.compile(r"dragkit(?:_kernels)?(?:\.\w+)+")
+_FILE_ENDINGS = (".json", ".jsonl", ".lock", ".md", ".py", ".safetensors", ".yaml")
 
 
 def read(path: Path) -> str:
@@ -35,7 +51,7 @@ def command_lines(text: str) -> list[list[str]]:
     """The simple commands of all fenced blocks, as words; `a && b | c` are three."""
     found = []
     for block in _FENCE.finditer(text):
-        joined = re.sub(r"\\\n\s*", " ", block.group(3))
+        joined = re.sub(r"\\\n\s*", " ", block.group(4))
         for line in joined.splitlines():
             line = _STREAMS.sub(" ", line)
             lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars="();<>|&")
@@ -117,6 +133,51 @@ def exists(path: str, folder: Path) -> bool:
     return "/" not in path and any(any((ROOT / place).rglob(path)) for place in places)
 
 
+def examples(language: str) -> list[tuple[Path, str]]:
+    """All fenced blocks of a language, with their documents."""
+    return [
+        (document, block.group(4))
+        for document in DOCUMENTS
+        for block in _FENCE.finditer(read(document))
+        if block.group(3).strip() == language
+    ]
+
+
+def missing_names(code: str) -> list[str]:
+    """Names of our packages that an example uses and that are not there."""
+    used: list[tuple[str, str]] = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("dragkit"):
+            used += [(str(node.module), alias.name) for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            used += [(node.value.id, node.attr)] if node.value.id == "dragkit" else []
+    return [f"{m}.{n}" for m, n in used if not hasattr(importlib.import_module(m), n)]
+
+
+def missing_modules(text: str) -> list[str]:
+    """Dotted names of our packages in backticks that are neither modules nor names in one."""
+    names = [m[0] for m in map(_MODULE.match, _INLINE.findall(text)) if m]
+    return [name for name in names if not is_there(name)]
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is a module, or a name in its parent."""
+    parent, _, last = name.rpartition(".")
+    try:
+        if importlib.util.find_spec(name) is not None:
+            return True
+    except ModuleNotFoundError:  # the parent is a module and not a package
+        pass
+    return hasattr(importlib.import_module(parent), last)
+
+
+def unknown_settings(text: str) -> set[str]:
+    """Dotted keys that a text names in backticks or in blocks, and that the schema lacks."""
+    blocks = [block.group(4) for block in _FENCE.finditer(text) if block.group(3) != "python"]
+    named = _SETTING.findall("\n".join([*_INLINE.findall(text), *blocks]))
+    return {key for key in named if key not in FIELDS and not key.endswith(_FILE_ENDINGS)}
+
+
 COMMANDS = [
     (document, module, arguments)
     for document in DOCUMENTS
@@ -133,6 +194,8 @@ def accept(module: str, arguments: list[str], folder: Path) -> None:
             (folder / value).touch()
     if module == "dragkit.train":
         parse_train_args(arguments)
+    elif module == "dragkit.plan":
+        parse_plan_args(arguments)
     elif module == "dragkit.evaluate":
         parse_evaluate_args(arguments)
     elif module == "dragkit.config":
@@ -197,6 +260,58 @@ def test_every_path_that_a_document_names_exists() -> None:
     assert wrong == []
 
 
+def test_the_first_page_stays_short() -> None:
+    assert len(read(README).splitlines()) <= 120
+
+
+def test_the_configuration_page_is_what_the_schema_says() -> None:
+    path = ROOT / "scripts" / "configuration_page.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert read(CONFIGURATION) == script.page(), "run python scripts/configuration_page.py"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_setting_that_a_document_names_exists(document: Path) -> None:
+    if document != RENAMES:
+        assert unknown_settings(read(document)) == set()
+
+
+def test_the_new_names_of_renamed_settings_exist() -> None:
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|$", read(RENAMES), re.MULTILINE)
+    assert unknown_settings("\n".join(rows)) == set()
+
+
+def test_python_examples_use_names_that_exist() -> None:
+    found = examples("python")
+    assert README in {document for document, _ in found}
+    wrong = [f"{document.name}: {name}" for document, code in found for name in missing_names(code)]
+    assert wrong == []
+
+
+def test_every_module_that_a_document_names_exists() -> None:
+    wrong = [f"{d.name}: {name}" for d in DOCUMENTS for name in missing_modules(read(d))]
+    assert wrong == []
+
+
+def test_json_examples_are_questions(tmp_path: Path) -> None:
+    found = examples("json")
+    assert README in {document for document, _ in found}
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join(json.dumps(json.loads(text)) for _, text in found))
+    for question in read_questions(path).questions:
+        assert question.topics and question.answers and question.triples
+
+
+def test_yaml_examples_are_configuration_files(tmp_path: Path) -> None:
+    for _, text in examples("yaml"):
+        path = tmp_path / "example.yaml"
+        path.write_text(text)
+        resolve_config(file=path)
+
+
 def test_no_placeholder_is_left_in_a_document() -> None:
     marks = re.compile(r"@@\w+@@|\bTODO\b|\bTBD\b")
     left = [
@@ -242,12 +357,22 @@ def test_the_reading_of_documents() -> None:
     ]
 
 
+def test_wrong_names_are_noticed() -> None:
+    assert missing_names("import dragkit\ndragkit.no_such_name()") == ["dragkit.no_such_name"]
+    assert missing_names("from dragkit.errors import DragkitError, No") == ["dragkit.errors.No"]
+    text = "`dragkit.eval.evaluate`, `dragkit.data.no_such`, `dragkit.train --phase 1`"
+    assert missing_modules(text) == ["dragkit.data.no_such"]
+    text = "`run.seed`, `run.sede=1`, `retriever.py`\n```\npython x --set optim.rate=1\n```\n"
+    assert unknown_settings(text) == {"run.sede", "optim.rate"}
+
+
 def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
     for module, words in [
         ("dragkit.train", ["--no_such_flag", "1"]),
         ("dragkit.train", ["--phase", "3"]),
         ("dragkit.evaluate", []),
         ("dragkit.config", ["shwo"]),
+        ("dragkit.plan", ["--crad", "H100"]),
         ("dragkit.no_such_module", []),
         ("dragkit.retriever.losses", []),
     ]:

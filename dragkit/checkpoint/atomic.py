@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 
-def write_file(path: Path, data: bytes) -> str:
+def write_durably(path: Path, data: bytes) -> str:
     """Writes a new file and waits until it has reached the disk.
 
     Args:
@@ -28,7 +28,7 @@ def write_file(path: Path, data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sync_path(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Waits until a file that another library wrote, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -41,22 +41,22 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def make_folders(path: Path) -> None:
+def make_dirs(path: Path) -> None:
     """Makes a folder and its missing parents, each durable before the next."""
     if not path.is_dir():
-        make_folders(path.parent)
+        make_dirs(path.parent)
         path.mkdir(exist_ok=True)
-        sync_path(path.parent)
+        fsync_path(path.parent)
 
 
-def replace_text(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Puts a new text file in the place of an old one; a reader sees the old or the new, whole."""
     temp = path.with_name(f"{path.name}.tmp")
     temp.unlink(missing_ok=True)
     try:
-        write_file(temp, text.encode())
+        write_durably(temp, text.encode())
         os.replace(temp, path)
     except OSError:
         temp.unlink(missing_ok=True)
         raise
-    sync_path(path.parent)
+    fsync_path(path.parent)

@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dragkit.checkpoint.atomic import make_folders, replace_text, sync_path, write_file
+from dragkit.checkpoint.atomic import fsync_path, make_dirs, write_durably, write_text_atomically
 from dragkit.checkpoint.lock import RunInUseError, RunLock
 from dragkit.checkpoint.manifest import (
     FILE_NAME,
     MANIFEST_NAME,
-    Count,
     FileEntry,
     Manifest,
+    NonNegativeInt,
     encode_json,
     hash_file,
     read_json,
@@ -34,12 +34,12 @@ from dragkit.checkpoint.manifest import (
 )
 from dragkit.checkpoint.retention import (
     commit,
-    discard,
     find_checkpoint,
-    last_good,
+    last_intact,
+    prune,
+    recover,
+    remove,
     require_folder,
-    retain,
-    tidy,
 )
 from dragkit.checkpoint.tensors import (
     check_finite,
@@ -84,15 +84,15 @@ class TrainState:
     """
 
     phase: str
-    epoch: Count
-    step: Count
-    batch: Count
-    questions_seen: Count
+    epoch: NonNegativeInt
+    step: NonNegativeInt
+    batch: NonNegativeInt
+    questions_seen: NonNegativeInt
     best: float | None = None
     extra: dict[str, object] = field(default_factory=dict)
 
 
-_FORMS: dict[str, type] = {"state.json": TrainState}
+_JSON_TYPES: dict[str, type] = {"state.json": TrainState}
 
 
 @dataclass(slots=True)
@@ -156,24 +156,24 @@ def save_checkpoint(
     temp = root / f"{final.name}.tmp"
     outcome = "not saved"
     try:
-        make_folders(root)
-        tidy(root)
+        make_dirs(root)
+        recover(root)
         _fill(temp, step, snapshot, documents)
         commit(temp, final)
         outcome = "saved, but 'latest' or 'best' could not be pointed at it"
-        replace_text(root / "latest", f"{final.name}\n")
+        write_text_atomically(root / "latest", f"{final.name}\n")
         if is_best:
-            replace_text(root / "best", f"{final.name}\n")
+            write_text_atomically(root / "best", f"{final.name}\n")
     except (OSError, SafetensorError) as error:
-        last = last_good(root)
+        last = last_intact(root)
         good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise WriteError(
             f"{final}: {outcome} ({error}); {good}; free some space or choose another folder"
         ) from error
     finally:
         if temp.exists():
-            discard(temp)
-    retain(root, final, keep)
+            remove(temp)
+    prune(root, final, keep)
     return final
 
 
@@ -201,7 +201,7 @@ def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]
     files: list[FileEntry] = []
 
     def add(name: str, data: bytes) -> None:
-        files.append(FileEntry(name, len(data), write_file(temp / name, data)))
+        files.append(FileEntry(name, len(data), write_durably(temp / name, data)))
 
     for stem, tensors in snapshot.tensors.items():
         add(f"{stem}.safetensors", tensor_bytes(tensors))
@@ -216,14 +216,14 @@ def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]
                 if path.suffix == ".safetensors":
                     check_finite(load_file(path), name)
                 files.append(FileEntry(name, path.stat().st_size, hash_file(path)))
-            sync_path(path)
-        sync_path(temp / stem)
+            fsync_path(path)
+        fsync_path(temp / stem)
     for name, data in documents.items():
         add(name, data)
     files.sort(key=lambda entry: entry.name)
     manifest = Manifest("dragkit-checkpoint", 1, step, files)
-    write_file(temp / MANIFEST_NAME, encode_json(msgspec.to_builtins(manifest)))
-    sync_path(temp)
+    write_durably(temp / MANIFEST_NAME, encode_json(msgspec.to_builtins(manifest)))
+    fsync_path(temp)
 
 
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
@@ -251,7 +251,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
             if path.suffix == ".safetensors":
                 tensors[path.stem] = load_file(path, device=device)
             elif path.suffix == ".json":
-                documents[path.stem] = read_json(path, _FORMS.get(path.name, object))
+                documents[path.stem] = read_json(path, _JSON_TYPES.get(path.name, object))
         except (CheckpointError, SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
     state = documents.pop("state", None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from dragkit.checkpoint.atomic import make_folders
+from dragkit.checkpoint.atomic import make_dirs
 from dragkit.errors import WriteError
 
 
@@ -36,7 +36,7 @@ class RunLock:
 
     def __enter__(self) -> RunLock:
         try:
-            make_folders(self.root)
+            make_dirs(self.root)
             self._lock.acquire()
         except Timeout as error:
             raise RunInUseError(

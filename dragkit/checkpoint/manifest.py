@@ -20,7 +20,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 FILE_NAME = rf"^{_PART}(/{_PART})*\.(safetensors|json|md|txt)\Z"
 _STEP_FOLDER = re.compile(r"step-(\d{8,18})(?:\.old(?:-\d+)?)?")
 
-Count = Annotated[int, msgspec.Meta(ge=0)]
+NonNegativeInt = Annotated[int, msgspec.Meta(ge=0)]
 Content = TypeVar("Content")
 
 
@@ -28,7 +28,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One file: name relative to the checkpoint with `/`, size in bytes, SHA-256 in hexadecimal."""
 
     name: Annotated[str, msgspec.Meta(pattern=FILE_NAME)]
-    size: Count
+    size: NonNegativeInt
     sha256: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
@@ -37,7 +37,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: Literal["dragkit-checkpoint"]
     version: Literal[1]
-    step: Count
+    step: NonNegativeInt
     files: list[FileEntry]
 
 
@@ -53,14 +53,14 @@ def encode_json(content: object) -> bytes:
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
-def read_json(path: Path, form: type[Content]) -> Content:
-    """Parses a JSON file into `form`, a struct, a data class or `object`.
+def read_json(path: Path, json_type: type[Content]) -> Content:
+    """Parses a JSON file into `json_type`, a struct, a data class or `object`.
 
     Raises:
         CheckpointError: absent, not JSON or of another form; the message starts with the file name.
     """
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), form)
+        return msgspec.convert(json.loads(path.read_bytes()), json_type)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name}: missing") from error
     except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:

@@ -13,19 +13,19 @@ import re
 import shutil
 from pathlib import Path
 
-from dragkit.checkpoint.atomic import sync_path
+from dragkit.checkpoint.atomic import fsync_path
 from dragkit.checkpoint.manifest import MANIFEST_NAME, step_of_folder, verify_checkpoint
 from dragkit.errors import CheckpointError, DataError, MissingInputError
 
 logger = logging.getLogger(__name__)
 
-_EARLIER = (
+_PICKLE_HINT = (
     "dragkit reads no pickle: a checkpoint of the earlier implementation (.pt) holds a different "
     "model, train phase 1 again"
 )
 # Earlier writers put a process number behind the suffix.
-_LEFT = re.compile(r"(step-\d{8,18}|latest|best)\.(tmp|old)(?:-\d+)?")
-_POINTED = re.compile(r"step-\d{8,18}")
+_LEFTOVER = re.compile(r"(step-\d{8,18}|latest|best)\.(tmp|old)(?:-\d+)?")
+_POINTER_TARGET = re.compile(r"step-\d{8,18}")
 
 
 def commit(temp: Path, final: Path) -> None:
@@ -35,12 +35,12 @@ def commit(temp: Path, final: Path) -> None:
     if replaces:
         os.replace(final, old)
     os.replace(temp, final)
-    sync_path(final.parent)
+    fsync_path(final.parent)
     if replaces:
-        discard(old)
+        remove(old)
 
 
-def discard(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Removes a checkpoint or what is left of one; a failure is logged.
 
     A checkpoint loses its name first, so that no half of it is ever found.
@@ -59,20 +59,20 @@ def discard(folder: Path) -> None:
         logger.warning("%s: could not be removed (%s)", folder, error)
 
 
-def _committed(root: Path) -> list[Path]:
+def _checkpoint_folders(root: Path) -> list[Path]:
     """Folders with a checkpoint's name, newest step first, `.old` ones after their step."""
     steps = {path: step_of_folder(path.name) for path in root.iterdir() if path.is_dir()}
     found = [path for path, step in steps.items() if step is not None]
     return sorted(found, key=lambda path: (-steps[path], path.name))
 
 
-def last_good(root: Path) -> Path | None:
+def last_intact(root: Path) -> Path | None:
     """The newest checkpoint whose names and sizes agree; contents are not hashed."""
-    folders = _committed(root) if root.is_dir() else []
-    return next((folder for folder in folders if _is_whole(folder, hashes=False)), None)
+    folders = _checkpoint_folders(root) if root.is_dir() else []
+    return next((folder for folder in folders if _is_intact(folder, hashes=False)), None)
 
 
-def _is_whole(folder: Path, *, hashes: bool) -> bool:
+def _is_intact(folder: Path, *, hashes: bool) -> bool:
     try:
         verify_checkpoint(folder, hashes=hashes)
     except CheckpointError:
@@ -80,7 +80,7 @@ def _is_whole(folder: Path, *, hashes: bool) -> bool:
     return True
 
 
-def tidy(root: Path) -> None:
+def recover(root: Path) -> None:
     """Clears what a writer that died has left.
 
     A checkpoint that had stepped aside for its replacement comes back if that never arrived or is
@@ -88,18 +88,18 @@ def tidy(root: Path) -> None:
     """
     # Temporary ones first: their names are needed to discard others.
     for path in sorted(root.iterdir(), reverse=True):
-        if (match := _LEFT.fullmatch(path.name)) is None:
+        if (match := _LEFTOVER.fullmatch(path.name)) is None:
             continue
         final = root / match[1]
-        if match[2] == "tmp" or _is_whole(final, hashes=True):
-            discard(path)
+        if match[2] == "tmp" or _is_intact(final, hashes=True):
+            remove(path)
         else:
             if final.exists():
-                discard(final)
+                remove(final)
             os.replace(path, final)
 
 
-def retain(root: Path, newest: Path, keep: int) -> None:
+def prune(root: Path, newest: Path, keep: int) -> None:
     """Removes what is older than the last `keep` whole checkpoints, but not `newest` or the best.
 
     A folder with missing or cut files does not count towards `keep`. Nothing here is fatal.
@@ -107,13 +107,13 @@ def retain(root: Path, newest: Path, keep: int) -> None:
     try:
         best = _read_pointer(root / "best")
         kept = 0
-        for folder in _committed(root):
+        for folder in _checkpoint_folders(root):
             if "." in folder.name:
                 continue  # an old copy belongs to its step
             if kept < keep:
-                kept += _is_whole(folder, hashes=False)
+                kept += _is_intact(folder, hashes=False)
             elif folder != newest and folder.name != best:
-                discard(folder)
+                remove(folder)
     except (OSError, CheckpointError) as error:
         logger.warning("%s: no old checkpoint was removed (%s)", root, error)
 
@@ -126,7 +126,7 @@ def _read_pointer(path: Path) -> str | None:
         return None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    if not _POINTED.fullmatch(name):
+    if not _POINTER_TARGET.fullmatch(name):
         raise CheckpointError(f"{path}: {name!r} is not the name of a checkpoint folder")
     return name
 
@@ -139,11 +139,11 @@ def require_folder(path: Path) -> None:
         )
     if not path.is_dir():
         raise DataError(
-            f"{path}: a file; a dragkit checkpoint is a folder with {MANIFEST_NAME}. {_EARLIER}"
+            f"{path}: a file; a dragkit checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
         )
 
 
-def find_checkpoint(path: Path, which: str = "latest") -> Path:
+def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
     """The newest checkpoint that verifies, or the best.
 
     "Newest" goes by step number, never by file time. A damaged one is logged with its reasons and
@@ -161,18 +161,18 @@ def find_checkpoint(path: Path, which: str = "latest") -> Path:
         CheckpointError: nothing there verifies; lists every reason.
         MissingInputError: there is nothing at all.
         DataError: the path is a file, such as a pickle.
-        ValueError: `which` is another word.
+        ValueError: `pointer` is another word.
     """
     path = Path(path)
     if path.name in ("latest", "best") and path.is_file():
-        path, which = path.parent, path.name
-    if which not in ("latest", "best"):
-        raise ValueError(f"which is {which!r}; 'latest' or 'best' was expected")
+        path, pointer = path.parent, path.name
+    if pointer not in ("latest", "best"):
+        raise ValueError(f"pointer is {pointer!r}; 'latest' or 'best' was expected")
     require_folder(path)
     if step_of_folder(path.name) is not None or (path / MANIFEST_NAME).exists():
         verify_checkpoint(path)
         return path
-    return _find_best(path) if which == "best" else _find_newest(path)
+    return _find_best(path) if pointer == "best" else _find_newest(path)
 
 
 def _find_best(root: Path) -> Path:
@@ -185,7 +185,7 @@ def _find_best(root: Path) -> Path:
 
 def _find_newest(root: Path) -> Path:
     reasons: list[str] = []
-    for folder in _committed(root):
+    for folder in _checkpoint_folders(root):
         try:
             verify_checkpoint(folder)
             return folder
@@ -198,5 +198,5 @@ def _find_newest(root: Path) -> Path:
             + "\n".join(reasons)
         )
     raise MissingInputError(
-        f"{root}: no checkpoint here; expected folders such as step-00000100. {_EARLIER}"
+        f"{root}: no checkpoint here; expected folders such as step-00000100. {_PICKLE_HINT}"
     )

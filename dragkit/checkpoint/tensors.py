@@ -36,12 +36,12 @@ def tensor_bytes(tensors: dict[str, Tensor]) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
-def _form(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     kind = "float" if tensor.is_floating_point() else "complex" if tensor.is_complex() else "int"
     return f"{kind} {list(tensor.shape)}"
 
 
-def _require_equal(own: Mapping[str, str], saved: Mapping[str, str], message: str) -> None:
+def _require_same(own: Mapping[str, str], saved: Mapping[str, str], message: str) -> None:
     """Raises CheckpointError with one line for each name whose form differs or is missing."""
     lines = [
         f"  {name}: {own.get(name, 'nothing')} here, {saved.get(name, 'nothing')} in the checkpoint"
@@ -66,9 +66,9 @@ def load_tensors_into(
         CheckpointError: every missing name, unexpected name and differing shape (or a float where
             integers belong), one a line, with both shapes.
     """
-    _require_equal(
-        {name: _form(tensor) for name, tensor in module_state.items()},
-        {name: _form(tensor) for name, tensor in loaded.items()},
+    _require_same(
+        {name: _describe(tensor) for name, tensor in module_state.items()},
+        {name: _describe(tensor) for name, tensor in loaded.items()},
         f"{what}: the checkpoint does not fit the model; use the config it was made with",
     )
     for name, own in module_state.items():
@@ -145,11 +145,11 @@ def restore_optimizer_state(
             continue
         keys = ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
         for key in keys:
-            expected[f"{name}/{key}"] = "float []" if key == "step" else _form(parameter)
+            expected[f"{name}/{key}"] = "float []" if key == "step" else _describe(parameter)
         # Cloned, or training would go on in the caller's tensors.
         saved = {key: tensors[f"{name}/{key}"] for key in keys if f"{name}/{key}" in tensors}
         state[index] = {key: tensor.clone() for key, tensor in saved.items()}
-    found = {name: _form(tensor) for name, tensor in tensors.items()}
-    _require_equal(expected, found, "optimizer: the saved state does not fit")
+    found = {name: _describe(tensor) for name, tensor in tensors.items()}
+    _require_same(expected, found, "optimizer: the saved state does not fit")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -5,9 +5,9 @@ from dragkit.config.resolve import (
     SECTIONS,
     config_schema,
     dump_config,
-    load_config,
     nearest_key,
     parse_text,
+    resolve_config,
     show_config,
 )
 from dragkit.config.schema import (
@@ -42,8 +42,8 @@ __all__ = [
     "TrainConfig",
     "config_schema",
     "dump_config",
-    "load_config",
     "nearest_key",
     "parse_text",
+    "resolve_config",
     "show_config",
 ]

@@ -11,12 +11,12 @@ from dragkit.config.flags import (
     FLAGS,
     Parser,
     evaluate_parser,
+    explain_unknown_flags,
     plan_parser,
     train_parser,
-    underscored,
-    unknown_flags,
+    with_underscores,
 )
-from dragkit.config.resolve import load_config, parse_text
+from dragkit.config.resolve import parse_text, resolve_config
 from dragkit.config.schema import TrainConfig
 from dragkit.errors import ConfigError
 
@@ -32,10 +32,10 @@ class TrainArguments:
     file: str | None
     overrides: dict[str, object]
 
-    def in_phase(self, phase: int) -> TrainConfig:
+    def config_for_phase(self, phase: int) -> TrainConfig:
         """The same sources merged for the other phase, with its own defaults and preset block."""
         overrides = self.overrides | {"run.phase": phase}
-        return load_config(self.preset, self.file, overrides, demo_preset="tiny")[0]
+        return resolve_config(self.preset, self.file, overrides, demo_preset="tiny")[0]
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
         ConfigError, MissingInputError: as for training.
     """
     parser = plan_parser()
-    args, _ = parser.parse_known_args(underscored(argv))
+    args, _ = parser.parse_known_args(with_underscores(argv))
     train = parse_train_args(argv, parser=parser)
-    return PlanArguments(train.in_phase(2), args.card, args.ranks, args.json)
+    return PlanArguments(train.config_for_phase(2), args.card, args.ranks, args.json)
 
 
 def parse_train_args(
@@ -92,15 +92,15 @@ def parse_train_args(
         ConfigError: all unknown flags, keys and values at once.
         MissingInputError: the file of --config cannot be read.
     """
-    args, extras = (parser or train_parser(prog)).parse_known_args(underscored(argv))
+    args, extras = (parser or train_parser(prog)).parse_known_args(with_underscores(argv))
     overrides: dict[str, object] = {}
     labels: dict[str, str] = {}
-    problems = unknown_flags(extras, [*FLAGS, "preset", "config", "set", "debug", "help"])
+    problems = explain_unknown_flags(extras, [*FLAGS, "preset", "config", "set", "debug", "help"])
     for key, value, label in args.settings:
         overrides[key] = parse_text(key, value) if isinstance(value, str) else value
         labels[key] = label
     try:
-        config, origins = load_config(
+        config, origins = resolve_config(
             args.preset, args.config, overrides, labels=labels, demo_preset="tiny"
         )
     except ConfigError as error:
@@ -122,8 +122,8 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateArguments:
     Raises:
         ConfigError: a flag that is unknown or has a wrong value.
     """
-    args, extras = evaluate_parser().parse_known_args(underscored(argv))
+    args, extras = evaluate_parser().parse_known_args(with_underscores(argv))
     known = [*(name for name in vars(args) if name != "run"), "help"]
-    if problems := unknown_flags(extras, known, training=False):
+    if problems := explain_unknown_flags(extras, known, training=False):
         raise ConfigError("\n".join(problems))
     return EvaluateArguments(**vars(args))

@@ -84,7 +84,7 @@ Works without a GPU and without weights. All figures are predictions, none is me
 
 examples:
   python -m dragkit.plan --preset h200
-  python -m dragkit.plan --preset b200 --set generator.checkpointing=all
+  python -m dragkit.plan --preset b200 --set generator.activation_checkpointing=all
   python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
 
 {_EXIT_CODES}"""
@@ -261,7 +261,7 @@ def _shown(value: object) -> str:
     return "on" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def underscored(argv: Sequence[str]) -> list[str]:
+def with_underscores(argv: Sequence[str]) -> list[str]:
     """Spell every flag with underscores. Values stay as they are."""
     words = []
     for word in argv:
@@ -272,7 +272,9 @@ def underscored(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def unknown_flags(extras: Sequence[str], known: Sequence[str], training: bool = True) -> list[str]:
+def explain_unknown_flags(
+    extras: Sequence[str], known: Sequence[str], training: bool = True
+) -> list[str]:
     """One line for each unknown argument. The value after an unknown flag is not reported."""
     problems, after_flag = [], False
     for word in extras:

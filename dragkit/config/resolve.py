@@ -114,7 +114,7 @@ def parse_text(key: str, text: str) -> object:
     )
 
 
-def load_config(
+def resolve_config(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
@@ -164,7 +164,7 @@ def load_config(
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The whole configuration as YAML text that `load_config(file=...)` reads back unchanged."""
+    """The whole configuration as YAML text that `resolve_config(file=...)` reads back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 

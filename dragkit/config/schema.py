@@ -61,7 +61,7 @@ class DataConfig(Section):
         "scores in less time. Dropout is then drawn per class of equal nodes.",
     )
     max_facts_per_batch: int = Field(200_000, ge=1, description="Facts in a batch, at most.")
-    max_bad_share: float = Field(
+    max_bad_fraction: float = Field(
         0.0,
         ge=0,
         lt=1,
@@ -90,14 +90,14 @@ class RetrieverConfig(Section):
         2, ge=1, description="Passes with revised instructions (ReaRev: 3 WebQSP, 2 CWQ)."
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="Dropout probability while training.")
-    fact_relation: Literal["static", "instructed"] = Field(
-        "static",
-        description="Relation part of a fact's representation: the relation's vector (paper), or "
-        "that vector gated by the question's instructions.",
+    gate_relation_by_instruction: bool = Field(
+        False,
+        description="Gate a fact's relation vector by the question's instructions. Off: "
+        "the relation's own vector (paper).",
     )
-    message: Literal["collapsed", "parity"] = Field(
-        "collapsed",
-        description="collapsed sums the instructions before the fact loop; parity keeps them apart "
+    message: Literal["fused", "per_instruction"] = Field(
+        "fused",
+        description="fused sums over the instructions first; per_instruction keeps them apart "
         "as ReaRev does (slower, dropout at its published place).",
     )
 
@@ -116,11 +116,12 @@ class RetrieverConfig(Section):
 class SamplerConfig(Section):
     """How facts are drawn in training and chosen in evaluation."""
 
-    mode: Literal["bernoulli", "budget"] = Field(
-        "bernoulli", description="bernoulli: independent draws (paper); budget: exactly k facts."
+    mode: Literal["bernoulli", "exact_k"] = Field(
+        "bernoulli", description="bernoulli: independent draws (paper); exact_k: exactly k facts."
     )
-    estimator: Literal["concrete", "mean"] = Field(
-        "concrete", description="Gradient of a draw: of the relaxed sample (paper) or of the mean."
+    estimator: Literal["binary_concrete", "straight_through"] = Field(
+        "binary_concrete",
+        description="Gradient of a draw: of the relaxed sample (paper) or of the mean.",
     )
     temperature: float = Field(0.5, gt=0, description="Temperature of the relaxation (paper: 0.5).")
     max_facts_cap: int = Field(
@@ -132,7 +133,7 @@ class SamplerConfig(Section):
     prob_threshold: float = Field(
         0.01, ge=0, lt=1, description="Evaluation drops facts with p at or below it (paper: 0.01)."
     )
-    residual_slot: bool = Field(
+    undrawn_facts_vector: bool = Field(
         False,
         description="Append one vector that carries gradient to facts that were not drawn.",
     )
@@ -176,13 +177,13 @@ class GeneratorConfig(Section):
     generator_microbatch: int | None = Field(
         None, ge=1, description="Questions per generator pass. Unset: the whole batch."
     )
-    tokens_per_pass: int | None = Field(
+    max_tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
         description="Tokens per generator pass. A longer prompt is a pass by itself. Unset: what "
         "fits by the plan on GPU, no limit on CPU.",
     )
-    checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
+    activation_checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
         "auto",
         description="Blocks of a Nemotron-H whose activations are recomputed in the backward "
         "pass. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
@@ -196,12 +197,12 @@ class GeneratorConfig(Section):
         "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."
     )
 
-    mamba: Literal["dragkit", "mamba_ssm", "reference"] = Field(
+    mamba_backend: Literal["dragkit", "mamba_ssm", "reference"] = Field(
         "dragkit",
         description="Convolution and scan of Mamba-2 layers: our ops, the packages mamba-ssm and "
         "causal-conv1d, or our ops' plain PyTorch definitions.",
     )
-    pack_multiple: int | None = Field(
+    pad_to_multiple_of: int | None = Field(
         None,
         ge=1,
         description="Tokens of a generator pass are padded to a multiple of this. Unset: 256 on "
@@ -263,8 +264,8 @@ class OptimConfig(Section):
     )
     projector_lr_scale: float = Field(1.0, gt=0, description="Projector rate over lr.")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
-    min_lr_share: float = Field(0.0, ge=0, le=1, description="Last rate over the highest.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last rate over the highest.")
     grad_clip: float = Field(
         1.0, gt=0, description="Largest gradient norm over all trained weights."
     )
@@ -322,8 +323,8 @@ class RunConfig(Section):
     rank_timeout: int = Field(
         1800, ge=1, description="Seconds that one of several ranks waits for the others."
     )
-    sharding: Literal["none", "full"] = Field(
-        "none", description="full: the ranks share out the generator's frozen weights."
+    generator_fsdp: bool = Field(
+        False, description="Cut the generator's frozen weights between the ranks (FSDP2)."
     )
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
     keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")

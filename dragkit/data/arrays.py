@@ -27,7 +27,7 @@ _VERIFIED_BYTES = 256_000_000
 _ATTEMPTS = 3
 
 
-class Unusable(Exception):
+class CorruptCache(Exception):
     """A cache folder is incomplete or damaged. Never reaches a user."""
 
 
@@ -145,7 +145,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def key_of(*parts: object) -> str:
+def cache_key(*parts: object) -> str:
     """A folder name that changes with any of `parts`."""
     return hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=16).hexdigest()
 
@@ -172,12 +172,12 @@ def open_sealed(folder: Path) -> dict[str, object]:
         for entry in files:
             path = folder / entry["name"]
             if path.stat().st_size != entry["size"]:
-                raise Unusable(f"{path.name} has another size")
+                raise CorruptCache(f"{path.name} has another size")
             if hashed and _sha256(path) != entry["sha256"]:
-                raise Unusable(f"{path.name} has other content")
+                raise CorruptCache(f"{path.name} has other content")
         return json.loads((folder / _META).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unusable(f"no readable manifest or file: {error}") from error
+        raise CorruptCache(f"no readable manifest or file: {error}") from error
 
 
 def discard_folder(folder: Path) -> None:
@@ -197,7 +197,7 @@ def open_or_build(folder: Path, opened: Callable[[], T], fill: Callable[[Path], 
 
     Args:
         folder: named after its content.
-        opened: opens it, or raises `Unusable`.
+        opened: opens it, or raises `CorruptCache`.
         fill: writes and seals it in a temporary place.
 
     Raises:
@@ -207,12 +207,12 @@ def open_or_build(folder: Path, opened: Callable[[], T], fill: Callable[[Path], 
         if folder.is_dir():
             try:
                 return opened()
-            except (Unusable, FileNotFoundError) as error:
+            except (CorruptCache, FileNotFoundError) as error:
                 # A folder may also vanish under a reader while another process replaces it.
                 logger.warning("%s: building it anew: %s", folder, error)
         discard_folder(folder)
         commit_folder(folder, fill)
     try:
         return opened()
-    except (Unusable, FileNotFoundError) as error:
+    except (CorruptCache, FileNotFoundError) as error:
         raise WriteError(f"{folder}: was just built and is not usable: {error}") from error

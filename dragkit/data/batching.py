@@ -9,7 +9,7 @@ import numpy as np
 _WORD = 2**64 - 1
 
 
-class FactBudgetSampler:
+class FactBudgetBatchSampler:
     """Batches of at most `batch_size` questions and `max_facts` facts, so that memory is flat.
 
     The order of an epoch is a function of (seed, epoch) alone: nothing has to be saved for a resume
@@ -70,9 +70,9 @@ class FactBudgetSampler:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """All batches of an epoch."""
-        return self._cut(self.permutation(epoch).tolist()) if self.shuffle else self.in_order()
+        return self._cut(self.permutation(epoch).tolist()) if self.shuffle else self.in_file_order()
 
-    def in_order(self, limit: int | None = None) -> list[list[int]]:
+    def in_file_order(self, limit: int | None = None) -> list[list[int]]:
         """All batches in file order, as for validation. `limit` takes the first questions only."""
         count = len(self.fact_counts)
         return self._cut(range(count if limit is None else min(limit, count)))

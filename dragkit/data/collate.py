@@ -14,7 +14,7 @@ from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.data.packing import COUNTS, PER_FACT
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
-from dragkit_kernels import FactGroups, FactOrders
+from dragkit_kernels import FactGroups, FactIndex
 
 
 class QuestionStates(Protocol):
@@ -78,8 +78,8 @@ def _ptr(ends: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int32), ends])
 
 
-def _fact_orders(fields: dict[str, np.ndarray]) -> FactOrders:
-    return FactOrders(**{name: torch.from_numpy(value) for name, value in fields.items()})
+def _to_fact_index(fields: dict[str, np.ndarray]) -> FactIndex:
+    return FactIndex(**{name: torch.from_numpy(value) for name, value in fields.items()})
 
 
 class PackedCollator:
@@ -122,28 +122,28 @@ class PackedCollator:
         )
         facts = fact.join(store.facts, [edge.base, fact.base], skip=2)
         nodes = node.join(store.classes, [edge.base, edge.base, None])
-        edges, orders = self._orders("", index, node, edge, nodes, more=[fact.base])
+        edges, fact_index = self._index_fields("", index, node, edge, nodes, more=[fact.base])
         start_edge = _Slices(store.start_edge_ptr, index)
         ends = node.join(store.start_classes, [start_edge.base, start_edge.base])
-        _, start = self._orders("start_", index, node, start_edge, ends, more=[])
+        _, start = self._index_fields("start_", index, node, start_edge, ends, more=[])
         topic = _Slices(store.topic_class_ptr, index)
-        topic_row = topic.join(store.topic_classes, [node.base])[0]
-        size = nodes[2][topic_row]
+        topic_node = topic.join(store.topic_classes, [node.base])[0]
+        size = nodes[2][topic_node]
         total = np.bincount(topic.owner, weights=size, minlength=len(index))
         share = np.zeros(node.total, dtype=np.float32)
-        share[topic_row] = (1 / np.maximum(total, 1))[topic.owner]
+        share[topic_node] = (1 / np.maximum(total, 1))[topic.owner]
         # Rows of the store ascend within a graph; so do their ranks in the sorted list.
-        relation_row = np.unique(orders["pair_relation"])
-        for part in (orders, start):
+        relation_row = np.unique(fact_index["pair_relation"])
+        for part in (fact_index, start):
             rank = np.searchsorted(relation_row, part["pair_relation"])
             part["pair_relation"] = rank.astype(np.int32)
         groups = (facts[0], _ptr(edges[-1]), facts[1])
         graph = PackedGraph(
-            orders=_fact_orders(orders),
-            start=_fact_orders(start),
+            fact_index=_to_fact_index(fact_index),
+            topic_facts=_to_fact_index(start),
             groups=FactGroups(*map(torch.from_numpy, groups)),
-            topic=torch.from_numpy(share),
-            topic_row=torch.from_numpy(topic_row),
+            topic_prob=torch.from_numpy(share),
+            topic_node=torch.from_numpy(topic_node),
             topic_graph=torch.from_numpy(topic.owner),
             node_count=torch.from_numpy(nodes[2]),
             node_graph=torch.from_numpy(node.owner),
@@ -159,7 +159,7 @@ class PackedCollator:
         )
         return graph, torch.from_numpy(relation_row.astype(np.int64))
 
-    def _orders(
+    def _index_fields(
         self,
         prefix: str,
         index: np.ndarray,
@@ -168,7 +168,7 @@ class PackedCollator:
         ends: np.ndarray,
         more: list[np.ndarray],
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The joined block of merged facts, and the fields of `FactOrders` by name."""
+        """The joined block of merged facts, and the fields of `FactIndex` by name."""
         store = self.store
         pair = _Slices(getattr(store, f"{prefix}pair_ptr"), index)
         shift = {"head": node.base, "tail": node.base, "fact_pair": pair.base}

@@ -22,7 +22,7 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 _APART = np.uint64(1 << 62)
 
 
-class Quotient(NamedTuple):
+class MergedGraph(NamedTuple):
     """Graphs end to end, with the classes of their nodes in the place of the nodes.
 
     Classes and merged facts are numbered by their first member, so those of a graph stay together.
@@ -36,9 +36,9 @@ class Quotient(NamedTuple):
             and that end in a single node of the tail's.
     """
 
-    node_class: np.ndarray
+    merged_node: np.ndarray
     size: np.ndarray
-    fact_row: np.ndarray
+    merged_fact: np.ndarray
     head: np.ndarray
     tail: np.ndarray
     relation: np.ndarray
@@ -101,15 +101,15 @@ def _refine(
 
 
 def _merge(
-    head: np.ndarray, tail: np.ndarray, relation: np.ndarray, node_class: np.ndarray
+    head: np.ndarray, tail: np.ndarray, relation: np.ndarray, merged_node: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Merged fact of every fact, and the first fact of each."""
-    classes = int(node_class.max(initial=-1)) + 1
-    ends = np.unique(node_class[head] * classes + node_class[tail], return_inverse=True)[1]
+    classes = int(merged_node.max(initial=-1)) + 1
+    ends = np.unique(merged_node[head] * classes + merged_node[tail], return_inverse=True)[1]
     return _by_first(ends * (int(relation.max(initial=-1)) + 1) + relation)
 
 
-def quotient(
+def merge_nodes(
     head: np.ndarray,
     tail: np.ndarray,
     relation: np.ndarray,
@@ -117,7 +117,7 @@ def quotient(
     mark: np.ndarray,
     *,
     merge: bool = True,
-) -> Quotient:
+) -> MergedGraph:
     """Merges the nodes of each graph that cannot be told apart.
 
     Colours are hashes; the partition is checked to be equitable afterwards, so a collision, like an
@@ -136,22 +136,22 @@ def quotient(
     own = np.arange(nodes, dtype=np.int64)
     colour, settled = (own, own >= 0) if not merge else _refine(head, tail, relation, graph, mark)
     while True:
-        node_class, first_node = _by_first(np.where(settled, colour, nodes + own))
-        size = np.bincount(node_class, minlength=len(first_node))
-        row, first_fact = _merge(head, tail, relation, node_class)
+        merged_node, first_node = _by_first(np.where(settled, colour, nodes + own))
+        size = np.bincount(merged_node, minlength=len(first_node))
+        row, first_fact = _merge(head, tail, relation, merged_node)
         number = np.bincount(row, minlength=len(first_fact))
         broken = np.zeros(int(graph.max(initial=-1)) + 1, dtype=bool)
         for node in (head, tail):
             at, times = np.unique(row * nodes + node, return_counts=True)
             at_row, at_node = np.divmod(at, max(nodes, 1))
-            uneven = times * size[node_class[at_node]] != number[at_row]
+            uneven = times * size[merged_node[at_node]] != number[at_row]
             broken[graph[at_node[uneven]]] = True
         if not broken.any():
             break
         settled = settled & ~broken[graph]
-    head_class, tail_class = node_class[head[first_fact]], node_class[tail[first_fact]]
+    head_class, tail_class = merged_node[head[first_fact]], merged_node[tail[first_fact]]
     columns = (
-        node_class,
+        merged_node,
         size,
         row,
         head_class,
@@ -160,4 +160,4 @@ def quotient(
         number // size[head_class],
         number // size[tail_class],
     )
-    return Quotient(*(column.astype(np.int32) for column in columns))
+    return MergedGraph(*(column.astype(np.int32) for column in columns))

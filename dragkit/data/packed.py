@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactGroups, FactOrders
+from dragkit_kernels import FactGroups, FactIndex
 
 
 class _Movable:
@@ -25,7 +25,7 @@ class _Movable:
                 changes[field.name] = move(value)  # type: ignore[operator]
             elif isinstance(value, _Movable):
                 changes[field.name] = value._map(move)
-            elif isinstance(value, FactOrders | FactGroups):
+            elif isinstance(value, FactIndex | FactGroups):
                 changes[field.name] = type(value)(*(move(t) for t in value))  # type: ignore[operator]
         return replace(self, **changes)  # type: ignore[type-var]
 
@@ -52,16 +52,16 @@ class _Movable:
 
 @dataclass(frozen=True, slots=True)
 class PackedGraph(_Movable):
-    """B question subgraphs as one graph, whose nodes are classes of equal ones (see `quotient`).
+    """B question subgraphs as one graph, whose nodes are classes of equal ones (see `merge_nodes`).
 
     E facts as the questions have them, N nodes and Q merged facts between them.
 
     Attributes:
-        orders: the Q merged facts in three orders; rows of relations count in the pack's list.
-        start: the merged facts that touch a topic, with their own pairs.
+        fact_index: the Q merged facts in three orders; rows of relations count in the pack's list.
+        topic_facts: the merged facts that touch a topic, with their own pairs.
         groups: which of the E facts each merged one stands for.
-        topic: float32 [N] seed distribution: the share of one node of each class, uniform over a
-            graph's topic nodes (over all nodes where it has none).
+        topic_prob: float32 [N] seed distribution: the share of one node of each class, uniform over
+            a graph's topic nodes (over all nodes where it has none).
         topic_row: int32 [T] the nodes with a share; topic_graph: int32 [T] their graphs.
         node_count: int32 [N] how many nodes each stands for.
         node_graph, fact_graph: int32 [N], [E] graph of each node and fact.
@@ -71,11 +71,11 @@ class PackedGraph(_Movable):
         num_graphs, num_nodes, num_facts, max_facts: host integers (max_facts of one graph).
     """
 
-    orders: FactOrders
-    start: FactOrders
+    fact_index: FactIndex
+    topic_facts: FactIndex
     groups: FactGroups
-    topic: Tensor
-    topic_row: Tensor
+    topic_prob: Tensor
+    topic_node: Tensor
     topic_graph: Tensor
     node_count: Tensor
     node_graph: Tensor

@@ -12,11 +12,11 @@ import torch
 
 from dragkit.data.arrays import FolderWriter, seal_folder
 from dragkit.data.labels import LabelRule
-from dragkit.data.node_merging import Quotient, quotient
-from dragkit.data.question_file import HeuristicsReader, Question
+from dragkit.data.node_merging import MergedGraph, merge_nodes
+from dragkit.data.question_file import Question, QuestionReader
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
-from dragkit_kernels import build_fact_orders
+from dragkit_kernels import build_fact_index
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ RAGGED = (
     *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
     *("topic", "topic_class", "answer"),
 )
-# The parts of a `FactOrders` that are stored: rows of each fact, ends of each node's two segments,
+# The parts of a `FactIndex` that are stored: rows of each fact, ends of each node's two segments,
 # and end and relation of each pair, all counted from the question's own zero.
-PER_FACT = ("head", "tail", "tail_fact", "head_fact", "pair_fact", "fact_pair")
+PER_FACT = ("head", "tail", "tail_perm", "head_perm", "pair_perm", "fact_pair")
 COUNTS = ("head_count", "tail_count")
 FACT_PAIR = PER_FACT.index("fact_pair")
 
@@ -72,12 +72,12 @@ class Packer:
     """Takes questions one by one and appends them to the arrays of a folder.
 
     Every question gets blocks, counted from its own zero, so that a pack is made by adding offsets
-    to whole blocks. E facts on N nodes become Q merged facts on M classes (see `quotient`); S of
+    to whole blocks. E facts on N nodes become Q merged facts on M classes (see `merge_nodes`); S of
     those touch a topic, the only ones whose sender has a share of the distribution when a stage
     starts.
 
         facts [4, E]: head node, tail node, merged fact, facts in the order of merged facts
-        edges [9, Q]: of `FactOrders` head, tail, tail_fact, head_fact, pair_fact, fact_pair,
+        edges [9, Q]: of `FactIndex` head, tail, tail_perm, head_perm, pair_perm, fact_pair,
             head_count, tail_count; end of the facts of each
         classes [3, M]: end of each class's tail and head segment, nodes in the class
         pairs [2, P]: end of each pair's segment, relation row
@@ -154,20 +154,20 @@ class Packer:
         mark = np.zeros(len(nodes.owner), dtype=bool)
         mark[topics] = True
         relation = np.concatenate([graph.relation for graph in graphs])
-        merged = quotient(head, tail, relation, nodes.owner, mark, merge=self.merge)
-        classes = _Segments.of(nodes.owner, merged.node_class, len(graphs))
-        edges = _Segments.of(facts.owner, merged.fact_row, len(graphs))
-        by_edge = np.argsort(merged.fact_row, kind="stable")
-        edge_end = np.cumsum(np.bincount(merged.fact_row, minlength=len(edges.owner)))
+        merged = merge_nodes(head, tail, relation, nodes.owner, mark, merge=self.merge)
+        classes = _Segments.of(nodes.owner, merged.merged_node, len(graphs))
+        edges = _Segments.of(facts.owner, merged.merged_fact, len(graphs))
+        by_edge = np.argsort(merged.merged_fact, kind="stable")
+        edge_end = np.cumsum(np.bincount(merged.merged_fact, minlength=len(edges.owner)))
         # Where a graph has no topic its search starts from all nodes alike.
         mark |= ~np.isin(nodes.owner, nodes.owner[topics])
         started = np.zeros(len(classes.owner), dtype=bool)
-        started[merged.node_class[mark]] = True
+        started[merged.merged_node[mark]] = True
 
         fact_block = [
             head - nodes.base[facts.owner],
             tail - nodes.base[facts.owner],
-            merged.fact_row - edges.base[facts.owner],
+            merged.merged_fact - edges.base[facts.owner],
             by_edge - facts.base[facts.owner],
         ]
         self._blocks("facts", fact_block, facts)
@@ -176,10 +176,12 @@ class Packer:
         self._extend("class", classes.count)
         every = np.ones(len(edges.owner), dtype=bool)
         sizes = [merged.size]
-        self._orders("", merged, every, edges, classes, [edge_end - facts.base[edges.owner]], sizes)
+        self._index_blocks(
+            "", merged, every, edges, classes, [edge_end - facts.base[edges.owner]], sizes
+        )
         near = started[merged.head] | started[merged.tail]
         starting = _Segments(np.bincount(edges.owner[near], minlength=len(graphs)))
-        self._orders("start_", merged, near, starting, classes, [], [])
+        self._index_blocks("start_", merged, near, starting, classes, [], [])
         topic_class = np.flatnonzero(started)
         owner = classes.owner[topic_class]
         self._writer.array("topic_classes", np.int32).append(topic_class - classes.base[owner])
@@ -189,10 +191,10 @@ class Packer:
         self.summary["classes"] += len(classes.owner)
         self.summary["merged_facts"] += len(edges.owner)
 
-    def _orders(
+    def _index_blocks(
         self,
         prefix: str,
-        merged: Quotient,
+        merged: MergedGraph,
         chosen: np.ndarray,
         edges: _Segments,
         classes: _Segments,
@@ -204,7 +206,7 @@ class Packer:
             name: torch.from_numpy(getattr(merged, name)[chosen])
             for name in ("head", "tail", "relation", *COUNTS)
         }
-        orders = build_fact_orders(
+        fact_index = build_fact_index(
             columns["head"],
             columns["tail"],
             columns["relation"],
@@ -212,24 +214,24 @@ class Packer:
             torch.from_numpy(edges.owner),
             **{name: columns[name] for name in COUNTS},
         )
-        pairs = _Segments.sorted(orders.pair_graph.numpy(), len(edges.count))
+        pairs = _Segments.sorted(fact_index.pair_graph.numpy(), len(edges.count))
         # Segments of a graph's nodes and pairs cover exactly its own facts, so a row of the sorted
         # orders belongs to the graph of the fact that stands in the same place.
         base = {"head": classes, "tail": classes, "fact_pair": pairs}
         block = [
-            getattr(orders, name).numpy() - base.get(name, edges).base[edges.owner]
+            getattr(fact_index, name).numpy() - base.get(name, edges).base[edges.owner]
             for name in PER_FACT
         ]
-        block += [getattr(orders, name).numpy() for name in COUNTS]
+        block += [getattr(fact_index, name).numpy() for name in COUNTS]
         self._blocks(f"{prefix}edges", [*block, *edge_columns], edges)
         self._extend(f"{prefix}edge", edges.count)
         ends = [
             ptr.numpy()[1:] - edges.base[classes.owner]
-            for ptr in (orders.tail_ptr, orders.head_ptr)
+            for ptr in (fact_index.tail_ptr, fact_index.head_ptr)
         ]
         self._blocks(f"{prefix}classes", [*ends, *class_columns], classes)
-        pair_end = orders.pair_ptr.numpy()[1:] - edges.base[pairs.owner]
-        self._blocks(f"{prefix}pairs", [pair_end, orders.pair_relation.numpy()], pairs)
+        pair_end = fact_index.pair_ptr.numpy()[1:] - edges.base[pairs.owner]
+        self._blocks(f"{prefix}pairs", [pair_end, fact_index.pair_relation.numpy()], pairs)
         self._extend(f"{prefix}pair", pairs.count)
 
     def _blocks(self, name: str, rows: list[np.ndarray], segments: _Segments) -> None:
@@ -249,7 +251,7 @@ class Packer:
 
 
 def pack_file(
-    path: Path, folder: Path, *, label_rule: LabelRule, max_bad: float, merge: bool
+    path: Path, folder: Path, *, label_rule: LabelRule, max_bad_fraction: float, merge: bool
 ) -> None:
     """Reads, labels, sorts and seals a heuristics file.
 
@@ -258,19 +260,19 @@ def pack_file(
         folder: an empty folder to fill.
         label_rule: see `fact_labels`.
         max_bad: share of unusable rows to leave out.
-        merge: see `quotient`.
+        merge: see `merge_nodes`.
 
     Raises:
-        DataError, MissingInputError: as `read_heuristics`.
+        DataError, MissingInputError: as `read_questions`.
     """
-    reader = HeuristicsReader(path)
+    reader = QuestionReader(path)
     packer = Packer(folder, label_rule, merge=merge)
     for question in reader:
         # A file that will be refused is still read to its end, for the whole list of faults.
-        if max_bad > 0 or not reader.rejects:
+        if max_bad_fraction > 0 or not reader.rejects:
             packer.add(question, named=question.line not in reader.unnamed)
     packer.close()
-    reader.check(max_bad)
+    reader.check(max_bad_fraction)
     rejects = reader.rejects
     if rejects:
         (folder / "rejects.txt").write_text("".join(f"{problem}\n" for problem in rejects))

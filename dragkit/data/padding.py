@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
-from dragkit_kernels import FactGroups, FactOrders
+from dragkit_kernels import FactGroups, FactIndex
 
-GROWTH = 1.25
+BUCKET_GROWTH = 1.25
 
 
 class Capacity(NamedTuple):
     """The sizes of a batch on which shapes depend.
 
-    `rows` are the merged facts of `PackedGraph.orders`; `start_rows` and `start_pairs` are those of
-    `PackedGraph.start`; `max_facts` are those of one graph, which choose a kernel's tiles;
-    `question_tokens` is the width of the questions' states.
+    `merged_facts` are the merged facts of `PackedGraph.fact_index`. `topic_facts` and `topic_pairs`
+    are those of `PackedGraph.topic_facts`. `max_facts` counts the facts of one graph and
+    chooses the kernels' tiles. `question_tokens` is the width of the questions' states.
     """
 
     graphs: int
     nodes: int
-    rows: int
+    merged_facts: int
     facts: int
     max_facts: int
     pairs: int
-    start_rows: int
-    start_pairs: int
+    topic_facts: int
+    topic_pairs: int
     topics: int
     relations: int
     relation_tokens: int
@@ -47,19 +47,19 @@ class Capacity(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
 
-def needed_capacity(batch: QuestionBatch) -> Capacity:
+def required_capacity(batch: QuestionBatch) -> Capacity:
     """The least capacity of a batch: one more of everything, for the padding to point at."""
     graph = batch.graph
     sizes = (
         graph.num_graphs,
         graph.num_nodes,
-        graph.orders.num_facts,
+        graph.fact_index.num_facts,
         graph.num_facts,
         graph.max_facts,
-        graph.orders.num_pairs,
-        graph.start.num_facts,
-        graph.start.num_pairs,
-        graph.topic_row.shape[0],
+        graph.fact_index.num_pairs,
+        graph.topic_facts.num_facts,
+        graph.topic_facts.num_pairs,
+        graph.topic_node.shape[0],
         batch.relation_row.shape[0],
         batch.relation_tokens.ids.shape[0],
         batch.question_states.shape[1],
@@ -68,7 +68,7 @@ def needed_capacity(batch: QuestionBatch) -> Capacity:
 
 
 class Buckets:
-    """Capacities in one proportion, a factor of `GROWTH` apart.
+    """Capacities in one proportion, a factor of `BUCKET_GROWTH` apart.
 
     Rounding every size by itself would give nearly as many capacities as batches. The sizes of a
     data set's batches grow together, so one number, the level, sets them all.
@@ -84,21 +84,21 @@ class Buckets:
     def __init__(self, samples: Sequence[QuestionBatch]) -> None:
         if not samples:
             raise ValueError("Buckets: at least one batch is needed")
-        needs = map(needed_capacity, samples)
+        needs = map(required_capacity, samples)
         self.usual = Capacity(*(max(sizes) for sizes in zip(*needs, strict=True)))
 
-    def at(self, level: int) -> Capacity:
+    def at_level(self, level: int) -> Capacity:
         """Capacity of a level, which may be negative."""
-        return Capacity(*(math.ceil(size * GROWTH**level) for size in self.usual))
+        return Capacity(*(math.ceil(size * BUCKET_GROWTH**level) for size in self.usual))
 
     def capacity(self, batch: QuestionBatch) -> Capacity:
         """The smallest capacity that holds the batch."""
-        need, level = needed_capacity(batch), 0
-        while not self.at(level).holds(need):
+        need, level = required_capacity(batch), 0
+        while not self.at_level(level).holds(need):
             level += 1
-        while self.at(level - 1).holds(need):
+        while self.at_level(level - 1).holds(need):
             level -= 1
-        return self.at(level)
+        return self.at_level(level)
 
 
 def _filled(tensor: Tensor, size: int, value: int) -> Tensor:
@@ -124,42 +124,46 @@ def _ptr(ptr: Tensor, segments: int) -> Tensor:
     return _filled(ptr, segments + 1, ptr.numpy()[-1])
 
 
-def _orders(
-    orders: FactOrders, rows: int, pairs: int, relation: tuple[int, int], capacity: Capacity
-) -> FactOrders:
+def _pad_fact_index(
+    fact_index: FactIndex, rows: int, pairs: int, relation: tuple[int, int], capacity: Capacity
+) -> FactIndex:
     """Facts without weight between the last node and itself; `relation` are the added relations."""
     node, fact = capacity.nodes - 1, rows - 1
-    return FactOrders(
-        head=_filled(orders.head, rows, node),
-        tail=_filled(orders.tail, rows, node),
-        tail_ptr=_ptr(orders.tail_ptr, capacity.nodes),
-        tail_fact=_filled(orders.tail_fact, rows, fact),
-        head_ptr=_ptr(orders.head_ptr, capacity.nodes),
-        head_fact=_filled(orders.head_fact, rows, fact),
-        pair_ptr=_ptr(orders.pair_ptr, pairs),
-        pair_fact=_filled(orders.pair_fact, rows, fact),
-        pair_relation=_spread(orders.pair_relation, pairs, *relation),
-        pair_graph=_filled(orders.pair_graph, pairs, capacity.graphs - 1),
-        fact_pair=_filled(orders.fact_pair, rows, pairs - 1),
+    return FactIndex(
+        head=_filled(fact_index.head, rows, node),
+        tail=_filled(fact_index.tail, rows, node),
+        tail_ptr=_ptr(fact_index.tail_ptr, capacity.nodes),
+        tail_perm=_filled(fact_index.tail_perm, rows, fact),
+        head_ptr=_ptr(fact_index.head_ptr, capacity.nodes),
+        head_perm=_filled(fact_index.head_perm, rows, fact),
+        pair_ptr=_ptr(fact_index.pair_ptr, pairs),
+        pair_perm=_filled(fact_index.pair_perm, rows, fact),
+        pair_relation=_spread(fact_index.pair_relation, pairs, *relation),
+        pair_graph=_filled(fact_index.pair_graph, pairs, capacity.graphs - 1),
+        fact_pair=_filled(fact_index.fact_pair, rows, pairs - 1),
         # Where a sum counts what lies after the last offset to the last row, zeros are harmless.
-        head_count=_filled(orders.head_count, rows, 0),
-        tail_count=_filled(orders.tail_count, rows, 0),
+        head_count=_filled(fact_index.head_count, rows, 0),
+        tail_count=_filled(fact_index.tail_count, rows, 0),
     )
 
 
 def _graph(graph: PackedGraph, relation: tuple[int, int], capacity: Capacity) -> PackedGraph:
     last, nodes, facts = capacity.graphs - 1, capacity.nodes, capacity.facts
     groups = FactGroups(
-        row=_filled(graph.groups.row, facts, capacity.rows - 1),
-        ptr=_ptr(graph.groups.ptr, capacity.rows),
+        row=_filled(graph.groups.row, facts, capacity.merged_facts - 1),
+        ptr=_ptr(graph.groups.ptr, capacity.merged_facts),
         fact=_filled(graph.groups.fact, facts, facts - 1),
     )
     return PackedGraph(
-        orders=_orders(graph.orders, capacity.rows, capacity.pairs, relation, capacity),
-        start=_orders(graph.start, capacity.start_rows, capacity.start_pairs, relation, capacity),
+        fact_index=_pad_fact_index(
+            graph.fact_index, capacity.merged_facts, capacity.pairs, relation, capacity
+        ),
+        topic_facts=_pad_fact_index(
+            graph.topic_facts, capacity.topic_facts, capacity.topic_pairs, relation, capacity
+        ),
         groups=groups,
-        topic=_filled(graph.topic, nodes, 0),
-        topic_row=_filled(graph.topic_row, capacity.topics, nodes - 1),
+        topic_prob=_filled(graph.topic_prob, nodes, 0),
+        topic_node=_filled(graph.topic_node, capacity.topics, nodes - 1),
         topic_graph=_filled(graph.topic_graph, capacity.topics, last),
         node_count=_filled(graph.node_count, nodes, 0),
         node_graph=_filled(graph.node_graph, nodes, last),
@@ -183,7 +187,7 @@ def pad_batch(batch: QuestionBatch, capacity: Capacity) -> QuestionBatch:
     integers are those of the capacity, so that they are the same for all batches of it.
 
     Args:
-        batch: of phase 1, in host memory; capacity: at least `needed_capacity(batch)`.
+        batch: of phase 1, in host memory; capacity: at least `required_capacity(batch)`.
 
     Returns:
         A batch that shares no memory with the given one.
@@ -191,7 +195,7 @@ def pad_batch(batch: QuestionBatch, capacity: Capacity) -> QuestionBatch:
     Raises:
         ValueError: the capacity is too small, or the batch has prompts.
     """
-    need = needed_capacity(batch)
+    need = required_capacity(batch)
     if not capacity.holds(need):
         raise ValueError(f"pad_batch: {capacity} does not hold a batch that needs {need}")
     if not (batch.prefix is batch.facts is batch.target is None):

@@ -154,7 +154,7 @@ def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in found]
 
 
-class HeuristicsReader:
+class QuestionReader:
     """Streams the usable questions of a file and collects what is wrong with the others.
 
     Args:
@@ -209,7 +209,7 @@ class HeuristicsReader:
         name = "" if row.id is None else str(row.id)
         if not name:
             self.unnamed.add(number)
-            name = made_id(self.path, number)
+            name = default_id(self.path, number)
         first = self._lines_of_ids.setdefault(name, number)
         if first != number:
             self._reject(number, "$.id", f"the same id as on line {first}")
@@ -235,8 +235,8 @@ class HeuristicsReader:
             self.notes[note] += holds
         return Question(name, row.question, triples, topics, tuple(paths), answers, number)
 
-    def check(self, max_bad: float = 0.0) -> None:
-        """Raises when more than `max_bad` of the rows are unusable, else logs what was noted.
+    def check(self, max_bad_fraction: float = 0.0) -> None:
+        """Raises when more than `max_bad_fraction` of the rows are unusable, else logs the count.
 
         Raises:
             DataError: with every problem as `file:line: path: reason`, the first of them in full.
@@ -244,14 +244,16 @@ class HeuristicsReader:
         if not self.rows and not self._cut_short:
             raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
         bad = len(self.rejects)
-        if self._cut_short or bad > max_bad * self.rows:
+        if self._cut_short or bad > max_bad_fraction * self.rows:
             shown = [f"{self.path}:{problem}" for problem in self.rejects[:_LISTED_PROBLEMS]]
             if bad > _LISTED_PROBLEMS:
                 shown.append(f"... and {bad - _LISTED_PROBLEMS} more problems")
             told = f"{self.path}: {bad} of {self.rows} rows cannot be used."
             if not self._cut_short:
-                told += f" At most a share of {max_bad:.4g} may be: correct them, or raise it with"
-                told += " --set data.max_bad_share=SHARE."
+                told += (
+                    f" At most a fraction of {max_bad_fraction:.4g} may be: correct them, or set"
+                )
+                told += " --set data.max_bad_fraction=FRACTION."
             raise DataError("\n".join([*shown, told]))
         if bad:
             logger.warning("%s: skipped %d of %d unusable rows", self.path, bad, self.rows)
@@ -263,13 +265,13 @@ class HeuristicsReader:
             )
 
 
-def made_id(path: Path, line: int) -> str:
+def default_id(path: Path, line: int) -> str:
     """The id of a question that has none: file name without its endings, and line."""
     return f"{path.name.split('.')[0]}-{line}"
 
 
-def read_heuristics(
-    path: str | Path, *, max_bad: float = 0.0, max_line_bytes: int = MAX_LINE_BYTES
+def read_questions(
+    path: str | Path, *, max_bad_fraction: float = 0.0, max_line_bytes: int = MAX_LINE_BYTES
 ) -> QuestionFile:
     """Reads a whole file in one pass.
 
@@ -288,7 +290,7 @@ def read_heuristics(
         DataError: too many unusable rows (all are listed), cut gzip data, or no row at all.
         MissingInputError: no such file.
     """
-    reader = HeuristicsReader(path, max_line_bytes=max_line_bytes)
+    reader = QuestionReader(path, max_line_bytes=max_line_bytes)
     questions = tuple(reader)
-    reader.check(max_bad)
+    reader.check(max_bad_fraction)
     return QuestionFile(questions, tuple(reader.rejects), dict(reader.notes))

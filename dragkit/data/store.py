@@ -11,8 +11,8 @@ import numpy as np
 
 from dragkit.data.arrays import (
     Strings,
+    cache_key,
     file_digest,
-    key_of,
     open_or_build,
     open_sealed,
     read_array,
@@ -21,7 +21,7 @@ from dragkit.data.cache import cache_root
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
 from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
-from dragkit.data.question_file import Triple, made_id
+from dragkit.data.question_file import Triple, default_id
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class PackedStore:
         *,
         cache_dir: str | Path | None = None,
         label_rule: LabelRule = "auto",
-        max_bad: float = 0.0,
+        max_bad_fraction: float = 0.0,
         merge: bool = True,
     ) -> PackedStore:
         """Opens the packed form of a file, and packs it first where that was not yet done.
@@ -112,21 +112,25 @@ class PackedStore:
             path: heuristics JSONL, plain or gzip.
             cache_dir: where packed sets are kept; None takes the user's cache folder.
             label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out and count.
-            merge: share the states of nodes that cannot be told apart, see `quotient`.
+            merge: share the states of nodes that cannot be told apart, see `merge_nodes`.
 
         Raises:
-            DataError, MissingInputError: as `read_heuristics`.
+            DataError, MissingInputError: as `read_questions`.
             WriteError: the cache cannot be written.
         """
         path = Path(path)
         open_source(path).close()
         before = path.stat()
-        key = key_of(BUILDER_VERSION, file_digest(path), label_rule, float(max_bad), merge)
+        key = cache_key(
+            BUILDER_VERSION, file_digest(path), label_rule, float(max_bad_fraction), merge
+        )
         folder = cache_root(cache_dir) / "packed" / key
 
         def fill(target: Path) -> None:
             logger.info("packing %s", path)
-            pack_file(path, target, label_rule=label_rule, max_bad=max_bad, merge=merge)
+            pack_file(
+                path, target, label_rule=label_rule, max_bad_fraction=max_bad_fraction, merge=merge
+            )
             after = path.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise DataError(f"{path}: changed while it was being read. Start again.")
@@ -206,7 +210,7 @@ class PackedStore:
         topics = tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist()))
         line = int(self.lines[row])
         return StoredQuestion(
-            id=self._ids[row] or made_id(self.path, line),
+            id=self._ids[row] or default_id(self.path, line),
             text=self._texts[row],
             topics=topics,
             answers=self.answers(row),

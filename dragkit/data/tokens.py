@@ -12,7 +12,7 @@ import torch
 
 from dragkit.data.arrays import (
     FolderWriter,
-    key_of,
+    cache_key,
     open_or_build,
     open_sealed,
     read_array,
@@ -93,12 +93,12 @@ def _write(
     store: PackedStore,
     tokenize: Tokenize,
     text: PromptText,
-    begin: Sequence[int],
-    end: Sequence[int],
+    bos_ids: Sequence[int],
+    eos_ids: Sequence[int],
     max_answers: int,
 ) -> None:
     writer, of_fact = FolderWriter(folder), _Tokeniser(tokenize)
-    head, foot = np.asarray(begin, dtype=np.int32), np.asarray(end, dtype=np.int32)
+    head, foot = np.asarray(bos_ids, dtype=np.int32), np.asarray(eos_ids, dtype=np.int32)
     words = [relation_text(name) for name in store.relation_names]
     word_of = dict(zip(store.relation_names, words, strict=True))
     ends = dict.fromkeys(_PARTS, 0)
@@ -160,8 +160,8 @@ class TokenRows:
         *,
         key: str,
         cache_dir: str | Path | None = None,
-        begin: Sequence[int] = (),
-        end: Sequence[int] = (),
+        bos_ids: Sequence[int] = (),
+        eos_ids: Sequence[int] = (),
         max_answers: int = 50,
     ) -> TokenRows:
         """Opens the rows of a store, and makes them first where that was not yet done.
@@ -179,12 +179,14 @@ class TokenRows:
         Raises:
             WriteError: the cache cannot be written.
         """
-        name = key_of(TOKENS_VERSION, store.fingerprint, key, tuple(begin), tuple(end), max_answers)
+        name = cache_key(
+            TOKENS_VERSION, store.fingerprint, key, tuple(bos_ids), tuple(eos_ids), max_answers
+        )
         folder = cache_root(cache_dir) / "tokens" / name
 
         def fill(target: Path) -> None:
             logger.info("tokenising %s", store.path)
-            _write(target, store, tokenize, text, begin, end, max_answers)
+            _write(target, store, tokenize, text, bos_ids, eos_ids, max_answers)
 
         return open_or_build(folder, lambda: cls(folder, store), fill)
 

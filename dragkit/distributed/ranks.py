@@ -9,7 +9,7 @@ in a batch has no backward pass at all. One sum at the step needs no such care, 
 sent once however many micro-batches there are, and always adds in the same order. What is lost is
 the overlap of sending and computing, which is little where adapters are all that is sent.
 
-The frozen weights are on every rank, or cut between the ranks (`run.sharding`,
+The frozen weights are on every rank, or cut between the ranks (`run.generator_fsdp`,
 `dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes
 it. `torch.distributed.checkpoint` writes the parts of tensors that no rank holds whole. Here it
 would only give checkpoints a second form.
@@ -31,7 +31,7 @@ from dragkit.errors import ConfigError, DragkitError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_SHOWN = 12
+_MAX_LINES = 12
 Value = TypeVar("Value")
 
 
@@ -47,63 +47,63 @@ class Ranks:
     """One process alone: every method does what several ranks would do, and sends nothing.
 
     Attributes:
-        index: of this rank; count: of all ranks.
-        place: where training stands, for messages about lost ranks.
+        rank: of this process; world_size: of all.
+        progress: where training stands, for messages about lost ranks.
     """
 
-    index = 0
-    count = 1
-    place = "at the start"
+    rank = 0
+    world_size = 1
+    progress = "at the start"
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there are no other ranks."""
-        return self.count == 1
+        return self.world_size == 1
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes."""
-        return self.index == 0
+        return self.rank == 0
 
-    def share(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    def local_slices(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
         """This rank's slice of every batch; some may be empty, together they are the batch."""
         return [rows[slice(*self._bounds(len(rows)))] for rows in batches]
 
     def _bounds(self, size: int) -> tuple[int, int]:
-        each, more = divmod(size, self.count)
-        start = self.index * each + min(self.index, more)
-        return start, start + each + (self.index < more)
+        base, extra = divmod(size, self.world_size)
+        start = self.rank * base + min(self.rank, extra)
+        return start, start + base + (self.rank < extra)
 
-    def use(self, device: torch.device) -> torch.device:
+    def bind_device(self, device: torch.device) -> torch.device:
         """The device of this rank, given what the configuration asks for."""
         return device
 
-    def total(self, numbers: Sequence[int]) -> list[int]:
+    def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
         """Sums over ranks of host integers."""
         return list(numbers)
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of a host integer over ranks."""
         return number
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce_(self, tensor: Tensor) -> None:
         """Replaces a tensor on the device by its sum over ranks."""
 
-    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replaces every gradient by its sum over ranks; none stays none where no rank has one."""
 
-    def gather(self, value: Value) -> list[Value]:
+    def all_gather_object(self, value: Value) -> list[Value]:
         """The values of all ranks, in their order, on every rank."""
         return [value]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks have come here."""
 
-    def in_turn(self) -> AbstractContextManager[None]:
+    def main_process_first(self) -> AbstractContextManager[None]:
         """The first rank of each machine inside before the others, so that they find its files."""
         return nullcontext()
 
-    def in_waves(self, size: int) -> AbstractContextManager[None]:
+    def limited_concurrency(self, size: int) -> AbstractContextManager[None]:
         """So many ranks of each machine inside at a time."""
         return nullcontext()
 
@@ -121,19 +121,19 @@ class Ranks:
         Raises:
             ConfigError: on every rank, naming the ranks that differ from the first.
         """
-        everyone = self.gather(dict(values))
+        gathered = self.all_gather_object(dict(values))
         lines = []
-        for index, other in enumerate(everyone):
-            for key in dict.fromkeys([*everyone[0], *other]):
-                ours, theirs = everyone[0].get(key), other.get(key)
-                if ours != theirs:
+        for index, other in enumerate(gathered):
+            for key in dict.fromkeys([*gathered[0], *other]):
+                expected, actual = gathered[0].get(key), other.get(key)
+                if expected != actual:
                     lines.append(
-                        f"  rank {index}: {key} is {theirs!r:.80}, rank 0 has {ours!r:.80}"
+                        f"  rank {index}: {key} is {actual!r:.80}, rank 0 has {expected!r:.80}"
                     )
         if lines:
-            more = [f"  and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+            extra = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
             raise ConfigError(
-                f"{self.place}, the ranks do not agree:\n"
-                + "\n".join(lines[:_SHOWN] + more)
+                f"{self.progress}, the ranks do not agree:\n"
+                + "\n".join(lines[:_MAX_LINES] + extra)
                 + "\nStart all of them with the same code, data, settings and weights."
             )

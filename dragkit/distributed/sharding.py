@@ -38,14 +38,17 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     found = [module for module in base.modules() if type(module).__name__ in names]
     if not found:
         raise ConfigError(
-            f"run.sharding: the blocks of a {type(base).__name__} are not known, so its weights "
+            f"run.generator_fsdp: the blocks of a {type(base).__name__} are not known, so its "
+            "weights "
             "cannot be gathered block by block. Its class must name them in _no_split_modules. "
-            "Use --set run.sharding=none."
+            "Use --set run.generator_fsdp=false."
         )
     return found
 
 
-def shard(generator: Generator, mesh: DeviceMesh, most: Callable[[int], int]) -> None:
+def shard_generator(
+    generator: Generator, mesh: DeviceMesh, all_reduce_max: Callable[[int], int]
+) -> None:
     """Leaves this rank its part of the generator's frozen weights, on the mesh's device.
 
     The model may be on the host: its blocks go to the device one at a time, each to be cut there
@@ -53,7 +56,7 @@ def shard(generator: Generator, mesh: DeviceMesh, most: Callable[[int], int]) ->
 
     Args:
         generator: the same on all ranks; mesh: of the ranks that share it, in one dimension.
-        most: of a number on each of these ranks, the largest; every rank must call it.
+        all_reduce_max: of a number on each of these ranks, the largest; every rank must call it.
 
     Raises:
         ConfigError: the model's blocks are not known.
@@ -70,10 +73,10 @@ def shard(generator: Generator, mesh: DeviceMesh, most: Callable[[int], int]) ->
         # inside of graphs. Here graphs lie between gathering and freeing.
         module._is_fsdp_managed_module = False  # type: ignore[assignment]
     register_fsdp_forward_method(generator, "greedy_tokens")
-    generator.lockstep = Lockstep(generator, most)
+    generator.pass_coordinator = UnevenPasses(generator, all_reduce_max)
 
 
-class Lockstep:
+class UnevenPasses:
     """Sees to it that ranks which gather weights together run equally many passes.
 
     A gather returns when all ranks have come to it, but each has prompts and passes of its own
@@ -81,11 +84,11 @@ class Lockstep:
     announces any.
 
     Args:
-        generator: whose passes; most: as in `shard`.
+        generator: whose passes; all_reduce_max: as in `shard_generator`.
     """
 
-    def __init__(self, generator: Generator, most: Callable[[int], int]) -> None:
-        self.most = most
+    def __init__(self, generator: Generator, all_reduce_max: Callable[[int], int]) -> None:
+        self.all_reduce_max = all_reduce_max
         self._generator, self._decode = generator, generator.greedy_tokens
         self._idle = False
         # Before the hook that gathers.
@@ -94,20 +97,20 @@ class Lockstep:
 
     def _announce(self, *called: object) -> None:
         if not self._idle:
-            self.most(1)
+            self.all_reduce_max(1)
 
     def _greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
     ) -> list[list[int]]:
         if not self._idle:
-            self.most(max_new_tokens)
+            self.all_reduce_max(max_new_tokens)
         return self._decode(prompt, vectors, max_new_tokens)
 
-    def keep_up(self, *, vectors: bool) -> None:
-        """As `Generator.keep_up`."""
+    def run_dummy_passes(self, *, vectors: bool) -> None:
+        """As `Generator.run_dummy_passes`."""
         self._idle = True
         try:
-            while announced := self.most(0):
+            while announced := self.all_reduce_max(0):
                 if torch.is_grad_enabled():
                     self._train(vectors)
                 else:
@@ -130,7 +133,7 @@ class Lockstep:
             ptr=2 * torch.arange(3, dtype=torch.int32, device=place.device),
             target_row=place[::2],
             target_id=token[::2],
-            kept=torch.zeros_like(place[:2]),
+            num_facts_kept=torch.zeros_like(place[:2]),
             longest=2,
         )
 

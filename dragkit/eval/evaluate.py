@@ -25,7 +25,7 @@ class EvaluationResult:
     report: Report
     predictions: list[dict[str, object]]
 
-    def headline(self) -> str:
+    def summary_line(self) -> str:
         """The main numbers in one line."""
         means = self.report.means
         names = (
@@ -38,7 +38,7 @@ class EvaluationResult:
         found = [f"{name} {100 * means[name]:.1f}" for name in names if name in means]
         return ", ".join(found) + f" ({self.report.counts['asked']} questions)"
 
-    def samples(self, count: int) -> list[str]:
+    def sample_lines(self, count: int) -> list[str]:
         """The first answers beside their golds, for the log."""
         return [
             f"  {p['question']} -> {p['text'] or '(nothing)'} [{' | '.join(p['answers'][:4])}]"
@@ -111,12 +111,14 @@ def _scored(question: StoredQuestion, prediction: Prediction) -> _Scored:
 
 
 def _of_all_ranks(own: list[list[_Scored]], ranks: Ranks, batches: int) -> list[list[_Scored]]:
-    """The scores of all batches, of which each rank has every `ranks.count`-th."""
-    everyone = ranks.gather([[(asdict(r), shown) for r, shown in batch] for batch in own])  # type: ignore[misc]
+    """The scores of all batches, of which each rank has every `ranks.world_size`-th."""
+    everyone = ranks.all_gather_object(
+        [[(asdict(r), shown) for r, shown in batch] for batch in own]
+    )  # type: ignore[misc]
     return [
         [
             (QuestionRecord(**record), shown)
-            for record, shown in everyone[i % ranks.count][i // ranks.count]  # type: ignore[index, call-overload]
+            for record, shown in everyone[i % ranks.world_size][i // ranks.world_size]  # type: ignore[index, call-overload]
         ]
         for i in range(batches)
     ]
@@ -148,9 +150,9 @@ def evaluate(
     was_training = phase.model.training
     phase.model.eval()
     relations = source.relations.to(device)  # type: ignore[attr-defined]
-    batches = source.sampler.in_order(limit)  # type: ignore[attr-defined]
-    alone = ranks is None or ranks.alone
-    own = batches if alone else batches[ranks.index :: ranks.count]
+    batches = source.batch_sampler.in_file_order(limit)  # type: ignore[attr-defined]
+    alone = ranks is None or ranks.is_single
+    own = batches if alone else batches[ranks.rank :: ranks.world_size]
     scored = [
         [
             _scored(source.store.question(p.row), p)
@@ -158,7 +160,7 @@ def evaluate(
         ]
         for batch in source.load(own, device)
     ]
-    phase.keep_up()
+    phase.run_dummy_passes()
     if not alone:
         scored = _of_all_ranks(scored, ranks, len(batches))
     phase.model.train(was_training)

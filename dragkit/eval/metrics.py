@@ -1,7 +1,7 @@
 """Per-question metrics: the answer parser, the strict scores and the retrieval scores.
 
 One file because these are the definitions that the project recommends. Scores kept only to
-match published tables are in `families.py`, means over questions in `report.py`.
+match published tables are in `published_metrics.py`, means over questions in `report.py`.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Source(Protocol):
 
     store: PackedStore
     relations: object
-    sampler: object
+    batch_sampler: object
 
     def load(
         self, batches: Sequence[Sequence[int]], device: torch.device
@@ -62,6 +62,6 @@ class Predictor(Protocol):
         """
         ...
 
-    def keep_up(self) -> None:
+    def run_dummy_passes(self) -> None:
         """Returns when other ranks need nothing more from this one; follows the last `predict`."""
         ...

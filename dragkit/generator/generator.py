@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dragkit.generator.nemotron_h import (
-    RECOMPUTED,
+    ACTIVATION_CHECKPOINTING,
     CompiledBlocks,
     Pack,
-    after,
-    computes,
+    block_forward,
+    decode_step,
     hidden_at_rows,
+    is_supported,
     mamba_ops,
     pad_to_multiple,
-    prefill_in_passes,
-    step,
+    prefill_in_microbatches,
 )
 from dragkit.generator.prompt import NeuralPrompt, PromptTemplate
 from dragkit_kernels import prompt_embeddings
@@ -36,11 +36,11 @@ LOGIT_ROWS = 4096
 class PassCoordinator(Protocol):
     """Keeps ranks that gather weights together at equally many passes (`distributed.sharding`)."""
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of a number over these ranks; each of them must call it."""
         ...
 
-    def keep_up(self, *, vectors: bool) -> None:
+    def run_dummy_passes(self, *, vectors: bool) -> None:
         """Runs passes that change nothing until no rank announces another."""
         ...
 
@@ -61,12 +61,13 @@ class Generator(nn.Module):
     Args:
         model: a Hugging Face causal LM, with its adapters if any.
         tokenizer: of that model.
-        mamba: who computes Mamba-2 layers, see `GeneratorConfig.mamba`.
-        pack_multiple: packs are padded to a multiple of so many tokens; None is 256 on a GPU, where
+        mamba_backend: who computes Mamba-2 layers, see `GeneratorConfig.mamba_backend`.
+        pad_to_multiple_of: packs are padded to a multiple of so many tokens; None is 256 on a GPU,
+            where
             few sizes save compiled graphs, and 1 elsewhere.
-        checkpointing: which blocks of a Nemotron-H compute again what they do not keep, see
-            `GeneratorConfig.checkpointing`; here "auto" is "none".
-        tokens_per_pass: see `GeneratorConfig.tokens_per_pass`; None is no limit.
+        activation_checkpointing: which blocks of a Nemotron-H are recomputed in the backward, see
+            `GeneratorConfig.activation_checkpointing`; here "auto" is "none".
+        max_tokens_per_microbatch: see `GeneratorConfig`; None is no limit.
 
     Attributes:
         lockstep: with the ranks that share the weights; None where this one has all of them.
@@ -77,14 +78,16 @@ class Generator(nn.Module):
         model: nn.Module,
         tokenizer: object,
         *,
-        mamba: str = "dragkit",
-        pack_multiple: int | None = None,
-        checkpointing: str = "none",
-        tokens_per_pass: int | None = None,
+        mamba_backend: str = "dragkit",
+        pad_to_multiple_of: int | None = None,
+        activation_checkpointing: str = "none",
+        max_tokens_per_microbatch: int | None = None,
     ) -> None:
         super().__init__()
-        self.checkpointing = "none" if checkpointing == "auto" else checkpointing
-        self.tokens_per_pass = tokens_per_pass
+        self.activation_checkpointing = (
+            "none" if activation_checkpointing == "auto" else activation_checkpointing
+        )
+        self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[attr-defined]
@@ -92,11 +95,11 @@ class Generator(nn.Module):
         # In lists, so that the modules are not registered a second time.
         self._decoder = [base.base_model, base.get_output_embeddings()]
         self._embedding = [base.get_input_embeddings()]
-        self._mamba = mamba_ops(mamba) if computes(base.config) else None
-        self._foreign = ("linear_attention",) if mamba == "mamba_ssm" else ()
-        self._behind = after
-        self._pack_multiple = pack_multiple
-        self.lockstep: PassCoordinator | None = None
+        self._mamba = mamba_ops(mamba_backend) if is_supported(base.config) else None
+        self._foreign = ("linear_attention",) if mamba_backend == "mamba_ssm" else ()
+        self._block_fn = block_forward
+        self._pad_to_multiple_of = pad_to_multiple_of
+        self.pass_coordinator: PassCoordinator | None = None
 
     @property
     def dim(self) -> int:
@@ -124,12 +127,12 @@ class Generator(nn.Module):
         return get_peft_model_state_dict(self.model)
 
     @property
-    def begin(self) -> list[int]:
+    def bos_ids(self) -> list[int]:
         """Tokens in front of every prompt."""
         bos = self.tokenizer.bos_token_id  # type: ignore[attr-defined]
         return [] if bos is None else [int(bos)]
 
-    def prompt_key(self) -> str:
+    def tokenizer_fingerprint(self) -> str:
         """Names everything that token rows depend on: the tokeniser and the prompt's texts."""
         probe = PromptTemplate()
         texts = [probe.prefix("?"), probe.fact("a", "b", "c"), probe.cue, probe.target(["x", "y"])]
@@ -154,7 +157,7 @@ class Generator(nn.Module):
         if self._mamba is None:
             logger.info("the generator is not compiled: it is not a Nemotron-H")
             return
-        self._behind = CompiledBlocks(self._decoder[0], self._foreign)
+        self._block_fn = CompiledBlocks(self._decoder[0], self._foreign)
         for kind in self._foreign:
             logger.info("blocks of kind %s are not compiled: their kernels are foreign", kind)
 
@@ -199,11 +202,11 @@ class Generator(nn.Module):
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
-            multiple = self._pack_multiple or (256 if embeds.is_cuda else 1)
+            multiple = self._pad_to_multiple_of or (256 if embeds.is_cuda else 1)
             pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
             embeds, pack = pad_to_multiple(embeds, pack, multiple)
-            again = RECOMPUTED[self.checkpointing]
-            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._behind)
+            again = ACTIVATION_CHECKPOINTING[self.activation_checkpointing]
+            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._block_fn)
         # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
         # and without one attention takes its fastest path.
         padded, _ = self.pad(embeds, prompt, left=False)
@@ -235,7 +238,7 @@ class Generator(nn.Module):
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
 
-    def keep_up(self, *, vectors: bool = False) -> None:
+    def run_dummy_passes(self, *, vectors: bool = False) -> None:
         """Called behind the last pass of a kind; waits for ranks that share the weights with this.
 
         It takes part in what they gather, in passes that change nothing: training passes where
@@ -244,8 +247,8 @@ class Generator(nn.Module):
         Args:
             vectors: training passes of this run have structural vectors.
         """
-        if self.lockstep is not None:
-            self.lockstep.keep_up(vectors=vectors)
+        if self.pass_coordinator is not None:
+            self.pass_coordinator.run_dummy_passes(vectors=vectors)
 
     @torch.no_grad()
     def greedy_tokens(
@@ -277,19 +280,21 @@ class Generator(nn.Module):
             use_cache=True,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.eos_token_id,
-            synced_gpus=self.lockstep is not None,
+            synced_gpus=self.pass_coordinator is not None,
         ).tolist()
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         decoder, head = self._decoder
-        hidden, states = prefill_in_passes(
+        hidden, states = prefill_in_microbatches(
             decoder,
             embeds,
             prompt.length,
             self._mamba,
-            room=limit,
-            tokens=self.tokens_per_pass,
-            most=None if self.lockstep is None else self.lockstep.most,
+            max_new_tokens=limit,
+            tokens=self.max_tokens_per_microbatch,
+            all_reduce_max=None
+            if self.pass_coordinator is None
+            else self.pass_coordinator.all_reduce_max,
         )
         produced = []
         going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -300,9 +305,9 @@ class Generator(nn.Module):
             if len(produced) == limit:
                 break
             more = int(going.any())
-            if self.lockstep is not None:
-                more = self.lockstep.most(more)
+            if self.pass_coordinator is not None:
+                more = self.pass_coordinator.all_reduce_max(more)
             if not more:
                 break
-            hidden = step(decoder, self._embedding[0](token), states)
+            hidden = decode_step(decoder, self._embedding[0](token), states)
         return torch.stack(produced, 1).tolist()

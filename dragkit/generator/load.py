@@ -14,12 +14,12 @@ from dragkit.errors import ConfigError, MissingInputError
 from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters
-from dragkit.generator.nemotron_h.experts import by_groups
+from dragkit.generator.nemotron_h.experts import uses_grouped_mm
 from dragkit.generator.random_weights import (
     is_random,
+    meta_model,
     random_config,
     random_model,
-    skeleton,
 )
 
 
@@ -59,7 +59,7 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     )
 
 
-def host_memory() -> int:
+def host_memory_bytes() -> int:
     """Bytes of memory of this machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -70,7 +70,7 @@ def _check_memory(need: int, name: str, device: torch.device) -> None:
         have = torch.cuda.get_device_properties(device).total_memory
         where = torch.cuda.get_device_name(device)
     else:
-        have, where = host_memory(), "this machine (without a GPU's)"
+        have, where = host_memory_bytes(), "this machine (without a GPU's)"
     if need > have:
         raise MissingInputError(
             f"the generator {name} needs {need / 2**30:.0f} GiB for its weights and {where} has "
@@ -92,14 +92,14 @@ def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) ->
         MissingInputError, ConfigError: as `check_generator`.
     """
     if is_random(name):
-        model = skeleton(random_config(name), _dtype(config, device))
+        model = meta_model(random_config(name), _dtype(config, device))
         return sum(p.nbytes for p in model.parameters())
     folder = Path(resolve_generator(config, name=name))
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def check_generator(
-    config: GeneratorConfig, device: torch.device, *, name: str, shards: int = 1
+    config: GeneratorConfig, device: torch.device, *, name: str, num_shards: int = 1
 ) -> str:
     """The generator's folder, once its weights are known to be there and to fit.
 
@@ -114,20 +114,20 @@ def check_generator(
         ConfigError: random weights of an architecture that does not exist.
     """
     need = weight_bytes(config, device, name=name)
-    _check_memory(need // shards, name, device)
-    if shards > 1:
+    _check_memory(need // num_shards, name, device)
+    if num_shards > 1:
         _check_memory(need, name, torch.device("cpu"))
     return resolve_generator(config, name=TINY_GENERATOR if is_random(name) else name)
 
 
-def check_grouped_product(model: nn.Module, device: torch.device) -> None:
+def check_grouped_mm(model: nn.Module, device: torch.device) -> None:
     """Refuses routed experts that would stop a GPU for every expert, once their weights are on it.
 
     Raises:
         ConfigError: their type, their widths or the card forbid it.
     """
     mixers = [module for module in model.modules() if type(module).__name__ == "NemotronHMoE"]
-    if device.type == "cuda" and not all(by_groups(mixer) for mixer in mixers):
+    if device.type == "cuda" and not all(uses_grouped_mm(mixer) for mixer in mixers):
         raise ConfigError(
             f"the generator's routed experts would run one by one on {device}: the grouped product "
             "needs compute capability 8.0 or newer, a type of bfloat16, float16 or float32, and "
@@ -164,7 +164,7 @@ def load_generator(
     *,
     name: str,
     adapters: bool = True,
-    shards: int = 1,
+    num_shards: int = 1,
 ) -> Generator:
     """Loads the model, freezes it and adds LoRA.
 
@@ -182,9 +182,9 @@ def load_generator(
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    folder = check_generator(config, device, name=name, shards=shards)
+    folder = check_generator(config, device, name=name, num_shards=num_shards)
     dtype = _dtype(config, device)
-    place = device if shards == 1 else torch.device("cpu")
+    place = device if num_shards == 1 else torch.device("cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if is_random(name):
@@ -210,12 +210,12 @@ def load_generator(
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
     model = model.to(place)
-    check_grouped_product(model, device)
+    check_grouped_mm(model, device)
     return Generator(
         model,
         tokenizer,
-        mamba=config.mamba,
-        pack_multiple=config.pack_multiple,
-        checkpointing=config.checkpointing,
-        tokens_per_pass=config.tokens_per_pass,
+        mamba_backend=config.mamba_backend,
+        pad_to_multiple_of=config.pad_to_multiple_of,
+        activation_checkpointing=config.activation_checkpointing,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )

@@ -42,6 +42,6 @@ class Projector(nn.Module):
             float [..., K, M]; what stands at an empty place is not used.
         """
         features = fact_rows(
-            output.node, output.relation, index, orders=graph.orders, groups=graph.groups
+            output.node, output.relation, index, fact_index=graph.fact_index, groups=graph.groups
         )
         return self.norm(self.output(torch.relu(self.hidden(features))))

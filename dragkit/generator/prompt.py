@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dragkit.data.packed import TokenPack
 from dragkit.data.tokens import ANSWER_DELIMITER
-from dragkit.generator.to_host import HostCopy, to_device
+from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit_kernels import prompt_tokens
 
 
@@ -62,7 +62,7 @@ class NeuralPrompt:
     ptr: Tensor
     target_row: Tensor
     target_id: Tensor
-    kept: Tensor
+    num_facts_kept: Tensor
     longest: int
 
     @property
@@ -77,7 +77,7 @@ class PromptLayout:
 
     The pieces of a prompt are its prefix, one for each of K facts, the residual slot, the cue and
     the target; what is absent is empty. Which facts were drawn decides how long prompts are, so
-    their lengths are on the device, and the host asks for them once (`sizes`) to assemble them.
+    their lengths are on the device. The host asks for them once (`copy_lengths`) to assemble them.
 
     Attributes:
         source: int32 [W] token ids of all text.
@@ -91,12 +91,12 @@ class PromptLayout:
     start: Tensor
     end: Tensor
     slot: Tensor
-    kept: Tensor
+    num_facts_kept: Tensor
 
-    def sizes(self) -> HostCopy:
+    def copy_lengths(self) -> AsyncToHost:
         """Begins to copy the tokens of each prompt, and how many are supervised: int32 [2, B]."""
         length = self.end[:, -1]
-        return HostCopy(torch.stack([length, length - self.end[:, -2]]))
+        return AsyncToHost(torch.stack([length, length - self.end[:, -2]]))
 
     def assemble(
         self, questions: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
@@ -105,7 +105,7 @@ class PromptLayout:
 
         Args:
             questions: which, in their order; slots still point into the vectors of all.
-            lengths, supervised: of all B prompts, as `sizes` has them.
+            lengths, supervised: of all B prompts, as `copy_lengths` has them.
         """
         device, chosen = self.source.device, np.asarray(questions, dtype=np.int64)
         length, goal = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
@@ -132,7 +132,7 @@ class PromptLayout:
             ptr=begin,
             target_row=target_row,
             target_id=tokens.ids.index_select(0, target_row + 1).long(),
-            kept=self.kept.index_select(0, index),
+            num_facts_kept=self.num_facts_kept.index_select(0, index),
             longest=int(length.max(initial=0)),
         )
 
@@ -141,7 +141,7 @@ def _row_lengths(pack: TokenPack) -> Tensor:
     return pack.ptr[1:] - pack.ptr[:-1]
 
 
-def lay_out(
+def layout_prompts(
     prefix: TokenPack,
     facts: TokenPack,
     cue: Tensor,
@@ -204,5 +204,5 @@ def lay_out(
         start=torch.cat(starts, 1),
         end=torch.cat(lengths, 1).cumsum(1, dtype=torch.int32),
         slot=slot,
-        kept=fits.sum(1),
+        num_facts_kept=fits.sum(1),
     )

@@ -120,7 +120,7 @@ def random_config(name: str) -> Any:
     return config
 
 
-def skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
+def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """The causal language model of a configuration, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         ConfigError: no such architecture, or no such number of layers.
     """
     config = random_config(name)
-    model = skeleton(config, dtype).to_empty(device=device).eval()
+    model = meta_model(config, dtype).to_empty(device=device).eval()
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             if leaf in (model._keep_in_fp32_modules_strict or ()):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 
-class HostCopy:
+class AsyncToHost:
     """Integers of a device on their way to the host.
 
-    The copy is queued at once; `wait` returns when it is done, not when the device has done all
+    The copy is queued at once; `result` returns when it is done, not when the device has done all
     that was queued after it.
 
     Args:
@@ -25,7 +25,7 @@ class HostCopy:
             self._done = torch.cuda.Event()
             self._done.record(torch.cuda.current_stream(numbers.device))
 
-    def wait(self) -> list:
+    def result(self) -> list:
         """The integers, nested in lists like the tensor."""
         if self._done is not None:
             self._done.synchronize()

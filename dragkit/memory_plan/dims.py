@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from dragkit.config import GeneratorConfig
 from dragkit.errors import MissingInputError
 from dragkit.generator.load import resolve_generator
-from dragkit.generator.nemotron_h.decoder import SEES_OTHER_TOKENS
+from dragkit.generator.nemotron_h.decoder import TOKEN_MIXING_TYPES
 from dragkit.generator.random_weights import architecture_of, is_random, random_config
 
 
-class Shape(NamedTuple):
+class NemotronHDims(NamedTuple):
     """Sizes of a Nemotron-H.
 
     Attributes:
@@ -23,157 +23,166 @@ class Shape(NamedTuple):
         dense_width: of dense blocks.
     """
 
-    kinds: tuple[str, ...]
-    hidden: int
-    vocab: int
-    heads: int
-    groups: int
+    block_types: tuple[str, ...]
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_kv_heads: int
     head_dim: int
-    mamba_heads: int
-    mamba_dim: int
-    state: int
-    mamba_groups: int
-    conv: int
-    chunk: int
-    experts: int
-    active: int
-    expert_width: int
-    shared_width: int
-    dense_width: int
+    mamba_num_heads: int
+    mamba_head_dim: int
+    ssm_state_size: int
+    n_groups: int
+    conv_kernel: int
+    chunk_size: int
+    n_routed_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    moe_shared_expert_intermediate_size: int
+    intermediate_size: int
 
     @property
-    def inner(self) -> int:
+    def d_inner(self) -> int:
         """Width of a Mamba-2 block's states."""
-        return self.mamba_heads * self.mamba_dim
+        return self.mamba_num_heads * self.mamba_head_dim
 
     @property
-    def convolved(self) -> int:
+    def conv_dim(self) -> int:
         """Width of what the convolution reads."""
-        return self.inner + 2 * self.mamba_groups * self.state
+        return self.d_inner + 2 * self.n_groups * self.ssm_state_size
 
     @property
-    def projected(self) -> int:
+    def in_proj_dim(self) -> int:
         """Width of in_proj's output."""
-        return self.inner + self.convolved + self.mamba_heads
+        return self.d_inner + self.conv_dim + self.mamba_num_heads
 
     @property
-    def queries(self) -> int:
+    def q_dim(self) -> int:
         """Width of all query heads."""
-        return self.heads * self.head_dim
+        return self.num_attention_heads * self.head_dim
 
     @property
-    def keys(self) -> int:
+    def kv_dim(self) -> int:
         """Width of all key heads."""
-        return self.groups * self.head_dim
+        return self.num_kv_heads * self.head_dim
 
 
-class Adapters(NamedTuple):
+class LoraDims(NamedTuple):
     """LoRA: its rank and the names of what it adapts; none is a frozen model."""
 
     rank: int
     targets: tuple[str, ...]
 
 
-def shape_of(config: Any) -> Shape | None:
+def dims_of(config: Any) -> NemotronHDims | None:
     """The shape of a `NemotronHConfig`; None of another model, which has no figures here."""
     if getattr(config, "model_type", None) != "nemotron_h":
         return None
     if getattr(config, "moe_latent_size", None) is not None:
         return None
-    return Shape(
-        kinds=tuple(config.layers_block_type),
-        hidden=config.hidden_size,
-        vocab=config.vocab_size,
-        heads=config.num_attention_heads,
-        groups=config.num_key_value_heads,
+    return NemotronHDims(
+        block_types=tuple(config.layers_block_type),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_attention_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        mamba_heads=config.mamba_num_heads,
-        mamba_dim=config.mamba_head_dim,
-        state=config.ssm_state_size,
-        mamba_groups=config.n_groups,
-        conv=config.conv_kernel,
-        chunk=config.chunk_size,
-        experts=config.n_routed_experts,
-        active=config.num_experts_per_tok,
-        expert_width=config.moe_intermediate_size,
-        shared_width=config.moe_shared_expert_intermediate_size,
-        dense_width=config.intermediate_size,
+        mamba_num_heads=config.mamba_num_heads,
+        mamba_head_dim=config.mamba_head_dim,
+        ssm_state_size=config.ssm_state_size,
+        n_groups=config.n_groups,
+        conv_kernel=config.conv_kernel,
+        chunk_size=config.chunk_size,
+        n_routed_experts=config.n_routed_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        moe_intermediate_size=config.moe_intermediate_size,
+        moe_shared_expert_intermediate_size=config.moe_shared_expert_intermediate_size,
+        intermediate_size=config.intermediate_size,
     )
 
 
-def linear_layers(shape: Shape, kind: str) -> dict[str, tuple[int, int]]:
+def linear_layers(dims: NemotronHDims, block_type: str) -> dict[str, tuple[int, int]]:
     """Output and input width of a block's linear layers, by the names that LoRA knows."""
-    hidden = shape.hidden
-    if kind == "linear_attention":
-        return {"in_proj": (shape.projected, hidden), "out_proj": (hidden, shape.inner)}
-    if kind == "full_attention":
-        ends = {"q_proj": shape.queries, "k_proj": shape.keys, "v_proj": shape.keys}
+    hidden = dims.hidden_size
+    if block_type == "linear_attention":
+        return {"in_proj": (dims.in_proj_dim, hidden), "out_proj": (hidden, dims.d_inner)}
+    if block_type == "full_attention":
+        ends = {"q_proj": dims.q_dim, "k_proj": dims.kv_dim, "v_proj": dims.kv_dim}
         layers = {name: (width, hidden) for name, width in ends.items()}
-        return layers | {"o_proj": (hidden, shape.queries)}
-    width = shape.shared_width if kind == "moe" else shape.dense_width
+        return layers | {"o_proj": (hidden, dims.q_dim)}
+    width = (
+        dims.moe_shared_expert_intermediate_size if block_type == "moe" else dims.intermediate_size
+    )
     return {"up_proj": (width, hidden), "down_proj": (hidden, width)}
 
 
-def routed_layers(shape: Shape) -> dict[str, tuple[int, int]]:
+def expert_layers(dims: NemotronHDims) -> dict[str, tuple[int, int]]:
     """The same of one routed expert."""
-    width, hidden = shape.expert_width, shape.hidden
+    width, hidden = dims.moe_intermediate_size, dims.hidden_size
     return {"experts.up_proj": (width, hidden), "experts.down_proj": (hidden, width)}
 
 
-def block_parameters(shape: Shape, kind: str) -> int:
+def num_block_parameters(dims: NemotronHDims, block_type: str) -> int:
     """Frozen parameters of a block."""
-    count = shape.hidden + sum(o * i for o, i in linear_layers(shape, kind).values())
-    if kind == "linear_attention":
-        count += shape.convolved * (shape.conv + 1) + 3 * shape.mamba_heads + shape.inner
-    if kind == "moe":
-        count += shape.experts * sum(o * i for o, i in routed_layers(shape).values())
-        count += shape.experts * shape.hidden
+    count = dims.hidden_size + sum(o * i for o, i in linear_layers(dims, block_type).values())
+    if block_type == "linear_attention":
+        count += dims.conv_dim * (dims.conv_kernel + 1) + 3 * dims.mamba_num_heads + dims.d_inner
+    if block_type == "moe":
+        count += dims.n_routed_experts * sum(o * i for o, i in expert_layers(dims).values())
+        count += dims.n_routed_experts * dims.hidden_size
     return count
 
 
-def end_parameters(shape: Shape) -> int:
+def num_embedding_parameters(dims: NemotronHDims) -> int:
     """Frozen parameters outside of blocks: embeddings, output layer and the norm before it."""
-    return 2 * shape.vocab * shape.hidden + shape.hidden
+    return 2 * dims.vocab_size * dims.hidden_size + dims.hidden_size
 
 
-def parameters(shape: Shape) -> int:
+def num_parameters(dims: NemotronHDims) -> int:
     """Frozen parameters of the whole model."""
-    return end_parameters(shape) + sum(block_parameters(shape, kind) for kind in shape.kinds)
+    return num_embedding_parameters(dims) + sum(
+        num_block_parameters(dims, block_type) for block_type in dims.block_types
+    )
 
 
-def adapter_parameters(shape: Shape, adapters: Adapters) -> int:
+def num_lora_parameters(dims: NemotronHDims, adapters: LoraDims) -> int:
     """Trained parameters of LoRA."""
     count = 0
-    for kind in shape.kinds:
-        layers = dict(linear_layers(shape, kind))
-        if kind == "moe":
-            routed = routed_layers(shape).items()
-            layers |= {name: (shape.experts * o, shape.experts * i) for name, (o, i) in routed}
+    for block_type in dims.block_types:
+        layers = dict(linear_layers(dims, block_type))
+        if block_type == "moe":
+            routed = expert_layers(dims).items()
+            layers |= {
+                name: (dims.n_routed_experts * o, dims.n_routed_experts * i)
+                for name, (o, i) in routed
+            }
         count += sum(adapters.rank * sum(layers.get(n, (0,))) for n in adapters.targets)
     return count
 
 
-def whole_blocks(shape: Shape) -> tuple[str, ...]:
+def blocks_of_all_tokens(dims: NemotronHDims) -> tuple[str, ...]:
     """Kinds of the blocks that all tokens pass.
 
     After the last block in which tokens see one another, only supervised tokens go on.
     """
-    seeing = [i for i, kind in enumerate(shape.kinds) if kind in SEES_OTHER_TOKENS]
-    return shape.kinds[: seeing[-1] + 1 if seeing else 0]
+    seeing = [
+        i for i, block_type in enumerate(dims.block_types) if block_type in TOKEN_MIXING_TYPES
+    ]
+    return dims.block_types[: seeing[-1] + 1 if seeing else 0]
 
 
-def matrix_parameters(shape: Shape, kinds: Sequence[str]) -> int:
+def num_active_parameters(dims: NemotronHDims, block_types: Sequence[str]) -> int:
     """Parameters of the blocks that multiply a token."""
     count = 0
-    for kind in kinds:
-        count += sum(o * i for o, i in linear_layers(shape, kind).values())
-        if kind == "moe":
-            count += shape.active * sum(o * i for o, i in routed_layers(shape).values())
-            count += shape.experts * shape.hidden
+    for block_type in block_types:
+        count += sum(o * i for o, i in linear_layers(dims, block_type).values())
+        if block_type == "moe":
+            count += dims.num_experts_per_tok * sum(o * i for o, i in expert_layers(dims).values())
+            count += dims.n_routed_experts * dims.hidden_size
     return count
 
 
-def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
+def generator_dims(config: GeneratorConfig, *, name: str) -> NemotronHDims | None:
     """The generator's shape, from its configuration alone; None of one that has no plan.
 
     Raises:
@@ -181,7 +190,7 @@ def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
         ConfigError: random weights of an architecture that does not exist.
     """
     if is_random(name):
-        return shape_of(random_config(name))
+        return dims_of(random_config(name))
     from transformers import AutoConfig
 
     try:
@@ -189,5 +198,5 @@ def generator_shape(config: GeneratorConfig, *, name: str) -> Shape | None:
     except MissingInputError:
         if (known := architecture_of(name)) is None:
             raise
-        return shape_of(random_config(known))
-    return shape_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return dims_of(random_config(known))
+    return dims_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))

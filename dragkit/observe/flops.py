@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dragkit.observe.gpu import DeviceSpec
+from dragkit.observe.gpu import CardSpec
 
 FORMULA = "(4 N_blocks + 6 N_lora) tokens + 4 N_head supervised tokens"
 # A convolution's and a table's entries are no factors of a matrix product with every token.
@@ -93,6 +93,6 @@ def active_weights(model: nn.Module) -> ActiveWeights:
     return ActiveWeights(sum(counts.values()), base.get_output_embeddings().weight.numel(), lora)
 
 
-def model_flops_utilisation(flops_per_s: float, spec: DeviceSpec | None) -> float | None:
+def model_flops_utilisation(flops_per_s: float, spec: CardSpec | None) -> float | None:
     """Share of the device's dense bfloat16 rate; None where that is not known, as on a CPU."""
     return None if spec is None else flops_per_s / (spec.bf16_tflops * 1e12)

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceSpec:
+class CardSpec:
     """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity).
 
     Attributes:
@@ -32,29 +32,29 @@ class DeviceSpec:
 
 # The sheets print tensor-core rates with sparsity; half of that is the dense rate. Longer names
 # stand before the names that they begin with.
-_SPECS: dict[str, DeviceSpec] = {
+_CARD_SPECS: dict[str, CardSpec] = {
     # "NVIDIA H100 Tensor Core GPU" data sheet, column PCIe.
-    "H100 PCIe": DeviceSpec(756.0, 378.0, 51.0, 2000.0),
+    "H100 PCIe": CardSpec(756.0, 378.0, 51.0, 2000.0),
     # The same sheet, column NVL.
-    "H100 NVL": DeviceSpec(835.5, 417.5, 60.0, 3900.0),
+    "H100 NVL": CardSpec(835.5, 417.5, 60.0, 3900.0),
     # The same sheet, column SXM: 1,979 and 989 TFLOPS with sparsity, 3.35 TB/s.
-    "H100": DeviceSpec(989.0, 494.7, 67.0, 3350.0, 81_559),
+    "H100": CardSpec(989.0, 494.7, 67.0, 3350.0, 81_559),
     # "NVIDIA H200 Tensor Core GPU" data sheet, column NVL.
-    "H200 NVL": DeviceSpec(835.5, 417.5, 60.0, 4800.0),
+    "H200 NVL": CardSpec(835.5, 417.5, 60.0, 4800.0),
     # The same sheet, column SXM: the arithmetic of an H100 with 4.8 TB/s of memory.
-    "H200": DeviceSpec(989.0, 494.7, 67.0, 4800.0, 143_771),
+    "H200": CardSpec(989.0, 494.7, 67.0, 4800.0, 143_771),
     # "NVIDIA Blackwell" architecture brief, HGX B200 at 1,000 W: 4.5 and 2.2 PFLOPS with sparsity.
     # A B200 inside a GB200 has other limits and is not this device.
-    "B200": DeviceSpec(2250.0, 1100.0, 80.0, 8000.0, 183_359),
+    "B200": CardSpec(2250.0, 1100.0, 80.0, 8000.0, 183_359),
 }
 # The cards that a run can be planned for.
-CARDS = {name: spec for name, spec in _SPECS.items() if spec.memory_mib}
+CARDS = {name: spec for name, spec in _CARD_SPECS.items() if spec.memory_mib}
 
 
-def device_spec(name: str) -> DeviceSpec | None:
+def card_spec(name: str) -> CardSpec | None:
     """Peak rates of the GPU called `name`, as torch and NVML call it; None if it is not known."""
     words = name.replace("-", " ").split()
-    for known, spec in _SPECS.items():
+    for known, spec in _CARD_SPECS.items():
         wanted = known.split()
         if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
             return spec

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from dragkit.data.packed import TokenPack
 from dragkit_kernels import (
-    FactOrders,
-    RowOrder,
+    FactIndex,
+    GroupedIndex,
     attention_pool,
+    grouped_index,
     message_passing,
-    message_passing_parity,
+    message_passing_per_instruction,
     relation_gate,
     resolve_backend,
-    row_order,
 )
 
 
@@ -129,50 +129,50 @@ class GatePairs(NamedTuple):
 
     Attributes:
         relation, graph: int32 [P+B] row of the layers' relations and graph of each.
-        relation_order, graph_order: places of both in the order of the gates' backward sums; None
+        pairs_by_relation, pairs_by_graph: both grouped, for the gates' backward sums; None
             where nothing reads them: without a backward, and on PyTorch's kernels.
     """
 
     relation: Tensor
     graph: Tensor
-    relation_order: RowOrder | None
-    graph_order: RowOrder | None
+    pairs_by_relation: GroupedIndex | None
+    pairs_by_graph: GroupedIndex | None
 
-    def without_loops(self) -> tuple[RowOrder | None, RowOrder | None]:
+    def without_self_loops(self) -> tuple[GroupedIndex | None, GroupedIndex | None]:
         """Both orders for the pairs of the facts alone, which need no sorting again.
 
         Self-loops have the last relation, and come last in their graphs; the pairs themselves
         ascend by graph.
         """
-        if self.relation_order is None or self.graph_order is None:
+        if self.pairs_by_relation is None or self.pairs_by_graph is None:
             return None, None
-        ends = self.graph_order.ptr
+        ends = self.pairs_by_graph.ptr
         loops = torch.arange(ends.shape[0], dtype=torch.int32, device=ends.device)
         pairs = self.relation.shape[0] - ends.shape[0] + 1
-        place = torch.arange(pairs, dtype=torch.int32, device=ends.device)
-        by_relation = self.relation_order
+        perm = torch.arange(pairs, dtype=torch.int32, device=ends.device)
+        by_relation = self.pairs_by_relation
         return (
-            RowOrder(by_relation.place[:pairs], by_relation.ptr[:-1]),
-            RowOrder(place, ends - loops),
+            GroupedIndex(by_relation.perm[:pairs], by_relation.ptr[:-1]),
+            GroupedIndex(perm, ends - loops),
         )
 
 
-def gate_pairs(orders: FactOrders, num_graphs: int, like: Tensor) -> GatePairs:
+def gate_pairs(fact_index: FactIndex, num_graphs: int, like: Tensor) -> GatePairs:
     """What all layers over the same facts share.
 
     Args:
-        orders: the facts; num_graphs: B.
+        fact_index: the facts; num_graphs: B.
         like: float [R, ...] relation vectors, which decide what runs; row R stands for the
             self-loop.
     """
     num_relations = like.shape[0]
-    graphs = torch.arange(num_graphs, dtype=torch.int32, device=orders.pair_graph.device)
-    relation = torch.cat([orders.pair_relation, torch.full_like(graphs, num_relations)])
-    graph = torch.cat([orders.pair_graph, graphs])
+    graphs = torch.arange(num_graphs, dtype=torch.int32, device=fact_index.pair_graph.device)
+    relation = torch.cat([fact_index.pair_relation, torch.full_like(graphs, num_relations)])
+    graph = torch.cat([fact_index.pair_graph, graphs])
     if not torch.is_grad_enabled() or resolve_backend("relation_gate", like) == "torch":
         return GatePairs(relation, graph, None, None)
-    by_relation = row_order(relation, num_relations + 1)
-    return GatePairs(relation, graph, by_relation, row_order(graph, num_graphs))
+    by_relation = grouped_index(relation, num_relations + 1)
+    return GatePairs(relation, graph, by_relation, grouped_index(graph, num_graphs))
 
 
 class ReasoningLayer(nn.Module):
@@ -181,11 +181,17 @@ class ReasoningLayer(nn.Module):
     All 2K products of a relation with an instruction are turned into one C-wide row per (graph,
     relation) and direction before the facts are visited, so the loop over facts does not depend on
     K. Dropout acts on the node states and on those rows, not on the sums.
-    `parity` computes the published un-collapsed sums instead; without dropout both are equal.
+    `per_instruction` computes the published un-collapsed sums instead; without dropout both
+    are equal.
     """
 
     def __init__(
-        self, hidden_dim: int, num_instructions: int, dropout: float, *, parity: bool = False
+        self,
+        hidden_dim: int,
+        num_instructions: int,
+        dropout: float,
+        *,
+        per_instruction: bool = False,
     ) -> None:
         super().__init__()
         self.relation = nn.Linear(hidden_dim, hidden_dim)
@@ -193,7 +199,7 @@ class ReasoningLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.hidden_dim = hidden_dim
         self.num_instructions = num_instructions
-        self.parity = parity
+        self.per_instruction = per_instruction
 
     def prepare(self, relation: Tensor) -> LayerTables:
         """What the layer computes once per pack, however many stages use it.
@@ -216,7 +222,7 @@ class ReasoningLayer(nn.Module):
         p: Tensor,
         tables: LayerTables,
         instruction: Tensor,
-        orders: FactOrders,
+        fact_index: FactIndex,
         pairs: GatePairs,
         node_graph: Tensor,
     ) -> Tensor:
@@ -225,21 +231,21 @@ class ReasoningLayer(nn.Module):
         Args:
             h: float [N, C]; p: float32 [N] node distribution.
             tables: of `prepare`; instruction: float [B, I, C].
-            orders: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
+            fact_index: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
 
         Returns:
             float [N, C].
         """
         u = tables.relation
-        if self.parity:
-            sums = message_passing_parity(
+        if self.per_instruction:
+            sums = message_passing_per_instruction(
                 p,
                 u[0, :-1],
                 u[1, :-1],
                 u[0, -1],
                 u[1, -1],
                 instruction,
-                orders=orders,
+                fact_index=fact_index,
                 node_graph=node_graph,
             )
             joined = torch.cat([self.dropout(h), self.dropout(sums).flatten(1)], dim=1)
@@ -249,11 +255,11 @@ class ReasoningLayer(nn.Module):
             instruction.to(u.dtype),  # under autocast the two come from maps of other precisions
             pairs.relation,
             pairs.graph,
-            relation_order=pairs.relation_order,
-            graph_order=pairs.graph_order,
+            pairs_by_relation=pairs.pairs_by_relation,
+            pairs_by_graph=pairs.pairs_by_graph,
         )
         rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
-        pair_rows, own_rows = rows.split([orders.num_pairs, instruction.shape[0]], dim=1)
+        pair_rows, own_rows = rows.split([fact_index.num_pairs, instruction.shape[0]], dim=1)
         table_fwd, table_inv = pair_rows.unbind()
         return message_passing(
             self.dropout(h),
@@ -263,7 +269,7 @@ class ReasoningLayer(nn.Module):
             own_rows.sum(0),
             tables.own,
             self.update.bias,
-            orders=orders,
+            fact_index=fact_index,
             node_graph=node_graph,
         )
 

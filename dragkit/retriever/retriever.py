@@ -18,8 +18,8 @@ from dragkit.retriever.layers import (
 )
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import (
-    FactOrders,
-    RowOrder,
+    FactIndex,
+    GroupedIndex,
     fact_scores,
     gather_rows,
     relation_sum,
@@ -68,7 +68,7 @@ class Retriever(nn.Module):
                 width,
                 config.num_instructions,
                 config.dropout,
-                parity=config.message == "parity",
+                per_instruction=config.message == "per_instruction",
             )
             for _ in range(config.num_reasoning_steps)
         )
@@ -92,14 +92,14 @@ class Retriever(nn.Module):
         Returns:
             Logits and representations.
         """
-        graph, orders = batch.graph, batch.graph.orders
+        graph, fact_index = batch.graph, batch.graph.fact_index
         x = self.pooling.relations(relations.states, batch.relation_tokens)
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
         topic_pairs, all_pairs = (
-            gate_pairs(facts, graph.num_graphs, x) for facts in (graph.start, orders)
+            gate_pairs(facts, graph.num_graphs, x) for facts in (graph.topic_facts, fact_index)
         )
-        by_relation, by_graph = all_pairs.without_loops()
-        h = self._initial_states(x, orders, by_relation)
+        by_relation, by_graph = all_pairs.without_self_loops()
+        h = self._initial_states(x, fact_index, by_relation)
         relations_and_loop = torch.cat(
             [x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], dim=1
         )
@@ -109,25 +109,25 @@ class Retriever(nn.Module):
                 instruction = self.revision(instruction, self._topic_states(h, graph))
             # The topics hold the whole distribution when a stage begins, so only facts that touch a
             # topic carry a message in its first layer.
-            p, facts, pairs = graph.topic, graph.start, topic_pairs
+            p, facts, pairs = graph.topic_prob, graph.topic_facts, topic_pairs
             for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
                 if depth:
-                    p, facts, pairs = self._node_distribution(h, graph), orders, all_pairs
+                    p, facts, pairs = self._node_distribution(h, graph), fact_index, all_pairs
                 h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
-        relation = self._relation_feature(x, instruction, orders, by_relation, by_graph)
+        relation = self._relation_feature(x, instruction, fact_index, by_relation, by_graph)
         return RetrieverOutput(self._fact_logits(h, relation, graph), h, relation)
 
     def _initial_states(
-        self, x: Tensor, orders: FactOrders, by_relation: RowOrder | None
+        self, x: Tensor, fact_index: FactIndex, by_relation: GroupedIndex | None
     ) -> Tensor:
         """float [N, C]: relu of the sum of a node's incident relations, mapped by `start`."""
-        rows = gather_rows(self.start(x[:, 0]), orders.pair_relation, order=by_relation)
-        return torch.relu(relation_sum(rows, orders=orders))
+        rows = gather_rows(self.start(x[:, 0]), fact_index.pair_relation, by_row=by_relation)
+        return torch.relu(relation_sum(rows, fact_index=fact_index))
 
     def _topic_states(self, h: Tensor, graph: PackedGraph) -> Tensor:
         """float [B, C]: sum of the states of each graph's topic nodes."""
-        count = graph.node_count.index_select(0, graph.topic_row).to(h.dtype).unsqueeze(1)
-        topics = gather_rows(h, graph.topic_row) * count
+        count = graph.node_count.index_select(0, graph.topic_node).to(h.dtype).unsqueeze(1)
+        topics = gather_rows(h, graph.topic_node) * count
         return segment_sum(topics, graph.topic_graph, graph.num_graphs)
 
     def _node_distribution(self, h: Tensor, graph: PackedGraph) -> Tensor:
@@ -144,7 +144,7 @@ class Retriever(nn.Module):
             (relation @ weight[1]).float(),
             ends[:, 1],
             self.fact_score.bias.float().squeeze(0),
-            orders=graph.orders,
+            fact_index=graph.fact_index,
             groups=graph.groups,
         )
 
@@ -152,13 +152,13 @@ class Retriever(nn.Module):
         self,
         x: Tensor,
         instruction: Tensor,
-        orders: FactOrders,
-        by_relation: RowOrder | None,
-        by_graph: RowOrder | None,
+        fact_index: FactIndex,
+        by_relation: GroupedIndex | None,
+        by_graph: GroupedIndex | None,
     ) -> Tensor:
         """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = gather_rows(x[:, 0], orders.pair_relation, order=by_relation)
-        if self.config.fact_relation == "static":
+        static = gather_rows(x[:, 0], fact_index.pair_relation, by_row=by_relation)
+        if not self.config.gate_relation_by_instruction:
             return static
-        gate = gather_rows(instruction.mean(1), orders.pair_graph, order=by_graph)
+        gate = gather_rows(instruction.mean(1), fact_index.pair_graph, by_row=by_graph)
         return static + static * gate

@@ -38,7 +38,7 @@ def numerical_error(
     """
     bad = [name for name, parameter in parameters.items() if _not_finite(parameter.grad)]
     parts = [{key: str(float(value)) for key, value in out.parts.items()} for out in outputs]
-    everyone = ranks.gather([list(questions), parts])
+    everyone = ranks.all_gather_object([list(questions), parts])
     record = {
         "step": step,
         "questions": [question for own, _ in everyone for question in own],
@@ -46,7 +46,7 @@ def numerical_error(
         "gradient_norm": str(norm),
         "parameters_with_bad_gradients": bad,
     }
-    if ranks.first:
+    if ranks.is_main:
         path.write_text(json.dumps(record, indent=2) + "\n")
     return NumericalError(
         f"step {step}: the gradient norm is {norm}, so nothing was updated. "

@@ -10,21 +10,21 @@ import torch
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
 from dragkit.data.padding import Buckets
-from dragkit.distributed.rank_consistency import frozen_facts
+from dragkit.distributed.rank_consistency import frozen_fingerprint
 from dragkit.distributed.ranks import Ranks
-from dragkit.distributed.sharding import shard
+from dragkit.distributed.sharding import shard_generator
 from dragkit.errors import ConfigError
-from dragkit.generator.load import host_memory, load_generator, weight_bytes
+from dragkit.generator.load import host_memory_bytes, load_generator, weight_bytes
 from dragkit.joint import JointModel
-from dragkit.memory_plan.choice import planned, this_device
-from dragkit.memory_plan.dims import generator_shape
+from dragkit.memory_plan.choice import apply_memory_plan, local_card
+from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import TextEncoder
 from dragkit.trainer.compile import compile_generator, compile_retriever
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit.trainer.replay import StepReplay, capture_for
 
 logger = logging.getLogger(__name__)
@@ -74,19 +74,19 @@ def data_paths(config: TrainConfig) -> DataPaths:
     )
 
 
-def setup(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
+def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
     """Process-wide settings of a run; returns its device, or that of this rank of it."""
     if config.run.num_threads is not None:
         torch.set_num_threads(config.run.num_threads)
     # State-space decays underflow into denormals, which some processors handle very slowly.
     torch.set_flush_denormal(True)
-    device = (ranks or Ranks()).use(select_device(config.run.device))
+    device = (ranks or Ranks()).bind_device(select_device(config.run.device))
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return device
 
 
-def fitted(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
+def with_memory_plan(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
     """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
 
     Raises:
@@ -94,16 +94,16 @@ def fitted(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainCo
     """
     if device.type != "cuda":
         return config
-    shape = generator_shape(config.generator, name=config.generator_model)
+    shape = generator_dims(config.generator, name=config.generator_model)
     if shape is None:
         logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
         return config
-    config = planned(config, shape, this_device(device), ranks)
+    config = apply_memory_plan(config, shape, local_card(device), ranks)
     chosen = config.generator
     logger.info(
         "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",
-        chosen.tokens_per_pass,
-        chosen.checkpointing,
+        chosen.max_tokens_per_microbatch,
+        chosen.activation_checkpointing,
     )
     return config
 
@@ -116,7 +116,7 @@ def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
 
 def shards(config: TrainConfig, ranks: Ranks) -> int:
     """Parts into which the generator's frozen weights are cut; 1 leaves them whole."""
-    return ranks.count if config.run.sharding == "full" else 1
+    return ranks.world_size if config.run.generator_fsdp else 1
 
 
 def build_joint(
@@ -154,13 +154,13 @@ def _sharded(
     name, parts = config.generator_model, shards(config, ranks)
     mesh = ranks.mesh(device)
     need = weight_bytes(config.generator, device, name=name)
-    with ranks.in_waves(max(1, int(_HOST_SHARE * host_memory() / need))):
-        generator = load_generator(config.generator, device, name=name, shards=parts)
-        facts = frozen_facts(generator)
+    with ranks.limited_concurrency(max(1, int(_HOST_SHARE * host_memory_bytes() / need))):
+        generator = load_generator(config.generator, device, name=name, num_shards=parts)
+        fingerprint = frozen_fingerprint(generator)
         model = JointModel(config, retriever, generator)
-        shard(generator, mesh, ranks.most)
+        shard_generator(generator, mesh, ranks.all_reduce_max)
     # Parts cannot be compared with one another later on.
-    ranks.require_same(facts)
+    ranks.require_same(fingerprint)
     logger.info("the generator's frozen weights are cut between %d ranks", parts)
     return model
 
@@ -181,7 +181,7 @@ def maybe_compile(
 
 def maybe_replay(
     phase: RetrieverPhase,
-    train: QuestionSource,
+    train: QuestionDataset,
     config: TrainConfig,
     device: torch.device,
     ranks: Ranks | None = None,
@@ -193,8 +193,8 @@ def maybe_replay(
     capture = capture_for(device) if config.run.cuda_graphs else None
     if capture is None or train.store.num_relations == 0:
         return
-    batches = train.sampler.batches(0)[:_BUCKET_SAMPLES]
-    slices = (ranks or Ranks()).share(batches)
+    batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
+    slices = (ranks or Ranks()).local_slices(batches)
     samples = [own or whole for own, whole in zip(slices, batches, strict=True)]
     phase.replay = StepReplay(
         phase.loss,

@@ -13,7 +13,7 @@ from torch import nn
 from dragkit.generator.generator import Generator
 
 
-def one_graph_for_all_sizes() -> None:
+def use_dynamic_shapes() -> None:
     """Settings of the compiler without which packs of other sizes cost graphs of their own."""
     # Sizes that happen to be equal in one pack (as many questions as tokens, say) must not be taken
     # to be equal in all: each such coincidence would cost a graph of its own.
@@ -25,17 +25,17 @@ def one_graph_for_all_sizes() -> None:
 
 def compile_retriever(retriever: nn.Module) -> Callable:
     """The whole retriever as one graph with dynamic sizes."""
-    one_graph_for_all_sizes()
+    use_dynamic_shapes()
     return torch.compile(retriever, fullgraph=True, dynamic=True)
 
 
 def compile_generator(generator: Generator) -> None:
     """The blocks of a generator, a graph for each kind of them with dynamic sizes."""
-    one_graph_for_all_sizes()
+    use_dynamic_shapes()
     generator.compile_blocks()
 
 
-def compiled_graphs() -> int:
+def num_compiled_graphs() -> int:
     """Graphs that this process has compiled so far; in a run it soon stays as it is."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

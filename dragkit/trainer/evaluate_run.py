@@ -13,11 +13,11 @@ from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import evaluate
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
-from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup
+from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup_process
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.question_dataset import QuestionSource, evaluation_batch
-from dragkit.trainer.resume import chosen_checkpoint
+from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
+from dragkit.trainer.resume import resolve_checkpoint
 
 
 def _config(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
@@ -54,7 +54,7 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     Raises:
         ConfigError: its generator has random weights.
     """
-    loaded = load_checkpoint(chosen_checkpoint(args.run, args.checkpoint))
+    loaded = load_checkpoint(resolve_checkpoint(args.run, args.checkpoint))
     config = _config(TrainConfig.model_validate(loaded.json["config"]), args)
     if loaded.state.phase != "phase1" and is_random(config.generator_model):
         raise ConfigError(
@@ -62,7 +62,7 @@ def evaluate_run(args: EvaluateArguments) -> dict:
             "answer nothing, so there is nothing to evaluate; its metrics.jsonl holds loss and "
             "throughput."
         )
-    device = setup(config)
+    device = setup_process(config)
     encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))
     generator = None
     phase: Phase
@@ -82,8 +82,8 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     for path in _files(config, args):
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file.")
-        size = args.batch_size or evaluation_batch(config, generator, device)
-        source = QuestionSource(path, config, encoder, generator, size)
+        size = args.batch_size or evaluation_batch_size(config, generator, device)
+        source = QuestionDataset(path, config, encoder, generator, size)
         result = evaluate(phase, source, device, limit=args.limit)
         content["files"][str(path)] = {
             "data_fingerprint": source.store.fingerprint,

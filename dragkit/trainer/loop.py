@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dragkit import __version__
-from dragkit.checkpoint.atomic import make_folders, replace_text
+from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
 from dragkit.checkpoint.checkpoint import (
     LoadedCheckpoint,
     Snapshot,
@@ -26,7 +26,7 @@ from dragkit.checkpoint.checkpoint import (
 )
 from dragkit.config import TrainConfig, dump_config
 from dragkit.data.packed import QuestionBatch
-from dragkit.distributed.rank_consistency import trained_facts, weight_facts
+from dragkit.distributed.rank_consistency import trained_fingerprint, weight_fingerprint
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import CheckpointError, Interrupted, WriteError
 from dragkit.eval.evaluate import evaluate
@@ -37,7 +37,7 @@ from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
 from dragkit.trainer.phase import Phase, StepOutput
 from dragkit.trainer.progress import Progress
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit.trainer.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ class Trainer:
         self,
         config: TrainConfig,
         phase: Phase,
-        train: QuestionSource,
-        val: QuestionSource | None,
+        train: QuestionDataset,
+        val: QuestionDataset | None,
         run_dir: Path,
         device: torch.device,
         *,
@@ -77,7 +77,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.stop: StopSignal | None = None
         self.failed_saves = 0
-        self.train, self.val = train, val
+        self.train_set, self.val_set = train, val
         self.relations = train.relations.to(device)
         self.epochs = config.optim.epochs_in(config.run.phase)
         steps = [self._steps_in_epoch(epoch) for epoch in range(self.epochs)]
@@ -103,12 +103,12 @@ class Trainer:
         self.meter = ThroughputMeter(device)
         self.window = ProfileWindow(
             config.run.profile_steps,
-            run_dir if config.run.profile_trace and self.ranks.first else None,
+            run_dir if config.run.profile_trace and self.ranks.is_main else None,
         )
 
     def _steps_in_epoch(self, epoch: int) -> int:
         return math.ceil(
-            len(self.train.sampler.batches(epoch)) / self.config.optim.accumulation_steps
+            len(self.train_set.batch_sampler.batches(epoch)) / self.config.optim.accumulation_steps
         )
 
     def resume(self, loaded: LoadedCheckpoint) -> None:
@@ -117,9 +117,9 @@ class Trainer:
         Raises:
             CheckpointError: its weights do not fit, or it was trained on other questions.
         """
-        if loaded.state.extra.get("data") != self.train.store.fingerprint:
+        if loaded.state.extra.get("data") != self.train_set.store.fingerprint:
             raise CheckpointError(
-                f"{loaded.folder}: was trained on other questions than {self.train.path} now "
+                f"{loaded.folder}: was trained on other questions than {self.train_set.path} now "
                 "holds, so it cannot be continued. Start a new run in another folder."
             )
         self.phase.load(loaded)
@@ -132,7 +132,7 @@ class Trainer:
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
-        if self.ranks.first:
+        if self.ranks.is_main:
             self._forget_after(self.state.step)
 
     def _forget_after(self, step: int) -> None:
@@ -143,7 +143,7 @@ class Trainer:
             kept = [
                 line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
             ]
-            replace_text(path, "".join(kept))
+            write_text_atomically(path, "".join(kept))
 
     def fit(self) -> TrainState:
         """Trains to the last epoch and returns the final state.
@@ -152,9 +152,9 @@ class Trainer:
             Interrupted: a stop signal came; the state is saved.
             NumericalError: a loss or gradient was not finite; nothing was updated by it.
         """
-        if self.ranks.first:
-            make_folders(self.run_dir)
-        self._require_same(weight_facts)
+        if self.ranks.is_main:
+            make_dirs(self.run_dir)
+        self._require_same(weight_fingerprint)
         progress = Progress(
             self.phase.name,
             self.total_steps,
@@ -172,21 +172,21 @@ class Trainer:
                     outputs = self.train_step(batches)
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
                     every = self.config.run.save_every_steps
-                    if stop.requested and self.ranks.alone:
+                    if stop.requested and self.ranks.is_single:
                         self._interrupted()
                     if every and self.state.step % every == 0:
                         self.save(is_best=False)
                 self.end_epoch()
-                (stopping,) = self.ranks.total([int(stop.requested)])
+                (stopping,) = self.ranks.all_reduce_sum([int(stop.requested)])
                 if stopping and self.state.epoch < self.epochs:
                     self._interrupted(saved=True)
         return self.state
 
-    def _require_same(self, facts: Callable[[nn.Module], dict[str, str]]) -> None:
+    def _require_same(self, fingerprint: Callable[[nn.Module], dict[str, str]]) -> None:
         """Stops where the ranks do not stand at the same step with the same weights."""
-        self.ranks.place = f"at step {self.state.step}"
-        if not self.ranks.alone:
-            self.ranks.require_same({"step": self.state.step, **facts(self.phase.model)})
+        self.ranks.progress = f"at step {self.state.step}"
+        if not self.ranks.is_single:
+            self.ranks.require_same({"step": self.state.step, **fingerprint(self.phase.model)})
 
     def _interrupted(self, *, saved: bool = False) -> None:
         if not saved:
@@ -201,20 +201,24 @@ class Trainer:
 
         Of several ranks, each has its slice of every batch, and None where that is empty.
         """
-        rows = self.ranks.share(self.train.sampler.batches(self.state.epoch)[self.state.batch :])
-        loaded = self.train.load([own for own in rows if own], self.device)
+        rows = self.ranks.local_slices(
+            self.train_set.batch_sampler.batches(self.state.epoch)[self.state.batch :]
+        )
+        loaded = self.train_set.load([own for own in rows if own], self.device)
         batches = (next(loaded) if own else None for own in rows)
         while window := list(islice(batches, self.config.optim.accumulation_steps)):
             yield window
 
     def _agree(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
         """Counts of the step and its questions over all ranks; all stop where one is asked to."""
-        self.ranks.place = f"at step {self.state.step}"
+        self.ranks.progress = f"at step {self.state.step}"
         own = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)
         stop = self.stop is not None and self.stop.requested
-        *sums, questions, stopping = self.ranks.total([*own.values(), questions, int(stop)])
-        if stopping and not self.ranks.alone:
+        *sums, questions, stopping = self.ranks.all_reduce_sum(
+            [*own.values(), questions, int(stop)]
+        )
+        if stopping and not self.ranks.is_single:
             self._interrupted()
         return dict(zip(own, sums, strict=True)), questions
 
@@ -226,7 +230,7 @@ class Trainer:
         self.phase.model.train()
         # Dropout is the only draw from torch's own generator; seeding it per step makes it, too,
         # a function of (seed, step); and of the rank, lest ranks drop alike.
-        torch.manual_seed((self.config.run.seed << 32) + (self.ranks.index << 24) + self.state.step)
+        torch.manual_seed((self.config.run.seed << 32) + (self.ranks.rank << 24) + self.state.step)
         outputs = [
             self.phase.idle_step(self.device)
             if batch is None
@@ -234,7 +238,7 @@ class Trainer:
             for batch in batches
         ]
         with nvtx_range("optimizer"):
-            self.ranks.add_gradients(self.parameters)
+            self.ranks.all_reduce_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, present, outputs)
             clip_grads_with_norm_(self.parameters, self.config.optim.grad_clip, norm)
@@ -266,7 +270,9 @@ class Trainer:
             return
         if math.isfinite(float(norm)):
             return
-        questions = [self.train.store.question(row).id for batch in batches for row in batch.rows]
+        questions = [
+            self.train_set.store.question(row).id for batch in batches for row in batch.rows
+        ]
         path = self.run_dir / f"anomaly-{self.state.step:08d}.json"
         error = numerical_error(
             path,
@@ -284,7 +290,7 @@ class Trainer:
         """Validates, moves to the next epoch, saves."""
         self.state = replace(self.state, epoch=self.state.epoch + 1, batch=0)
         best = False
-        if self.val is not None:
+        if self.val_set is not None:
             report = self.validate()
             score = self.phase.score(report.means)
             best = score is not None and (self.state.best is None or score > self.state.best)
@@ -296,21 +302,21 @@ class Trainer:
         """Metrics on the validation questions, logged."""
         result = evaluate(
             self.phase,
-            self.val,
+            self.val_set,
             self.device,
             limit=self.phase.validation_limit,
             generate=self.phase.validates_answers,
             ranks=self.ranks,
         )
-        for line in result.samples(self.config.run.val_log_samples):
+        for line in result.sample_lines(self.config.run.val_log_samples):
             logger.info(line)
         self.record({"epoch": self.state.epoch, "validation": result.report.means})
-        logger.info("epoch %d: %s", self.state.epoch, result.headline())
+        logger.info("epoch %d: %s", self.state.epoch, result.summary_line())
         return result.report
 
     def record(self, entry: dict) -> None:
         """Appends a line to metrics.jsonl."""
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.state.step, **entry}) + "\n")
@@ -324,10 +330,10 @@ class Trainer:
         Raises:
             WriteError: three saves in a row have failed.
         """
-        self._require_same(trained_facts)
-        if self.ranks.first:
+        self._require_same(trained_fingerprint)
+        if self.ranks.is_main:
             self._save_or_go_on(is_best=is_best)
-        self.ranks.wait()
+        self.ranks.barrier()
 
     def _save_or_go_on(self, *, is_best: bool) -> None:
         try:
@@ -340,7 +346,7 @@ class Trainer:
             logger.warning("%s\n  training goes on (%d failed saves)", error, self.failed_saves)
 
     def _save(self, *, is_best: bool) -> None:
-        heads, folders = self.phase.heads(), {}
+        heads, folders = self.phase.trainable_state(), {}
         if (adapter := self.phase.adapter_writer()) is not None:
             folders["adapter"] = adapter
         snapshot = Snapshot(
@@ -351,7 +357,7 @@ class Trainer:
             folders=folders,
             json={"config": self.config.model_dump(mode="json")},
         )
-        replace_text(self.run_dir / "config.yaml", dump_config(self.config))
+        write_text_atomically(self.run_dir / "config.yaml", dump_config(self.config))
         save_checkpoint(
             self.run_dir,
             self.state.step,

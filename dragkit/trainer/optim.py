@@ -29,7 +29,7 @@ def build_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim
     return torch.optim.AdamW(split, fused=True)
 
 
-def learning_rate_share(step: int, total: int, warmup: int, floor: float) -> float:
+def lr_multiplier(step: int, total: int, warmup: int, floor: float) -> float:
     """Share of the peak rate at `step`: linear warm-up, then a cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / warmup
@@ -41,10 +41,10 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, *, done: int = 0
 ) -> LambdaLR:
     """The schedule, stepped once per optimizer step, of which `done` are behind us."""
-    warmup = max(1, round(config.warmup_share * total_steps))
+    warmup = max(1, round(config.warmup_ratio * total_steps))
     return LambdaLR(
         optimizer,
-        lambda step: learning_rate_share(done + step, total_steps, warmup, config.min_lr_share),
+        lambda step: lr_multiplier(done + step, total_steps, warmup, config.min_lr_ratio),
     )
 
 

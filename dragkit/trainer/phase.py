@@ -68,8 +68,8 @@ class Phase(Predictor, Protocol):
         """Looks at the clipped gradients of an optimizer step; raises where one is missing."""
         ...
 
-    def heads(self) -> dict[str, Tensor]:
-        """Trained tensors that go into `heads.safetensors`."""
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Trained tensors that go into `trainable_state.safetensors`."""
         ...
 
     def adapter_writer(self) -> Callable[[Path], None] | None:

@@ -67,12 +67,12 @@ class RetrieverPhase:
     def __init__(self, config: TrainConfig, retriever: Retriever) -> None:
         self.config = config
         self.model = retriever
-        self.sampler = FactSampler(config.sampler, config.run.seed)
+        self.fact_sampler = FactSampler(config.sampler, config.run.seed)
         self.forward = retriever.__call__
         self.replay: StepReplay | None = None
 
     def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
-        precision, device = self.config.run.precision, batch.graph.topic.device
+        precision, device = self.config.run.precision, batch.graph.topic_prob.device
         with autocast(precision, device, cache=self.replay is None):
             return self.forward(batch, relations)
 
@@ -134,12 +134,12 @@ class RetrieverPhase:
     ) -> list[Prediction]:
         """The facts of every question, ranked. There is nothing that could generate."""
         logits = self._retrieve(batch, relations).fact_logits
-        return rank_facts(batch, logits, self.sampler.best(logits, batch.graph), None)
+        return rank_facts(batch, logits, self.fact_sampler.best(logits, batch.graph), None)
 
-    def keep_up(self) -> None:
+    def run_dummy_passes(self) -> None:
         """Ranks need nothing from one another."""
 
-    def heads(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """The retriever's tensors."""
         return module_tensors(self.model, "retriever")
 
@@ -149,7 +149,7 @@ class RetrieverPhase:
 
     def load(self, loaded: LoadedCheckpoint) -> None:
         """Takes the retriever of a checkpoint."""
-        load_tensors_into(self.heads(), loaded.tensors["heads"], what=str(loaded.folder))
+        load_tensors_into(self.trainable_state(), loaded.tensors["heads"], what=str(loaded.folder))
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """F1 of the selected facts against the labels; None where no question has labels."""

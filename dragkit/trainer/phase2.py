@@ -60,7 +60,7 @@ class JointPhase:
         self.validation_limit = limit if self.validates_answers else None
 
     def _retrieve(self, batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
-        with autocast(self.config.run.precision, batch.graph.topic.device):
+        with autocast(self.config.run.precision, batch.graph.topic_prob.device):
             return self.forward(batch, relations)
 
     def parameter_groups(self) -> list[dict]:
@@ -90,9 +90,9 @@ class JointPhase:
 
     def _balance(self, from_generator: Tensor, from_labels: Tensor) -> Tensor:
         """Weight of the retrieval loss by the norms of both gradients, over all ranks."""
-        if not self.ranks.alone:
+        if not self.ranks.is_single:
             squares = torch.stack([from_generator.square().sum(), from_labels.square().sum()])
-            self.ranks.add(squares)
+            self.ranks.all_reduce_(squares)
             from_generator, from_labels = squares.sqrt()
         return balance_weight(from_generator, from_labels, self.config.loss.balance_rho)
 
@@ -104,7 +104,7 @@ class JointPhase:
         """Prompts of each pass, short ones first where there are several passes."""
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         count = max(self.config.generator.generator_microbatch or len(order), 1)
-        tokens = self.model.generator.tokens_per_pass
+        tokens = self.model.generator.max_tokens_per_microbatch
         sizes = split_by_tokens([lengths[i] for i in order], tokens, count)
         if len(sizes) == 1:
             return [list(range(len(order)))]
@@ -127,7 +127,7 @@ class JointPhase:
                     share.backward()
             loss = loss + share.detach()
             correct = correct + out.num_correct
-        self.model.generator.keep_up(vectors=self.model.uses_vectors)
+        self.model.generator.run_dummy_passes(vectors=self.model.uses_vectors)
         return loss, correct
 
     def _retrieval_loss(self, logits: Tensor, graph: PackedGraph, questions: float) -> Tensor:
@@ -156,15 +156,15 @@ class JointPhase:
             output = self._retrieve(batch, relations)
         logits = output.fact_logits.detach().requires_grad_()
         with nvtx_range("sampler"):
-            selection = model.sampler.draw(logits, graph, step)
-        residual = config.sampler.residual_slot and model.uses_vectors
+            selection = model.fact_sampler.draw(logits, graph, step)
+        residual = config.sampler.undrawn_facts_vector and model.uses_vectors
         with nvtx_range("prompt"):
             layout = model.layout(batch, selection.index, with_target=True, residual=residual)
-            sizes = layout.sizes()
+            sizes = layout.copy_lengths()
             ungated, slots = None, None
             if model.uses_vectors:
                 with autocast(config.run.precision, logits.device):
-                    ungated = model.vectors(output, batch, selection)
+                    ungated = model.structural_vectors(output, batch, selection)
                     slots = model.gate(ungated, selection)
                     if residual:
                         slots = torch.cat([slots, model.residual(output, batch, selection)])
@@ -172,7 +172,7 @@ class JointPhase:
             retrieval = self._retrieval_loss(logits, graph, counts["questions"])
             (from_labels,) = torch.autograd.grad(retrieval, logits)
         with nvtx_range("wait"):
-            lengths, supervised = sizes.wait()
+            lengths, supervised = sizes.result()
         leaf = None if slots is None else slots.detach().requires_grad_()
         prompts = (layout.assemble(p, lengths, supervised) for p in self._passes(lengths))
         generator_loss, correct = self._generator_passes(prompts, leaf, counts["tokens"])
@@ -215,9 +215,9 @@ class JointPhase:
     def idle_step(self, device: torch.device) -> StepOutput:
         """Takes part in what the ranks add up, with zeros."""
         zero = torch.zeros((), device=device)
-        self.model.generator.keep_up(vectors=self.model.uses_vectors)
+        self.model.generator.run_dummy_passes(vectors=self.model.uses_vectors)
         if self._balances:
-            self.ranks.add(torch.zeros(2, device=device))
+            self.ranks.all_reduce_(torch.zeros(2, device=device))
         parts = dict.fromkeys(("generator", "retrieval", "token_accuracy"), zero)
         return StepOutput(zero, parts, 0, 0, 0)
 
@@ -231,17 +231,17 @@ class JointPhase:
     ) -> list[Prediction]:
         """Ranked facts and, where `generate` is set, a greedy answer for every question."""
         output = self._retrieve(batch, relations)
-        selection = self.model.sampler.best(output.fact_logits, batch.graph)
+        selection = self.model.fact_sampler.best(output.fact_logits, batch.graph)
         texts = None
         if generate:
             texts = self.model.generate(batch, output, selection, cascade=self.cascade)
         return rank_facts(batch, output.fact_logits, selection, texts)
 
-    def keep_up(self) -> None:
+    def run_dummy_passes(self) -> None:
         """Helps ranks that still generate to the weights that this one has of theirs."""
-        self.model.generator.keep_up()
+        self.model.generator.run_dummy_passes()
 
-    def heads(self) -> dict[str, Tensor]:
+    def trainable_state(self) -> dict[str, Tensor]:
         """The tensors of retriever and projector."""
         return module_tensors(self.model.retriever, "retriever") | module_tensors(
             self.model.projector, "projector"
@@ -255,7 +255,7 @@ class JointPhase:
 
     def load(self, loaded: LoadedCheckpoint) -> None:
         """Takes heads and adapters of a checkpoint of this phase."""
-        load_tensors_into(self.heads(), loaded.tensors["heads"], what=str(loaded.folder))
+        load_tensors_into(self.trainable_state(), loaded.tensors["heads"], what=str(loaded.folder))
         if self.model.generator.has_adapters:
             folder = loaded.folder / "adapter"
             load_tensors_into(

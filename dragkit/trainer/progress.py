@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dragkit.checkpoint.checkpoint import TrainState
 from dragkit.distributed.ranks import Ranks
 from dragkit.observe.throughput import Throughput, ThroughputMeter
-from dragkit.trainer.compile import compiled_graphs
+from dragkit.trainer.compile import num_compiled_graphs
 from dragkit.trainer.phase import StepOutput
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Progress:
             initial=self._done,
             desc=self.phase,
             unit="step",
-            disable=not (sys.stderr.isatty() and self.ranks.first),
+            disable=not (sys.stderr.isatty() and self.ranks.is_main),
             dynamic_ncols=True,
         )
         return self
@@ -102,10 +102,10 @@ class Progress:
             for name in names
         }
         rate = self.meter.read()
-        everyone = self.ranks.gather((means, self._questions, rate))
+        everyone = self.ranks.all_gather_object((means, self._questions, rate))
         self._parts.clear()
         self._questions = 0
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         if len(everyone) > 1:
             means, rate = _of_all_ranks(everyone)
@@ -119,7 +119,7 @@ class Progress:
                 "facts_per_s": rate.facts_per_s,
                 "tokens_per_s": rate.tokens_per_s,
                 "peak_mem_gib": rate.peak_mem_gib,
-                "compiled_graphs": compiled_graphs(),
+                "compiled_graphs": num_compiled_graphs(),
             }
         )
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dragkit.config import TrainConfig
-from dragkit.data.batching import FactBudgetSampler
+from dragkit.data.batching import FactBudgetBatchSampler
 from dragkit.data.cache import cache_root
 from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import QuestionBatch
@@ -20,15 +20,15 @@ from dragkit.data.tokens import TokenRows
 from dragkit.errors import DataError
 from dragkit.generator.generator import Generator
 from dragkit.generator.prompt import PromptTemplate
-from dragkit.memory_plan.choice import EVALUATED, make_plan, this_device
-from dragkit.memory_plan.dims import generator_shape
+from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
+from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
-from dragkit.trainer.transfer import DeviceCopies, ahead
+from dragkit.trainer.transfer import DeviceCopier, prefetch
 
 _ON_CPU = 128
 
 
-def evaluation_batch(
+def evaluation_batch_size(
     config: TrainConfig, generator: Generator | None, device: torch.device, ranks: int = 1
 ) -> int:
     """Questions evaluated at once, on a GPU what fits by the plan where the generator has one.
@@ -40,13 +40,13 @@ def evaluation_batch(
         return _ON_CPU
     shape = None
     if generator is not None:
-        shape = generator_shape(config.generator, name=config.generator_model)
+        shape = generator_dims(config.generator, name=config.generator_model)
     if shape is None:
-        return EVALUATED
-    return make_plan(config, shape, this_device(device), ranks).questions
+        return MAX_DECODE_BATCH
+    return make_plan(config, shape, local_card(device), ranks).questions
 
 
-class QuestionSource:
+class QuestionDataset:
     """One heuristics file, packed and encoded once, as batches.
 
     Args:
@@ -72,7 +72,7 @@ class QuestionSource:
             path,
             cache_dir=cache,
             label_rule=config.data.label_rule,
-            max_bad=config.data.max_bad_share,
+            max_bad_fraction=config.data.max_bad_fraction,
             merge=config.data.merge_equal_nodes,
         )
         vocab = RelationVocab(self.store.relation_names)
@@ -86,15 +86,15 @@ class QuestionSource:
                 self.store,
                 generator.tokenize,
                 PromptTemplate(),
-                key=generator.prompt_key(),
+                key=generator.tokenizer_fingerprint(),
                 cache_dir=cache,
-                begin=generator.begin,
-                end=[generator.eos_token_id],
+                bos_ids=generator.bos_ids,
+                eos_ids=[generator.eos_token_id],
                 max_answers=config.generator.max_answers,
             )
             self._check_lengths(config, generator)
         self.collator = PackedCollator(self.store, states, self.relations.mask, self.tokens)
-        self.sampler = FactBudgetSampler(
+        self.batch_sampler = FactBudgetBatchSampler(
             self.store.fact_counts,
             batch_size=batch_size,
             max_facts=config.data.max_facts_per_batch,
@@ -144,11 +144,11 @@ class QuestionSource:
             if device is None or device.type != "cuda":
                 yield from made
             elif self.to_device:
-                copies = DeviceCopies(device)
-                with closing(ahead(made, copies.begin)) as staged:
+                copies = DeviceCopier(device)
+                with closing(prefetch(made, copies.begin)) as staged:
                     yield from map(copies.finish, staged)
             else:
-                with closing(ahead(made, lambda batch: batch)) as staged:
+                with closing(prefetch(made, lambda batch: batch)) as staged:
                     yield from staged
         finally:
             if self.num_workers:

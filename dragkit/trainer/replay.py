@@ -19,7 +19,7 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.data.padding import Buckets, Capacity, pad_batch
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.text_encoder import RelationStates
-from dragkit.trainer.transfer import join, split
+from dragkit.trainer.transfer import pack_bytes, unpack_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class StepReplay:
             batch = pad_batch(batch, capacity)
         with nvtx_range("copy"):
             tensors = [*batch.tensors(), torch.tensor(divisor, dtype=torch.float32)]
-            inputs = join(tensors, pin=device.type == "cuda")
+            inputs = pack_bytes(tensors, pin=device.type == "cuda")
             prepared = self._recorded.get(key) if key else None
             if prepared is not None:
                 prepared.inputs.copy_(inputs, non_blocking=True)
@@ -162,7 +162,7 @@ class StepReplay:
         relations: RelationStates,
     ) -> _Prepared:
         """The work on one set of buffers, not yet recorded."""
-        *tensors, divisor = split(inputs, like)
+        *tensors, divisor = unpack_bytes(inputs, like)
         batch = batch.with_tensors(tensors)
         loss = torch.zeros((), device=inputs.device)
         if self._trained is None:

@@ -8,24 +8,24 @@ from pathlib import Path
 
 import torch
 
-from dragkit.checkpoint.atomic import make_folders, replace_text
+from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
 from dragkit.distributed.ranks import Ranks
 from dragkit.eval.evaluate import evaluate
 from dragkit.trainer.phase import Phase
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 
 logger = logging.getLogger(__name__)
 
 HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
 
 
-class Stages:
+class ResultsTable:
     """The table of a run: test metrics after each stage, printed and kept in results.json."""
 
     def __init__(
         self,
         run_dir: Path,
-        test: QuestionSource | None,
+        test: QuestionDataset | None,
         device: torch.device,
         ranks: Ranks | None = None,
     ) -> None:
@@ -42,10 +42,10 @@ class Stages:
         logger.info("evaluating %s on %s", name, self.test.path.name)
         result = evaluate(phase, self.test, self.device, ranks=self.ranks)
         self.rows[name] = result.report.to_dict()
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
-        make_folders(self.path.parent)
-        replace_text(self.path, json.dumps(self.rows, indent=1) + "\n")
+        make_dirs(self.path.parent)
+        write_text_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def table(self) -> str:
         """Stages as rows, headline metrics in percent as columns."""

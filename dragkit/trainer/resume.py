@@ -20,7 +20,7 @@ def new_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{stamp}-phase{config.run.phase}-{name}"
 
 
-def run_of(folder: Path) -> Path:
+def run_dir_of(folder: Path) -> Path:
     """The run that a folder belongs to: itself, or its parent where it is one checkpoint of it."""
     return folder.parent if step_of_folder(folder.name) is not None else folder
 
@@ -46,7 +46,7 @@ def resume_dir(config: TrainConfig) -> Path:
         MissingInputError: there is none.
     """
     if isinstance(config.run.resume, str):
-        return run_of(Path(config.run.resume))
+        return run_dir_of(Path(config.run.resume))
     if config.run.checkpoint_dir is not None:
         return Path(config.run.checkpoint_dir)
     runs = sorted(p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if p.is_dir())
@@ -122,7 +122,7 @@ def explicit_keys(origins: dict[str, str]) -> set[str]:
     }
 
 
-def chosen_checkpoint(run: Path, which: str | int) -> Path:
+def resolve_checkpoint(run: Path, which: str | int) -> Path:
     """The checkpoint that is meant: best (or latest, where there is no best), latest, a step."""
     if step_of_folder(run.name) is not None:
         return find_checkpoint(run)
@@ -130,4 +130,4 @@ def chosen_checkpoint(run: Path, which: str | int) -> Path:
         return find_checkpoint(run / f"step-{which:08d}")
     if which == "best" and not (run / "best").exists():
         which = "latest"
-    return find_checkpoint(run, which=which)
+    return find_checkpoint(run, pointer=which)

@@ -16,7 +16,7 @@ from dragkit.checkpoint.checkpoint import (
 )
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
-from dragkit.distributed.rank_consistency import check_batch, start_facts
+from dragkit.distributed.rank_consistency import check_batch_size, run_fingerprint
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import MissingInputError
 from dragkit.generator.generator import Generator
@@ -27,23 +27,23 @@ from dragkit.trainer.build import (
     build_joint,
     build_retriever,
     data_paths,
-    fitted,
     maybe_compile,
     maybe_replay,
-    setup,
+    setup_process,
     shards,
+    with_memory_plan,
 )
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.question_dataset import QuestionSource, evaluation_batch
-from dragkit.trainer.results_table import Stages
+from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
+from dragkit.trainer.results_table import ResultsTable
 from dragkit.trainer.resume import (
     adopt_saved,
-    chosen_checkpoint,
     explicit_keys,
     load_for_resume,
     new_run_dir,
     refuse_used_folder,
+    resolve_checkpoint,
     resume_dir,
     resumed_config,
 )
@@ -51,7 +51,7 @@ from dragkit.trainer.resume import (
 logger = logging.getLogger(__name__)
 
 
-class Run:
+class TrainingRun:
     """One `python -m dragkit.train` command.
 
     Args:
@@ -68,34 +68,34 @@ class Run:
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
-        if not self.ranks.alone:
-            self.ranks.require_same(start_facts(config))
+        if not self.ranks.is_single:
+            self.ranks.require_same(run_fingerprint(config))
         self.phase1_config = phase1_config
         self.explicit = explicit_keys(origins)
         self.resumed: LoadedCheckpoint | None = None
         folder = resume_dir(config) if config.run.resume else new_run_dir(config)
         # Of the first rank: the name may hold the time, or be the newest there is.
-        self.run_dir = self.ranks.gather(folder)[0]
+        self.run_dir = self.ranks.all_gather_object(folder)[0]
         if config.run.resume:
             config = self._resumed_config(config)
         else:
             refuse_used_folder(self.run_dir)
-        check_batch(config, config.run.phase, self.ranks)
+        check_batch_size(config, config.run.phase, self.ranks)
         self.config = config
-        self.device = setup(config, self.ranks)
+        self.device = setup_process(config, self.ranks)
         if config.run.phase == 2:
             # Before anything costs time: the largest input is the one most likely to be missing.
-            self.config = config = fitted(config, self.device, self.ranks.count)
+            self.config = config = with_memory_plan(config, self.device, self.ranks.world_size)
             parts = shards(config, self.ranks)
-            if config.run.sharding != "none" and parts == 1:
+            if config.run.generator_fsdp and parts == 1:
                 logger.warning(
-                    "run.sharding=%s: one rank has nobody to share with, so it holds all weights. "
+                    "run.generator_fsdp=true: one rank has nobody to share with, so it holds all "
+                    "weights. "
                     "Start several with torchrun --nproc-per-node N.",
-                    config.run.sharding,
                 )
             name = config.generator_model
-            check_generator(config.generator, self.device, name=name, shards=parts)
-        with self.ranks.in_turn():
+            check_generator(config.generator, self.device, name=name, num_shards=parts)
+        with self.ranks.main_process_first():
             self.paths = data_paths(config)
         for path in (self.paths.train, self.paths.val, self.paths.test):
             if path is not None and not Path(path).is_file():
@@ -116,12 +116,12 @@ class Run:
 
     def source(
         self, path: str | None, generator: Generator | None, batch: int
-    ) -> QuestionSource | None:
+    ) -> QuestionDataset | None:
         """One of the run's files, packed."""
         if path is None:
             return None
-        with self.ranks.in_turn():
-            source = QuestionSource(path, self.config, self.encoder, generator, batch)
+        with self.ranks.main_process_first():
+            source = QuestionDataset(path, self.config, self.encoder, generator, batch)
         self.ranks.require_same({"the content of the questions": source.store.fingerprint})
         return source
 
@@ -135,7 +135,7 @@ class Run:
             self.device
             if self.device.type == "cuda"
             else f"cpu, {torch.get_num_threads()} threads",
-            "" if self.ranks.alone else f" · {self.ranks.count} ranks",
+            "" if self.ranks.is_single else f" · {self.ranks.world_size} ranks",
             config.preset or "none",
             "demo (bundled)" if self.paths.bundled else self.paths.train,
             generator,
@@ -145,15 +145,15 @@ class Run:
     def execute(self) -> str:
         """Runs the command; returns the closing summary."""
         self.announce()
-        if self.ranks.first:
+        if self.ranks.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.run_dir) if self.ranks.first else nullcontext():
+        with RunLock(self.run_dir) if self.ranks.is_main else nullcontext():
             if self.config.run.phase == 1:
                 return self._phase1(self.config, self.run_dir, self.resumed)
             return self._phase2()
 
     def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
-        check_batch(config, 1, self.ranks)
+        check_batch_size(config, 1, self.ranks)
         retriever = build_retriever(config, self.encoder).to(self.device)
         phase = maybe_compile(RetrieverPhase(config, retriever), retriever, config, self.device)
         batch = config.optim.batch_size_in(1)
@@ -161,7 +161,7 @@ class Run:
         val = self.source(self.paths.val, None, 64)
         only_phase = config.run.phase == self.config.run.phase
         test = self.source(self.paths.test, None, 64) if only_phase else None
-        stages = Stages(run_dir, test, self.device, self.ranks)
+        stages = ResultsTable(run_dir, test, self.device, self.ranks)
         maybe_replay(phase, train, config, self.device, self.ranks)
         trainer = Trainer(
             config,
@@ -178,7 +178,7 @@ class Run:
         elif only_phase:
             stages.measure("untrained", phase)
         trainer.fit()
-        best = chosen_checkpoint(run_dir, "best")
+        best = resolve_checkpoint(run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 1", phase)
         data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
@@ -206,7 +206,7 @@ class Run:
             logger.info("no phase 1 checkpoint was named; training it first in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)
-        return load_checkpoint(chosen_checkpoint(Path(named), "best"))
+        return load_checkpoint(resolve_checkpoint(Path(named), "best"))
 
     def _phase2(self) -> str:
         if self.resumed is None:
@@ -217,15 +217,17 @@ class Run:
         phase = build_joint(config, self.encoder, self.device, self.ranks)
         generator = phase.model.generator
         train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
-        size = evaluation_batch(config, generator, self.device, self.ranks.count)
-        size = -self.ranks.most(-size)  # the least: batches are dealt out, and cards may differ
+        size = evaluation_batch_size(config, generator, self.device, self.ranks.world_size)
+        size = -self.ranks.all_reduce_max(
+            -size
+        )  # the least: batches are dealt out, and cards may differ
         val_path, test_path = self.paths.val, self.paths.test
         if is_random(config.generator_model):
             logger.warning("random weights answer nothing: no validation, no test, no results.json")
             val_path = test_path = None
         val = self.source(val_path, generator, size)
         test = self.source(test_path, generator, size)
-        stages = Stages(self.run_dir, test, self.device, self.ranks)
+        stages = ResultsTable(self.run_dir, test, self.device, self.ranks)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device, ranks=self.ranks)
         if self.resumed is not None:
             trainer.resume(self.resumed)
@@ -236,7 +238,7 @@ class Run:
             stages.measure("after phase 1 (cascade)", phase)
             phase.cascade = False
         trainer.fit()
-        best = chosen_checkpoint(self.run_dir, "best")
+        best = resolve_checkpoint(self.run_dir, "best")
         phase.load(load_checkpoint(best))
         stages.measure("after phase 2 (joint)", phase)
         if is_random(config.generator_model):

@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 Staged = TypeVar("Staged")
 
 
-def join(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
+def pack_bytes(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
     """The bytes of all tensors in one, each from an aligned place: one copy to the device."""
     arrays = [tensor.contiguous().numpy().reshape(-1).view(np.uint8) for tensor in tensors]
     starts = _starts(tensors)
@@ -39,8 +39,8 @@ def _starts(tensors: Sequence[Tensor]) -> list[int]:
     return list(accumulate(sizes, initial=0))
 
 
-def split(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Views of what `join` joined, with the shapes and dtypes of `like`."""
+def unpack_bytes(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of what `pack_bytes` joined, with the shapes and dtypes of `like`."""
     places = zip(like, _starts(like), strict=False)
     return [
         joined[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -48,7 +48,7 @@ def split(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     ]
 
 
-def ahead(items: Iterable[Item], stage: Callable[[Item], Staged]) -> Iterator[Staged]:
+def prefetch(items: Iterable[Item], stage: Callable[[Item], Staged]) -> Iterator[Staged]:
     """The items in their order, each staged, by a thread that is two of them ahead.
 
     What goes wrong with an item is raised in its place. The thread ends with the iterator, however
@@ -81,7 +81,7 @@ class _Copy(NamedTuple):
     arrived: torch.cuda.Event
 
 
-class DeviceCopies:
+class DeviceCopier:
     """Copies batches to a GPU on a stream of its own, so that they overlap with what it computes.
 
     Args:
@@ -96,9 +96,11 @@ class DeviceCopies:
         """Queues the copy of a batch in host memory; for the thread that is ahead."""
         tensors = batch.tensors()
         with torch.cuda.stream(self.stream):
-            joined = join(tensors, pin=True).to(self.device, non_blocking=True)
+            joined = pack_bytes(tensors, pin=True).to(self.device, non_blocking=True)
             return _Copy(
-                batch.with_tensors(split(joined, tensors)), joined, self.stream.record_event()
+                batch.with_tensors(unpack_bytes(joined, tensors)),
+                joined,
+                self.stream.record_event(),
             )
 
     def finish(self, copy: _Copy) -> QuestionBatch:

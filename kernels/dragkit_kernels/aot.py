@@ -40,7 +40,7 @@ _SHARED_RESERVED = 1024  # bytes, for every program
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _COLUMNS = (
     *("kernel", "configuration", "arch", "triton", "registers", "spills", "stack", "shared"),
-    *("wide loads", "products", "occupancy", "over budget"),
+    *("128-bit loads", "mma", "occupancy", "over limits"),
 )
 
 
@@ -58,34 +58,34 @@ class Usage(NamedTuple):
 
     registers: int
     spills: int
-    stack: int
-    shared: int
-    wide_loads: int
-    products: int = 0
+    stack_bytes: int
+    shared_bytes: int
+    vector_loads: int
+    mma_instructions: int = 0
 
     def occupancy(self, num_warps: int) -> float:
         """Share of a multiprocessor's warps that fit at once."""
-        granular = -(-self.registers // 8) * 8
+        allocated = -(-self.registers // 8) * 8
         programs = min(
-            _REGISTERS // (granular * 32 * num_warps),
-            _SHARED // (self.shared + _SHARED_RESERVED),
+            _REGISTERS // (allocated * 32 * num_warps),
+            _SHARED // (self.shared_bytes + _SHARED_RESERVED),
             _WARPS // num_warps,
             _PROGRAMS,
         )
         return programs * num_warps / _WARPS
 
-    def excess(self, spec: KernelSpec) -> str:
+    def over_limits(self, spec: KernelSpec) -> str:
         """What is over the budget, or an empty string."""
-        limit = spec.budget
-        over = {
+        limit = spec.limits
+        exceeded = {
             f"registers > {limit.registers}": self.registers > limit.registers,
             "spills": self.spills > 0,
-            "stack": self.stack > 0,
-            f"shared > {limit.shared}": self.shared > limit.shared,
-            f"wide loads < {limit.wide_loads}": self.wide_loads < limit.wide_loads,
-            f"products < {limit.products}": self.products < limit.products,
+            "stack": self.stack_bytes > 0,
+            f"shared > {limit.shared_bytes}": self.shared_bytes > limit.shared_bytes,
+            f"vector loads < {limit.vector_loads}": self.vector_loads < limit.vector_loads,
+            f"mma < {limit.mma_instructions}": self.mma_instructions < limit.mma_instructions,
         }
-        return ", ".join(name for name, is_over in over.items() if is_over)
+        return ", ".join(name for name, is_over in exceeded.items() if is_over)
 
 
 def all_specs() -> Iterator[KernelSpec]:
@@ -101,8 +101,8 @@ def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     names = spec.kernel.arg_names
     signature = {n: "constexpr" if n in constants else spec.types[n] for n in names}
     aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(names)
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
         if signature[name].startswith("*") or name in spec.divisible
     }
     source = ASTSource(fn=spec.kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -112,22 +112,22 @@ def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     return _usage(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared)
 
 
-def _usage(cubin: bytes, ptx: str, shared: int) -> Usage:
+def _usage(cubin: bytes, ptx: str, shared_bytes: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
         resources = _output(_TOOLS / "cuobjdump", "-res-usage", path)
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
+        registers, stack_bytes = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
         # What spills goes to the stack; disassembling takes longer than compiling.
-        code = _output(_TOOLS / "nvdisasm", "-c", path) if stack else ""
+        code = _output(_TOOLS / "nvdisasm", "-c", path) if stack_bytes else ""
     vectors = re.findall(r"\bld\.global[.\w:]*?\.v(\d)\.[bfsu](\d+)\b", ptx)
     return Usage(
         registers=registers,
         spills=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        stack=stack,
-        shared=shared,
-        wide_loads=sum(int(count) * int(bits) >= 128 for count, bits in vectors),
-        products=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+        stack_bytes=stack_bytes,
+        shared_bytes=shared_bytes,
+        vector_loads=sum(int(count) * int(bits) >= 128 for count, bits in vectors),
+        mma_instructions=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     )
 
 
@@ -142,18 +142,18 @@ def _configuration(spec: KernelSpec) -> str:
     return ", ".join(parts) + (f", no {' '.join(absent)}" if absent else "")
 
 
-def _compile_at(place: tuple[int, int]) -> Usage:
+def _compile_job(job: tuple[int, int]) -> Usage:
     """For a worker, which cannot be sent a kernel: the spec by its place among all."""
-    number, architecture = place
-    return compile_spec(next(islice(all_specs(), number, None)), architecture)
+    index, architecture = job
+    return compile_spec(next(islice(all_specs(), index, None)), architecture)
 
 
-def measure(specs: list[KernelSpec]) -> list[tuple[KernelSpec, int, Usage]]:
+def compile_all(specs: list[KernelSpec]) -> list[tuple[KernelSpec, int, Usage]]:
     """Compiles `all_specs()` for every architecture, one process a core."""
-    places = [(number, arch) for number in range(len(specs)) for arch in ARCHITECTURES]
+    jobs = [(index, arch) for index in range(len(specs)) for arch in ARCHITECTURES]
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
-        found = list(pool.map(_compile_at, places))
-    return [(specs[n], arch, usage) for (n, arch), usage in zip(places, found, strict=True)]
+        usages = list(pool.map(_compile_job, jobs))
+    return [(specs[n], arch, usage) for (n, arch), usage in zip(jobs, usages, strict=True)]
 
 
 def _row(spec: KernelSpec, architecture: int, usage: Usage) -> tuple[str, ...]:
@@ -162,22 +162,23 @@ def _row(spec: KernelSpec, architecture: int, usage: Usage) -> tuple[str, ...]:
         *(name, _configuration(spec), f"sm_{architecture}", triton.__version__),
         *map(str, usage),
         f"{usage.occupancy(spec.num_warps):.2f}",
-        usage.excess(spec),
+        usage.over_limits(spec),
     )
 
 
-def summary(measured: list[tuple[KernelSpec, int, Usage]]) -> str:
+def summary(results: list[tuple[KernelSpec, int, Usage]]) -> str:
     """One line: how much was compiled, and the worst of it."""
-    usages = [usage for _, _, usage in measured]
-    kernels = {spec.kernel.fn.__name__ for spec, _, _ in measured}
-    over = sum(bool(usage.excess(spec)) for spec, _, usage in measured)
+    usages = [usage for _, _, usage in results]
+    kernels = {spec.kernel.fn.__name__ for spec, _, _ in results}
+    exceeded = sum(bool(usage.over_limits(spec)) for spec, _, usage in results)
     return (
         f"triton {triton.__version__}: {len(kernels)} kernels in "
-        f"{len(measured) // len(ARCHITECTURES)} configurations x {len(ARCHITECTURES)} "
-        f"architectures = {len(measured)} compiled; registers "
+        f"{len(results) // len(ARCHITECTURES)} configurations x {len(ARCHITECTURES)} "
+        f"architectures = {len(results)} compiled; registers "
         f"{min(u.registers for u in usages)}-{max(u.registers for u in usages)}, spills "
-        f"{sum(u.spills for u in usages)}, shared memory up to {max(u.shared for u in usages)} "
-        f"bytes, over budget {over}"
+        f"{sum(u.spills for u in usages)}, shared memory up to "
+        f"{max(u.shared_bytes for u in usages)} "
+        f"bytes, over limits {exceeded}"
     )
 
 
@@ -203,11 +204,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
-    measured = measure(list(all_specs()))
-    _write([_COLUMNS, *(_row(*entry) for entry in measured)], options.markdown)
-    sys.stdout.write(summary(measured) + "\n")
+    results = compile_all(list(all_specs()))
+    _write([_COLUMNS, *(_row(*entry) for entry in results)], options.markdown)
+    sys.stdout.write(summary(results) + "\n")
     sys.stdout.flush()
-    status = int(any(usage.excess(spec) for spec, _, usage in measured))
+    status = int(any(usage.over_limits(spec) for spec, _, usage in results))
     if options.triton_path:
         path = os.pathsep.join([options.triton_path, os.environ.get("PYTHONPATH", "")])
         command = [sys.executable, "-m", "dragkit_kernels.aot"]

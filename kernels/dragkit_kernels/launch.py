@@ -33,7 +33,7 @@ class Tile(NamedTuple):
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
-class WideTile(NamedTuple):
+class Tile2D(NamedTuple):
     """Rows and columns of one program, its warps, and the registers of a thread."""
 
     rows: int
@@ -56,7 +56,7 @@ class WideTile(NamedTuple):
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
-class Budget(NamedTuple):
+class ResourceLimits(NamedTuple):
     """Limits of one compiled kernel. Spills and stack are never allowed.
 
     Attributes:
@@ -67,9 +67,9 @@ class Budget(NamedTuple):
     """
 
     registers: int
-    shared: int
-    wide_loads: int = 0
-    products: int = 0
+    shared_bytes: int
+    vector_loads: int = 0
+    mma_instructions: int = 0
 
 
 class KernelSpec(NamedTuple):
@@ -90,7 +90,7 @@ class KernelSpec(NamedTuple):
     types: Mapping[str, str | None]
     constants: Mapping[str, int]
     num_warps: int
-    budget: Budget
+    limits: ResourceLimits
     divisible: tuple[str, ...] = ()
     max_registers: int | None = None
 
@@ -103,7 +103,7 @@ _POINTERS = {
         *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
         *("slot", "slots", "source", "start", "tail", "target"),
     ),
-    "*i64": ("last", "question_key", "seed"),
+    "*i64": ("last_row", "question_key", "seed"),
     # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
     "*fp32": (
         *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
@@ -142,9 +142,9 @@ def _type_of(name: str, dtype: str) -> str:
 
 def spec(
     kernel: object,
-    budget: Budget,
+    limits: ResourceLimits,
     *,
-    tile: Tile | WideTile,
+    tile: Tile | Tile2D,
     dtype: str = "*fp32",
     constants: Mapping[str, int] | None = None,
     **types: str | None,
@@ -166,27 +166,29 @@ def spec(
     Raises:
         ValueError: the tile has too many or too few sizes for the kernel.
     """
-    given = dict(constants or {})
-    marks = inspect.get_annotations(kernel.fn)
-    compiled = [name for name in kernel.arg_names if str(marks.get(name)).endswith("constexpr")]
-    free = [name for name in compiled if name not in given]
-    given.update(zip(free, tile.sizes, strict=True))
-    found = {n: _type_of(n, dtype) for n in kernel.arg_names if n not in compiled} | types
+    values = dict(constants or {})
+    annotations = inspect.get_annotations(kernel.fn)
+    constexprs = [
+        name for name in kernel.arg_names if str(annotations.get(name)).endswith("constexpr")
+    ]
+    unset = [name for name in constexprs if name not in values]
+    values.update(zip(unset, tile.sizes, strict=True))
+    arg_types = {n: _type_of(n, dtype) for n in kernel.arg_names if n not in constexprs} | types
     unspecialised = getattr(kernel, "do_not_specialize", None) or ()
     return KernelSpec(
         kernel,
-        types=found,
-        constants={name: given[name] for name in compiled},
+        types=arg_types,
+        constants={name: values[name] for name in constexprs},
         num_warps=tile.num_warps,
-        budget=budget,
-        divisible=tuple(n for n, t in found.items() if t == "i32" and n not in unspecialised),
+        limits=limits,
+        divisible=tuple(n for n, t in arg_types.items() if t == "i32" and n not in unspecialised),
         max_registers=tile.max_registers,
     )
 
 
 # Matrix rows that are summed: columns are split over programs, since a sum of many rows is the work
 # of one. A tile takes 16 registers a thread.
-ROW_TILE = WideTile(rows=32, columns=64, num_warps=4)
+ROW_TILE = Tile2D(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
 # Facts of a question that a program holds in registers: all, or the first 8192. Without a limit the
 # assembler of Triton 3.6 spills in the second tile.

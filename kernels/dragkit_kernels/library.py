@@ -102,7 +102,7 @@ def register_gradient(name: str, backward: Callable, setup_context: Callable) ->
     )
 
 
-def forbid_gradient(name: str) -> None:
+def forbid_double_backward(name: str) -> None:
     """Makes a derivative through `dragkit::name` an error instead of a wrong number."""
 
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:

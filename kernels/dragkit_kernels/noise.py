@@ -24,7 +24,7 @@ else:
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(
@@ -49,7 +49,7 @@ def philox4x32(
         c0 = ((b >> 32) ^ c1 ^ k0) & _WORD
         c2 = ((a >> 32) ^ c3 ^ k1) & _WORD
         c1, c3 = b, a
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD, (k1 + _KEY_INCREMENTS[1]) & _WORD
     return c0, c1 & _WORD, c2, c3 & _WORD
 
 
@@ -101,20 +101,20 @@ def logistic_noise(
     check_counter("logistic_noise", seed, question_key, fact_ptr)
     if num_facts is None:
         num_facts = int(fact_ptr[-1])
-    use_triton = resolve_backend("logistic_noise", seed, backend) == "triton"
-    return torch.ops.dragkit.logistic_noise_fwd(seed, question_key, fact_ptr, num_facts, use_triton)
+    triton = resolve_backend("logistic_noise", seed, backend) == "triton"
+    return torch.ops.dragkit.logistic_noise_fwd(seed, question_key, fact_ptr, num_facts, triton)
 
 
 def _torch_fwd(seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int) -> Tensor:
     question = segment_ids(fact_ptr, num_facts)
-    live = question < question_key.shape[0]
-    name = F.pad(question_key, (0, 1))[question]
+    has_question = question < question_key.shape[0]
+    key = F.pad(question_key, (0, 1))[question]
     fact = torch.arange(num_facts, device=fact_ptr.device) - fact_ptr[question]
     word = philox4x32(
-        (fact & _WORD, name & _WORD, (name >> 32) & _WORD, torch.zeros_like(name)),
+        (fact & _WORD, key & _WORD, (key >> 32) & _WORD, torch.zeros_like(key)),
         (seed & _WORD, (seed >> 32) & _WORD),
     )[0]
-    return torch.where(live, logistic(word), 0.0)
+    return torch.where(has_question, logistic(word), 0.0)
 
 
 def _fake(

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import NOISE_TILE, Budget, spec
+from .launch import NOISE_TILE, ResourceLimits, spec
 from .triton_math import logistic_noise_block
 
 
@@ -20,15 +20,15 @@ def _logistic_noise_fwd_kernel(
     One program per question and one for the rows after them; each walks its facts in blocks.
     """
     pid_q = tl.program_id(0)
-    live = pid_q < num_questions
+    has_question = pid_q < num_questions
     first = tl.load(fact_ptr + pid_q)
-    size = tl.load(fact_ptr + pid_q + 1, mask=live, other=num_facts) - first
-    question_key = tl.load(question_key_ptr + pid_q, mask=live, other=0)
+    size = tl.load(fact_ptr + pid_q + 1, mask=has_question, other=num_facts) - first
+    question_key = tl.load(question_key_ptr + pid_q, mask=has_question, other=0)
     seed = tl.load(seed_ptr)
     for start in range(0, size, BLOCK):
         offs_e = start + tl.arange(0, BLOCK)
         noise = logistic_noise_block(seed, question_key, offs_e)
-        tl.store(noise_ptr + first + offs_e, tl.where(live, noise, 0.0), mask=offs_e < size)
+        tl.store(noise_ptr + first + offs_e, tl.where(has_question, noise, 0.0), mask=offs_e < size)
 
 
 def logistic_noise_fwd(
@@ -50,4 +50,6 @@ def logistic_noise_fwd(
     return noise
 
 
-KERNELS = (spec(_logistic_noise_fwd_kernel, Budget(registers=64, shared=0), tile=NOISE_TILE),)
+KERNELS = (
+    spec(_logistic_noise_fwd_kernel, ResourceLimits(registers=64, shared_bytes=0), tile=NOISE_TILE),
+)

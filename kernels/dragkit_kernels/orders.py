@@ -12,7 +12,7 @@ from .checks import check_index, check_shape
 from .segments import segment_ptr
 
 
-class FactOrders(NamedTuple):
+class FactIndex(NamedTuple):
     """One set of E facts sorted by tail, by head and by (graph, relation); all int32.
 
     A fact's number is its place in the original triple order; every sort is stable, so sums run
@@ -21,9 +21,9 @@ class FactOrders(NamedTuple):
 
     Attributes:
         head, tail: [E] node rows of each fact.
-        tail_ptr, tail_fact: [N+1], [E] facts whose tail is node v, `tail_fact[tail_ptr[v]:...]`.
-        head_ptr, head_fact: [N+1], [E] the same by head.
-        pair_ptr, pair_fact: [P+1], [E] the same by (graph, relation) pair.
+        tail_ptr, tail_perm: [N+1], [E] facts whose tail is node v, `tail_perm[tail_ptr[v]:...]`.
+        head_ptr, head_perm: [N+1], [E] the same by head.
+        pair_ptr, pair_perm: [P+1], [E] the same by (graph, relation) pair.
         pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by
             (graph, relation).
         fact_pair: [E] pair of each fact.
@@ -34,11 +34,11 @@ class FactOrders(NamedTuple):
     head: Tensor
     tail: Tensor
     tail_ptr: Tensor
-    tail_fact: Tensor
+    tail_perm: Tensor
     head_ptr: Tensor
-    head_fact: Tensor
+    head_perm: Tensor
     pair_ptr: Tensor
-    pair_fact: Tensor
+    pair_perm: Tensor
     pair_relation: Tensor
     pair_graph: Tensor
     fact_pair: Tensor
@@ -61,27 +61,27 @@ class FactOrders(NamedTuple):
         return self.pair_relation.shape[0]
 
 
-def check_orders(op: str, orders: FactOrders) -> None:
+def check_fact_index(op: str, fact_index: FactIndex) -> None:
     """Raises ValueError unless all fields are int32 and have the sizes of one set of facts."""
-    facts, nodes, pairs = orders.num_facts, orders.num_nodes, orders.num_pairs
+    facts, nodes, pairs = fact_index.num_facts, fact_index.num_nodes, fact_index.num_pairs
     sizes = {"tail_ptr": nodes + 1, "head_ptr": nodes + 1, "pair_ptr": pairs + 1}
     sizes |= {"pair_relation": pairs, "pair_graph": pairs}
-    for name, tensor in zip(orders._fields, orders, strict=True):
+    for name, tensor in zip(fact_index._fields, fact_index, strict=True):
         # The names of all fields would be formatted in every call.
         size = sizes.get(name, facts)
         if tensor.shape != (size,):
-            check_shape(op, f"orders.{name}", tensor, (size,))
+            check_shape(op, f"fact_index.{name}", tensor, (size,))
         if tensor.dtype != torch.int32:
-            raise ValueError(f"{op}: orders.{name} must be int32, got {tensor.dtype}")
+            raise ValueError(f"{op}: fact_index.{name} must be int32, got {tensor.dtype}")
 
 
-def contiguous_orders(index: Sequence[Tensor]) -> FactOrders:
-    """The fields of a FactOrders, as an op takes them, without gaps in memory."""
-    return FactOrders(*(x.contiguous() for x in index))
+def contiguous_index(index: Sequence[Tensor]) -> FactIndex:
+    """The fields of a FactIndex, as an op takes them, without gaps in memory."""
+    return FactIndex(*(x.contiguous() for x in index))
 
 
 class FactGroups(NamedTuple):
-    """Which of the E facts of the questions a fact of `FactOrders` stands for; all int32.
+    """Which of the E facts of the questions a fact of `FactIndex` stands for; all int32.
 
     Attributes:
         row: [E] its row in the orders.
@@ -93,19 +93,19 @@ class FactGroups(NamedTuple):
     fact: Tensor
 
 
-class RowOrder(NamedTuple):
+class GroupedIndex(NamedTuple):
     """Which places of an index tensor hold each of R rows; int32.
 
     Attributes:
-        place: [P] the places ascending by the row that they hold; equal rows keep their sequence.
-        ptr: [R+1] `place[ptr[r]:ptr[r+1]]` hold row r.
+        perm: [P] the places ascending by the row that they hold; equal rows keep their sequence.
+        ptr: [R+1] `perm[ptr[r]:ptr[r+1]]` hold row r.
     """
 
-    place: Tensor
+    perm: Tensor
     ptr: Tensor
 
 
-def row_order(rows: Tensor, num_rows: int) -> RowOrder:
+def grouped_index(rows: Tensor, num_rows: int) -> GroupedIndex:
     """Sorts the places of an index tensor by row, without asking the device for anything.
 
     Args:
@@ -115,17 +115,19 @@ def row_order(rows: Tensor, num_rows: int) -> RowOrder:
     Raises:
         ValueError: `rows` does not have one dimension, or is not int32.
     """
-    check_shape("row_order", "rows", rows, (None,))
-    check_index("row_order", rows=rows)
-    sorted_rows, place = torch.sort(rows, stable=True)
-    return RowOrder(place.int(), segment_ptr(sorted_rows, num_rows))
+    check_shape("grouped_index", "rows", rows, (None,))
+    check_index("grouped_index", rows=rows)
+    sorted_rows, perm = torch.sort(rows, stable=True)
+    return GroupedIndex(perm.int(), segment_ptr(sorted_rows, num_rows))
 
 
-def check_row_order(op: str, name: str, order: RowOrder, places: int, num_rows: int) -> None:
+def check_grouped_index(
+    op: str, name: str, order: GroupedIndex, places: int, num_rows: int
+) -> None:
     """Raises ValueError unless `order` sorts `places` places by `num_rows` rows."""
-    check_shape(op, f"{name}.place", order.place, (places,))
+    check_shape(op, f"{name}.perm", order.perm, (places,))
     check_shape(op, f"{name}.ptr", order.ptr, (num_rows + 1,))
-    check_index(op, **{f"{name}.place": order.place, f"{name}.ptr": order.ptr})
+    check_index(op, **{f"{name}.perm": order.perm, f"{name}.ptr": order.ptr})
 
 
 def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,7 @@ def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     return ptr, torch.argsort(key, stable=True).to(torch.int32)
 
 
-def build_fact_orders(
+def build_fact_index(
     head: Tensor,
     tail: Tensor,
     relation: Tensor,
@@ -144,18 +146,18 @@ def build_fact_orders(
     *,
     head_count: Tensor | None = None,
     tail_count: Tensor | None = None,
-) -> FactOrders:
+) -> FactIndex:
     """Sorts the facts of one graph or of a pack.
 
     Host work, done once per graph when a data set is packed; packs are then made with
-    `concat_fact_orders` or an equal concatenation.
+    `concat_fact_indexes` or an equal concatenation.
 
     Args:
         head, tail: int [E] node rows, 0..num_nodes-1.
         relation: int [E] relation rows, 0 or more.
         num_nodes: N.
         fact_graph: int [E] graph of each fact; None means one graph.
-        head_count, tail_count: int [E] see FactOrders; None means ones.
+        head_count, tail_count: int [E] see FactIndex; None means ones.
 
     Returns:
         The orders, on the device of `head`.
@@ -171,8 +173,8 @@ def build_fact_orders(
         ("tail_count", tail_count),
     ):
         if tensor is not None:
-            check_shape("build_fact_orders", name, tensor, tuple(head.shape[:1]))
-    check_shape("build_fact_orders", "head", head, (None,))
+            check_shape("build_fact_index", name, tensor, tuple(head.shape[:1]))
+    check_shape("build_fact_index", "head", head, (None,))
     head, tail, relation = head.long(), tail.long(), relation.long()
     graph = torch.zeros_like(head) if fact_graph is None else fact_graph.long()
     if head.numel():
@@ -180,26 +182,26 @@ def build_fact_orders(
         high = int(torch.stack([head, tail]).max())
         if low < 0 or high >= num_nodes:
             raise ValueError(
-                f"build_fact_orders: node rows must be in 0..{num_nodes - 1}, got {low}..{high}"
+                f"build_fact_index: node rows must be in 0..{num_nodes - 1}, got {low}..{high}"
             )
         if int(relation.min()) < 0 or int(graph.min()) < 0:
-            raise ValueError("build_fact_orders: relation and graph rows must not be negative")
+            raise ValueError("build_fact_index: relation and graph rows must not be negative")
     # One relation row more than the largest keeps (graph, relation) keys apart.
     radix = int(relation.max()) + 1 if relation.numel() else 1
     keys, fact_pair = torch.unique(graph * radix + relation, return_inverse=True)
-    tail_ptr, tail_fact = _sort_by(tail, num_nodes)
-    head_ptr, head_fact = _sort_by(head, num_nodes)
-    pair_ptr, pair_fact = _sort_by(fact_pair, keys.numel())
+    tail_ptr, tail_perm = _sort_by(tail, num_nodes)
+    head_ptr, head_perm = _sort_by(head, num_nodes)
+    pair_ptr, pair_perm = _sort_by(fact_pair, keys.numel())
     ones = torch.ones_like(head, dtype=torch.int32)
-    return FactOrders(
+    return FactIndex(
         head=head.int(),
         tail=tail.int(),
         tail_ptr=tail_ptr,
-        tail_fact=tail_fact,
+        tail_perm=tail_perm,
         head_ptr=head_ptr,
-        head_fact=head_fact,
+        head_perm=head_perm,
         pair_ptr=pair_ptr,
-        pair_fact=pair_fact,
+        pair_perm=pair_perm,
         pair_relation=(keys % radix).int(),
         pair_graph=torch.div(keys, radix, rounding_mode="floor").int(),
         fact_pair=fact_pair.int(),
@@ -208,22 +210,22 @@ def build_fact_orders(
     )
 
 
-def concat_fact_orders(parts: Sequence[FactOrders]) -> FactOrders:
+def concat_fact_indexes(parts: Sequence[FactIndex]) -> FactIndex:
     """Joins the orders of single graphs into those of a pack, without sorting.
 
     Args:
         parts: one graph each, with relation rows that already count in the pack's relation list.
 
     Returns:
-        What `build_fact_orders` gives for the joined facts.
+        What `build_fact_index` gives for the joined facts.
 
     Raises:
         ValueError: no parts.
     """
     if not parts:
-        raise ValueError("concat_fact_orders: at least one graph is needed")
+        raise ValueError("concat_fact_indexes: at least one graph is needed")
     nodes = facts = pairs = 0
-    columns: dict[str, list[Tensor]] = {name: [] for name in FactOrders._fields}
+    columns: dict[str, list[Tensor]] = {name: [] for name in FactIndex._fields}
     for graph, part in enumerate(parts):
         offset = {
             "head": nodes,
@@ -241,4 +243,4 @@ def concat_fact_orders(parts: Sequence[FactOrders]) -> FactOrders:
         nodes += part.num_nodes
         facts += part.num_facts
         pairs += part.num_pairs
-    return FactOrders(**{name: torch.cat(pieces) for name, pieces in columns.items()})
+    return FactIndex(**{name: torch.cat(pieces) for name, pieces in columns.items()})

@@ -34,7 +34,7 @@ def segment_ptr(segment: Tensor, num_segments: int) -> Tensor:
     return torch.searchsorted(segment, numbers, out_int32=True)
 
 
-def longest(ptr: Tensor) -> int:
+def max_segment_length(ptr: Tensor) -> int:
     """Most rows of one segment; waits for the device."""
     return int((ptr[1:] - ptr[:-1]).max()) if ptr.shape[0] > 1 else 0
 

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from .orders import FactOrders, build_fact_orders
+from .orders import FactIndex, build_fact_index
 
 # Largest RMS error relative to the RMS of the expected values, by the dtype of the result.
 TOLERANCE = {
@@ -70,23 +70,23 @@ def fenced_allocations() -> Iterator[None]:
     What a kernel forgets to write is seen in its results; what it writes outside its buffers raises
     AssertionError at the end of the block. Launchers allocate by new_empty for this reason.
     """
-    plain, roomy_tensors = torch.Tensor.new_empty, []
+    new_empty, padded_tensors = torch.Tensor.new_empty, []
 
     def fenced(self: Tensor, *size: int | tuple[int, ...], **options: object) -> Tensor:
         shape = size if all(isinstance(n, int) for n in size) else tuple(size[0])
         count = math.prod(shape)
-        roomy = plain(self, count + 2 * _FENCE, **options)
-        roomy.fill_(_poison(roomy))
-        roomy_tensors.append(roomy)
-        return roomy[_FENCE : _FENCE + count].view(shape)
+        padded = new_empty(self, count + 2 * _FENCE, **options)
+        padded.fill_(_poison(padded))
+        padded_tensors.append(padded)
+        return padded[_FENCE : _FENCE + count].view(shape)
 
     with mock.patch.object(torch.Tensor, "new_empty", fenced):
         yield
-    for roomy in roomy_tensors:
-        fences = torch.cat([roomy[:_FENCE], roomy[-_FENCE:]])
+    for padded in padded_tensors:
+        fences = torch.cat([padded[:_FENCE], padded[-_FENCE:]])
         intact = fences.isnan() if fences.is_floating_point() else fences == _poison(fences)
         if not bool(intact.all()):
-            raise AssertionError(f"written outside a buffer of {roomy.numel() - 2 * _FENCE}")
+            raise AssertionError(f"written outside a buffer of {padded.numel() - 2 * _FENCE}")
 
 
 def _poison(tensor: Tensor) -> float | int:
@@ -97,7 +97,7 @@ class Adjacency(NamedTuple):
     """A random pack: orders, int32 node_graph [N], node_ptr [B+1], fact_graph [E], fact_ptr [B+1],
     int64 relation [E] and int32 node_count [N]."""
 
-    orders: FactOrders
+    fact_index: FactIndex
     node_graph: Tensor
     node_ptr: Tensor
     fact_graph: Tensor
@@ -122,7 +122,7 @@ def adjacency(
         sizes: (nodes, facts) of each graph.
         head, tail: int64 [E] node rows of the pack.
         relation: int64 [E].
-        head_count, tail_count: int [E] see FactOrders; node_count: int [N]; None means ones.
+        head_count, tail_count: int [E] see FactIndex; node_count: int [N]; None means ones.
     """
     nodes = torch.tensor([n for n, _ in sizes])
     facts = torch.tensor([e for _, e in sizes])
@@ -130,7 +130,7 @@ def adjacency(
     fact_graph = graphs.repeat_interleave(facts)
     zero = torch.zeros(1, dtype=torch.int64)
     return Adjacency(
-        orders=build_fact_orders(
+        fact_index=build_fact_index(
             head,
             tail,
             relation,
@@ -183,31 +183,33 @@ def random_adjacency(
 
 def padded_facts(pack: Adjacency, rows: int) -> Adjacency:
     """The pack with `rows` more facts, and one pair, that no node has and that weigh nothing."""
-    orders = pack.orders
-    fact, node = orders.num_facts + rows - 1, orders.num_nodes - 1
+    fact_index = pack.fact_index
+    fact, node = fact_index.num_facts + rows - 1, fact_index.num_nodes - 1
     graph = len(pack.node_ptr) - 2
     fill = {
         **dict.fromkeys(("head", "tail"), (rows, node)),
-        **dict.fromkeys(("tail_fact", "head_fact", "pair_fact"), (rows, fact)),
+        **dict.fromkeys(("tail_perm", "head_perm", "pair_perm"), (rows, fact)),
         **dict.fromkeys(("head_count", "tail_count"), (rows, 0)),
-        "fact_pair": (rows, orders.num_pairs),
-        "pair_ptr": (1, orders.num_facts),
+        "fact_pair": (rows, fact_index.num_pairs),
+        "pair_ptr": (1, fact_index.num_facts),
         "pair_relation": (1, 0),
         "pair_graph": (1, graph),
     }
     columns = {
-        name: torch.cat([getattr(orders, name), getattr(orders, name).new_full((size,), value)])
+        name: torch.cat(
+            [getattr(fact_index, name), getattr(fact_index, name).new_full((size,), value)]
+        )
         for name, (size, value) in fill.items()
     }
-    return pack._replace(orders=orders._replace(**columns))
+    return pack._replace(fact_index=fact_index._replace(**columns))
 
 
 def strided_like(tensor: Tensor) -> Tensor:
     """The same values in memory with gaps: every dimension has a stride of more than it needs."""
     if tensor.dim() == 0:
         return tensor
-    roomy = tensor.new_empty([2 * size + 1 for size in tensor.shape])
-    view = roomy[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    padded = tensor.new_empty([2 * size + 1 for size in tensor.shape])
+    view = padded[tuple(slice(1, None, 2) for _ in tensor.shape)]
     return view.copy_(tensor)
 
 
@@ -220,7 +222,7 @@ def gradients(
     out: Tensor, inputs: list[Tensor], grad: Tensor, *, retain_graph: bool = False
 ) -> list[Tensor]:
     """Gradients of `out` with respect to every input; zeros for an input without influence."""
-    found = torch.autograd.grad(
+    grads = torch.autograd.grad(
         out,
         inputs,
         grad.to(out.dtype),
@@ -228,10 +230,10 @@ def gradients(
         allow_unused=True,
         materialize_grads=True,
     )
-    return list(found)
+    return list(grads)
 
 
-class Pieces(NamedTuple):
+class PromptPieces(NamedTuple):
     """Prompts in pieces as `prompt_tokens` takes them, and the lengths of all, int32 [B]."""
 
     source: Tensor
@@ -241,17 +243,19 @@ class Pieces(NamedTuple):
     length: Tensor
 
 
-def random_pieces(prompts: int, pieces: int, *, longest: int = 5, seed: int = 0) -> Pieces:
+def random_prompt_pieces(
+    prompts: int, pieces: int, *, longest: int = 5, seed: int = 0
+) -> PromptPieces:
     """Random text, some pieces empty, about half of the others behind a slot of their own."""
-    draw = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     size = (prompts, pieces)
-    text = torch.randint(-1, longest + 1, size, generator=draw).clamp(min=0)
-    source = torch.randint(1, 1000, (int(text.sum()),), generator=draw).int()
+    text = torch.randint(-1, longest + 1, size, generator=generator).clamp(min=0)
+    source = torch.randint(1, 1000, (int(text.sum()),), generator=generator).int()
     start = (text.flatten().cumsum(0) - text.flatten()).view(size)
-    vectors = torch.randperm(prompts * pieces, generator=draw).view(size)
-    slot = torch.where(torch.rand(size, generator=draw) < 0.5, vectors, -1)
-    lengths = torch.where(torch.rand(size, generator=draw) < 0.2, 0, text + (slot >= 0))
+    vectors = torch.randperm(prompts * pieces, generator=generator).view(size)
+    slot = torch.where(torch.rand(size, generator=generator) < 0.5, vectors, -1)
+    lengths = torch.where(torch.rand(size, generator=generator) < 0.2, 0, text + (slot >= 0))
     end = lengths.cumsum(1)
     # Pieces that were left out keep their start and slot, as a prompt's facts do.
     total = lengths.sum(1)
-    return Pieces(source, *(x.int() for x in (start, end, slot, total)))
+    return PromptPieces(source, *(x.int() for x in (start, end, slot, total)))

@@ -132,7 +132,7 @@ def test_no_gradient_at_the_kink() -> None:
 def test_least_bytes_are_those_of_the_readme() -> None:
     """`message_passing` in float32: 8NC + 4C(2P+B+C) + 24E and 16NC + 8C(2P+B+C) + 40E."""
     pack = random_pack(TINY, CPU)
-    n, e, p = pack.orders.num_nodes, pack.orders.num_facts, pack.orders.num_pairs
+    n, e, p = pack.fact_index.num_nodes, pack.fact_index.num_facts, pack.fact_index.num_pairs
     b, c = pack.num_graphs, 16
     forward = 8 * n * c + 4 * c * (2 * p + b + c) + 24 * e
     backward = 16 * n * c + 8 * c * (2 * p + b + c) + 40 * e

@@ -19,7 +19,7 @@ from dragkit.generator.generator import Generator  # noqa: E402
 from dragkit.generator.load import load_generator  # noqa: E402
 from dragkit.generator.prompt import NeuralPrompt  # noqa: E402
 from dragkit.observe.flops import ActiveWeights  # noqa: E402
-from dragkit.observe.gpu import GpuMonitor, device_spec  # noqa: E402
+from dragkit.observe.gpu import GpuMonitor, card_spec  # noqa: E402
 
 WEIGHTS = ActiveWeights(blocks=1000, head=300, lora=10)
 FLOP_PER_S = 400 * 4060 + 40 * 1200
@@ -145,7 +145,7 @@ def test_utilisation_and_energy_of_a_gpu(
         assert ours.rates.joules_per_question is None
     else:  # 150 J a call of 16 questions
         assert ours.rates.joules_per_question == pytest.approx(150 / 16)
-    spec = device_spec(gpu)
+    spec = card_spec(gpu)
     wanted = None if spec is None else pytest.approx(FLOP_PER_S / (spec.bf16_tflops * 1e12))
     assert ours.rates.mfu == wanted and ours.rates.flop_per_s > 0
 
@@ -180,7 +180,7 @@ def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
         ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=none,
         target_id=none,
-        kept=none,
+        num_facts_kept=none,
         longest=max(lengths),
     )
 

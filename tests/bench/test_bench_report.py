@@ -12,7 +12,7 @@ from bench import records
 from bench.records import command_line, write_results
 from bench.report import LABEL, ceiling, main
 from bench.results import Comparison, Rates, ResultError, Timing, read_all, read_results
-from dragkit.observe.gpu import device_spec
+from dragkit.observe.gpu import card_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = "NVIDIA H200"
@@ -281,7 +281,7 @@ def test_missing_files_and_usage(tmp_path, capsys) -> None:
 
 def test_ceilings_by_hand() -> None:
     """4.8e8 bytes at 4.8 TB/s take 0.1 ms; 9.89e11 operations at 989 TFLOP/s 1 ms."""
-    h200 = device_spec("NVIDIA H200")
+    h200 = card_spec("NVIDIA H200")
     assert ceiling(h200, 4.8e8, 2e9, "bfloat16") == (pytest.approx(0.1), "memory")
     assert ceiling(h200, 4.8e8, 9.89e11, "bfloat16") == (pytest.approx(1.0), "arithmetic")
     # float32 by the vector units: 67 TFLOP/s.

@@ -34,7 +34,7 @@ PLACES = {
     "fsync": (os,),
     "replace": (os,),
     "rmtree": (shutil,),
-    "write_file": (atomic, checkpoint),
+    "write_durably": (atomic, checkpoint),
 }
 CLEANING = ("rmtree", "replace")
 
@@ -78,7 +78,7 @@ class FaultyDisk:
         number = len(self.calls)
         self.calls.append(name)
         if isinstance(self.fault, int):
-            again = self.lasting and self.failed and name in ("mkdir", "write_file")
+            again = self.lasting and self.failed and name in ("mkdir", "write_durably")
             if number == self.at or again:
                 self.failed = True
                 self.half(name, *args)
@@ -91,7 +91,7 @@ class FaultyDisk:
         return getattr(self, f"do_{name}", self.real[name])(*args)
 
     def half(self, name: str, *args: object) -> None:
-        if name == "write_file":
+        if name == "write_durably":
             args[0].write_bytes(args[1][: len(args[1]) // 2])
         if name == "rmtree":
             next(path for path in sorted(args[0].rglob("*")) if path.is_file()).unlink()
@@ -103,7 +103,7 @@ class FaultyDisk:
     def do_write_file(self, path: Path, data: bytes) -> str:
         self.unsynced_entries.add(path)
         self.unsynced_files.add(path)
-        return self.real["write_file"](path, data)
+        return self.real["write_durably"](path, data)
 
     def do_fsync(self, descriptor: int) -> None:
         # Nothing is waited for: the test is about the order of operations.
@@ -276,13 +276,13 @@ def test_every_failing_operation_leaves_old_or_new(case: Case, code: int, lastin
 
 
 def test_the_system_calls_do_what_they_say(tmp_path: Path) -> None:
-    atomic.make_folders(tmp_path / "a" / "b")
+    atomic.make_dirs(tmp_path / "a" / "b")
     path = tmp_path / "a" / "b" / "file"
-    assert atomic.write_file(path, b"abc") == (
+    assert atomic.write_durably(path, b"abc") == (
         "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
     with pytest.raises(FileExistsError):
-        atomic.write_file(path, b"other")
+        atomic.write_durably(path, b"other")
     (tmp_path / "a" / "b" / "file.tmp").write_text("left by a dead writer")
-    atomic.replace_text(path, "new")
+    atomic.write_text_atomically(path, "new")
     assert path.read_text() == "new" and os.listdir(path.parent) == ["file"]

@@ -186,7 +186,7 @@ def test_set_reaches_the_whole_schema_and_the_last_one_wins(tmp_path: Path) -> N
 
 def test_the_other_phase_of_the_same_command() -> None:
     args = parse_train_args(["--preset", "b200", "--hidden_dim", "32"])
-    first = args.in_phase(1)
+    first = args.config_for_phase(1)
     assert (first.run.phase, first.retriever.hidden_dim) == (1, 32)
     assert (args.config.optim.batch_size_in(2), first.optim.batch_size_in(1)) == (4, 16)
 
@@ -361,13 +361,9 @@ def test_a_command_that_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == ""
 
 
-def test_help_readme_and_error_classes_share_one_table_of_exit_codes() -> None:
-    row = next(
-        line
-        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith("| exit codes |")
-    )
-    assert [int(code) for code in re.findall(r"\d+", row)] == list(EXIT_CODES)
+def test_help_page_and_error_classes_share_one_table_of_exit_codes() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)] == list(EXIT_CODES)
     for parser in (train_parser("p"), evaluate_parser(), plan_parser()):
         listed = parser.format_help().partition("exit codes:\n")[2]
         assert [int(code) for code in re.findall(r"^ +(\d+)  ", listed, re.M)] == list(EXIT_CODES)

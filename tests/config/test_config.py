@@ -22,14 +22,14 @@ from dragkit.config import (
     TrainConfig,
     config_schema,
     dump_config,
-    load_config,
     parse_text,
+    resolve_config,
     show_config,
 )
 from dragkit.errors import ConfigError, MissingInputError
 
 ROOT = Path(__file__).resolve().parents[2]
-PRESET_DIR = ROOT / "dragkit" / "presets"
+PRESET_DIR = ROOT / "dragkit" / "config" / "presets"
 
 
 def write(folder: Path, text: str) -> Path:
@@ -52,7 +52,7 @@ SETTINGS = st.fixed_dictionaries(
         "preset": st.sampled_from(PRESETS),
         "data.heuristics_path": TEXTS,
         "data.max_facts_per_batch": st.integers(1, 10**12),
-        "data.max_bad_share": st.floats(0, 1, exclude_max=True),
+        "data.max_bad_fraction": st.floats(0, 1, exclude_max=True),
         "encoder.model": TEXTS,
         "sampler.temperature": POSITIVE,
         "sampler.k_facts": st.integers(1, 100),
@@ -75,21 +75,21 @@ SETTINGS = st.fixed_dictionaries(
 def test_a_dumped_configuration_loads_back_unchanged(
     tmp_path_factory: pytest.TempPathFactory, overrides: dict
 ) -> None:
-    config, _ = load_config(overrides=overrides)
+    config, _ = resolve_config(overrides=overrides)
     for key, value in overrides.items():
         section, _, name = key.rpartition(".")
         assert getattr(getattr(config, section) if section else config, name) == value
 
     path = write(tmp_path_factory.getbasetemp(), dump_config(config))
 
-    assert load_config(file=path)[0] == config
+    assert resolve_config(file=path)[0] == config
     # Nor does the automatic choice of the demo's preset touch a complete file.
-    assert load_config(file=path, demo_preset="tiny")[0] == config
+    assert resolve_config(file=path, demo_preset="tiny")[0] == config
 
 
 def test_a_later_source_wins_and_origins_say_which(tmp_path: Path) -> None:
     path = write(tmp_path, "optim: {lr: 1e-4, epochs: 7}\nsampler: {k_facts: 12}\n")
-    config, origins = load_config(
+    config, origins = resolve_config(
         "b200", path, {"optim.epochs": 3}, labels={"optim.epochs": "--epochs"}
     )
 
@@ -105,19 +105,19 @@ def test_a_later_source_wins_and_origins_say_which(tmp_path: Path) -> None:
 def test_a_block_for_one_phase_applies_in_that_phase_only(tmp_path: Path) -> None:
     path = write(tmp_path, "optim: {lr: 1}\nphase1: {optim: {lr: 2}}\nphase2: {optim: {lr: 3}}\n")
     for overrides, lr in (({}, 3), ({"run.phase": 1}, 2), ({"optim.lr": 4}, 4)):
-        assert load_config(file=path, overrides=overrides)[0].optim.lr == lr
+        assert resolve_config(file=path, overrides=overrides)[0].optim.lr == lr
 
 
 def test_which_preset_is_taken(tmp_path: Path) -> None:
     named = write(tmp_path, "preset: webqsp\n")
-    assert load_config(file=named)[0].retriever.num_stages == 3
-    assert load_config("cwq", named)[0].retriever.num_instructions == 3
+    assert resolve_config(file=named)[0].retriever.num_stages == 3
+    assert resolve_config("cwq", named)[0].retriever.num_instructions == 3
     data = {"data.heuristics_path": "x.jsonl"}
-    assert load_config(demo_preset="tiny")[0].preset == "tiny"
-    assert load_config(overrides=data, demo_preset="tiny")[0].preset is None
-    assert load_config("cwq", demo_preset="tiny")[0].preset == "cwq"
+    assert resolve_config(demo_preset="tiny")[0].preset == "tiny"
+    assert resolve_config(overrides=data, demo_preset="tiny")[0].preset is None
+    assert resolve_config("cwq", demo_preset="tiny")[0].preset == "cwq"
     none = write(tmp_path, "preset: null\n")
-    assert load_config(file=none, demo_preset="tiny")[0].preset is None
+    assert resolve_config(file=none, demo_preset="tiny")[0].preset is None
 
 
 def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
         """
         lr: 3
         sampler: 3
-        optim: {learning_rate: 1, lr: -1, epochs: yes, warmup_share: .nan}
+        optim: {learning_rate: 1, lr: -1, epochs: yes, warmup_ratio: .nan}
         run: {device: tpu, profile_steps: '5:2', checkpoint_dir: ''}
         phase1: {optim: {lrr: 1}}
         rubbish: 1
@@ -135,14 +135,14 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
     )
     overrides = {"sampler.k_facts": 200, "retriever.node_dim": 128, "loss.rhoo": 0.5}
     with pytest.raises(ConfigError) as caught:
-        load_config("h20", path, overrides, labels={"sampler.k_facts": "--k_facts"})
+        resolve_config("h20", path, overrides, labels={"sampler.k_facts": "--k_facts"})
     lines = str(caught.value).splitlines()
     reports = {line.split()[0]: line for line in lines[1:]}
 
     assert lines[0] == f"{len(reports)} problems in the configuration:"
     assert reports.keys() == {
         *("7", "rubbish", "lr", "sampler", "preset", "loss.rhoo"),
-        *("optim.learning_rate", "optim.lrr", "optim.lr", "optim.epochs", "optim.warmup_share"),
+        *("optim.learning_rate", "optim.lrr", "optim.lr", "optim.epochs", "optim.warmup_ratio"),
         *("run.device", "run.profile_steps", "run.checkpoint_dir"),
         *("retriever.node_dim", "sampler.k_facts"),
     }
@@ -180,24 +180,24 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
         ("generator.lora_targets", []),
         ("generator.lora_targets", [1]),
         ("generator.freeze_lm", "maybe"),
-        ("data.max_bad_share", 1),
+        ("data.max_bad_fraction", 1),
         ("retriever.dropout", -0.1),
         ("encoder.model", ""),
     ],
 )
 def test_a_value_out_of_range_names_its_key(key: str, bad: object) -> None:
     with pytest.raises(ConfigError, match="^1 problem") as caught:
-        load_config(overrides={key: bad})
+        resolve_config(overrides={key: bad})
     assert f"  {key} (flag): " in str(caught.value)
 
 
 def test_values_are_held_against_one_another() -> None:
     with pytest.raises(ConfigError, match="sampler.k_facts .default.: .*max_facts_cap .5."):
-        load_config(overrides={"sampler.max_facts_cap": 5})
+        resolve_config(overrides={"sampler.max_facts_cap": 5})
     same = {f"retriever.{name}": 64 for name in ("hidden_dim", "node_dim", "relation_dim")}
-    assert load_config(overrides=same)[0].retriever.relation_dim == 64
+    assert resolve_config(overrides=same)[0].retriever.relation_dim == 64
     with pytest.raises(ConfigError, match=r"retriever.relation_dim .*hidden_dim \(64\)"):
-        load_config(overrides={**same, "retriever.relation_dim": 32})
+        resolve_config(overrides={**same, "retriever.relation_dim": 32})
 
 
 @pytest.mark.parametrize(
@@ -216,32 +216,32 @@ def test_a_file_that_is_no_configuration_is_named(
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=re.escape(where)) as caught:
-        load_config(file=path)
+        resolve_config(file=path)
     assert str(path) in str(caught.value)
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(MissingInputError, match=re.escape(str(path))):
-            load_config(file=path)
+            resolve_config(file=path)
 
 
 def test_an_empty_file_and_empty_sections_change_nothing(tmp_path: Path) -> None:
-    assert load_config(file=write(tmp_path, "# nothing\n"))[0] == TrainConfig()
-    assert load_config(file=write(tmp_path, "optim:\nphase2:\n"))[0] == TrainConfig()
+    assert resolve_config(file=write(tmp_path, "# nothing\n"))[0] == TrainConfig()
+    assert resolve_config(file=write(tmp_path, "optim:\nphase2:\n"))[0] == TrainConfig()
 
 
 @pytest.mark.parametrize("phase", [1, 2])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_valid_in_both_phases(preset: str, phase: int) -> None:
-    config, _ = load_config(preset, overrides={"run.phase": phase})
+    config, _ = resolve_config(preset, overrides={"run.phase": phase})
     assert (config.preset, config.run.phase) == (preset, phase)
 
 
 def test_presets_hold_the_documented_settings() -> None:
     assert {path.stem for path in PRESET_DIR.iterdir()} == set(PRESETS)
     depth = {
-        name: load_config(name)[0].retriever.model_dump(
+        name: resolve_config(name)[0].retriever.model_dump(
             include={"num_instructions", "num_reasoning_steps", "num_stages"}
         )
         for name in ("webqsp", "cwq")
@@ -249,20 +249,20 @@ def test_presets_hold_the_documented_settings() -> None:
     assert list(depth["webqsp"].values()) == [2, 2, 3]
     assert list(depth["cwq"].values()) == [3, 3, 2]
     for name, facts, batch in (("h200", 10, 1), ("b200", 15, 4)):
-        config, _ = load_config(name)
+        config, _ = resolve_config(name)
         assert (config.sampler.k_facts, config.optim.batch_size_in(2)) == (facts, batch)
         assert config.generator_model == "unsloth/Nemotron-3-Nano-30B-A3B"
-        assert load_config(name, overrides={"run.phase": 1})[0].optim.batch_size_in(1) == 16
+        assert resolve_config(name, overrides={"run.phase": 1})[0].optim.batch_size_in(1) == 16
 
 
 def test_defaults_that_hang_on_something() -> None:
     config = TrainConfig()
     assert config.optim.adapter_lr == pytest.approx(1e-5, rel=1e-12)
-    assert load_config(overrides={"optim.lora_lr": 3e-6})[0].optim.adapter_lr == 3e-6
+    assert resolve_config(overrides={"optim.lora_lr": 3e-6})[0].optim.adapter_lr == 3e-6
     assert [config.optim.epochs_in(phase) for phase in (1, 2)] == [10, 5]
     assert [config.optim.batch_size_in(phase) for phase in (1, 2)] == [16, 1]
     assert config.generator_model == "tiny"
-    own = load_config(overrides={"data.heuristics_path": "x.jsonl"})[0]
+    own = resolve_config(overrides={"data.heuristics_path": "x.jsonl"})[0]
     assert own.generator_model == "unsloth/Nemotron-3-Nano-30B-A3B"
 
 
@@ -300,7 +300,7 @@ def test_text_from_the_command_line_is_typed_by_the_schema(
 
 
 def test_show_gives_every_key_once_with_its_origin() -> None:
-    lines = show_config(*load_config("cwq")).splitlines()
+    lines = show_config(*resolve_config("cwq")).splitlines()
     assert [line.split()[0] for line in lines] == list(FIELDS)
     by_key = {line.split()[0]: line.split(maxsplit=2)[1:] for line in lines}
     assert by_key["retriever.num_instructions"] == ["3", "preset cwq"]

@@ -130,5 +130,5 @@ def _slow_classes(
 
 @pytest.fixture(scope="session")
 def slow_classes() -> Callable[..., list[int]]:
-    """An independent way to the classes that `quotient` finds."""
+    """An independent way to the classes that `merge_nodes` finds."""
     return _slow_classes

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data.question_file import _decode, read_heuristics
+from dragkit.data.question_file import _decode, read_questions
 from dragkit.errors import DataError
 
 GOOD = b'{"id":"%d","question":"q","triples":[["a","r","b"]],"answer":"b"}'
@@ -59,7 +59,7 @@ def test_every_bad_line_of_a_large_file(tmp_path: Path) -> None:
     file = tmp_path / "large.jsonl"
     file.write_bytes(b"\n".join(lines) + b"\n")
     started = time.process_time()
-    found = read_heuristics(file, max_bad=0.014, max_line_bytes=4000)
+    found = read_questions(file, max_bad_fraction=0.014, max_line_bytes=4000)
     assert time.process_time() - started < 3
     assert len(found.questions) == 10_000 - 140
     assert {problem.line: problem.path for problem in found.rejects} == {
@@ -68,7 +68,7 @@ def test_every_bad_line_of_a_large_file(tmp_path: Path) -> None:
     for problem in found.rejects:
         assert expected[problem.line][1] in problem.reason, problem
     with pytest.raises(DataError) as error:
-        read_heuristics(file, max_bad=0.0139, max_line_bytes=4000)
+        read_questions(file, max_bad_fraction=0.0139, max_line_bytes=4000)
     assert error.value.exit_code == 65
     *listed, last = str(error.value).splitlines()
     assert [line.split(": ")[:2] for line in listed] == [
@@ -85,7 +85,7 @@ def test_a_line_too_deep_and_an_escaped_backslash_before_u0000() -> None:
 
 def test_the_list_is_cut_but_the_count_is_not(write_rows: Callable[..., Path]) -> None:
     with pytest.raises(DataError) as error:
-        read_heuristics(write_rows([b"[]"] * 1000))
+        read_questions(write_rows([b"[]"] * 1000))
     lines = str(error.value).splitlines()
     assert len(lines) == 202
     assert lines[200] == "... and 800 more problems"
@@ -103,14 +103,14 @@ def test_a_line_at_the_limit(tmp_path: Path) -> None:
     ):
         path = tmp_path / "limit.jsonl"
         path.write_bytes(b'{"question":"first","triples":[]}\n' + row % (b"x" * size) + end)
-        found = read_heuristics(path, max_bad=0.5, max_line_bytes=100)
+        found = read_questions(path, max_bad_fraction=0.5, max_line_bytes=100)
         assert [problem.line for problem in found.rejects] == [2] * bad, (size, end)
 
 
 def test_a_line_of_64_mb_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_bytes(GOOD % 1 + b"\n" + b"x" * 64_000_000 + b"\n" + GOOD % 3)
-    found = read_heuristics(path, max_bad=0.5)
+    found = read_questions(path, max_bad_fraction=0.5)
     assert [(problem.line, problem.path) for problem in found.rejects] == [(2, "$")]
     assert [question.line for question in found.questions] == [1, 3]
 

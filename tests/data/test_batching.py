@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data.batching import FactBudgetSampler
+from dragkit.data.batching import FactBudgetBatchSampler
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -21,10 +21,10 @@ from dragkit.data.batching import FactBudgetSampler
 def test_bounds_and_completeness(
     counts: list[int], batch_size: int, max_facts: int, seed: int, epoch: int
 ) -> None:
-    sampler = FactBudgetSampler(
+    batch_sampler = FactBudgetBatchSampler(
         np.array(counts, dtype=np.int64), batch_size=batch_size, max_facts=max_facts, seed=seed
     )
-    batches = sampler.batches(epoch)
+    batches = batch_sampler.batches(epoch)
     assert sorted(row for batch in batches for row in batch) == list(range(len(counts)))
     for batch in batches:
         assert 1 <= len(batch) <= batch_size
@@ -33,14 +33,18 @@ def test_bounds_and_completeness(
     for batch, following in zip(batches, batches[1:], strict=False):
         full = len(batch) == batch_size
         assert full or sum(counts[row] for row in batch) + counts[following[0]] > max_facts
-    assert sampler.batches(epoch) == batches
-    assert [row for batch in sampler.in_order() for row in batch] == list(range(len(counts)))
+    assert batch_sampler.batches(epoch) == batches
+    assert [row for batch in batch_sampler.in_file_order() for row in batch] == list(
+        range(len(counts))
+    )
 
 
 def test_epochs_and_seeds_differ() -> None:
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        sampler = FactBudgetSampler(np.ones(100), batch_size=100, max_facts=100, seed=seed)
-        return tuple(sampler.batches(epoch)[0])
+        batch_sampler = FactBudgetBatchSampler(
+            np.ones(100), batch_size=100, max_facts=100, seed=seed
+        )
+        return tuple(batch_sampler.batches(epoch)[0])
 
     orders = {order(seed, epoch) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
@@ -48,29 +52,31 @@ def test_epochs_and_seeds_differ() -> None:
 
 def test_the_order_never_changes() -> None:
     """Pinned: a resumed run must see the order that the interrupted one saw."""
-    sampler = FactBudgetSampler(np.ones(8), batch_size=8, max_facts=8, seed=42)
-    assert [sampler.batches(epoch)[0] for epoch in range(2)] == [
+    batch_sampler = FactBudgetBatchSampler(np.ones(8), batch_size=8, max_facts=8, seed=42)
+    assert [batch_sampler.batches(epoch)[0] for epoch in range(2)] == [
         [7, 1, 6, 4, 3, 5, 0, 2],
         [4, 5, 3, 0, 2, 7, 1, 6],
     ]
 
 
 def test_permutations_are_spread_evenly() -> None:
-    sampler = FactBudgetSampler(np.ones(6), batch_size=6, max_facts=6, seed=1)
-    first = np.bincount([sampler.permutation(epoch)[0] for epoch in range(3000)], minlength=6)
+    batch_sampler = FactBudgetBatchSampler(np.ones(6), batch_size=6, max_facts=6, seed=1)
+    first = np.bincount([batch_sampler.permutation(epoch)[0] for epoch in range(3000)], minlength=6)
     # Binomial(3000, 1/6): five standard deviations are 102.
     assert np.abs(first - 500).max() < 102
 
 
 def test_file_order_and_limit() -> None:
-    sampler = FactBudgetSampler(np.array([5, 5, 20, 1]), batch_size=3, max_facts=10, shuffle=False)
-    assert sampler.batches(3) == sampler.in_order() == [[0, 1], [2], [3]]
-    assert sampler.in_order(2) == [[0, 1]]
-    assert sampler.in_order(99) == [[0, 1], [2], [3]]
-    assert sampler.in_order(0) == []
+    batch_sampler = FactBudgetBatchSampler(
+        np.array([5, 5, 20, 1]), batch_size=3, max_facts=10, shuffle=False
+    )
+    assert batch_sampler.batches(3) == batch_sampler.in_file_order() == [[0, 1], [2], [3]]
+    assert batch_sampler.in_file_order(2) == [[0, 1]]
+    assert batch_sampler.in_file_order(99) == [[0, 1], [2], [3]]
+    assert batch_sampler.in_file_order(0) == []
 
 
 @pytest.mark.parametrize("bounds", [(0, 5), (5, 0)])
 def test_wrong_bounds(bounds: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        FactBudgetSampler(np.ones(1), batch_size=bounds[0], max_facts=bounds[1])
+        FactBudgetBatchSampler(np.ones(1), batch_size=bounds[0], max_facts=bounds[1])

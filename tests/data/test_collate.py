@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import QuestionBatch
 from dragkit.data.store import PackedStore, StoredQuestion
-from dragkit_kernels import FactGroups, FactOrders, build_fact_orders, concat_fact_orders
+from dragkit_kernels import FactGroups, FactIndex, build_fact_index, concat_fact_indexes
 
 ROWS = 40
 Collator = Callable[..., PackedCollator]
@@ -52,23 +52,23 @@ class Scratch:
         get = lambda name: c.get(name, empty)  # noqa: E731
         nodes = len(self.columns["node_graph"])
 
-        def orders(chosen: list[int]) -> FactOrders:
+        def fact_index(chosen: list[int]) -> FactIndex:
             at = torch.tensor(chosen, dtype=torch.int64)
             columns = [get(name)[at] for name in ("head", "tail", "relation")]
             counts = {name: get(name)[at] for name in ("head_count", "tail_count")}
-            return build_fact_orders(*columns, nodes, get("edge_graph")[at], **counts)
+            return build_fact_index(*columns, nodes, get("edge_graph")[at], **counts)
 
-        self.orders = orders(list(range(len(self.columns["head"]))))
-        self.start = orders(self.columns["near"])
+        self.fact_index = fact_index(list(range(len(self.columns["head"]))))
+        self.topic_facts = fact_index(self.columns["near"])
         by_edge = sorted(range(len(self.columns["row"])), key=self.columns["row"].__getitem__)
-        ends = np.cumsum(np.bincount(get("row").numpy(), minlength=self.orders.num_facts))
+        ends = np.cumsum(np.bincount(get("row").numpy(), minlength=self.fact_index.num_facts))
         self.groups = FactGroups(get("row"), as_int([0, *ends.tolist()]), as_int(by_edge))
         self.fields = {
-            "topic": torch.tensor(self.columns["topic"], dtype=torch.float32),
+            "topic_prob": torch.tensor(self.columns["topic_prob"], dtype=torch.float32),
             "label": torch.tensor(self.columns["label"], dtype=torch.float32),
         } | {
             name: get(name)
-            for name in ("topic_row", "topic_graph", "node_count", "node_graph", "fact_graph")
+            for name in ("topic_node", "topic_graph", "node_count", "node_graph", "fact_graph")
         }
         self.relation_row = torch.tensor([names.index(r) for r in self.used], dtype=torch.int64)
 
@@ -84,10 +84,10 @@ class Scratch:
         started = sorted({node[name] for name in topics or names})
         for place in range(len(members)):
             share = 1 / len(topics or names) if base + place in started else 0
-            c["topic"].append(share)
+            c["topic_prob"].append(share)
             c["node_count"].append(members[place])
         c["node_graph"] += [graph] * len(members)
-        c["topic_row"] += started
+        c["topic_node"] += started
         c["topic_graph"] += [graph] * len(started)
         merged: dict[tuple, int] = {}
         for h, r, t in asked.triples:
@@ -116,7 +116,7 @@ def check(batch: QuestionBatch, expected: Scratch) -> None:
     graph = batch.graph
     assert torch.equal(batch.relation_row, expected.relation_row)
     pairs = [(name, getattr(graph, name), want) for name, want in expected.fields.items()]
-    for part in ("orders", "start", "groups"):
+    for part in ("fact_index", "topic_facts", "groups"):
         found, want = getattr(graph, part), getattr(expected, part)
         pairs += [(f"{part}.{n}", getattr(found, n), getattr(want, n)) for n in want._fields]
     for name, found, want in pairs:
@@ -175,13 +175,15 @@ def test_joined_packs_equal_one_pack(collate: PackedCollator) -> None:
     parts = []
     for row in rows:
         single = collate([row])
-        own = [place[int(r)] for r in single.relation_row[single.graph.orders.pair_relation.long()]]
+        own = [
+            place[int(r)] for r in single.relation_row[single.graph.fact_index.pair_relation.long()]
+        ]
         parts.append(
-            single.graph.orders._replace(pair_relation=torch.tensor(own, dtype=torch.int32))
+            single.graph.fact_index._replace(pair_relation=torch.tensor(own, dtype=torch.int32))
         )
-    joined = concat_fact_orders(parts)
+    joined = concat_fact_indexes(parts)
     for name, want in joined._asdict().items():
-        assert torch.equal(getattr(whole.graph.orders, name), want), name
+        assert torch.equal(getattr(whole.graph.fact_index, name), want), name
 
 
 def test_questions_with_a_positive_fact_are_counted(collate: PackedCollator) -> None:
@@ -207,7 +209,7 @@ def test_only_empty_graphs(
     graph = batch.graph
     assert (graph.num_facts, graph.num_nodes, graph.max_facts) == (0, 0, 0)
     assert graph.fact_ptr.tolist() == graph.node_ptr.tolist() == [0, 0, 0]
-    assert graph.orders.pair_ptr.tolist() == [0]
+    assert graph.fact_index.pair_ptr.tolist() == [0]
     assert batch.relation_row.tolist() == []
 
 
@@ -227,7 +229,7 @@ def test_loader_processes_give_the_same_batches(collate: PackedCollator) -> None
     for rows, batch in zip(batches, loader, strict=True):
         want = collate(rows)
         assert batch.rows == tuple(rows)
-        assert torch.equal(batch.graph.orders.fact_pair, want.graph.orders.fact_pair)
+        assert torch.equal(batch.graph.fact_index.fact_pair, want.graph.fact_index.fact_pair)
 
 
 def test_shuffled_triples_give_the_same_pack(
@@ -247,10 +249,10 @@ def test_shuffled_triples_give_the_same_pack(
     ]
     assert stores[0].fingerprint != stores[1].fingerprint
     first, second = (collator(s)(range(8)) for s in stores)  # type: ignore[arg-type]
-    for part in ("orders", "start", "groups"):
+    for part in ("fact_index", "topic_facts", "groups"):
         pairs = zip(getattr(first.graph, part), getattr(second.graph, part), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs), part
-    for name in ("topic", "topic_row", "node_count", "label", "question_key"):
+    for name in ("topic_prob", "topic_node", "node_count", "label", "question_key"):
         assert torch.equal(getattr(first.graph, name), getattr(second.graph, name)), name
 
 
@@ -263,18 +265,18 @@ def test_a_question_of_200_000_facts(tmp_path: Path, collator: Collator) -> None
     store = PackedStore.build_or_open(path, cache_dir=tmp_path)
     graph = collator(store)([0]).graph
     assert graph.num_facts == len({tuple(fact) for fact in columns})
-    orders = graph.orders
-    assert orders.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
-    want = build_fact_orders(
-        orders.head,
-        orders.tail,
-        orders.pair_relation[orders.fact_pair.long()],
+    fact_index = graph.fact_index
+    assert fact_index.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
+    want = build_fact_index(
+        fact_index.head,
+        fact_index.tail,
+        fact_index.pair_relation[fact_index.fact_pair.long()],
         graph.num_nodes,
-        head_count=orders.head_count,
-        tail_count=orders.tail_count,
+        head_count=fact_index.head_count,
+        tail_count=fact_index.tail_count,
     )
     for name, value in want._asdict().items():
-        assert torch.equal(getattr(orders, name), value), name
+        assert torch.equal(getattr(fact_index, name), value), name
 
 
 def test_relation_tokens_leave_the_padding_out(collate: PackedCollator, collator: Collator) -> None:

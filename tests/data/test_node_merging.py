@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data import quotient as module
-from dragkit.data.node_merging import Quotient, quotient
+from dragkit.data import node_merging as module
+from dragkit.data.node_merging import MergedGraph, merge_nodes
 
 
-def merge(graphs: list[tuple[int, list[int], list[tuple]]], **options: bool) -> Quotient:
+def merge(graphs: list[tuple[int, list[int], list[tuple]]], **options: bool) -> MergedGraph:
     """Of graphs given as (nodes, topics, facts)."""
     base = np.cumsum([0, *(nodes for nodes, _, _ in graphs)])
     mark = np.zeros(base[-1], dtype=bool)
@@ -23,15 +23,15 @@ def merge(graphs: list[tuple[int, list[int], list[tuple]]], **options: bool) -> 
         facts += [(first + h, r, first + t) for h, r, t in triples]
     head, relation, tail = np.array(facts, dtype=np.int32).reshape(-1, 3).T
     owner = np.repeat(np.arange(len(graphs)), np.diff(base))
-    return quotient(head, tail, relation, owner, mark, **options)
+    return merge_nodes(head, tail, relation, owner, mark, **options)
 
 
 def test_leaves_of_a_hub_are_one_class() -> None:
     star = (6, [0], [(0, 7, v) for v in range(1, 5)] + [(5, 7, 0)])
     found = merge([star])
-    assert found.node_class.tolist() == [0, 1, 1, 1, 1, 2]
+    assert found.merged_node.tolist() == [0, 1, 1, 1, 1, 2]
     assert found.size.tolist() == [1, 4, 1]
-    assert found.fact_row.tolist() == [0, 0, 0, 0, 1]
+    assert found.merged_fact.tolist() == [0, 0, 0, 0, 1]
     assert (found.head.tolist(), found.tail.tolist()) == ([0, 2], [1, 0])
     assert found.head_count.tolist() == [4, 1]
     assert found.tail_count.tolist() == [1, 1]
@@ -57,8 +57,8 @@ def test_a_cycle_is_a_node_with_a_loop() -> None:
 def test_graphs_do_not_mix_and_may_be_empty() -> None:
     pair = (2, [0], [(0, 0, 1)])
     found = merge([(0, [], []), pair, (3, [], []), pair, (0, [], [])])
-    assert found.node_class.tolist() == [0, 1, 2, 2, 2, 3, 4]
-    assert found.fact_row.tolist() == [0, 1]
+    assert found.merged_node.tolist() == [0, 1, 2, 2, 2, 3, 4]
+    assert found.merged_fact.tolist() == [0, 1]
     nothing = merge([(0, [], [])])
     assert all(len(column) == 0 for column in nothing)
     assert merge([(3, [], [])], merge=False).size.tolist() == [1, 1, 1]
@@ -94,11 +94,11 @@ def test_equals_slow_refinement(
     node = fact = 0
     for nodes, topics, facts in graphs:
         classes = slow_classes(range(nodes), topics, facts)
-        mine = found.node_class[node : node + nodes]
+        mine = found.merged_node[node : node + nodes]
         assert (mine - (mine[0])).tolist() == classes
         size = np.bincount(classes)
         for place, (h, r, t) in enumerate(facts):
-            row = found.fact_row[fact + place]
+            row = found.merged_fact[fact + place]
             same = [
                 (a, z)
                 for a, q, z in facts

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.data.question_file import read_heuristics
+from dragkit.data.question_file import read_questions
 from dragkit.errors import DataError, MissingInputError
 
 ROW = {"question": "q?", "triples": [["a", "r", "b"]], "answer": "b"}
@@ -18,7 +18,7 @@ ROW = {"question": "q?", "triples": [["a", "r", "b"]], "answer": "b"}
 
 def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        found = read_heuristics(tiny_file)
+        found = read_questions(tiny_file)
     by_id = {question.id: question for question in found.questions}
     assert list(by_id) == [
         "tiny-unicode",
@@ -71,7 +71,7 @@ def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_paths_as_names_or_triples(
     paths: list | None, expected: tuple, write_rows: Callable[..., Path]
 ) -> None:
-    (found,) = read_heuristics(write_rows([ROW | {"paths": paths}])).questions
+    (found,) = read_questions(write_rows([ROW | {"paths": paths}])).questions
     assert found.paths == expected
 
 
@@ -87,7 +87,7 @@ def test_paths_as_names_or_triples(
     ],
 )
 def test_answers(fields: dict, expected: tuple, write_rows: Callable[..., Path]) -> None:
-    (found,) = read_heuristics(write_rows([ROW | fields])).questions
+    (found,) = read_questions(write_rows([ROW | fields])).questions
     assert found.answers == expected
 
 
@@ -102,7 +102,7 @@ def test_what_is_tolerated(tmp_path: Path) -> None:
     ]
     path = tmp_path / "mixed.train.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found = read_heuristics(path)
+    found = read_questions(path)
     assert [question.id for question in found.questions] == ["7", "mixed-3", "mixed-5"]
     assert found.questions[2].text == '"question": "answer"\ufeff'
     assert found.notes["blank_lines"] == 2
@@ -121,14 +121,14 @@ def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
         "n" * 10**6,
     ]
     rows = [ROW | {"triples": [[name, "r", name + "!"] for name in names]}]
-    (found,) = read_heuristics(write_rows(rows)).questions
+    (found,) = read_questions(write_rows(rows)).questions
     assert [head for head, _, _ in found.triples] == names
 
 
 def test_gzip_reads_the_same(tmp_path: Path, tiny_file: Path) -> None:
     packed = tmp_path / "heuristics_tiny.jsonl.gz"
     packed.write_bytes(gzip.compress(tiny_file.read_bytes()))
-    assert read_heuristics(packed) == read_heuristics(tiny_file)
+    assert read_questions(packed) == read_questions(tiny_file)
 
 
 def test_cut_and_damaged_gzip_is_refused_whatever_may_be_bad(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_cut_and_damaged_gzip_is_refused_whatever_may_be_bad(tmp_path: Path) -> 
     for content in (*(data[:size] for size in (0, 1, 5, len(data) // 2, len(data) - 1)), damaged):
         path.write_bytes(content)
         with pytest.raises(DataError, match="gzip"):
-            read_heuristics(path, max_bad=0.9)
+            read_questions(path, max_bad_fraction=0.9)
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
@@ -147,12 +147,12 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(
         MissingInputError, match=r"trian\.jsonl: no such file.*train\.jsonl"
     ) as error:
-        read_heuristics(tmp_path / "trian.jsonl")
+        read_questions(tmp_path / "trian.jsonl")
     assert error.value.exit_code == 66
     with pytest.raises(MissingInputError, match="does not exist either"):
-        read_heuristics(tmp_path / "nowhere" / "train.jsonl")
+        read_questions(tmp_path / "nowhere" / "train.jsonl")
     with pytest.raises(MissingInputError, match="cannot be read"):
-        read_heuristics(tmp_path)
+        read_questions(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
@@ -160,4 +160,4 @@ def test_a_file_without_rows(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "empty.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match="holds no question"):
-        read_heuristics(path)
+        read_questions(path)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from dragkit.data.collate import PackedCollator
-from dragkit.data.question_file import read_heuristics
+from dragkit.data.question_file import read_questions
 from dragkit.data.store import PackedStore
 
 
 def test_every_line_of_the_sample_reads(kgqa_data: Path) -> None:
-    found = read_heuristics(kgqa_data / "sample.jsonl")
+    found = read_questions(kgqa_data / "sample.jsonl")
     assert (len(found.questions), found.rejects) == (210, ())
     assert found.notes["duplicate_triples"] == found.notes["empty_graph"] == 0
     assert all(question.topics and question.answers for question in found.questions)

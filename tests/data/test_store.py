@@ -17,7 +17,7 @@ import pytest
 
 from dragkit.data import packing, store
 from dragkit.data.packing import question_key
-from dragkit.data.question_file import read_heuristics
+from dragkit.data.question_file import read_questions
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.subgraph import build_subgraph
@@ -26,7 +26,7 @@ from dragkit.errors import DataError, WriteError
 
 def test_what_is_stored(tiny_file: Path, tmp_path: Path) -> None:
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
-    found = read_heuristics(tiny_file)
+    found = read_questions(tiny_file)
     vocab = RelationVocab()
     assert len(packed) == len(found.questions)
     for row, asked in enumerate(found.questions):
@@ -118,7 +118,7 @@ def test_the_key_changes_with_row_option_and_builder(
     def key(path: Path = tiny_file, **options: object) -> str:
         return PackedStore.build_or_open(path, cache_dir=tmp_path, **options).fingerprint  # type: ignore[arg-type]
 
-    keys = [key(), key(label_rule="paths"), key(label_rule="shortest"), key(max_bad=0.1)]
+    keys = [key(), key(label_rule="paths"), key(label_rule="shortest"), key(max_bad_fraction=0.1)]
     changed = tmp_path / "changed.jsonl"
     text = tiny_file.read_text(encoding="utf-8")
     changed.write_text(text.replace("Dunmarsh", "Dunmarch", 1), encoding="utf-8")
@@ -148,7 +148,7 @@ def test_unusable_rows_are_counted_and_listed_beside_the_store(
         PackedStore.build_or_open(path, cache_dir=tmp_path)
     # A refused file leaves nothing in the cache.
     assert list((tmp_path / "packed").iterdir()) == []
-    packed = PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad=0.4)
+    packed = PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad_fraction=0.4)
     assert packed.summary["rejects"] == 2
     assert packed.summary["rows"] == packed.summary["questions"] + packed.summary["rejects"] == 6
     assert [line[:5] for line in (packed.folder / "rejects.txt").read_text().splitlines()] == [
@@ -156,7 +156,7 @@ def test_unusable_rows_are_counted_and_listed_beside_the_store(
         "5: $:",
     ]
     with pytest.raises(DataError):
-        PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad=0.3)
+        PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad_fraction=0.3)
 
 
 @pytest.mark.parametrize("name", ["facts.npy", "meta.json", "manifest.json"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from dragkit.data.question_file import Question, read_heuristics
+from dragkit.data.question_file import Question, read_questions
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import build_subgraph, from_pyg, to_pyg
 
@@ -60,7 +60,7 @@ def test_no_facts(question: Callable[..., Question]) -> None:
 
 def test_pyg_round_trip(tiny_file: object) -> None:
     pytest.importorskip("torch_geometric")
-    for asked in read_heuristics(tiny_file).questions:  # type: ignore[arg-type]
+    for asked in read_questions(tiny_file).questions:  # type: ignore[arg-type]
         vocab = RelationVocab()
         graph = build_subgraph(asked, vocab, label_rule="shortest")
         data = to_pyg(graph)

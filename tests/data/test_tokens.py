@@ -36,7 +36,7 @@ def packed(tiny_file: Path, tmp_path: Path) -> PackedStore:
 
 
 def build(store: PackedStore, cache: Path, tokenize: object, **options: object) -> TokenRows:
-    options = {"key": "bytes", "begin": [BOS], "end": [EOS]} | options
+    options = {"key": "bytes", "bos_ids": [BOS], "eos_ids": [EOS]} | options
     return TokenRows.build_or_open(store, tokenize, PromptTemplate(), cache_dir=cache, **options)  # type: ignore[arg-type]
 
 
@@ -107,8 +107,8 @@ def test_built_once_for_each_key(packed: PackedStore, tmp_path: Path) -> None:
     assert opened.folder == made.folder
     others = [
         build(packed, tmp_path, second, key="other").folder,
-        build(packed, tmp_path, second, end=[]).folder,
-        build(packed, tmp_path, second, begin=[]).folder,
+        build(packed, tmp_path, second, eos_ids=[]).folder,
+        build(packed, tmp_path, second, bos_ids=[]).folder,
     ]
     assert len({made.folder, *others}) == 4
     copy = pickle.loads(pickle.dumps(made))

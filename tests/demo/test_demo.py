@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import dragkit
-from dragkit.data.question_file import read_heuristics
+from dragkit.data.question_file import read_questions
 from dragkit.demo import DemoFiles, demo_files
 from dragkit.demo.build import main
 from dragkit.demo.kb import knowledge_base, table_facts
@@ -165,7 +165,7 @@ def test_most_gold_paths_survive_and_distractors_remain(rows: dict[str, list[Row
 
 
 def test_the_package_reader_takes_the_files(files: DemoFiles) -> None:
-    read = read_heuristics(files.dev)
+    read = read_questions(files.dev)
     assert len(read.questions) == 320 and not read.rejects
     assert read.questions[0].topics and read.questions[0].paths
 

@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from dragkit.config import RunConfig, load_config
+from dragkit.config import RunConfig, resolve_config
 from dragkit.console import run_main
 from dragkit.distributed.ranks import RankError, Ranks
-from dragkit.distributed.torchrun import joined
+from dragkit.distributed.torchrun import init_ranks
 from dragkit.errors import DragkitError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
@@ -24,7 +24,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 
 def execute(case: dict, ranks: Ranks) -> None:
     """Trains with the settings of a case, and those of one rank alone."""
-    from dragkit.trainer.run import Run
+    from dragkit.trainer.run import TrainingRun
 
     values = {
         "run.device": "cpu",
@@ -38,10 +38,10 @@ def execute(case: dict, ranks: Ranks) -> None:
         "optim.epochs": 2,
         "optim.lr": 1e-4,
     } | case["settings"]
-    values |= case.get("rank_settings", {}).get(str(ranks.index), {})
-    config, origins = load_config("tiny", None, values)
-    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
-    Run(config, origins, phase1, ranks).execute()
+    values |= case.get("rank_settings", {}).get(str(ranks.rank), {})
+    config, origins = resolve_config("tiny", None, values)
+    phase1, _ = resolve_config("tiny", None, values | {"run.phase": 1})
+    TrainingRun(config, origins, phase1, ranks).execute()
 
 
 def run_case(case: dict, ranks: Ranks) -> dict:
@@ -54,7 +54,7 @@ def run_case(case: dict, ranks: Ranks) -> dict:
 
     def counted_step(self: object, batches: list) -> list:
         outputs = train_step(self, batches)
-        if after.get("rank") == ranks.index and self.state.step == after["steps"]:
+        if after.get("rank") == ranks.rank and self.state.step == after["steps"]:
             if after["do"] == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
             elif after["do"] == "drift":
@@ -83,10 +83,10 @@ def run_case(case: dict, ranks: Ranks) -> dict:
 def _plan(argv: list[str]) -> int:
     plan = Path(argv[0])
     cases = json.loads(plan.read_text())
-    with joined(RunConfig(rank_timeout=60)) as ranks:
+    with init_ranks(RunConfig(rank_timeout=60)) as ranks:
         for case in cases:
             outcome = run_case(case, ranks)
-            path = plan.with_name(f"{case['name']}.{ranks.index}.json")
+            path = plan.with_name(f"{case['name']}.{ranks.rank}.json")
             path.write_text(json.dumps(outcome))
     return 0
 
@@ -97,11 +97,11 @@ def _silence(argv: list[str]) -> int:
     (folder / os.environ["RANK"]).touch()
     while len(list(folder.iterdir())) < 2:
         time.sleep(0.05)
-    with joined(RunConfig(rank_timeout=3)) as ranks:
-        if not ranks.first:
+    with init_ranks(RunConfig(rank_timeout=3)) as ranks:
+        if not ranks.is_main:
             time.sleep(60)
-        ranks.place = "at step 7"
-        ranks.wait()
+        ranks.progress = "at step 7"
+        ranks.barrier()
     return 0
 
 

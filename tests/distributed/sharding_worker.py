@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, NemotronHConfig, Nemotro
 from dragkit.config import GeneratorConfig, RunConfig
 from dragkit.console import run_main
 from dragkit.distributed.ranks import Ranks
-from dragkit.distributed.sharding import decoder_blocks, shard
-from dragkit.distributed.torchrun import joined
+from dragkit.distributed.sharding import decoder_blocks, shard_generator
+from dragkit.distributed.torchrun import init_ranks
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import prepare_nemotron_h
 from dragkit.generator.lora.adapters import add_adapters
@@ -92,7 +92,9 @@ def make_generator(kind: str, policy: str, dtype: str) -> Generator:
             torch.nn.init.normal_(parameter, std=0.3)
     tokenizer = SimpleNamespace(eos_token_id=END[kind])
     # So few tokens in a pass that prompts to be continued are read in one pass or in two.
-    return Generator(model, tokenizer, checkpointing=policy, tokens_per_pass=12).train()
+    return Generator(
+        model, tokenizer, activation_checkpointing=policy, max_tokens_per_microbatch=12
+    ).train()
 
 
 def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
@@ -111,7 +113,7 @@ def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
         ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=rows,
         target_id=torch.randint(2, VOCAB, (len(rows),), generator=draw),
-        kept=torch.ones(count),
+        num_facts_kept=torch.ones(count),
         longest=max(lengths),
     )
 
@@ -160,7 +162,7 @@ def train(generator: Generator, passes: list, vectors: bool) -> tuple[list[float
         loss = generator(prompts(lengths, target=True), leaf).loss_sum
         loss.backward()
         losses.append(float(loss.detach()))
-    generator.keep_up(vectors=vectors)
+    generator.run_dummy_passes(vectors=vectors)
     trained = {n: p.grad for n, p in generator.named_parameters() if p.requires_grad}
     return losses, [*(trained[name] for name in sorted(trained)), *(leaf.grad for leaf in leaves)]
 
@@ -177,7 +179,7 @@ def compare(name: str, ranks: Ranks) -> dict:
     frozen = [p for p in cut.parameters() if not p.requires_grad]
     total = sum(p.nbytes for p in frozen)
     blocks = decoder_blocks(cut.model)
-    shard(cut, ranks.mesh(torch.device("cpu")), ranks.most)
+    shard_generator(cut, ranks.mesh(torch.device("cpu")), ranks.all_reduce_max)
     if compiled:
         for generator in (cut, whole):
             compile_generator(generator)
@@ -186,7 +188,7 @@ def compare(name: str, ranks: Ranks) -> dict:
     torch._dynamo.utils.counters.clear()
     found["graphs"] = [0, 0]
     gathered = None
-    for passes in PASSES[ranks.index]:
+    for passes in PASSES[ranks.rank]:
         before = _graphs()
         ours = train(cut, passes, vectors)
         found["graphs"][0] += _graphs() - before
@@ -204,9 +206,9 @@ def compare(name: str, ranks: Ranks) -> dict:
     for generator in (cut, whole):
         generator.eval()
         with torch.no_grad():
-            batches = [prompts(lengths, target=False) for lengths in DECODED[ranks.index]]
+            batches = [prompts(lengths, target=False) for lengths in DECODED[ranks.rank]]
             found["tokens"].append([generator.greedy_tokens(b, None, 6) for b in batches])
-            generator.keep_up()
+            generator.run_dummy_passes()
     found["left after decoding"] = gathered.now()
     return found
 
@@ -215,30 +217,30 @@ def met(folder: Path, ranks: Ranks, size: int) -> int:
     """The most ranks that were seen inside of a wave at the same time."""
     folder.mkdir(exist_ok=True)
     seen = 0
-    with ranks.in_waves(size):
-        (folder / str(ranks.index)).touch()
+    with ranks.limited_concurrency(size):
+        (folder / str(ranks.rank)).touch()
         for _ in range(20):
             time.sleep(0.01)
             seen = max(seen, len(list(folder.iterdir())))
-        (folder / str(ranks.index)).unlink()
-    ranks.wait()
-    return ranks.most(seen)
+        (folder / str(ranks.rank)).unlink()
+    ranks.barrier()
+    return ranks.all_reduce_max(seen)
 
 
 def _main(argv: list[str]) -> int:
     plan = Path(argv[0])
     # Traced as ever, but not handed to a C++ compiler.
     torch.compile = partial(torch.compile, backend="aot_eager")
-    with joined(RunConfig(rank_timeout=60)) as ranks:
+    with init_ranks(RunConfig(rank_timeout=60)) as ranks:
         waves = [met(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
-        plan.with_name(f"waves.{ranks.index}.json").write_text(json.dumps(waves))
+        plan.with_name(f"waves.{ranks.rank}.json").write_text(json.dumps(waves))
         direct = {name: compare(name, ranks) for name in CASES}
-        plan.with_name(f"direct.{ranks.index}.json").write_text(json.dumps(direct))
+        plan.with_name(f"direct.{ranks.rank}.json").write_text(json.dumps(direct))
         for case in json.loads(plan.read_text()):
-            if case.get("fails") == ranks.index:
+            if case.get("fails") == ranks.rank:
                 Generator.embed = _fail
             outcome = ranks_worker.run_case(case, ranks)
-            plan.with_name(f"{case['name']}.{ranks.index}.json").write_text(json.dumps(outcome))
+            plan.with_name(f"{case['name']}.{ranks.rank}.json").write_text(json.dumps(outcome))
     return 0
 
 

@@ -21,7 +21,7 @@ import torch
 from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint
 from dragkit.data.store import PackedStore
 from dragkit.distributed.ranks import Ranks
-from dragkit.distributed.torchrun import joined
+from dragkit.distributed.torchrun import init_ranks
 from dragkit.errors import ConfigError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.types import Prediction
@@ -186,16 +186,16 @@ def test_a_process_alone_starts_no_group(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
-    with joined(worker.RunConfig()) as ranks:
-        assert ranks.alone and ranks.first and ranks.total([3, 4]) == [3, 4]
-        assert ranks.gather({"a": 1}) == [{"a": 1}]
-        assert ranks.share([[3, 1, 2], []]) == [[3, 1, 2], []]
+    with init_ranks(worker.RunConfig()) as ranks:
+        assert ranks.is_single and ranks.is_main and ranks.all_reduce_sum([3, 4]) == [3, 4]
+        assert ranks.all_gather_object({"a": 1}) == [{"a": 1}]
+        assert ranks.local_slices([[3, 1, 2], []]) == [[3, 1, 2], []]
 
 
 def test_half_an_environment_is_an_error(no_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(ConfigError, match="torchrun"), joined(worker.RunConfig()):
+    with pytest.raises(ConfigError, match="torchrun"), init_ranks(worker.RunConfig()):
         pass
 
 
@@ -203,10 +203,10 @@ def test_half_an_environment_is_an_error(no_group: None, monkeypatch: pytest.Mon
 def test_slices_are_the_batch(count: int) -> None:
     batches = [list(range(size)) for size in (0, 1, 2, 5, 8, 17)]
     parts = []
-    for index in range(count):
+    for rank in range(count):
         ranks = Ranks()
-        ranks.index, ranks.count = index, count
-        parts.append(ranks.share(batches))
+        ranks.rank, ranks.world_size = rank, count
+        parts.append(ranks.local_slices(batches))
     for place, rows in enumerate(batches):
         slices = [own[place] for own in parts]
         assert [row for own in slices for row in own] == rows
@@ -221,7 +221,7 @@ class _Phase:
     def __init__(self, store: PackedStore) -> None:
         self.store = store
 
-    def keep_up(self) -> None:
+    def run_dummy_passes(self) -> None:
         """Nothing to do."""
 
     def predict(
@@ -243,15 +243,15 @@ class _Sent(Exception):
 class _Half(Ranks):
     """One of two ranks; the second one ends when it has sent its part to the first."""
 
-    count = 2
+    world_size = 2
 
-    def __init__(self, index: int, sent: list) -> None:
-        self.index, self.sent = index, sent
+    def __init__(self, rank: int, sent: list) -> None:
+        self.rank, self.sent = rank, sent
 
-    def gather(self, value: object) -> list:
+    def all_gather_object(self, value: object) -> list:
         """Pickled, as between processes."""
         self.sent.insert(0, pickle.loads(pickle.dumps(value)))
-        if not self.first:
+        if not self.is_main:
             raise _Sent
         return self.sent
 
@@ -270,7 +270,7 @@ def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) 
     source = SimpleNamespace(
         store=store,
         relations=torch.zeros(1),
-        sampler=SimpleNamespace(in_order=lambda limit: batches),
+        batch_sampler=SimpleNamespace(in_file_order=lambda limit: batches),
         load=load,
     )
     phase, device, sent = _Phase(store), torch.device("cpu"), []

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dragkit.config import GeneratorConfig
-from dragkit.distributed.rank_consistency import frozen_facts
+from dragkit.distributed.rank_consistency import frozen_fingerprint
 from dragkit.distributed.sharding import decoder_blocks
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.generator import load
@@ -25,11 +25,11 @@ def _settings(one: Path) -> dict:
     return {
         "run.phase": 2,
         "run.phase1_checkpoint": str(one / "start"),
-        "run.sharding": "full",
+        "run.generator_fsdp": True,
         "optim.batch_size": 7,
         "loss.use_grad_norm_balance": True,
         "generator.generator_microbatch": 1,
-        "generator.checkpointing": "mamba",
+        "generator.activation_checkpointing": "mamba",
     }
 
 
@@ -52,7 +52,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     # When validating, too: ranks that have other prompts, or none, need as many passes.
     scored = settings | {
         "data.val_heuristics_path": str(worker.FIXTURE),
-        "generator.tokens_per_pass": 1,
+        "generator.max_tokens_per_microbatch": 1,
     }
     start = {"run.phase": 1, "optim.batch_size": 7, "optim.epochs": 1}
     assert pair.run_one("start", start)["code"] == 0
@@ -144,7 +144,7 @@ def test_no_more_ranks_load_at_a_time_than_the_machine_holds(pair: Pair) -> None
 
 
 def test_one_rank_is_told_that_it_has_nobody_to_share_with(pair: Pair) -> None:
-    (told,) = (text for text in pair.warnings if "run.sharding" in text)
+    (told,) = (text for text in pair.warnings if "run.generator_fsdp" in text)
     assert "torchrun" in told
 
 
@@ -153,7 +153,9 @@ class _Bare(torch.nn.Module):
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
-    with pytest.raises(ConfigError, match="run.sharding: the blocks of a _Bare are not known"):
+    with pytest.raises(
+        ConfigError, match="run.generator_fsdp: the blocks of a _Bare are not known"
+    ):
         decoder_blocks(_Bare())
 
 
@@ -161,29 +163,29 @@ def test_a_card_needs_room_for_its_part_and_the_host_for_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name, card = "random:nemotron-3-nano-30b-a3b", torch.device("cuda")  # 59 GiB
-    monkeypatch.setattr(load, "host_memory", lambda: 64 << 30)
+    monkeypatch.setattr(load, "host_memory_bytes", lambda: 64 << 30)
     properties = SimpleNamespace(total_memory=40 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    assert load.check_generator(GeneratorConfig(), card, name=name, shards=2)
+    assert load.check_generator(GeneratorConfig(), card, name=name, num_shards=2)
     with pytest.raises(MissingInputError, match="needs 59 GiB .* a card has 40 GiB"):
         load.check_generator(GeneratorConfig(), card, name=name)
-    monkeypatch.setattr(load, "host_memory", lambda: 50 << 30)
+    monkeypatch.setattr(load, "host_memory_bytes", lambda: 50 << 30)
     with pytest.raises(MissingInputError, match="needs 59 GiB .* this machine .* has 50 GiB"):
-        load.check_generator(GeneratorConfig(), card, name=name, shards=2)
+        load.check_generator(GeneratorConfig(), card, name=name, num_shards=2)
 
 
 def test_weights_that_are_cut_are_not_compared_again() -> None:
     model = torch.nn.Linear(3, 2).requires_grad_(False)
-    whole = frozen_facts(model)
+    whole = frozen_fingerprint(model)
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert frozen_facts(model) != whole
+    assert frozen_fingerprint(model) != whole
     model.weight.device_mesh = None  # as a DTensor has
-    cut = frozen_facts(model)
+    cut = frozen_fingerprint(model)
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert frozen_facts(model) == cut
+    assert frozen_fingerprint(model) == cut
     with torch.no_grad():
         model.bias += 1
-    assert frozen_facts(model) != cut
+    assert frozen_fingerprint(model) != cut

@@ -5,8 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dragkit.generator.nemotron_h import RECOMPUTED, decoder, hidden_at_rows, make_pack, mamba_ops
-from tests.nemotron_cases import KINDS, adapted, decoder_of, toy_model
+from dragkit.generator.nemotron_h import (
+    ACTIVATION_CHECKPOINTING,
+    decoder,
+    hidden_at_rows,
+    make_pack,
+    mamba_ops,
+)
+from tests.nemotron_cases import BLOCK_TYPES, adapted, decoder_of, toy_model
 
 LENGTHS = (40, 9, 23)
 ROWS = torch.tensor([39, 38, 48, 60, 71])
@@ -25,7 +31,9 @@ def run(model: torch.nn.Module, policy: str, grad: bool = True) -> list[torch.Te
     embeds = torch.randn(sum(LENGTHS), 32).to(dtype).requires_grad_(grad)
     pack = make_pack(torch.tensor(LENGTHS), sum(LENGTHS), max(LENGTHS))
     with torch.set_grad_enabled(grad):
-        out = hidden_at_rows(decoder_of(model), embeds, pack, ROWS, OPS, RECOMPUTED[policy])
+        out = hidden_at_rows(
+            decoder_of(model), embeds, pack, ROWS, OPS, ACTIVATION_CHECKPOINTING[policy]
+        )
     model.zero_grad()
     if grad:
         out.float().square().sum().backward()
@@ -54,12 +62,12 @@ def test_gradients_are_equal_bit_for_bit(
 def test_blocks_of_the_policy_run_twice_and_others_once(
     policy: str, letters: str, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, change = [], decoder._change
-    monkeypatch.setattr(decoder, "_change", lambda *args: seen.append(args[2]) or change(*args))
+    seen, change = [], decoder._mix
+    monkeypatch.setattr(decoder, "_mix", lambda *args: seen.append(args[2]) or change(*args))
     model = make_model(pattern, torch.float32)
     run(model, policy)
-    kinds = [KINDS[letter] for letter in pattern]
-    assert seen == kinds + [KINDS[x] for x in reversed(pattern) if x in letters]
+    kinds = [BLOCK_TYPES[letter] for letter in pattern]
+    assert seen == kinds + [BLOCK_TYPES[x] for x in reversed(pattern) if x in letters]
     seen.clear()
     run(model, policy, grad=False)
     assert seen == kinds

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dragkit.generator.nemotron_h.lora import adapted_linear
-from tests.nemotron_cases import rms_ratio
+from tests.nemotron_cases import relative_rms
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -70,10 +70,10 @@ def test_layers_side_by_side_in_every_type_and_mixture(dtype, adapters, limits, 
     exact = x.detach().double().requires_grad_()
     wanted, got = definition(exact, layers), adapted_linear(x, layers)
     assert all(y.dtype == dtype for y in got)
-    assert all(rms_ratio(y, z) <= limits[0] for y, z in zip(got, wanted, strict=True))
+    assert all(relative_rms(y, z) <= limits[0] for y, z in zip(got, wanted, strict=True))
     theirs = gradients(wanted, [exact, *leaves[1:]])
     for leaf, a, b in zip(leaves, gradients(got, leaves), theirs, strict=True):
-        assert a.dtype == leaf.dtype and rms_ratio(a, b) <= limits[1]
+        assert a.dtype == leaf.dtype and relative_rms(a, b) <= limits[1]
     joined = adapted_linear(x, layers, [100, 67])
     assert [y.shape for y in joined] == [(2, 40, 100), (2, 40, 67)]
     assert torch.equal(torch.cat(joined, -1), torch.cat(got, -1))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dragkit.config import load_config
+from dragkit.config import resolve_config
 from dragkit.errors import ConfigError
-from dragkit.generator.lora.adapters import guard_lifted, lora_targets
-from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
+from dragkit.generator.lora.adapters import hidden_model_type, lora_targets
+from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
 
 def trained_layers(model) -> set[str]:
@@ -24,7 +24,7 @@ DEFAULT = {"0": "in", "1.shared_experts": "up down", "2": "q k v o", "3": "up do
     [
         (None, DEFAULT | {"4": "in", "5": "q k v o"}),
         (("out_proj",), {"0": "out", "4": "out"}),
-        (EVERY, DEFAULT | {"0": "in out", "4": "in out", "5": "q k v o"}),
+        (ALL_LINEAR, DEFAULT | {"0": "in out", "4": "in out", "5": "q k v o"}),
     ],
     ids=str,
 )
@@ -38,20 +38,20 @@ def test_what_is_trained(targets, expected):
     assert trained_layers(adapted(targets)) == wanted
     routed = {"layers.1.mixer.experts", "layers.1.mixer.experts.base_layer"}
     if targets:
-        assert trained_layers(adapted((*targets, *ROUTED))) == wanted | routed
+        assert trained_layers(adapted((*targets, *ROUTED_EXPERTS))) == wanted | routed
 
 
 def test_the_guard_comes_back_whatever_happens():
     model = toy_model(std=0.2)
-    with pytest.raises(RuntimeError), guard_lifted(model):
+    with pytest.raises(RuntimeError), hidden_model_type(model):
         assert model.config.model_type != "nemotron_h"
         raise RuntimeError
     assert model.config.model_type == "nemotron_h" and "model_type" not in vars(model.config)
     model.config.model_type = "nemotron_h"
-    with guard_lifted(model):
+    with hidden_model_type(model):
         pass
     assert vars(model.config)["model_type"] == "nemotron_h"
-    with guard_lifted(torch.nn.Linear(2, 2)):
+    with hidden_model_type(torch.nn.Linear(2, 2)):
         pass
     model = adapted(("out_proj", "q_proj"))
     assert model.get_base_model().config.model_type == "nemotron_h"
@@ -75,8 +75,8 @@ def test_a_target_that_matches_nothing_is_named_with_its_neighbours(wanted, near
 
 
 def test_dropout_and_routed_experts_exclude_each_other():
-    chosen = {"generator.lora_targets": ROUTED, "generator.lora_dropout": 0.1}
+    chosen = {"generator.lora_targets": ROUTED_EXPERTS, "generator.lora_dropout": 0.1}
     with pytest.raises(ConfigError, match=r"generator\.lora_targets.*generator\.lora_dropout"):
-        load_config(overrides=chosen)
-    load_config(overrides=chosen | {"generator.lora_dropout": 0.0})
-    load_config(overrides=chosen | {"generator.lora_targets": ("q_proj",)})
+        resolve_config(overrides=chosen)
+    resolve_config(overrides=chosen | {"generator.lora_dropout": 0.0})
+    resolve_config(overrides=chosen | {"generator.lora_targets": ("q_proj",)})

@@ -16,17 +16,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from dragkit.generator.nemotron_h import (
-    RECOMPUTED,
+    ACTIVATION_CHECKPOINTING,
     CompiledBlocks,
-    after,
     attention,
+    block_forward,
     hidden_at_rows,
     make_pack,
     mamba_ops,
     pad_to_multiple,
 )
-from dragkit.generator.nemotron_h.decoder import OverPack
-from tests.nemotron_cases import EVERY, KINDS, ROUTED, adapted, decoder_of, toy_model
+from dragkit.generator.nemotron_h.decoder import PackedMixing
+from tests.nemotron_cases import (
+    ALL_LINEAR,
+    BLOCK_TYPES,
+    ROUTED_EXPERTS,
+    adapted,
+    decoder_of,
+    toy_model,
+)
 
 # The first 13 blocks of the 30B and a dense one, which it has not.
 PATTERN = "MEMEM*EMEMEM*-E"
@@ -40,7 +47,7 @@ def make_model(
     pattern: str, dtype: torch.dtype, routed: bool = False, dropout: float = 0.0
 ) -> nn.Module:
     """Random weights with adapters at work, as PEFT makes them: in float32."""
-    targets = EVERY[:-1] + (ROUTED if routed else ())
+    targets = ALL_LINEAR[:-1] + (ROUTED_EXPERTS if routed else ())
     model = toy_model(pattern, dtype, std=0.1)
     return adapted(targets, 3, model, 0.1, lora_dropout=dropout).train()
 
@@ -48,11 +55,11 @@ def make_model(
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
     """Compiles a model's blocks by a backend, as a run does; settings end with the test."""
-    from dragkit.trainer.compile import one_graph_for_all_sizes
+    from dragkit.trainer.compile import use_dynamic_shapes
 
     def compile_with(model: nn.Module, backend: object, **options: object) -> CompiledBlocks:
         torch._dynamo.reset()
-        one_graph_for_all_sizes()
+        use_dynamic_shapes()
         stock = torch.compile
         with monkeypatch.context() as patch:
             patch.setattr(torch, "compile", lambda *a, **k: stock(*a, **k, backend=backend))
@@ -69,7 +76,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
 def run(
     model: nn.Module,
     lengths: Sequence[int],
-    behind: Callable = after,
+    block_fn: Callable = block_forward,
     policy: str = "none",
     multiple: int = 1,
     fresh: bool = True,
@@ -83,8 +90,8 @@ def run(
     pack = make_pack(torch.tensor(lengths), sum(lengths), max(lengths) + 2)
     rows = torch.cat([pack.ptr[1:].long() - 1, pack.ptr[1:].long() - 3])
     buffer, pack = pad_to_multiple(embeds, pack, multiple)
-    again = RECOMPUTED[policy]
-    out = hidden_at_rows(decoder_of(model), buffer, pack, rows, OPS, again, behind)
+    again = ACTIVATION_CHECKPOINTING[policy]
+    out = hidden_at_rows(decoder_of(model), buffer, pack, rows, OPS, again, block_fn)
     weight = torch.randn(out.shape)
     (out.float() * weight).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -104,12 +111,12 @@ def test_a_graph_for_each_kind_whatever_the_pack(
 ) -> None:
     model = make_model(PATTERN, torch.bfloat16, routed)
     counter = CompileCounterWithBackend("aot_eager")
-    behind = compiled(model, counter)
-    assert set(behind.kinds) == set(KINDS.values())
+    block_fn = compiled(model, counter)
+    assert set(block_fn.block_types) == set(BLOCK_TYPES.values())
     truth = make_model(PATTERN, torch.float32, routed)
     for lengths, multiple in PACKS:
-        ours = run(model, lengths, behind, policy, multiple)
-        assert counter.frame_count == len(KINDS), lengths
+        ours = run(model, lengths, block_fn, policy, multiple)
+        assert counter.frame_count == len(BLOCK_TYPES), lengths
         # The library's attention rounds elsewhere than ours, so both are held against float32.
         wanted = run(truth, lengths, multiple=multiple)
         eager = run(model, lengths, multiple=multiple)
@@ -119,37 +126,37 @@ def test_a_graph_for_each_kind_whatever_the_pack(
 def test_states_and_gradients_are_the_eager_ones(compiled: Callable) -> None:
     model = make_model("E*M-*E", torch.float32, routed=True)
     counter = CompileCounterWithBackend("aot_eager")
-    behind = compiled(model, counter)
+    block_fn = compiled(model, counter)
     for lengths, multiple in PACKS[:3]:
         for policy in ("none", "all"):
-            ours = run(model, lengths, behind, policy, multiple)
+            ours = run(model, lengths, block_fn, policy, multiple)
             assert worst(ours, run(model, lengths, multiple=multiple)) < 1e-5
     assert counter.frame_count == 4
     # Attention in rows has another graph for a single row.
-    assert worst(run(model, (40,), behind), run(model, (40,))) < 1e-5
+    assert worst(run(model, (40,), block_fn), run(model, (40,))) < 1e-5
     assert counter.frame_count == 5
 
 
 def test_without_attention_bit_for_bit(compiled: Callable) -> None:
     model = make_model("EM-ME", torch.bfloat16)
-    behind = compiled(model, "aot_eager")
-    for a, b in zip(run(model, (40, 9), behind), run(model, (40, 9)), strict=True):
+    block_fn = compiled(model, "aot_eager")
+    for a, b in zip(run(model, (40, 9), block_fn), run(model, (40, 9)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_weights_that_change_are_seen_and_gradients_add_up(compiled: Callable) -> None:
     model = make_model("MM-", torch.float32)
     counter = CompileCounterWithBackend("aot_eager")
-    behind = compiled(model, counter)
-    first, other = run(model, (40, 9), behind), run(model, (31, 20, 7), behind)
+    block_fn = compiled(model, counter)
+    first, other = run(model, (40, 9), block_fn), run(model, (31, 20, 7), block_fn)
     wanted = [a + b for a, b in zip(first[2:], other[2:], strict=True)]
     # The gradients of `other` are still there.
-    assert worst(run(model, (40, 9), behind, fresh=False)[2:], wanted) < 1e-5
+    assert worst(run(model, (40, 9), block_fn, fresh=False)[2:], wanted) < 1e-5
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.mul_(1.5)
-    second = run(model, (40, 9), behind)
+    second = run(model, (40, 9), block_fn)
     assert worst(second, first) > 1e-2 and worst(second, run(model, (40, 9))) < 1e-5
     assert counter.frame_count == 2
 
@@ -158,26 +165,26 @@ def test_dropout_of_adapters_is_drawn_anew_and_the_same_when_computed_again(
     compiled: Callable,
 ) -> None:
     model = make_model("MM", torch.float32, dropout=0.5)
-    behind = compiled(model, "aot_eager")
-    kept, again = run(model, (40, 9), behind), run(model, (40, 9), behind, "all")
+    block_fn = compiled(model, "aot_eager")
+    kept, again = run(model, (40, 9), block_fn), run(model, (40, 9), block_fn, "all")
     assert worst(kept, again) < 1e-6
     model.eval()
-    assert worst(kept, run(model, (40, 9), behind)) > 1e-3
+    assert worst(kept, run(model, (40, 9), block_fn)) > 1e-3
 
 
 def test_foreign_blocks_and_passes_without_gradients_are_not_compiled(compiled: Callable) -> None:
     model = make_model("M*-", torch.float32)
     counter = CompileCounterWithBackend("eager")
-    behind = compiled(model, counter, foreign=("linear_attention", "full_attention"))
-    assert behind.kinds == ("mlp",)
+    block_fn = compiled(model, counter, foreign=("linear_attention", "full_attention"))
+    assert block_fn.block_types == ("mlp",)
     pack, embeds = make_pack(torch.tensor([9]), 9, 9), torch.randn(9, WIDTH)
     with torch.no_grad():
         rows = torch.tensor([8])
-        hidden_at_rows(decoder_of(model), embeds, pack, rows, OPS, behind=behind)
+        hidden_at_rows(decoder_of(model), embeds, pack, rows, OPS, block_fn=block_fn)
     assert counter.frame_count == 0
     model = make_model("M-M", torch.float32)
-    behind = compiled(model, counter, foreign=("linear_attention",))
-    assert worst(run(model, (40, 9), behind), run(model, (40, 9))) < 1e-5
+    block_fn = compiled(model, counter, foreign=("linear_attention",))
+    assert worst(run(model, (40, 9), block_fn), run(model, (40, 9))) < 1e-5
     assert counter.frame_count == 1
 
 
@@ -195,12 +202,12 @@ def test_sharded_blocks(policy: str, compiled: Callable) -> None:
         for module in model.modules():
             module._is_fsdp_managed_module = False  # as `dragkit.distributed.sharding` does
         counter = CompileCounterWithBackend("aot_eager")
-        behind = compiled(model, counter)
+        block_fn = compiled(model, counter)
         for _ in range(3):
-            ours = run(model, (40, 9), behind, policy)
+            ours = run(model, (40, 9), block_fn, policy)
             whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in ours]
             assert worst(whole, wanted) < 1e-5
-        assert counter.frame_count == len(KINDS)
+        assert counter.frame_count == len(BLOCK_TYPES)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -231,16 +238,16 @@ def test_a_gpus_way_through_a_block_can_be_traced(
         raise _Traced
 
     model = make_model("ME*-", torch.bfloat16, routed)
-    behind = compiled(model, backend)
+    block_fn = compiled(model, backend)
     block = decoder_of(model).layers["ME*-".index(letter)]
     hidden = torch.randn(60, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    mixing = OverPack(make_pack(torch.tensor([20, 30, 10]), 60, 33), OPS)
+    mixing = PackedMixing(make_pack(torch.tensor([20, 30, 10]), 60, 33), OPS)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="_Traced"):
-        behind(block, hidden, mixing)
+        block_fn(block, hidden, mixing)
     forward, backward = graphs
     for stem in ("gated_rms_norm", *(("causal_conv", "ssd_scan") if letter == "M" else ())):
         assert f"dragkit.{stem}_fwd.default" in forward, stem
         assert f"dragkit.{stem}_bwd.default" in backward, stem
-    for name, kind in (("dragkit.grouped_product", "E"), ("torch_attn._varlen_attn", "*")):
+    for name, kind in (("dragkit.grouped_linear", "E"), ("torch_attn._varlen_attn", "*")):
         for graph in graphs:
             assert (letter == kind) == any(target.startswith(name) for target in graph), name

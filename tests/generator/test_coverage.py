@@ -7,7 +7,7 @@ import torch
 from transformers import NemotronHForCausalLM
 
 from dragkit.generator.lora.coverage import coverage, coverage_table
-from tests.nemotron_cases import EVERY, ROUTED, adapted, config_30b, toy_model
+from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, config_30b, toy_model
 
 
 def large_model() -> NemotronHForCausalLM:
@@ -36,7 +36,7 @@ def test_coverage_of_the_30b():
 
 
 def test_coverage_of_routed_experts_out_proj_and_a_part():
-    everything = coverage(adapted((*EVERY, *ROUTED)))
+    everything = coverage(adapted((*ALL_LINEAR, *ROUTED_EXPERTS)))
     assert all(row.adapted == row.modules for row in everything if row.target != "mixer.gate")
     assert all(row.covered == row.share for row in everything if row.target != "mixer.gate")
     nothing = coverage(toy_model(std=0.2))

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from dragkit.generator.nemotron_h.experts import _plan, routed_experts
-from tests.nemotron_cases import rms_ratio
+from dragkit.generator.nemotron_h.experts import routed_experts, unwrap_lora_experts
+from tests.nemotron_cases import relative_rms
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 EXPERTS, WIDTH, INNER = 6, 32, 24
@@ -47,7 +47,7 @@ def make(dtype=F32, rank=4, names=BOTH, experts=EXPERTS, width=WIDTH, inner=INNE
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
     wrapper = model.base_model.model.experts
-    return model, wrapper, lambda *args: routed_experts(*args, *_plan(wrapper))
+    return model, wrapper, lambda *args: routed_experts(*args, *unwrap_lora_experts(wrapper))
 
 
 def inputs(tokens=23, copies=2, dtype=F32, experts=EXPERTS, width=WIDTH, skip=()):
@@ -99,8 +99,10 @@ def agree(forward, other, model, given, limits):
     """Two computations of the same, values and gradients."""
     y, ours = value_and_gradients(forward, model, *given)
     z, theirs = value_and_gradients(other, model, *given)
-    assert y.dtype == given[0].dtype and rms_ratio(y, z) <= limits[0]
-    assert all(rms_ratio(a, b) <= limits[1] for a, b in zip(ours, theirs, strict=True) if b.any())
+    assert y.dtype == given[0].dtype and relative_rms(y, z) <= limits[0]
+    assert all(
+        relative_rms(a, b) <= limits[1] for a, b in zip(ours, theirs, strict=True) if b.any()
+    )
     assert all(not a.any() for a, b in zip(ours, theirs, strict=True) if not b.any())
     return ours
 
@@ -161,7 +163,7 @@ def test_the_grouped_product_is_what_runs_where_it_exists(monkeypatch):
     monkeypatch.delattr(library, "grouped_mm")
     z, theirs = value_and_gradients(compute, model, *given)
     for a, b in zip((y, *ours), (z, *theirs), strict=True):
-        assert rms_ratio(a, b) <= 1e-6
+        assert relative_rms(a, b) <= 1e-6
 
 
 def test_no_tokens():
@@ -226,15 +228,15 @@ def test_what_is_not_plain_is_left_to_peft():
     given = inputs()
     plain = compute(*given)
     with model.disable_adapter():
-        assert _plan(wrapper) is None
+        assert unwrap_lora_experts(wrapper) is None
     model.merge_adapter()
-    assert _plan(wrapper) is None and rms_ratio(wrapper(*given), plain) <= 1e-5
+    assert unwrap_lora_experts(wrapper) is None and relative_rms(wrapper(*given), plain) <= 1e-5
     model.unmerge_adapter()
     torch.testing.assert_close(compute(*given), plain, rtol=1e-4, atol=1e-4)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
-    assert rms_ratio(compute(*given), plain) <= 1e-5
+    assert relative_rms(compute(*given), plain) <= 1e-5
     model.base_model.set_adapter(["default", "second"])
-    assert _plan(wrapper) is None
+    assert unwrap_lora_experts(wrapper) is None
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32, F64])
@@ -258,7 +260,7 @@ def test_the_operator_of_a_trace(dtype, ends):
     where = torch.tensor(ends, dtype=torch.int32)
     owner = torch.searchsorted(where, torch.arange(9), right=True)
     wanted = torch.einsum("si,soi->so", x, stack[owner])
-    product = torch.ops.dragkit.grouped_product
+    product = torch.ops.dragkit.grouped_linear
     y = product(x, stack, where)
     torch.testing.assert_close(y, wanted)
     weight = torch.randn_like(y)
@@ -272,4 +274,4 @@ def test_the_operator_of_a_trace(dtype, ends):
         torch.library.opcheck(product, (x, stack, where))
         torch.library.opcheck(product, (x, stack.mT.contiguous().mT, where))
         args = (torch.randn(9, 12), x.detach(), stack.detach(), where)
-        torch.library.opcheck(torch.ops.dragkit.grouped_weight_gradient, args)
+        torch.library.opcheck(torch.ops.dragkit.grouped_linear_weight_grad, args)

@@ -113,7 +113,7 @@ def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkey
         return read(model, embeds, *rest, **options)
 
     monkeypatch.setattr(decoding, "prefill", counting)
-    monkeypatch.setattr(generator, "tokens_per_pass", tokens)
+    monkeypatch.setattr(generator, "max_tokens_per_microbatch", tokens)
     assert generator.greedy_tokens(made, vectors, 8) == wanted
     assert len(sizes) == passes and sum(sizes) == len(made.input_ids)
     longest = int(made.length.max())

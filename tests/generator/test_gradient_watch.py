@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dragkit.generator.lora.gradient_watch import AdapterWatch, DeadAdapterError
-from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
+from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError, AdapterWatch
+from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
 
 def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12):
@@ -23,7 +23,7 @@ def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12
 
 
 def test_every_adapter_is_alive_after_two_steps():
-    model = adapted((*EVERY, *ROUTED))
+    model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS))
     watch = AdapterWatch(model)
     assert len(watch._open) == 18
     train(model, watch, 1)
@@ -33,7 +33,9 @@ def test_every_adapter_is_alive_after_two_steps():
 
 
 def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
-    watch = AdapterWatch(model := adapted(("q_proj", *ROUTED), model=toy_model("*E", std=0.2)))
+    watch = AdapterWatch(
+        model := adapted(("q_proj", *ROUTED_EXPERTS), model=toy_model("*E", std=0.2))
+    )
     waits, stack = [], torch.stack
     monkeypatch.setattr(torch, "stack", lambda t: waits.append(watch.step) or stack(t))
     for _ in range(2):
@@ -43,10 +45,10 @@ def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
 
 @pytest.mark.parametrize("layer", ["layers.0.mixer.out_proj", "layers.2.mixer.k_proj"])
 def test_an_adapter_that_the_forward_passes_by_is_an_error(layer):
-    model = adapted(EVERY)
+    model = adapted(ALL_LINEAR)
     wrapper = model.get_submodule(f"base_model.model.model.{layer}")
     wrapper.forward = wrapper.base_layer.forward
-    with pytest.raises(DeadAdapterError, match=rf"step 1: .*2 adapter.*{layer} \(lora_A\)"):
+    with pytest.raises(AdapterNotTrainedError, match=rf"step 1: .*2 adapter.*{layer} \(lora_A\)"):
         train(model, AdapterWatch(model), 1)
 
 
@@ -55,13 +57,15 @@ def test_zero_gradients_are_as_dead_as_missing_ones(factor, step):
     model = adapted(("q_proj", "in_proj"))
     wrapper = model.get_submodule("base_model.model.model.layers.2.mixer.q_proj")
     getattr(wrapper, factor)["default"].weight.register_hook(torch.zeros_like)
-    with pytest.raises(DeadAdapterError, match=rf"step {step}: .*1 adapter.*q_proj \({factor}\)"):
+    with pytest.raises(
+        AdapterNotTrainedError, match=rf"step {step}: .*1 adapter.*q_proj \({factor}\)"
+    ):
         train(model, AdapterWatch(model), step)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_gradients_that_are_not_finite(bad):
-    model = adapted((*EVERY, *ROUTED))
+    model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS))
     wrapper = model.get_submodule("base_model.model.model.layers.1.mixer.experts.base_layer")
 
     def spoil(grad):
@@ -69,12 +73,12 @@ def test_gradients_that_are_not_finite(bad):
 
     wrapper.lora_A["default"].weight.register_hook(spoil)
     name = f"experts.{wrapper.parameter_name}"
-    with pytest.raises(DeadAdapterError, match=rf"step 1: .*not finite.*{name}"):
+    with pytest.raises(AdapterNotTrainedError, match=rf"step 1: .*not finite.*{name}"):
         train(model, AdapterWatch(model), 1)
 
 
 def test_steps_without_answers_do_not_count_and_those_that_move_nothing_are_waited_out():
-    model = adapted(EVERY)
+    model = adapted(ALL_LINEAR)
     watch = AdapterWatch(model)
     train(model, watch, 3, supervised=0, forward=lambda ids: model(input_ids=ids).logits * 0)
     assert watch.step == 0
@@ -85,7 +89,7 @@ def test_steps_without_answers_do_not_count_and_those_that_move_nothing_are_wait
 
 
 def test_a_resumed_run_sees_both_factors_at_once_and_a_bare_model_has_nothing_to_watch():
-    model = adapted(EVERY, std=0.2)
+    model = adapted(ALL_LINEAR, std=0.2)
     watch = AdapterWatch(model)
     train(model, watch, 1)
     assert watch._open == []

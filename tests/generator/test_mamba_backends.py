@@ -90,5 +90,7 @@ def test_the_reference_is_the_definition():
 
 def test_packages_that_cannot_be_imported_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "causal_conv1d", None)
-    with pytest.raises(ConfigError, match=r"generator\.mamba.*causal_conv1d.*leave generator"):
+    with pytest.raises(
+        ConfigError, match=r"generator\.mamba_backend.*causal_conv1d.*leave generator"
+    ):
         mamba_ops("mamba_ssm")

@@ -6,23 +6,34 @@ import pytest
 import torch
 
 from dragkit.generator.nemotron_h import (
-    computes,
+    decode_step,
     hidden_at_rows,
+    is_supported,
     make_pack,
     mamba_ops,
     pad_to_multiple,
     prefill,
-    step,
 )
 from dragkit.generator.nemotron_h.attention import attention_at, packed_attention
-from tests.nemotron_cases import EVERY, PATTERN_30B, ROUTED, adapted, decoder_of, toy_model
+from tests.nemotron_cases import (
+    ALL_LINEAR,
+    PATTERN_30B,
+    ROUTED_EXPERTS,
+    adapted,
+    decoder_of,
+    toy_model,
+)
 
 WIDTH = 32
 OPS = mamba_ops("dragkit")
 
 
 def make_model(
-    pattern="ME*-M*-", dtype=torch.float32, rank=None, targets=(*EVERY, *ROUTED), **settings
+    pattern="ME*-M*-",
+    dtype=torch.float32,
+    rank=None,
+    targets=(*ALL_LINEAR, *ROUTED_EXPERTS),
+    **settings,
 ):
     """Random weights; adapters at work where a rank is given."""
     model = toy_model(pattern, dtype, **settings)
@@ -115,7 +126,7 @@ SHARED = ("in_proj", "up_proj", "down_proj")
 )
 def test_settings_of_the_configuration(pattern, settings, dtype):
     """Bare experts beside adapted shared ones, as by default; all else has adapters."""
-    targets = SHARED if "E" in pattern else EVERY
+    targets = SHARED if "E" in pattern else ALL_LINEAR
     settings = settings | {"experts_implementation": "eager"}
     model = make_model(pattern, dtype, 3, targets, **settings)
     for name, buffer in model.named_buffers():
@@ -196,7 +207,7 @@ def test_cached_decoding_equals_running_all_tokens_again(pattern):
             wanted = hidden_at_rows(decoder, torch.cat(whole), pack, rows, OPS)
             close(hidden, wanted, f"after {t} tokens", 2e-5)
             if t < room:
-                hidden = step(decoder, new[:, t], states)
+                hidden = decode_step(decoder, new[:, t], states)
 
 
 def test_every_block_is_called_as_a_module():
@@ -211,7 +222,7 @@ def test_every_block_is_called_as_a_module():
         close(hidden[0].detach(), wanted, "library's pass", 2e-5)
         seen.clear()
         _, states = prefill(model, embeds, pack, OPS, 1)
-        step(model, embeds[:1], states)
+        decode_step(model, embeds[:1], states)
     assert seen == [0, 1, 2, 3, 4] * 2
 
 
@@ -228,10 +239,10 @@ def test_padding_of_a_pack():
 
 def test_what_is_computed_here():
     config = make_model("M").config
-    assert computes(config)
+    assert is_supported(config)
     config.attention_dropout = 0.1
-    assert not computes(config)
-    assert not computes(object())
+    assert not is_supported(config)
+    assert not is_supported(object())
 
 
 def test_gradients_reach_the_asked_question_and_the_adapters_alone():

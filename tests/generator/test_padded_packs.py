@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from dragkit.config import RetrieverConfig
 from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import QuestionBatch
-from dragkit.data.padding import GROWTH, Buckets, Capacity, needed_capacity, pad_batch
+from dragkit.data.padding import BUCKET_GROWTH, Buckets, Capacity, pad_batch, required_capacity
 from dragkit.data.store import PackedStore
 from dragkit.retriever.losses import retrieval_loss
 from dragkit.retriever.retriever import Retriever
@@ -139,18 +139,18 @@ def assert_same_step(plain: tuple, padded: tuple, facts: int, limit: float) -> N
 
 
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 2e-6), (torch.float64, 1e-6)])
-@pytest.mark.parametrize("message", ["collapsed", "parity"])
+@pytest.mark.parametrize("message", ["fused", "per_instruction"])
 def test_a_padded_pack_gives_the_same_step(collate, relations, message, dtype, limit):
-    model = retriever(dtype, message=message, fact_relation="instructed")
+    model = retriever(dtype, message=message, gate_relation_by_instruction=True)
     states = RelationStates(relations.states.to(dtype), relations.mask)
     for name, batch in batches_of(collate).items():
         facts = batch.graph.num_facts
         plain = step(model, model, cast(batch, dtype), states)
         plain = (plain[0].clone(), plain[1], copy.deepcopy(plain[2]))
-        need = needed_capacity(batch)
+        need = required_capacity(batch)
         for capacity in (need, roomy(need), Capacity(*(3 * size for size in need))):
             padded = pad_batch(batch, capacity)
-            assert needed_capacity(padded) == Capacity(*(size + 1 for size in capacity)), name
+            assert required_capacity(padded) == Capacity(*(size + 1 for size in capacity)), name
             ours = step(model, model, cast(padded, dtype), states)
             assert ours[0].shape == (capacity.facts,)
             assert_same_step(plain, ours, facts, limit)
@@ -163,7 +163,7 @@ def test_padding_changes_no_bit_of_the_logits_of_a_float64_model(collate, relati
     states = RelationStates(relations.states.double(), relations.mask)
     for batch in batches_of(collate).values():
         plain = step(model, model, cast(batch, torch.float64), states)
-        padded = pad_batch(batch, roomy(needed_capacity(batch)))
+        padded = pad_batch(batch, roomy(required_capacity(batch)))
         ours = step(model, model, cast(padded, torch.float64), states)
         assert torch.equal(ours[0][: batch.graph.num_facts], plain[0])
 
@@ -172,10 +172,10 @@ def test_no_gradient_comes_from_what_was_added(collate, relations):
     """Unused rows of every input: their states could be anything."""
     model = retriever()
     batch = batches_of(collate)["mixed5"]
-    padded = pad_batch(batch, roomy(needed_capacity(batch)))
+    padded = pad_batch(batch, roomy(required_capacity(batch)))
     graph, kept = padded.graph, {}
     states = padded.question_states.requires_grad_()
-    topic = graph.topic.requires_grad_()
+    topic = graph.topic_prob.requires_grad_()
 
     def keep(name: str) -> Callable:
         def hook(module: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -201,7 +201,7 @@ def test_no_gradient_comes_from_what_was_added(collate, relations):
 
 def test_ops_over_graphs_see_only_real_rows(collate):
     batch = batches_of(collate)["mixed6"]
-    padded = pad_batch(batch, roomy(needed_capacity(batch)))
+    padded = pad_batch(batch, roomy(required_capacity(batch)))
     plain, graph = batch.graph, padded.graph
     score = torch.randn(graph.num_nodes, requires_grad=True)
     p = segment_softmax(score, graph.node_ptr, count=graph.node_count)
@@ -221,7 +221,7 @@ def test_ops_over_graphs_see_only_real_rows(collate):
             seed=torch.tensor(9),
             question_key=g.question_key,
             mode="bernoulli",
-            estimator="concrete",
+            estimator="binary_concrete",
             max_facts=g.max_facts,
         ),
     ):
@@ -235,7 +235,7 @@ def test_ops_over_graphs_see_only_real_rows(collate):
 
 def test_the_padding_is_where_it_says(collate):
     batch = batches_of(collate)["mixed4"]
-    capacity = roomy(needed_capacity(batch))
+    capacity = roomy(required_capacity(batch))
     padded = pad_batch(batch, capacity)
     graph, plain = padded.graph, batch.graph
     assert (graph.num_graphs, graph.num_nodes, graph.num_facts) == (
@@ -244,24 +244,27 @@ def test_the_padding_is_where_it_says(collate):
         capacity.facts,
     )
     assert graph.max_facts >= plain.max_facts
-    for orders, before in ((graph.orders, plain.orders), (graph.start, plain.start)):
+    for fact_index, before in (
+        (graph.fact_index, plain.fact_index),
+        (graph.topic_facts, plain.topic_facts),
+    ):
         for name in ("tail_ptr", "head_ptr", "pair_ptr"):
-            ptr = getattr(orders, name)
+            ptr = getattr(fact_index, name)
             assert (ptr.diff() >= 0).all() and ptr[-1] == before.num_facts
-        for name in ("tail_fact", "head_fact", "pair_fact"):
-            assert int(getattr(orders, name).max()) < orders.num_facts
-        assert not orders.tail_count[before.num_facts :].any()
-        assert not orders.head_count[before.num_facts :].any()
-        key = orders.pair_graph.long() * capacity.relations + orders.pair_relation
-        assert (key.diff() >= 0).all() and int(orders.pair_relation.max()) < capacity.relations
+        for name in ("tail_perm", "head_perm", "pair_perm"):
+            assert int(getattr(fact_index, name).max()) < fact_index.num_facts
+        assert not fact_index.tail_count[before.num_facts :].any()
+        assert not fact_index.head_count[before.num_facts :].any()
+        key = fact_index.pair_graph.long() * capacity.relations + fact_index.pair_relation
+        assert (key.diff() >= 0).all() and int(fact_index.pair_relation.max()) < capacity.relations
         # No pair of the padding shares a relation with a real one.
-        added = orders.pair_relation[before.num_pairs :]
+        added = fact_index.pair_relation[before.num_pairs :]
         assert int(added.min()) >= batch.relation_row.shape[0]
-    for rows in (graph.topic, graph.node_count):
+    for rows in (graph.topic_prob, graph.node_count):
         assert not rows[plain.num_nodes :].any()
     assert not graph.label[plain.num_facts :].any()
-    topics = plain.topic_row.shape[0]
-    assert (graph.topic_row[topics:] == capacity.nodes - 1).all()
+    topics = plain.topic_node.shape[0]
+    assert (graph.topic_node[topics:] == capacity.nodes - 1).all()
     assert (graph.topic_graph[topics:] == capacity.graphs - 1).all()
     for owner in (graph.node_graph, graph.fact_graph):
         assert (owner.diff() >= 0).all() and int(owner.max()) == capacity.graphs - 1
@@ -280,23 +283,23 @@ def test_batches_fall_into_a_few_buckets(collate):
     capacities = [buckets.capacity(batch) for batch in batches]
     assert len(set(capacities)) <= 6
     for batch, capacity in zip(batches, capacities, strict=True):
-        assert capacity.holds(needed_capacity(batch))
-        smaller = Capacity(*(int(size / GROWTH) - 1 for size in capacity))
-        assert not smaller.holds(needed_capacity(batch))
+        assert capacity.holds(required_capacity(batch))
+        smaller = Capacity(*(int(size / BUCKET_GROWTH) - 1 for size in capacity))
+        assert not smaller.holds(required_capacity(batch))
     # Exactly at a bucket, and one more.
-    level = buckets.at(2)
+    level = buckets.at_level(2)
     full = pad_batch(batches[0], Capacity(*(size - 1 for size in level)))
-    assert needed_capacity(full) == buckets.capacity(full) == level
-    assert buckets.capacity(pad_batch(batches[0], level)) == buckets.at(3)
+    assert required_capacity(full) == buckets.capacity(full) == level
+    assert buckets.capacity(pad_batch(batches[0], level)) == buckets.at_level(3)
     # A bucket depends on the samples and the batch alone.
     assert [Buckets(batches[:4]).capacity(b) for b in reversed(batches)] == capacities[::-1]
     small = collate([EMPTY])
-    assert buckets.capacity(small).holds(needed_capacity(small))
+    assert buckets.capacity(small).holds(required_capacity(small))
 
 
 def test_what_cannot_be_padded_is_refused(collate):
     batch = collate([STAR, 7])
-    need = needed_capacity(batch)
+    need = required_capacity(batch)
     for place, field in enumerate(Capacity._fields):
         small = need._replace(**{field: need[place] - 1})
         with pytest.raises(ValueError, match="does not hold"):
@@ -313,7 +316,7 @@ def test_padded_packs_of_all_capacities_share_a_graph(collate, relations, compil
     counter = CompileCounter()
     compiled = compile_with(model, counter)
     for batch in list(batches_of(collate).values())[::3]:
-        need = needed_capacity(batch)
+        need = required_capacity(batch)
         for capacity in (need, roomy(need)):
             padded = pad_batch(batch, capacity)
             torch.testing.assert_close(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dragkit.data.packed import TokenPack
-from dragkit.generator.prompt import PromptTemplate, lay_out
+from dragkit.generator.prompt import PromptTemplate, layout_prompts
 
 
 def _pack(rows):
@@ -55,7 +55,7 @@ INDEX = [[2, 0, 1], [3, -1, -1], [5, 4, -1], [-1, -1, -1]]
 
 
 def _layout(index=INDEX, limit=1000, prefix=PREFIX, facts=FACTS, target=TARGET, **options):
-    return lay_out(
+    return layout_prompts(
         _pack(prefix),
         _pack(facts),
         torch.tensor(CUE, dtype=torch.int32),
@@ -76,7 +76,9 @@ def _check(prompt, wanted):
         assert prompt.position[start:end].tolist() == list(range(len(tokens)))
         assert (prompt.question[start:end] == place).all()
         assert prompt.ptr[place : place + 2].tolist() == [start, end]
-        assert int(prompt.length[place]) == len(tokens) and int(prompt.kept[place]) == kept
+        assert (
+            int(prompt.length[place]) == len(tokens) and int(prompt.num_facts_kept[place]) == kept
+        )
         rows += list(range(end - goal - 1, end - 1)) if goal else []
         ids += tokens[len(tokens) - goal :] if goal else []
         start = end
@@ -97,7 +99,7 @@ def test_equals_lists(vectors, residual, with_target, limit):
     target = TARGET if with_target else None
     wanted = _by_hand(PREFIX, FACTS, CUE, target, INDEX, limit, vectors, residual)
     layout = _layout(target=target, limit=limit, vectors=vectors, residual=residual)
-    lengths, supervised = layout.sizes().wait()
+    lengths, supervised = layout.copy_lengths().result()
     assert lengths == [len(tokens) for tokens, *_ in wanted]
     assert supervised == [goal for _, _, goal, _ in wanted]
     for order in ORDERS:
@@ -105,7 +107,7 @@ def test_equals_lists(vectors, residual, with_target, limit):
 
 
 def test_the_limits_above_are_where_facts_begin_to_fall_out():
-    kept = {limit: _layout(limit=limit).kept.tolist() for limit in (1000, 24, 12, 5)}
+    kept = {limit: _layout(limit=limit).num_facts_kept.tolist() for limit in (1000, 24, 12, 5)}
     assert kept == {1000: [3, 1, 2, 0], 24: [3, 1, 2, 0], 12: [1, 1, 2, 0], 5: [0, 0, 0, 0]}
 
 
@@ -119,7 +121,7 @@ def test_random_prompts_in_several_passes():
         limit = draw.randrange(5, 30)
         wanted = _by_hand(prefix, facts, CUE, target, index, limit, True, True)
         layout = _layout(index, limit, prefix, facts, target, residual=True)
-        sizes = layout.sizes().wait()
+        sizes = layout.copy_lengths().result()
         order = draw.sample(range(5), 5)
         for part in (order[:2], order[2:3], order[3:]):
             _check(layout.assemble(part, *sizes), [wanted[i] for i in part])
@@ -127,8 +129,8 @@ def test_random_prompts_in_several_passes():
 
 def test_no_facts_at_all():
     layout = _layout([[-1, -1, -1]], 50, [[4]], [], [[7, 1]])
-    prompt = layout.assemble([0], *layout.sizes().wait())
-    assert prompt.input_ids.tolist() == [4, *CUE, 7, 1] and int(prompt.kept) == 0
+    prompt = layout.assemble([0], *layout.copy_lengths().result())
+    assert prompt.input_ids.tolist() == [4, *CUE, 7, 1] and int(prompt.num_facts_kept) == 0
 
 
 def test_template_keeps_answers_in_one_list():

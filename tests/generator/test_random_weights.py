@@ -13,21 +13,21 @@ import torch
 import torch.nn.functional as F
 
 from dragkit import evaluate as evaluate_command
-from dragkit.config import GeneratorConfig, load_config
+from dragkit.config import GeneratorConfig, resolve_config
 from dragkit.errors import ConfigError
 from dragkit.generator.load import (
     check_generator,
-    check_grouped_product,
+    check_grouped_mm,
     load_generator,
 )
 from dragkit.generator.random_weights import (
     ARCHITECTURES,
     Architecture,
+    meta_model,
     random_config,
     random_model,
-    skeleton,
 )
-from dragkit.trainer.run import Run
+from dragkit.trainer.run import TrainingRun
 from tests.nemotron_cases import adapted, toy_model
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
@@ -61,7 +61,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_published_architecture_has_its_published_size() -> None:
-    model = skeleton(random_config(PUBLIC), torch.bfloat16)
+    model = meta_model(random_config(PUBLIC), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
     kinds = model.config.layers_block_type
     assert [kinds.count(k) for k in ("linear_attention", "moe", "full_attention")] == [23, 23, 6]
@@ -154,9 +154,9 @@ def test_experts_that_the_grouped_product_refuses_are_refused_on_a_gpu(
 ) -> None:
     targets = ("in_proj", "experts.up_proj") if routed else ("in_proj",)
     model = adapted(targets, 2, toy_model("ME", dtype, moe_intermediate_size=inner))
-    check_grouped_product(model, CPU)
+    check_grouped_mm(model, CPU)
     with pytest.raises(ConfigError, match="one by one") if refused else nullcontext():
-        check_grouped_product(model, torch.device("cuda"))
+        check_grouped_mm(model, torch.device("cuda"))
 
 
 def test_training_logs_loss_and_speed_and_claims_no_accuracy(
@@ -176,10 +176,10 @@ def test_training_logs_loss_and_speed_and_claims_no_accuracy(
         "optim.batch_size": 4,
         "optim.epochs": 1,
     }
-    config, origins = load_config("tiny", None, values)
-    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
+    config, origins = resolve_config("tiny", None, values)
+    phase1, _ = resolve_config("tiny", None, values | {"run.phase": 1})
     with caplog.at_level(logging.WARNING):
-        summary = Run(config, origins, phase1).execute()
+        summary = TrainingRun(config, origins, phase1).execute()
     assert "random weights" in summary and "evaluate" not in summary
     assert caplog.text.count("no validation") == 1
     assert not (tmp_path / "run" / "results.json").exists()

@@ -14,7 +14,7 @@ from transformers import NemotronHForCausalLM
 
 from dragkit.checkpoint.checkpoint import load_tensors_into
 from dragkit.generator.lora.adapters import load_adapter
-from tests.nemotron_cases import EVERY, ROUTED, adapted, toy_model
+from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
 # With PEFT and transformers alone, unless the adapter is on `out_proj`.
 FRESH = """
@@ -62,8 +62,8 @@ def test_saved_adapters_load_in_a_fresh_process(tmp_path):
     wanted = {"ids": IDS, "bare": logits_of(toy_model(std=0.2), IDS)}
     for name, targets in (
         ("default", None),
-        ("routed", ("in_proj", *ROUTED)),
-        ("out_proj", (*EVERY, *ROUTED)),
+        ("routed", ("in_proj", *ROUTED_EXPERTS)),
+        ("out_proj", (*ALL_LINEAR, *ROUTED_EXPERTS)),
     ):
         model = adapted(targets, std=0.2)
         wanted[name] = logits_of(model, IDS)
@@ -89,7 +89,7 @@ def test_saved_adapters_load_in_a_fresh_process(tmp_path):
         assert (logits - wanted["bare"]).abs().max() > 1e-2 * scale, "the adapter has to matter"
 
 
-@pytest.mark.parametrize("targets", [None, (*EVERY, *ROUTED)])
+@pytest.mark.parametrize("targets", [None, (*ALL_LINEAR, *ROUTED_EXPERTS)])
 def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
     model = adapted(targets, std=0.2)
     wanted = logits_of(model, IDS)
@@ -107,14 +107,14 @@ def test_saved_adapters_load_into_a_bare_model_and_into_fresh_adapters(tmp_path)
     """The second is the way a resumed run goes: the file's tensors into the live ones."""
     from peft import get_peft_model_state_dict
 
-    model = adapted((*EVERY, *ROUTED), std=0.2)
+    model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS), std=0.2)
     model.save_pretrained(tmp_path, safe_serialization=True)
     again = load_adapter(toy_model(std=0.2), tmp_path).eval()
     assert again.get_base_model().config.model_type == "nemotron_h"
     settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
     rows = [m.generate(input_ids=IDS, **settings) for m in (model, again)]
     assert torch.equal(*rows) and not any(p.requires_grad for p in again.parameters())
-    again = adapted((*EVERY, *ROUTED))
+    again = adapted((*ALL_LINEAR, *ROUTED_EXPERTS))
     live = get_peft_model_state_dict(again)
     assert len(live) == 36
     load_tensors_into(live, load_file(tmp_path / "adapter_model.safetensors"), what="adapter")

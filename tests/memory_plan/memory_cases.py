@@ -8,7 +8,7 @@ import torch
 from dragkit.config import GeneratorConfig
 from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.random_weights import ARCHITECTURES, random_model
-from dragkit.memory_plan.dims import Adapters, Shape, linear_layers, shape_of
+from dragkit.memory_plan.dims import LoraDims, NemotronHDims, dims_of, linear_layers
 
 # As the 30B in kind and proportion: inner is not hidden, keys are fewer than queries.
 SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
@@ -31,16 +31,16 @@ SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
 
 def build(
     monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...], **sizes: int
-) -> tuple[torch.nn.Module, Shape, Adapters]:
+) -> tuple[torch.nn.Module, NemotronHDims, LoraDims]:
     """A bfloat16 model under LoRA, its shape and adapters; `targets` that it lacks are left out."""
     published = ARCHITECTURES["nemotron-3-nano-30b-a3b"]
     architecture = published._replace(pattern=pattern, sizes=SIZES | sizes)
     monkeypatch.setitem(ARCHITECTURES, "small", architecture)
     model = random_model("random:small", torch.device("cpu"), torch.bfloat16)
-    shape = shape_of(model.config)
-    linear = {n for kind in shape.kinds for n in linear_layers(shape, kind)}
-    routed = "moe" in shape.kinds
+    dims = dims_of(model.config)
+    linear = {n for kind in dims.block_types for n in linear_layers(dims, kind)}
+    routed = "moe" in dims.block_types
     targets = tuple(t for t in targets if t in linear or (routed and t.startswith("experts.")))
     model.requires_grad_(False)
     model = add_adapters(model, GeneratorConfig(lora_rank=4, lora_targets=targets))
-    return model, shape, Adapters(4, targets)
+    return model, dims, LoraDims(4, targets)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dragkit.generator.generator import Generator
-from dragkit.generator.lora.adapters import LORA_TARGETS
-from dragkit.generator.nemotron_h import decoder, mamba_ops, prefill_in_passes
+from dragkit.generator.lora.adapters import DEFAULT_LORA_TARGETS
+from dragkit.generator.nemotron_h import decoder, mamba_ops, prefill_in_microbatches
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.memory_plan import memory
 from tests.memory_plan.memory_cases import build
@@ -73,7 +73,7 @@ def prompts(sequences: int) -> NeuralPrompt:
         ptr=(PROMPT * torch.arange(sequences + 1)).int(),
         target_row=none,
         target_id=none,
-        kept=none,
+        num_facts_kept=none,
         longest=PROMPT,
     )
 
@@ -87,7 +87,10 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def counted(model: torch.nn.Module, passes: int) -> int:
     """Bytes at the peak of decoding all prompts, beside weights and the prompts themselves."""
     tokens = SEQUENCES * PROMPT // passes
-    generator, made = Generator(model, Words(), tokens_per_pass=tokens), prompts(SEQUENCES)
+    generator, made = (
+        Generator(model, Words(), max_tokens_per_microbatch=tokens),
+        prompts(SEQUENCES),
+    )
     fields = (getattr(made, name) for name in NeuralPrompt.__dataclass_fields__)
     given = [*model.parameters(), *model.buffers(), *(x for x in fields if isinstance(x, Tensor))]
     with Alive(given) as alive:
@@ -99,20 +102,22 @@ def counted(model: torch.nn.Module, passes: int) -> int:
 def test_decoding_has_alive_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     busiest = set()
     for name, sizes in WIDTHS.items():
-        model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS, **sizes)
+        model, dims, _ = build(monkeypatch, PATTERN, DEFAULT_LORA_TARGETS, **sizes)
         for passes in (1, SEQUENCES):
             tokens = SEQUENCES * PROMPT // passes
-            said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, tokens)
+            said = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, tokens)
             assert counted(model, passes) == pytest.approx(sum(said.values()), rel=0.1), name
-        busiest.add(max(shape.kinds, key=lambda kind: memory.prefill_per_token(shape, kind)))
+        busiest.add(
+            max(dims.block_types, key=lambda kind: memory.prefill_bytes_per_token(dims, kind))
+        )
     assert busiest == {"linear_attention", "full_attention", "moe"}
 
 
 def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, shape, _ = build(monkeypatch, PATTERN, LORA_TARGETS)
+    model, dims, _ = build(monkeypatch, PATTERN, DEFAULT_LORA_TARGETS)
     generator, made = Generator(model, Words()), prompts(SEQUENCES)
     with torch.no_grad():
-        _, states = prefill_in_passes(
+        _, states = prefill_in_microbatches(
             generator._decoder[0],
             generator.embed(made, None),
             made.length,
@@ -120,7 +125,7 @@ def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatc
             ANSWER,
             tokens=2 * PROMPT,
         )
-    said = memory.decode_bytes(shape, SEQUENCES, PROMPT, ANSWER, 0)
+    said = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, 0)
     kept = {"KeyValues": 0, "MambaState": 0}
     for state in states:
         kept[type(state).__name__] += sum(t.nbytes for t in state[:2])

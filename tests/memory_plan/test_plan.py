@@ -40,7 +40,14 @@ def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixture) -> None:
-    argv = ["--preset", "h200", "--card", "H100", "--set", "generator.tokens_per_pass=300000"]
+    argv = [
+        "--preset",
+        "h200",
+        "--card",
+        "H100",
+        "--set",
+        "generator.max_tokens_per_microbatch=300000",
+    ]
     assert plan.main(argv) == ConfigError.exit_code
     out = capsys.readouterr().out
     assert re.search(r"^fits +no$", out, re.MULTILINE)

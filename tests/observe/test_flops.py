@@ -8,10 +8,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import NemotronHForCausalLM
 
-from dragkit.generator.lora.adapters import LORA_TARGETS
-from dragkit.memory_plan.dims import matrix_parameters, shape_of
+from dragkit.generator.lora.adapters import DEFAULT_LORA_TARGETS
+from dragkit.memory_plan.dims import dims_of, num_active_parameters
 from dragkit.observe.flops import ActiveWeights, active_weights, model_flops_utilisation
-from dragkit.observe.gpu import device_spec
+from dragkit.observe.gpu import card_spec
 from tests.nemotron_cases import adapted, config_30b, toy_model
 
 M, V = 32, 64
@@ -20,7 +20,7 @@ M, V = 32, 64
 def tiny(pattern: str = "ME*-", rank: int | None = None, **settings: object) -> nn.Module:
     """A toy model, with adapters where a rank is given."""
     model = toy_model(pattern, **{"num_experts_per_tok": 3} | settings)
-    return model if rank is None else adapted(LORA_TARGETS, rank, model)
+    return model if rank is None else adapted(DEFAULT_LORA_TARGETS, rank, model)
 
 
 # Widths: Mamba 4 heads of 16 = 64 inside, 2 groups of 8 states for B and for C, one dt a head.
@@ -87,8 +87,8 @@ def test_the_30b_has_3_23_billion_active_weights() -> None:
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
     found = active_weights(model)
     assert found.head == 131072 * 2688
-    shape = shape_of(model.config)
-    assert found.blocks == matrix_parameters(shape, shape.kinds), "what the plan counts"
+    dims = dims_of(model.config)
+    assert found.blocks == num_active_parameters(dims, dims.block_types), "what the plan counts"
     assert found.active / 1e9 == pytest.approx(3.23, abs=0.005)
     assert found.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
     # 11.8 GFLOP a token with scan and attention, which are 0.26 of it.
@@ -125,4 +125,4 @@ def test_a_tied_head_counts_once() -> None:
 
 def test_utilisation_needs_a_known_peak() -> None:
     assert model_flops_utilisation(1e12, None) is None
-    assert model_flops_utilisation(225e12, device_spec("NVIDIA B200")) == pytest.approx(0.1)
+    assert model_flops_utilisation(225e12, card_spec("NVIDIA B200")) == pytest.approx(0.1)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dragkit.observe.gpu import GpuMonitor, device_spec
+from dragkit.observe.gpu import GpuMonitor, card_spec
 
 
 class NvmlError(Exception):
@@ -110,13 +110,13 @@ def test_the_stand_in_has_the_names_of_the_real_module() -> None:
     ],
 )
 def test_peak_rates_by_the_name_a_device_reports(name: str, bf16: float, bandwidth: float) -> None:
-    spec = device_spec(name)
+    spec = card_spec(name)
     assert (spec.bf16_tflops, spec.memory_gb_per_s) == (bf16, bandwidth)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GB200", "NVIDIA A100-SXM4-80GB", "NVIDIA H20", "", "cpu"])
 def test_an_unknown_device_has_no_rates_rather_than_a_likely_one(name: str) -> None:
-    assert device_spec(name) is None
+    assert card_spec(name) is None
 
 
 @pytest.mark.gpu

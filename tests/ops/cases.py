@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactOrders
+from dragkit_kernels import FactIndex
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import Adjacency
 
@@ -41,13 +41,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
     """The pack on a device."""
-    orders, *rest = pack
-    return Adjacency(FactOrders(*(x.to(device) for x in orders)), *(x.to(device) for x in rest))
+    fact_index, *rest = pack
+    return Adjacency(FactIndex(*(x.to(device) for x in fact_index)), *(x.to(device) for x in rest))
 
 
 def layer_inputs(pack: Adjacency, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Random arguments of message_passing for a pack, in the order of `LAYER_NAMES`."""
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
     graphs = len(pack.node_ptr) - 1
     shapes = [
         *((nodes, width), (nodes,), (pairs, width), (pairs, width)),

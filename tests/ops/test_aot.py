@@ -9,9 +9,11 @@ pytest.importorskip("triton")
 from dragkit_kernels import aot
 from dragkit_kernels.aot import Usage, all_specs
 from dragkit_kernels.backend import INTERPRETED
-from dragkit_kernels.launch import Budget
+from dragkit_kernels.launch import ResourceLimits
 
-FITS = Usage(registers=64, spills=0, stack=0, shared=1024, wide_loads=2, products=1)
+FITS = Usage(
+    registers=64, spills=0, stack_bytes=0, shared_bytes=1024, vector_loads=2, mma_instructions=1
+)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
@@ -20,15 +22,15 @@ def test_the_command_holds_a_kernel_to_its_budget(
 ) -> None:
     """One small kernel, really compiled; `make test` runs the command over all of them."""
     spec = next(s for s in all_specs() if s.kernel.fn.__name__ == "_logistic_noise_fwd_kernel")
-    for registers, status in ((spec.budget.registers, 0), (1, 1)):
-        chosen = spec._replace(budget=spec.budget._replace(registers=registers))
+    for registers, status in ((spec.limits.registers, 0), (1, 1)):
+        chosen = spec._replace(limits=spec.limits._replace(registers=registers))
         monkeypatch.setattr(aot, "all_specs", lambda chosen=chosen: iter([chosen]))
         assert aot.main([]) == status
-        said = capsys.readouterr().out
-        assert "sm_90" in said and "sm_100" in said
-        assert "1 kernels in 1 configurations x 2 architectures = 2 compiled" in said
-        assert f"over budget {2 * status}" in said
-        assert ("registers > 1" in said) == bool(status)
+        output = capsys.readouterr().out
+        assert "sm_90" in output and "sm_100" in output
+        assert "1 kernels in 1 configurations x 2 architectures = 2 compiled" in output
+        assert f"over limits {2 * status}" in output
+        assert ("registers > 1" in output) == bool(status)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted functions have no argument types")
@@ -46,17 +48,17 @@ def test_specs_name_every_argument() -> None:
         ({}, ""),
         ({"registers": 65}, "registers > 64"),
         ({"spills": 1}, "spills"),
-        ({"stack": 8, "shared": 1025}, "stack, shared > 1024"),
-        ({"wide_loads": 1, "products": 0}, "wide loads < 2, products < 1"),
+        ({"stack_bytes": 8, "shared_bytes": 1025}, "stack, shared > 1024"),
+        ({"vector_loads": 1, "mma_instructions": 0}, "vector loads < 2, mma < 1"),
     ],
 )
 def test_what_is_over_a_budget_is_named(change: dict[str, int], message: str) -> None:
-    budget = Budget(registers=64, shared=1024, wide_loads=2, products=1)
-    spec = next(all_specs())._replace(budget=budget)
-    assert FITS._replace(**change).excess(spec) == message
+    limits = ResourceLimits(registers=64, shared_bytes=1024, vector_loads=2, mma_instructions=1)
+    spec = next(all_specs())._replace(limits=limits)
+    assert FITS._replace(**change).over_limits(spec) == message
 
 
 def test_occupancy_is_that_of_the_scarcest_resource() -> None:
     assert FITS.occupancy(num_warps=4) == 0.5
     assert FITS._replace(registers=32).occupancy(num_warps=4) == 1.0
-    assert FITS._replace(registers=32, shared=50_000).occupancy(num_warps=4) == 0.25
+    assert FITS._replace(registers=32, shared_bytes=50_000).occupancy(num_warps=4) == 0.25

@@ -47,10 +47,10 @@ def with_bias(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
     return x, weight, bias[0] if bias else None
 
 
-def check(values: list[Tensor], position: Tensor, backend: str, grad: Tensor | None = None) -> None:
+def check(values: list[Tensor], seq_pos: Tensor, backend: str, grad: Tensor | None = None) -> None:
     """Values and gradients against float64, with learned weights and with frozen ones."""
     exact = leaves([x.double() for x in values])
-    expected = causal_conv_ref(*with_bias(exact), position)
+    expected = causal_conv_ref(*with_bias(exact), seq_pos)
     if grad is None:
         grad = random(*expected.shape, seed=9).to(values[0])
     wanted = gradients(expected, exact, grad)
@@ -58,7 +58,7 @@ def check(values: list[Tensor], position: Tensor, backend: str, grad: Tensor | N
         tried = leaves(values) if learned else [values[0].detach().requires_grad_(), *values[1:]]
         graded = tried if learned else tried[:1]
         with fenced_allocations():
-            actual = causal_conv(*with_bias(tried), position, backend=backend)
+            actual = causal_conv(*with_bias(tried), seq_pos, backend=backend)
             found = gradients(actual, graded, grad)
         assert actual.dtype == values[0].dtype and actual.is_contiguous()
         assert_close(actual, expected, tolerance=FORWARD.get(actual.dtype, 1e-12))
@@ -137,7 +137,7 @@ def test_programs_meet(backend: str, device: torch.device, lengths: list[int]) -
 def test_a_program_of_full_size_and_one_that_sums_many_rows(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels("causal_conv.backward"), "SUM_PROGRAMS", 1)
+    monkeypatch.setattr(kernels("causal_conv.backward"), "MAX_SUM_PROGRAMS", 1)
     check(inputs(sum(LENGTHS), 3, device), positions(LENGTHS, device), "triton")
 
 
@@ -167,9 +167,9 @@ def test_a_bad_number_stays_in_its_sequence(
 ) -> None:
     """In x and in the gradient; the sums of the weights get it only from taps that read it."""
     lengths = [1, 4, 3, 3]
-    values, position = inputs(11, 3, device), positions(lengths, device)
+    values, seq_pos = inputs(11, 3, device), positions(lengths, device)
     x, weight, bias = values
-    clean = causal_conv(*values, position, backend=backend)
+    clean = causal_conv(*values, seq_pos, backend=backend)
     ends = torch.tensor(lengths).cumsum(0)
     sequence = int((ends <= row).sum())
     outside = torch.ones(11, dtype=torch.bool, device=device)
@@ -179,25 +179,25 @@ def test_a_bad_number_stays_in_its_sequence(
         spoilt_x, spoilt_grad = x.clone(), grad.clone()
         (spoilt_x if spoilt is x else spoilt_grad)[row, 1] = bad
         tried = leaves([spoilt_x, weight, bias])
-        y = causal_conv(*tried, position, backend=backend)
+        y = causal_conv(*tried, seq_pos, backend=backend)
         d_x, d_weight, _ = torch.autograd.grad(y, tried, spoilt_grad)
         assert torch.equal(y[outside], clean[outside])
         assert d_x[outside].isfinite().all()
         exact = leaves([t.double() for t in (spoilt_x, weight, bias)])
-        wanted = torch.autograd.grad(
-            causal_conv_ref(*exact, position), exact, spoilt_grad.double()
-        )[1]
+        wanted = torch.autograd.grad(causal_conv_ref(*exact, seq_pos), exact, spoilt_grad.double())[
+            1
+        ]
         assert torch.equal(d_weight.isfinite(), wanted.isfinite())
 
 
 def test_rows_of_padding_stand_alone(backend: str, device: torch.device) -> None:
     values = inputs(9, 5, device)
-    position = torch.cat([positions([4], device), torch.zeros_like(positions([5], device))])
-    check(values, position, backend)
-    y = causal_conv(*values, position, backend=backend)
+    seq_pos = torch.cat([positions([4], device), torch.zeros_like(positions([5], device))])
+    check(values, seq_pos, backend)
+    y = causal_conv(*values, seq_pos, backend=backend)
     values[0][4:] = math.nan
     x = values[0].requires_grad_()
-    spoilt = causal_conv(*values, position, backend=backend)
+    spoilt = causal_conv(*values, seq_pos, backend=backend)
     assert torch.equal(spoilt[:4], y[:4])
     (d_x,) = torch.autograd.grad(spoilt[:4].sum(), x)
     assert d_x[:4].isfinite().all()
@@ -205,7 +205,7 @@ def test_rows_of_padding_stand_alone(backend: str, device: torch.device) -> None
 
 def test_row_strides_and_expanded_gradients(backend: str, device: torch.device) -> None:
     x, weight, bias = inputs(7, 6, device)
-    position = strided_like(positions([2, 5], device))
+    seq_pos = strided_like(positions([2, 5], device))
     wide = random(7, 30).to(device)
     wide[:, 11:17] = x
     for grad in (
@@ -214,9 +214,9 @@ def test_row_strides_and_expanded_gradients(backend: str, device: torch.device) 
         strided_like(random(7, 6).to(device)),
         random(7, 20).to(device)[:, 3:9],
     ):
-        check([wide[:, 11:17], weight, bias], position, backend, grad)
-    check([strided_like(x), strided_like(weight), strided_like(bias)], position, backend)
-    check([x[:1].expand(7, 6), weight, bias], position, backend)
+        check([wide[:, 11:17], weight, bias], seq_pos, backend, grad)
+    check([strided_like(x), strided_like(weight), strided_like(bias)], seq_pos, backend)
+    check([x[:1].expand(7, 6), weight, bias], seq_pos, backend)
 
 
 @pytest.mark.triton
@@ -244,13 +244,13 @@ def test_nothing(backend: str, device: torch.device, shape: tuple[int, int]) -> 
 def test_unneeded_gradients_are_not_computed(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    values, position = [x.to(dtype) for x in inputs(9, 5, device)], positions([4, 5], device)
+    values, seq_pos = [x.to(dtype) for x in inputs(9, 5, device)], positions([4, 5], device)
     grad, triton = random(9, 5, seed=9).to(values[0]), backend == "triton"
     bwd = torch.ops.dragkit.causal_conv_bwd
-    every = bwd(grad, *values, position, [True] * 3, triton)
+    every = bwd(grad, *values, seq_pos, [True] * 3, triton)
     for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
         with fenced_allocations():
-            found = bwd(grad, *values, position, mask, triton)
+            found = bwd(grad, *values, seq_pos, mask, triton)
         for got, want, wanted in zip(found, every, mask, strict=True):
             assert torch.equal(got, want) if wanted else got.numel() == 0
 
@@ -259,31 +259,31 @@ def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
     backend: str, device: torch.device
 ) -> None:
     lengths, columns = ([30, 4], 3) if backend == "triton" else ([700, 1, 800], 70)
-    values, position = leaves(inputs(sum(lengths), columns, device)), positions(lengths, device)
+    values, seq_pos = leaves(inputs(sum(lengths), columns, device)), positions(lengths, device)
     grad, runs = random(*values[0].shape, seed=9).to(device), []
     for _ in range(2):
-        y = causal_conv(*values, position, backend=backend)
+        y = causal_conv(*values, seq_pos, backend=backend)
         runs.append((y, *torch.autograd.grad(y, values, grad, retain_graph=True)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert not any(g.any() for g in gradients(y, values, torch.zeros_like(y)))
 
 
 def test_gradcheck_and_opcheck() -> None:
-    position = positions([3, 1, 5])
+    seq_pos = positions([3, 1, 5])
     values = leaves([x.double() for x in inputs(9, 2, taps=3)])
-    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, position), tuple(values))
+    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, seq_pos), tuple(values))
     fwd, bwd = (getattr(torch.ops.dragkit, f"causal_conv_{n}").default for n in ("fwd", "bwd"))
     for bias in (True, False):
         x, weight, b = with_bias(leaves(inputs(9, 5, bias=bias)))
-        torch.library.opcheck(fwd, (x, weight, b, position, False))
+        torch.library.opcheck(fwd, (x, weight, b, seq_pos, False))
         roomy = strided_like(x.detach()).requires_grad_()
-        torch.library.opcheck(fwd, (roomy, weight, b, position, False))
+        torch.library.opcheck(fwd, (roomy, weight, b, seq_pos, False))
         plain = [None if t is None else t.detach() for t in (x, weight, b)]
         for mask in ([True, True, bias], [False] * 3, [True, False, False]):
-            torch.library.opcheck(bwd, (torch.randn(9, 5), *plain, position, mask, False))
+            torch.library.opcheck(bwd, (torch.randn(9, 5), *plain, seq_pos, mask, False))
     low = [t.detach().bfloat16() for t in (x, weight)]
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fwd, (*low, None, position, False), test_utils=utils)
+    torch.library.opcheck(fwd, (*low, None, seq_pos, False), test_utils=utils)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -295,11 +295,11 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def test_compiled_equals_eager() -> None:
-    values, position = leaves(inputs(13, 5)), positions([4, 9])
+    values, seq_pos = leaves(inputs(13, 5)), positions([4, 9])
     compiled = torch.compile(causal_conv, fullgraph=True, backend="aot_eager")
     results = []
     for function in (causal_conv, compiled):
-        y = function(*values, position)
+        y = function(*values, seq_pos)
         results.append([y, *torch.autograd.grad((y * y).sum(), values)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -311,15 +311,15 @@ def test_compiled_equals_eager() -> None:
         ({"weight": torch.zeros(4, 4)}, r"weight must have shape \[5, \*\], got \[4, 4\]"),
         ({"weight": torch.zeros(5, 0)}, r"weight must have a tap, got shape \[5, 0\]"),
         ({"bias": torch.zeros(4)}, r"bias must have shape \[5\], got \[4\]"),
-        ({"position": torch.zeros(2).int()}, r"position must have shape \[3\], got \[2\]"),
-        ({"position": torch.zeros(3).long()}, "position must be int32, got torch.int64"),
+        ({"seq_pos": torch.zeros(2).int()}, r"seq_pos must have shape \[3\], got \[2\]"),
+        ({"seq_pos": torch.zeros(3).long()}, "seq_pos must be int32, got torch.int64"),
         ({"x": torch.zeros(3, 5).int()}, "x must be floating point"),
         ({"bias": torch.zeros(5).int()}, "bias must be floating point"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict, message: str) -> None:
-    x, weight, bias, position = torch.zeros(3, 5), torch.zeros(5, 4), None, torch.zeros(3).int()
-    arguments = {"x": x, "weight": weight, "bias": bias, "position": position}
+    x, weight, bias, seq_pos = torch.zeros(3, 5), torch.zeros(5, 4), None, torch.zeros(3).int()
+    arguments = {"x": x, "weight": weight, "bias": bias, "seq_pos": seq_pos}
     with pytest.raises(ValueError, match=message):
         causal_conv(**{**arguments, **change})
 
@@ -327,14 +327,14 @@ def test_wrong_arguments_are_named(change: dict, message: str) -> None:
 @pytest.mark.parametrize("width", [1, 2, 4, 5])
 def test_state_is_what_transformers_keeps(width: int) -> None:
     """Transformers pads a short sequence on the left and keeps the last columns."""
-    x, position = random(sum(LENGTHS), 6), positions(LENGTHS)
+    x, seq_pos = random(sum(LENGTHS), 6), positions(LENGTHS)
     last = (torch.tensor(LENGTHS).cumsum(0) - 1).int()
-    state = causal_conv_state(x, position, last, width)
+    state = causal_conv_state(x, seq_pos, last, width)
     expected = [F.pad(p.mT, (width, 0))[:, -width:] for p in x.split(LENGTHS)]
     assert torch.equal(state, torch.stack(expected)) and state.is_contiguous()
     spoilt = x.clone()
     spoilt[0] = math.nan  # of another sequence
-    assert torch.equal(causal_conv_state(spoilt, position, last, width)[1:], state[1:])
+    assert torch.equal(causal_conv_state(spoilt, seq_pos, last, width)[1:], state[1:])
 
 
 def test_state_continues_the_convolution_of_transformers() -> None:
@@ -351,11 +351,11 @@ def test_state_continues_the_convolution_of_transformers() -> None:
 
 
 def test_wrong_arguments_of_the_state_are_named() -> None:
-    x, position, last = torch.zeros(3, 5), torch.zeros(3).int(), torch.zeros(1).int()
+    x, seq_pos, last = torch.zeros(3, 5), torch.zeros(3).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="causal_conv_state: width must be at least 1, got 0"):
-        causal_conv_state(x, position, last, 0)
-    with pytest.raises(ValueError, match="last must be int32"):
-        causal_conv_state(x, position, last.long(), 4)
-    with pytest.raises(ValueError, match=r"position must have shape \[3\], got \[2\]"):
-        causal_conv_state(x, position[:2], last, 4)
-    assert causal_conv_state(x, position, last[:0], 4).shape == (0, 5, 4)
+        causal_conv_state(x, seq_pos, last, 0)
+    with pytest.raises(ValueError, match="last_row must be int32"):
+        causal_conv_state(x, seq_pos, last.long(), 4)
+    with pytest.raises(ValueError, match=r"seq_pos must have shape \[3\], got \[2\]"):
+        causal_conv_state(x, seq_pos[:2], last, 4)
+    assert causal_conv_state(x, seq_pos, last[:0], 4).shape == (0, 5, 4)

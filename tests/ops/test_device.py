@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import (
-    FactOrders,
+    FactIndex,
     fact_loss,
     fact_rows,
     fact_scores,
@@ -50,7 +50,7 @@ Case = Callable[[str], tuple[Tensor, ...]]
 
 
 def layer_inputs(pack: Adjacency, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
     generator = torch.Generator().manual_seed(seed)
     shapes = [
         *((nodes, WIDTH), (nodes,), (pairs, WIDTH), (pairs, WIDTH)),
@@ -65,7 +65,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     """Every op by name: outputs and gradients of float inputs, on one of the backends."""
     pack = to_device(random_adjacency(SIZES, RELATIONS), device)
     layer = layer_inputs(pack, dtype)
-    facts = pack.orders.num_facts
+    facts = pack.fact_index.num_facts
     longest = max(size for _, size in SIZES)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(facts, generator=generator).to(device)
@@ -82,24 +82,26 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         return (*(x.detach() for x in out), *found)
 
     def layer_case(backend: str) -> tuple[Tensor, ...]:
-        walk = {"orders": pack.orders, "node_graph": pack.node_graph, "backend": backend}
+        walk = {"fact_index": pack.fact_index, "node_graph": pack.node_graph, "backend": backend}
         return run(lambda *x: (message_passing(*x, **walk),), *layer)
 
     def start_case(backend: str) -> tuple[Tensor, ...]:
-        return run(lambda x: (relation_sum(x, orders=pack.orders, backend=backend),), layer[2])
+        return run(
+            lambda x: (relation_sum(x, fact_index=pack.fact_index, backend=backend),), layer[2]
+        )
 
     def softmax_case(backend: str) -> tuple[Tensor, ...]:
         counted = {"count": pack.node_count, "backend": backend}
         return run(lambda x: (segment_softmax(x, pack.node_ptr, **counted),), layer[0].sum(1))
 
     def scores_case(backend: str) -> tuple[Tensor, ...]:
-        walk = {"orders": pack.orders, "backend": backend}
+        walk = {"fact_index": pack.fact_index, "backend": backend}
         tables = [x.float() for x in (layer[0][:, 0], layer[2][:, 0], layer[0][:, 1], layer[6][0])]
         return run(lambda *x: (fact_scores(*x, **walk),), *tables)
 
     def draw_case(backend: str) -> tuple[Tensor, ...]:
         found: list[Tensor] = []
-        for mode in ("bernoulli", "budget"):
+        for mode in ("bernoulli", "exact_k"):
             options = {"seed": seed, "question_key": keys, "mode": mode, "max_facts": longest}
 
             def draw(x: Tensor, options: dict = options) -> tuple[Tensor, ...]:
@@ -115,7 +117,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     label = (torch.rand(facts, generator=generator) < 0.1).float().to(device)
 
     def gate_case(backend: str) -> tuple[Tensor, ...]:
-        pairs = pack.orders.pair_relation, pack.orders.pair_graph
+        pairs = pack.fact_index.pair_relation, pack.fact_index.pair_graph
         return run(lambda *x: (relation_gate(*x, *pairs, backend=backend),), table, instruction)
 
     def loss_case(backend: str) -> tuple[Tensor, ...]:
@@ -126,8 +128,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         index = torch.where(index < pack.fact_ptr[1:, None], index, -1).int()
 
         def rows(h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            chosen = fact_rows(h, x, index, orders=pack.orders, backend=backend)
-            gathered = gather_rows(h, pack.orders.head, backend=backend)
+            chosen = fact_rows(h, x, index, fact_index=pack.fact_index, backend=backend)
+            gathered = gather_rows(h, pack.fact_index.head, backend=backend)
             added = segment_sum(h, pack.node_graph, len(SIZES), backend=backend)
             return chosen, gathered, added
 
@@ -230,7 +232,7 @@ def test_extreme_graphs(device: torch.device, shape: Callable[[], Adjacency]) ->
     narrow = [x[..., :8] if x.dim() > 1 else x for x in layer_inputs(pack, torch.float32)]
     narrow[5], narrow[6] = narrow[5][:8], narrow[6][:8]
     tried, exact = leaves(narrow), leaves([x.double() for x in narrow])
-    walk = {"orders": pack.orders, "node_graph": pack.node_graph}
+    walk = {"fact_index": pack.fact_index, "node_graph": pack.node_graph}
     out = message_passing(*tried, **walk, backend="triton")
     wanted = message_passing_ref(*exact, **walk)
     assert_close(out, wanted, name="out")
@@ -241,8 +243,8 @@ def test_extreme_graphs(device: torch.device, shape: Callable[[], Adjacency]) ->
     for place, (x, y) in enumerate(pairs):
         assert_close(x, y, name=str(place))
     assert_close(
-        relation_sum(narrow[2], orders=pack.orders, backend="triton"),
-        relation_sum_ref(narrow[2].double(), orders=pack.orders),
+        relation_sum(narrow[2], fact_index=pack.fact_index, backend="triton"),
+        relation_sum_ref(narrow[2].double(), fact_index=pack.fact_index),
     )
     score = narrow[0].sum(1)
     assert_close(
@@ -261,15 +263,15 @@ def test_beyond_the_range_of_an_int32(device: torch.device) -> None:
     ones = torch.ones_like(node, dtype=torch.int32)
     as_int = [x.int() for x in (node, node + 1)]
     ptr = torch.arange(nodes + 1, device=device, dtype=torch.int32)
-    orders = FactOrders(
+    fact_index = FactIndex(
         head=as_int[0],
         tail=as_int[1],
         tail_ptr=(ptr - 1).clamp(min=0),
-        tail_fact=as_int[0],
+        tail_perm=as_int[0],
         head_ptr=ptr.clamp(max=nodes - 1),
-        head_fact=as_int[0],
+        head_perm=as_int[0],
         pair_ptr=ptr[:-1],
-        pair_fact=as_int[0],
+        pair_perm=as_int[0],
         pair_relation=as_int[0],
         pair_graph=torch.zeros_like(as_int[0]),
         fact_pair=as_int[0],
@@ -284,7 +286,7 @@ def test_beyond_the_range_of_an_int32(device: torch.device) -> None:
     table = torch.zeros(nodes - 1, WIDTH, device=device, dtype=LOW)
     table[rows] = torch.randn(len(at), WIDTH, device=device).to(LOW)
     table.requires_grad_()
-    out = relation_sum(table, orders=orders, backend="triton")
+    out = relation_sum(table, fact_index=fact_index, backend="triton")
     wanted = table.detach()[rows].float()
     assert_close(out[rows] - _others(table, rows - 1), wanted.to(LOW).float(), tolerance=8e-3)
     grad = torch.zeros_like(out)
@@ -303,7 +305,7 @@ def test_beyond_the_range_of_an_int32(device: torch.device) -> None:
     with torch.no_grad():
         out = message_passing(
             h, zeros, table, table, own, weight, own[0],
-            orders=orders, node_graph=graph, backend="triton",
+            fact_index=fact_index, node_graph=graph, backend="triton",
         )  # fmt: skip
     assert torch.equal(out[rows], h[rows].relu())
 
@@ -321,7 +323,7 @@ def test_a_draw_is_the_same_on_the_host(device: torch.device) -> None:
     ptr = torch.cat([ptr[:1] * 0, ptr]).int()
     logits = torch.randn(int(sizes.sum()), generator=torch.Generator().manual_seed(2))
     keys = torch.arange(len(sizes))
-    for mode in ("bernoulli", "budget"):
+    for mode in ("bernoulli", "exact_k"):
         options = {"mode": mode, "max_facts": int(sizes.max())}
         host = gumbel_topk(
             logits, ptr, 20, seed=torch.tensor(5), question_key=keys, backend="torch", **options

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dragkit_kernels import (
     FactGroups,
-    FactOrders,
-    build_fact_orders,
+    FactIndex,
+    build_fact_index,
     fact_scores,
     fact_scores_ref,
-    row_order,
+    grouped_index,
 )
 from dragkit_kernels.testing import (
     Adjacency,
@@ -35,8 +35,8 @@ SIZES = [
 ]
 
 
-def make_inputs(orders: FactOrders, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    shapes = ((orders.num_nodes,), (orders.num_pairs,), (orders.num_nodes,), ())
+def make_inputs(fact_index: FactIndex, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((fact_index.num_nodes,), (fact_index.num_pairs,), (fact_index.num_nodes,), ())
     return [random(*s, seed=i).to(device, dtype) for i, s in enumerate(shapes)]
 
 
@@ -44,27 +44,27 @@ def fact_groups(rows: int, facts: int) -> FactGroups:
     """Facts that stand for random rows: some for none, some for many."""
     generator = torch.Generator().manual_seed(facts)
     row = (torch.rand(facts, generator=generator) ** 2 * rows).int()
-    place, ptr = row_order(row, rows)
+    place, ptr = grouped_index(row, rows)
     return FactGroups(row, ptr, place)
 
 
 def test_the_reference_matches_the_loop_with_every_gradient(pack: Adjacency) -> None:
-    inputs = leaves(make_inputs(pack.orders, torch.device("cpu"), torch.float64))
+    inputs = leaves(make_inputs(pack.fact_index, torch.device("cpu"), torch.float64))
     a, b, c, bias = [x.detach() for x in inputs]
     wanted = [torch.zeros_like(x) for x in (a, b, c, bias)]
-    grad = torch.randn(pack.orders.num_facts, dtype=torch.float64)
+    grad = torch.randn(pack.fact_index.num_facts, dtype=torch.float64)
     expected = torch.zeros_like(grad)
     pairs: dict[tuple[int, int], int] = {}
     for key in sorted(set(zip(pack.fact_graph.tolist(), pack.relation.tolist(), strict=True))):
         pairs[key] = len(pairs)
     for e in range(len(expected)):
-        head, tail = int(pack.orders.head[e]), int(pack.orders.tail[e])
+        head, tail = int(pack.fact_index.head[e]), int(pack.fact_index.tail[e])
         pair = pairs[int(pack.fact_graph[e]), int(pack.relation[e])]
         expected[e] = a[head] + b[pair] + c[tail] + bias
         for want, row in zip(wanted, (head, pair, tail, ()), strict=True):
             want[row] += grad[e]
     for function in (fact_scores_ref, fact_scores):
-        actual = function(*inputs, orders=pack.orders)
+        actual = function(*inputs, fact_index=pack.fact_index)
         assert_close(actual, expected)
         got = torch.autograd.grad(actual, inputs, grad)
         for name, g, want in zip(NAMES, got, wanted, strict=True):
@@ -72,15 +72,15 @@ def test_the_reference_matches_the_loop_with_every_gradient(pack: Adjacency) -> 
 
 
 def check(
-    values: list[Tensor], orders: FactOrders, groups: FactGroups | None, backend: str
+    values: list[Tensor], fact_index: FactIndex, groups: FactGroups | None, backend: str
 ) -> None:
     tried, exact = leaves(values), leaves([x.double() for x in values])
-    expected = fact_scores_ref(*exact, orders=orders)
+    expected = fact_scores_ref(*exact, fact_index=fact_index)
     if groups is not None:
         expected = expected[groups.row.long()]
     grad = strided_like(random(*expected.shape, seed=9).to(expected.device))
     with fenced_allocations():
-        actual = fact_scores(*tried, orders=orders, groups=groups, backend=backend)
+        actual = fact_scores(*tried, fact_index=fact_index, groups=groups, backend=backend)
         got = gradients(actual, tried, grad)
     assert actual.dtype == torch.float32
     assert_close(actual, expected, tolerance=2e-6)
@@ -95,39 +95,39 @@ def test_matches_the_reference(
     backend: str, device: torch.device, dtype: torch.dtype, sizes: list[tuple[int, int]]
 ) -> None:
     """With and without groups, and with strided inputs; a row may have no fact."""
-    orders = to_device(random_adjacency(sizes, 6), device).orders
-    values = make_inputs(orders, device, dtype)
-    check(values, orders, None, backend)
-    check([strided_like(x) for x in values], orders, None, backend)
-    if orders.num_facts > 0:
-        groups = fact_groups(orders.num_facts, 1100)
+    fact_index = to_device(random_adjacency(sizes, 6), device).fact_index
+    values = make_inputs(fact_index, device, dtype)
+    check(values, fact_index, None, backend)
+    check([strided_like(x) for x in values], fact_index, None, backend)
+    if fact_index.num_facts > 0:
+        groups = fact_groups(fact_index.num_facts, 1100)
         groups = FactGroups(*(x.to(device) for x in groups))
-        check(values, orders, groups, backend)
-        ref = fact_scores_ref(*values, orders=orders, groups=groups)
-        assert torch.equal(ref, fact_scores_ref(*values, orders=orders)[groups.row.long()])
+        check(values, fact_index, groups, backend)
+        ref = fact_scores_ref(*values, fact_index=fact_index, groups=groups)
+        assert torch.equal(ref, fact_scores_ref(*values, fact_index=fact_index)[groups.row.long()])
 
 
 def test_equals_the_wide_linear_scorer() -> None:
-    orders = random_adjacency([(9, 20), (4, 7)], 4).orders
-    h, x = random(13, 6).double(), random(orders.num_pairs, 5).double()
+    fact_index = random_adjacency([(9, 20), (4, 7)], 4).fact_index
+    h, x = random(13, 6).double(), random(fact_index.num_pairs, 5).double()
     w, bias = random(17).double(), torch.tensor(0.25, dtype=torch.float64)
-    wide = torch.cat([h[orders.head], x[orders.fact_pair], h[orders.tail]], dim=1)
+    wide = torch.cat([h[fact_index.head], x[fact_index.fact_pair], h[fact_index.tail]], dim=1)
     tables = (h @ w[:6], x @ w[6:11], h @ w[11:])
-    assert_close(fact_scores(*tables, bias, orders=orders), wide @ w + 0.25)
+    assert_close(fact_scores(*tables, bias, fact_index=fact_index), wide @ w + 0.25)
 
 
 def test_gradcheck_opcheck_and_no_second_derivative() -> None:
-    orders = random_adjacency([(4, 9), (0, 0), (3, 4)], 3).orders
-    inputs = leaves(make_inputs(orders, torch.device("cpu"), torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: fact_scores(*x, orders=orders), inputs)
-    loss = fact_scores(*inputs, orders=orders).pow(2).sum()
+    fact_index = random_adjacency([(4, 9), (0, 0), (3, 4)], 3).fact_index
+    inputs = leaves(make_inputs(fact_index, torch.device("cpu"), torch.float64))
+    assert torch.autograd.gradcheck(lambda *x: fact_scores(*x, fact_index=fact_index), inputs)
+    loss = fact_scores(*inputs, fact_index=fact_index).pow(2).sum()
     first = torch.autograd.grad(loss, inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="fact_scores_bwd has no derivative"):
         sum(g.sum() for g in first).backward()
     ops, groups = torch.ops.dragkit, fact_groups(13, 30)
-    facts = [orders.head, orders.fact_pair, orders.tail]
-    sums = [orders.head_ptr, orders.head_fact, orders.pair_ptr, orders.pair_fact]
-    sums += [orders.tail_ptr, orders.tail_fact]
+    facts = [fact_index.head, fact_index.fact_pair, fact_index.tail]
+    sums = [fact_index.head_ptr, fact_index.head_perm, fact_index.pair_ptr, fact_index.pair_perm]
+    sums += [fact_index.tail_ptr, fact_index.tail_perm]
     for row, more, size in (([], [], 13), ([groups.row], [groups.ptr, groups.fact], 30)):
         arguments = (*inputs, [*facts, *row], [*sums, *more], False)
         torch.library.opcheck(ops.fact_scores_fwd.default, arguments)
@@ -137,12 +137,12 @@ def test_gradcheck_opcheck_and_no_second_derivative() -> None:
 
 def test_permuted_facts_give_permuted_scores_and_equal_gradients() -> None:
     pack = random_adjacency([(9, 20), (4, 7)], 4)
-    order, o = torch.randperm(27), pack.orders
+    order, o = torch.randperm(27), pack.fact_index
     columns = (o.head[order], o.tail[order], pack.relation[order])
-    shuffled = build_fact_orders(*columns, 13, pack.fact_graph[order])
+    shuffled = build_fact_index(*columns, 13, pack.fact_graph[order])
     values = make_inputs(o, torch.device("cpu"), torch.float64)
     first, second = leaves(values), leaves(values)
-    x, y = fact_scores(*first, orders=o), fact_scores(*second, orders=shuffled)
+    x, y = fact_scores(*first, fact_index=o), fact_scores(*second, fact_index=shuffled)
     assert torch.equal(x[order], y)
     grad = torch.randn_like(x)
     for g, h in zip(gradients(x, first, grad), gradients(y, second, grad[order]), strict=True):
@@ -152,15 +152,15 @@ def test_permuted_facts_give_permuted_scores_and_equal_gradients() -> None:
 def test_two_runs_are_bit_equal_and_an_expanded_gradient(
     backend: str, device: torch.device
 ) -> None:
-    orders = to_device(random_adjacency([(40, 700)], 6), device).orders
-    values = leaves(make_inputs(orders, device, torch.float32))
+    fact_index = to_device(random_adjacency([(40, 700)], 6), device).fact_index
+    values = leaves(make_inputs(fact_index, device, torch.float32))
     runs = []
     for _ in range(2):
-        score = fact_scores(*values, orders=orders, backend=backend)
+        score = fact_scores(*values, fact_index=fact_index, backend=backend)
         runs.append([score, *gradients(score, values, random(700).to(device))])
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-    fact_scores(*values, orders=orders, backend=backend).sum().backward()
-    assert torch.equal(values[0].grad, torch.bincount(orders.head, minlength=40).float())
+    fact_scores(*values, fact_index=fact_index, backend=backend).sum().backward()
+    assert torch.equal(values[0].grad, torch.bincount(fact_index.head, minlength=40).float())
 
 
 @pytest.mark.parametrize(
@@ -173,11 +173,11 @@ def test_two_runs_are_bit_equal_and_an_expanded_gradient(
     ],
 )
 def test_wrong_arguments(place: int, bad: Tensor, message: str) -> None:
-    orders = random_adjacency([(9, 20), (4, 7)], 4).orders
-    inputs = make_inputs(orders, torch.device("cpu"), torch.float32)
+    fact_index = random_adjacency([(9, 20), (4, 7)], 4).fact_index
+    inputs = make_inputs(fact_index, torch.device("cpu"), torch.float32)
     groups = fact_groups(27, 41)
     with pytest.raises(ValueError, match=r"groups.ptr must have shape \[28\], got \[27\]"):
-        fact_scores(*inputs, orders=orders, groups=groups._replace(ptr=groups.ptr[1:]))
+        fact_scores(*inputs, fact_index=fact_index, groups=groups._replace(ptr=groups.ptr[1:]))
     inputs[place] = bad
     with pytest.raises(ValueError, match=message):
-        fact_scores(*inputs, orders=orders)
+        fact_scores(*inputs, fact_index=fact_index)

@@ -124,7 +124,7 @@ def test_blocks_of_any_size(rows: int, gated: bool, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 33, 70])
 def test_programs_meet(device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program of 8 rows at a time walks down 32, and one with sums a third of all."""
-    monkeypatch.setattr(kernels("gated_rms_norm.backward"), "SUM_PROGRAMS", 3)
+    monkeypatch.setattr(kernels("gated_rms_norm.backward"), "MAX_SUM_PROGRAMS", 3)
     check(inputs(rows, 6, device), 2, "triton")
 
 
@@ -133,7 +133,7 @@ def test_programs_meet(device: torch.device, rows: int, monkeypatch: pytest.Monk
 def test_programs_of_wide_groups_meet(
     device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels("gated_rms_norm.backward"), "SUM_PROGRAMS", 2)
+    monkeypatch.setattr(kernels("gated_rms_norm.backward"), "MAX_SUM_PROGRAMS", 2)
     check(inputs(rows, 260, device), 1, "triton")
     check(inputs(rows // 2, 600, device), 1, "triton")
 

@@ -20,8 +20,8 @@ from dragkit_kernels import (
 )
 from dragkit_kernels.launch import TOPK_STREAM, Tile
 from dragkit_kernels.testing import assert_close, fenced_allocations, strided_like
-from tests.ops.budget_cases import solve_threshold
 from tests.ops.cases import kernels
+from tests.ops.exact_k_cases import solve_threshold
 
 # The interpreter computes masked elements too.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SIZES = [0, 7, 1, 0, 12, 3, 0]
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025]
 INF, CPU = math.inf, torch.device("cpu")
-KINDS = list(itertools.product(("bernoulli", "budget"), ("concrete", "mean")))
+KINDS = list(itertools.product(("bernoulli", "exact_k"), ("binary_concrete", "straight_through")))
 EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids="-".join)
 SOURCES = pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 
@@ -130,7 +130,7 @@ def test_selection_matches_sorting(
     logits, noise = torch.randn(sum(SIZES)).bfloat16(), torch.randn(sum(SIZES))
     keys = (logits.float() + noise).tolist()
     tried, noise = logits.to(device).requires_grad_(), noise.to(device)
-    for mode, threshold in (("bernoulli", 0.0), ("budget", -INF)):
+    for mode, threshold in (("bernoulli", 0.0), ("exact_k", -INF)):
         options = {"noise": noise, "mode": mode, "max_facts": width, "backend": backend}
         drawn = draw(tried, SIZES, k, **options)
         rows = by_sorting(keys, SIZES, k, threshold)
@@ -163,7 +163,9 @@ def test_ties_and_infinities_match_sorting(sizes: list[int], k: int, data: st.Da
         assert torch.isfinite(drawn.soft).all() and torch.isfinite(grad).all()
 
 
-@pytest.mark.parametrize("kind", [("bernoulli", "concrete"), ("budget", "mean")], ids="-".join)
+@pytest.mark.parametrize(
+    "kind", [("bernoulli", "binary_concrete"), ("exact_k", "straight_through")], ids="-".join
+)
 @pytest.mark.parametrize(
     "pool",
     [[0.0], [-3.0], [0.0, -0.0, 1e-40, -1e-40], [INF, -INF, 0.5], [-INF], [1e4, -1e4]],
@@ -218,7 +220,7 @@ def test_k_sizes_of_nothing_and_padding(
 ) -> None:
     for k in (0, 1, 32, 33, 34, 330):
         drawn = check(torch.randn(33).to(device) + 4, [33], k, kind, backend, drawn=True)
-        if kind[0] == "budget":
+        if kind[0] == "exact_k":
             assert drawn.count.tolist() == [min(k, 33)]
     for sizes in ([], [0], [0, 0, 0], [0, 3, 0]):
         for k in (0, 3):
@@ -242,14 +244,16 @@ def test_temperatures(
 
 def test_bernoulli_gradient_formula() -> None:
     total = sum(SIZES)
-    for estimator, temperature in (("concrete", 0.5), ("mean", 1.0)):
+    for estimator, temperature in (("binary_concrete", 0.5), ("straight_through", 1.0)):
         logits = torch.randn(total, dtype=torch.float64, requires_grad=True)
         noise = torch.randn(total, dtype=torch.float64)
         drawn = draw(logits, SIZES, 4, noise=noise, temperature=0.5, estimator=estimator)
         g_gate, g_soft = torch.randn(len(SIZES), 4).double(), torch.randn(total).double()
         (got,) = torch.autograd.grad((drawn.gate * g_gate).sum() + drawn.soft @ g_soft, logits)
         for e in range(total):
-            x = (logits[e].item() + noise[e].item() * (estimator == "concrete")) / temperature
+            x = (
+                logits[e].item() + noise[e].item() * (estimator == "binary_concrete")
+            ) / temperature
             s = 1 / (1 + math.exp(-x))
             g = float(g_soft[e]) + sum(float(g_gate[i, j]) for i, j in (drawn.index == e).nonzero())
             slope = s * (1 - s) / temperature
@@ -266,13 +270,13 @@ def test_a_forced_fact_keeps_its_own_gradient() -> None:
     assert_close(grad, torch.tensor([0.0, s * (1 - s), 0.0]))
 
 
-@pytest.mark.parametrize("estimator", ["concrete", "mean"])
-def test_budget_probability_and_jacobian(estimator: str) -> None:
+@pytest.mark.parametrize("estimator", ["binary_concrete", "straight_through"])
+def test_exact_k_probability_and_jacobian(estimator: str) -> None:
     """s = sigmoid(x - nu); dl = scale * (d g - d (d . g) / sum d); nothing where all are kept."""
     total, k, temperature = sum(SIZES), 3, 0.7
     logits = (2 * torch.randn(total, dtype=torch.float64)).requires_grad_()
     noise = torch.randn(total, dtype=torch.float64)
-    options = {"noise": noise, "mode": "budget", "temperature": temperature}
+    options = {"noise": noise, "mode": "exact_k", "temperature": temperature}
     drawn = draw(logits, SIZES, k, estimator=estimator, **options)
     g_gate, g_soft = torch.randn(len(SIZES), k).double(), torch.randn(total).double()
     (got,) = torch.autograd.grad((drawn.gate * g_gate).sum() + drawn.soft @ g_soft, logits)
@@ -281,9 +285,9 @@ def test_budget_probability_and_jacobian(estimator: str) -> None:
         for slot, e in enumerate(slots):
             if e >= 0:
                 g[e] += g_gate[row, slot]
-    concrete = estimator == "concrete"
-    x = ((logits + noise) / temperature if concrete else logits).detach()
-    scale = 1 / temperature if concrete else 1.0
+    is_concrete = estimator == "binary_concrete"
+    x = ((logits + noise) / temperature if is_concrete else logits).detach()
+    scale = 1 / temperature if is_concrete else 1.0
     for size, first in zip(SIZES, offsets(SIZES).tolist(), strict=False):
         part = slice(first, first + size)
         if size <= k:
@@ -297,12 +301,12 @@ def test_budget_probability_and_jacobian(estimator: str) -> None:
         assert_close(got[part], want, tolerance=1e-8)
 
 
-def test_budget_soft_choice_is_differentiable_to_first_order() -> None:
+def test_exact_k_soft_choice_is_differentiable_to_first_order() -> None:
     """The implicit derivative of nu against finite differences; a second one is refused."""
     logits = torch.randn(sum(SIZES), dtype=torch.float64, requires_grad=True)
 
     def soft(x: Tensor) -> Tensor:
-        return draw(x, SIZES, 3, mode="budget", estimator="mean").soft
+        return draw(x, SIZES, 3, mode="exact_k", estimator="straight_through").soft
 
     assert torch.autograd.gradcheck(soft, (logits,), eps=1e-4)
     (first,) = torch.autograd.grad(soft(logits).pow(2).sum(), logits, create_graph=True)
@@ -334,7 +338,7 @@ def test_the_op_equals_its_definition_under_autograd(kind: tuple[str, str], k: i
 def test_a_draw_does_not_depend_on_the_batch(backend: str, device: torch.device) -> None:
     logits, ptr = torch.randn(sum(SIZES)).to(device), offsets(SIZES, device)
     keys, seed = torch.arange(7, device=device) * 31, torch.tensor(8, device=device)
-    for mode in ("bernoulli", "budget"):
+    for mode in ("bernoulli", "exact_k"):
         options = {"seed": seed, "mode": mode, "backend": backend}
         together = gumbel_topk(logits, ptr, 4, question_key=keys, **options)
         for g, size in enumerate(SIZES):
@@ -404,12 +408,12 @@ def test_nan_stays_in_the_values_and_out_of_the_index(backend: str, device: torc
 def test_opcheck(backend: str, device: torch.device) -> None:
     ptr, ops, triton = offsets([3, 0, 2], device), torch.ops.dragkit, backend == "triton"
     x, key = (torch.randn(7, device=device) for _ in range(2))
-    for budget in (True, False):
-        arguments = (key, ptr, 2, 3, 0.0, budget, triton)
+    for exact_k in (True, False):
+        arguments = (key, ptr, 2, 3, 0.0, exact_k, triton)
         leaf = x.clone().requires_grad_()
         torch.library.opcheck(ops.gumbel_topk_fwd.default, (leaf, *arguments))
         soft = ops.gumbel_topk_fwd(x, *arguments)[1]
-        torch.library.opcheck(ops.gumbel_topk_bwd.default, (key, x, soft, ptr, budget))
+        torch.library.opcheck(ops.gumbel_topk_bwd.default, (key, x, soft, ptr, exact_k))
     seed, keys = torch.tensor(3, device=device), torch.arange(3, device=device)
     torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 7, triton))
 

@@ -8,28 +8,30 @@ from torch import Tensor
 
 from dragkit_kernels import gumbel_topk
 from dragkit_kernels.testing import assert_close
-from tests.ops.budget_cases import solve_threshold
+from tests.ops.exact_k_cases import solve_threshold
 
 
 def offsets(sizes: list[int]) -> Tensor:
     return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
-def budget_soft(logits: Tensor, sizes: list[int], k: int) -> Tensor:
+def exact_k_soft(logits: Tensor, sizes: list[int], k: int) -> Tensor:
     noise = torch.zeros(logits.shape[0])
-    return gumbel_topk(logits, offsets(sizes), k, noise=noise, mode="budget", estimator="mean").soft
+    return gumbel_topk(
+        logits, offsets(sizes), k, noise=noise, mode="exact_k", estimator="straight_through"
+    ).soft
 
 
-def test_budget_probabilities_sum_to_k_at_any_scale() -> None:
+def test_exact_k_probabilities_sum_to_k_at_any_scale() -> None:
     for scale, shift in ((1e-3, 0.0), (1.0, 300.0), (50.0, -100.0), (1e3, 0.0)):
         logits = scale * torch.randn(4000) + shift
-        soft = budget_soft(logits, [1500, 2500], 100)
+        soft = exact_k_soft(logits, [1500, 2500], 100)
         for piece in soft.split([1500, 2500]):
             assert float(piece.sum()) == pytest.approx(100, rel=2e-2 if scale > 10 else 1e-3)
 
 
-def test_equal_logits_share_the_budget() -> None:
-    soft = budget_soft(torch.full((10,), 2.0), [10], 4)
+def test_equal_logits_have_equal_probabilities() -> None:
+    soft = exact_k_soft(torch.full((10,), 2.0), [10], 4)
     assert_close(soft, torch.full((10,), 0.4))
 
 
@@ -53,7 +55,7 @@ def test_bernoulli_draws_facts_with_their_probability() -> None:
     assert ((frequency - p).abs() <= 4 * sigma + 1e-3 * (p > 0.99)).all()
 
 
-def test_budget_draws_facts_with_probability_sigmoid_l_minus_nu() -> None:
+def test_exact_k_draws_facts_with_probability_sigmoid_l_minus_nu() -> None:
     copies, facts, k = 20_000, 30, 6
     logits = 2 * torch.randn(facts)
     drawn = gumbel_topk(
@@ -62,8 +64,8 @@ def test_budget_draws_facts_with_probability_sigmoid_l_minus_nu() -> None:
         k,
         seed=torch.tensor(6),
         question_key=torch.arange(copies),
-        mode="budget",
-        estimator="mean",
+        mode="exact_k",
+        estimator="straight_through",
         max_facts=facts,
     )
     assert (drawn.count == k).all()

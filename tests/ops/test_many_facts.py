@@ -34,12 +34,12 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def test_a_hub_gets_every_message(star: Adjacency) -> None:
-    orders, nodes = star.orders, FACTS + 1
+    fact_index, nodes = star.fact_index, FACTS + 1
     h, p = random(nodes, WIDTH), random(nodes)
     fwd, inv, own = random(7, WIDTH), random(7, WIDTH), random(1, WIDTH)
     inputs = leaves([h, p, fwd, inv, own, torch.eye(WIDTH), torch.zeros(WIDTH)])
-    out = message_passing(*inputs, orders=orders, node_graph=star.node_graph)
-    pair = orders.fact_pair.long()
+    out = message_passing(*inputs, fact_index=fact_index, node_graph=star.node_graph)
+    pair = fact_index.fact_pair.long()
     sent = (p[1:, None].double() * fwd[pair].double()).sum(0)
     hub = h[0].double() + sent + p[0].double() * own[0].double()
     assert_close(out[0], hub.relu(), tolerance=LONG_SUM)
@@ -53,17 +53,17 @@ def test_a_hub_gets_every_message(star: Adjacency) -> None:
     (dp,) = torch.autograd.grad(out[0].sum(), [inputs[1]])
     assert_close(dp[1:], fwd[pair].double() @ live)
 
-    start = relation_sum(fwd, orders=orders)
+    start = relation_sum(fwd, fact_index=fact_index)
     assert_close(start[0], fwd[pair].double().sum(0), tolerance=LONG_SUM)
     assert torch.equal(start[1:], fwd[pair])
 
 
 def test_scores_and_softmax(star: Adjacency) -> None:
-    orders = star.orders
+    fact_index = star.fact_index
     a, b, c = random(FACTS + 1), random(7), 2 * random(FACTS + 1)
     scores = leaves([a, b, c, torch.zeros(())])
-    out = fact_scores(*scores, orders=orders)
-    assert_close(out, a[1:].double() + b[orders.fact_pair.long()].double() + c[0].double())
+    out = fact_scores(*scores, fact_index=fact_index)
+    assert_close(out, a[1:].double() + b[fact_index.fact_pair.long()].double() + c[0].double())
     grad = torch.ones_like(out)
     found = gradients(out, scores, grad)
     assert found[2][0] == FACTS and not found[2][1:].any() and found[3] == FACTS
@@ -75,7 +75,7 @@ def test_scores_and_softmax(star: Adjacency) -> None:
 def test_a_draw_from_all(k: int) -> None:
     ptr = torch.tensor([0, 0, FACTS], dtype=torch.int32)
     logits, noise = random(FACTS), random(1, FACTS)[0]
-    drawn = gumbel_topk(logits, ptr, k, noise=noise, mode="budget", max_facts=FACTS)
+    drawn = gumbel_topk(logits, ptr, k, noise=noise, mode="exact_k", max_facts=FACTS)
     best = torch.argsort(logits + noise, descending=True, stable=True)[:k]
     assert drawn.count.tolist() == [0, k]
     assert torch.equal(drawn.index[1].long(), best)

@@ -66,13 +66,15 @@ def small(device: torch.device) -> Adjacency:
 
 
 def layer(pack: Adjacency, inputs: list[Tensor], backend: str = "auto") -> Tensor:
-    return message_passing(*inputs, orders=pack.orders, node_graph=pack.node_graph, backend=backend)
+    return message_passing(
+        *inputs, fact_index=pack.fact_index, node_graph=pack.node_graph, backend=backend
+    )
 
 
 def check(pack: Adjacency, values: list[Tensor], backend: str, grad: Tensor | None = None) -> None:
     """Result and gradients agree with the float64 reference; every buffer is filled."""
     exact, tried = leaves([x.double() for x in values]), leaves(values)
-    expected = message_passing_ref(*exact, orders=pack.orders, node_graph=pack.node_graph)
+    expected = message_passing_ref(*exact, fact_index=pack.fact_index, node_graph=pack.node_graph)
     if grad is None:
         grad = random(*expected.shape, seed=1).to(values[0])
     with fenced_allocations():
@@ -90,11 +92,11 @@ def check(pack: Adjacency, values: list[Tensor], backend: str, grad: Tensor | No
 def check_sum(pack: Adjacency, table: Tensor, backend: str) -> None:
     """The same for relation_sum, with a gradient that is equal everywhere, and with another."""
     exact, tried = leaves([table.double()]), leaves([table])
-    expected = relation_sum_ref(*exact, orders=pack.orders)
+    expected = relation_sum_ref(*exact, fact_index=pack.fact_index)
     one = torch.ones((), device=table.device).expand(expected.shape)
     for grad in (one, random(*expected.shape, seed=2).to(table)):
         with fenced_allocations():
-            actual = relation_sum(*tried, orders=pack.orders, backend=backend)
+            actual = relation_sum(*tried, fact_index=pack.fact_index, backend=backend)
             (got,) = gradients(actual, tried, grad)
         assert actual.dtype == got.dtype == table.dtype
         assert_close(actual, expected, tolerance=FORWARD.get(table.dtype))
@@ -107,21 +109,21 @@ def test_references_agree_with_the_loop(pack: Adjacency) -> None:
     h, p, table_fwd, table_inv, self_table, weight, bias = values = layer_inputs(
         pack, 7, torch.float64
     )
-    orders, graph_of = pack.orders, pack.node_graph.tolist()
+    fact_index, graph_of = pack.fact_index, pack.node_graph.tolist()
     states = [bias + h[v] @ weight + p[v] * self_table[g] for v, g in enumerate(graph_of)]
     sums = [torch.zeros(7, dtype=torch.float64) for _ in graph_of]
     keys = list(zip(pack.fact_graph.tolist(), pack.relation.tolist(), strict=True))
     rows = {key: i for i, key in enumerate(sorted(set(keys)))}
     for e, key in enumerate(keys):
-        head, tail, row = int(orders.head[e]), int(orders.tail[e]), rows[key]
-        for _ in range(int(orders.tail_count[e])):
+        head, tail, row = int(fact_index.head[e]), int(fact_index.tail[e]), rows[key]
+        for _ in range(int(fact_index.tail_count[e])):
             states[tail] = states[tail] + p[head] * table_fwd[row]
             sums[tail] = sums[tail] + table_fwd[row]
-        for _ in range(int(orders.head_count[e])):
+        for _ in range(int(fact_index.head_count[e])):
             states[head] = states[head] + p[tail] * table_inv[row]
             sums[head] = sums[head] + table_fwd[row]
-    out = message_passing_ref(*values, orders=orders, node_graph=pack.node_graph)
-    added = relation_sum_ref(table_fwd, orders=orders)
+    out = message_passing_ref(*values, fact_index=fact_index, node_graph=pack.node_graph)
+    added = relation_sum_ref(table_fwd, fact_index=fact_index)
     assert out.shape == added.shape == (len(graph_of), 7)
     for v in range(len(graph_of)):
         assert_close(out[v], states[v].clamp(min=0), name=f"layer {v}")
@@ -145,7 +147,9 @@ def test_gradcheck() -> None:
     pack = random_adjacency([(4, 9), (0, 0), (3, 4)], 3)
     inputs = leaves(layer_inputs(pack, 3, torch.float64))
     assert torch.autograd.gradcheck(lambda *x: layer(pack, list(x)), inputs)
-    assert torch.autograd.gradcheck(lambda x: relation_sum(x, orders=pack.orders), inputs[2])
+    assert torch.autograd.gradcheck(
+        lambda x: relation_sum(x, fact_index=pack.fact_index), inputs[2]
+    )
 
 
 @pytest.mark.triton
@@ -205,7 +209,9 @@ def test_strides(backend: str, small: Adjacency, dtype: torch.dtype) -> None:
     columns = random(20, 13).to(values[0]).t()
     check(small, [*values[:5], values[5].t().contiguous().t(), values[6]], backend, columns)
     if backend == "triton":
-        gaps = small._replace(orders=small.orders._make(strided_like(x) for x in small.orders))
+        gaps = small._replace(
+            fact_index=small.fact_index._make(strided_like(x) for x in small.fact_index)
+        )
         check(gaps, values, backend)
         check_sum(gaps, values[2], backend)
 
@@ -223,7 +229,7 @@ def test_each_gradient_alone(backend: str, small: Adjacency, place: int) -> None
     (got,) = gradients(layer(small, alone, backend), [alone[place]], one)
     assert torch.equal(got, want)
     mask = [place == other for other in range(len(NAMES))]
-    given = (one, out.detach(), *values, list(small.orders), small.node_graph)
+    given = (one, out.detach(), *values, list(small.fact_index), small.node_graph)
     found = torch.ops.dragkit.message_passing_bwd(*given, mask, backend == "triton")
     assert [g.numel() > 0 for g in found] == mask
 
@@ -238,7 +244,7 @@ def test_infinite_and_missing_numbers_stay_in_their_rows(
     # The rows of every third fact: only one column of the nodes that they reach.
     values[2][1, 4], values[3][2, 5] = float("nan"), float("inf")
     out = layer(pack, values, backend)
-    wanted = message_passing_ref(*values, orders=pack.orders, node_graph=pack.node_graph)
+    wanted = message_passing_ref(*values, fact_index=pack.fact_index, node_graph=pack.node_graph)
     assert torch.equal(out.isfinite(), wanted.isfinite())
     assert torch.equal(out.isnan(), wanted.isnan())
     assert 10 < int((~out.isfinite()).sum()) < 120
@@ -293,16 +299,19 @@ def test_wrong_arguments(small: Adjacency, place: int, bad: Tensor, message: str
     with pytest.raises(ValueError, match=message):
         layer(small, inputs)
     with pytest.raises(ValueError, match=r"table must have shape \[8, \*\], got \[1, 7\]"):
-        relation_sum(torch.zeros(1, 7), orders=small.orders)
+        relation_sum(torch.zeros(1, 7), fact_index=small.fact_index)
 
 
-def test_wrong_orders(small: Adjacency) -> None:
-    inputs, orders = layer_inputs(small, 7), small.orders
+def test_wrong_fact_index(small: Adjacency) -> None:
+    inputs, fact_index = layer_inputs(small, 7), small.fact_index
     for wrong, message in (
-        ({"tail_fact": orders.tail_fact.long()}, r"orders\.tail_fact must be int32"),
-        ({"head_ptr": orders.head_ptr[1:]}, r"orders\.head_ptr must have shape \[14\], got \[13\]"),
+        ({"tail_perm": fact_index.tail_perm.long()}, r"fact_index\.tail_perm must be int32"),
+        (
+            {"head_ptr": fact_index.head_ptr[1:]},
+            r"fact_index\.head_ptr must have shape \[14\], got \[13\]",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            layer(small._replace(orders=orders._replace(**wrong)), inputs)
+            layer(small._replace(fact_index=fact_index._replace(**wrong)), inputs)
     with pytest.raises(ValueError, match="node_graph must be int32"):
         layer(small._replace(node_graph=small.node_graph.long()), inputs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import message_passing, message_passing_parity
+from dragkit_kernels import message_passing, message_passing_per_instruction
 from dragkit_kernels.testing import (
     Adjacency,
     assert_close,
@@ -20,11 +20,11 @@ from dragkit_kernels.testing import (
 WIDTH = 7
 
 
-def parity_inputs(pack: Adjacency, instructions: int = 2, width: int = 5) -> list[Tensor]:
+def make_inputs(pack: Adjacency, instructions: int = 2, width: int = 5) -> list[Tensor]:
     relations = int(pack.relation.max()) + 1 if pack.relation.numel() else 1
     graphs = len(pack.node_ptr) - 1
     shapes = [
-        (pack.orders.num_nodes,),
+        (pack.fact_index.num_nodes,),
         (relations, width),
         (relations, width),
         (width,),
@@ -34,18 +34,18 @@ def parity_inputs(pack: Adjacency, instructions: int = 2, width: int = 5) -> lis
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-def loop_parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
+def by_loop(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
     """The published sums: relu of the product of relation and instruction, fact by fact."""
     p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = inputs
-    orders, graph_of = pack.orders, pack.node_graph.tolist()
+    fact_index, graph_of = pack.fact_index, pack.node_graph.tolist()
     out = []
     for k in range(instruction.shape[1]):
         fwd = [p[v] * torch.relu(self_fwd * instruction[g, k]) for v, g in enumerate(graph_of)]
         inv = [p[v] * torch.relu(self_inv * instruction[g, k]) for v, g in enumerate(graph_of)]
         for e, relation in enumerate(pack.relation.tolist()):
-            head, tail = int(orders.head[e]), int(orders.tail[e])
+            head, tail = int(fact_index.head[e]), int(fact_index.tail[e])
             i = instruction[graph_of[head], k]
-            into, out_of = int(orders.tail_count[e]), int(orders.head_count[e])
+            into, out_of = int(fact_index.tail_count[e]), int(fact_index.head_count[e])
             fwd[tail] = fwd[tail] + into * p[head] * torch.relu(rel_fwd[relation] * i)
             inv[head] = inv[head] + out_of * p[tail] * torch.relu(rel_inv[relation] * i)
         out += [torch.stack(fwd), torch.stack(inv)]
@@ -53,15 +53,17 @@ def loop_parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
 
 
 def parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
-    return message_passing_parity(*inputs, orders=pack.orders, node_graph=pack.node_graph)
+    return message_passing_per_instruction(
+        *inputs, fact_index=pack.fact_index, node_graph=pack.node_graph
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 40])
 def test_matches_the_loop_with_every_gradient(pack: Adjacency, padding: int) -> None:
     """Also with facts after the last offset, which belong to no node."""
-    values = [strided_like(x) for x in parity_inputs(pack)]
+    values = [strided_like(x) for x in make_inputs(pack)]
     exact, tried = leaves(values), leaves(values)
-    expected = loop_parity(pack, exact)
+    expected = by_loop(pack, exact)
     actual = parity(padded_facts(pack, padding) if padding else pack, tried)
     assert_close(actual, expected)
     for grad in (torch.ones(()).expand(expected.shape), torch.randn_like(expected)):
@@ -74,18 +76,18 @@ def test_matches_the_loop_with_every_gradient(pack: Adjacency, padding: int) -> 
 def test_collapsed_layer_equals_the_parity_form() -> None:
     """relu(V [h ; o_1 ; ...] + c) both ways: with the sums, and with rows made per pair."""
     pack = random_adjacency([(9, 20), (4, 7)], 4)
-    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = parity_inputs(pack, 3, WIDTH)
+    p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = make_inputs(pack, 3, WIDTH)
     h = torch.randn(13, WIDTH, dtype=torch.float64)
     matrix = torch.randn(WIDTH, 7 * WIDTH, dtype=torch.float64)
     bias = torch.randn(WIDTH, dtype=torch.float64)
-    sums = message_passing_parity(
+    sums = message_passing_per_instruction(
         p,
         rel_fwd,
         rel_inv,
         self_fwd,
         self_inv,
         instruction,
-        orders=pack.orders,
+        fact_index=pack.fact_index,
         node_graph=pack.node_graph,
     )
     expected = torch.relu(torch.cat([h, sums.flatten(1)], 1) @ matrix.t() + bias)
@@ -95,7 +97,10 @@ def test_collapsed_layer_equals_the_parity_form() -> None:
         c = torch.relu(u.unsqueeze(-2) * instruction[graphs])
         return torch.einsum("rkc,okc->ro", c, blocks[:, :, direction])
 
-    pair_graph, pair_relation = pack.orders.pair_graph.long(), pack.orders.pair_relation.long()
+    pair_graph, pair_relation = (
+        pack.fact_index.pair_graph.long(),
+        pack.fact_index.pair_relation.long(),
+    )
     every = torch.arange(2)
     actual = message_passing(
         h,
@@ -105,7 +110,7 @@ def test_collapsed_layer_equals_the_parity_form() -> None:
         rows(self_fwd.expand(2, -1), every, 0) + rows(self_inv.expand(2, -1), every, 1),
         matrix[:, :WIDTH].t(),
         bias,
-        orders=pack.orders,
+        fact_index=pack.fact_index,
         node_graph=pack.node_graph,
     )
     assert_close(actual, expected)
@@ -114,9 +119,9 @@ def test_collapsed_layer_equals_the_parity_form() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_low_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     pack = random_adjacency([(9, 20), (0, 0), (13, 60)], 4)
-    values = [x.to(dtype) for x in parity_inputs(pack, 3)]
+    values = [x.to(dtype) for x in make_inputs(pack, 3)]
     exact, tried = leaves([x.double() for x in values]), leaves(values)
-    actual, expected = parity(pack, tried), loop_parity(pack, exact)
+    actual, expected = parity(pack, tried), by_loop(pack, exact)
     assert actual.dtype == torch.float32
     assert_close(actual, expected, tolerance=2e-6)
     grad = torch.randn_like(actual)
@@ -128,7 +133,7 @@ def test_low_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 
 def test_wrong_arguments() -> None:
     pack = random_adjacency([(9, 20), (4, 7)], 4)
-    inputs = parity_inputs(pack)
+    inputs = make_inputs(pack)
     for place, bad, message in (
         (1, inputs[1][:-1], r"rel_inv must have shape \[3, 5\], got \[4, 5\]"),
         (5, inputs[5][0], r"instruction must have shape \[\*, \*, \*\], got \[2, 5\]"),

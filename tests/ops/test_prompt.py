@@ -15,12 +15,12 @@ from dragkit_kernels import (
     prompt_tokens_ref,
 )
 from dragkit_kernels.testing import (
-    Pieces,
+    PromptPieces,
     assert_close,
     fenced_allocations,
     gradients,
     leaves,
-    random_pieces,
+    random_prompt_pieces,
     strided_like,
 )
 from tests.ops.cases import DTYPES, FORWARD
@@ -30,7 +30,9 @@ OPS = torch.ops.dragkit
 TOLERANCE = FORWARD | {torch.float32: 0.0}
 
 
-def check_tokens(pieces: Pieces, question: list[int], backend: str, device: torch.device) -> None:
+def check_tokens(
+    pieces: PromptPieces, question: list[int], backend: str, device: torch.device
+) -> None:
     *layout, length = (x.to(device) for x in pieces)
     chosen = torch.tensor(question, dtype=torch.int32, device=device)
     total = length[chosen.long()].cumsum(0)
@@ -50,11 +52,13 @@ def test_tokens_equal_those_of_a_loop(
     backend: str, device: torch.device, count: int, question: list[int]
 ) -> None:
     for seed in (count, count + 1):
-        check_tokens(random_pieces(6, count, longest=7, seed=seed), question, backend, device)
+        check_tokens(
+            random_prompt_pieces(6, count, longest=7, seed=seed), question, backend, device
+        )
 
 
 def test_prompts_of_vectors_alone_and_of_nothing(backend: str, device: torch.device) -> None:
-    pieces = random_pieces(3, 4, longest=0)
+    pieces = random_prompt_pieces(3, 4, longest=0)
     assert pieces.source.numel() == 0 and int(pieces.length.sum()) > 0
     for part in (pieces, pieces._replace(end=0 * pieces.end, length=0 * pieces.length)):
         check_tokens(part, [2, 0, 1], backend, device)
@@ -165,7 +169,7 @@ def test_gradcheck() -> None:
     ],
 )
 def test_wrong_tokens_are_refused(change: dict[str, Callable], message: str) -> None:
-    pieces = random_pieces(2, 3)
+    pieces = random_prompt_pieces(2, 3)
     question = torch.arange(2, dtype=torch.int32)
     ptr = torch.cat([torch.zeros(1), pieces.length.cumsum(0)]).int()
     given = {**pieces._asdict(), "question": question, "ptr": ptr}
@@ -191,7 +195,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(OPS.prompt_embeddings_fwd.default, arguments)
     arguments = (torch.randn(12, 6), slot, 5, torch.float32, False)
     torch.library.opcheck(OPS.prompt_embeddings_bwd.default, arguments)
-    *layout, length = random_pieces(3, 4)
+    *layout, length = random_prompt_pieces(3, 4)
     question = torch.tensor([2, 0], dtype=torch.int32)
     ptr = torch.cat([torch.zeros(1), length[question.long()].cumsum(0)]).int()
     arguments = (*layout, question, ptr, int(ptr[-1]), False)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dragkit_kernels import (
-    FactOrders,
+    FactIndex,
     fact_scores,
     gumbel_topk,
     message_passing,
@@ -51,9 +51,9 @@ class Pack:
     """A pack with states, tables and scores, and the ops over it."""
 
     def __init__(self, adjacency: Adjacency, values: dict[str, Tensor], backend: str) -> None:
-        orders, self.node_graph, self.node_ptr, _, self.fact_ptr, _, self.node_count = adjacency
+        fact_index, self.node_graph, self.node_ptr, _, self.fact_ptr, _, self.node_count = adjacency
         self.backend = backend
-        self.orders = FactOrders(*place(backend, *orders))
+        self.fact_index = FactIndex(*place(backend, *fact_index))
         self.node_graph, self.node_ptr, self.fact_ptr, self.node_count = place(
             backend, self.node_graph, self.node_ptr, self.fact_ptr, self.node_count
         )
@@ -62,7 +62,7 @@ class Pack:
 
     def outputs(self) -> dict[str, Tensor]:
         h, p, fwd, inv, own, weight, bias, table, pair_score, logits, noise = self.inputs
-        walk = {"orders": self.orders, "backend": self.backend}
+        walk = {"fact_index": self.fact_index, "backend": self.backend}
         drawn = gumbel_topk(
             logits, self.fact_ptr, 3, noise=noise, max_facts=90, backend=self.backend
         )
@@ -82,7 +82,11 @@ class Pack:
 
 def random_values(pack: Adjacency, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    nodes, pairs, facts = pack.orders.num_nodes, pack.orders.num_pairs, pack.orders.num_facts
+    nodes, pairs, facts = (
+        pack.fact_index.num_nodes,
+        pack.fact_index.num_pairs,
+        pack.fact_index.num_facts,
+    )
     shapes = {
         "h": (nodes, WIDTH),
         "p": (nodes,),
@@ -101,7 +105,7 @@ def random_values(pack: Adjacency, seed: int) -> dict[str, Tensor]:
 
 def rebuilt(pack: Adjacency, order: Tensor, sizes: list[tuple[int, int]]) -> Adjacency:
     """The pack with its facts in another order."""
-    o = pack.orders
+    o = pack.fact_index
     return adjacency(
         sizes,
         o.head.long()[order],
@@ -151,14 +155,14 @@ def test_a_question_does_not_see_its_neighbours(
     want = joined.outputs()
     common = {"weight": slice(None), "bias": slice(None)}
     facts_of, nodes_of = pack.fact_ptr.tolist(), pack.node_ptr.tolist()
-    pair_of = torch.searchsorted(pack.orders.pair_graph, torch.arange(len(sizes) + 1)).tolist()
+    pair_of = torch.searchsorted(pack.fact_index.pair_graph, torch.arange(len(sizes) + 1)).tolist()
     for g, size in enumerate(sizes):
         node = slice(nodes_of[g], nodes_of[g + 1])
         fact = slice(facts_of[g], facts_of[g + 1])
         pair = slice(pair_of[g], pair_of[g + 1])
         rows = {"h": node, "p": node, "own": slice(g, g + 1), "logits": fact, "noise": fact}
         rows |= common | dict.fromkeys(("fwd", "inv", "table", "pair_score"), pair)
-        o = pack.orders
+        o = pack.fact_index
         alone = adjacency(
             [size],
             o.head[fact].long() - nodes_of[g],
@@ -215,7 +219,7 @@ def test_a_budget_keeps_min_of_k_and_the_facts(
     # Few different values: most facts are tied with others.
     logits = torch.randint(-2, 3, (sum(sizes),), generator=generator).float()
     logits, noise, ptr = place(backend, logits, torch.zeros(sum(sizes)), ptr)
-    drawn = gumbel_topk(logits, ptr, k, noise=noise, mode="budget", max_facts=20, backend=backend)
+    drawn = gumbel_topk(logits, ptr, k, noise=noise, mode="exact_k", max_facts=20, backend=backend)
     assert drawn.count.tolist() == [min(k, size) for size in sizes]
     for g, (first, size) in enumerate(zip(ptr.tolist(), sizes, strict=False)):
         own = logits[first : first + size]

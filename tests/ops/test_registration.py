@@ -20,7 +20,7 @@ WIDTH = 6
 
 
 def floats(pack: Adjacency, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    nodes, pairs = pack.orders.num_nodes, pack.orders.num_pairs
+    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
     shapes = {
         "h": (nodes, WIDTH),
         "p": (nodes,),
@@ -43,7 +43,7 @@ def fact_groups(rows: int) -> FactGroups:
 def test_opcheck_message_passing() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = list(floats(pack).values())
-    walks = (list(pack.orders), pack.node_graph)
+    walks = (list(pack.fact_index), pack.node_graph)
     torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks, False))
     plain = [t.detach() for t in x]
     out = torch.ops.dragkit.message_passing_fwd(*plain, *walks, False)
@@ -54,7 +54,7 @@ def test_opcheck_message_passing() -> None:
 
 def test_opcheck_the_others() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
-    o, ops = pack.orders, torch.ops.dragkit
+    o, ops = pack.fact_index, torch.ops.dragkit
     table = torch.randn(o.num_pairs, WIDTH).requires_grad_()
     torch.library.opcheck(ops.relation_sum_fwd.default, (table, list(o), False))
     rows = torch.randn(9, WIDTH)
@@ -74,7 +74,7 @@ def test_opcheck_the_others() -> None:
 def test_fake_tensors_follow_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
-    index = list(pack.orders)
+    index = list(pack.fact_index)
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.dragkit.message_passing_fwd.default,
@@ -94,13 +94,13 @@ def test_fake_tensors_follow_low_precision() -> None:
 def test_second_derivatives_are_refused() -> None:
     pack = random_adjacency([(5, 9), (4, 6)], 4)
     x = floats(pack)
-    index, node_graph = list(pack.orders), pack.node_graph
+    index, node_graph = list(pack.fact_index), pack.node_graph
     outputs = {
         "message_passing_bwd": torch.ops.dragkit.message_passing_fwd(
             *x.values(), index, node_graph, False
         ),
         "segment_softmax_bwd": segment_softmax(x["p"], pack.node_ptr),
-        "relation_sum_bwd": relation_sum(x["table_fwd"], orders=pack.orders),
+        "relation_sum_bwd": relation_sum(x["table_fwd"], fact_index=pack.fact_index),
     }
     for name, out in outputs.items():
         inputs = [t for t in x.values() if name.startswith("message")] or [x["p"], x["table_fwd"]]
@@ -113,7 +113,7 @@ def test_second_derivatives_are_refused() -> None:
 
 def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """A small retriever: node start, two layers with softmax, fact scores."""
-    h = torch.relu(relation_sum(x["table_inv"], orders=pack.orders)) + x["h"]
+    h = torch.relu(relation_sum(x["table_inv"], fact_index=pack.fact_index)) + x["h"]
     p = x["p"]
     for _ in range(2):
         h = message_passing(
@@ -124,7 +124,7 @@ def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
             x["self_table"],
             x["weight"].t(),
             x["bias"],
-            orders=pack.orders,
+            fact_index=pack.fact_index,
             node_graph=pack.node_graph,
         )
         p = segment_softmax(h.sum(1), pack.node_ptr, count=pack.node_count)
@@ -133,8 +133,8 @@ def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
         x["table_fwd"].sum(1),
         h.sum(1),
         x["bias"][0],
-        orders=pack.orders,
-        groups=fact_groups(pack.orders.num_facts),
+        fact_index=pack.fact_index,
+        groups=fact_groups(pack.fact_index.num_facts),
     )
     return h, p, logits
 

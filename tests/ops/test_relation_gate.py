@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import relation_gate, relation_gate_ref, row_order
+from dragkit_kernels import grouped_index, relation_gate, relation_gate_ref
 from dragkit_kernels.testing import (
     assert_close,
     fenced_allocations,
@@ -70,9 +70,9 @@ def on(device: torch.device, pairs: Pairs) -> Pairs:
     return tuple(x.to(device) for x in pairs)
 
 
-def orders_of(pairs: Pairs) -> dict[str, object]:
-    names = (("relation_order", RELATIONS), ("graph_order", GRAPHS))
-    return {name: row_order(x, n) for (name, n), x in zip(names, pairs, strict=True)}
+def grouped_pairs(pairs: Pairs) -> dict[str, object]:
+    names = (("pairs_by_relation", RELATIONS), ("pairs_by_graph", GRAPHS))
+    return {name: grouped_index(x, n) for (name, n), x in zip(names, pairs, strict=True)}
 
 
 def check(
@@ -81,7 +81,7 @@ def check(
     backend: str,
     grad: Tensor | None = None,
     *,
-    ordered: bool = False,
+    with_index: bool = False,
 ) -> None:
     """Result and gradients agree with the float64 reference, and every buffer is filled."""
     tried, exact = leaves(values), leaves([x.double() for x in values])
@@ -90,7 +90,7 @@ def check(
         grad = random(*expected.shape, seed=9).to(values[0])
     with fenced_allocations():
         actual = relation_gate(
-            *tried, *pairs, **(orders_of(pairs) if ordered else {}), backend=backend
+            *tried, *pairs, **(grouped_pairs(pairs) if with_index else {}), backend=backend
         )
         got = gradients(actual, tried, grad)
         nothing = gradients(relation_gate(*tried, *pairs, backend=backend), tried, 0 * grad)
@@ -116,15 +116,15 @@ def test_the_reference_matches_the_loop(name: str) -> None:
                 assert torch.equal(found[d, p, k], (u[d, r] * i[g, k]).clamp(min=0))
 
 
-@pytest.mark.parametrize("ordered", [False, True], ids=["sorts", "ordered"])
+@pytest.mark.parametrize("with_index", [False, True], ids=["sorts", "with_index"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_matches_the_reference(
-    backend: str, device: torch.device, name: str, ordered: bool
+    backend: str, device: torch.device, name: str, with_index: bool
 ) -> None:
     pairs = on(device, PAIRS[name]())
-    check(make_values(7, 3, device=device), pairs, backend, ordered=ordered)
+    check(make_values(7, 3, device=device), pairs, backend, with_index=with_index)
     low = make_values(7, 1, device=device, dtype=torch.float16)
-    check(low, pairs, backend, ordered=ordered)
+    check(low, pairs, backend, with_index=with_index)
 
 
 @DTYPES
@@ -137,7 +137,7 @@ def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> Non
     values = [strided_like(x) for x in make_values(7, device=device)]
     pairs = tuple(strided_like(x) for x in on(device, _random()))
     grad = torch.randn(2, 41, 2, 7, device=device)
-    check(values, pairs, backend, strided_like(grad), ordered=True)
+    check(values, pairs, backend, strided_like(grad), with_index=True)
     check(values, pairs, backend, torch.ones((), device=device).expand(2, 41, 2, 7))
 
 
@@ -207,12 +207,12 @@ def test_gradcheck_opcheck_and_no_second_derivative() -> None:
     values, pairs = [x.double() for x in make_values(3)], _random()
     inputs, ops = leaves(values), torch.ops.dragkit
     assert torch.autograd.gradcheck(lambda u, i: relation_gate(u, i, *pairs), inputs)
-    ordered = [x for order in orders_of(pairs).values() for x in order]
-    for orders in ([], ordered):
-        torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, orders, False))
-        out = ops.relation_gate_fwd(*values, *pairs, orders, False)
+    with_index = [x for order in grouped_pairs(pairs).values() for x in order]
+    for grouped in ([], with_index):
+        torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, grouped, False))
+        out = ops.relation_gate_fwd(*values, *pairs, grouped, False)
         for mask in ([True, True], [False, True], [True, False]):
-            arguments = (torch.randn_like(out), out, *values, *pairs, orders, mask, False)
+            arguments = (torch.randn_like(out), out, *values, *pairs, grouped, mask, False)
             torch.library.opcheck(ops.relation_gate_bwd.default, arguments)
     loss = relation_gate(*inputs, *pairs).pow(2).sum()
     first = torch.autograd.grad(loss, inputs, create_graph=True)
@@ -232,26 +232,30 @@ def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> 
 
 def test_wrong_arguments() -> None:
     (u, i), (relation, graph) = make_values(7), _random()
-    order, other = orders_of((relation, graph)).values()
+    order, other = grouped_pairs((relation, graph)).values()
     for given, options, message in (
         ((u[0], i, relation, graph), {}, r"relation must have shape \[2, \*, 7\], got \[6, 7\]"),
         ((u, i, relation, graph.long()), {}, "pair_graph must be int32"),
         ((u, i[:, :0], relation, graph), {}, "at least one instruction"),
-        ((u, i, relation, graph), {"graph_order": other}, "both relation_order and graph_order"),
         (
             (u, i, relation, graph),
-            {"relation_order": order._replace(ptr=order.ptr[1:]), "graph_order": other},
-            r"relation_order.ptr must have shape \[7\], got \[6\]",
+            {"pairs_by_graph": other},
+            "both pairs_by_relation and pairs_by_graph",
         ),
         (
             (u, i, relation, graph),
-            {"relation_order": order, "graph_order": row_order(graph[1:], 4)},
-            r"graph_order.place must have shape \[41\], got \[40\]",
+            {"pairs_by_relation": order._replace(ptr=order.ptr[1:]), "pairs_by_graph": other},
+            r"pairs_by_relation.ptr must have shape \[7\], got \[6\]",
         ),
         (
             (u, i, relation, graph),
-            {"relation_order": order._replace(place=order.place.long()), "graph_order": other},
-            "relation_order.place must be int32",
+            {"pairs_by_relation": order, "pairs_by_graph": grouped_index(graph[1:], 4)},
+            r"pairs_by_graph.perm must have shape \[41\], got \[40\]",
+        ),
+        (
+            (u, i, relation, graph),
+            {"pairs_by_relation": order._replace(perm=order.perm.long()), "pairs_by_graph": other},
+            "pairs_by_relation.perm must be int32",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dragkit_kernels import (
     FactGroups,
-    FactOrders,
+    FactIndex,
     fact_rows,
     gather_rows,
     gather_rows_ref,
-    row_order,
+    grouped_index,
     segment_sum,
     segment_sum_ref,
 )
@@ -79,9 +79,9 @@ def check(
 
 
 def check_gather(table: Tensor, rows: Tensor, backend: str, grad: Tensor | None = None) -> None:
-    for order in (None, row_order(rows, table.shape[0])):
+    for order in (None, grouped_index(rows, table.shape[0])):
         check(
-            lambda x, order=order: gather_rows(x, rows, order=order, backend=backend),
+            lambda x, order=order: gather_rows(x, rows, by_row=order, backend=backend),
             lambda x: gather_rows_ref(x, rows),
             [table],
             grad,
@@ -122,7 +122,7 @@ def test_references_by_hand() -> None:
 
 
 def looped_facts(
-    node: Tensor, relation: Tensor, index: Tensor, orders: FactOrders, groups: FactGroups | None
+    node: Tensor, relation: Tensor, index: Tensor, fact_index: FactIndex, groups: FactGroups | None
 ) -> Tensor:
     rows = []
     for fact in index.flatten().tolist():
@@ -130,8 +130,8 @@ def looped_facts(
             rows.append(node.new_zeros(2 * node.shape[1] + relation.shape[1]))
             continue
         q = fact if groups is None else int(groups.row[fact])
-        parts = node[int(orders.head[q])], relation[int(orders.fact_pair[q])]
-        rows.append(torch.cat([*parts, node[int(orders.tail[q])]]))
+        parts = node[int(fact_index.head[q])], relation[int(fact_index.fact_pair[q])]
+        rows.append(torch.cat([*parts, node[int(fact_index.tail[q])]]))
     width = 2 * node.shape[1] + relation.shape[1]
     return (
         torch.stack(rows).view(*index.shape, width) if rows else node.new_zeros(*index.shape, width)
@@ -140,30 +140,30 @@ def looped_facts(
 
 def make_facts(
     device: torch.device, sizes: list[tuple[int, int]]
-) -> tuple[FactOrders, list[FactGroups | None], Tensor]:
+) -> tuple[FactIndex, list[FactGroups | None], Tensor]:
     """Orders, no groups and groups, and places of which some are empty."""
-    orders = random_adjacency(sizes, 4).orders
-    facts, generator = orders.num_facts, torch.Generator().manual_seed(5)
+    fact_index = random_adjacency(sizes, 4).fact_index
+    facts, generator = fact_index.num_facts, torch.Generator().manual_seed(5)
     row = torch.randint(0, max(facts, 1), (3 * facts,), generator=generator).int()
-    place, ptr = row_order(row, facts)
+    place, ptr = grouped_index(row, facts)
     groups = FactGroups(*(x.to(device) for x in (row, ptr, place)))
     index = torch.randint(-1, max(facts, 0), (3, 25), generator=generator).int()
     index[1] = -1
     index[2, 3] = facts - 1
-    return FactOrders(*(x.to(device) for x in orders)), [None, groups], index.to(device)
+    return FactIndex(*(x.to(device) for x in fact_index)), [None, groups], index.to(device)
 
 
 def check_facts(
     values: list[Tensor],
-    orders: FactOrders,
+    fact_index: FactIndex,
     groups: FactGroups | None,
     index: Tensor,
     backend: str,
     grad: Tensor | None = None,
 ) -> None:
     check(
-        lambda x, y: fact_rows(x, y, index, orders=orders, groups=groups, backend=backend),
-        lambda x, y: looped_facts(x, y, index, orders, groups),
+        lambda x, y: fact_rows(x, y, index, fact_index=fact_index, groups=groups, backend=backend),
+        lambda x, y: looped_facts(x, y, index, fact_index, groups),
         values,
         grad,
     )
@@ -180,25 +180,25 @@ def test_fact_rows(
 ) -> None:
     """Hubs and empty graphs; a selection of nothing."""
     kernels_have(backend, dtype)
-    orders, both, index = make_facts(device, sizes)
-    shapes = (orders.num_nodes, 5), (orders.num_pairs, 3)
+    fact_index, both, index = make_facts(device, sizes)
+    shapes = (fact_index.num_nodes, 5), (fact_index.num_pairs, 3)
     values = [random(*s).to(device, dtype) for s in shapes]
     for groups in both:
-        check_facts(values, orders, groups, index, backend)
-        check_facts(values, orders, groups, index[:, :0], backend)
+        check_facts(values, fact_index, groups, index, backend)
+        check_facts(values, fact_index, groups, index[:, :0], backend)
 
 
 def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> None:
-    orders, (_, groups), index = make_facts(device, [(5, 9), (4, 6)])
+    fact_index, (_, groups), index = make_facts(device, [(5, 9), (4, 6)])
     rows, segment = strided_like(ROWS.to(device)), strided_like(SEGMENTS.to(device))
-    node, pairs = (strided_like(random(n, 7).to(device)) for n in (9, orders.num_pairs))
+    node, pairs = (strided_like(random(n, 7).to(device)) for n in (9, fact_index.num_pairs))
     value = strided_like(random(segment.numel(), 7).to(device))
     one = torch.ones((), device=device)
     for make in (lambda *s: strided_like(random(*s).to(device)), lambda *s: one.expand(s)):
         check_gather(node, rows, backend, make(rows.numel(), 7))
         check_sum(value, segment, 6, backend, make(6, 7))
         places = strided_like(index)
-        check_facts([node, pairs], orders, groups, places, backend, make(*index.shape, 21))
+        check_facts([node, pairs], fact_index, groups, places, backend, make(*index.shape, 21))
 
 
 def test_empty_tables_and_selections(backend: str, device: torch.device) -> None:
@@ -218,15 +218,15 @@ def test_nan_and_infinity_stay_in_their_rows(backend: str, device: torch.device)
 
 
 def test_what_an_empty_place_holds_reaches_nothing(backend: str, device: torch.device) -> None:
-    orders = FactOrders(*(x.to(device) for x in random_adjacency([(5, 9)], 3).orders))
-    values = leaves([x.to(device) for x in (random(5, 4), random(orders.num_pairs, 2))])
+    fact_index = FactIndex(*(x.to(device) for x in random_adjacency([(5, 9)], 3).fact_index))
+    values = leaves([x.to(device) for x in (random(5, 4), random(fact_index.num_pairs, 2))])
     index = torch.tensor([2, -1]).int().to(device)
-    out = fact_rows(*values, index, orders=orders, backend=backend)
+    out = fact_rows(*values, index, fact_index=fact_index, backend=backend)
     grad = torch.ones_like(out)
     grad[1] = torch.nan
     assert all(bool(g.isfinite().all()) for g in gradients(out, values, grad))
-    values[0].data[orders.head[0]] = torch.nan  # fact 0 stands in at empty places
-    assert not fact_rows(*values, index[1:], orders=orders, backend=backend).any()
+    values[0].data[fact_index.head[0]] = torch.nan  # fact 0 stands in at empty places
+    assert not fact_rows(*values, index[1:], fact_index=fact_index, backend=backend).any()
 
 
 def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> None:
@@ -240,11 +240,11 @@ def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> 
 
 
 def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
-    orders, (_, groups), index = make_facts(device, [(3, 40), (4, 6)])
-    values = leaves([random(n, 7).to(device) for n in (7, orders.num_pairs, 8)])
+    fact_index, (_, groups), index = make_facts(device, [(3, 40), (4, 6)])
+    values = leaves([random(n, 7).to(device) for n in (7, fact_index.num_pairs, 8)])
     runs = []
     for _ in range(2):
-        rows = fact_rows(*values[:2], index, orders=orders, groups=groups, backend=backend)
+        rows = fact_rows(*values[:2], index, fact_index=fact_index, groups=groups, backend=backend)
         gathered = gather_rows(values[2], ROWS.to(device), backend=backend)
         total = segment_sum(random(74, 7).to(device), SEGMENTS.to(device), 6, backend=backend)
         loss = rows.pow(2).sum() + gathered.pow(3).sum()
@@ -255,7 +255,7 @@ def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
 def test_opcheck_gradcheck_and_no_second_derivative() -> None:
     ops, rows = torch.ops.dragkit, torch.tensor([4, 0, 4, 2]).int()
     segment = torch.tensor([0, 0, 1, 3]).int()
-    for order in ([], list(row_order(rows, 9))):
+    for order in ([], list(grouped_index(rows, 9))):
         table = random(9, 5).requires_grad_()
         torch.library.opcheck(ops.gather_rows_fwd.default, (table, rows, order, False))
         arguments = (random(4, 5), rows, order, 9, False)
@@ -272,47 +272,49 @@ def test_opcheck_gradcheck_and_no_second_derivative() -> None:
 
 
 def test_compiled_equals_eager_for_any_size() -> None:
-    def chained(node: Tensor, pairs: Tensor, index: Tensor, orders: FactOrders) -> Tensor:
-        total = segment_sum(gather_rows(node, orders.head), orders.head.sort().values, len(node))
-        rows = fact_rows(torch.relu(total), pairs, index, orders=orders)
+    def chained(node: Tensor, pairs: Tensor, index: Tensor, fact_index: FactIndex) -> Tensor:
+        total = segment_sum(
+            gather_rows(node, fact_index.head), fact_index.head.sort().values, len(node)
+        )
+        rows = fact_rows(torch.relu(total), pairs, index, fact_index=fact_index)
         return rows.sum(1)
 
     torch._dynamo.reset()
     compiled = torch.compile(chained, fullgraph=True, backend="aot_eager", dynamic=True)
     for sizes in ([(6, 9), (13, 20), (5, 4)], [(4, 7), (0, 0), (9, 30), (2, 2)]):
-        orders = random_adjacency(sizes, 6).orders
-        index = torch.randint(-1, orders.num_facts, (len(sizes), 7)).int()
-        inputs = leaves([random(orders.num_nodes, 5), random(orders.num_pairs, 3)])
+        fact_index = random_adjacency(sizes, 6).fact_index
+        index = torch.randint(-1, fact_index.num_facts, (len(sizes), 7)).int()
+        inputs = leaves([random(fact_index.num_nodes, 5), random(fact_index.num_pairs, 3)])
         outputs = []
         for function in (chained, compiled):
-            out = function(*inputs, index, orders)
+            out = function(*inputs, index, fact_index)
             outputs.append([out, *torch.autograd.grad(out.pow(2).sum(), inputs)])
         for want, got in zip(*outputs, strict=True):
             assert_close(got, want.double())
 
 
 def test_wrong_arguments() -> None:
-    orders = random_adjacency([(5, 9)], 3).orders
-    node, pairs = torch.randn(5, 4), torch.randn(orders.num_pairs, 2)
+    fact_index = random_adjacency([(5, 9)], 3).fact_index
+    node, pairs = torch.randn(5, 4), torch.randn(fact_index.num_pairs, 2)
     rows, index = torch.zeros(3).int(), torch.zeros(2, 3).int()
     for call, message in (
         (lambda: gather_rows(node, index), r"gather_rows: rows must have shape \[\*\], got \[2, 3"),
         (lambda: gather_rows(node, rows.long()), "gather_rows: rows must be int32"),
         (
-            lambda: gather_rows(node, rows, order=row_order(rows, 4)),
-            r"order.ptr must have shape \[6\], got \[5\]",
+            lambda: gather_rows(node, rows, by_row=grouped_index(rows, 4)),
+            r"by_row\.ptr must have shape \[6\], got \[5\]",
         ),
         (lambda: segment_sum(node, rows, 2), r"segment must have shape \[5\], got \[3\]"),
         (
-            lambda: fact_rows(node[1:], pairs, index, orders=orders),
+            lambda: fact_rows(node[1:], pairs, index, fact_index=fact_index),
             r"fact_rows: node must have shape \[5, \*\], got \[4, 4",
         ),
         (
-            lambda: fact_rows(node, pairs.double(), index, orders=orders),
+            lambda: fact_rows(node, pairs.double(), index, fact_index=fact_index),
             "must share a dtype, got torch.float32 and torch.float64",
         ),
         (
-            lambda: fact_rows(node, pairs, index.long(), orders=orders),
+            lambda: fact_rows(node, pairs, index.long(), fact_index=fact_index),
             "fact_rows: index must be int32",
         ),
     ):

@@ -39,7 +39,7 @@ def test_matches_one_softmax_per_graph(
     pack: Adjacency, dtype: torch.dtype, counted: bool, function: object
 ) -> None:
     # Mild scores: a gradient that cancels to almost nothing has no relative precision to test.
-    score = torch.randn(pack.orders.num_nodes).to(dtype)
+    score = torch.randn(pack.fact_index.num_nodes).to(dtype)
     tried, exact = score.clone().requires_grad_(), score.double().requires_grad_()
     count = pack.node_count if counted else torch.ones_like(pack.node_count)
     actual = function(tried, pack.node_ptr, count=count if counted else None)

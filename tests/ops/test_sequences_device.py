@@ -42,26 +42,26 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     return [x, dt, rate, *maps, skip]
 
 
-def call(name: str, values: list[Tensor], position: Tensor, backend: str) -> Tensor:
+def call(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> Tensor:
     if name == "causal_conv":
-        return causal_conv(*values, position, backend=backend)
+        return causal_conv(*values, seq_pos, backend=backend)
     if name == "gated_rms_norm":
         return gated_rms_norm(*values, groups=GROUPS, eps=1e-5, backend=backend)
-    return ssd_scan(*values, position, backend=backend)
+    return ssd_scan(*values, seq_pos, backend=backend)
 
 
-def results(name: str, values: list[Tensor], position: Tensor, backend: str) -> list[Tensor]:
+def results(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> list[Tensor]:
     """The output and all gradients."""
     tried = leaves(values)
-    out = call(name, tried, position, backend)
+    out = call(name, tried, seq_pos, backend)
     grad = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(LOW).to(out)
     return [out.detach(), *torch.autograd.grad(out, tried, grad)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
-    values, position = inputs(name, device, LOW), positions(LENGTHS, device)
-    first = results(name, values, position, "triton")
+    values, seq_pos = inputs(name, device, LOW), positions(LENGTHS, device)
+    first = results(name, values, seq_pos, "triton")
     stream = None if INTERPRETED else torch.cuda.Stream()
     noise = torch.randn(64 if INTERPRETED else 4096, 64, device=device)
     for repeat in range(1, REPEATS):
@@ -69,7 +69,7 @@ def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
             with torch.cuda.stream(stream):
                 for _ in range(20):
                     noise = noise @ (noise.t() @ noise).tanh()
-        again = results(name, values, position, "triton")
+        again = results(name, values, seq_pos, "triton")
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
@@ -84,9 +84,9 @@ def test_errors_are_at_most_twice_those_of_pytorch(
     widens them first: there the common bounds hold.
     """
     torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture puts it back
-    values, position = inputs(name, device, dtype), positions(LENGTHS, device)
-    exact = results(name, [x.double() for x in values], position, "torch")
-    ways = (results(name, values, position, way) for way in ("triton", "torch"))
+    values, seq_pos = inputs(name, device, dtype), positions(LENGTHS, device)
+    exact = results(name, [x.double() for x in values], seq_pos, "torch")
+    ways = (results(name, values, seq_pos, way) for way in ("triton", "torch"))
     for place, (x, y, z) in enumerate(zip(*ways, exact, strict=True)):
         scale = float(z.square().mean().sqrt())
         ours, theirs = (float((a.double() - z).square().mean().sqrt()) for a in (x, y))
@@ -98,14 +98,14 @@ def test_errors_are_at_most_twice_those_of_pytorch(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sequences_of_a_pack_as_if_alone(device: torch.device, name: str) -> None:
-    values, position = inputs(name, device, LOW), positions(LENGTHS, device)
-    whole = call(name, values, position, "triton")
+    values, seq_pos = inputs(name, device, LOW), positions(LENGTHS, device)
+    whole = call(name, values, seq_pos, "triton")
     rows = sum(LENGTHS)
     begin = 0
     for length in LENGTHS:
         part = slice(begin, begin + length)
         own = [x[part].contiguous() if x.shape[0] == rows else x for x in values]
-        alone = call(name, own, position[part].contiguous(), "triton")
+        alone = call(name, own, seq_pos[part].contiguous(), "triton")
         assert_close(whole[part], alone.double(), name=f"{name} from {begin}")
         begin += length
 
@@ -121,15 +121,15 @@ def test_beyond_the_range_of_an_int32(device: torch.device, name: str) -> None:
     draw = torch.Generator().manual_seed(1)
     pattern = torch.randn(period, columns, generator=draw).to(device, LOW)
     x = pattern.repeat(rows // period, 1)
-    position = torch.arange(period, dtype=torch.int32, device=device).repeat(rows // period)
+    seq_pos = torch.arange(period, dtype=torch.int32, device=device).repeat(rows // period)
     weight = torch.randn(columns, 4, generator=draw).to(device, LOW)
 
-    def run(x: Tensor, position: Tensor) -> Tensor:
+    def run(x: Tensor, seq_pos: Tensor) -> Tensor:
         if name == "causal_conv":
-            return causal_conv(x, weight, None, position, backend="triton")
+            return causal_conv(x, weight, None, seq_pos, backend="triton")
         return gated_rms_norm(x, x, weight[:, 0], groups=1, eps=1e-5, backend="triton")
 
     with torch.no_grad():
-        whole = run(x, position)
-        small = run(pattern.contiguous(), position[:period].contiguous())
+        whole = run(x, seq_pos)
+        small = run(pattern.contiguous(), seq_pos[:period].contiguous())
     assert torch.equal(whole[:period], small) and torch.equal(whole[-period:], small)

@@ -150,7 +150,7 @@ def test_many_slabs(
 ) -> None:
     monkeypatch.setattr(slabs, "SLAB_BYTES", bytes_of_a_slab)
     values, seq_pos = make_inputs(sum(lengths), SHAPES[0]), positions(lengths)
-    assert len(list(slabs.Sizes.of(values[0], values[3]).slabs())) > 1
+    assert len(list(slabs.ScanSizes.infer(values[0], values[3]).slab_ranges())) > 1
     check(values, seq_pos, "torch")
     every = torch.arange(sum(lengths))
     state = ssd_state(*values[:4], seq_pos, every, backend="torch")
@@ -392,7 +392,10 @@ def test_wrong_arguments(change: dict[str, Tensor], message: str) -> None:
     values = dict(zip(NAMES, make_inputs(9, SHAPES[0], torch.float32), strict=True))
     with pytest.raises(ValueError, match=f"ssd_scan: .*{message}"):
         ssd_scan(**{**values, "seq_pos": positions((9,)), **change})
-    position = positions((9,))
-    for last, message in ((position, "last must be int64"), (position[None], "last must have")):
+    seq_pos = positions((9,))
+    for last, message in (
+        (seq_pos, "last_row must be int64"),
+        (seq_pos[None], "last_row must have"),
+    ):
         with pytest.raises(ValueError, match=message):
-            ssd_state(*make_inputs(9, SHAPES[0])[:4], position, last)
+            ssd_state(*make_inputs(9, SHAPES[0])[:4], seq_pos, last)

@@ -34,7 +34,7 @@ def test_assert_close_accepts_the_dtype_s_rounding() -> None:
 
 def test_random_adjacency_keeps_facts_inside_their_graph() -> None:
     pack = random_adjacency([(0, 0), (5, 40), (3, 9)], 2, seed=3)
-    for end in (pack.orders.head, pack.orders.tail):
+    for end in (pack.fact_index.head, pack.fact_index.tail):
         assert torch.equal(pack.node_graph[end], pack.fact_graph)
     assert pack.fact_ptr.tolist() == [0, 0, 40, 49] and pack.node_ptr.tolist() == [0, 0, 5, 8]
 

@@ -7,11 +7,11 @@ import torch
 import torch.fx.experimental._config
 
 from dragkit.config import RetrieverConfig
-from dragkit.data.node_merging import quotient
+from dragkit.data.node_merging import merge_nodes
 from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import RelationStates
-from dragkit_kernels import FactGroups, build_fact_orders
+from dragkit_kernels import FactGroups, build_fact_index
 
 TEXT = 12
 
@@ -49,25 +49,25 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
     mark = np.zeros(nodes[-1], dtype=bool)
     for g, o in zip(graphs, nodes, strict=False):
         mark[[o + t for t in g["topics"]]] = True
-    merged = quotient(head, tail, relation, owner, mark, merge=merge)
+    merged = merge_nodes(head, tail, relation, owner, mark, merge=merge)
     num_nodes, num_rows = len(merged.size), len(merged.head)
     node_graph, row_graph = np.zeros(num_nodes, np.int32), np.zeros(num_rows, np.int32)
-    node_graph[merged.node_class] = owner
-    row_graph[merged.fact_row] = np.repeat(np.arange(len(graphs)), np.diff(facts))
-    topic_row = np.unique(merged.node_class[mark])
+    node_graph[merged.merged_node] = owner
+    row_graph[merged.merged_fact] = np.repeat(np.arange(len(graphs)), np.diff(facts))
+    topic_node = np.unique(merged.merged_node[mark])
     topic = torch.zeros(num_nodes, dtype=dtype)
-    for row in topic_row:
+    for row in topic_node:
         topic[row] = 1 / len(graphs[node_graph[row]]["topics"])
     as_int = lambda a: torch.tensor(np.asarray(a), dtype=torch.int32)  # noqa: E731
 
-    def orders(chosen):
+    def fact_index(chosen):
         head, tail, relation, *counts = (as_int(column[chosen]) for column in merged[3:])
         counts = dict(zip(("head_count", "tail_count"), counts, strict=True))
         graph = as_int(row_graph[chosen])
-        return build_fact_orders(head, tail, relation, num_nodes, graph, **counts)
+        return build_fact_index(head, tail, relation, num_nodes, graph, **counts)
 
-    near = np.isin(merged.head, topic_row) | np.isin(merged.tail, topic_row)
-    ends = np.cumsum(np.bincount(merged.fact_row, minlength=num_rows))
+    near = np.isin(merged.head, topic_node) | np.isin(merged.tail, topic_node)
+    ends = np.cumsum(np.bincount(merged.merged_fact, minlength=num_rows))
     longest = max(len(g["question"]) for g in graphs)
     states = torch.zeros(len(graphs), longest, TEXT, dtype=dtype)
     mask = torch.zeros(len(graphs), longest, dtype=torch.bool)
@@ -75,16 +75,16 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
         states[i, : len(g["question"])] = g["question"].to(dtype)
         mask[i, : len(g["question"])] = True
     graph = PackedGraph(
-        orders=orders(np.arange(num_rows)),
-        start=orders(np.flatnonzero(near)),
+        fact_index=fact_index(np.arange(num_rows)),
+        topic_facts=fact_index(np.flatnonzero(near)),
         groups=FactGroups(
-            as_int(merged.fact_row),
+            as_int(merged.merged_fact),
             as_int([0, *ends]),
-            as_int(np.argsort(merged.fact_row, kind="stable")),
+            as_int(np.argsort(merged.merged_fact, kind="stable")),
         ),
-        topic=topic,
-        topic_row=as_int(topic_row),
-        topic_graph=as_int(node_graph[topic_row]),
+        topic_prob=topic,
+        topic_node=as_int(topic_node),
+        topic_graph=as_int(node_graph[topic_node]),
         node_count=as_int(merged.size),
         node_graph=as_int(node_graph),
         fact_graph=as_int(np.repeat(np.arange(len(graphs)), np.diff(facts))),

@@ -15,7 +15,7 @@ from torch import Tensor
 from dragkit.retriever import layers
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
 from dragkit.retriever.text_encoder import RelationStates
-from dragkit_kernels import row_order
+from dragkit_kernels import grouped_index
 from tests.retriever.retriever_cases import (
     TEXT,
     double_retriever,
@@ -107,7 +107,7 @@ def star(rng):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-@pytest.mark.parametrize("message", ["collapsed", "parity"])
+@pytest.mark.parametrize("message", ["fused", "per_instruction"])
 @pytest.mark.parametrize("instructions,stages", [(1, 1), (2, 2), (3, 2)])
 def test_equals_one_question_at_a_time(message, instructions, stages, merge):
     rng = np.random.default_rng(instructions)
@@ -139,33 +139,41 @@ def test_equals_one_question_at_a_time(message, instructions, stages, merge):
 def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
     rng = np.random.default_rng(0)
     graphs = [make_graph(rng, n, e, 5) for n, e in ((0, 0), (6, 14), (3, 0), (4, 9), (0, 0))]
-    orders, relations = pack(graphs).graph.orders, torch.zeros(5, 2)
-    assert gate_pairs(orders, 5, relations).without_loops() == (None, None)
+    fact_index, relations = pack(graphs).graph.fact_index, torch.zeros(5, 2)
+    assert gate_pairs(fact_index, 5, relations).without_self_loops() == (None, None)
     # As where Triton runs.
     monkeypatch.setattr(layers, "resolve_backend", lambda op, tensor: "triton")
     with torch.no_grad():
-        assert gate_pairs(orders, 5, relations).relation_order is None
-    found = gate_pairs(orders, 5, relations)
-    wanted = (row_order(found.relation, 6), row_order(found.graph, 5))
-    wanted += (row_order(orders.pair_relation, 5), row_order(orders.pair_graph, 5))
-    given = (found.relation_order, found.graph_order, *found.without_loops())
+        assert gate_pairs(fact_index, 5, relations).pairs_by_relation is None
+    found = gate_pairs(fact_index, 5, relations)
+    wanted = (grouped_index(found.relation, 6), grouped_index(found.graph, 5))
+    wanted += (grouped_index(fact_index.pair_relation, 5), grouped_index(fact_index.pair_graph, 5))
+    given = (found.pairs_by_relation, found.pairs_by_graph, *found.without_self_loops())
     for got, want in zip(given, wanted, strict=True):
         for x, y in zip(got, want, strict=True):
             assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
 
 
-@pytest.mark.parametrize("message", ["collapsed", "parity"])
+@pytest.mark.parametrize("message", ["fused", "per_instruction"])
 def test_dropout_reaches_states_and_messages(message):
     """With all of them dropped, a layer gives its bias; without a draw it does not."""
-    layer = ReasoningLayer(8, 2, 1.0, parity=message == "parity").double()
+    layer = ReasoningLayer(8, 2, 1.0, per_instruction=message == "per_instruction").double()
     graph = pack(
         [make_graph(np.random.default_rng(0), n, e, 5) for n, e in ((6, 14), (4, 9))]
     ).graph
     relation = torch.randn(2, 6, 8, dtype=torch.float64)
-    pairs = gate_pairs(graph.orders, 2, relation[0, :-1])
-    h, instruction = torch.randn(len(graph.topic), 8).double(), torch.randn(2, 2, 8).double()
-    p = torch.ones_like(graph.topic)
-    arguments = (h, p, layer.prepare(relation), instruction, graph.orders, pairs, graph.node_graph)
+    pairs = gate_pairs(graph.fact_index, 2, relation[0, :-1])
+    h, instruction = torch.randn(len(graph.topic_prob), 8).double(), torch.randn(2, 2, 8).double()
+    p = torch.ones_like(graph.topic_prob)
+    arguments = (
+        h,
+        p,
+        layer.prepare(relation),
+        instruction,
+        graph.fact_index,
+        pairs,
+        graph.node_graph,
+    )
     bias = torch.relu(layer.update.bias).expand_as(h)
     torch.testing.assert_close(layer(*arguments), bias)
     assert not torch.allclose(layer.eval()(*arguments), bias)
@@ -194,15 +202,15 @@ def test_empty_graphs_anywhere_change_nothing():
         torch.testing.assert_close(model(pack(graphs), relations).fact_logits, wanted)
 
 
-@pytest.mark.parametrize("message", ["collapsed", "parity"])
+@pytest.mark.parametrize("message", ["fused", "per_instruction"])
 def test_a_pack_of_one_empty_graph(message):
     empty = make_graph(np.random.default_rng(0), 0, 0, 5, num_tokens=4)
     batch = pack([empty])
     assert batch.question_states.shape == (1, 4, TEXT)
     assert batch.question_mask.all()
     torch.testing.assert_close(batch.question_states[0], empty["question"])
-    assert batch.graph.topic.shape == batch.relation_row.shape == (0,)
-    assert batch.graph.orders.num_pairs == batch.graph.orders.num_facts == 0
+    assert batch.graph.topic_prob.shape == batch.relation_row.shape == (0,)
+    assert batch.graph.fact_index.num_pairs == batch.graph.fact_index.num_facts == 0
     model = double_retriever(message=message)
     out = model(batch, relation_states(5))
     assert out.fact_logits.shape == (0,)

@@ -31,7 +31,7 @@ def test_compiled_equals_eager_with_gradients(compile_with):
 
 
 def test_parity_with_dropout_compiles_and_is_drawn_anew(compile_with):
-    model, relations = double_retriever(message="parity"), relation_states(5)
+    model, relations = double_retriever(message="per_instruction"), relation_states(5)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.3

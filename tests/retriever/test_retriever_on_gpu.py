@@ -12,7 +12,7 @@ import torch._dynamo
 import torch.fx.experimental._config
 from torch import Tensor
 
-from dragkit.config import TrainConfig, load_config
+from dragkit.config import TrainConfig, resolve_config
 from dragkit.data.cache import cache_root
 from dragkit.data.packed import QuestionBatch
 from dragkit.demo import demo_files
@@ -22,7 +22,7 @@ from dragkit.trainer.build import build_retriever, maybe_replay
 from dragkit.trainer.compile import autocast, compile_retriever
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit_kernels.testing import assert_close
 
 pytestmark = [
@@ -51,7 +51,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
         "optim.batch_size": 8,
         "optim.lr": 1e-3,
     }
-    return load_config("tiny", None, values)[0]
+    return resolve_config("tiny", None, values)[0]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def encoder() -> TextEncoder:
 
 
 @pytest.fixture(scope="module")
-def source(config: TrainConfig, encoder: TextEncoder) -> QuestionSource:
-    return QuestionSource(config.data.heuristics_path, config, encoder, None, 8)
+def source(config: TrainConfig, encoder: TextEncoder) -> QuestionDataset:
+    return QuestionDataset(config.data.heuristics_path, config, encoder, None, 8)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def compile_flags() -> Iterator[None]:
 
 
 def outcome(
-    call: object, model: Retriever, batch: QuestionBatch, source: QuestionSource, precision: str
+    call: object, model: Retriever, batch: QuestionBatch, source: QuestionDataset, precision: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits, and the gradients of all parameters, where the model is."""
     device = next(model.parameters()).device
@@ -165,7 +165,7 @@ def test_compiled_is_eager(model, source, compile_flags):
         assert ours[0] <= LOW and ours[1] <= 2 * low[1] + LOW
 
 
-def trained(way: str, config: TrainConfig, source: QuestionSource, folder: Path) -> dict:
+def trained(way: str, config: TrainConfig, source: QuestionDataset, folder: Path) -> dict:
     """Weights and losses after a few steps of phase 1, with dropout."""
     encoder = TextEncoder(find_encoder(), cache_root(None))
     phase = RetrieverPhase(config, build_retriever(config, encoder).to(DEVICE))
@@ -177,7 +177,7 @@ def trained(way: str, config: TrainConfig, source: QuestionSource, folder: Path)
         assert phase.replay is not None
     trainer = Trainer(config, phase, own, None, folder, DEVICE)
     losses = []
-    for batch in own.load(source.sampler.batches(0)[:STEPS]):
+    for batch in own.load(source.batch_sampler.batches(0)[:STEPS]):
         losses += [out.loss for out in trainer.train_step([batch])]
     found = {name: p.detach().clone() for name, p in phase.model.named_parameters()}
     return found | {"losses": torch.stack(losses)}

@@ -68,7 +68,8 @@ def test_folder_is_small_and_loads_by_the_auto_classes() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dragkit.generator.bundled.__file__", str(tmp_path / "room" / "bundled.py"))
+    path = tmp_path / "generator" / "bundled.py"
+    monkeypatch.setattr("dragkit.generator.bundled.__file__", str(path))
     with pytest.raises(MissingInputError, match=r"lacks config.json, model.safetensors, tok"):
         tiny_generator_path()
 

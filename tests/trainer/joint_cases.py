@@ -13,7 +13,7 @@ from dragkit.generator.load import load_generator
 from dragkit.joint import JointModel
 from dragkit.retriever.retriever import Retriever
 from dragkit.trainer.phase2 import JointPhase
-from tests.model import retriever_cases as cases
+from tests.retriever import retriever_cases as cases
 
 
 def _rows(texts, generator):

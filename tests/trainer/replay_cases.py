@@ -11,10 +11,10 @@ from dragkit.data.padding import Buckets
 from dragkit.trainer import replay as replay_module
 from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
-from dragkit.trainer.question_dataset import QuestionSource
+from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit.trainer.replay import StepReplay
-from dragkit.trainer.run import Run
-from tests.trainer.run_cases import run
+from dragkit.trainer.run import TrainingRun
+from tests.trainer.run_cases import make_run
 
 # Question 2 has an empty graph.
 MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
@@ -38,23 +38,23 @@ class Rerun:
         return again
 
 
-def command(tmp_path: Path, name: str = "run", **overrides: object) -> Run:
+def phase1_run(tmp_path: Path, name: str = "run", **overrides: object) -> TrainingRun:
     """Phase 1 without dropout; `overrides` are settings with two underscores for a dot."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
-    return run(tmp_path, 1, name, **{"retriever.dropout": 0.0} | settings)
+    return make_run(tmp_path, 1, name, **{"retriever.dropout": 0.0} | settings)
 
 
-def new_phase(made: Run, **changes: object) -> RetrieverPhase:
+def new_phase(training_run: TrainingRun, **changes: object) -> RetrieverPhase:
     """A fresh phase; `changes` are of the retriever."""
-    retriever = made.config.retriever.model_copy(update=changes)
-    config = made.config.model_copy(update={"retriever": retriever})
-    return RetrieverPhase(config, build_retriever(config, made.encoder))
+    retriever = training_run.config.retriever.model_copy(update=changes)
+    config = training_run.config.model_copy(update={"retriever": retriever})
+    return RetrieverPhase(config, build_retriever(config, training_run.encoder))
 
 
 def with_replay(
-    phase: RetrieverPhase, source: QuestionSource, capture: Callable, max_graphs: int = 16
+    phase: RetrieverPhase, dataset: QuestionDataset, capture: Callable, max_graphs: int = 16
 ) -> StepReplay:
-    samples = [source.collator(rows) for rows in source.sampler.batches(0)]
+    samples = [dataset.collator(rows) for rows in dataset.batch_sampler.batches(0)]
     phase.replay = StepReplay(
         phase.loss,
         list(phase.model.parameters()),

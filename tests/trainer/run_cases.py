@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint
-from dragkit.config import load_config
+from dragkit.config import resolve_config
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.run import Run
+from dragkit.trainer.run import TrainingRun
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 
 
-def run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> Run:
+def make_run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> TrainingRun:
     """A run in `tmp_path / name`; `overrides` are settings."""
     values = {
         "run.phase": phase,
@@ -33,9 +33,9 @@ def run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> R
         "optim.epochs": 2,
         "optim.lr": 1e-3,
     } | overrides
-    config, origins = load_config("tiny", None, values)
-    phase1, _ = load_config("tiny", None, values | {"run.phase": 1})
-    return Run(config, origins, phase1)
+    config, origins = resolve_config("tiny", None, values)
+    phase1, _ = resolve_config("tiny", None, values | {"run.phase": 1})
+    return TrainingRun(config, origins, phase1)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

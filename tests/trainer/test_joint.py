@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dragkit.generator.lora.gradient_watch import DeadAdapterError
+from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError
 from dragkit.retriever.losses import retrieval_loss
 from dragkit.trainer.phase2 import split_by_tokens
 from tests.trainer.joint_cases import make, make_batch, relation_states
@@ -49,7 +49,7 @@ def test_the_watch_sees_steps_with_answers_only(relations):
     assert phase.watch.step == 1
     layer = next(m for m in phase.model.generator.modules() if hasattr(m, "lora_A"))
     layer.lora_B["default"].weight.grad = None
-    with pytest.raises(DeadAdapterError, match="lora_B"):
+    with pytest.raises(AdapterNotTrainedError, match="lora_B"):
         phase.check_gradients(phase.counts([batch]))
 
 
@@ -60,7 +60,7 @@ def test_no_gate_and_no_vectors_give_the_retriever_nothing(relations, monkeypatc
     assert not any(n.startswith("retriever") for n in grads)
     assert any("lora_B" in n for n in grads)
     phase = make()
-    draw, grad = phase.model.sampler.draw, torch.autograd.grad
+    draw, grad = phase.model.fact_sampler.draw, torch.autograd.grad
 
     def cut(logits, graph, step):
         selection = draw(logits.detach(), graph, step)
@@ -70,7 +70,7 @@ def test_no_gate_and_no_vectors_give_the_retriever_nothing(relations, monkeypatc
         pathless = isinstance(outputs, torch.Tensor) and not outputs.requires_grad
         return (None,) if pathless else grad(outputs, *args, **kwargs)
 
-    monkeypatch.setattr(phase.model.sampler, "draw", cut)
+    monkeypatch.setattr(phase.model.fact_sampler, "draw", cut)
     monkeypatch.setattr(torch.autograd, "grad", grad_where_there_is_a_path)
     _, grads = gradients(phase, batch, relations)
     assert "retriever.fact_score.weight" not in grads
@@ -84,9 +84,9 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
     out, grads = gradients(phase, batch, relations)
     model.zero_grad()
     output = model.retriever(batch, relations)
-    selection = model.sampler.draw(output.fact_logits, batch.graph, 0)
+    selection = model.fact_sampler.draw(output.fact_logits, batch.graph, 0)
     prompt = model.prompt(batch, selection.index, with_target=True)
-    vectors = selection.gate.unsqueeze(-1) * model.vectors(output, batch, selection)
+    vectors = selection.gate.unsqueeze(-1) * model.structural_vectors(output, batch, selection)
     generated = model.generator(prompt, vectors.flatten(0, 1)).loss_sum / counts["tokens"]
     retrieval = retrieval_loss(
         output.fact_logits, batch.graph.label, batch.graph.fact_ptr, rho=0.7, margin=1.0
@@ -128,7 +128,7 @@ def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
         (8, 4, [[1, 3], [2], [0]]),
         (1, None, [[1], [3], [2], [0]]),
     ):
-        phase.model.generator.tokens_per_pass = tokens
+        phase.model.generator.max_tokens_per_microbatch = tokens
         generator = phase.config.generator.model_copy(update={"generator_microbatch": count})
         phase.config = phase.config.model_copy(update={"generator": generator})
         assert phase._passes([9, 3, 7, 3]) == passes
@@ -136,7 +136,7 @@ def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
 
 @pytest.mark.parametrize(
     "limits",
-    [{"generator_microbatch": 1}, {"generator_microbatch": 3}, {"tokens_per_pass": 150}],
+    [{"generator_microbatch": 1}, {"generator_microbatch": 3}, {"max_tokens_per_microbatch": 150}],
     ids=str,
 )
 def test_generator_micro_batches_change_nothing(relations, limits):
@@ -154,7 +154,10 @@ def test_generator_micro_batches_change_nothing(relations, limits):
     a, first = gradients(whole, batch, relations)
     b, second = gradients(parts, batch, relations)
     assert sum(map(len, passes)) == 4 and len(passes) > 1
-    most, tokens = limits.get("generator_microbatch", 4), limits.get("tokens_per_pass", 10_000)
+    most, tokens = (
+        limits.get("generator_microbatch", 4),
+        limits.get("max_tokens_per_microbatch", 10_000),
+    )
     assert all(len(p) <= most and (sum(p) <= tokens or len(p) == 1) for p in passes)
     torch.testing.assert_close(a.loss, b.loss)
     # A softmax does not see its scores' common part: that gradient is zero but for rounding.
@@ -184,17 +187,17 @@ def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations, monkeypa
 
     monkeypatch.setattr(torch.autograd, "backward", spy)
     for residual in (False, True):
-        phase = make(sampler={"residual_slot": residual, "k_facts": 2})
+        phase = make(sampler={"undrawn_facts_vector": residual, "k_facts": 2})
         gradients(phase, make_batch(phase.model.generator), relations)
     without, with_slot = reached
     assert with_slot > 2 * without
 
 
-@pytest.mark.parametrize("fact_relation", ["static", "instructed"])
-def test_mixed_precision_trains_through_every_slot(relations, fact_relation):
+@pytest.mark.parametrize("gate", [False, True])
+def test_mixed_precision_trains_through_every_slot(relations, gate):
     phase = make(
-        retriever={"fact_relation": fact_relation},
-        sampler={"residual_slot": True, "k_facts": 2},
+        retriever={"gate_relation_by_instruction": gate},
+        sampler={"undrawn_facts_vector": True, "k_facts": 2},
         run={"precision": "bfloat16"},
     )
     out, grads = gradients(phase, make_batch(phase.model.generator), relations)
@@ -206,7 +209,9 @@ def test_the_same_step_draws_the_same_facts(relations):
     phase = make()
     graph = make_batch(phase.model.generator).graph
     logits = torch.randn(graph.num_facts)
-    one, two, other = (phase.model.sampler.draw(logits, graph, step).index for step in (3, 3, 4))
+    one, two, other = (
+        phase.model.fact_sampler.draw(logits, graph, step).index for step in (3, 3, 4)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
 
 

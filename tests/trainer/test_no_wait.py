@@ -20,30 +20,30 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from dragkit.generator.generator import Generator
-from dragkit.generator.lora.gradient_watch import LAST_STEP, AdapterWatch
-from dragkit.generator.to_host import HostCopy
+from dragkit.generator.lora.gradient_watch import LAST_CHECKED_STEP, AdapterWatch
+from dragkit.generator.to_host import AsyncToHost
 from dragkit.joint import JointModel
 from dragkit.trainer import loop
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase2 import JointPhase
-from dragkit.trainer.transfer import DeviceCopies
-from tests.model import joint_cases as cases
+from dragkit.trainer.transfer import DeviceCopier
 from tests.nemotron_cases import adapted, toy_model
+from tests.trainer import joint_cases as cases
 
 META = torch.device("meta")
 CASES = {
     "one pass": {},
-    "passes": {"generator": {"tokens_per_pass": 150}},
-    "residual slot": {"sampler": {"residual_slot": True, "k_facts": 2}},
-    "budget": {"sampler": {"mode": "budget", "estimator": "mean"}},
+    "passes": {"generator": {"max_tokens_per_microbatch": 150}},
+    "residual slot": {"sampler": {"undrawn_facts_vector": True, "k_facts": 2}},
+    "exact_k": {"sampler": {"mode": "exact_k", "estimator": "straight_through"}},
     "text alone": {"generator": {"structural_vectors": False}},
     "balanced": {
         "loss": {"use_grad_norm_balance": True},
         "run": {"log_grad_norms": True, "grad_norm_log_interval": 1},
     },
-    "instructed": {"retriever": {"fact_relation": "instructed", "dropout": 0.2}},
-    "parity": {"retriever": {"message": "parity", "dropout": 0.2}},
-    "computed again": {"generator": {"checkpointing": "all"}},
+    "instructed": {"retriever": {"gate_relation_by_instruction": True, "dropout": 0.2}},
+    "per_instruction": {"retriever": {"message": "per_instruction", "dropout": 0.2}},
+    "computed again": {"generator": {"activation_checkpointing": "all"}},
 }
 
 
@@ -87,14 +87,18 @@ def trainer_of(phase: JointPhase, relations: object, folder: Path, device: torch
     """The loop around a phase, with data that it does not look at."""
     source = SimpleNamespace(
         relations=relations,
-        sampler=SimpleNamespace(batches=lambda epoch: [[0]] * 8),
+        batch_sampler=SimpleNamespace(batches=lambda epoch: [[0]] * 8),
         store=SimpleNamespace(fingerprint="none"),
     )
     return Trainer(phase.config, phase, source, None, folder, device)
 
 
 def step_without_numbers(
-    phase: JointPhase, folder: Path, monkeypatch: pytest.MonkeyPatch, *, watched: int = LAST_STEP
+    phase: JointPhase,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    watched: int = LAST_CHECKED_STEP,
 ) -> tuple[Trainer, int]:
     """One optimizer step on the meta device; (what did it, how often it waited).
 
@@ -104,9 +108,9 @@ def step_without_numbers(
     relations = cases.relation_states()
     batches = [cases.make_batch(phase.model.generator) for _ in range(2)]
     known: list[list] = []
-    read = HostCopy.wait
+    read = AsyncToHost.result
     with monkeypatch.context() as patch:
-        patch.setattr(HostCopy, "wait", lambda copy: known.append(read(copy)) or known[-1])
+        patch.setattr(AsyncToHost, "result", lambda copy: known.append(read(copy)) or known[-1])
         trainer_of(phase, relations, folder, torch.device("cpu")).train_step(batches)
     phase.model.to(META)
     phase.watch = AdapterWatch(phase.model.generator.model)
@@ -116,7 +120,7 @@ def step_without_numbers(
         # The fused form knows no meta tensors.
         patch.setattr(loop, "build_optimizer", lambda groups, device: torch.optim.AdamW(groups))
         trainer = trainer_of(phase, relations, folder, META)
-        patch.setattr(HostCopy, "wait", lambda copy: next(waits))
+        patch.setattr(AsyncToHost, "result", lambda copy: next(waits))
         for name in ("tensor", "as_tensor"):
             patch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
         plain = torch.autocast
@@ -143,7 +147,7 @@ def with_generator(
     """A phase around another language model than the bundled one, in bfloat16 as on a GPU."""
     plain = cases.make(**settings)
     model = adapted(targets, model=model.to(torch.bfloat16).requires_grad_(False))
-    generator = Generator(model, plain.model.generator.tokenizer, pack_multiple=64)
+    generator = Generator(model, plain.model.generator.tokenizer, pad_to_multiple_of=64)
     return JointPhase(plain.config, JointModel(plain.config, plain.model.retriever, generator))
 
 
@@ -158,7 +162,7 @@ NAMES = ("q_proj", "in_proj", "up_proj", "down_proj", "experts.up_proj", "expert
 @pytest.mark.parametrize("targets", [NAMES, NAMES[:4]], ids=["routed experts", "shared experts"])
 def test_every_block_kind_of_the_30b(targets, tmp_path, monkeypatch):
     model = toy_model(vocab_size=vocabulary(), std=0.1)
-    phase = with_generator(model, targets, generator={"tokens_per_pass": 150})
+    phase = with_generator(model, targets, generator={"max_tokens_per_microbatch": 150})
     _, waits = step_without_numbers(phase, tmp_path, monkeypatch)
     assert waits == 2
 
@@ -193,13 +197,13 @@ LOOKS = {
     "host tensor": lambda x: torch.ones(3).to(x.device),
     "host copy": lambda x: x.new_empty(3).copy_(torch.ones(3)),
 }
-PLACES = ("sampler.draw", "residual", "layout", "gate", "generator.forward")
+PLACES = ("fact_sampler.draw", "residual", "layout", "gate", "generator.forward")
 
 
 def look_in(phase: JointPhase, place: str, look: Callable[[Tensor], object]) -> None:
     """Lets a method of the model look at numbers of its device before it begins."""
     way, _, name = place.rpartition(".")
-    owner = phase.model.get_submodule(way) if way != "sampler" else phase.model.sampler
+    owner = phase.model.get_submodule(way) if way != "fact_sampler" else phase.model.fact_sampler
     method = getattr(owner, name)
 
     def looking(*args: object, **kwargs: object) -> object:
@@ -214,7 +218,7 @@ def look_in(phase: JointPhase, place: str, look: Callable[[Tensor], object]) -> 
     [("generator.embed", look) for look in LOOKS] + [(place, "item") for place in PLACES],
 )
 def test_any_look_at_the_device_is_seen(place, look, tmp_path, monkeypatch):
-    phase = cases.make(sampler={"residual_slot": True, "k_facts": 2})
+    phase = cases.make(sampler={"undrawn_facts_vector": True, "k_facts": 2})
     look_in(phase, place, LOOKS[look])
     with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
         step_without_numbers(phase, tmp_path, monkeypatch)
@@ -240,7 +244,7 @@ def test_nothing_waits_on_a_gpu(settings, tmp_path):
     phase.model.to(device)
     phase.watch = AdapterWatch(phase.model.generator.model)
     trainer = trainer_of(phase, cases.relation_states(), tmp_path, device)
-    copies = DeviceCopies(device)
+    copies = DeviceCopier(device)
     made = [copies.begin(cases.make_batch(phase.model.generator)) for _ in range(2)]
     batches = [copies.finish(copy) for copy in made]
     for step in range(3):

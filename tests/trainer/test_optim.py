@@ -12,7 +12,7 @@ from dragkit.config import OptimConfig
 from dragkit.trainer.optim import (
     build_optimizer,
     build_scheduler,
-    learning_rate_share,
+    lr_multiplier,
     trained_parameters,
 )
 
@@ -57,7 +57,7 @@ def run_rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -
     ],
 )
 def test_the_schedule_by_hand(step: int, share: float) -> None:
-    assert learning_rate_share(step, total=10, warmup=2, floor=0.1) == pytest.approx(share)
+    assert lr_multiplier(step, total=10, warmup=2, floor=0.1) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2])
@@ -70,12 +70,12 @@ def test_a_run_too_short_for_a_schedule_has_finite_rates(total: int) -> None:
 @pytest.mark.parametrize("done", [0, 1, 3, 19])
 @pytest.mark.parametrize("used_before", [False, True])
 def test_rates_are_those_of_the_schedule_also_after_a_resume(done: int, used_before: bool) -> None:
-    config = OptimConfig(warmup_share=0.15, min_lr_share=0.05)
+    config = OptimConfig(warmup_ratio=0.15, min_lr_ratio=0.05)
     modules = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     whole = build_optimizer(groups_of(*modules), CPU)
     expected = run_rates(whole, build_scheduler(whole, config, 20), 20)
     for step, row in enumerate(expected):
-        share = learning_rate_share(step, 20, 3, 0.05)
+        share = lr_multiplier(step, 20, 3, 0.05)
         assert row == pytest.approx([0.1 * share, 0.2 * share])
 
     resumed = build_optimizer(groups_of(*modules), CPU)

@@ -10,7 +10,7 @@ import torch
 from dragkit.errors import Interrupted
 from dragkit.trainer import build as build_module
 from dragkit.trainer.replay import capture_for
-from tests.trainer.replay_cases import Rerun, command, new_phase
+from tests.trainer.replay_cases import Rerun, new_phase, phase1_run
 from tests.trainer.run_cases import assert_same, stop_after, tensors
 
 CPU = torch.device("cpu")
@@ -25,10 +25,10 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, settings):
-    command(tmp_path, "plain", **settings).execute()
+    phase1_run(tmp_path, "plain", **settings).execute()
     capture = Rerun()
     monkeypatch.setattr(build_module, "capture_for", lambda device: capture)
-    command(tmp_path, "replayed", **settings).execute()
+    phase1_run(tmp_path, "replayed", **settings).execute()
     assert capture.recorded and capture.replays > 1
     plain, ours = (tensors(tmp_path / name) for name in ("plain", "replayed"))
     assert plain.keys() == ours.keys()
@@ -48,24 +48,24 @@ def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, se
 def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
     settings = {"retriever__dropout": 0.2, "run__max_cuda_graphs": 1}
-    command(tmp_path, "whole", **settings).execute()
+    phase1_run(tmp_path, "whole", **settings).execute()
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         with pytest.raises(Interrupted):
-            command(tmp_path, "cut", **settings).execute()
-    command(tmp_path, "cut", run__resume=True, **settings).execute()
+            phase1_run(tmp_path, "cut", **settings).execute()
+    phase1_run(tmp_path, "cut", run__resume=True, **settings).execute()
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_replay_is_on_where_steps_can_be_recorded_and_wanted(made, source, monkeypatch):
+def test_replay_is_on_where_steps_can_be_recorded_and_wanted(training_run, dataset, monkeypatch):
     assert capture_for(CPU) is None
-    phase = new_phase(made)
-    build_module.maybe_replay(phase, source, phase.config, CPU)
+    phase = new_phase(training_run)
+    build_module.maybe_replay(phase, dataset, phase.config, CPU)
     assert phase.replay is None
     monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
-    monkeypatch.setattr(source, "to_device", True)
+    monkeypatch.setattr(dataset, "to_device", True)
     off = phase.config.run.model_copy(update={"cuda_graphs": False})
-    build_module.maybe_replay(phase, source, phase.config.model_copy(update={"run": off}), CPU)
+    build_module.maybe_replay(phase, dataset, phase.config.model_copy(update={"run": off}), CPU)
     assert phase.replay is None
-    build_module.maybe_replay(phase, source, phase.config, CPU)
-    assert phase.replay is not None and phase.replay.max_graphs == 16 and not source.to_device
+    build_module.maybe_replay(phase, dataset, phase.config, CPU)
+    assert phase.replay is not None and phase.replay.max_graphs == 16 and not dataset.to_device

@@ -21,7 +21,7 @@ from dragkit.trainer import loop
 from dragkit.trainer.anomaly import NumericalError
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
-from tests.trainer.run_cases import FIXTURE, assert_same, run, stop_after
+from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
 
 
 def logged(folder):
@@ -32,20 +32,20 @@ def logged(folder):
 def test_resume_is_bit_exact(tmp_path, monkeypatch, phase):
     start = {} if phase == 1 else {"run.phase1_checkpoint": str(tmp_path / "first")}
     if phase == 2:
-        run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
-    run(tmp_path, phase, "whole", **start).execute()
+        make_run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    make_run(tmp_path, phase, "whole", **start).execute()
     for steps in (1, 4):
         with monkeypatch.context() as patch:
             stop_after(steps, patch)
             with pytest.raises(Interrupted, match="--resume"):
-                run(tmp_path, phase, f"cut{steps}", **start).execute()
-        resumed = run(tmp_path, phase, f"cut{steps}", **start | {"run.resume": True})
+                make_run(tmp_path, phase, f"cut{steps}", **start).execute()
+        resumed = make_run(tmp_path, phase, f"cut{steps}", **start | {"run.resume": True})
         resumed.execute()
         assert_same(tmp_path / "whole", tmp_path / f"cut{steps}")
 
 
 def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_path):
-    summary = run(
+    summary = make_run(
         tmp_path,
         2,
         **{"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)},
@@ -63,7 +63,7 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
 @pytest.mark.parametrize("resumed", [False, True])
 def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypatch, resumed):
     data = {"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)}
-    run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    make_run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
     start = {"run.phase1_checkpoint": str(tmp_path / "first"), "run.val_generation_limit": 2}
     start |= data | {"generator.max_new_tokens": 4}
     if resumed:
@@ -71,11 +71,11 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
             stop_after(4, patch)
             patch.setattr(JointPhase, "score", lambda self, means: 2.0)
             with pytest.raises(Interrupted):
-                run(tmp_path, 2, **start).execute()
+                make_run(tmp_path, 2, **start).execute()
         # The best value of answers must not be compared with one of facts.
         assert load_checkpoint(find_checkpoint(tmp_path / "run")).state.best == 2.0
         start |= {"run.resume": True}
-    run(tmp_path, 2, **start, **{"run.val_generation": False}).execute()
+    make_run(tmp_path, 2, **start, **{"run.val_generation": False}).execute()
     lines = logged(tmp_path / "run")
     scores = [line["validation"] for line in lines if "validation" in line]
     assert ["strict-f1" in row for row in scores] == [resumed, False]
@@ -89,7 +89,7 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
 def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from dragkit.generator.nemotron_h.decoder import after_mixer
+    from dragkit.generator.nemotron_h.decoder import residual_block
     from dragkit.trainer import compile as settings
 
     counters, stock = {}, torch.compile
@@ -106,17 +106,17 @@ def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, mon
     ):
         for name, compiled in (("eager", False), ("compiled", True)):
             torch._dynamo.reset()
-            before = settings.compiled_graphs()
+            before = settings.num_compiled_graphs()
             start = {"run.phase1_checkpoint": str(tmp_path / "first")}
             if not compiled:
-                run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
-            run(tmp_path, 2, name, **start, **{"run.compile": compiled}).execute()
+                make_run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+            make_run(tmp_path, 2, name, **start, **{"run.compile": compiled}).execute()
             lines[name] = [found for found in logged(tmp_path / name) if "train" in found]
             assert lines[name][-1]["compiled_graphs"] - before == sum(
                 counter.frame_count for counter in counters.values()
             )
     # Mamba-2, attention, dense; the last attention computes rows alone, and not compiled.
-    assert counters[after_mixer].frame_count == 3 and len(counters) == 2
+    assert counters[residual_block].frame_count == 3 and len(counters) == 2
     assert len(lines["eager"]) == len(lines["compiled"]) > 4
     for ours, theirs in zip(lines["compiled"], lines["eager"], strict=True):
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-4)
@@ -132,11 +132,11 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
 
     checked, check = [], JointPhase.check_gradients
     monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checked.append(1) or check(*a))
-    command = run(tmp_path, 2, **{"run.phase1_checkpoint": None, "optim.epochs": 1})
-    command.execute()
+    training_run = make_run(tmp_path, 2, **{"run.phase1_checkpoint": None, "optim.epochs": 1})
+    training_run.execute()
     assert len(checked) == load_checkpoint(find_checkpoint(tmp_path / "run")).state.step
     folder = find_checkpoint(tmp_path / "run")
-    phase = build_joint(command.config, command.encoder, torch.device("cpu"))
+    phase = build_joint(training_run.config, training_run.encoder, torch.device("cpu"))
     phase.load(load_checkpoint(folder))
     phase.model.eval()
     stock = AutoModelForCausalLM.from_pretrained(tiny_generator_path(), dtype=torch.float32)
@@ -156,7 +156,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
 
 def _gradient(tmp_path, name, batch_size, accumulation):
     """The first optimizer step's gradients over six questions, by parameter."""
-    command = run(
+    training_run = make_run(
         tmp_path,
         2,
         name,
@@ -181,14 +181,14 @@ def _gradient(tmp_path, name, batch_size, accumulation):
     loop.clip_grads_with_norm_ = capture
     try:
         with pytest.raises(Stop):
-            command.execute()
+            training_run.execute()
     finally:
         loop.clip_grads_with_norm_ = original
     return seen["gradients"]
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
-    run(tmp_path, 1, "first", **{"optim.epochs": 1, "retriever.dropout": 0.0}).execute()
+    make_run(tmp_path, 1, "first", **{"optim.epochs": 1, "retriever.dropout": 0.0}).execute()
     whole = _gradient(tmp_path, "a", 8, 1)
     for batch_size, steps in ((4, 2), (2, 4), (1, 8)):
         parts = _gradient(tmp_path, f"b{batch_size}", batch_size, steps)
@@ -200,7 +200,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
 
 
 def test_phase_1_overfits_eight_questions(tmp_path):
-    command = run(
+    training_run = make_run(
         tmp_path,
         1,
         **{
@@ -210,7 +210,7 @@ def test_phase_1_overfits_eight_questions(tmp_path):
             "data.val_heuristics_path": str(FIXTURE),
         },
     )
-    command.execute()
+    training_run.execute()
     lines = logged(tmp_path / "run")
     losses = [line["train"]["loss"] for line in lines if "train" in line]
     assert sum(losses[-5:]) / 5 < 0.05 < losses[0]
@@ -219,12 +219,12 @@ def test_phase_1_overfits_eight_questions(tmp_path):
 
 
 def test_a_folder_that_is_used_or_in_use_is_refused(tmp_path):
-    command = run(tmp_path, 1, **{"optim.epochs": 1})
+    training_run = make_run(tmp_path, 1, **{"optim.epochs": 1})
     with RunLock(tmp_path / "run"), pytest.raises(RunInUseError):
-        command.execute()
-    command.execute()
+        training_run.execute()
+    training_run.execute()
     with pytest.raises(ConfigError, match="--resume"):
-        run(tmp_path, 1)
+        make_run(tmp_path, 1)
 
 
 @pytest.mark.parametrize(
@@ -242,18 +242,18 @@ def test_training_goes_on_until_three_saves_in_a_row_have_failed(
         return save(*arguments, **options)
 
     monkeypatch.setattr(loop, "save_checkpoint", unreliable)
-    command = run(tmp_path, 1, **{"run.save_every_steps": 1})
+    training_run = make_run(tmp_path, 1, **{"run.save_every_steps": 1})
     if saves == 8:
-        command.execute()
+        training_run.execute()
     else:
         with pytest.raises(WriteError):
-            command.execute()
+            training_run.execute()
     # Every step, and once more at the end of each epoch.
     assert done == [1, 2, 3, 3, 4, 5, 6, 6][:saves]
 
 
 def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
-    run(tmp_path, 2, **{"optim.epochs": 1}).execute()
+    make_run(tmp_path, 2, **{"optim.epochs": 1}).execute()
     out = tmp_path / "scores.json"
     code = evaluate_command.main(
         [str(tmp_path / "run"), "--data", str(FIXTURE), "--output", str(out), "--device", "cpu"]
@@ -303,8 +303,8 @@ def test_bad_lines_exit_65_and_name_every_line(tmp_path, capsys):
 
 
 def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
-    run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
-    wrong = run(
+    make_run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
+    wrong = make_run(
         tmp_path,
         2,
         "second",
@@ -327,7 +327,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(RetrieverPhase, "training_step", poisoned)
     with pytest.raises(NumericalError, match="start.weight"):
-        run(tmp_path, 1).execute()
+        make_run(tmp_path, 1).execute()
     for name, parameter in before.pop("model").named_parameters():
         assert torch.equal(parameter, before[name])
     (record,) = (tmp_path / "run").glob("anomaly-*.json")
@@ -339,7 +339,7 @@ def test_training_needs_no_main_thread(tmp_path):
 
     def work():
         try:
-            run(tmp_path, 1, **{"optim.epochs": 1}).execute()
+            make_run(tmp_path, 1, **{"optim.epochs": 1}).execute()
         except BaseException as error:
             errors.append(error)
 

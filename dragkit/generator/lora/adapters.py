@@ -16,7 +16,7 @@ from dragkit.generator.lora.coverage import coverage, coverage_table
 
 logger = logging.getLogger(__name__)
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj")
+DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj")
 
 
 def _linear_names(model: nn.Module) -> set[str]:
@@ -38,7 +38,7 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Names of what gets an adapter.
 
     A name is that of linear layers (`q_proj`), or of one projection of the routed experts
-    (`experts.up_proj`). Unset are the layers of `LORA_TARGETS` that the model has: adapters on
+    (`experts.up_proj`). Unset: the layers of `DEFAULT_LORA_TARGETS` that the model has. Adapters on
     those load with PEFT alone, and there are few enough of them to train at any rank.
 
     Raises:
@@ -46,10 +46,10 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """
     linear, routed = sorted(_linear_names(model)), sorted(_routed_names(model))
     if wanted is None:
-        chosen = [name for name in LORA_TARGETS if name in linear]
+        chosen = [name for name in DEFAULT_LORA_TARGETS if name in linear]
         if not chosen:
             raise ConfigError(
-                f"generator.lora_targets: none of the usual names {', '.join(LORA_TARGETS)} is a "
+                f"generator.lora_targets: none of {', '.join(DEFAULT_LORA_TARGETS)} is a "
                 f"linear layer of this model; name some of its own: {', '.join(linear)}."
             )
         return chosen
@@ -65,7 +65,7 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
 
 
 @contextmanager
-def guard_lifted(model: nn.Module) -> Iterator[None]:
+def hidden_model_type(model: nn.Module) -> Iterator[None]:
     """Lets PEFT adapt `out_proj` of a Mamba model while the block runs.
 
     PEFT refuses by the model type alone, because transformers' fused CUDA path reads the bare
@@ -108,7 +108,7 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
         target_parameters=routed or None,
         task_type="CAUSAL_LM",
     )
-    with guard_lifted(model):
+    with hidden_model_type(model):
         model = get_peft_model(model, lora)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
@@ -136,5 +136,5 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """
     from peft import PeftModel
 
-    with guard_lifted(model):
+    with hidden_model_type(model):
         return PeftModel.from_pretrained(model, str(folder))

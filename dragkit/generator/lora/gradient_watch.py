@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dragkit.errors import DragkitError
 
 # Steps after which no adapter is looked at any more.
-LAST_STEP = 50
+LAST_CHECKED_STEP = 50
 _INFINITE = "gradients that are not finite. Lower --lora_lr or --lr."
 _MISSING = (
     "no gradient, although answer tokens were supervised. The forward does not go through these "
@@ -19,7 +19,7 @@ _MISSING = (
 )
 
 
-class DeadAdapterError(DragkitError):
+class AdapterNotTrainedError(DragkitError):
     """An adapter that training does not reach."""
 
     exit_code = 70
@@ -59,7 +59,7 @@ class AdapterWatch:
         Raises:
             DeadAdapterError: an adapter that should have a gradient has none, or not a finite one.
         """
-        if supervised == 0 or self.step >= LAST_STEP or not self._open:
+        if supervised == 0 or self.step >= LAST_CHECKED_STEP or not self._open:
             return
         self.step += 1
         missing = [
@@ -91,4 +91,4 @@ class AdapterWatch:
     def _stop_at(self, problem: str, names: list[str]) -> None:
         if names:
             named = f"optimizer step {self.step}: {len(names)} adapter tensors have {problem}"
-            raise DeadAdapterError(f"{named} First {', '.join(names[:5])}.")
+            raise AdapterNotTrainedError(f"{named} First {', '.join(names[:5])}.")

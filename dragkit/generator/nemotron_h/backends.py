@@ -38,9 +38,10 @@ def _from_mamba_ssm() -> MambaOps:
         scan_fn = scan_fn.mamba_chunk_scan_combined
     except Exception as error:  # compiled packages fail to import in every way there is
         raise ConfigError(
-            f"generator.mamba: mamba_ssm was asked for and cannot be used: {error!r}. Build "
+            f"generator.mamba_backend: mamba_ssm was asked for and cannot be used: {error!r}. "
+            "Build "
             "mamba-ssm and causal-conv1d for this PyTorch (pip install 'dragkit[mamba]', which "
-            "needs a CUDA compiler), or leave generator.mamba at dragkit."
+            "needs a CUDA compiler), or leave generator.mamba_backend at dragkit."
         ) from error
 
     def conv(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def _from_mamba_ssm() -> MambaOps:
 
 
 def mamba_ops(name: str) -> MambaOps:
-    """The ops of a back end of `generator.mamba`.
+    """The ops of a back end of `generator.mamba_backend`.
 
     Args:
         name: "dragkit", our ops with whatever `DRAGKIT_BACKEND` says; "reference", their

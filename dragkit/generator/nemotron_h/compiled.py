@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dragkit.generator.nemotron_h.decoder import Mixing, after, after_mixer
+from dragkit.generator.nemotron_h.decoder import TokenMixing, block_forward, residual_block
 
 # An attribute of modules that FSDP shards.
 _MARK = "_is_fsdp_managed_module"
 
 
 class CompiledBlocks:
-    """`after` in a training pass: all blocks of a kind share a graph, and so do packs of all sizes.
+    """`block_forward` in a training pass: all blocks of a kind share a graph.
 
     Weights are inputs of a graph, and the numbers of tokens and of sequences are symbols in it.
     Without gradients, and at rows alone, blocks run as they stand.
@@ -25,19 +25,19 @@ class CompiledBlocks:
     """
 
     def __init__(self, model: nn.Module, foreign: tuple[str, ...] = ()) -> None:
-        kinds = dict.fromkeys(block.block_type for block in model.layers)
-        self.kinds = tuple(kind for kind in kinds if kind not in foreign)
+        block_types = dict.fromkeys(block.block_type for block in model.layers)
+        self.block_types = tuple(kind for kind in block_types if kind not in foreign)
         self._compiled: Callable[..., Tensor] = torch.compile(
-            after_mixer, fullgraph=True, dynamic=True
+            residual_block, fullgraph=True, dynamic=True
         )
 
-    def __call__(self, block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
-        """Hidden states behind a block; see `after`."""
+    def __call__(self, block: nn.Module, hidden: Tensor, mixing: TokenMixing) -> Tensor:
+        """Hidden states behind a block; see `block_forward`."""
         training = torch.is_grad_enabled() and mixing.rows is None
-        if training and block.block_type in self.kinds:
+        if training and block.block_type in self.block_types:
             if hasattr(block, _MARK):
                 # FSDP's hooks make a view of the input in the forward, and none when a block is
                 # recomputed. Without this line each of the two would have its own graph.
                 hidden = hidden.view_as(hidden)
             return self._compiled(block.norm, block.mixer, block.block_type, hidden, mixing)
-        return after(block, hidden, mixing)
+        return block_forward(block, hidden, mixing)

@@ -15,26 +15,27 @@ from torch.utils.checkpoint import checkpoint
 
 from dragkit.generator.nemotron_h.attention import attention_at, packed_attention
 from dragkit.generator.nemotron_h.backends import MambaOps
-from dragkit.generator.nemotron_h.experts import routed
+from dragkit.generator.nemotron_h.experts import routed_forward
 from dragkit.generator.nemotron_h.lora import adapted_linear
 from dragkit.generator.nemotron_h.mixer import mamba_mixer
 from dragkit.generator.nemotron_h.pack import Pack
 from dragkit_kernels import gated_rms_norm
 
-SEES_OTHER_TOKENS = ("linear_attention", "full_attention")
+TOKEN_MIXING_TYPES = ("linear_attention", "full_attention")
 # Rows for which calling our norm costs more than its faster passes save.
 _FEW = 256
 # Of a block and its input [T, M], the hidden states behind it.
 Compute = Callable[[nn.Module, Tensor], Tensor]
-# `generator.checkpointing` -> kinds of blocks that keep their input alone and compute again.
-RECOMPUTED: dict[str, tuple[str, ...]] = {
+# `generator.activation_checkpointing` -> kinds of blocks that keep only their input and are
+# recomputed in the backward.
+ACTIVATION_CHECKPOINTING: dict[str, tuple[str, ...]] = {
     "none": (),
     "mamba": ("linear_attention",),
     "all": ("linear_attention", "full_attention", "moe", "mlp"),
 }
 
 
-class Mixing(Protocol):
+class TokenMixing(Protocol):
     """How tokens of a pass see one another: what the mixers of two kinds of blocks compute.
 
     Attributes:
@@ -48,7 +49,7 @@ class Mixing(Protocol):
     def attention(self, mixer: nn.Module, hidden: Tensor) -> Tensor: ...
 
 
-def computes(config: object) -> bool:
+def is_supported(config: object) -> bool:
     """Whether the functions here compute what a model of this configuration does."""
     if getattr(config, "model_type", None) != "nemotron_h":
         return False
@@ -68,7 +69,7 @@ def project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.unflatten(-1, (-1, mixer.head_dim)) for x in projected)
 
 
-def joined(mixer: nn.Module, heads: Tensor) -> Tensor:
+def merge_heads(mixer: nn.Module, heads: Tensor) -> Tensor:
     """The output of attention, float [T, M], from that of its heads, float [T, H, D]."""
     return adapted_linear(heads.flatten(-2), [mixer.o_proj])[0]
 
@@ -78,7 +79,9 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     return adapted_linear(mixer.act_fn(up), [mixer.down_proj])[0]
 
 
-def _change(norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing) -> Tensor:
+def _mix(
+    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: TokenMixing
+) -> Tensor:
     normed = rms_norm(norm, hidden)
     if kind == "linear_attention":
         return mixing.mamba(mixer, normed)
@@ -86,20 +89,20 @@ def _change(norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing
         return mixing.attention(mixer, normed)
     if kind == "mlp":
         return _feed_forward(mixer, normed)
-    return routed(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
+    return routed_forward(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
 
 
-def after_mixer(
-    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: Mixing
+def residual_block(
+    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: TokenMixing
 ) -> Tensor:
-    """Hidden states behind a block of a kind, given by its two parts; see `after`."""
+    """Hidden states behind a block of a kind, given by its two parts; see `block_forward`."""
     kept = hidden if mixing.rows is None else hidden[mixing.rows]
-    return kept + _change(norm, mixer, kind, hidden, mixing)
+    return kept + _mix(norm, mixer, kind, hidden, mixing)
 
 
-def after(block: nn.Module, hidden: Tensor, mixing: Mixing) -> Tensor:
+def block_forward(block: nn.Module, hidden: Tensor, mixing: TokenMixing) -> Tensor:
     """Hidden states behind a block, float [T, M], or [A, M] where `mixing` wants rows alone."""
-    return after_mixer(block.norm, block.mixer, block.block_type, hidden, mixing)
+    return residual_block(block.norm, block.mixer, block.block_type, hidden, mixing)
 
 
 def _forward(
@@ -134,9 +137,9 @@ def run_blocks(
     model: nn.Module,
     embeds: Tensor,
     rows: Tensor,
-    mixing: OverPack,
+    mixing: PackedMixing,
     recompute: Container[str] = (),
-    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
+    block_fn: Callable[[nn.Module, Tensor, TokenMixing], Tensor] = block_forward,
 ) -> Tensor:
     """Last hidden states at some tokens; nothing is computed that they do not depend on.
 
@@ -149,20 +152,20 @@ def run_blocks(
         float [A, M].
     """
     kinds = [block.block_type for block in model.layers]
-    last = max((i for i, kind in enumerate(kinds) if kind in SEES_OTHER_TOKENS), default=-1)
+    last = max((i for i, kind in enumerate(kinds) if kind in TOKEN_MIXING_TYPES), default=-1)
     hidden = embeds if last >= 0 else embeds[rows]
     for index, block in enumerate(model.layers):
         # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
         few = index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu"
         seen = replace(mixing, rows=rows) if few else mixing
-        hidden = run_block(block, hidden, partial(behind, mixing=seen), recompute)
+        hidden = run_block(block, hidden, partial(block_fn, mixing=seen), recompute)
         if index == last and not few:
             hidden = hidden[rows]
     return rms_norm(model.norm_f, hidden)
 
 
 @dataclass(frozen=True)
-class OverPack:
+class PackedMixing:
     """Tokens see the earlier ones of their sequence; a pass goes on with `rows` alone."""
 
     pack: Pack
@@ -178,7 +181,7 @@ class OverPack:
         else:
             key, value = project(mixer, "kv", hidden)
             (query,) = project(mixer, "q", hidden[self.rows])
-        return joined(mixer, self.attend(query, key, value, mixer.scaling))
+        return merge_heads(mixer, self.attend(query, key, value, mixer.scaling))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if self.rows is None:
@@ -193,7 +196,7 @@ def hidden_at_rows(
     rows: Tensor,
     ops: MambaOps,
     recompute: Container[str] = (),
-    behind: Callable[[nn.Module, Tensor, Mixing], Tensor] = after,
+    block_fn: Callable[[nn.Module, Tensor, TokenMixing], Tensor] = block_forward,
 ) -> Tensor:
     """Last hidden states at some tokens, with gradients.
 
@@ -201,10 +204,10 @@ def hidden_at_rows(
         model: a `NemotronHModel`, with adapters or without.
         embeds: float [T, M]; pack: of the tokens.
         rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
-        recompute: kinds of blocks that are computed again in the backward pass, of `RECOMPUTED`.
-        behind: `after` or its compiled form.
+        recompute: kinds of blocks that the backward recomputes, of `ACTIVATION_CHECKPOINTING`.
+        behind: `block_forward` or its compiled form.
 
     Returns:
         float [A, M].
     """
-    return run_blocks(model, embeds, rows, OverPack(pack, ops), recompute, behind)
+    return run_blocks(model, embeds, rows, PackedMixing(pack, ops), recompute, block_fn)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from dragkit.generator.nemotron_h.backends import MambaOps
 from dragkit.generator.nemotron_h.decoder import (
-    SEES_OTHER_TOKENS,
-    OverPack,
-    after,
-    joined,
+    TOKEN_MIXING_TYPES,
+    PackedMixing,
+    block_forward,
+    merge_heads,
     project,
     rms_norm,
     run_block,
@@ -37,7 +37,7 @@ State = MambaState | KeyValues
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Remembering(OverPack):
+class PrefillMixing(PackedMixing):
     """As there; what blocks need to know of the tokens later is added to `states`.
 
     Attributes:
@@ -68,7 +68,7 @@ class _Remembering(OverPack):
 
 
 def prefill(
-    model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, room: int
+    model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, max_new_tokens: int
 ) -> tuple[Tensor, list[State]]:
     """Hidden states at the last tokens, and what the blocks remember of all.
 
@@ -79,8 +79,8 @@ def prefill(
     Returns:
         float [B, M], and a state per block in which tokens see one another, in order.
     """
-    width = pack.longest + room
-    mixing = _Remembering(
+    width = pack.longest + max_new_tokens
+    mixing = PrefillMixing(
         pack,
         ops,
         last=pack.ptr[1:].long() - 1,
@@ -92,15 +92,15 @@ def prefill(
     return run_blocks(model, embeds, mixing.last, mixing), mixing.states
 
 
-def prefill_in_passes(
+def prefill_in_microbatches(
     model: nn.Module,
     embeds: Tensor,
     length: Tensor,
     ops: MambaOps,
-    room: int,
+    max_new_tokens: int,
     *,
     tokens: int | None,
-    most: Callable[[int], int] | None = None,
+    all_reduce_max: Callable[[int], int] | None = None,
 ) -> tuple[Tensor, list[State]]:
     """As `prefill`, some sequences at a time; waits for the device once, for their lengths.
 
@@ -112,19 +112,19 @@ def prefill_in_passes(
     """
     lengths = length.tolist()
     sizes = split_by_tokens(lengths, tokens, len(lengths))
-    passes = len(sizes) if most is None else most(len(sizes))
+    passes = len(sizes) if all_reduce_max is None else all_reduce_max(len(sizes))
     hidden, states, begin = [], [], 0
     for some in length.split(sizes):
         total = sum(lengths[begin : begin + len(some)])
         rows, embeds = embeds.tensor_split([total])
         # One longest length for all, so that their states can stand side by side.
         pack = make_pack(some, total, max(lengths))
-        last, remembered = prefill(model, rows, pack, ops, room)
+        last, remembered = prefill(model, rows, pack, ops, max_new_tokens)
         hidden.append(last)
         states.append(remembered)
         begin += len(some)
     for _ in range(passes - len(sizes)):
-        prefill(model, rows, pack, ops, room)  # for the other ranks alone
+        prefill(model, rows, pack, ops, max_new_tokens)  # for the other ranks alone
     return torch.cat(hidden), _side_by_side(states)
 
 
@@ -140,7 +140,7 @@ def _side_by_side(passes: list[list[State]]) -> list[State]:
 
 
 @dataclass(frozen=True)
-class _OneMore:
+class DecodeMixing:
     """One token of every sequence sees what is remembered of the others."""
 
     state: State | None
@@ -166,10 +166,10 @@ def _attention_step(mixer: nn.Module, hidden: Tensor, state: KeyValues) -> Tenso
     score = (query @ state.key.mT).masked_fill_(unseen, float("-inf"))
     wide = torch.promote_types(score.dtype, torch.float32)
     heads = score.softmax(-1, dtype=wide).to(query.dtype) @ state.value
-    return joined(mixer, heads.flatten(1, 2))
+    return merge_heads(mixer, heads.flatten(1, 2))
 
 
-def step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
+def decode_step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
     """Hidden states of one more token of every sequence; the states move on in place.
 
     Args:
@@ -181,6 +181,6 @@ def step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
     remembered = iter(states)
     hidden = embeds
     for block in model.layers:
-        state = next(remembered) if block.block_type in SEES_OTHER_TOKENS else None
-        hidden = run_block(block, hidden, partial(after, mixing=_OneMore(state)))
+        state = next(remembered) if block.block_type in TOKEN_MIXING_TYPES else None
+        hidden = run_block(block, hidden, partial(block_forward, mixing=DecodeMixing(state)))
     return rms_norm(model.norm_f, hidden)

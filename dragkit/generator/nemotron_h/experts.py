@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dragkit.generator.nemotron_h.grouped import ALIGNMENT, grouped_product, library_takes
+from dragkit.generator.nemotron_h.grouped import ALIGNMENT, grouped_linear, grouped_mm_supports
 
 _PROJECTIONS = ("up_proj", "down_proj")
 
@@ -50,7 +50,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) -> Tensor:
-    y = grouped_product(x, weight, ends)
+    y = grouped_linear(x, weight, ends)
     if factors is None:
         return y
     down, up = factors.down.to(x.dtype), factors.up.to(x.dtype).contiguous()
@@ -58,7 +58,7 @@ def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) 
     step = ALIGNMENT // x.dtype.itemsize
     if missing := -down.shape[1] % step:
         down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    return y.add_(grouped_product(grouped_product(x, down, ends) * factors.scale, up, ends))
+    return y.add_(grouped_linear(grouped_linear(x, down, ends) * factors.scale, up, ends))
 
 
 def routed_experts(
@@ -103,7 +103,7 @@ def _factors(wrapper: nn.Module, name: str) -> _Factors:
     )
 
 
-def _plan(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
+def unwrap_lora_experts(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
     """The experts and their adapters; None where PEFT's own forward has to run."""
     factors, module = {}, outer
     while hasattr(module, "parameter_name"):
@@ -119,7 +119,7 @@ def _plan(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
     return module, factors
 
 
-def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
+def routed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """What the routed experts of a `NemotronHMoE` add, without its shared ones.
 
     Args:
@@ -130,16 +130,16 @@ def routed(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """
     _, weights, index = mixer.gate(hidden)
     latent = mixer.fc1_latent_proj(hidden)
-    plan = _plan(mixer.experts)
+    plan = unwrap_lora_experts(mixer.experts)
     if plan is None:
         return mixer.fc2_latent_proj(mixer.experts(latent, index, weights))
     return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *plan))
 
 
-def by_groups(mixer: nn.Module) -> bool:
+def uses_grouped_mm(mixer: nn.Module) -> bool:
     """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product."""
-    plan = _plan(mixer.experts)
+    plan = unwrap_lora_experts(mixer.experts)
     if plan is None:
         return False
     stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
-    return all(library_takes(weight) for weight in stacks)
+    return all(grouped_mm_supports(weight) for weight in stacks)

@@ -13,7 +13,7 @@ ALIGNMENT = 16
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def library_takes(weight: Tensor) -> bool:
+def grouped_mm_supports(weight: Tensor) -> bool:
     """Whether the library's grouped product takes weight [E, O, I] and rows of its type."""
     if not hasattr(F, "grouped_mm") or weight.dtype not in _TYPES:
         return False
@@ -31,14 +31,14 @@ def _groups(ends: Tensor) -> list[int]:
 
 
 def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if library_takes(weight):
+    if grouped_mm_supports(weight):
         return F.grouped_mm(x, weight.mT, offs=ends)
     pairs = zip(x.split(_groups(ends)), weight.unbind(0), strict=True)
     return torch.cat([rows @ matrix.mT for rows, matrix in pairs])
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if library_takes(weight):
+    if grouped_mm_supports(weight):
         return F.grouped_mm(grad.mT, x, offs=ends)
     sizes = _groups(ends)
     return torch.stack(
@@ -46,7 +46,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> T
     )
 
 
-def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows of group e by weight[e]^T.
 
     By the library where it takes them, else group by group, which makes a GPU wait. A trace holds
@@ -61,11 +61,11 @@ def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         float [S, O].
     """
     if torch.compiler.is_compiling():
-        return torch.ops.dragkit.grouped_product(x, weight, ends)
+        return torch.ops.dragkit.grouped_linear(x, weight, ends)
     return _product(x, weight, ends)
 
 
-@torch.library.custom_op("dragkit::grouped_product", mutates_args=())
+@torch.library.custom_op("dragkit::grouped_linear", mutates_args=())
 def _op(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _product(x, weight, ends).contiguous()
 
@@ -75,7 +75,7 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("dragkit::grouped_weight_gradient", mutates_args=())
+@torch.library.custom_op("dragkit::grouped_linear_weight_grad", mutates_args=())
 def _gradient_op(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return _weight_gradient(grad, x, weight, ends).contiguous()
 
@@ -95,9 +95,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = None
     grad = grad.contiguous()
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.dragkit.grouped_product(grad, weight.mT, ends)
+        grad_x = torch.ops.dragkit.grouped_linear(grad, weight.mT, ends)
     if ctx.needs_input_grad[1]:
-        grad_weight = torch.ops.dragkit.grouped_weight_gradient(grad, x, weight, ends)
+        grad_weight = torch.ops.dragkit.grouped_linear_weight_grad(grad, x, weight, ends)
     return grad_x, grad_weight, None
 
 

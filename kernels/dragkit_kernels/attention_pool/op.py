@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 from ..segments import bag_sum, ordered_sum, row_dots, segment_ids
 
 
@@ -77,4 +77,4 @@ register(
     _attention_pool_bwd_fake,
 )
 register_gradient("attention_pool_fwd", _backward, _setup)
-forbid_gradient("attention_pool_bwd")
+forbid_double_backward("attention_pool_bwd")

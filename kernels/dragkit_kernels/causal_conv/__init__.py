@@ -17,7 +17,7 @@ def causal_conv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    position: Tensor,
+    seq_pos: Tensor,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -25,7 +25,7 @@ def causal_conv(
 
     Sequences lie end to end. Taps that cross a sequence boundary are masked with `where`, not
     multiplied by 0, so a NaN cannot leak. Sums are in float32, or float64 where x or weight is. The
-    backward keeps only the inputs and recomputes the sums. The PyTorch path reads `position` on the
+    backward keeps only the inputs and recomputes the sums. The PyTorch path reads `seq_pos` on the
     host, which makes a GPU wait.
 
     Args:
@@ -48,19 +48,19 @@ def causal_conv(
     """
     check_shape("causal_conv", "x", x, (None, None))
     check_shape("causal_conv", "weight", weight, (x.shape[1], None))
-    check_shape("causal_conv", "position", position, (x.shape[0],))
+    check_shape("causal_conv", "seq_pos", seq_pos, (x.shape[0],))
     check_float("causal_conv", x=x, weight=weight)
-    check_index("causal_conv", position=position)
+    check_index("causal_conv", seq_pos=seq_pos)
     if weight.shape[1] < 1:
         raise ValueError(f"causal_conv: weight must have a tap, got shape {list(weight.shape)}")
     if bias is not None:
         check_shape("causal_conv", "bias", bias, (x.shape[1],))
         check_float("causal_conv", bias=bias)
     triton = resolve_backend("causal_conv", widest(x, weight), backend) == "triton"
-    return torch.ops.dragkit.causal_conv_fwd(x, weight, bias, position, triton)
+    return torch.ops.dragkit.causal_conv_fwd(x, weight, bias, seq_pos, triton)
 
 
-def causal_conv_state(x: Tensor, position: Tensor, last: Tensor, width: int) -> Tensor:
+def causal_conv_state(x: Tensor, seq_pos: Tensor, last_row: Tensor, width: int) -> Tensor:
     """The last `width` inputs of each sequence: what a convolution needs to go on token by token.
 
     As the cache of transformers keeps it (`conv_states` of a linear-attention layer, which
@@ -79,14 +79,14 @@ def causal_conv_state(x: Tensor, position: Tensor, last: Tensor, width: int) -> 
         ValueError: shapes or dtypes do not fit.
     """
     check_shape("causal_conv_state", "x", x, (None, None))
-    check_shape("causal_conv_state", "position", position, (x.shape[0],))
-    check_shape("causal_conv_state", "last", last, (None,))
+    check_shape("causal_conv_state", "seq_pos", seq_pos, (x.shape[0],))
+    check_shape("causal_conv_state", "last_row", last_row, (None,))
     check_float("causal_conv_state", x=x)
-    check_index("causal_conv_state", position=position, last=last)
+    check_index("causal_conv_state", seq_pos=seq_pos, last_row=last_row)
     if width < 1:
         raise ValueError(f"causal_conv_state: width must be at least 1, got {width}")
-    back = torch.arange(width - 1, -1, -1, device=x.device)
-    rows = (last.unsqueeze(1) - back).clamp(min=0)
-    live = position[last.long()].unsqueeze(1) >= back
-    inputs = torch.where(live.unsqueeze(2), x[rows], 0.0)
+    lag = torch.arange(width - 1, -1, -1, device=x.device)
+    rows = (last_row.unsqueeze(1) - lag).clamp(min=0)
+    in_sequence = seq_pos[last_row.long()].unsqueeze(1) >= lag
+    inputs = torch.where(in_sequence.unsqueeze(2), x[rows], 0.0)
     return inputs.mT.contiguous()

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, row_strided, spec
+from ..launch import ResourceLimits, Tile, row_strided, spec
 from ..library import empty_gradients
 from .forward import (
     ROWS,
-    columns_of,
     convolve,
-    load_past,
+    load_history,
     load_rows,
     load_taps,
-    pushed,
+    shift_history,
+    valid_columns,
 )
 
 # Four columns for each thread: with eight, what a thread carries leaves no registers to ask for
@@ -25,51 +25,51 @@ STRIPE = Tile(128, 1, max_registers=128)
 # Rows asked for at a time, and where a thread has sums to carry as well.
 STEP, SUM_STEP = 4, 2
 # Programs that share the rows at most, where each writes sums of its own.
-SUM_PROGRAMS = 256
+MAX_SUM_PROGRAMS = 256
 
 
 @triton.jit
-def _finished(d, pending, taps, position, W: tl.constexpr):
+def _finish_row(d, pending, taps, seq_pos, W: tl.constexpr):
     """The gradient of row t - (W - 1), whose last share is that of row t."""
-    done = taps[0] * d
+    d_row = taps[0] * d
     if W > 1:
-        done = tl.where(position >= W - 1, tl.fma(taps[W - 1], d, pending[W - 2]), pending[W - 2])
-    return done
+        d_row = tl.where(seq_pos >= W - 1, tl.fma(taps[W - 1], d, pending[W - 2]), pending[W - 2])
+    return d_row
 
 
 @triton.jit
-def _pending(d, pending, taps, position, W: tl.constexpr):
+def _shift_pending(d, pending, taps, seq_pos, W: tl.constexpr):
     """Gradients so far of the rows t, t - 1, ..., t - (W - 2)."""
-    moved = ()
+    shifted = ()
     if W > 1:
-        moved = (taps[0] * d,)
-        for back in tl.static_range(1, W - 1):
-            more = tl.fma(taps[back], d, pending[back - 1])
-            moved = moved + (tl.where(position >= back, more, pending[back - 1]),)
-    return moved
+        shifted = (taps[0] * d,)
+        for lag in tl.static_range(1, W - 1):
+            with_tap = tl.fma(taps[lag], d, pending[lag - 1])
+            shifted = shifted + (tl.where(seq_pos >= lag, with_tap, pending[lag - 1]),)
+    return shifted
 
 
 @triton.jit
-def _added(d, x, past, sums, reach, W: tl.constexpr):
+def _add_sums(d, x, history, sums, max_lag, W: tl.constexpr):
     """Sums of d_t x_{t-j} for every j <= reach, then of d_t; nothing where reach is negative."""
-    moved = (tl.where(reach >= 0, tl.fma(d, x.to(tl.float32), sums[0]), sums[0]),)
-    for back in tl.static_range(1, W):
-        more = tl.fma(d, past[back - 1].to(tl.float32), sums[back])
-        moved = moved + (tl.where(reach >= back, more, sums[back]),)
-    return moved + (tl.where(reach >= 0, sums[W] + d, sums[W]),)
+    shifted = (tl.where(max_lag >= 0, tl.fma(d, x.to(tl.float32), sums[0]), sums[0]),)
+    for lag in tl.static_range(1, W):
+        with_tap = tl.fma(d, history[lag - 1].to(tl.float32), sums[lag])
+        shifted = shifted + (tl.where(max_lag >= lag, with_tap, sums[lag]),)
+    return shifted + (tl.where(max_lag >= 0, sums[W] + d, sums[W]),)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows"])
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_bwd_kernel(
     grad_ptr,
     x_ptr,
     weight_ptr,
     bias_ptr,
-    position_ptr,
+    seq_pos_ptr,
     d_x_ptr,
     sums_ptr,
     num_rows,
-    rows,
+    rows_per_program,
     num_columns,
     stride_grad,
     stride_x,
@@ -82,8 +82,8 @@ def _causal_conv_bwd_kernel(
     sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. What has
     no place to go is not computed.
     """
-    begin = tl.program_id(0) * rows
-    end = tl.minimum(begin + rows, num_rows)
+    begin = tl.program_id(0) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, num_rows)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     zero = tl.zeros((BLOCK_C,), tl.float32)
@@ -91,7 +91,7 @@ def _causal_conv_bwd_kernel(
     bias = zero
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    past = load_past(x_ptr, begin, num_columns, stride_x, offs_c, W)
+    history = load_history(x_ptr, begin, num_columns, stride_x, offs_c, W)
     pending = ()
     sums = (zero,)
     for _ in tl.static_range(W):
@@ -103,30 +103,30 @@ def _causal_conv_bwd_kernel(
     if d_x_ptr is not None:
         last = end + W - 1
     for start in range(begin, last, STEP):
-        ahead = load_rows(x_ptr, start, num_rows, num_columns, stride_x, offs_c, STEP)
+        x_rows = load_rows(x_ptr, start, num_rows, num_columns, stride_x, offs_c, STEP)
         grads = load_rows(grad_ptr, start, num_rows, num_columns, stride_grad, offs_c, STEP)
         for step in tl.static_range(STEP):
             row = start + step
-            x = ahead[step]
+            x = x_rows[step]
             d = grads[step].to(tl.float32)
-            position = tl.load(position_ptr + row, mask=row < num_rows, other=0)
-            y = convolve(x, past, taps, bias, position, W)
-            share = 1.0 / (1.0 + tl.exp(-y))
-            d = d * share * tl.fma(y, 1.0 - share, 1.0)
+            seq_pos = tl.load(seq_pos_ptr + row, mask=row < num_rows, other=0)
+            y = convolve(x, history, taps, bias, seq_pos, W)
+            sig = 1.0 / (1.0 + tl.exp(-y))
+            d = d * sig * tl.fma(y, 1.0 - sig, 1.0)
             if d_x_ptr is not None:
-                done = _finished(d, pending, taps, position, W)
-                pending = _pending(d, pending, taps, position, W)
-                at = (row - (W - 1)).to(tl.int64) * num_columns + offs_c
-                shown = tl.where(row - (W - 1) >= begin, row - (W - 1), end)
-                mask = offs_c < columns_of(shown, end, num_columns)
-                tl.store(d_x_ptr + at, done.to(d_x_ptr.dtype.element_ty), mask=mask)
+                d_row = _finish_row(d, pending, taps, seq_pos, W)
+                pending = _shift_pending(d, pending, taps, seq_pos, W)
+                offs = (row - (W - 1)).to(tl.int64) * num_columns + offs_c
+                stored_row = tl.where(row - (W - 1) >= begin, row - (W - 1), end)
+                mask = offs_c < valid_columns(stored_row, end, num_columns)
+                tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
             if sums_ptr is not None:
-                sums = _added(d, x, past, sums, tl.where(row < end, position, -1), W)
-            past = pushed(x, past, W)
+                sums = _add_sums(d, x, history, sums, tl.where(row < end, seq_pos, -1), W)
+            history = shift_history(x, history, W)
     if sums_ptr is not None:
-        for place in tl.static_range(W + 1):
-            at = (tl.program_id(0) * (W + 1) + place).to(tl.int64) * num_columns + offs_c
-            tl.store(sums_ptr + at, sums[place], mask=mask_c)
+        for lag in tl.static_range(W + 1):
+            offs = (tl.program_id(0) * (W + 1) + lag).to(tl.int64) * num_columns + offs_c
+            tl.store(sums_ptr + offs, sums[lag], mask=mask_c)
 
 
 def causal_conv_bwd(
@@ -134,15 +134,15 @@ def causal_conv_bwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    position: Tensor,
+    seq_pos: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches what output_mask asks for in one walk; see `dragkit::causal_conv_bwd`."""
     (num_rows, num_columns), width = x.shape, weight.shape[1]
     d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
     with_sums = output_mask[1] or output_mask[2]
-    rows = max(ROWS, triton.cdiv(num_rows, SUM_PROGRAMS)) if with_sums else ROWS
-    programs = triton.cdiv(num_rows, rows)
+    rows_per_program = max(ROWS, triton.cdiv(num_rows, MAX_SUM_PROGRAMS)) if with_sums else ROWS
+    programs = triton.cdiv(num_rows, rows_per_program)
     sums = x.new_empty((programs, width + 1, num_columns) if with_sums else 0, dtype=torch.float32)
     if x.numel() > 0 and any(output_mask):
         grad, x = row_strided(grad), row_strided(x)
@@ -151,11 +151,11 @@ def causal_conv_bwd(
             x,
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
-            position.contiguous(),
+            seq_pos.contiguous(),
             d_x if output_mask[0] else None,
             sums if with_sums else None,
             num_rows,
-            rows,
+            rows_per_program,
             num_columns,
             grad.stride(0),
             x.stride(0),
@@ -175,7 +175,9 @@ def causal_conv_bwd(
 KERNELS = tuple(
     spec(
         _causal_conv_bwd_kernel,
-        Budget(registers=128, shared=0, wide_loads=8 if (dtype, step) == ("*fp32", STEP) else 0),
+        ResourceLimits(
+            registers=128, shared_bytes=0, vector_loads=8 if (dtype, step) == ("*fp32", STEP) else 0
+        ),
         tile=STRIPE,
         dtype=dtype,
         constants={"W": 4, "STEP": step},

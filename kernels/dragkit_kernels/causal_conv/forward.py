@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, row_strided, spec
+from ..launch import ResourceLimits, Tile, row_strided, spec
 
 # Columns of a program, eight for each thread: one load of 128 bits in low precision.
 STRIPE = Tile(256, 1, max_registers=128)
@@ -20,14 +20,14 @@ STEP = 4
 def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
     """The weights of the token itself, the one before it, ... in float32."""
     taps = ()
-    for back in tl.static_range(W):
-        tap = tl.load(weight_ptr + offs_c * W + (W - 1 - back), mask=mask_c, other=0.0)
+    for lag in tl.static_range(W):
+        tap = tl.load(weight_ptr + offs_c * W + (W - 1 - lag), mask=mask_c, other=0.0)
         taps = taps + (tap.to(tl.float32),)
     return taps
 
 
 @triton.jit
-def columns_of(row, end, num_columns):
+def valid_columns(row, end, num_columns):
     """Columns of a row that exist: none from `end` on and before row 0."""
     return tl.where((row >= 0) & (row < end), num_columns, 0)
 
@@ -41,53 +41,53 @@ def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr
     rows = ()
     for step in tl.static_range(STEP):
         row = begin + step
-        at = row.to(tl.int64) * stride + offs_c
-        mask = offs_c < columns_of(row, end, num_columns)
-        rows = rows + (tl.load(x_ptr + at, mask=mask, other=0.0),)
+        offs = row.to(tl.int64) * stride + offs_c
+        mask = offs_c < valid_columns(row, end, num_columns)
+        rows = rows + (tl.load(x_ptr + offs, mask=mask, other=0.0),)
     return rows
 
 
 @triton.jit
-def load_past(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
+def load_history(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
     """The W - 1 rows before `begin`, the nearest first, as they lie in memory."""
-    past = ()
+    history = ()
     if W > 1:
         rows = load_rows(x_ptr, begin - (W - 1), begin, num_columns, stride, offs_c, W - 1)
-        for back in tl.static_range(1, W):
-            past = past + (rows[W - 1 - back],)
-    return past
+        for lag in tl.static_range(1, W):
+            history = history + (rows[W - 1 - lag],)
+    return history
 
 
 @triton.jit
-def convolve(x, past, taps, bias, position, W: tl.constexpr):
+def convolve(x, history, taps, bias, seq_pos, W: tl.constexpr):
     """bias + taps[0] x + taps[1] past[0] + ..., as far as the row's sequence reaches back."""
     y = tl.fma(taps[0], x.to(tl.float32), bias)
-    for back in tl.static_range(1, W):
-        more = tl.fma(taps[back], past[back - 1].to(tl.float32), y)
-        y = tl.where(position >= back, more, y)
+    for lag in tl.static_range(1, W):
+        with_tap = tl.fma(taps[lag], history[lag - 1].to(tl.float32), y)
+        y = tl.where(seq_pos >= lag, with_tap, y)
     return y
 
 
 @triton.jit
-def pushed(x, past, W: tl.constexpr):
+def shift_history(x, history, W: tl.constexpr):
     """The rows before the next one."""
-    moved = ()
+    shifted = ()
     if W > 1:
-        moved = (x,)
-        for back in tl.static_range(1, W - 1):
-            moved = moved + (past[back - 1],)
-    return moved
+        shifted = (x,)
+        for lag in tl.static_range(1, W - 1):
+            shifted = shifted + (history[lag - 1],)
+    return shifted
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows"])
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_fwd_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    position_ptr,
+    seq_pos_ptr,
     out_ptr,
     num_rows,
-    rows,
+    rows_per_program,
     num_columns,
     stride_x,
     W: tl.constexpr,
@@ -95,30 +95,30 @@ def _causal_conv_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
-    begin = tl.program_id(0) * rows
+    begin = tl.program_id(0) * rows_per_program
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     taps = load_taps(weight_ptr, offs_c, mask_c, W)
     bias = tl.zeros((BLOCK_C,), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    past = load_past(x_ptr, begin, num_columns, stride_x, offs_c, W)
-    end = tl.minimum(begin + rows, num_rows)
+    history = load_history(x_ptr, begin, num_columns, stride_x, offs_c, W)
+    end = tl.minimum(begin + rows_per_program, num_rows)
     for start in range(begin, end, STEP):
-        ahead = load_rows(x_ptr, start, end, num_columns, stride_x, offs_c, STEP)
+        x_rows = load_rows(x_ptr, start, end, num_columns, stride_x, offs_c, STEP)
         for step in tl.static_range(STEP):
             row = start + step
-            x = ahead[step]
-            position = tl.load(position_ptr + row, mask=row < end, other=0)
-            y = convolve(x, past, taps, bias, position, W)
+            x = x_rows[step]
+            seq_pos = tl.load(seq_pos_ptr + row, mask=row < end, other=0)
+            y = convolve(x, history, taps, bias, seq_pos, W)
             y = y / (1.0 + tl.exp(-y))
             out = out_ptr + row.to(tl.int64) * num_columns + offs_c
-            mask = offs_c < columns_of(row, end, num_columns)
+            mask = offs_c < valid_columns(row, end, num_columns)
             tl.store(out, y.to(out_ptr.dtype.element_ty), mask=mask)
-            past = pushed(x, past, W)
+            history = shift_history(x, history, W)
 
 
-def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
+def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
     """Launches the walk; see `dragkit::causal_conv_fwd`."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
@@ -129,7 +129,7 @@ def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Te
         x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        position.contiguous(),
+        seq_pos.contiguous(),
         out,
         x.shape[0],
         ROWS,
@@ -146,7 +146,7 @@ def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Te
 KERNELS = tuple(
     spec(
         _causal_conv_fwd_kernel,
-        Budget(registers=128, shared=0, wide_loads=7),
+        ResourceLimits(registers=128, shared_bytes=0, vector_loads=7),
         tile=STRIPE,
         dtype=dtype,
         constants={"W": 4, "STEP": STEP},

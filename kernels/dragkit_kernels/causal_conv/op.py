@@ -18,7 +18,7 @@ from ..blocks import row_blocks
 from ..checks import accumulator_dtype
 from ..library import (
     empty_gradients,
-    forbid_gradient,
+    forbid_double_backward,
     register,
     register_gradient,
     wanted_gradients,
@@ -31,69 +31,69 @@ else:
     causal_conv_bwd = causal_conv_fwd = None
 
 
-class _Starts:
+class _SequenceStarts:
     """Rows that a tap does not reach because their sequence begins after the row it would read."""
 
-    def __init__(self, position: Tensor, taps: int) -> None:
-        near = (position < taps - 1).nonzero().squeeze(1)
-        place = position[near]
-        self._rows = [near[place < back] for back in range(1, taps)]
-        self._places = [rows.tolist() for rows in self._rows]
+    def __init__(self, seq_pos: Tensor, taps: int) -> None:
+        near_start = (seq_pos < taps - 1).nonzero().squeeze(1)
+        start_pos = seq_pos[near_start]
+        self._rows = [near_start[start_pos < lag] for lag in range(1, taps)]
+        self._row_lists = [rows.tolist() for rows in self._rows]
 
-    def rows(self, back: int, begin: int, end: int) -> Tensor | None:
+    def rows(self, lag: int, begin: int, end: int) -> Tensor | None:
         """Rows t of a block, from its first, with position_t < back; None instead of none."""
-        places = self._places[back - 1] if back else []
-        low = bisect_left(places, begin)
-        high = bisect_left(places, end, lo=low)
-        return self._rows[back - 1][low:high] - begin if high > low else None
+        row_lists = self._row_lists[lag - 1] if lag else []
+        first = bisect_left(row_lists, begin)
+        last = bisect_left(row_lists, end, lo=first)
+        return self._rows[lag - 1][first:last] - begin if last > first else None
 
 
 def _convolve(
     x: Tensor,
     taps: list[Tensor],
-    base: Tensor,
-    starts: _Starts,
+    bias_acc: Tensor,
+    starts: _SequenceStarts,
     begin: int,
     end: int,
     out: Tensor,
 ) -> None:
     """out = base + sum_j taps[j] x_{t-j} for the rows t from `begin` to `end`."""
-    furthest = len(taps) - 1
-    first = max(begin - furthest, 0)
-    wide = x[first:end].to(out.dtype)
-    if begin < furthest:
-        out.copy_(base.expand_as(out))
-    for back in range(furthest, -1, -1):
-        source = wide[max(begin - first - back, 0) : max(end - first - back, 0)]
-        if back == furthest and begin >= back:
-            torch.addcmul(base, source, taps[back], out=out)
+    max_lag = len(taps) - 1
+    first = max(begin - max_lag, 0)
+    x_acc = x[first:end].to(out.dtype)
+    if begin < max_lag:
+        out.copy_(bias_acc.expand_as(out))
+    for lag in range(max_lag, -1, -1):
+        source = x_acc[max(begin - first - lag, 0) : max(end - first - lag, 0)]
+        if lag == max_lag and begin >= lag:
+            torch.addcmul(bias_acc, source, taps[lag], out=out)
         else:
-            out[max(back - begin, 0) :].addcmul_(source, taps[back])
-        rows = starts.rows(back, begin, end)
+            out[max(lag - begin, 0) :].addcmul_(source, taps[lag])
+        rows = starts.rows(lag, begin, end)
         if rows is not None:
-            out.index_copy_(0, rows, base.expand(len(rows), -1))
+            out.index_copy_(0, rows, bias_acc.expand(len(rows), -1))
 
 
-def _prepared(
-    x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor
-) -> tuple[list[Tensor], Tensor, _Starts]:
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor
+) -> tuple[list[Tensor], Tensor, _SequenceStarts]:
     """The taps [C] from the token itself back, the bias [C], and the rows near the starts."""
     taps = weight.to(accumulator_dtype(x, weight)).mT.contiguous()
-    base = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(taps.dtype)
-    return list(taps.flip(0)), base, _Starts(position, taps.shape[0])
+    bias_acc = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(taps.dtype)
+    return list(taps.flip(0)), bias_acc, _SequenceStarts(seq_pos, taps.shape[0])
 
 
-def _torch_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
+def _torch_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
     """See causal_conv."""
-    taps, base, starts = _prepared(x, weight, bias, position)
+    taps, bias_acc, starts = _prepare(x, weight, bias, seq_pos)
     out = x.new_empty(x.shape)
-    narrow = out.dtype != base.dtype
+    low_precision = out.dtype != bias_acc.dtype
     for begin, end in row_blocks(x):
         part = out[begin:end]
-        y = base.new_empty(part.shape) if narrow else part
-        _convolve(x, taps, base, starts, begin, end, y)
+        y = bias_acc.new_empty(part.shape) if low_precision else part
+        _convolve(x, taps, bias_acc, starts, begin, end, y)
         F.silu(y, inplace=True)
-        if narrow:
+        if low_precision:
             part.copy_(y)
     return out
 
@@ -103,38 +103,38 @@ def _torch_bwd(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    position: Tensor,
+    seq_pos: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx_t = sum_j weight[:, W-1-j] d_{t+j}, d the gradient before the activation."""
-    taps, base, starts = _prepared(x, weight, bias, position)
+    taps, bias_acc, starts = _prepare(x, weight, bias, seq_pos)
     width = len(taps)
     d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
-    narrow = d_x.dtype != base.dtype
-    d_taps, d_base = base.new_zeros(width, x.shape[1]), torch.zeros_like(base)
-    room: Tensor | None = None
+    low_precision = d_x.dtype != bias_acc.dtype
+    d_taps, d_base = bias_acc.new_zeros(width, x.shape[1]), torch.zeros_like(bias_acc)
+    buffer: Tensor | None = None
     for begin, end in row_blocks(x):
         count, last = end - begin, min(end + width - 1, x.shape[0])
-        if room is None:
+        if buffer is None:
             # Reuse this buffer: page faults cost more than the sums.
-            room = base.new_empty(last, x.shape[1])
-        d = _before_activation(grad, x, taps, base, starts, begin, last, room)
-        y = base.new_empty(count, x.shape[1]) if narrow else d_x[begin:end]
-        for back in range(width):
-            rows = starts.rows(back, begin, last)
+            buffer = bias_acc.new_empty(last, x.shape[1])
+        d = _d_preactivation(grad, x, taps, bias_acc, starts, begin, last, buffer)
+        y = bias_acc.new_empty(count, x.shape[1]) if low_precision else d_x[begin:end]
+        for lag in range(width):
+            rows = starts.rows(lag, begin, last)
             if rows is not None:
                 # They reach no row so far back, nor any before it.
                 d.index_fill_(0, rows, 0.0)
-            source = d[back : back + count]
-            if output_mask[0] and back == 0:
+            source = d[lag : lag + count]
+            if output_mask[0] and lag == 0:
                 torch.mul(source, taps[0], out=y)
             elif output_mask[0]:
-                y[: len(source)].addcmul_(source, taps[back])
+                y[: len(source)].addcmul_(source, taps[lag])
             if output_mask[1]:
-                d_taps[back] += _tap_sum(d, x, starts, back, begin, end)
-            if output_mask[2] and back == 0:
+                d_taps[lag] += _tap_sum(d, x, starts, lag, begin, end)
+            if output_mask[2] and lag == 0:
                 d_base += source.sum(0)
-        if output_mask[0] and narrow:
+        if output_mask[0] and low_precision:
             d_x[begin:end] = y
     if output_mask[1]:
         d_weight.copy_(d_taps.flip(0).mT)
@@ -143,27 +143,29 @@ def _torch_bwd(
     return out
 
 
-def _before_activation(
+def _d_preactivation(
     grad: Tensor,
     x: Tensor,
     taps: list[Tensor],
-    base: Tensor,
-    starts: _Starts,
+    bias_acc: Tensor,
+    starts: _SequenceStarts,
     begin: int,
     end: int,
-    room: Tensor,
+    buffer: Tensor,
 ) -> Tensor:
-    """The gradient of the sums of the rows from `begin` to `end`, in `room`."""
-    d, wide = room[: end - begin], grad[begin:end].to(room.dtype)
-    _convolve(x, taps, base, starts, begin, end, d)
-    return torch.ops.aten.silu_backward.grad_input(wide, d, grad_input=d)
+    """The gradient of the sums of the rows from `begin` to `end`, in `buffer`."""
+    d, x_acc = buffer[: end - begin], grad[begin:end].to(buffer.dtype)
+    _convolve(x, taps, bias_acc, starts, begin, end, d)
+    return torch.ops.aten.silu_backward.grad_input(x_acc, d, grad_input=d)
 
 
-def _tap_sum(d: Tensor, x: Tensor, starts: _Starts, back: int, begin: int, end: int) -> Tensor:
+def _tap_sum(
+    d: Tensor, x: Tensor, starts: _SequenceStarts, lag: int, begin: int, end: int
+) -> Tensor:
     """[C] sum of d_t x_{t-back} over the rows t of a block that reach so far."""
-    begin, first = max(begin, back), begin
-    product = x[begin - back : max(end - back, 0)] * d[begin - first : end - first]
-    rows = starts.rows(back, begin, end)
+    begin, first = max(begin, lag), begin
+    product = x[begin - lag : max(end - lag, 0)] * d[begin - first : end - first]
+    rows = starts.rows(lag, begin, end)
     if rows is not None:
         product.index_fill_(0, rows, 0.0)
     return product.sum(0)
@@ -178,8 +180,8 @@ def _causal_conv_bwd_fake(grad: Tensor, *arguments: object) -> tuple[Tensor, ...
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    x, weight, bias, position, ctx.triton = inputs
-    ctx.save_for_backward(x, weight, bias, position)
+    x, weight, bias, seq_pos, ctx.triton = inputs
+    ctx.save_for_backward(x, weight, bias, seq_pos)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -188,7 +190,7 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *wanted_gradients(grads, wanted), None, None
 
 
-_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor position"
+_INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor seq_pos"
 register(
     f"causal_conv_fwd({_INPUTS}, bool triton) -> Tensor",
     _torch_fwd,
@@ -203,4 +205,4 @@ register(
     triton=causal_conv_bwd,
 )
 register_gradient("causal_conv_fwd", _backward, _setup)
-forbid_gradient("causal_conv_bwd")
+forbid_double_backward("causal_conv_bwd")

@@ -9,17 +9,17 @@ from torch import Tensor
 from ..checks import accumulator_dtype
 
 
-def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, position: Tensor) -> Tensor:
+def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
     """silu(b + sum_j weight[:, W-1-j] x_{t-j}), the sum over the j < W that position_t reaches."""
     dtype = accumulator_dtype(x, weight)
     rows, width = x.shape[0], weight.shape[1]
-    wide, taps = x.to(dtype), weight.to(dtype)
-    y = torch.zeros_like(wide)
-    for back in range(width):
+    x_acc, taps = x.to(dtype), weight.to(dtype)
+    y = torch.zeros_like(x_acc)
+    for lag in range(width):
         # Selected on both sides of the product: in the backward, zero times NaN is NaN.
-        live = (position >= back).unsqueeze(1)
-        shifted = torch.where(live, F.pad(wide, (0, 0, back, 0))[:rows], 0.0)
-        y = y + torch.where(live, shifted * taps[:, width - 1 - back], 0.0)
+        in_sequence = (seq_pos >= lag).unsqueeze(1)
+        shifted = torch.where(in_sequence, F.pad(x_acc, (0, 0, lag, 0))[:rows], 0.0)
+        y = y + torch.where(in_sequence, shifted * taps[:, width - 1 - lag], 0.0)
     if bias is not None:
         y = y + bias.to(dtype)
     return F.silu(y).to(x.dtype)

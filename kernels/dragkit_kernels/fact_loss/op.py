@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 
 
 def _fwd(
@@ -149,4 +149,4 @@ register(
 )
 register("fact_loss_bwd(Tensor grad, Tensor gradient, Tensor fact_ptr) -> Tensor", _bwd, _bwd_fake)
 register_gradient("fact_loss_fwd", _backward, _setup)
-forbid_gradient("fact_loss_bwd")
+forbid_double_backward("fact_loss_bwd")

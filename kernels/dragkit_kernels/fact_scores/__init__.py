@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape, widest
-from ..orders import FactGroups, FactOrders
+from ..orders import FactGroups, FactIndex
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import fact_scores_ref
 
@@ -20,7 +20,7 @@ def fact_scores(
     tail_score: Tensor,
     bias: Tensor,
     *,
-    orders: FactOrders,
+    fact_index: FactIndex,
     groups: FactGroups | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -33,7 +33,7 @@ def fact_scores(
         head_score, tail_score: float [N].
         pair_score: float [P].
         bias: float [].
-        orders: Q facts; groups: the E facts that these stand for; None if each is its own.
+        fact_index: Q facts; groups: the E facts that these stand for; None if each is its own.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -44,21 +44,23 @@ def fact_scores(
         RuntimeError: Triton was asked for where it cannot run.
     """
     op = "fact_scores"
-    check_shape(op, "head_score", head_score, (orders.num_nodes,))
-    check_shape(op, "pair_score", pair_score, (orders.num_pairs,))
-    check_shape(op, "tail_score", tail_score, (orders.num_nodes,))
+    check_shape(op, "head_score", head_score, (fact_index.num_nodes,))
+    check_shape(op, "pair_score", pair_score, (fact_index.num_pairs,))
+    check_shape(op, "tail_score", tail_score, (fact_index.num_nodes,))
     check_shape(op, "bias", bias, ())
     check_float(op, head_score=head_score, pair_score=pair_score, tail_score=tail_score, bias=bias)
-    check_index(op, **{"orders.head": orders.head, "orders.fact_pair": orders.fact_pair})
+    check_index(
+        op, **{"fact_index.head": fact_index.head, "fact_index.fact_pair": fact_index.fact_pair}
+    )
     if groups is not None:
-        check_shape(op, "groups.ptr", groups.ptr, (orders.num_facts + 1,))
+        check_shape(op, "groups.ptr", groups.ptr, (fact_index.num_facts + 1,))
         check_shape(op, "groups.fact", groups.fact, tuple(groups.row.shape))
         check_index(op, **{f"groups.{name}": x for name, x in groups._asdict().items()})
     scores = (head_score, pair_score, tail_score, bias)
     triton = resolve_backend(op, widest(*scores), backend) == "triton"
-    facts = [orders.head, orders.fact_pair, orders.tail]
-    sums = [orders.head_ptr, orders.head_fact, orders.pair_ptr, orders.pair_fact]
-    sums += [orders.tail_ptr, orders.tail_fact]
+    facts = [fact_index.head, fact_index.fact_pair, fact_index.tail]
+    sums = [fact_index.head_ptr, fact_index.head_perm, fact_index.pair_ptr, fact_index.pair_perm]
+    sums += [fact_index.tail_ptr, fact_index.tail_perm]
     if groups is not None:
         facts, sums = [*facts, groups.row], [*sums, groups.ptr, groups.fact]
     return torch.ops.dragkit.fact_scores_fwd(*scores, facts, sums, triton)

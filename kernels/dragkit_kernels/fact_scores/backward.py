@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
+from ..launch import ResourceLimits, Tile, spec
 
 TILE = Tile(16, 4)
 # Facts that the rows of a tile pick from at a time.
@@ -16,8 +16,8 @@ FACTS = 128
 @triton.jit(do_not_specialize=["num_rows"])
 def _fact_scores_bwd_sum_kernel(
     grad_ptr,
-    ptr_ptr,
-    order_ptr,
+    rowptr_ptr,
+    perm_ptr,
     out_ptr,
     num_rows,
     BLOCK_V: tl.constexpr,
@@ -31,18 +31,18 @@ def _fact_scores_bwd_sum_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK_V
     offs_v = first + tl.arange(0, BLOCK_V)
     mask_v = offs_v < num_rows
-    begin = tl.load(ptr_ptr + offs_v, mask=mask_v, other=0)[:, None]
-    end = tl.load(ptr_ptr + offs_v + 1, mask=mask_v, other=0)[:, None]
-    tile_begin = tl.load(ptr_ptr + first)
-    tile_end = tl.load(ptr_ptr + tl.minimum(first + BLOCK_V, num_rows))
+    begin = tl.load(rowptr_ptr + offs_v, mask=mask_v, other=0)[:, None]
+    end = tl.load(rowptr_ptr + offs_v + 1, mask=mask_v, other=0)[:, None]
+    tile_begin = tl.load(rowptr_ptr + first)
+    tile_end = tl.load(rowptr_ptr + tl.minimum(first + BLOCK_V, num_rows))
     acc = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
     for start in range(tile_begin, tile_end, BLOCK_E):
-        slot = start + tl.arange(0, BLOCK_E)
-        mask_e = slot < tile_end
-        fact = tl.load(order_ptr + slot, mask=mask_e, other=0)
+        offs_e = start + tl.arange(0, BLOCK_E)
+        mask_e = offs_e < tile_end
+        fact = tl.load(perm_ptr + offs_e, mask=mask_e, other=0)
         grad = tl.load(grad_ptr + fact, mask=mask_e, other=0.0)[None, :]
-        own = (slot[None, :] >= begin) & (slot[None, :] < end)
-        acc += tl.where(own, grad, 0.0)
+        is_in_row = (offs_e[None, :] >= begin) & (offs_e[None, :] < end)
+        acc += tl.where(is_in_row, grad, 0.0)
     tl.store(out_ptr + offs_v, tl.sum(acc, 1), mask=mask_v)
 
 
@@ -75,7 +75,7 @@ def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
 KERNELS = (
     spec(
         _fact_scores_bwd_sum_kernel,
-        Budget(registers=80, shared=512),
+        ResourceLimits(registers=80, shared_bytes=512),
         tile=TILE,
         constants={"BLOCK_E": FACTS},
     ),

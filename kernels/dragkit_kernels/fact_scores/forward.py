@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
+from ..launch import ResourceLimits, Tile, spec
 
 TILE = Tile(1024, 4)
 
@@ -70,7 +70,7 @@ def fact_scores_fwd(
 KERNELS = tuple(
     spec(
         _fact_scores_fwd_kernel,
-        Budget(registers=80, shared=0),
+        ResourceLimits(registers=80, shared_bytes=0),
         tile=TILE,
         dtype=dtype,
         bias_ptr="*fp32",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 from ..segments import ordered_sum
 
 if HAS_TRITON:
@@ -90,4 +90,4 @@ register(
     triton=fact_scores_bwd,
 )
 register_gradient("fact_scores_fwd", _backward, _setup)
-forbid_gradient("fact_scores_bwd")
+forbid_double_backward("fact_scores_bwd")

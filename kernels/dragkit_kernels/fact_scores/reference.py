@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..orders import FactGroups, FactOrders
+from ..orders import FactGroups, FactIndex
 
 
 def fact_scores_ref(
@@ -14,15 +14,15 @@ def fact_scores_ref(
     tail_score: Tensor,
     bias: Tensor,
     *,
-    orders: FactOrders,
+    fact_index: FactIndex,
     groups: FactGroups | None = None,
 ) -> Tensor:
     """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, q = row_e, summed in float32 or float64."""
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
     score = (
-        head_score.to(dtype).index_select(0, orders.head)
-        + pair_score.to(dtype).index_select(0, orders.fact_pair)
-        + tail_score.to(dtype).index_select(0, orders.tail)
+        head_score.to(dtype).index_select(0, fact_index.head)
+        + pair_score.to(dtype).index_select(0, fact_index.fact_pair)
+        + tail_score.to(dtype).index_select(0, fact_index.tail)
         + bias.to(dtype)
     )
     return score if groups is None else score.index_select(0, groups.row)

@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, row_strided, spec
+from ..launch import ResourceLimits, row_strided, spec
 from ..library import empty_gradients
-from .forward import STEPS, TILES, group_tile, inverse_rms, load_tile
+from .forward import TILES, TILES_PER_PROGRAM, group_tile, inverse_rms, load_tile
 
 # Programs that share the rows at most, where each writes a sum of its own.
-SUM_PROGRAMS = 256
+MAX_SUM_PROGRAMS = 256
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows"])
+@triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _gated_rms_norm_bwd_kernel(
     grad_ptr,
     y_ptr,
@@ -25,9 +25,9 @@ def _gated_rms_norm_bwd_kernel(
     d_gate_ptr,
     sums_ptr,
     num_rows,
-    rows,
+    rows_per_program,
     num_columns,
-    size,
+    group_size,
     stride_grad,
     stride_y,
     stride_gate,
@@ -40,11 +40,11 @@ def _gated_rms_norm_bwd_kernel(
     dy = dz silu(gate), dgate = dz y silu'(gate), and sums[program] = sum_t grad n over the
     program's rows. What has no place to go is not computed.
     """
-    begin = tl.program_id(0) * rows
-    end = tl.minimum(begin + rows, num_rows)
+    begin = tl.program_id(0) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, num_rows)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_k = offs_k < size
-    offs_d = tl.program_id(1) * size + offs_k
+    mask_k = offs_k < group_size
+    offs_d = tl.program_id(1) * group_size + offs_k
     weight = tl.load(weight_ptr + offs_d, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(begin, end, BLOCK_R):
@@ -55,27 +55,27 @@ def _gated_rms_norm_bwd_kernel(
         z = y
         if gate_ptr is not None:
             gate = load_tile(gate_ptr, offs_t, stride_gate, offs_d, mask)
-            share = 1.0 / (1.0 + tl.exp(-gate))
-            z = y * (gate * share)
-        scale = inverse_rms(z, size, eps)
+            sig = 1.0 / (1.0 + tl.exp(-gate))
+            z = y * (gate * sig)
+        scale = inverse_rms(z, group_size, eps)
         normed = z * scale
         if sums_ptr is not None:
             # Rows that are not there may have a scale of infinity.
             acc = tl.where(mask, tl.fma(grad, normed, acc), acc)
         g = grad * weight
-        along = (tl.sum(g * normed, 1) / size)[:, None]
-        d_z = tl.fma(normed, -along, g) * scale
-        at = offs_t.to(tl.int64)[:, None] * num_columns + offs_d[None, :]
+        mean_gn = (tl.sum(g * normed, 1) / group_size)[:, None]
+        d_z = tl.fma(normed, -mean_gn, g) * scale
+        offs = offs_t.to(tl.int64)[:, None] * num_columns + offs_d[None, :]
         if d_gate_ptr is not None:
-            d_gate = d_z * y * share * tl.fma(gate, 1.0 - share, 1.0)
-            tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
+            d_gate = d_z * y * sig * tl.fma(gate, 1.0 - sig, 1.0)
+            tl.store(d_gate_ptr + offs, d_gate.to(d_gate_ptr.dtype.element_ty), mask=mask)
         if d_y_ptr is not None:
             if gate_ptr is not None:
-                d_z = d_z * (gate * share)
-            tl.store(d_y_ptr + at, d_z.to(d_y_ptr.dtype.element_ty), mask=mask)
+                d_z = d_z * (gate * sig)
+            tl.store(d_y_ptr + offs, d_z.to(d_y_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None:
-        at = tl.program_id(0).to(tl.int64) * num_columns + offs_d
-        tl.store(sums_ptr + at, tl.sum(acc, 0), mask=mask_k)
+        offs = tl.program_id(0).to(tl.int64) * num_columns + offs_d
+        tl.store(sums_ptr + offs, tl.sum(acc, 0), mask=mask_k)
 
 
 def gated_rms_norm_bwd(
@@ -89,17 +89,17 @@ def gated_rms_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches what output_mask asks for in one walk; see `dragkit::gated_rms_norm_bwd`."""
     num_rows, num_columns = y.shape
-    want_gate = gate is not None and output_mask[1]
+    needs_gate = gate is not None and output_mask[1]
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     if y.numel() == 0:
         d_weight.zero_()
         return out
-    size = num_columns // groups
-    tile = group_tile(size)
-    rows = STEPS * tile.rows
+    group_size = num_columns // groups
+    tile = group_tile(group_size)
+    rows_per_program = TILES_PER_PROGRAM * tile.rows
     if output_mask[2]:
-        rows = max(rows, triton.cdiv(num_rows, SUM_PROGRAMS))
-    programs = triton.cdiv(num_rows, rows)
+        rows_per_program = max(rows_per_program, triton.cdiv(num_rows, MAX_SUM_PROGRAMS))
+    programs = triton.cdiv(num_rows, rows_per_program)
     sums = y.new_empty((programs, num_columns) if output_mask[2] else 0, dtype=torch.float32)
     grad, y = row_strided(grad), row_strided(y)
     gate = None if gate is None else row_strided(gate)
@@ -110,12 +110,12 @@ def gated_rms_norm_bwd(
             gate,
             weight.contiguous(),
             d_y if output_mask[0] else None,
-            d_gate if want_gate else None,
+            d_gate if needs_gate else None,
             sums if output_mask[2] else None,
             num_rows,
-            rows,
+            rows_per_program,
             num_columns,
-            size,
+            group_size,
             grad.stride(0),
             y.stride(0),
             0 if gate is None else gate.stride(0),
@@ -129,9 +129,9 @@ def gated_rms_norm_bwd(
     return out
 
 
-_BUDGET = Budget(registers=128, shared=2048, wide_loads=2)
+_LIMITS = ResourceLimits(registers=128, shared_bytes=2048, vector_loads=2)
 KERNELS = tuple(
-    spec(_gated_rms_norm_bwd_kernel, _BUDGET, tile=tile, dtype=dtype, sums_ptr=sums)
+    spec(_gated_rms_norm_bwd_kernel, _LIMITS, tile=tile, dtype=dtype, sums_ptr=sums)
     for tile in TILES
     for dtype, sums in (("*bf16", None), ("*fp32", "*fp32"))
 )

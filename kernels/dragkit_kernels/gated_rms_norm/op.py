@@ -13,7 +13,7 @@ from ..blocks import row_blocks
 from ..checks import accumulator_dtype
 from ..library import (
     empty_gradients,
-    forbid_gradient,
+    forbid_double_backward,
     register,
     register_gradient,
     wanted_gradients,
@@ -48,20 +48,20 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
 
 def _torch_fwd(y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float) -> Tensor:
     """See gated_rms_norm."""
-    wide_weight = weight.to(_accumulator(y, gate, weight))
+    weight_acc = weight.to(_accumulator(y, gate, weight))
     out = y.new_empty(y.shape)
     if out.numel() == 0:
         return out
-    narrow = out.dtype != wide_weight.dtype
+    low_precision = out.dtype != weight_acc.dtype
     for begin, end in row_blocks(y):
-        wide_y, wide_gate = _rows(wide_weight, begin, end, y, gate)
-        z = torch.empty_like(wide_y) if narrow else out[begin:end]
-        if wide_gate is not None:
-            wide_y = torch.ops.aten.silu.out(wide_gate, out=z).mul_(wide_y)
-        scale = _inverse_rms(wide_y, groups, eps)
-        torch.mul(*_by_group(groups, wide_y), scale, out=_by_group(groups, z)[0])
-        z.mul_(wide_weight)
-        if narrow:
+        y_acc, gate_acc = _widen(weight_acc, begin, end, y, gate)
+        z = torch.empty_like(y_acc) if low_precision else out[begin:end]
+        if gate_acc is not None:
+            y_acc = torch.ops.aten.silu.out(gate_acc, out=z).mul_(y_acc)
+        scale = _inverse_rms(y_acc, groups, eps)
+        torch.mul(*_by_group(groups, y_acc), scale, out=_by_group(groups, z)[0])
+        z.mul_(weight_acc)
+        if low_precision:
             out[begin:end] = z
     return out
 
@@ -76,42 +76,42 @@ def _torch_bwd(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; then its factors."""
-    wide_weight = weight.to(_accumulator(y, gate, weight))
+    weight_acc = weight.to(_accumulator(y, gate, weight))
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
-    want_gate = gate is not None and output_mask[1]
-    total, one = torch.zeros_like(wide_weight), wide_weight.new_ones(())
-    room: Tensor | None = None
+    needs_gate = gate is not None and output_mask[1]
+    total, one = torch.zeros_like(weight_acc), weight_acc.new_ones(())
+    buffer: Tensor | None = None
     for begin, end in row_blocks(y) if y.numel() else ():
-        if room is None:
+        if buffer is None:
             # Reuse these buffers: page faults cost more than most of the passes.
-            room = wide_weight.new_empty(5, end, y.shape[1])
-        share, active, z, d_z, product = room[:, : end - begin]
-        wide_grad, wide_y, wide_gate = _rows(wide_weight, begin, end, grad, y, gate)
-        if wide_gate is None:
-            z = wide_y
+            buffer = weight_acc.new_empty(5, end, y.shape[1])
+        sig, silu, z, d_z, product = buffer[:, : end - begin]
+        grad_acc, y_acc, gate_acc = _widen(weight_acc, begin, end, grad, y, gate)
+        if gate_acc is None:
+            z = y_acc
         else:
-            torch.sigmoid(wide_gate, out=share)
-            torch.mul(wide_gate, share, out=active)
-            torch.mul(wide_y, active, out=z)
+            torch.sigmoid(gate_acc, out=sig)
+            torch.mul(gate_acc, sig, out=silu)
+            torch.mul(y_acc, silu, out=z)
         scale = _inverse_rms(z, groups, eps)
         if output_mask[2]:
-            torch.mul(wide_grad, z, out=product)
+            torch.mul(grad_acc, z, out=product)
             total += (_by_group(groups, product)[0] * scale).flatten(1).sum(0)
-        if not output_mask[0] and not want_gate:
+        if not output_mask[0] and not needs_gate:
             continue
-        if wide_gate is None and d_y.dtype == d_z.dtype:
+        if gate_acc is None and d_y.dtype == d_z.dtype:
             d_z = d_y[begin:end]
-        torch.mul(wide_grad, wide_weight, out=d_z)
+        torch.mul(grad_acc, weight_acc, out=d_z)
         torch.mul(d_z, z, out=product)
         z_group, d_group, product_group = _by_group(groups, z, d_z, product)
-        along = product_group.mean(-1, keepdim=True).mul_(scale).mul_(scale)
-        d_group.addcmul_(z_group, along, value=-1).mul_(scale)
-        if want_gate:
+        mean_gn = product_group.mean(-1, keepdim=True).mul_(scale).mul_(scale)
+        d_group.addcmul_(z_group, mean_gn, value=-1).mul_(scale)
+        if needs_gate:
             # silu'(gate) = share + active (1 - share), which leads from active to 1.
-            torch.lerp(active, one, share, out=product).mul_(wide_y)
+            torch.lerp(silu, one, sig, out=product).mul_(y_acc)
             _multiply(product, d_z, d_gate[begin:end])
-        if output_mask[0] and wide_gate is not None:
-            _multiply(d_z, active, d_y[begin:end])
+        if output_mask[0] and gate_acc is not None:
+            _multiply(d_z, silu, d_y[begin:end])
         elif output_mask[0] and d_y.dtype != d_z.dtype:
             d_y[begin:end] = d_z
     if output_mask[2]:
@@ -123,7 +123,7 @@ def _accumulator(y: Tensor, gate: Tensor | None, weight: Tensor) -> torch.dtype:
     return accumulator_dtype(y, weight, y if gate is None else gate)
 
 
-def _rows(like: Tensor, begin: int, end: int, *tensors: Tensor | None) -> list[Tensor | None]:
+def _widen(like: Tensor, begin: int, end: int, *tensors: Tensor | None) -> list[Tensor | None]:
     """Rows of each tensor in the dtype of `like`."""
     return [None if x is None else x[begin:end].to(like.dtype) for x in tensors]
 
@@ -164,4 +164,4 @@ register(
     triton=gated_rms_norm_bwd,
 )
 register_gradient("gated_rms_norm_fwd", _backward, _setup)
-forbid_gradient("gated_rms_norm_bwd")
+forbid_double_backward("gated_rms_norm_bwd")

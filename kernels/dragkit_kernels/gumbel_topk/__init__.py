@@ -10,14 +10,14 @@ from torch import Tensor
 from ..backend import resolve_backend
 from ..checks import accumulator_dtype, check_float, check_index, check_shape
 from ..noise import logistic_noise
-from ..segments import longest
+from ..segments import max_segment_length
 from . import op as _op  # noqa: F401  (registers the ops)
-from .reference import FactSelection, gumbel_topk_ref, perturbed
+from .reference import FactSelection, gumbel_topk_ref, perturb_logits
 
 __all__ = ["FactSelection", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
 
-MODES = ("bernoulli", "budget")
-ESTIMATORS = ("concrete", "mean")
+MODES = ("bernoulli", "exact_k")
+ESTIMATORS = ("binary_concrete", "straight_through")
 
 
 def gumbel_topk(
@@ -30,7 +30,7 @@ def gumbel_topk(
     question_key: Tensor | None = None,
     noise: Tensor | None = None,
     mode: str = "bernoulli",
-    estimator: str = "concrete",
+    estimator: str = "binary_concrete",
     max_facts: int | None = None,
     backend: str = "auto",
 ) -> FactSelection:
@@ -38,15 +38,15 @@ def gumbel_topk(
 
     "bernoulli" (D-RAG's model): fact i is drawn when key_i > 0, so independently with probability
     sigmoid(l_i). Of more than k drawn facts the k largest keys stay; if none is drawn the best key
-    is taken, with its own gradient. "budget": exactly min(k, E_g) facts, the largest keys; fact i
+    is taken, with its own gradient. "exact_k": exactly min(k, E_g) facts, the largest keys; fact i
     is among them with probability close to sigmoid(l_i - nu), where nu makes these sum to k.
 
     The gate is 1 in the forward. Backward it stands for a relaxed choice s_i:
 
-        bernoulli  concrete  s = sigmoid(key / T)         ds/dl = s (1 - s) / T
-        bernoulli  mean      s = sigmoid(l)               ds/dl = s (1 - s)
-        budget     concrete  s = sigmoid(key / T - nu)    ds/dl = (diag(d) - d d^T / sum d) / T
-        budget     mean      s = sigmoid(l - nu)          ds/dl = diag(d) - d d^T / sum d
+        bernoulli  binary_concrete   s = sigmoid(key / T)      ds/dl = s (1 - s) / T
+        bernoulli  straight_through  s = sigmoid(l)            ds/dl = s (1 - s)
+        exact_k    binary_concrete   s = sigmoid(key / T - nu) ds/dl = (diag(d) - d d^T / sum d) / T
+        exact_k    straight_through  s = sigmoid(l - nu)       ds/dl = diag(d) - d d^T / sum d
 
     with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In
     budget mode a question of at most k facts has no choice: s = 1 and zero gradient. Infinite
@@ -57,11 +57,11 @@ def gumbel_topk(
         logits: float [E].
         fact_ptr: int32 [B+1] first fact of each question.
         k: slots per question, 0 or more; may exceed the number of facts.
-        temperature: above 0; used by "concrete".
+        temperature: above 0; used by "binary_concrete".
         seed: int64 [] of the noise, with question_key int64 [B]; see logistic_noise.
         noise: float [E] in place of seed and question_key.
-        mode: "bernoulli" or "budget".
-        estimator: "concrete" or "mean".
+        mode: "bernoulli" or "exact_k".
+        estimator: "binary_concrete" or "straight_through".
         max_facts: at least the facts of every question; without it the device is asked.
         backend: "auto", "triton" or "torch".
 
@@ -89,11 +89,11 @@ def gumbel_topk(
     else:
         check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
         noise = noise.to(accumulator_dtype(logits))
-    x, key = perturbed(logits, noise, temperature, estimator)
-    width = longest(fact_ptr) if max_facts is None else max_facts
-    budget, triton = mode == "budget", path == "triton"
+    x, key = perturb_logits(logits, noise, temperature, estimator)
+    width = max_segment_length(fact_ptr) if max_facts is None else max_facts
+    exact_k, triton = mode == "exact_k", path == "triton"
     gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
-        x, key.detach(), fact_ptr, k, width, 0.0, budget, triton
+        x, key.detach(), fact_ptr, k, width, 0.0, exact_k, triton
     )
     return FactSelection(index, gate, count, soft)
 
@@ -128,8 +128,8 @@ def top_facts(
         RuntimeError: Triton was asked for where it cannot run.
     """
     _check(logits, fact_ptr, k, "top_facts")
-    x, key = perturbed(logits.detach(), None, 1.0, "mean")
-    width = longest(fact_ptr) if max_facts is None else max_facts
+    x, key = perturb_logits(logits.detach(), None, 1.0, "straight_through")
+    width = max_segment_length(fact_ptr) if max_facts is None else max_facts
     triton = resolve_backend("gumbel_topk", logits, backend) == "triton"
     gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
         x, key, fact_ptr, k, width, _logit(threshold), False, triton

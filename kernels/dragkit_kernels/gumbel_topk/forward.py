@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import TOPK_STEP, TOPK_STREAM, TOPK_TILES, Budget, spec, topk_tile
+from ..launch import TOPK_STEP, TOPK_STREAM, TOPK_TILES, ResourceLimits, spec, topk_tile
 from ..triton_math import order_code
 
 LOWEST = tl.constexpr(-0x80000000)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
-CERTAIN = tl.constexpr(1e4)
+MAX_LOGIT = tl.constexpr(1e4)
 # Halvings of the bracket -2 CERTAIN .. 2 CERTAIN of nu: below float32 resolution.
 BISECTIONS = tl.constexpr(42)
 
@@ -28,7 +28,7 @@ def _load_codes(key_ptr, first, size, offs_e):
 def _load_relaxed(x_ptr, first, size, offs_e):
     """x, certain beyond +-CERTAIN so that no infinity meets nu; -inf outside the question."""
     x = tl.load(x_ptr + first + offs_e, mask=offs_e < size, other=0.0)
-    x = tl.clamp(x, -CERTAIN, CERTAIN, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.clamp(x, -MAX_LOGIT, MAX_LOGIT, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(offs_e < size, x, float("-inf"))
 
 
@@ -41,56 +41,58 @@ def _count_above(
     count = tl.sum((code > bound).to(tl.int32), 0)
     if STREAM:
         for start in range(BLOCK, size, STEP):
-            more = _load_codes(key_ptr, first, size, start + tl.arange(0, STEP))
-            count += tl.sum((more > bound).to(tl.int32), 0)
+            next_block = _load_codes(key_ptr, first, size, start + tl.arange(0, STEP))
+            count += tl.sum((next_block > bound).to(tl.int32), 0)
     return count
 
 
 @triton.jit
-def _budget_threshold(
+def _exact_k_threshold(
     x, k, x_ptr, first, size, BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr
 ):
     """nu with sum_e sigmoid(x_e - nu) = k by bisection; without a choice -inf, for k = 0 inf."""
-    low = tl.full((), -2.0 * CERTAIN, tl.float32)
-    high = tl.full((), 2.0 * CERTAIN, tl.float32)
+    low = tl.full((), -2.0 * MAX_LOGIT, tl.float32)
+    high = tl.full((), 2.0 * MAX_LOGIT, tl.float32)
     for _ in range(BISECTIONS):
         middle = 0.5 * (low + high)
         total = tl.sum(tl.sigmoid(x - middle), 0)
         if STREAM:
             for start in range(BLOCK, size, STEP):
-                more = _load_relaxed(x_ptr, first, size, start + tl.arange(0, STEP))
-                total += tl.sum(tl.sigmoid(more - middle), 0)
-        over = total > k
-        low, high = tl.where(over, middle, low), tl.where(over, high, middle)
+                next_block = _load_relaxed(x_ptr, first, size, start + tl.arange(0, STEP))
+                total += tl.sum(tl.sigmoid(next_block - middle), 0)
+        too_many = total > k
+        low, high = tl.where(too_many, middle, low), tl.where(too_many, high, middle)
     nu = tl.where(size <= k, float("-inf"), 0.5 * (low + high))
     return tl.where(k == 0, float("inf"), nu)
 
 
 @triton.jit
-def _store_kept(kept_fact_ptr, kept_code_ptr, code, kth, room, kept, first, offs_e, size):
-    """Appends the facts above kth, and the first `room` of those equal to it, in order of facts."""
-    tie = (code == kth) & (offs_e < size)
-    keep = (code > kth) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= room))
-    place = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-    tl.store(kept_fact_ptr + place, first + offs_e, mask=keep)
-    tl.store(kept_code_ptr + place, code, mask=keep)
-    return room - tl.sum(tie.to(tl.int32), 0), kept + tl.sum(keep.to(tl.int32), 0)
+def _store_selected(
+    selected_fact_ptr, selected_code_ptr, code, kth, ties_left, num_stored, first, offs_e, size
+):
+    """Appends the facts above kth, and the first `ties_left` of those equal to it, in order."""
+    is_tie = (code == kth) & (offs_e < size)
+    selected = (code > kth) | (is_tie & (tl.cumsum(is_tie.to(tl.int32), 0) <= ties_left))
+    slot = num_stored + tl.cumsum(selected.to(tl.int32), 0) - 1
+    tl.store(selected_fact_ptr + slot, first + offs_e, mask=selected)
+    tl.store(selected_code_ptr + slot, code, mask=selected)
+    return ties_left - tl.sum(is_tie.to(tl.int32), 0), num_stored + tl.sum(selected.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "budget"])
+@triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "exact_k"])
 def _gumbel_topk_fwd_kernel(
     x_ptr,
     key_ptr,
     fact_ptr,
-    kept_fact_ptr,
-    kept_code_ptr,
+    selected_fact_ptr,
+    selected_code_ptr,
     count_ptr,
     soft_ptr,
     num_facts,
     num_questions,
     k,
     bound,
-    budget,
+    exact_k,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
     STREAM: tl.constexpr,
@@ -102,85 +104,97 @@ def _gumbel_topk_fwd_kernel(
     facts in registers and, if STREAM, walks the rest in steps.
     """
     pid_q = tl.program_id(0)
-    live = pid_q < num_questions
+    has_question = pid_q < num_questions
     first = tl.load(fact_ptr + pid_q)
-    size = tl.load(fact_ptr + pid_q + 1, mask=live, other=num_facts) - first
+    size = tl.load(fact_ptr + pid_q + 1, mask=has_question, other=num_facts) - first
     offs_e = tl.arange(0, BLOCK)
     x = _load_relaxed(x_ptr, first, size, offs_e)
     nu = tl.full((), 0.0, tl.float32)
-    if budget != 0:
-        nu = _budget_threshold(x, k, x_ptr, first, size, BLOCK, STEP, STREAM)
-    nu = tl.where(live, nu, float("inf"))
+    if exact_k != 0:
+        nu = _exact_k_threshold(x, k, x_ptr, first, size, BLOCK, STEP, STREAM)
+    nu = tl.where(has_question, nu, float("inf"))
     tl.store(soft_ptr + first + offs_e, tl.sigmoid(x - nu), mask=offs_e < size)
     for start in range(BLOCK, size, STEP):  # also any number of padding rows
         offs_s = start + tl.arange(0, STEP)
-        more = _load_relaxed(x_ptr, first, size, offs_s)
-        tl.store(soft_ptr + first + offs_s, tl.sigmoid(more - nu), mask=offs_s < size)
+        next_block = _load_relaxed(x_ptr, first, size, offs_s)
+        tl.store(soft_ptr + first + offs_s, tl.sigmoid(next_block - nu), mask=offs_s < size)
 
     code = _load_codes(key_ptr, first, size, offs_e)
-    fired = _count_above(code, order_code(bound), key_ptr, first, size, BLOCK, STEP, STREAM)
-    want = tl.minimum(tl.where(budget != 0, size, tl.maximum(fired, 1)), tl.minimum(size, k))
-    want = tl.where(live, want, 0)
-    tl.store(count_ptr + pid_q, want, mask=live)
+    num_above = _count_above(code, order_code(bound), key_ptr, first, size, BLOCK, STEP, STREAM)
+    num_selected = tl.minimum(
+        tl.where(exact_k != 0, size, tl.maximum(num_above, 1)), tl.minimum(size, k)
+    )
+    num_selected = tl.where(has_question, num_selected, 0)
+    tl.store(count_ptr + pid_q, num_selected, mask=has_question)
     # The want-th largest code, the smallest t with #{code > t} < want, bit by bit from the top.
     kth = tl.full((), HIGHEST, tl.int32)
     bit = tl.full((), LOWEST, tl.int32).to(tl.uint32, bitcast=True)
     for _ in range(32):
         lower = kth ^ bit.to(tl.int32, bitcast=True)
         count = _count_above(code, lower, key_ptr, first, size, BLOCK, STEP, STREAM)
-        kth = tl.where(count < want, lower, kth)
+        kth = tl.where(count < num_selected, lower, kth)
         bit = bit >> 1
 
-    room = want - _count_above(code, kth, key_ptr, first, size, BLOCK, STEP, STREAM)
+    ties_left = num_selected - _count_above(code, kth, key_ptr, first, size, BLOCK, STEP, STREAM)
     row = pid_q.to(tl.int64) * k
-    room, row = _store_kept(kept_fact_ptr, kept_code_ptr, code, kth, room, row, first, offs_e, size)
+    ties_left, row = _store_selected(
+        selected_fact_ptr, selected_code_ptr, code, kth, ties_left, row, first, offs_e, size
+    )
     if STREAM:
         for start in range(BLOCK, size, STEP):
             offs_s = start + tl.arange(0, STEP)
-            more = _load_codes(key_ptr, first, size, offs_s)
-            room, row = _store_kept(
-                kept_fact_ptr, kept_code_ptr, more, kth, room, row, first, offs_s, size
+            next_block = _load_codes(key_ptr, first, size, offs_s)
+            ties_left, row = _store_selected(
+                selected_fact_ptr,
+                selected_code_ptr,
+                next_block,
+                kth,
+                ties_left,
+                row,
+                first,
+                offs_s,
+                size,
             )
 
 
 def gumbel_topk_fwd(
-    x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, budget: bool
+    x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the kernel and sorts what it kept; see `dragkit::gumbel_topk_fwd`."""
     num_questions, num_facts = fact_ptr.shape[0] - 1, x.shape[0]
     tile, stream = topk_tile(max_facts)
-    kept_fact = fact_ptr.new_full((num_questions, k), -1)
-    kept_code = fact_ptr.new_full((num_questions, k), LOWEST.value)
+    selected_fact = fact_ptr.new_full((num_questions, k), -1)
+    selected_code = fact_ptr.new_full((num_questions, k), LOWEST.value)
     count = fact_ptr.new_empty(num_questions)
     soft = x.new_empty(num_facts)
     _gumbel_topk_fwd_kernel[(num_questions + 1,)](
         x.contiguous(),
         key.contiguous(),
         fact_ptr.contiguous(),
-        kept_fact,
-        kept_code,
+        selected_fact,
+        selected_code,
         count,
         soft,
         num_facts,
         num_questions,
         k,
         bound,
-        int(budget),
+        int(exact_k),
         BLOCK=tile.block,
         STEP=min(tile.block, TOPK_STEP),
         STREAM=stream,
         **tile.options,
     )
     # Stable: equal codes stay in the order of the facts, and empty slots come last.
-    order = kept_code.sort(dim=1, stable=True, descending=True).indices
-    index = kept_fact.gather(1, order)
+    order = selected_code.sort(dim=1, stable=True, descending=True).indices
+    index = selected_fact.gather(1, order)
     return (index >= 0).to(torch.float32), soft, index, count
 
 
 KERNELS = tuple(
     spec(
         _gumbel_topk_fwd_kernel,
-        Budget(registers=128, shared=2048),
+        ResourceLimits(registers=128, shared_bytes=2048),
         tile=tile,
         constants={"STEP": min(tile.block, TOPK_STEP), "STREAM": stream},
         key_ptr="*fp32",

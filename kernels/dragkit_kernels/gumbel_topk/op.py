@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import HAS_TRITON
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 from ..segments import segment_ids
-from .reference import CERTAIN, choose
+from .reference import MAX_LOGIT, select_facts
 
 if HAS_TRITON:
     from .forward import gumbel_topk_fwd
@@ -18,27 +18,27 @@ else:
 
 
 def _torch_fwd(
-    x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, budget: bool
+    x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition, without its gradient."""
-    drawn = choose(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, budget=budget)
-    return drawn.gate, drawn.soft, drawn.index, drawn.count
+    selection = select_facts(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, exact_k=exact_k)
+    return selection.gate, selection.soft, selection.index, selection.count
 
 
-def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, budget: bool) -> Tensor:
+def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
     """dx = d (g - m) with d = s (1 - s), and m = (d . g) / sum(d) over a question in a budget,
     else 0; nothing where x is certain. Sums run in the order of the facts, on any device."""
     slope = soft * (1 - soft)
-    if budget:
+    if exact_k:
         # Rows after the last question are one more.
         ptr = F.pad(fact_ptr, (0, 1), value=x.shape[0])
-        mean, steepness = (
+        mean, slope_sum = (
             torch.segment_reduce(value, "sum", offsets=ptr, unsafe=True)
             for value in (slope * grad, slope)
         )
-        mean = mean.div_(steepness.clamp_(min=1e-30))
+        mean = mean.div_(slope_sum.clamp_(min=1e-30))
         grad = grad - mean.index_select(0, segment_ids(fact_ptr, x.shape[0]))
-    return (slope * grad).masked_fill_(x.abs() > CERTAIN, 0.0)
+    return (slope * grad).masked_fill_(x.abs() > MAX_LOGIT, 0.0)
 
 
 def _fwd_fake(
@@ -58,7 +58,7 @@ def _bwd_fake(grad: Tensor, x: Tensor, *rest: object) -> Tensor:
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) -> None:
-    x, _, fact_ptr, _, _, _, ctx.budget, _ = inputs
+    x, _, fact_ptr, _, _, _, ctx.exact_k, _ = inputs
     _, soft, index, _ = output
     ctx.save_for_backward(x, soft, fact_ptr, index)
 
@@ -68,23 +68,23 @@ def _backward(ctx: object, *grads: Tensor) -> Tensor:
     x, soft, fact_ptr, index = ctx.saved_tensors
     # A fact is in one slot at most, so no two slots write to the same place. An empty slot, -1,
     # writes to the spare last place.
-    grad, place = F.pad(d_soft, (0, 1)), index.flatten().long()
-    grad[place] = grad[place] + d_gate.flatten()
-    return torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.budget)
+    grad, fact = F.pad(d_soft, (0, 1)), index.flatten().long()
+    grad[fact] = grad[fact] + d_gate.flatten()
+    return torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.exact_k)
 
 
 register(
     "gumbel_topk_fwd(Tensor x, Tensor key, Tensor fact_ptr, SymInt k, SymInt max_facts,"
-    " float bound, bool budget, bool triton)"
+    " float bound, bool exact_k, bool triton)"
     " -> (Tensor gate, Tensor soft, Tensor index, Tensor count)",
     _torch_fwd,
     _fwd_fake,
     triton=gumbel_topk_fwd,
 )
 register(
-    "gumbel_topk_bwd(Tensor grad, Tensor x, Tensor soft, Tensor fact_ptr, bool budget) -> Tensor",
+    "gumbel_topk_bwd(Tensor grad, Tensor x, Tensor soft, Tensor fact_ptr, bool exact_k) -> Tensor",
     _bwd,
     _bwd_fake,
 )
 register_gradient("gumbel_topk_fwd", _backward, _setup)
-forbid_gradient("gumbel_topk_bwd")
+forbid_double_backward("gumbel_topk_bwd")

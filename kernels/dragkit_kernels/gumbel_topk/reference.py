@@ -11,7 +11,7 @@ from torch import Tensor
 from ..segments import padded_rows, segment_ids
 
 # Logits beyond this are certain; it keeps infinities out of the bisection.
-CERTAIN = 1e4
+MAX_LOGIT = 1e4
 
 
 class FactSelection(NamedTuple):
@@ -51,42 +51,42 @@ def select_largest(
     # Adding 0.0 makes -0.0 and 0.0 the same bits.
     bits = (key.detach().float() + 0.0).view(torch.int32)
     bits = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    backwards = 0x7FFFFFFF - torch.arange(num_facts, device=key.device)
+    reversed_fact = 0x7FFFFFFF - torch.arange(num_facts, device=key.device)
     lowest = torch.iinfo(torch.int64).min
-    code = F.pad((bits << 32) | backwards, (0, 1), value=lowest)
+    code = F.pad((bits << 32) | reversed_fact, (0, 1), value=lowest)
     padded = code[padded_rows(fact_ptr, num_facts, max_facts)]
     best = padded.topk(min(k, max_facts), dim=1).values
     kept = best != lowest
     fact = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     if bound is not None:
         first = torch.arange(best.shape[1], device=key.device) == 0
-        fires = F.pad(key.detach() > bound, (0, 1))[torch.where(kept, fact, num_facts)]
-        kept = kept & (fires | first)
+        above = F.pad(key.detach() > bound, (0, 1))[torch.where(kept, fact, num_facts)]
+        kept = kept & (above | first)
     index = torch.where(kept, fact, -1).to(torch.int32)
     index = F.pad(index, (0, k - index.shape[1]), value=-1)
     return index, kept.sum(1, dtype=torch.int32)
 
 
-def budget_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
+def exact_k_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
     """nu [B] with sum_i sigmoid(x_i - nu) = k over each question, by bisection.
 
     A question of at most k facts keeps them all: the limit nu = -inf. For k = 0 nu is inf.
     """
     size = fact_ptr[1:] - fact_ptr[:-1]
-    low = x.new_full(size.shape, -2 * CERTAIN)
+    low = x.new_full(size.shape, -2 * MAX_LOGIT)
     high = -low
     rows = padded_rows(fact_ptr, x.shape[0], max_facts)
     padded = F.pad(x, (0, 1), value=float("-inf"))[rows]  # sigmoid(-inf - nu) = 0
     # Halvings of that bracket: beyond the resolution of the type.
     for _ in range(64 if x.dtype == torch.float64 else 42):
         middle = (low + high) / 2
-        over = torch.sigmoid(padded - middle.unsqueeze(1)).sum(1) > k
-        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+        too_many = torch.sigmoid(padded - middle.unsqueeze(1)).sum(1) > k
+        low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
     nu = ((low + high) / 2).masked_fill(size <= k, float("-inf"))
     return nu if k > 0 else torch.full_like(nu, float("inf"))
 
 
-def relaxed_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, budget: bool) -> Tensor:
+def soft_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
     """s_i = sigmoid(x_i - nu), nu of i's question; 0 after the last question.
 
     In a budget nu moves with x, so that the s of a question keep their sum:
@@ -97,31 +97,31 @@ def relaxed_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, budget: bool) -> Ten
     """
     segment = segment_ids(fact_ptr, x.shape[0])
     nu = F.pad(nu, (0, 1), value=float("inf"))
-    if budget:
-        fixed = torch.sigmoid(x - nu.index_select(0, segment))
-        slope = (fixed * (1 - fixed)).detach()
-        total = torch.zeros_like(nu).index_add(0, segment, fixed)
-        steepness = torch.zeros_like(nu).index_add(0, segment, slope).clamp(min=1e-30)
+    if exact_k:
+        soft = torch.sigmoid(x - nu.index_select(0, segment))
+        slope = (soft * (1 - soft)).detach()
+        total = torch.zeros_like(nu).index_add(0, segment, soft)
+        slope_sum = torch.zeros_like(nu).index_add(0, segment, slope).clamp(min=1e-30)
         # The value of nu stays as bisected; only its derivative d_i / sum(d) is added.
-        nu = nu + (total - total.detach()) / steepness
+        nu = nu + (total - total.detach()) / slope_sum
     return torch.sigmoid(x - nu.index_select(0, segment))
 
 
-def straight_through(soft: Tensor, index: Tensor) -> Tensor:
+def hard_gate(soft: Tensor, index: Tensor) -> Tensor:
     """Gate [B, k]: exactly 1 at kept slots and 0 elsewhere, with the gradient of `soft` there."""
     kept = index >= 0
-    place = torch.where(kept, index.long(), soft.shape[0])
-    picked = F.pad(soft, (0, 1))[place]
+    fact = torch.where(kept, index.long(), soft.shape[0])
+    picked = F.pad(soft, (0, 1))[fact]
     return kept.to(soft.dtype) + (picked - picked.detach())
 
 
-def perturbed(
+def perturb_logits(
     logits: Tensor, noise: Tensor | None, temperature: float, estimator: str
 ) -> tuple[Tensor, Tensor]:
-    """(x, key) float [E]: key = l + noise, and x = key / T for "concrete" or l for "mean"."""
+    """(x, key) float [E]: key = l + noise, and x = key / T with binary_concrete, else l."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     key = logits if noise is None else logits + noise
-    return key / temperature if estimator == "concrete" else logits, key
+    return key / temperature if estimator == "binary_concrete" else logits, key
 
 
 def gumbel_topk_ref(
@@ -141,11 +141,13 @@ def gumbel_topk_ref(
     `bound` is what a key must exceed in bernoulli mode. Without noise, and with the logit of a
     threshold as the bound, this is top_facts.
     """
-    x, key = perturbed(logits, noise, temperature, estimator)
-    return choose(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, budget=mode == "budget")
+    x, key = perturb_logits(logits, noise, temperature, estimator)
+    return select_facts(
+        x, key, fact_ptr, k, max_facts=max_facts, bound=bound, exact_k=mode == "exact_k"
+    )
 
 
-def choose(
+def select_facts(
     x: Tensor,
     key: Tensor,
     fact_ptr: Tensor,
@@ -153,14 +155,14 @@ def choose(
     *,
     max_facts: int,
     bound: float,
-    budget: bool,
+    exact_k: bool,
 ) -> FactSelection:
     """The k largest keys of each question and the relaxed choice of x, float [E] both."""
-    x = x.clamp(-CERTAIN, CERTAIN)
-    if budget:
-        nu = budget_threshold(x.detach(), fact_ptr, k, max_facts)
+    x = x.clamp(-MAX_LOGIT, MAX_LOGIT)
+    if exact_k:
+        nu = exact_k_threshold(x.detach(), fact_ptr, k, max_facts)
     else:
         nu = x.new_zeros(fact_ptr.shape[0] - 1)
-    soft = relaxed_choice(x, nu, fact_ptr, budget)
-    index, count = select_largest(key, None if budget else bound, fact_ptr, k, max_facts)
-    return FactSelection(index, straight_through(soft, index), count, soft)
+    soft = soft_choice(x, nu, fact_ptr, exact_k)
+    index, count = select_largest(key, None if exact_k else bound, fact_ptr, k, max_facts)
+    return FactSelection(index, hard_gate(soft, index), count, soft)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape, widest
-from ..orders import FactOrders, check_orders
+from ..orders import FactIndex, check_fact_index
 from . import op as _op  # noqa: F401  (registers the ops)
-from .parity import message_passing_parity
+from .parity import message_passing_per_instruction
 from .reference import message_passing_ref, relation_sum_ref
 
 __all__ = [
     "message_passing",
-    "message_passing_parity",
+    "message_passing_per_instruction",
     "message_passing_ref",
     "relation_sum",
     "relation_sum_ref",
@@ -34,7 +34,7 @@ def message_passing(
     weight: Tensor,
     bias: Tensor,
     *,
-    orders: FactOrders,
+    fact_index: FactIndex,
     node_graph: Tensor,
     backend: str = "auto",
 ) -> Tensor:
@@ -46,7 +46,7 @@ def message_passing(
     with n the orders' tail counts and m their head counts.
 
     Sums run in float32 (float64 if an argument is) and in a fixed order; a gradient that nobody
-    asks for is not computed. Node rows in `orders` are trusted, not checked.
+    asks for is not computed. Node rows in `fact_index` are trusted, not checked.
 
     Args:
         h: float [N, C] node states.
@@ -56,7 +56,7 @@ def message_passing(
         self_table: float [B, C] rows of the self-loops.
         weight: float [C, C], applied as h @ weight, any strides.
         bias: float [C].
-        orders: the facts.
+        fact_index: the facts.
         node_graph: int32 [N], ascending.
         backend: "auto", "triton" or "torch".
 
@@ -68,11 +68,11 @@ def message_passing(
         RuntimeError: Triton was asked for where it cannot run.
     """
     op = "message_passing"
-    check_shape(op, "h", h, (orders.num_nodes, None))
+    check_shape(op, "h", h, (fact_index.num_nodes, None))
     nodes, width = h.shape
     check_shape(op, "p", p, (nodes,))
-    check_shape(op, "table_fwd", table_fwd, (orders.num_pairs, width))
-    check_shape(op, "table_inv", table_inv, (orders.num_pairs, width))
+    check_shape(op, "table_fwd", table_fwd, (fact_index.num_pairs, width))
+    check_shape(op, "table_inv", table_inv, (fact_index.num_pairs, width))
     check_shape(op, "self_table", self_table, (None, width))
     check_shape(op, "weight", weight, (width, width))
     check_shape(op, "bias", bias, (width,))
@@ -80,13 +80,13 @@ def message_passing(
     check_float(op, h=h, p=p, table_fwd=table_fwd, table_inv=table_inv)
     check_float(op, self_table=self_table, weight=weight, bias=bias)
     check_index(op, node_graph=node_graph)
-    check_orders(op, orders)
+    check_fact_index(op, fact_index)
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     triton = resolve_backend(op, widest(*inputs), backend) == "triton"
-    return torch.ops.dragkit.message_passing_fwd(*inputs, list(orders), node_graph, triton)
+    return torch.ops.dragkit.message_passing_fwd(*inputs, list(fact_index), node_graph, triton)
 
 
-def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") -> Tensor:
+def relation_sum(table: Tensor, *, fact_index: FactIndex, backend: str = "auto") -> Tensor:
     """Start of the node states: every node sums the rows of its incident facts, both directions.
 
     out_v = sum_{e: tail=v} n_e table[pair_e] + sum_{e: head=v} m_e table[pair_e]
@@ -95,7 +95,7 @@ def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") ->
 
     Args:
         table: float [P, C], one row per (graph, relation) pair.
-        orders: the facts.
+        fact_index: the facts.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -105,8 +105,8 @@ def relation_sum(table: Tensor, *, orders: FactOrders, backend: str = "auto") ->
         ValueError: shapes or dtypes do not fit.
         RuntimeError: Triton was asked for where it cannot run.
     """
-    check_shape("relation_sum", "table", table, (orders.num_pairs, None))
+    check_shape("relation_sum", "table", table, (fact_index.num_pairs, None))
     check_float("relation_sum", table=table)
-    check_orders("relation_sum", orders)
+    check_fact_index("relation_sum", fact_index)
     triton = resolve_backend("relation_sum", table, backend) == "triton"
-    return torch.ops.dragkit.relation_sum_fwd(table, list(orders), triton)
+    return torch.ops.dragkit.relation_sum_fwd(table, list(fact_index), triton)

@@ -11,14 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, spec
+from ..launch import ResourceLimits, spec
 from ..library import empty_gradients
-from ..orders import FactOrders, contiguous_orders
+from ..orders import FactIndex, contiguous_index
 from ..segments import segment_ptr
 from .chunks import chunk_sums
 from .product import product
 from .tiles import COLUMNS, DTYPES, SELF_TILE, dot_tile, sum_tile
-from .walk import Walk, add_rows, block_columns, block_rows, chunk_rows, sum_row
+from .walk import Summand, add_rows, block_columns, block_rows, chunk_rows, sum_row
 
 
 @triton.jit(do_not_specialize=["num_nodes"])
@@ -30,9 +30,9 @@ def _message_passing_bwd_p_kernel(
     head_ptr,
     tail_ptr,
     tail_rowptr_ptr,
-    tail_fact_ptr,
+    tail_perm_ptr,
     head_rowptr_ptr,
-    head_fact_ptr,
+    head_perm_ptr,
     fact_pair_ptr,
     head_count_ptr,
     tail_count_ptr,
@@ -57,18 +57,18 @@ def _message_passing_bwd_p_kernel(
         own = tl.load(self_table_ptr + at, mask=mask, other=0.0).to(tl.float32)
         at = offs_n[:, None] * num_columns + offs_c[None, :]
         acc = own * tl.load(delta_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        walk = (
-            head_fact_ptr, fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
+        summand = (
+            head_perm_ptr, fact_pair_ptr, tail_ptr, tail_count_ptr, None, table_fwd_ptr, delta_ptr,
         )  # fmt: skip
         acc = add_rows(
-            acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, walk,
+            acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, summand,
             chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
-        walk = (
-            tail_fact_ptr, fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
+        summand = (
+            tail_perm_ptr, fact_pair_ptr, head_ptr, head_count_ptr, None, table_inv_ptr, delta_ptr,
         )  # fmt: skip
         acc = add_rows(
-            acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, walk,
+            acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, summand,
             chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         dp += tl.sum(acc, 1)
@@ -87,7 +87,7 @@ def _message_passing_bwd_tables_kernel(
     head_ptr,
     tail_ptr,
     pair_rowptr_ptr,
-    pair_fact_ptr,
+    pair_perm_ptr,
     head_count_ptr,
     tail_count_ptr,
     chunk_fwd_ptr,
@@ -109,8 +109,8 @@ def _message_passing_bwd_tables_kernel(
     begin = tl.load(pair_rowptr_ptr + pid_r)
     end = tl.load(pair_rowptr_ptr + pid_r + 1)
     at = pid_r * num_columns + offs_c
-    fwd = (pair_fact_ptr, tail_ptr, head_ptr, tail_count_ptr, p_ptr, delta_ptr, None)
-    inv = (pair_fact_ptr, head_ptr, tail_ptr, head_count_ptr, p_ptr, delta_ptr, None)
+    fwd = (pair_perm_ptr, tail_ptr, head_ptr, tail_count_ptr, p_ptr, delta_ptr, None)
+    inv = (pair_perm_ptr, head_ptr, tail_ptr, head_count_ptr, p_ptr, delta_ptr, None)
     if d_fwd_ptr is not None:
         total = sum_row(begin, end, offs_c, num_columns, fwd, chunk_fwd_ptr, BLOCK_E, BLOCK_C)
         if ONE_TABLE:
@@ -137,8 +137,8 @@ def _message_passing_bwd_self_kernel(
     offs_c, mask_c = block_columns(BLOCK_C, num_columns)
     begin = tl.load(graph_rowptr_ptr + pid_g)
     end = tl.load(graph_rowptr_ptr + pid_g + 1)
-    walk = (None, None, None, None, p_ptr, delta_ptr, None)
-    total = sum_row(begin, end, offs_c, num_columns, walk, chunk_ptr, BLOCK_N, BLOCK_C)
+    summand = (None, None, None, None, p_ptr, delta_ptr, None)
+    total = sum_row(begin, end, offs_c, num_columns, summand, chunk_ptr, BLOCK_N, BLOCK_C)
     at = pid_g * num_columns + offs_c
     tl.store(d_self_ptr + at, total.to(d_self_ptr.dtype.element_ty), mask=mask_c)
 
@@ -158,7 +158,7 @@ def message_passing_bwd(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Launches what output_mask asks for; see `dragkit::message_passing_bwd`."""
-    orders, node_graph, p = contiguous_orders(index), node_graph.contiguous(), p.contiguous()
+    fact_index, node_graph, p = contiguous_index(index), node_graph.contiguous(), p.contiguous()
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     out = list(empty_gradients(inputs, output_mask))
     # The gradient keeps its dtype: setting elements to zero rounds nothing.
@@ -167,10 +167,10 @@ def message_passing_bwd(
         out[0] = product(delta, weight.t(), _common(delta, weight)).to(h.dtype)
     if out[1].numel() > 0:
         tables = [x.contiguous() for x in (table_fwd, table_inv, self_table)]
-        _launch_p(out[1], delta, tables, orders, node_graph)
+        _launch_p(out[1], delta, tables, fact_index, node_graph)
     d_fwd, d_inv = (x if x.numel() > 0 else None for x in out[2:4])
     if d_fwd is not None or d_inv is not None:
-        _launch_tables(d_fwd, d_inv, delta, p, orders)
+        _launch_tables(d_fwd, d_inv, delta, p, fact_index)
     if out[4].numel() > 0:
         _launch_self(out[4], delta, p, node_graph)
     if output_mask[5]:
@@ -182,10 +182,10 @@ def message_passing_bwd(
 
 def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
     """Launches the gradient; see `dragkit::relation_sum_bwd`."""
-    orders = contiguous_orders(index)
-    d_table = grad.new_empty(orders.num_pairs, grad.shape[1])
+    fact_index = contiguous_index(index)
+    d_table = grad.new_empty(fact_index.num_pairs, grad.shape[1])
     if d_table.numel() > 0:
-        _launch_tables(d_table, None, grad.contiguous(), None, orders)
+        _launch_tables(d_table, None, grad.contiguous(), None, fact_index)
     return d_table
 
 
@@ -196,14 +196,14 @@ def _common(*tensors: Tensor) -> torch.dtype:
 
 
 def _launch_p(
-    dp: Tensor, delta: Tensor, tables: list[Tensor], o: FactOrders, node_graph: Tensor
+    dp: Tensor, delta: Tensor, tables: list[Tensor], o: FactIndex, node_graph: Tensor
 ) -> None:
     num_nodes, num_columns = delta.shape
     tile = dot_tile(num_columns, delta.dtype)
-    outgoing = Walk(o.head_fact, o.fact_pair, o.tail, o.tail_count, None, tables[0], delta)
-    incoming = Walk(o.tail_fact, o.fact_pair, o.head, o.head_count, None, tables[1], delta)
+    outgoing = Summand(o.head_perm, o.fact_pair, o.tail, o.tail_count, None, tables[0], delta)
+    incoming = Summand(o.tail_perm, o.fact_pair, o.head, o.head_count, None, tables[1], delta)
     _message_passing_bwd_p_kernel[(triton.cdiv(num_nodes, tile.rows),)](
-        *(delta, *tables, o.head, o.tail, o.tail_ptr, o.tail_fact, o.head_ptr, o.head_fact),
+        *(delta, *tables, o.head, o.tail, o.tail_ptr, o.tail_perm, o.head_ptr, o.head_perm),
         *(o.fact_pair, o.head_count, o.tail_count, node_graph),
         chunk_sums(o.head_ptr, o.head, outgoing),
         chunk_sums(o.tail_ptr, o.tail, incoming),
@@ -217,15 +217,15 @@ def _launch_p(
 
 
 def _launch_tables(
-    d_fwd: Tensor | None, d_inv: Tensor | None, delta: Tensor, p: Tensor | None, o: FactOrders
+    d_fwd: Tensor | None, d_inv: Tensor | None, delta: Tensor, p: Tensor | None, o: FactIndex
 ) -> None:
     """Fills the gradients of the tables. Without p, d_fwd is that of one table for both."""
     num_columns, one_table = delta.shape[1], p is None
-    fwd = Walk(o.pair_fact, o.tail, o.head, o.tail_count, p, delta)
-    inv = Walk(o.pair_fact, o.head, o.tail, o.head_count, p, delta)
+    fwd = Summand(o.pair_perm, o.tail, o.head, o.tail_count, p, delta)
+    inv = Summand(o.pair_perm, o.head, o.tail, o.head_count, p, delta)
     tile = (dot_tile if one_table else sum_tile)(num_columns, delta.dtype)
     _message_passing_bwd_tables_kernel[tile.grid(o.num_pairs * tile.rows, num_columns)](
-        *(delta, p, o.head, o.tail, o.pair_ptr, o.pair_fact, o.head_count, o.tail_count),
+        *(delta, p, o.head, o.tail, o.pair_ptr, o.pair_perm, o.head_count, o.tail_count),
         chunk_sums(o.pair_ptr, o.fact_pair, fwd) if d_fwd is not None else None,
         chunk_sums(o.pair_ptr, o.fact_pair, inv) if d_inv is not None or one_table else None,
         d_fwd,
@@ -241,12 +241,12 @@ def _launch_tables(
 def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -> None:
     num_graphs, num_columns = d_self.shape
     tile, graph_ptr = SELF_TILE, segment_ptr(node_graph, num_graphs)
-    walk = Walk(None, None, None, None, p, delta)
+    summand = Summand(None, None, None, None, p, delta)
     _message_passing_bwd_self_kernel[tile.grid(num_graphs * tile.rows, num_columns)](
         delta,
         p,
         graph_ptr,
-        chunk_sums(graph_ptr, node_graph, walk),
+        chunk_sums(graph_ptr, node_graph, summand),
         d_self,
         num_columns,
         BLOCK_N=tile.rows,
@@ -255,13 +255,13 @@ def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -
     )
 
 
-_BUDGET = Budget(registers=80, shared=8192, wide_loads=4)
+_LIMITS = ResourceLimits(registers=80, shared_bytes=8192, vector_loads=4)
 # One table stands for both in relation_sum, where a fact has no weight but its count.
 _ONE_TABLE = {"p_ptr": None, "d_inv_ptr": None}
 KERNELS = tuple(
     spec(
         kernel,
-        _BUDGET,
+        _LIMITS,
         tile=tile,
         dtype=dtype,
         constants={"ONE_TABLE": absent is _ONE_TABLE} if "ONE_TABLE" in kernel.arg_names else None,

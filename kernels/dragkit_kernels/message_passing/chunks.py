@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, KernelSpec, WideTile, spec
+from ..launch import KernelSpec, ResourceLimits, Tile2D, spec
 from .tiles import COLUMNS, DTYPES, dot_tile, sum_tile
-from .walk import CHUNK, Walk, block_columns, sum_facts
+from .walk import CHUNK, Summand, block_columns, sum_facts
 
 # Smaller packs save the launch: half a tile of facts at a time, their longest rows are short.
 SPLIT_FACTS = 8192
@@ -64,8 +64,8 @@ def _message_passing_fwd_chunks_kernel(
     end = begin + CHUNK_E
     if inside & (end <= row_end):
         offs_c, mask_c = block_columns(BLOCK_C, num_columns)
-        walk = (perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr)
-        total = sum_facts(begin, end, offs_c, num_columns, walk, BLOCK_E, BLOCK_C)
+        summand = (perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr)
+        total = sum_facts(begin, end, offs_c, num_columns, summand, BLOCK_E, BLOCK_C)
         if factor_ptr is None:
             tl.store(chunk_ptr + pid_b * num_columns + offs_c, total, mask=mask_c)
         else:
@@ -89,25 +89,28 @@ def _message_passing_fwd_row_chunks_kernel(
     begin, end, inside = _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E)
     if inside & (begin // CHUNK_E == pid_b) & (begin + 2 * CHUNK_E <= end):
         offs_c, mask_c = block_columns(BLOCK_C, num_columns)
-        walk = (None, None, None, None, None, chunk_ptr, None)
+        summand = (None, None, None, None, None, chunk_ptr, None)
         last = pid_b + (end - begin) // CHUNK_E
-        total = sum_facts(pid_b, last, offs_c, num_columns, walk, BLOCK_E, BLOCK_C)
+        total = sum_facts(pid_b, last, offs_c, num_columns, summand, BLOCK_E, BLOCK_C)
         tl.store(chunk_ptr + pid_b * num_columns + offs_c, total, mask=mask_c)
 
 
-def chunk_sums(rowptr: Tensor, key: Tensor, walk: Walk) -> Tensor | None:
+def chunk_sums(rowptr: Tensor, key: Tensor, summand: Summand) -> Tensor | None:
     """Sums of the whole chunks of rows; None for a small pack.
 
     Args:
         rowptr: int32 [V+1] first offset of each row; key: int32, row of each fact. Contiguous.
-        walk: what is summed.
+        summand: what is summed.
 
     Returns:
         float32 [offsets / CHUNK, C], with that of row v at rowptr[v] / CHUNK. With a factor it is
         summed over the columns, [offsets / CHUNK]. Places of no row hold anything.
     """
-    table, dots = walk.table, walk.factor is not None
-    num_offsets, num_columns = (key if walk.perm is None else walk.perm).shape[0], table.shape[1]
+    table, dots = summand.table, summand.factor is not None
+    num_offsets, num_columns = (
+        (key if summand.perm is None else summand.perm).shape[0],
+        table.shape[1],
+    )
     if num_offsets < max(SPLIT_FACTS, CHUNK):
         return None
     tile = (dot_tile if dots else sum_tile)(num_columns, table.dtype)
@@ -115,7 +118,7 @@ def chunk_sums(rowptr: Tensor, key: Tensor, walk: Walk) -> Tensor | None:
     out = table.new_empty(grid[::-1] if dots else (grid[0], num_columns), dtype=torch.float32)
     sizes = {"CHUNK_E": CHUNK, "BLOCK_E": tile.rows, "BLOCK_C": tile.columns}
     _message_passing_fwd_chunks_kernel[grid](
-        rowptr, key, *walk, out, num_columns, **sizes, **tile.options
+        rowptr, key, *summand, out, num_columns, **sizes, **tile.options
     )
     if dots:
         out, num_columns = out.sum(0), 1
@@ -123,17 +126,17 @@ def chunk_sums(rowptr: Tensor, key: Tensor, walk: Walk) -> Tensor | None:
     sizes = {"CHUNK_E": CHUNK, "BLOCK_E": tile.rows, "BLOCK_C": tile.columns}
     grid = (grid[0], tile.grid(1, num_columns)[1])
     _message_passing_fwd_row_chunks_kernel[grid](
-        rowptr, key, walk.perm, out, num_columns, **sizes, **tile.options
+        rowptr, key, summand.perm, out, num_columns, **sizes, **tile.options
     )
     return out
 
 
 def _spec(
-    kernel: object, tile: WideTile, dtype: str, wide_loads: int, absent: tuple[str, ...]
+    kernel: object, tile: Tile2D, dtype: str, vector_loads: int, absent: tuple[str, ...]
 ) -> KernelSpec:
     return spec(
         kernel,
-        Budget(registers=80, shared=8192, wide_loads=wide_loads),
+        ResourceLimits(registers=80, shared_bytes=8192, vector_loads=vector_loads),
         tile=tile,
         dtype=dtype,
         constants={"CHUNK_E": CHUNK},

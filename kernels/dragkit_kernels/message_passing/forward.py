@@ -8,12 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..backend import INTERPRETED
-from ..launch import Budget, spec
-from ..orders import FactOrders, contiguous_orders
+from ..launch import ResourceLimits, spec
+from ..orders import FactIndex, contiguous_index
 from .chunks import chunk_sums
 from .product import product
 from .tiles import COLUMNS, DTYPES, dot_tile, layer_tile
-from .walk import Walk, add_chunks, add_rows, block_columns, block_rows
+from .walk import Summand, add_chunks, add_rows, block_columns, block_rows
 
 # Other dtypes leave the product to PyTorch. The interpreter computes bfloat16 products wrongly.
 TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
@@ -34,9 +34,9 @@ def _message_passing_fwd_kernel(
     head_ptr,
     tail_ptr,
     tail_rowptr_ptr,
-    tail_fact_ptr,
+    tail_perm_ptr,
     head_rowptr_ptr,
-    head_fact_ptr,
+    head_perm_ptr,
     fact_pair_ptr,
     head_count_ptr,
     tail_count_ptr,
@@ -73,14 +73,14 @@ def _message_passing_fwd_kernel(
             w = tl.load(weight_ptr + at, mask=w_mask, other=0.0)
             acc = tl.dot(h, w, acc)
 
-    walk = (tail_fact_ptr, fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None)
+    summand = (tail_perm_ptr, fact_pair_ptr, head_ptr, tail_count_ptr, p_ptr, table_fwd_ptr, None)
     acc = add_rows(
-        acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, walk,
+        acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, summand,
         chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
-    walk = (head_fact_ptr, fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None)
+    summand = (head_perm_ptr, fact_pair_ptr, tail_ptr, head_count_ptr, p_ptr, table_inv_ptr, None)
     acc = add_rows(
-        acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, walk,
+        acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, summand,
         chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     if chunk_in_ptr is not None:
@@ -122,7 +122,7 @@ def message_passing_fwd(
         p.contiguous(),
         table_fwd.contiguous(),
         table_inv.contiguous(),
-        contiguous_orders(index),
+        contiguous_index(index),
         h=h.contiguous() if fused else None,
         # A strided weight is copied once: the copy is small, and programs read it row by row.
         weight=weight.contiguous() if fused else None,
@@ -136,10 +136,10 @@ def message_passing_fwd(
 
 def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
     """Launches the sum; see `dragkit::relation_sum_fwd`."""
-    orders, table = contiguous_orders(index), table.contiguous()
-    out = table.new_empty(orders.num_nodes, table.shape[1])
+    fact_index, table = contiguous_index(index), table.contiguous()
+    out = table.new_empty(fact_index.num_nodes, table.shape[1])
     if out.numel() > 0:
-        _launch(out, None, table, table, orders)
+        _launch(out, None, table, table, fact_index)
     return out
 
 
@@ -148,7 +148,7 @@ def _launch(
     p: Tensor | None,
     table_fwd: Tensor,
     table_inv: Tensor,
-    o: FactOrders,
+    o: FactIndex,
     *,
     h: Tensor | None = None,
     weight: Tensor | None = None,
@@ -159,12 +159,12 @@ def _launch(
 ) -> None:
     """Fills `out`."""
     num_nodes, num_columns = out.shape
-    incoming = Walk(o.tail_fact, o.fact_pair, o.head, o.tail_count, p, table_fwd)
-    outgoing = Walk(o.head_fact, o.fact_pair, o.tail, o.head_count, p, table_inv)
+    incoming = Summand(o.tail_perm, o.fact_pair, o.head, o.tail_count, p, table_fwd)
+    outgoing = Summand(o.head_perm, o.fact_pair, o.tail, o.head_count, p, table_inv)
     tile = (dot_tile if p is None else layer_tile)(num_columns, table_fwd.dtype)
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
         *(h, p, table_fwd, table_inv, self_table, weight, bias, product, o.head, o.tail),
-        *(o.tail_ptr, o.tail_fact, o.head_ptr, o.head_fact, o.fact_pair),
+        *(o.tail_ptr, o.tail_perm, o.head_ptr, o.head_perm, o.fact_pair),
         *(o.head_count, o.tail_count, node_graph),
         chunk_sums(o.tail_ptr, o.tail, incoming),
         chunk_sums(o.head_ptr, o.head, outgoing),
@@ -198,10 +198,15 @@ KERNELS = tuple(
     for columns in COLUMNS
     for chunks in (None, "*fp32")
     for dtype, absent, tile, budget in (
-        ("*bf16", _FUSED, layer_tile, Budget(128, shared=40960, wide_loads=8, products=16)),
-        ("*bf16", _SEPARATE, layer_tile, Budget(128, shared=40960, wide_loads=8)),
-        ("*fp32", _SEPARATE, layer_tile, Budget(128, shared=40960, wide_loads=8)),
-        ("*bf16", _SUMS, dot_tile, Budget(80, shared=8192, wide_loads=4)),
-        ("*fp32", _SUMS, dot_tile, Budget(80, shared=8192, wide_loads=4)),
+        (
+            "*bf16",
+            _FUSED,
+            layer_tile,
+            ResourceLimits(128, shared_bytes=40960, vector_loads=8, mma_instructions=16),
+        ),
+        ("*bf16", _SEPARATE, layer_tile, ResourceLimits(128, shared_bytes=40960, vector_loads=8)),
+        ("*fp32", _SEPARATE, layer_tile, ResourceLimits(128, shared_bytes=40960, vector_loads=8)),
+        ("*bf16", _SUMS, dot_tile, ResourceLimits(80, shared_bytes=8192, vector_loads=4)),
+        ("*fp32", _SUMS, dot_tile, ResourceLimits(80, shared_bytes=8192, vector_loads=4)),
     )
 )

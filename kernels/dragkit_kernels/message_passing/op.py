@@ -1,6 +1,6 @@
 """dragkit::message_passing_* and relation_sum_*: one opaque op forward, one backward.
 
-`index` are the fields of a FactOrders.
+`index` are the fields of a FactIndex.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 from ..backend import HAS_TRITON
 from ..library import (
     empty_gradients,
-    forbid_gradient,
+    forbid_double_backward,
     register,
     register_gradient,
     wanted_gradients,
 )
-from ..orders import FactOrders
+from ..orders import FactIndex
 from . import torch_impl
 
 if HAS_TRITON:
@@ -57,11 +57,11 @@ def _message_passing_backward(ctx: object, grad: Tensor) -> tuple[object, ...]:
 
 
 def _relation_sum_fake(table: Tensor, index: list[Tensor], triton: bool) -> Tensor:
-    return table.new_empty(FactOrders(*index).num_nodes, table.shape[1])
+    return table.new_empty(FactIndex(*index).num_nodes, table.shape[1])
 
 
 def _relation_sum_bwd_fake(grad: Tensor, index: list[Tensor], triton: bool) -> Tensor:
-    return grad.new_empty(FactOrders(*index).num_pairs, grad.shape[1])
+    return grad.new_empty(FactIndex(*index).num_pairs, grad.shape[1])
 
 
 def _relation_sum_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
@@ -102,5 +102,5 @@ register(
     triton=relation_sum_bwd,
 )
 register_gradient("relation_sum_fwd", _relation_sum_backward, _relation_sum_setup)
-forbid_gradient("message_passing_bwd")
-forbid_gradient("relation_sum_bwd")
+forbid_double_backward("message_passing_bwd")
+forbid_double_backward("relation_sum_bwd")

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import accumulator_dtype, check_float, check_index, check_shape
-from ..orders import FactOrders, check_orders
+from ..orders import FactIndex, check_fact_index
 
 
-def message_passing_parity(
+def message_passing_per_instruction(
     p: Tensor,
     rel_fwd: Tensor,
     rel_inv: Tensor,
@@ -18,7 +18,7 @@ def message_passing_parity(
     self_inv: Tensor,
     instruction: Tensor,
     *,
-    orders: FactOrders,
+    fact_index: FactIndex,
     node_graph: Tensor,
 ) -> Tensor:
     """The sums of the published layer before its linear map, one per instruction and direction.
@@ -28,14 +28,14 @@ def message_passing_parity(
 
     n are the orders' tail counts and m their head counts. There is no kernel: the function is what
     `message_passing` is checked against, and PyTorch differentiates it. Node rows and relation rows
-    in `orders` are trusted, not checked.
+    in `fact_index` are trusted, not checked.
 
     Args:
         p: float [N] weight of each sender.
         rel_fwd, rel_inv: float [R, C] projected relation vectors u, forward and inverse.
         self_fwd, self_inv: float [C] those of the self-loop.
         instruction: float [B, I, C].
-        orders: the facts; node_graph: int32 [N], ascending.
+        fact_index: the facts; node_graph: int32 [N], ascending.
 
     Returns:
         [N, 2I, C] in float32 (float64 if an argument is).
@@ -45,35 +45,49 @@ def message_passing_parity(
 
     Source: the sums of ReaRev (Mavromatis & Karypis 2022).
     """
-    op = "message_passing_parity"
+    op = "message_passing_per_instruction"
     check_shape(op, "instruction", instruction, (None, None, None))
     width = instruction.shape[2]
-    check_shape(op, "p", p, (orders.num_nodes,))
+    check_shape(op, "p", p, (fact_index.num_nodes,))
     check_shape(op, "rel_fwd", rel_fwd, (None, width))
     check_shape(op, "rel_inv", rel_inv, tuple(rel_fwd.shape))
     check_shape(op, "self_fwd", self_fwd, (width,))
     check_shape(op, "self_inv", self_inv, (width,))
-    check_shape(op, "node_graph", node_graph, (orders.num_nodes,))
+    check_shape(op, "node_graph", node_graph, (fact_index.num_nodes,))
     check_float(op, p=p, rel_fwd=rel_fwd, rel_inv=rel_inv, instruction=instruction)
     check_float(op, self_fwd=self_fwd, self_inv=self_inv)
     check_index(op, node_graph=node_graph)
-    check_orders(op, orders)
+    check_fact_index(op, fact_index)
     dtype = accumulator_dtype(p, rel_fwd, rel_inv, self_fwd, self_inv, instruction)
     p, instruction = p.to(dtype), instruction.to(dtype)
-    gate = instruction.index_select(0, orders.pair_graph)
+    gate = instruction.index_select(0, fact_index.pair_graph)
     sums = []
     for u, own, source, count, order, ptr in (
-        (rel_fwd, self_fwd, orders.head, orders.tail_count, orders.tail_fact, orders.tail_ptr),
-        (rel_inv, self_inv, orders.tail, orders.head_count, orders.head_fact, orders.head_ptr),
+        (
+            rel_fwd,
+            self_fwd,
+            fact_index.head,
+            fact_index.tail_count,
+            fact_index.tail_perm,
+            fact_index.tail_ptr,
+        ),
+        (
+            rel_inv,
+            self_inv,
+            fact_index.tail,
+            fact_index.head_count,
+            fact_index.head_perm,
+            fact_index.head_ptr,
+        ),
     ):
-        rows = u.to(dtype).index_select(0, orders.pair_relation).unsqueeze(1)
+        rows = u.to(dtype).index_select(0, fact_index.pair_relation).unsqueeze(1)
         rows = torch.relu(rows * gate)  # [P, I, C]
         weight = (p.index_select(0, source) * count).index_select(0, order)
         # Padding after the last offset weighs nothing. What embedding_bag makes of it depends on
         # the device, so it goes to the last node.
         ends = torch.cat([ptr[:-1], ptr.new_full((1,), order.shape[0])])
         total = F.embedding_bag(
-            orders.fact_pair.index_select(0, order),
+            fact_index.fact_pair.index_select(0, order),
             rows.flatten(1),
             ends,
             mode="sum",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import accumulator_dtype
-from ..orders import FactOrders
+from ..orders import FactIndex
 from ..segments import bag_sum, ordered_sum, row_dots, segment_ptr
 from .product import product
 
@@ -28,13 +28,13 @@ def message_passing_fwd(
     node_graph: Tensor,
 ) -> Tensor:
     """The collapsed layer; see message_passing."""
-    o = FactOrders(*index)
+    o = FactIndex(*index)
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)
     out = product(h, weight, dtype).add_(bias)
     for table, source, count, order, ptr in (
-        (table_fwd, o.head, o.tail_count, o.tail_fact, o.tail_ptr),
-        (table_inv, o.tail, o.head_count, o.head_fact, o.head_ptr),
+        (table_fwd, o.head, o.tail_count, o.tail_perm, o.tail_ptr),
+        (table_inv, o.tail, o.head_count, o.head_perm, o.head_ptr),
     ):
         sent = (p.index_select(0, source) * count).index_select(0, order)
         out += bag_sum(table.to(dtype), o.fact_pair.index_select(0, order), ptr, sent)
@@ -57,7 +57,7 @@ def message_passing_bwd(
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of the seven float inputs; those not in output_mask come back empty."""
-    o = FactOrders(*index)
+    o = FactIndex(*index)
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     dtype = accumulator_dtype(*inputs)
     out = [x.new_empty(0) for x in inputs]
@@ -75,15 +75,15 @@ def message_passing_bwd(
             delta,
             torch.arange(p.shape[0], dtype=node_graph.dtype, device=p.device),
         )
-        out[1] = own + ordered_sum(by_head, o.head_fact, o.head_ptr)
-        out[1] += ordered_sum(by_tail, o.tail_fact, o.tail_ptr)
+        out[1] = own + ordered_sum(by_head, o.head_perm, o.head_ptr)
+        out[1] += ordered_sum(by_tail, o.tail_perm, o.tail_ptr)
     for place, source, target, count in (
         (2, o.head, o.tail, o.tail_count),
         (3, o.tail, o.head, o.head_count),
     ):
         if output_mask[place]:
-            sent = (p.index_select(0, source) * count).index_select(0, o.pair_fact)
-            out[place] = bag_sum(delta, target.index_select(0, o.pair_fact), o.pair_ptr, sent)
+            sent = (p.index_select(0, source) * count).index_select(0, o.pair_perm)
+            out[place] = bag_sum(delta, target.index_select(0, o.pair_perm), o.pair_ptr, sent)
     if output_mask[4]:
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
         out[4] = bag_sum(delta, nodes, segment_ptr(node_graph, self_table.shape[0]), p)
@@ -96,22 +96,22 @@ def message_passing_bwd(
 
 def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
     """Sum of the rows of a node's facts in both directions; see relation_sum."""
-    o, rows = FactOrders(*index), table.to(accumulator_dtype(table))
+    o, rows = FactIndex(*index), table.to(accumulator_dtype(table))
 
     def direction(count: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
         times = count.index_select(0, order).to(rows.dtype)
         return bag_sum(rows, o.fact_pair.index_select(0, order), ptr, times)
 
-    out = direction(o.tail_count, o.tail_fact, o.tail_ptr)
-    return out.add_(direction(o.head_count, o.head_fact, o.head_ptr)).to(table.dtype)
+    out = direction(o.tail_count, o.tail_perm, o.tail_ptr)
+    return out.add_(direction(o.head_count, o.head_perm, o.head_ptr)).to(table.dtype)
 
 
 def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
     """dtable_r = sum over the facts e of pair r of n_e grad[tail_e] + m_e grad[head_e]."""
-    o, rows = FactOrders(*index), grad.to(accumulator_dtype(grad)).contiguous()
+    o, rows = FactIndex(*index), grad.to(accumulator_dtype(grad)).contiguous()
 
     def direction(count: Tensor, target: Tensor) -> Tensor:
-        times = count.index_select(0, o.pair_fact).to(rows.dtype)
-        return bag_sum(rows, target.index_select(0, o.pair_fact), o.pair_ptr, times)
+        times = count.index_select(0, o.pair_perm).to(rows.dtype)
+        return bag_sum(rows, target.index_select(0, o.pair_perm), o.pair_ptr, times)
 
     return direction(o.tail_count, o.tail).add_(direction(o.head_count, o.head)).to(grad.dtype)

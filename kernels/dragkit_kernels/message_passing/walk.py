@@ -1,4 +1,4 @@
-"""Triton helpers: weighted sums of table rows over the facts of a row of a FactOrders order.
+"""Triton helpers: weighted sums of table rows over the facts of a row of a FactIndex order.
 
 Every sum runs in float32 and in the order's own sequence, so results do not depend on scheduling.
 
@@ -18,7 +18,7 @@ CHUNK = 64
 _CHUNK = tl.constexpr(CHUNK)
 
 
-class Walk(NamedTuple):
+class Summand(NamedTuple):
     """What is summed: tensors for a launch, the tuple of their pointers in a kernel.
 
     The fact at offset i of an order is f = perm[i]. It adds
@@ -65,9 +65,9 @@ def _row_bounds(offs_n, mask_n, rowptr_ptr):
 
 
 @triton.jit
-def _add_facts(acc, offs, live, offs_c, num_columns, walk):
+def _add_facts(acc, offs, live, offs_c, num_columns, summand):
     """acc_i += what the fact at offs_i adds, in every lane i that is live."""
-    perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr = walk
+    perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr = summand
     fact = offs
     if perm_ptr is not None:
         fact = tl.load(perm_ptr + offs, mask=live, other=0)
@@ -92,24 +92,24 @@ def _add_facts(acc, offs, live, offs_c, num_columns, walk):
 
 
 @triton.jit
-def sum_facts(begin, end, offs_c, num_columns, walk, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+def sum_facts(begin, end, offs_c, num_columns, summand, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C] sum over the offsets begin..end, BLOCK facts side by side."""
     part = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for start in range(begin, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        part = _add_facts(part, offs, offs < end, offs_c, num_columns, walk)
+        part = _add_facts(part, offs, offs < end, offs_c, num_columns, summand)
     return tl.sum(part, 0)
 
 
 @triton.jit
 def sum_row(
-    begin, end, offs_c, num_columns, walk, chunk_ptr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+    begin, end, offs_c, num_columns, summand, chunk_ptr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """[BLOCK_C] sum over the facts of one row. With chunks, that of its whole ones is read."""
     rest = begin
     if chunk_ptr is not None:
         rest = begin + (end - begin) // _CHUNK * _CHUNK
-    total = sum_facts(rest, end, offs_c, num_columns, walk, BLOCK, BLOCK_C)
+    total = sum_facts(rest, end, offs_c, num_columns, summand, BLOCK, BLOCK_C)
     # Two conditions: the first is known when the kernel is compiled.
     if chunk_ptr is not None:  # noqa: SIM102
         if rest > begin:
@@ -120,7 +120,7 @@ def sum_row(
 
 @triton.jit
 def _add_long_rows(
-    acc, begin, size, offs_c, num_columns, walk, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
+    acc, begin, size, offs_c, num_columns, summand, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """acc_i += sum over the offsets begin_i..begin_i+size_i, for the few lanes with facts left.
 
@@ -133,7 +133,7 @@ def _add_long_rows(
             facts = tl.sum(tl.where(lane == i, size, 0), 0)
             if facts > 0:
                 end = first + facts
-                rest = sum_facts(first, end, offs_c, num_columns, walk, BLOCK // 2, BLOCK_C)
+                rest = sum_facts(first, end, offs_c, num_columns, summand, BLOCK // 2, BLOCK_C)
                 acc += tl.where(lane[:, None] == i, rest[None, :], 0.0)
     return acc
 
@@ -146,7 +146,7 @@ def add_rows(
     offs_c,
     num_columns,
     rowptr_ptr,
-    walk,
+    summand,
     CHUNKED: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -158,15 +158,17 @@ def add_rows(
     """
     begin, size = _row_bounds(offs_n, mask_n, rowptr_ptr)
     if CHUNKED:
-        walked = size % _CHUNK
-        begin += size - walked
+        num_stepped = size % _CHUNK
+        begin += size - num_stepped
     else:
-        walked = tl.minimum(size, _CHUNK)
-    for j in range(0, tl.max(walked, 0)):
-        acc = _add_facts(acc, begin + j, j < walked, offs_c, num_columns, walk)
+        num_stepped = tl.minimum(size, _CHUNK)
+    for j in range(0, tl.max(num_stepped, 0)):
+        acc = _add_facts(acc, begin + j, j < num_stepped, offs_c, num_columns, summand)
     if not CHUNKED:
-        rest = size - walked
-        acc = _add_long_rows(acc, begin + _CHUNK, rest, offs_c, num_columns, walk, BLOCK, BLOCK_C)
+        rest = size - num_stepped
+        acc = _add_long_rows(
+            acc, begin + _CHUNK, rest, offs_c, num_columns, summand, BLOCK, BLOCK_C
+        )
     return acc
 
 

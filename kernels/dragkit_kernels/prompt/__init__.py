@@ -80,10 +80,10 @@ def prompt_tokens(
     check_shape(op, "ptr", ptr, (question.shape[0] + 1,))
     check_index(op, source=source, start=start, end=end, slot=slot, question=question, ptr=ptr)
     triton = resolve_backend(op, source, backend) == "triton"
-    found = torch.ops.dragkit.prompt_tokens_fwd(
+    columns = torch.ops.dragkit.prompt_tokens_fwd(
         source, start, end, slot, question, ptr, num_tokens, triton
     )
-    return PromptTokens(*found)
+    return PromptTokens(*columns)
 
 
 def prompt_embeddings(

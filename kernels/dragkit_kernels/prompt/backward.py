@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, spec
+from ..launch import ResourceLimits, spec
 from .forward import EMBEDDING_TILE
 
 
@@ -26,10 +26,10 @@ def _prompt_embeddings_bwd_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     slot = tl.load(slot_ptr + offs_t, mask=offs_t < num_tokens, other=-1)
     mask = (slot >= 0)[:, None] & (offs_c < num_columns)[None, :]
-    at = offs_t[:, None] * num_columns + offs_c[None, :]
-    grad = tl.load(grad_ptr + at, mask=mask, other=0.0)
-    at = slot[:, None].to(tl.int64) * num_columns + offs_c[None, :]
-    tl.store(d_vectors_ptr + at, grad.to(d_vectors_ptr.dtype.element_ty), mask=mask)
+    offs = offs_t[:, None] * num_columns + offs_c[None, :]
+    grad = tl.load(grad_ptr + offs, mask=mask, other=0.0)
+    offs = slot[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+    tl.store(d_vectors_ptr + offs, grad.to(d_vectors_ptr.dtype.element_ty), mask=mask)
 
 
 def prompt_embeddings_bwd(grad: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
@@ -52,7 +52,7 @@ def prompt_embeddings_bwd(grad: Tensor, slot: Tensor, num_slots: int, dtype: tor
 KERNELS = tuple(
     spec(
         _prompt_embeddings_bwd_kernel,
-        Budget(registers=40, shared=2048, wide_loads=1),
+        ResourceLimits(registers=40, shared_bytes=2048, vector_loads=1),
         tile=EMBEDDING_TILE,
         dtype=dtype,
         d_vectors_ptr=vectors,

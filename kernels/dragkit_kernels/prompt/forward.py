@@ -6,23 +6,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, WideTile, spec
+from ..launch import ResourceLimits, Tile, Tile2D, spec
 
 TOKEN_TILE = Tile(128, 4)
 # Few rows, many columns.
-EMBEDDING_TILE = WideTile(rows=4, columns=256, num_warps=4)
+EMBEDDING_TILE = Tile2D(rows=4, columns=256, num_warps=4)
 
 
 @triton.jit
-def _first_above(ends_ptr, size, steps, value):
+def _search_ends(ends_ptr, size, steps, value):
     """The first of `size` ascending numbers that is above the value, or the last of them."""
     low = tl.zeros_like(value)
     high = low + size - 1
     for _ in range(steps):
         middle = (low + high) // 2
-        above = tl.load(ends_ptr + middle) > value
-        low = tl.where(above, low, tl.minimum(middle + 1, high))
-        high = tl.where(above, middle, high)
+        is_above = tl.load(ends_ptr + middle) > value
+        low = tl.where(is_above, low, tl.minimum(middle + 1, high))
+        high = tl.where(is_above, middle, high)
     return low
 
 
@@ -35,7 +35,7 @@ def _prompt_tokens_fwd_kernel(
     end_ptr,
     slot_ptr,
     question_ptr,
-    begin_ptr,
+    rowptr_ptr,
     ids_ptr,
     slots_ptr,
     position_ptr,
@@ -50,19 +50,19 @@ def _prompt_tokens_fwd_kernel(
     """A token finds its prompt among their ends, and its piece among those of the prompt."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
-    sequence = _first_above(begin_ptr + 1, num_prompts, prompt_steps, offs_t)
-    position = offs_t - tl.load(begin_ptr + sequence)
-    first = tl.load(question_ptr + sequence).to(tl.int64) * num_pieces
-    piece = _first_above(end_ptr + first, num_pieces, piece_steps, position)
-    at = first + piece
-    slot = tl.load(slot_ptr + at)
-    within = position - tl.load(end_ptr + at - 1, mask=piece > 0, other=0)
-    filled = slot >= 0
-    structural = filled & (within == 0)
-    address = tl.load(start_ptr + at).to(tl.int64) + within - filled.to(tl.int32)
-    ids = tl.load(source_ptr + address, mask=mask_t & (structural == 0), other=0)
+    sequence = _search_ends(rowptr_ptr + 1, num_prompts, prompt_steps, offs_t)
+    position = offs_t - tl.load(rowptr_ptr + sequence)
+    first_piece = tl.load(question_ptr + sequence).to(tl.int64) * num_pieces
+    piece = _search_ends(end_ptr + first_piece, num_pieces, piece_steps, position)
+    row = first_piece + piece
+    slot = tl.load(slot_ptr + row)
+    piece_offset = position - tl.load(end_ptr + row - 1, mask=piece > 0, other=0)
+    has_vector = slot >= 0
+    is_vector = has_vector & (piece_offset == 0)
+    source_row = tl.load(start_ptr + row).to(tl.int64) + piece_offset - has_vector.to(tl.int32)
+    ids = tl.load(source_ptr + source_row, mask=mask_t & (is_vector == 0), other=0)
     tl.store(ids_ptr + offs_t, ids, mask=mask_t)
-    tl.store(slots_ptr + offs_t, tl.where(structural, slot, -1), mask=mask_t)
+    tl.store(slots_ptr + offs_t, tl.where(is_vector, slot, -1), mask=mask_t)
     tl.store(position_ptr + offs_t, position, mask=mask_t)
     tl.store(sequence_ptr + offs_t, sequence, mask=mask_t)
 
@@ -86,14 +86,14 @@ def _prompt_embeddings_fwd_kernel(
     mask_c = (offs_c < num_columns)[None, :]
     slot = tl.load(slot_ptr + offs_t, mask=mask_t, other=-1)
     ids = tl.load(ids_ptr + offs_t, mask=mask_t, other=0)
-    filled = (slot >= 0)[:, None]
-    at = ids[:, None].to(tl.int64) * num_columns + offs_c[None, :]
-    text = tl.load(table_ptr + at, mask=mask_t[:, None] & mask_c & (filled == 0), other=0.0)
-    at = slot[:, None].to(tl.int64) * num_columns + offs_c[None, :]
-    vector = tl.load(vectors_ptr + at, mask=filled & mask_c, other=0.0)
-    value = tl.where(filled, vector.to(text.dtype), text)
-    at = offs_t[:, None] * num_columns + offs_c[None, :]
-    tl.store(out_ptr + at, value, mask=mask_t[:, None] & mask_c)
+    has_vector = (slot >= 0)[:, None]
+    offs = ids[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+    text = tl.load(table_ptr + offs, mask=mask_t[:, None] & mask_c & (has_vector == 0), other=0.0)
+    offs = slot[:, None].to(tl.int64) * num_columns + offs_c[None, :]
+    vector = tl.load(vectors_ptr + offs, mask=has_vector & mask_c, other=0.0)
+    value = tl.where(has_vector, vector.to(text.dtype), text)
+    offs = offs_t[:, None] * num_columns + offs_c[None, :]
+    tl.store(out_ptr + offs, value, mask=mask_t[:, None] & mask_c)
 
 
 def prompt_tokens_fwd(
@@ -141,11 +141,11 @@ def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Ten
 
 
 KERNELS = (
-    spec(_prompt_tokens_fwd_kernel, Budget(registers=40, shared=0), tile=TOKEN_TILE),
+    spec(_prompt_tokens_fwd_kernel, ResourceLimits(registers=40, shared_bytes=0), tile=TOKEN_TILE),
     *(
         spec(
             _prompt_embeddings_fwd_kernel,
-            Budget(registers=48, shared=4096, wide_loads=2),
+            ResourceLimits(registers=48, shared_bytes=4096, vector_loads=2),
             tile=EMBEDDING_TILE,
             dtype=dtype,
             vectors_ptr=vectors,

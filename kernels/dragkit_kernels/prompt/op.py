@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import HAS_TRITON
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 
 if HAS_TRITON:
     from .backward import prompt_embeddings_bwd
@@ -33,14 +33,14 @@ def _torch_tokens(
     sequence = piece // end.shape[1]
     token = torch.arange(num_tokens, dtype=torch.int32, device=source.device)
     position = token - ptr.index_select(0, sequence)
-    within = position - begin.flatten().index_select(0, piece)
+    piece_offset = position - begin.flatten().index_select(0, piece)
     slot = slot.flatten().index_select(0, piece)
-    structural = (slot >= 0) & (within == 0)
-    address = start.flatten().index_select(0, piece) + within - (slot >= 0).int()
+    is_vector = (slot >= 0) & (piece_offset == 0)
+    source_row = start.flatten().index_select(0, piece) + piece_offset - (slot >= 0).int()
     # A piece that is a vector alone has no text to read.
     padded = torch.cat([source.new_zeros(1), source])
-    ids = padded.index_select(0, (address + 1).masked_fill_(structural, 0))
-    return ids, torch.where(structural, slot, -1), position, sequence.int()
+    ids = padded.index_select(0, (source_row + 1).masked_fill_(is_vector, 0))
+    return ids, torch.where(is_vector, slot, -1), position, sequence.int()
 
 
 def _tokens_fake(source: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -119,4 +119,4 @@ register(
     triton=prompt_embeddings_bwd,
 )
 register_gradient("prompt_embeddings_fwd", _embeddings_backward, _embeddings_setup)
-forbid_gradient("prompt_embeddings_bwd")
+forbid_double_backward("prompt_embeddings_bwd")

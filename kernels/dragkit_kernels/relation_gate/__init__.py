@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
-from ..orders import RowOrder, check_row_order
+from ..orders import GroupedIndex, check_grouped_index
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import relation_gate_ref
 
@@ -20,8 +20,8 @@ def relation_gate(
     pair_relation: Tensor,
     pair_graph: Tensor,
     *,
-    relation_order: RowOrder | None = None,
-    graph_order: RowOrder | None = None,
+    pairs_by_relation: GroupedIndex | None = None,
+    pairs_by_graph: GroupedIndex | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """c[d, r, k] = relu(u[d, relation_r] * i[graph_r, k]), for both directions d (ReaRev).
@@ -34,9 +34,10 @@ def relation_gate(
         relation: float [2, R, C] projected relation vectors u, forward and inverse.
         instruction: float [B, I, C], I at least 1, with the dtype of `relation`.
         pair_relation, pair_graph: int32 [P] relation and graph of every pair.
-        relation_order, graph_order: `row_order(pair_relation, R)` and `row_order(pair_graph, B)`,
-            for callers with several gates over the same pairs. Give both or neither. Only the
-            kernels' backward reads them, and it sorts the pairs itself without them.
+        pairs_by_relation, pairs_by_graph: `grouped_index(pair_relation, R)` and
+            `grouped_index(pair_graph, B)`, for callers with several gates over the same pairs.
+            Give both or neither. Only the kernels' backward reads them. It sorts the pairs itself
+            without them.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -58,15 +59,15 @@ def relation_gate(
             f"{op}: at least one instruction of {relation.dtype} is needed, got "
             f"{instruction.shape[1]} of {instruction.dtype}"
         )
-    orders: list[Tensor] = []
-    if relation_order is not None and graph_order is not None:
+    grouped: list[Tensor] = []
+    if pairs_by_relation is not None and pairs_by_graph is not None:
         pairs = pair_relation.shape[0]
-        check_row_order(op, "relation_order", relation_order, pairs, relation.shape[1])
-        check_row_order(op, "graph_order", graph_order, pairs, instruction.shape[0])
-        orders = [*relation_order, *graph_order]
-    elif relation_order is not None or graph_order is not None:
-        raise ValueError(f"{op}: give both relation_order and graph_order, or neither")
+        check_grouped_index(op, "pairs_by_relation", pairs_by_relation, pairs, relation.shape[1])
+        check_grouped_index(op, "pairs_by_graph", pairs_by_graph, pairs, instruction.shape[0])
+        grouped = [*pairs_by_relation, *pairs_by_graph]
+    elif pairs_by_relation is not None or pairs_by_graph is not None:
+        raise ValueError(f"{op}: give both pairs_by_relation and pairs_by_graph, or neither")
     triton = resolve_backend(op, relation, backend) == "triton"
     return torch.ops.dragkit.relation_gate_fwd(
-        relation, instruction, pair_relation, pair_graph, orders, triton
+        relation, instruction, pair_relation, pair_graph, grouped, triton
     )

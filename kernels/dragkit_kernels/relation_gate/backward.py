@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget, spec
+from ..launch import ROW_TILE, ResourceLimits, spec
 from ..library import empty_gradients
-from ..orders import row_order
+from ..orders import grouped_index
 from .forward import product_gate
 
 
@@ -22,8 +22,8 @@ def _relation_gate_bwd_relation_kernel(
     relation_ptr,
     instruction_ptr,
     pair_graph_ptr,
-    place_ptr,
-    begin_ptr,
+    perm_ptr,
+    rowptr_ptr,
     d_relation_ptr,
     num_pairs,
     num_relations,
@@ -39,13 +39,13 @@ def _relation_gate_bwd_relation_kernel(
     mask_c = offs_c < num_columns
     row_at = (pid_d * num_relations + pid_r) * num_columns + offs_c
     u = tl.load(relation_ptr + row_at, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    end = tl.load(begin_ptr + pid_r + 1)
+    end = tl.load(rowptr_ptr + pid_r + 1)
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(tl.load(begin_ptr + pid_r), end, BLOCK_P):
-        slot = start + tl.arange(0, BLOCK_P)
-        pair = tl.load(place_ptr + slot, mask=slot < end, other=0).to(tl.int64)
-        graph = tl.load(pair_graph_ptr + pair, mask=slot < end, other=0).to(tl.int64)
-        mask = (slot < end)[:, None] & mask_c[None, :]
+    for start in range(tl.load(rowptr_ptr + pid_r), end, BLOCK_P):
+        offs = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(perm_ptr + offs, mask=offs < end, other=0).to(tl.int64)
+        graph = tl.load(pair_graph_ptr + pair, mask=offs < end, other=0).to(tl.int64)
+        mask = (offs < end)[:, None] & mask_c[None, :]
         for k in range(0, num_instructions):
             at = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
             gate = tl.load(instruction_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -63,8 +63,8 @@ def _relation_gate_bwd_instruction_kernel(
     relation_ptr,
     instruction_ptr,
     pair_relation_ptr,
-    place_ptr,
-    begin_ptr,
+    perm_ptr,
+    rowptr_ptr,
     d_instruction_ptr,
     num_pairs,
     num_relations,
@@ -80,13 +80,13 @@ def _relation_gate_bwd_instruction_kernel(
     mask_c = offs_c < num_columns
     row_at = pid_i * num_columns + offs_c
     gate = tl.load(instruction_ptr + row_at, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    end = tl.load(begin_ptr + graph + 1)
+    end = tl.load(rowptr_ptr + graph + 1)
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for start in range(tl.load(begin_ptr + graph), end, BLOCK_P):
-        slot = start + tl.arange(0, BLOCK_P)
-        pair = tl.load(place_ptr + slot, mask=slot < end, other=0).to(tl.int64)
-        relation = tl.load(pair_relation_ptr + pair, mask=slot < end, other=0).to(tl.int64)
-        mask = (slot < end)[:, None] & mask_c[None, :]
+    for start in range(tl.load(rowptr_ptr + graph), end, BLOCK_P):
+        offs = start + tl.arange(0, BLOCK_P)
+        pair = tl.load(perm_ptr + offs, mask=offs < end, other=0).to(tl.int64)
+        relation = tl.load(pair_relation_ptr + pair, mask=offs < end, other=0).to(tl.int64)
+        mask = (offs < end)[:, None] & mask_c[None, :]
         for d in tl.static_range(2):
             at = (relation + d * num_relations)[:, None] * num_columns + offs_c[None, :]
             u = tl.load(relation_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -105,7 +105,7 @@ def relation_gate_bwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    orders: list[Tensor],
+    grouped: list[Tensor],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """Launches the sums that output_mask asks for; see `dragkit::relation_gate_bwd`."""
@@ -116,13 +116,16 @@ def relation_gate_bwd(
     sizes = (num_pairs, num_relations, num_instructions, num_columns)
     constants = {"BLOCK_P": ROW_TILE.rows, "BLOCK_C": ROW_TILE.columns, **ROW_TILE.options}
     blocks = triton.cdiv(num_columns, ROW_TILE.columns)
-    if not orders:
-        orders = [*row_order(pair_relation, num_relations), *row_order(pair_graph, num_graphs)]
-    orders = [x.contiguous() for x in orders]
+    if not grouped:
+        grouped = [
+            *grouped_index(pair_relation, num_relations),
+            *grouped_index(pair_graph, num_graphs),
+        ]
+    grouped = [x.contiguous() for x in grouped]
     if d_relation.numel() > 0:
         _relation_gate_bwd_relation_kernel[(num_relations, blocks, 2)](
             *(grad, relation, instruction, pair_graph.contiguous()),
-            *orders[:2],
+            *grouped[:2],
             d_relation,
             *sizes,
             **constants,
@@ -130,7 +133,7 @@ def relation_gate_bwd(
     if d_instruction.numel() > 0:
         _relation_gate_bwd_instruction_kernel[(num_graphs * num_instructions, blocks)](
             *(grad, relation, instruction, pair_relation.contiguous()),
-            *orders[2:],
+            *grouped[2:],
             d_instruction,
             *sizes,
             **constants,
@@ -139,7 +142,12 @@ def relation_gate_bwd(
 
 
 KERNELS = tuple(
-    spec(kernel, Budget(registers=80, shared=8192, wide_loads=2), tile=ROW_TILE, dtype=dtype)
+    spec(
+        kernel,
+        ResourceLimits(registers=80, shared_bytes=8192, vector_loads=2),
+        tile=ROW_TILE,
+        dtype=dtype,
+    )
     for kernel in (_relation_gate_bwd_relation_kernel, _relation_gate_bwd_instruction_kernel)
     for dtype in ("*bf16", "*fp32")
 )

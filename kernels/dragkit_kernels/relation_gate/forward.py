@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget, spec
+from ..launch import ROW_TILE, ResourceLimits, spec
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def relation_gate_fwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    orders: list[Tensor],
+    grouped: list[Tensor],
 ) -> Tensor:
     """Launches the products; see `dragkit::relation_gate_fwd`."""
     num_pairs, num_columns = pair_relation.shape[0], relation.shape[2]
@@ -81,7 +81,7 @@ def relation_gate_fwd(
 KERNELS = tuple(
     spec(
         _relation_gate_fwd_kernel,
-        Budget(registers=80, shared=8192, wide_loads=3),
+        ResourceLimits(registers=80, shared_bytes=8192, vector_loads=3),
         tile=ROW_TILE,
         dtype=dtype,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
-from ..library import empty_gradients, forbid_gradient, register, register_gradient
+from ..library import empty_gradients, forbid_double_backward, register, register_gradient
 
 if HAS_TRITON:
     from .backward import relation_gate_bwd
@@ -21,7 +21,7 @@ else:
 
 # The orders are relation_place, relation_ptr, graph_place and graph_ptr, or nothing.
 _INPUTS = (
-    "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, Tensor[] orders"
+    "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, Tensor[] grouped"
 )
 
 
@@ -30,7 +30,7 @@ def _torch_fwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    orders: list[Tensor],
+    grouped: list[Tensor],
 ) -> Tensor:
     """See relation_gate. The orders serve the kernels' backward alone."""
     u = relation.index_select(1, pair_relation).unsqueeze(2)
@@ -44,7 +44,7 @@ def _torch_bwd(
     instruction: Tensor,
     pair_relation: Tensor,
     pair_graph: Tensor,
-    orders: list[Tensor],
+    grouped: list[Tensor],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
     """du[d, r] = sum_k delta[d, :, k] i[:, k] over the pairs of r, di[g, k] = sum_d delta u."""
@@ -81,14 +81,14 @@ def _relation_gate_bwd_fake(
 
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    *tensors, orders, ctx.triton = inputs
-    ctx.save_for_backward(None if ctx.triton else output, *tensors, *orders)
+    *tensors, grouped, ctx.triton = inputs
+    ctx.save_for_backward(None if ctx.triton else output, *tensors, *grouped)
 
 
 def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
     mask = list(ctx.needs_input_grad[:2])
-    out, relation, instruction, pair_relation, pair_graph, *orders = ctx.saved_tensors
-    inputs = (relation, instruction, pair_relation, pair_graph, orders)
+    out, relation, instruction, pair_relation, pair_graph, *grouped = ctx.saved_tensors
+    inputs = (relation, instruction, pair_relation, pair_graph, grouped)
     return torch.ops.dragkit.relation_gate_bwd(grad, out, *inputs, mask, ctx.triton)
 
 
@@ -106,4 +106,4 @@ register(
     triton=relation_gate_bwd,
 )
 register_gradient("relation_gate_fwd", _backward, _setup)
-forbid_gradient("relation_gate_bwd")
+forbid_double_backward("relation_gate_bwd")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape
-from ..orders import FactGroups, FactOrders, RowOrder, check_row_order
+from ..orders import FactGroups, FactIndex, GroupedIndex, check_grouped_index
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import gather_rows_ref, segment_sum_ref
 
@@ -21,15 +21,15 @@ __all__ = [
 
 
 def gather_rows(
-    table: Tensor, rows: Tensor, *, order: RowOrder | None = None, backend: str = "auto"
+    table: Tensor, rows: Tensor, *, by_row: GroupedIndex | None = None, backend: str = "auto"
 ) -> Tensor:
     """out_i = table[rows_i]; backward: dtable_r = sum of grad_i over the places i of row r.
 
     Args:
         table: float [R, C].
         rows: int32 [P], in any sequence.
-        order: `row_order(rows, R)`, for callers with several gathers of the same rows. Only the
-            kernels' backward reads it, and makes it if None.
+        by_row: `grouped_index(rows, R)`, for callers with several gathers of the same rows. Only
+            the kernels' backward reads it, and makes it if None.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -44,10 +44,10 @@ def gather_rows(
     check_shape(op, "rows", rows, (None,))
     check_float(op, table=table)
     check_index(op, rows=rows)
-    if order is not None:
-        check_row_order(op, "order", order, rows.shape[0], table.shape[0])
+    if by_row is not None:
+        check_grouped_index(op, "by_row", by_row, rows.shape[0], table.shape[0])
     triton = resolve_backend(op, table, backend) == "triton"
-    return torch.ops.dragkit.gather_rows_fwd(table, rows, list(order or ()), triton)
+    return torch.ops.dragkit.gather_rows_fwd(table, rows, list(by_row or ()), triton)
 
 
 def segment_sum(
@@ -82,7 +82,7 @@ def fact_rows(
     relation: Tensor,
     index: Tensor,
     *,
-    orders: FactOrders,
+    fact_index: FactIndex,
     groups: FactGroups | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -93,7 +93,7 @@ def fact_rows(
     Args:
         node: float [N, C]; relation: float [P, D] with the dtype of `node`.
         index: int32 [...] facts, -1 for an empty place. A fact may be at several places.
-        orders: Q facts; groups: the E facts that these stand for; None if each is its own.
+        fact_index: Q facts; groups: the E facts that these stand for; None if each is its own.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -104,8 +104,8 @@ def fact_rows(
         RuntimeError: Triton was asked for where it cannot run.
     """
     op = "fact_rows"
-    check_shape(op, "node", node, (orders.num_nodes, None))
-    check_shape(op, "relation", relation, (orders.num_pairs, None))
+    check_shape(op, "node", node, (fact_index.num_nodes, None))
+    check_shape(op, "relation", relation, (fact_index.num_pairs, None))
     check_float(op, node=node, relation=relation)
     if relation.dtype != node.dtype:
         raise ValueError(
@@ -113,16 +113,16 @@ def fact_rows(
             f"dtype, got {node.dtype} and {relation.dtype}"
         )
     check_index(op, index=index)
-    if (orders.head if groups is None else groups.row).shape[0] == 0:  # every place is empty
+    if (fact_index.head if groups is None else groups.row).shape[0] == 0:  # every place is empty
         return node.new_zeros(*index.shape, 2 * node.shape[1] + relation.shape[1])
     place = index.flatten()
     row = place.clamp(min=0)
     if groups is not None:
         row = groups.row.index_select(0, row)
     # One gather for both ends, so that one sum orders all that a node receives: heads, then tails.
-    ends = torch.cat([orders.head.index_select(0, row), orders.tail.index_select(0, row)])
+    ends = torch.cat([fact_index.head.index_select(0, row), fact_index.tail.index_select(0, row)])
     head, tail = gather_rows(node, ends, backend=backend).chunk(2)
-    pair = gather_rows(relation, orders.fact_pair.index_select(0, row), backend=backend)
+    pair = gather_rows(relation, fact_index.fact_pair.index_select(0, row), backend=backend)
     out = torch.cat([head, pair, tail], 1)
     # Fact 0 stands in at an empty place. The selection keeps its NaN out, and any gradient.
     out = out.masked_fill((place < 0).unsqueeze(1), 0.0)

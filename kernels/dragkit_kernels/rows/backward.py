@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..orders import row_order
+from ..orders import grouped_index
 from .forward import sum_rows
 
 
-def gather_rows_bwd(grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int) -> Tensor:
+def gather_rows_bwd(grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int) -> Tensor:
     """Launches the ordered sum; see `dragkit::gather_rows_bwd`."""
-    return sum_rows(grad, *(order or row_order(rows, num_rows)))
+    return sum_rows(grad, *(by_row or grouped_index(rows, num_rows)))

@@ -6,15 +6,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import ROW_TILE, Budget, spec
+from ..launch import ROW_TILE, ResourceLimits, spec
 from ..segments import segment_ptr
 
 
 @triton.jit
 def _segment_sum_fwd_kernel(
     value_ptr,
-    place_ptr,
-    begin_ptr,
+    perm_ptr,
+    rowptr_ptr,
     out_ptr,
     num_columns,
     BLOCK_E: tl.constexpr,
@@ -24,13 +24,13 @@ def _segment_sum_fwd_kernel(
     pid_v = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
-    end = tl.load(begin_ptr + pid_v + 1)
+    end = tl.load(rowptr_ptr + pid_v + 1)
     acc = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
-    for start in range(tl.load(begin_ptr + pid_v), end, BLOCK_E):
+    for start in range(tl.load(rowptr_ptr + pid_v), end, BLOCK_E):
         offs_e = start + tl.arange(0, BLOCK_E)
         row = offs_e
-        if place_ptr is not None:
-            row = tl.load(place_ptr + offs_e, mask=offs_e < end, other=0)
+        if perm_ptr is not None:
+            row = tl.load(perm_ptr + offs_e, mask=offs_e < end, other=0)
         at = row.to(tl.int64)[:, None] * num_columns + offs_c[None, :]
         mask = (offs_e < end)[:, None] & mask_c[None, :]
         acc += tl.load(value_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -38,7 +38,7 @@ def _segment_sum_fwd_kernel(
     tl.store(out_ptr + pid_v * num_columns + offs_c, total, mask=mask_c)
 
 
-def sum_rows(value: Tensor, place: Tensor | None, ptr: Tensor) -> Tensor:
+def sum_rows(value: Tensor, perm: Tensor | None, ptr: Tensor) -> Tensor:
     """Launches the sum of the rows of a matrix: [V, C]."""
     num_rows, num_columns = ptr.shape[0] - 1, value.shape[1]
     out = value.new_empty(num_rows, num_columns)
@@ -46,7 +46,7 @@ def sum_rows(value: Tensor, place: Tensor | None, ptr: Tensor) -> Tensor:
         return out
     _segment_sum_fwd_kernel[ROW_TILE.grid(num_rows * ROW_TILE.rows, num_columns)](
         value.contiguous(),
-        None if place is None else place.contiguous(),
+        None if perm is None else perm.contiguous(),
         ptr.contiguous(),
         out,
         num_columns,
@@ -65,11 +65,11 @@ def segment_sum_fwd(value: Tensor, segment: Tensor, num_segments: int) -> Tensor
 KERNELS = tuple(
     spec(
         _segment_sum_fwd_kernel,
-        Budget(registers=64, shared=8192, wide_loads=2),
+        ResourceLimits(registers=64, shared_bytes=8192, vector_loads=2),
         tile=ROW_TILE,
         dtype=dtype,
-        place_ptr=place,
+        perm_ptr=perm,
     )
     for dtype in ("*bf16", "*fp32")
-    for place in ("*i32", None)
+    for perm in ("*i32", None)
 )

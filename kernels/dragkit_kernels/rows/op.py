@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 
 if HAS_TRITON:
     from .backward import gather_rows_bwd
@@ -28,12 +28,12 @@ def _sum_at(value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     return out.index_add_(0, rows.long(), value.to(dtype)).to(value.dtype)
 
 
-def _gather_fwd(table: Tensor, rows: Tensor, order: list[Tensor]) -> Tensor:
+def _gather_fwd(table: Tensor, rows: Tensor, by_row: list[Tensor]) -> Tensor:
     """out_i = table[rows_i], on any device: PyTorch's gather is enough."""
     return table.index_select(0, rows)
 
 
-def _torch_gather_bwd(grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int) -> Tensor:
+def _torch_gather_bwd(grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int) -> Tensor:
     """dtable_r = sum of grad_i over rows_i = r."""
     return _sum_at(grad, rows, num_rows)
 
@@ -43,20 +43,20 @@ def _gather_fake(table: Tensor, rows: Tensor, *rest: object) -> Tensor:
 
 
 def _gather_bwd_fake(
-    grad: Tensor, rows: Tensor, order: list[Tensor], num_rows: int, triton: bool
+    grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int, triton: bool
 ) -> Tensor:
     return grad.new_empty(num_rows, grad.shape[1])
 
 
 def _gather_setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
-    table, rows, order, ctx.triton = inputs
+    table, rows, by_row, ctx.triton = inputs
     ctx.num_rows = table.shape[0]
-    ctx.save_for_backward(rows, *order)
+    ctx.save_for_backward(rows, *by_row)
 
 
 def _gather_backward(ctx: object, grad: Tensor) -> Tensor:
-    rows, *order = ctx.saved_tensors
-    return torch.ops.dragkit.gather_rows_bwd(grad, rows, order, ctx.num_rows, ctx.triton)
+    rows, *by_row = ctx.saved_tensors
+    return torch.ops.dragkit.gather_rows_bwd(grad, rows, by_row, ctx.num_rows, ctx.triton)
 
 
 def _segment_sum_bwd(grad: Tensor, segment: Tensor) -> Tensor:
@@ -81,13 +81,13 @@ def _segment_sum_backward(ctx: object, grad: Tensor) -> Tensor:
 
 
 register(
-    "gather_rows_fwd(Tensor table, Tensor rows, Tensor[] order, bool triton) -> Tensor",
+    "gather_rows_fwd(Tensor table, Tensor rows, Tensor[] by_row, bool triton) -> Tensor",
     _gather_fwd,
     _gather_fake,
     triton=_gather_fwd if HAS_TRITON else None,
 )
 register(
-    "gather_rows_bwd(Tensor grad, Tensor rows, Tensor[] order, SymInt num_rows, bool triton)"
+    "gather_rows_bwd(Tensor grad, Tensor rows, Tensor[] by_row, SymInt num_rows, bool triton)"
     " -> Tensor",
     _torch_gather_bwd,
     _gather_bwd_fake,
@@ -106,5 +106,5 @@ register(
 )
 register_gradient("gather_rows_fwd", _gather_backward, _gather_setup)
 register_gradient("segment_sum_fwd", _segment_sum_backward, _segment_sum_setup)
-forbid_gradient("gather_rows_bwd")
-forbid_gradient("segment_sum_bwd")
+forbid_double_backward("gather_rows_bwd")
+forbid_double_backward("segment_sum_bwd")

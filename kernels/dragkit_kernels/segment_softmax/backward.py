@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, spec
+from ..launch import ResourceLimits, spec
 from .forward import TILE, graph_rows
 
 
@@ -14,7 +14,7 @@ from .forward import TILE, graph_rows
 def _segment_softmax_bwd_kernel(
     grad_ptr,
     p_ptr,
-    ptr_ptr,
+    rowptr_ptr,
     count_ptr,
     d_score_ptr,
     num_graphs,
@@ -22,22 +22,22 @@ def _segment_softmax_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """ds_v = p_v (dp_v - n_v sum_u p_u dp_u), the sum over v's graph; 0 after the last graph."""
-    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
+    begin, graph_end, end = graph_rows(rowptr_ptr, num_graphs, num_rows)
     part = tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, graph_end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = offs_n < graph_end
-        p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
-        part = tl.fma(p, tl.load(grad_ptr + offs_n, mask=live, other=0.0), part)
+        mask_n = offs_n < graph_end
+        p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0)
+        part = tl.fma(p, tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0), part)
     total = tl.sum(part, 0)
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = offs_n < graph_end
-        p = tl.load(p_ptr + offs_n, mask=live, other=0.0)
+        mask_n = offs_n < graph_end
+        p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0)
         share = total + tl.zeros((BLOCK,), tl.float32)
         if count_ptr is not None:
-            share *= tl.load(count_ptr + offs_n, mask=live, other=0).to(tl.float32)
-        d_score = p * (tl.load(grad_ptr + offs_n, mask=live, other=0.0) - share)
+            share *= tl.load(count_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+        d_score = p * (tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0) - share)
         tl.store(d_score_ptr + offs_n, d_score, mask=offs_n < end)
 
 
@@ -62,7 +62,7 @@ def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | No
 KERNELS = tuple(
     spec(
         _segment_softmax_bwd_kernel,
-        Budget(registers=64, shared=512),
+        ResourceLimits(registers=64, shared_bytes=512),
         tile=TILE,
         count_ptr=count,
     )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
+from ..launch import ResourceLimits, Tile, spec
 
 # Rows of a graph at a time.
 TILE = Tile(1024, 4)
@@ -15,25 +15,25 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
-def graph_rows(ptr_ptr, num_graphs, num_rows):
+def graph_rows(rowptr_ptr, num_graphs, num_rows):
     """(first row, end of the graph, end of its rows): a graph's rows end with it, and program
     `num_graphs` has no graph but the rows after the last one."""
     pid_g = tl.program_id(0)
-    begin = tl.load(ptr_ptr + pid_g)
-    graph_end = tl.load(ptr_ptr + tl.minimum(pid_g + 1, num_graphs))
+    begin = tl.load(rowptr_ptr + pid_g)
+    graph_end = tl.load(rowptr_ptr + tl.minimum(pid_g + 1, num_graphs))
     return begin, graph_end, tl.where(pid_g < num_graphs, graph_end, num_rows)
 
 
 @triton.jit
-def _load_scores(score_ptr, offs_n, live):
+def _load_scores(score_ptr, offs_n, mask_n):
     """Scores in float32, -inf where a row takes no part."""
-    return tl.load(score_ptr + offs_n, mask=live, other=float("-inf")).to(tl.float32)
+    return tl.load(score_ptr + offs_n, mask=mask_n, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["num_graphs", "num_rows"])
 def _segment_softmax_fwd_kernel(
     score_ptr,
-    ptr_ptr,
+    rowptr_ptr,
     count_ptr,
     p_ptr,
     num_graphs,
@@ -44,17 +44,17 @@ def _segment_softmax_fwd_kernel(
 
     The first walk keeps a running maximum and the sum of exponentials relative to it.
     """
-    begin, graph_end, end = graph_rows(ptr_ptr, num_graphs, num_rows)
+    begin, graph_end, end = graph_rows(rowptr_ptr, num_graphs, num_rows)
     top = LOWEST + tl.full((), 0.0, tl.float32)
     total = tl.full((), 0.0, tl.float32)
     for start in range(begin, graph_end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
-        live = offs_n < graph_end
-        score = _load_scores(score_ptr, offs_n, live)
+        mask_n = offs_n < graph_end
+        score = _load_scores(score_ptr, offs_n, mask_n)
         new_top = tl.maximum(top, tl.max(score, 0))
         weight = tl.exp(score - new_top)
         if count_ptr is not None:
-            weight *= tl.load(count_ptr + offs_n, mask=live, other=0).to(tl.float32)
+            weight *= tl.load(count_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
         total = tl.fma(total, tl.exp(top - new_top), tl.sum(weight, 0))
         top = new_top
     # Every weight is zero if all scores are -inf.
@@ -85,7 +85,7 @@ def segment_softmax_fwd(score: Tensor, ptr: Tensor, count: Tensor | None) -> Ten
 KERNELS = tuple(
     spec(
         _segment_softmax_fwd_kernel,
-        Budget(registers=64, shared=512),
+        ResourceLimits(registers=64, shared_bytes=512),
         tile=TILE,
         score_ptr=score,
         count_ptr=count,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..backend import HAS_TRITON
-from ..library import forbid_gradient, register, register_gradient
+from ..library import forbid_double_backward, register, register_gradient
 from ..segments import segment_ids
 from .reference import segment_softmax_ref
 
@@ -59,4 +59,4 @@ register(
     triton=segment_softmax_bwd,
 )
 register_gradient("segment_softmax_fwd", _backward, _setup)
-forbid_gradient("segment_softmax_bwd")
+forbid_double_backward("segment_softmax_bwd")

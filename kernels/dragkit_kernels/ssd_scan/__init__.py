@@ -71,7 +71,7 @@ def ssd_state(
     A: Tensor,
     B: Tensor,
     seq_pos: Tensor,
-    last: Tensor,
+    last_row: Tensor,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -94,14 +94,14 @@ def ssd_state(
     """
     op = "ssd_state"
     _check(op, x, dt, A, B, seq_pos)
-    check_shape(op, "last", last, (None,))
-    if last.dtype != torch.int64:
-        raise ValueError(f"{op}: last must be int64, got {last.dtype}")
+    check_shape(op, "last_row", last_row, (None,))
+    if last_row.dtype != torch.int64:
+        raise ValueError(f"{op}: last_row must be int64, got {last_row.dtype}")
     inputs = (x, dt, A, B)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         raise ValueError(f"{op}: has no gradient; call it under torch.no_grad()")
     triton = resolve_backend(op, widest(*inputs), backend) == "triton"
-    return torch.ops.dragkit.ssd_state_fwd(*inputs, seq_pos, last, triton)
+    return torch.ops.dragkit.ssd_state_fwd(*inputs, seq_pos, last_row, triton)
 
 
 def _check(op: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor) -> None:

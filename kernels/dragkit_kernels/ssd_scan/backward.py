@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..launch import row_strided, spec
 from ..library import empty_gradients
-from .backward_maps import _ssd_scan_bwd_maps_kernel
-from .backward_steps import DOT_BLOCK, _ssd_scan_bwd_steps_kernel
+from .backward_bc import _ssd_scan_bwd_bc_kernel
+from .backward_dt import DOT_BLOCK, _ssd_scan_bwd_dt_kernel
 from .decays import (
     causal_mask,
     chunk_rows,
@@ -24,11 +24,11 @@ from .decays import (
     product,
     scores,
 )
-from .states import Scan, chunk_states
-from .tiles import GRADIENT_BUDGETS, TILES, scan_tile
+from .states import ScanInputs, chunk_states
+from .tiles import GRADIENT_LIMITS, TILES, scan_tile
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_bwd_x_kernel(
     grad_ptr,
     x_ptr,
@@ -45,9 +45,9 @@ def _ssd_scan_bwd_x_kernel(
     d_D_ptr,
     num_rows,
     num_heads,
-    heads,
-    num_width,
-    num_states,
+    heads_per_group,
+    head_dim,
+    state_dim,
     stride_grad,
     stride_x,
     stride_B,
@@ -55,63 +55,65 @@ def _ssd_scan_bwd_x_kernel(
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOW: tl.constexpr,
+    LOW_PREC: tl.constexpr,
 ):
     """Gradient of x for the rows of a chunk and a head: dt_j v_j + (D + dt_j own_j) dy_j, where
     v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j and
     own_j = C_j . B_j. Also dot_j = x_j . v_j, and the sums over the rows of x_j . dy_j
     and of dt_j times the second part of dot_j."""
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    first, offs_q, live, seq_pos, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    kind = x_ptr.dtype.element_ty
-    B_ptr += first * stride_B + pid_h // heads * num_states
-    C_ptr += first * stride_C + pid_h // heads * num_states
-    d_state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
-    at_log = pid_h.to(tl.int64) * num_rows + first + offs_q
-    log = tl.load(log_ptr + at_log, mask=live, other=0.0)
-    dt_ptr += first * num_heads + pid_h
-    dt = tl.load(dt_ptr + offs_q * num_heads, mask=live, other=0.0)
-    score, own = scores(
-        B_ptr, C_ptr, log, offs_q, live, seq_pos, num_states, stride_B, stride_C,
-        kind, Q, BLOCK_N, LOW,
+    chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    dot_dtype = x_ptr.dtype.element_ty
+    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
+    C_ptr += chunk_start * stride_C + pid_h // heads_per_group * state_dim
+    d_state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
+    offs_log = pid_h.to(tl.int64) * num_rows + chunk_start + offs_q
+    log = tl.load(log_ptr + offs_log, mask=mask_q, other=0.0)
+    dt_ptr += chunk_start * num_heads + pid_h
+    dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
+    score, diagonal = scores(
+        B_ptr, C_ptr, log, offs_q, mask_q, seq_pos, state_dim, stride_B, stride_C,
+        dot_dtype, Q, BLOCK_N, LOW_PREC,
     )  # fmt: skip
-    feeds = live & (Q - 1 - offs_q <= last)
-    whole = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
-    to_end = tl.exp2(tl.where(feeds, whole - log, 0.0))
-    by_grad = tl.load(D_ptr + pid_h).to(tl.float32) + dt * own
+    reaches_end = mask_q & (Q - 1 - offs_q <= last_pos)
+    log_end = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
+    decay_to_end = tl.exp2(tl.where(reaches_end, log_end - log, 0.0))
+    grad_scale = tl.load(D_ptr + pid_h).to(tl.float32) + dt * diagonal
     dot = tl.zeros((Q,), tl.float32)
-    state_dot, x_grad = dot, dot
-    grad_ptr += first * stride_grad + pid_h * num_width
-    x_ptr += first * stride_x + pid_h * num_width
-    for begin in tl.range(0, num_width, BLOCK_P, num_stages=1):
-        offs_p = begin + tl.arange(0, BLOCK_P)
-        value = tl.zeros((Q, BLOCK_P), tl.float32)
-        for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
-            offs_n = start + tl.arange(0, BLOCK_N)
-            B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
-            d_state = load_state(d_state_ptr, offs_p, num_width, offs_n, num_states)
-            value = product(B, tl.trans(d_state), value, LOW, kind)
-        value = tl.where(feeds[:, None], value * to_end[:, None], 0.0)
-        x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
-        state_dot += tl.sum(value * x, 1)
-        grad = load_rows(grad_ptr, offs_q, live, stride_grad, offs_p, num_width)
-        x_grad += tl.sum(grad * x, 1)
+    state_dot, x_dot_grad = dot, dot
+    grad_ptr += chunk_start * stride_grad + pid_h * head_dim
+    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    for start_p in tl.range(0, head_dim, BLOCK_P, num_stages=1):
+        offs_p = start_p + tl.arange(0, BLOCK_P)
+        d_x_dt = tl.zeros((Q, BLOCK_P), tl.float32)
+        for start_n in tl.range(0, state_dim, BLOCK_N, num_stages=1):
+            offs_n = start_n + tl.arange(0, BLOCK_N)
+            B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
+            d_state = load_state(d_state_ptr, offs_p, head_dim, offs_n, state_dim)
+            d_x_dt = product(B, tl.trans(d_state), d_x_dt, LOW_PREC, dot_dtype)
+        d_x_dt = tl.where(reaches_end[:, None], d_x_dt * decay_to_end[:, None], 0.0)
+        x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
+        state_dot += tl.sum(d_x_dt * x, 1)
+        grad = load_rows(grad_ptr, offs_q, mask_q, stride_grad, offs_p, head_dim)
+        x_dot_grad += tl.sum(grad * x, 1)
         # Rows that are not finite act on those they see by a sum, not in the products.
-        spoiled = tl.where(causal_mask(offs_q, seq_pos), nonfinite(grad)[:, None], 0.0)
-        value += tl.sum(spoiled, 0)[:, None]
-        value = product(tl.trans(score), finite(grad), value, LOW, kind)
-        dot += tl.sum(value * x, 1)
+        nan_pairs = tl.where(causal_mask(offs_q, seq_pos), nonfinite(grad)[:, None], 0.0)
+        d_x_dt += tl.sum(nan_pairs, 0)[:, None]
+        d_x_dt = product(tl.trans(score), finite(grad), d_x_dt, LOW_PREC, dot_dtype)
+        dot += tl.sum(d_x_dt * x, 1)
         if d_x_ptr is not None:
-            d_x = value * dt[:, None] + grad * by_grad[:, None]
-            at = (first * num_heads + pid_h) * num_width
-            at += offs_q[:, None] * (num_heads * num_width) + offs_p[None, :]
-            mask = live[:, None] & (offs_p < num_width)[None, :]
-            tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
+            d_x = d_x_dt * dt[:, None] + grad * grad_scale[:, None]
+            offs = (chunk_start * num_heads + pid_h) * head_dim
+            offs += offs_q[:, None] * (num_heads * head_dim) + offs_p[None, :]
+            mask = mask_q[:, None] & (offs_p < head_dim)[None, :]
+            tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)
     if dot_ptr is not None:
-        tl.store(dot_ptr + at_log, dot, mask=live)
-        tl.store(state_dot_ptr + tl.program_id(0), tl.sum(tl.where(feeds, state_dot * dt, 0.0), 0))
+        tl.store(dot_ptr + offs_log, dot, mask=mask_q)
+        tl.store(
+            state_dot_ptr + tl.program_id(0), tl.sum(tl.where(reaches_end, state_dot * dt, 0.0), 0)
+        )
     if d_D_ptr is not None:
-        tl.store(d_D_ptr + tl.program_id(0), tl.sum(x_grad, 0))
+        tl.store(d_D_ptr + tl.program_id(0), tl.sum(x_dot_grad, 0))
 
 
 def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
@@ -124,20 +126,20 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
         t if wanted else None for t, wanted in zip(out, output_mask, strict=True)
     )
     grad, C = row_strided(grad), row_strided(C)
-    scan = Scan.of(x, dt, A, B, seq_pos, scan_tile(grad, x, B, C))
+    scan = ScanInputs.prepare(x, dt, A, B, seq_pos, scan_tile(grad, x, B, C))
     tile, x, B = scan.tile, scan.x, scan.B
-    to_step = d_dt is not None or d_A is not None
-    to_x = d_x is not None or to_step or d_D is not None
+    needs_dt = d_dt is not None or d_A is not None
+    needs_x = d_x is not None or needs_dt or d_D is not None
     state = d_state = dot = state_dot = None
-    if to_step or d_C is not None:
+    if needs_dt or d_C is not None:
         state = chunk_states(scan)
-    if to_x or d_B is not None:
+    if needs_x or d_B is not None:
         d_state = chunk_states(scan._replace(x=grad, B=C), backward=True)
     sums = scan.log.new_empty(2, scan.num_chunks, x.shape[1])  # of A and D, by chunk
     sizes = (*scan.sizes, grad.stride(0), x.stride(0), B.stride(0), C.stride(0))
     grid = (scan.num_chunks * x.shape[1],)
-    if to_x:
-        if to_step:
+    if needs_x:
+        if needs_dt:
             dot = scan.log.new_empty(scan.log.shape)
             state_dot = scan.log.new_empty(scan.chunk_decay.shape)
         _ssd_scan_bwd_x_kernel[grid](
@@ -146,20 +148,20 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
             *sizes,
             **tile.options,
         )
-    if to_step:
-        _ssd_scan_bwd_steps_kernel[grid](
+    if needs_dt:
+        _ssd_scan_bwd_dt_kernel[grid](
             *(grad, x, scan.dt, scan.A, scan.log, scan.chunk_decay, B, C, scan.seq_pos),
             *(state, d_state, dot, state_dot, d_dt, None if d_A is None else sums[0]),
             *sizes,
             DOT_BLOCK=DOT_BLOCK,
             **tile.options,
         )
-    for d_map, other, its_state, of_b in ((d_B, C, d_state, 1), (d_C, B, state, 0)):
-        if d_map is not None and d_map.numel() > 0:
+    for d_bc, bc, boundary_state, of_b in ((d_B, C, d_state, 1), (d_C, B, state, 0)):
+        if d_bc is not None and d_bc.numel() > 0:
             blocks = triton.cdiv(B.shape[2], tile.states)
-            _ssd_scan_bwd_maps_kernel[scan.num_chunks * B.shape[1], blocks](
-                *(grad, x, scan.dt, scan.log, other, scan.seq_pos, its_state, d_map),
-                *(x.shape[0], B.shape[1], *sizes[2:7], other.stride(0)),
+            _ssd_scan_bwd_bc_kernel[scan.num_chunks * B.shape[1], blocks](
+                *(grad, x, scan.dt, scan.log, bc, scan.seq_pos, boundary_state, d_bc),
+                *(x.shape[0], B.shape[1], *sizes[2:7], bc.stride(0)),
                 OF_B=of_b,
                 **tile.options,
             )
@@ -170,6 +172,6 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
 
 
 KERNELS = tuple(
-    spec(_ssd_scan_bwd_x_kernel, GRADIENT_BUDGETS[tile], tile=tile, dtype=dtype)
+    spec(_ssd_scan_bwd_x_kernel, GRADIENT_LIMITS[tile], tile=tile, dtype=dtype)
     for dtype, tile in TILES.items()
 )

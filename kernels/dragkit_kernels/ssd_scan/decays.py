@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, Tile, spec
-from .tiles import FULL, WIDE
+from ..launch import ResourceLimits, Tile, spec
+from .tiles import FLOAT32_TILE, HALF_TILE
 
 # log2(e), and the lowest binary logarithm of a decay; see slabs.py.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,44 +21,46 @@ LOG_TILE = Tile(8, 1)
 def chunk_rows(seq_pos_ptr, chunk, num_rows, Q: tl.constexpr):
     """(first row as int64, places in the chunk, which exist, their positions, seq_pos of the
     chunk's last row or -1 where it does not exist)."""
-    first = chunk.to(tl.int64) * Q
+    chunk_start = chunk.to(tl.int64) * Q
     offs_q = tl.arange(0, Q)
-    live = offs_q < num_rows - first
-    seq_pos = tl.load(seq_pos_ptr + first + offs_q, mask=live, other=0)
-    last = tl.load(seq_pos_ptr + first + Q - 1, mask=first + Q - 1 < num_rows, other=-1)
-    return first, offs_q, live, seq_pos, last
+    mask_q = offs_q < num_rows - chunk_start
+    seq_pos = tl.load(seq_pos_ptr + chunk_start + offs_q, mask=mask_q, other=0)
+    last_pos = tl.load(
+        seq_pos_ptr + chunk_start + Q - 1, mask=chunk_start + Q - 1 < num_rows, other=-1
+    )
+    return chunk_start, offs_q, mask_q, seq_pos, last_pos
 
 
 @triton.jit
 def causal_mask(offs_q, seq_pos):
     """Whether row i [Q, 1] depends on row j [1, Q] of its chunk."""
-    behind = offs_q[:, None] - offs_q[None, :]
-    return (behind >= 0) & (behind <= seq_pos[:, None])
+    distance = offs_q[:, None] - offs_q[None, :]
+    return (distance >= 0) & (distance <= seq_pos[:, None])
 
 
 @triton.jit
-def decay(log, seen):
+def decay(log, causal):
     """Decays from row j to row i, anything finite where i does not see j."""
-    return tl.exp2(tl.where(seen, log[:, None] - log[None, :], 0.0))
+    return tl.exp2(tl.where(causal, log[:, None] - log[None, :], 0.0))
 
 
 @triton.jit
-def load_rows(ptr, offs_q, mask_q, stride, offs, num):
-    """Columns `offs`, of which `num` exist, of rows that begin at `ptr`, in float32.
+def load_rows(ptr, offs_q, mask_q, stride, offs_k, num):
+    """Columns `offs_k`, of which `num` exist, of rows that begin at `ptr`, in float32.
 
     A chunk's first row is in `ptr`, so that the numbers of a tile's places are small.
     """
-    at = offs_q[:, None] * stride + offs[None, :]
-    mask = mask_q[:, None] & (offs < num)[None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0).to(tl.float32)
+    offs = offs_q[:, None] * stride + offs_k[None, :]
+    mask = mask_q[:, None] & (offs_k < num)[None, :]
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def load_state(ptr, offs_p, num_width, offs_n, num_states):
+def load_state(ptr, offs_p, head_dim, offs_n, state_dim):
     """A block [P, N] of the state that begins at `ptr`."""
-    mask = (offs_p < num_width)[:, None] & (offs_n < num_states)[None, :]
-    at = offs_p[:, None] * num_states + offs_n[None, :]
-    return tl.load(ptr + at, mask=mask, other=0.0)
+    mask = (offs_p < head_dim)[:, None] & (offs_n < state_dim)[None, :]
+    offs = offs_p[:, None] * state_dim + offs_n[None, :]
+    return tl.load(ptr + offs, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -74,29 +76,29 @@ def nonfinite(x):
 
 
 @triton.jit
-def product(a, b, acc, LOW: tl.constexpr, kind):
-    """acc + a b, with operands of the dtype `kind` if LOW, in float32 otherwise."""
-    if LOW:
-        return tl.dot(a.to(kind), b.to(kind), acc)
+def product(a, b, acc, LOW_PREC: tl.constexpr, dot_dtype):
+    """acc + a b, with operands of the dtype `dot_dtype` if LOW, in float32 otherwise."""
+    if LOW_PREC:
+        return tl.dot(a.to(dot_dtype), b.to(dot_dtype), acc)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def scores(
-    B_ptr, C_ptr, log, offs_q, live, seq_pos, num_states, stride_B, stride_C, kind,
-    Q: tl.constexpr, BLOCK_N: tl.constexpr, LOW: tl.constexpr,
+    B_ptr, C_ptr, log, offs_q, mask_q, seq_pos, state_dim, stride_B, stride_C, dot_dtype,
+    Q: tl.constexpr, BLOCK_N: tl.constexpr, LOW_PREC: tl.constexpr,
 ):  # fmt: skip
     """(exp(log_i - log_j) (C_i . B_j) for i > j in the causal mask, else 0; C_i . B_i)."""
     score = tl.zeros((Q, Q), tl.float32)
-    for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        C = load_rows(C_ptr, offs_q, live, stride_C, offs_n, num_states)
-        B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
-        score = product(C, tl.trans(B), score, LOW, kind)
-    itself = offs_q[:, None] == offs_q[None, :]
-    own = tl.sum(tl.where(itself, score, 0.0), 1)
-    seen = causal_mask(offs_q, seq_pos) & ~itself
-    return tl.where(seen, score * decay(log, seen), 0.0), own
+    for start_n in tl.range(0, state_dim, BLOCK_N, num_stages=1):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        C = load_rows(C_ptr, offs_q, mask_q, stride_C, offs_n, state_dim)
+        B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
+        score = product(C, tl.trans(B), score, LOW_PREC, dot_dtype)
+    is_diagonal = offs_q[:, None] == offs_q[None, :]
+    diagonal = tl.sum(tl.where(is_diagonal, score, 0.0), 1)
+    causal = causal_mask(offs_q, seq_pos) & ~is_diagonal
+    return tl.where(causal, score * decay(log, causal), 0.0), diagonal
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
@@ -116,18 +118,18 @@ def _ssd_scan_fwd_logs_kernel(
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < num_heads
-    first, offs_q, live, _, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    at = first * num_heads + offs_q[:, None] * num_heads + offs_h[None, :]
-    mask = live[:, None] & mask_h[None, :]
+    chunk_start, offs_q, mask_q, _, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    offs = chunk_start * num_heads + offs_q[:, None] * num_heads + offs_h[None, :]
+    mask = mask_q[:, None] & mask_h[None, :]
     # A step that is not finite spoils what it is multiplied with, not other sequences' decays.
-    dt = finite(tl.load(dt_ptr + at, mask=mask, other=0.0))
+    dt = finite(tl.load(dt_ptr + offs, mask=mask, other=0.0))
     A = tl.load(A_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32) * LOG2_E
     log = dt * A[None, :]
     log = tl.cumsum(tl.where(log < LOWEST_LOG, LOWEST_LOG, log), 0)
-    at = offs_h.to(tl.int64)[None, :] * num_rows + first + offs_q[:, None]
-    tl.store(log_ptr + at, log, mask=mask)
-    whole = tl.sum(tl.where((offs_q == Q - 1)[:, None], log, 0.0), 0)
-    chunk_decay = tl.where(last > Q - 1, tl.exp2(whole), -1.0)
+    offs = offs_h.to(tl.int64)[None, :] * num_rows + chunk_start + offs_q[:, None]
+    tl.store(log_ptr + offs, log, mask=mask)
+    log_end = tl.sum(tl.where((offs_q == Q - 1)[:, None], log, 0.0), 0)
+    chunk_decay = tl.where(last_pos > Q - 1, tl.exp2(log_end), -1.0)
     tl.store(chunk_decay_ptr + offs_h * num_chunks + chunk, chunk_decay, mask=mask_h)
 
 
@@ -149,9 +151,9 @@ def decay_logs(dt: Tensor, A: Tensor, seq_pos: Tensor, chunk: int) -> tuple[Tens
 KERNELS = tuple(
     spec(
         _ssd_scan_fwd_logs_kernel,
-        Budget(registers=128, shared=4096),
+        ResourceLimits(registers=128, shared_bytes=4096),
         tile=LOG_TILE,
         constants={"Q": chunk},
     )
-    for chunk in (FULL.chunk, WIDE.chunk)
+    for chunk in (FLOAT32_TILE.chunk, HALF_TILE.chunk)
 )

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, row_strided, spec
+from ..launch import ResourceLimits, row_strided, spec
 from .decays import (
     causal_mask,
     chunk_rows,
@@ -18,11 +18,11 @@ from .decays import (
     nonfinite,
     product,
 )
-from .states import Scan, chunk_states
+from .states import ScanInputs, chunk_states
 from .tiles import TILES, scan_tile
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_fwd_output_kernel(
     x_ptr,
     dt_ptr,
@@ -35,51 +35,53 @@ def _ssd_scan_fwd_output_kernel(
     y_ptr,
     num_rows,
     num_heads,
-    heads,
-    num_width,
-    num_states,
+    heads_per_group,
+    head_dim,
+    state_dim,
     stride_x,
     stride_B,
     stride_C,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOW: tl.constexpr,
+    LOW_PREC: tl.constexpr,
 ):
     """y_i = exp(log_i) state C_i + sum_j exp(log_i - log_j) (C_i . B_j) dt_j x_j
     + D x_i for the rows i of a chunk and a head, with the state before the chunk."""
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    first, offs_q, live, seq_pos, _ = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    kind = x_ptr.dtype.element_ty
-    state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
-    B_ptr += first * stride_B + pid_h // heads * num_states
-    C_ptr += first * stride_C + pid_h // heads * num_states
+    chunk_start, offs_q, mask_q, seq_pos, _ = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    dot_dtype = x_ptr.dtype.element_ty
+    state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
+    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
+    C_ptr += chunk_start * stride_C + pid_h // heads_per_group * state_dim
     y = tl.zeros((Q, BLOCK_P), tl.float32)
     score = tl.zeros((Q, Q), tl.float32)
-    for start in tl.range(0, num_states, BLOCK_N, num_stages=1):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        C = load_rows(C_ptr, offs_q, live, stride_C, offs_n, num_states)
-        B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
-        score = product(C, tl.trans(B), score, LOW, kind)
-        state = load_state(state_ptr, offs_p, num_width, offs_n, num_states)
-        y = product(C, tl.trans(state), y, LOW, kind)
-    log = tl.load(log_ptr + pid_h.to(tl.int64) * num_rows + first + offs_q, mask=live, other=0.0)
-    dt_ptr += first * num_heads + pid_h
-    dt = tl.load(dt_ptr + offs_q * num_heads, mask=live, other=0.0)
+    for start_n in tl.range(0, state_dim, BLOCK_N, num_stages=1):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        C = load_rows(C_ptr, offs_q, mask_q, stride_C, offs_n, state_dim)
+        B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
+        score = product(C, tl.trans(B), score, LOW_PREC, dot_dtype)
+        state = load_state(state_ptr, offs_p, head_dim, offs_n, state_dim)
+        y = product(C, tl.trans(state), y, LOW_PREC, dot_dtype)
+    log = tl.load(
+        log_ptr + pid_h.to(tl.int64) * num_rows + chunk_start + offs_q, mask=mask_q, other=0.0
+    )
+    dt_ptr += chunk_start * num_heads + pid_h
+    dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
     # Where a row does not see the state, that may be NaN.
     y = tl.where((seq_pos > offs_q)[:, None], y * tl.exp2(log)[:, None], 0.0)
-    x_ptr += first * stride_x + pid_h * num_width
-    x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
-    seen = causal_mask(offs_q, seq_pos)
+    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
+    causal = causal_mask(offs_q, seq_pos)
     # Rows that are not finite act by their weights, which the mask holds, instead of their values.
-    weight = score * decay(log, seen) * dt[None, :] + nonfinite(x)[None, :]
-    y = product(tl.where(seen, weight, 0.0), finite(x), y, LOW, kind)
+    weight = score * decay(log, causal) * dt[None, :] + nonfinite(x)[None, :]
+    y = product(tl.where(causal, weight, 0.0), finite(x), y, LOW_PREC, dot_dtype)
     y = tl.fma(x, tl.load(D_ptr + pid_h).to(tl.float32) + tl.zeros_like(x), y)
-    y_ptr += (first * num_heads + pid_h) * num_width
-    at = offs_q[:, None] * (num_heads * num_width) + offs_p[None, :]
-    mask = live[:, None] & (offs_p < num_width)[None, :]
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    y_ptr += (chunk_start * num_heads + pid_h) * head_dim
+    offs = offs_q[:, None] * (num_heads * head_dim) + offs_p[None, :]
+    mask = mask_q[:, None] & (offs_p < head_dim)[None, :]
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def ssd_scan_fwd(
@@ -90,7 +92,7 @@ def ssd_scan_fwd(
     if y.numel() == 0:
         return y
     C = row_strided(C)
-    scan = Scan.of(x, dt, A, B, seq_pos, scan_tile(x, B, C))
+    scan = ScanInputs.prepare(x, dt, A, B, seq_pos, scan_tile(x, B, C))
     state = chunk_states(scan)
     blocks = triton.cdiv(x.shape[2], scan.tile.width)
     _ssd_scan_fwd_output_kernel[(scan.num_chunks * x.shape[1], blocks)](
@@ -101,7 +103,7 @@ def ssd_scan_fwd(
     return y
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_state_fwd_kernel(
     x_ptr,
     dt_ptr,
@@ -109,77 +111,77 @@ def _ssd_state_fwd_kernel(
     B_ptr,
     seq_pos_ptr,
     state_ptr,
-    last_ptr,
+    last_row_ptr,
     out_ptr,
     num_rows,
     num_heads,
-    heads,
-    num_width,
-    num_states,
+    heads_per_group,
+    head_dim,
+    state_dim,
     stride_x,
     stride_B,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOW: tl.constexpr,
+    LOW_PREC: tl.constexpr,
 ):
     """out[s, h] = the state of a head after row last_s: that before the row's chunk, decayed, and
     what the rows up to it add."""
     pid_h, pid_s = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = tl.load(last_ptr + pid_s)
-    chunk, place = end // Q, end % Q
-    offs_q, first = tl.arange(0, Q), chunk * Q
-    length = tl.load(seq_pos_ptr + end)
-    live = (offs_q <= place) & (place - offs_q <= length)
+    last_row = tl.load(last_row_ptr + pid_s)
+    chunk, last_q = last_row // Q, last_row % Q
+    offs_q, chunk_start = tl.arange(0, Q), chunk * Q
+    last_pos = tl.load(seq_pos_ptr + last_row)
+    mask_q = (offs_q <= last_q) & (last_q - offs_q <= last_pos)
     log_ptr += pid_h.to(tl.int64) * num_rows
-    log = tl.load(log_ptr + first + offs_q, mask=live, other=0.0)
-    whole = tl.load(log_ptr + end)
-    dt_ptr += first * num_heads + pid_h
-    dt = tl.load(dt_ptr + offs_q * num_heads, mask=live, other=0.0)
-    weight = tl.exp2(tl.where(live, whole - log, 0.0)) * dt
-    x_ptr += first * stride_x + pid_h * num_width
-    x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
-    B_ptr += first * stride_B + pid_h // heads * num_states
-    B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
-    x = tl.where(live[:, None], x * weight[:, None], 0.0)
-    state_ptr += (chunk * num_heads + pid_h) * num_width * num_states
-    state = load_state(state_ptr, offs_p, num_width, offs_n, num_states)
-    state = tl.where(length > place, state * tl.exp2(whole), 0.0)
-    state = product(tl.trans(x), B, state, LOW, x_ptr.dtype.element_ty)
-    out_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
-    mask = (offs_p < num_width)[:, None] & (offs_n < num_states)[None, :]
-    tl.store(out_ptr + offs_p[:, None] * num_states + offs_n[None, :], state, mask=mask)
+    log = tl.load(log_ptr + chunk_start + offs_q, mask=mask_q, other=0.0)
+    log_end = tl.load(log_ptr + last_row)
+    dt_ptr += chunk_start * num_heads + pid_h
+    dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
+    weight = tl.exp2(tl.where(mask_q, log_end - log, 0.0)) * dt
+    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
+    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
+    B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
+    x = tl.where(mask_q[:, None], x * weight[:, None], 0.0)
+    state_ptr += (chunk * num_heads + pid_h) * head_dim * state_dim
+    state = load_state(state_ptr, offs_p, head_dim, offs_n, state_dim)
+    state = tl.where(last_pos > last_q, state * tl.exp2(log_end), 0.0)
+    state = product(tl.trans(x), B, state, LOW_PREC, x_ptr.dtype.element_ty)
+    out_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
+    mask = (offs_p < head_dim)[:, None] & (offs_n < state_dim)[None, :]
+    tl.store(out_ptr + offs_p[:, None] * state_dim + offs_n[None, :], state, mask=mask)
 
 
 def ssd_state_fwd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor, last: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor, last_row: Tensor
 ) -> Tensor:
-    """Launches the states at the rows of `last`; see `dragkit::ssd_state_fwd`."""
-    _, num_heads, num_width = x.shape
-    out = x.new_empty(last.shape[0], num_heads, num_width, B.shape[2], dtype=torch.float32)
+    """Launches the states at the rows of `last_row`; see `dragkit::ssd_state_fwd`."""
+    _, num_heads, head_dim = x.shape
+    out = x.new_empty(last_row.shape[0], num_heads, head_dim, B.shape[2], dtype=torch.float32)
     if out.numel() == 0:
         return out
-    scan = Scan.of(x, dt, A, B, seq_pos, scan_tile(x, B))
+    scan = ScanInputs.prepare(x, dt, A, B, seq_pos, scan_tile(x, B))
     state, tile = chunk_states(scan), scan.tile
-    blocks = triton.cdiv(num_width, tile.width), triton.cdiv(B.shape[2], tile.states)
-    _ssd_state_fwd_kernel[(last.shape[0] * num_heads, *blocks)](
-        *(scan.x, scan.dt, scan.log, scan.B, scan.seq_pos, state, last.contiguous(), out),
+    blocks = triton.cdiv(head_dim, tile.width), triton.cdiv(B.shape[2], tile.states)
+    _ssd_state_fwd_kernel[(last_row.shape[0] * num_heads, *blocks)](
+        *(scan.x, scan.dt, scan.log, scan.B, scan.seq_pos, state, last_row.contiguous(), out),
         *(*scan.sizes, scan.x.stride(0), scan.B.stride(0)),
         **tile.options,
     )
     return out
 
 
-_BUDGET = Budget(registers=168, shared=32768)
+_LIMITS = ResourceLimits(registers=168, shared_bytes=32768)
 KERNELS = (
     *(
-        spec(_ssd_scan_fwd_output_kernel, _BUDGET, tile=tile.for_output, dtype=dtype)
+        spec(_ssd_scan_fwd_output_kernel, _LIMITS, tile=tile.for_output, dtype=dtype)
         for dtype, tile in TILES.items()
     ),
     *(
-        spec(_ssd_state_fwd_kernel, _BUDGET, tile=tile, dtype=dtype, out_ptr="*fp32")
+        spec(_ssd_state_fwd_kernel, _LIMITS, tile=tile, dtype=dtype, out_ptr="*fp32")
         for dtype, tile in TILES.items()
     ),
 )

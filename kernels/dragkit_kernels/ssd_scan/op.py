@@ -9,12 +9,12 @@ from ..backend import HAS_TRITON
 from ..checks import accumulator_dtype
 from ..library import (
     empty_gradients,
-    forbid_gradient,
+    forbid_double_backward,
     register,
     register_gradient,
     wanted_gradients,
 )
-from .finite import bad_rows, from_then_on, spoil, surely_finite, whole_sequences, zeroed
+from .nonfinite import fill_nan, known_finite, nonfinite_rows, rows_from, sequence_rows, zero_rows
 from .torch_impl import scan_backward, scan_forward, scan_states
 
 if HAS_TRITON:
@@ -29,12 +29,18 @@ _NUM_DIFFERENTIABLE = 6
 def _torch_fwd(*inputs: Tensor) -> Tensor:
     """The scan of x, dt, A, B, C, D and seq_pos; what is not finite stays in its sequence."""
     x, dt, A, B, C, D, seq_pos = inputs
-    if surely_finite(x, dt, B, C):
+    if known_finite(x, dt, B, C):
         return scan_forward(*inputs)
-    bad, unread = bad_rows(x, dt, B), bad_rows(C)
-    clean = zeroed(x, bad), zeroed(dt, bad), A, zeroed(B, bad), zeroed(C, unread)
-    y = scan_forward(*clean, D, seq_pos)
-    spoil(y, from_then_on(bad, seq_pos) | unread)
+    nonfinite, nonfinite_C = nonfinite_rows(x, dt, B), nonfinite_rows(C)
+    zeroed = (
+        zero_rows(x, nonfinite),
+        zero_rows(dt, nonfinite),
+        A,
+        zero_rows(B, nonfinite),
+        zero_rows(C, nonfinite_C),
+    )
+    y = scan_forward(*zeroed, D, seq_pos)
+    fill_nan(y, rows_from(nonfinite, seq_pos) | nonfinite_C)
     return y
 
 
@@ -42,27 +48,34 @@ def _torch_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     """Gradients of the six float inputs; all of a sequence are NaN if one number in it is."""
     x, dt, A, B, C, D, seq_pos, output_mask = arguments
     by_row = (grad, x, dt, B, C)
-    if surely_finite(*by_row):
+    if known_finite(*by_row):
         return scan_backward(grad, *arguments)
-    bad = bad_rows(*by_row)
-    grad, x, dt, B, C = (zeroed(t, bad) for t in by_row)
+    nonfinite = nonfinite_rows(*by_row)
+    grad, x, dt, B, C = (zero_rows(t, nonfinite) for t in by_row)
     out = scan_backward(grad, x, dt, A, B, C, D, seq_pos, output_mask)
-    bad = whole_sequences(bad, seq_pos)
+    nonfinite = sequence_rows(nonfinite, seq_pos)
     for d_input, t, wanted in zip(out, (x, dt, A, B, C, D), output_mask, strict=True):
         if wanted:
             # A and D have a sum over all rows.
-            spoil(d_input, bad.any().expand(len(t)) if t is A or t is D else bad)
+            fill_nan(d_input, nonfinite.any().expand(len(t)) if t is A or t is D else nonfinite)
     return out
 
 
 def _torch_state(*inputs: Tensor) -> Tensor:
-    """States of x, dt, A, B, seq_pos at `last`; what is not finite stays in its sequence."""
-    x, dt, A, B, seq_pos, last = inputs
-    if surely_finite(x, dt, B):
+    """States of x, dt, A, B, seq_pos at `last_row`; what is not finite stays in its sequence."""
+    x, dt, A, B, seq_pos, last_row = inputs
+    if known_finite(x, dt, B):
         return scan_states(*inputs)
-    bad = bad_rows(x, dt, B)
-    state = scan_states(zeroed(x, bad), zeroed(dt, bad), A, zeroed(B, bad), seq_pos, last)
-    spoil(state, from_then_on(bad, seq_pos)[last])
+    nonfinite = nonfinite_rows(x, dt, B)
+    state = scan_states(
+        zero_rows(x, nonfinite),
+        zero_rows(dt, nonfinite),
+        A,
+        zero_rows(B, nonfinite),
+        seq_pos,
+        last_row,
+    )
+    fill_nan(state, rows_from(nonfinite, seq_pos)[last_row])
     return state
 
 
@@ -75,8 +88,8 @@ def _bwd_fake(grad: Tensor, *rest: object) -> tuple[Tensor, ...]:
 
 
 def _state_fake(*arguments: object) -> Tensor:
-    x, dt, A, B, _, last, _ = arguments
-    shape = (last.shape[0], *x.shape[1:], B.shape[2])
+    x, dt, A, B, _, last_row, _ = arguments
+    shape = (last_row.shape[0], *x.shape[1:], B.shape[2])
     return x.new_empty(shape, dtype=accumulator_dtype(x, dt, A, B))
 
 
@@ -101,9 +114,9 @@ register(
     triton=ssd_scan_bwd,
 )
 register_gradient("ssd_scan_fwd", _backward, _setup)
-forbid_gradient("ssd_scan_bwd")
+forbid_double_backward("ssd_scan_bwd")
 register(
-    "ssd_state_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor seq_pos, Tensor last, "
+    "ssd_state_fwd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor seq_pos, Tensor last_row, "
     "bool triton) -> Tensor",
     _torch_state,
     _state_fake,

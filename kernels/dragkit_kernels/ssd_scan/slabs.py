@@ -23,18 +23,18 @@ SLAB_BYTES = 12 * 2**20
 STATE_BYTES = 2**19
 
 
-class Sizes(NamedTuple):
+class ScanSizes(NamedTuple):
     """T rows, G groups of R heads, head width P, N states, chunks of q rows."""
 
-    rows: int
-    groups: int
-    heads: int
-    width: int
-    states: int
+    num_rows: int
+    num_groups: int
+    heads_per_group: int
+    head_dim: int
+    state_dim: int
     chunk: int
 
     @classmethod
-    def of(cls, x: Tensor, B: Tensor, chunk: int | None = None) -> Sizes:
+    def infer(cls, x: Tensor, B: Tensor, chunk: int | None = None) -> ScanSizes:
         """The sizes of the arguments of ssd_scan."""
         rows, heads, width = x.shape
         groups, states = B.shape[1:]
@@ -44,29 +44,29 @@ class Sizes(NamedTuple):
         return cls(rows, groups, heads // groups, width, states, chunk)
 
     @property
-    def chunks(self) -> int:
+    def num_chunks(self) -> int:
         """Chunks that cover all rows."""
-        return -(-self.rows // self.chunk)
+        return -(-self.num_rows // self.chunk)
 
-    def parts(self) -> Iterator[tuple[slice, slice]]:
+    def group_ranges(self) -> Iterator[tuple[slice, slice]]:
         """(groups, their heads) that take turns."""
-        state = 4 * self.heads * self.width * self.states
+        state = 4 * self.heads_per_group * self.head_dim * self.state_dim
         step = max(1, STATE_BYTES // max(state, 1))
-        for begin in range(0, self.groups, step):
-            end = min(begin + step, self.groups)
-            yield slice(begin, end), slice(begin * self.heads, end * self.heads)
+        for begin in range(0, self.num_groups, step):
+            end = min(begin + step, self.num_groups)
+            yield slice(begin, end), slice(begin * self.heads_per_group, end * self.heads_per_group)
 
-    def slabs(self) -> Iterator[tuple[int, int]]:
+    def slab_ranges(self) -> Iterator[tuple[int, int]]:
         """(first chunk, end) of each slab, in order."""
-        inner, by_head = self.heads * self.width, 3 * self.chunk + 2 * self.states
-        row = self.groups * (6 * inner + by_head)
-        state = 3 * self.groups * inner * self.states
+        inner, by_head = self.heads_per_group * self.head_dim, 3 * self.chunk + 2 * self.state_dim
+        row = self.num_groups * (6 * inner + by_head)
+        state = 3 * self.num_groups * inner * self.state_dim
         step = max(1, SLAB_BYTES // (4 * (self.chunk * row + state)))
-        for begin in range(0, self.chunks, step):
-            yield begin, min(begin + step, self.chunks)
+        for begin in range(0, self.num_chunks, step):
+            yield begin, min(begin + step, self.num_chunks)
 
 
-def binary_logs(dt: Tensor, A: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def log2_decays(dt: Tensor, A: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Sums along `dim` of the binary logarithms of the decays exp(A dt), and which are at their
     lowest, where a change of the step makes none.
 
@@ -74,8 +74,8 @@ def binary_logs(dt: Tensor, A: Tensor, dim: int, dtype: torch.dtype) -> tuple[Te
     """
     log = dt * (A.double() * math.log2(math.e))
     # Summed in double precision: an error of a sum is one of all decays after it.
-    lost = log < LOWEST_LOG
-    return log.clamp_(min=LOWEST_LOG).cumsum(dim).to(dtype), lost
+    at_lowest = log < LOWEST_LOG
+    return log.clamp_(min=LOWEST_LOG).cumsum(dim).to(dtype), at_lowest
 
 
 class Slab:
@@ -95,7 +95,7 @@ class Slab:
 
     def __init__(
         self,
-        sizes: Sizes,
+        sizes: ScanSizes,
         span: tuple[int, int],
         x: Tensor,
         dt: Tensor,
@@ -107,29 +107,29 @@ class Slab:
         begin, end = span
         _, groups, heads, width, states, chunk = sizes
         self.shape = (end - begin, groups, chunk, heads, width)
-        self.states, self.dtype = states, dtype
-        self.rows = slice(begin * chunk, min(end * chunk, sizes.rows))
+        self.state_dim, self.dtype = states, dtype
+        self.rows = slice(begin * chunk, min(end * chunk, sizes.num_rows))
         self.dt = self.by_group(dt).unsqueeze(-1)
-        self.value = self.by_group(x).mul(self.dt)
-        self.B = self.map(B)
-        log, self.lost = binary_logs(self.dt.squeeze(-1), A.view(groups, 1, heads), 2, dtype)
-        place = torch.arange(chunk, device=x.device)
+        self.x_dt = self.by_group(x).mul(self.dt)
+        self.B = self.bc_by_group(B)
+        log, self.at_lowest = log2_decays(self.dt.squeeze(-1), A.view(groups, 1, heads), 2, dtype)
+        offs_q = torch.arange(chunk, device=x.device)
         seq_pos = self.chunked(seq_pos).long()
-        last = seq_pos[:, -1:]
-        behind = place[:, None] - place
-        causal_mask = (behind >= 0) & (behind <= seq_pos[:, :, None])
+        last_pos = seq_pos[:, -1:]
+        distance = offs_q[:, None] - offs_q
+        causal_mask = (distance >= 0) & (distance <= seq_pos[:, :, None])
         self.causal_mask = causal_mask.to(dtype)
         # As a logarithm: added before exp2, which would overflow above the diagonal.
-        apart = torch.zeros_like(self.causal_mask).masked_fill_(~causal_mask, float("-inf"))
-        self._apart = apart.unsqueeze(1)
+        log_mask = torch.zeros_like(self.causal_mask).masked_fill_(~causal_mask, float("-inf"))
+        self._log_mask = log_mask.unsqueeze(1)
         by_row = (len(seq_pos), 1, chunk, 1)
-        before = (seq_pos > place).view(by_row)
-        feeds = (chunk - 1 - place <= last).view(by_row)
-        self.from_start = log.exp2().mul_(before).unsqueeze(-1)
-        self.to_end = (log[:, :, -1:] - log).exp2_().mul_(feeds).unsqueeze(-1)
-        self.chunk_decay = self.from_start[:, :, -1:]
+        reaches_start = (seq_pos > offs_q).view(by_row)
+        reaches_end = (chunk - 1 - offs_q <= last_pos).view(by_row)
+        self.decay_from_start = log.exp2().mul_(reaches_start).unsqueeze(-1)
+        self.decay_to_end = (log[:, :, -1:] - log).exp2_().mul_(reaches_end).unsqueeze(-1)
+        self.chunk_decay = self.decay_from_start[:, :, -1:]
         self.log = log.permute(3, 0, 1, 2).contiguous()
-        self.weighted = self.wide(self.value * self.to_end)
+        self.x_dt_to_end = self.merge_heads(self.x_dt * self.decay_to_end)
 
     def chunked(self, tensor: Tensor) -> Tensor:
         """[T, ...] as the slab's rows [n, q, ...], zeros behind the last."""
@@ -141,24 +141,24 @@ class Slab:
 
     def by_group(self, tensor: Tensor) -> Tensor:
         """[T, H, ...] as contiguous [n, G, q, R, ...]."""
-        parts = self.chunked(tensor).unflatten(2, (self.shape[1], -1)).transpose(1, 2)
-        return parts.to(self.dtype).contiguous()
+        grouped = self.chunked(tensor).unflatten(2, (self.shape[1], -1)).transpose(1, 2)
+        return grouped.to(self.dtype).contiguous()
 
-    def map(self, tensor: Tensor) -> Tensor:
+    def bc_by_group(self, tensor: Tensor) -> Tensor:
         """[T, G, N] as contiguous [n G, q, N]."""
         return self.chunked(tensor).transpose(1, 2).to(self.dtype).contiguous().flatten(0, 1)
 
-    def by_row(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def to_rows(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
         """[n, G, q, R, ...] or [n G, q, N] as the slab's rows, each of the given shape."""
         n, groups, chunk, _, _ = self.shape
         rows = tensor.reshape(n, groups, chunk, math.prod(shape) // groups).transpose(1, 2)
         return rows.reshape(n * chunk, *shape)[: self.rows.stop - self.rows.start]
 
-    def wide(self, tensor: Tensor) -> Tensor:
+    def merge_heads(self, tensor: Tensor) -> Tensor:
         """[n, G, q, R, P] as the matrices of whole groups [n G, q, R P]."""
         return tensor.flatten(3).flatten(0, 1)
 
-    def head(self, tensor: Tensor, r: int) -> Tensor:
+    def head_matrix(self, tensor: Tensor, r: int) -> Tensor:
         """[n, G, q, R, P] as the matrices of head r of every group, [n G, q, P]."""
         return tensor[:, :, :, r].flatten(0, 1)
 
@@ -166,22 +166,22 @@ class Slab:
         """Decays from row j to row i for head r of every group: [n G, q, q]."""
         log = self.log[r]
         square = out.view(*log.shape, log.shape[-1])
-        torch.add(self._apart, log.unsqueeze(-1), out=square)
+        torch.add(self._log_mask, log.unsqueeze(-1), out=square)
         return square.sub_(log.unsqueeze(-2)).exp2_().flatten(0, 1)
 
-    def room(self, columns: int) -> Tensor:
+    def new_buffer(self, columns: int) -> Tensor:
         """New memory [n G, q, columns]."""
         n, groups, chunk, _, _ = self.shape
-        return self.value.new_empty(n * groups, chunk, columns)
+        return self.x_dt.new_empty(n * groups, chunk, columns)
 
-    def pass_on(self, states: Tensor) -> None:
+    def state_passing_fwd(self, states: Tensor) -> None:
         """Turns gains into states: [n + 1, G, N, R P], the first of them the state before all."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()
         chunk_decay = self.chunk_decay.unbind()
         for before, after, decay in zip(by_head, by_head[1:], chunk_decay, strict=False):
             after.addcmul_(before, decay)
 
-    def pass_back(self, states: Tensor) -> None:
+    def state_passing_bwd(self, states: Tensor) -> None:
         """The way back: each of [n + 1, G, N, R P] gets what the next one hands on."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()[::-1]
         chunk_decay = self.chunk_decay.unbind()[::-1]

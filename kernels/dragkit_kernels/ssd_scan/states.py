@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import Budget, row_strided, spec
+from ..launch import ResourceLimits, row_strided, spec
 from .decays import chunk_rows, decay_logs, load_rows, product
-from .tiles import PASS_TILE, TILES, ScanTile
+from .tiles import STATE_PASSING_TILE, TILES, ScanTile
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads"])
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_fwd_states_kernel(
     x_ptr,
     dt_ptr,
@@ -23,15 +23,15 @@ def _ssd_scan_fwd_states_kernel(
     state_ptr,
     num_rows,
     num_heads,
-    heads,
-    num_width,
-    num_states,
+    heads_per_group,
+    head_dim,
+    state_dim,
     stride_x,
     stride_B,
     Q: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    LOW: tl.constexpr,
+    LOW_PREC: tl.constexpr,
     TO_END: tl.constexpr,
 ):
     """state[c, h] = sum_j w_j x_j B_j^T over the rows j of chunk c, [P, N].
@@ -43,33 +43,35 @@ def _ssd_scan_fwd_states_kernel(
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first, offs_q, live, seq_pos, last = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    log = tl.load(log_ptr + pid_h.to(tl.int64) * num_rows + first + offs_q, mask=live, other=0.0)
+    chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    log = tl.load(
+        log_ptr + pid_h.to(tl.int64) * num_rows + chunk_start + offs_q, mask=mask_q, other=0.0
+    )
     if TO_END:
-        live = live & (Q - 1 - offs_q <= last)
-        whole = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
-        dt_ptr += first * num_heads + pid_h
-        dt = tl.load(dt_ptr + offs_q * num_heads, mask=live, other=0.0)
-        weight = tl.exp2(tl.where(live, whole - log, 0.0)) * dt
+        mask_q = mask_q & (Q - 1 - offs_q <= last_pos)
+        log_end = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
+        dt_ptr += chunk_start * num_heads + pid_h
+        dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
+        weight = tl.exp2(tl.where(mask_q, log_end - log, 0.0)) * dt
     else:
-        live = live & (seq_pos > offs_q)
+        mask_q = mask_q & (seq_pos > offs_q)
         weight = tl.exp2(log)
     # Rows that take no part are not loaded: a NaN there would outlive a weight of zero.
-    x_ptr += first * stride_x + pid_h * num_width
-    x = load_rows(x_ptr, offs_q, live, stride_x, offs_p, num_width)
-    B_ptr += first * stride_B + pid_h // heads * num_states
-    B = load_rows(B_ptr, offs_q, live, stride_B, offs_n, num_states)
-    x = tl.where(live[:, None], x * weight[:, None], 0.0)
+    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
+    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
+    B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
+    x = tl.where(mask_q[:, None], x * weight[:, None], 0.0)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    state = product(tl.trans(x), B, state, LOW, x_ptr.dtype.element_ty)
-    state_ptr += tl.program_id(0).to(tl.int64) * num_width * num_states
-    mask = (offs_p < num_width)[:, None] & (offs_n < num_states)[None, :]
-    at = offs_p[:, None] * num_states + offs_n[None, :]
-    tl.store(state_ptr + at, state, mask=mask)
+    state = product(tl.trans(x), B, state, LOW_PREC, x_ptr.dtype.element_ty)
+    state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
+    mask = (offs_p < head_dim)[:, None] & (offs_n < state_dim)[None, :]
+    offs = offs_p[:, None] * state_dim + offs_n[None, :]
+    tl.store(state_ptr + offs, state, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_chunks", "num_heads"])
-def _ssd_scan_fwd_pass_kernel(
+def _ssd_scan_fwd_state_passing_kernel(
     state_ptr,
     chunk_decay_ptr,
     num_chunks,
@@ -87,26 +89,26 @@ def _ssd_scan_fwd_pass_kernel(
     mask = offs < num_elements
     state_ptr += pid_h.to(tl.int64) * num_elements
     chunk_decay_ptr += pid_h * num_chunks
-    step = num_heads.to(tl.int64) * num_elements
+    chunk_stride = num_heads.to(tl.int64) * num_elements
     zeros = tl.zeros((BLOCK,), tl.float32)
     state = zeros
     chunk = (num_chunks - 1) * BACKWARD
-    part = tl.load(state_ptr + chunk * step + offs, mask=mask, other=0.0)
+    gain = tl.load(state_ptr + chunk * chunk_stride + offs, mask=mask, other=0.0)
     chunk_decay = tl.load(chunk_decay_ptr + chunk)
     for c in range(0, num_chunks):
         # The next part is on its way while this one is used; behind the last, that comes again.
-        following = tl.minimum(c + 1, num_chunks - 1)
+        next_chunk = tl.minimum(c + 1, num_chunks - 1)
         if BACKWARD:
-            following = num_chunks - 1 - following
-        next_part = tl.load(state_ptr + following * step + offs, mask=mask, other=0.0)
-        next_chunk_decay = tl.load(chunk_decay_ptr + following)
-        tl.store(state_ptr + chunk * step + offs, state, mask=mask)
+            next_chunk = num_chunks - 1 - next_chunk
+        next_gain = tl.load(state_ptr + next_chunk * chunk_stride + offs, mask=mask, other=0.0)
+        next_chunk_decay = tl.load(chunk_decay_ptr + next_chunk)
+        tl.store(state_ptr + chunk * chunk_stride + offs, state, mask=mask)
         # Chosen, not multiplied by zero: a NaN would outlive that.
-        state = tl.where(chunk_decay < 0.0, part, tl.fma(state, zeros + chunk_decay, part))
-        part, chunk_decay, chunk = next_part, next_chunk_decay, following
+        state = tl.where(chunk_decay < 0.0, gain, tl.fma(state, zeros + chunk_decay, gain))
+        gain, chunk_decay, chunk = next_gain, next_chunk_decay, next_chunk
 
 
-class Scan(NamedTuple):
+class ScanInputs(NamedTuple):
     """Inputs of the kernels: rows of x and B may have gaps, all else is contiguous.
 
     Attributes:
@@ -124,9 +126,9 @@ class Scan(NamedTuple):
     tile: ScanTile
 
     @classmethod
-    def of(
+    def prepare(
         cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor, tile: ScanTile
-    ) -> Scan:
+    ) -> ScanInputs:
         """Launches the logarithms of the decays."""
         dt, A, seq_pos = (t.contiguous() for t in (dt, A, seq_pos))
         log, chunk_decay = decay_logs(dt, A, seq_pos, tile.chunk)
@@ -135,8 +137,9 @@ class Scan(NamedTuple):
     @property
     def sizes(self) -> tuple[int, ...]:
         """Rows, heads, heads of a group, head width, states."""
-        rows, heads, width = self.x.shape
-        return rows, heads, heads // self.B.shape[1], width, self.B.shape[2]
+        num_rows, num_heads, head_dim = self.x.shape
+        state_dim = self.B.shape[2]
+        return num_rows, num_heads, num_heads // self.B.shape[1], head_dim, state_dim
 
     @property
     def num_chunks(self) -> int:
@@ -144,27 +147,29 @@ class Scan(NamedTuple):
         return self.chunk_decay.shape[1]
 
 
-def chunk_states(scan: Scan, *, backward: bool = False) -> Tensor:
+def chunk_states(scan: ScanInputs, *, backward: bool = False) -> Tensor:
     """Launches states and passing: float32 [chunks, H, P, N], the state before each chunk.
 
     With `backward` the gradient of the state after each chunk, for x = dy and B = C.
     """
-    _, num_heads, _, num_width, num_states = scan.sizes
+    _, num_heads, _, head_dim, state_dim = scan.sizes
     tile, num_chunks = scan.tile, scan.num_chunks
-    state = scan.log.new_empty(num_chunks, num_heads, num_width, num_states)
-    blocks = triton.cdiv(num_width, tile.width), triton.cdiv(num_states, tile.states)
+    state = scan.log.new_empty(num_chunks, num_heads, head_dim, state_dim)
+    blocks = triton.cdiv(head_dim, tile.width), triton.cdiv(state_dim, tile.states)
     _ssd_scan_fwd_states_kernel[(num_chunks * num_heads, *blocks)](
         *(scan.x, scan.dt, scan.log, scan.B, scan.seq_pos, state),
         *(*scan.sizes, scan.x.stride(0), scan.B.stride(0)),
         TO_END=int(not backward),
         **tile.options,
     )
-    elements = num_width * num_states
-    _ssd_scan_fwd_pass_kernel[(num_heads, triton.cdiv(elements, PASS_TILE.block))](
+    elements = head_dim * state_dim
+    _ssd_scan_fwd_state_passing_kernel[
+        (num_heads, triton.cdiv(elements, STATE_PASSING_TILE.block))
+    ](
         *(state, scan.chunk_decay, num_chunks, num_heads, elements),
-        BLOCK=PASS_TILE.block,
+        BLOCK=STATE_PASSING_TILE.block,
         BACKWARD=int(backward),
-        **PASS_TILE.options,
+        **STATE_PASSING_TILE.options,
     )
     return state
 
@@ -173,7 +178,7 @@ KERNELS = (
     *(
         spec(
             _ssd_scan_fwd_states_kernel,
-            Budget(registers=96, shared=24576),
+            ResourceLimits(registers=96, shared_bytes=24576),
             tile=tile,
             dtype=dtype,
             constants={"TO_END": to_end},
@@ -183,9 +188,9 @@ KERNELS = (
     ),
     *(
         spec(
-            _ssd_scan_fwd_pass_kernel,
-            Budget(registers=64, shared=0, wide_loads=1),
-            tile=PASS_TILE,
+            _ssd_scan_fwd_state_passing_kernel,
+            ResourceLimits(registers=64, shared_bytes=0, vector_loads=1),
+            tile=STATE_PASSING_TILE,
             constants={"BACKWARD": backward},
         )
         for backward in (0, 1)

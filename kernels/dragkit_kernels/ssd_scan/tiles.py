@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..backend import INTERPRETED
-from ..launch import Budget, Tile
+from ..launch import ResourceLimits, Tile
 
 # Others are multiplied in float32; the interpreter computes bfloat16 wrongly.
 TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.bfloat16)
 # Elements of a state that a program of the passing kernel carries from chunk to chunk.
-PASS_TILE = Tile(512, 4)
+STATE_PASSING_TILE = Tile(512, 4)
 
 
 class ScanTile(NamedTuple):
@@ -41,7 +41,7 @@ class ScanTile(NamedTuple):
     @property
     def options(self) -> dict[str, int]:
         """Keyword arguments of a launch besides the kernel's own arguments."""
-        constants = zip(("Q", "BLOCK_P", "BLOCK_N", "LOW"), self.sizes, strict=True)
+        constants = zip(("Q", "BLOCK_P", "BLOCK_N", "LOW_PREC"), self.sizes, strict=True)
         return {**dict(constants), "num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     @property
@@ -50,16 +50,16 @@ class ScanTile(NamedTuple):
         return self._replace(max_registers=self.output_registers)
 
 
-WIDE = ScanTile(chunk=64, width=64, states=64, num_warps=8, low=1)
-FULL = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0, output_registers=255)
-TILES = {"*bf16": WIDE, "*fp32": FULL}
-GRADIENT_BUDGETS = {
-    WIDE: Budget(registers=240, shared=32768),
-    FULL: Budget(registers=176, shared=16384),
+HALF_TILE = ScanTile(chunk=64, width=64, states=64, num_warps=8, low=1)
+FLOAT32_TILE = ScanTile(chunk=32, width=32, states=32, num_warps=8, low=0, output_registers=255)
+TILES = {"*bf16": HALF_TILE, "*fp32": FLOAT32_TILE}
+GRADIENT_LIMITS = {
+    HALF_TILE: ResourceLimits(registers=240, shared_bytes=32768),
+    FLOAT32_TILE: ResourceLimits(registers=176, shared_bytes=16384),
 }
 
 
 def scan_tile(*tensors: Tensor) -> ScanTile:
     """The tile, given all tensors that are operands of products; any width works with any."""
     dtypes = {t.dtype for t in tensors}
-    return WIDE if len(dtypes) == 1 and dtypes <= set(TENSOR_CORE_DTYPES) else FULL
+    return HALF_TILE if len(dtypes) == 1 and dtypes <= set(TENSOR_CORE_DTYPES) else FLOAT32_TILE

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import accumulator_dtype
 from ..library import empty_gradients
-from .slabs import Sizes, Slab, binary_logs
+from .slabs import ScanSizes, Slab, log2_decays
 
 
 def scan_forward(
@@ -34,35 +34,37 @@ def scan_forward(
     Returns:
         [T, H, P] with the dtype of `x`.
     """
-    sizes, dtype = Sizes.of(x, B, chunk), accumulator_dtype(x, dt, A, B, C, D)
+    sizes, dtype = ScanSizes.infer(x, B, chunk), accumulator_dtype(x, dt, A, B, C, D)
     y = x.new_empty(x.shape)
     D = D.to(dtype).view(-1, 1)
     states = None
-    for span in sizes.slabs():
+    for span in sizes.slab_ranges():
         slab = Slab(sizes, span, x, dt, A, B, seq_pos, dtype)
         states = entering_states(slab, states)
-        reads = slab.map(C)
+        C_chunks = slab.bc_by_group(C)
         # Reuse this buffer: page faults cost more than the product.
-        part = torch.bmm(reads, states[:-1].flatten(0, 1), out=slab.weighted).view(slab.shape)
-        part.mul_(slab.from_start)
-        score, decay = reads @ slab.B.mT, slab.room(sizes.chunk)
-        own = slab.room(sizes.width)
-        for r in range(sizes.heads):
-            seen = slab.decay(r, decay).mul_(score)
+        y_chunks = torch.bmm(C_chunks, states[:-1].flatten(0, 1), out=slab.x_dt_to_end)
+        y_chunks = y_chunks.view(slab.shape).mul_(slab.decay_from_start)
+        score, decay = C_chunks @ slab.B.mT, slab.new_buffer(sizes.chunk)
+        head_y = slab.new_buffer(sizes.head_dim)
+        for r in range(sizes.heads_per_group):
+            weights = slab.decay(r, decay).mul_(score)
             # Added by itself: baddbmm_ with gaps in its result is a loop over matrices.
-            slab.head(part, r).add_(torch.bmm(seen, slab.head(slab.value, r), out=own))
-        own_rows = slab.by_row(part, y.shape[1:])
-        torch.addcmul(own_rows, x[slab.rows], D, out=y[slab.rows])
+            slab.head_matrix(y_chunks, r).add_(
+                torch.bmm(weights, slab.head_matrix(slab.x_dt, r), out=head_y)
+            )
+        state_rows = slab.to_rows(y_chunks, y.shape[1:])
+        torch.addcmul(state_rows, x[slab.rows], D, out=y[slab.rows])
     return y
 
 
-def entering_states(slab: Slab, earlier: Tensor | None) -> Tensor:
+def entering_states(slab: Slab, previous: Tensor | None) -> Tensor:
     """The states before every chunk and after the last: [n + 1, G, N, R P]."""
     n, groups, _, heads, width = slab.shape
-    states = slab.value.new_empty(n + 1, groups, slab.states, heads * width)
-    states[0] = 0 if earlier is None else earlier[-1]
-    torch.bmm(slab.B.mT, slab.weighted, out=states[1:].flatten(0, 1))
-    slab.pass_on(states)
+    states = slab.x_dt.new_empty(n + 1, groups, slab.state_dim, heads * width)
+    states[0] = 0 if previous is None else previous[-1]
+    torch.bmm(slab.B.mT, slab.x_dt_to_end, out=states[1:].flatten(0, 1))
+    slab.state_passing_fwd(states)
     return states
 
 
@@ -72,37 +74,39 @@ def scan_states(
     A: Tensor,
     B: Tensor,
     seq_pos: Tensor,
-    last: Tensor,
+    last_row: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """The states s_t at the rows t of `last`; see ssd_state."""
-    sizes, dtype = Sizes.of(x, B, chunk), accumulator_dtype(x, dt, A, B)
-    if last.shape[0] == 0 or sizes.rows == 0:
-        return x.new_zeros(last.shape[0], *x.shape[1:], sizes.states, dtype=dtype)
-    states, found = None, []
-    for span in sizes.slabs():
+    """The states s_t at the rows t of `last_row`; see ssd_state."""
+    sizes, dtype = ScanSizes.infer(x, B, chunk), accumulator_dtype(x, dt, A, B)
+    if last_row.shape[0] == 0 or sizes.num_rows == 0:
+        return x.new_zeros(last_row.shape[0], *x.shape[1:], sizes.state_dim, dtype=dtype)
+    states, entering = None, []
+    for span in sizes.slab_ranges():
         slab = Slab(sizes, span, x, dt, A, B, seq_pos, dtype)
         states = entering_states(slab, states)
-        found.append(states[:-1])
-    whole = last // sizes.chunk
-    place = torch.arange(sizes.chunk, device=x.device)
-    row = (whole * sizes.chunk).unsqueeze(1) + place  # [S, q], those of the last row's chunk
-    ahead = last.unsqueeze(1) - row
-    causal_mask = (ahead >= 0) & (ahead <= seq_pos[last].unsqueeze(1))
-    row = row.clamp(max=sizes.rows - 1)
-    step = dt[row].to(dtype)
-    log, _ = binary_logs(step, A, 1, dtype)
-    at_last = log.gather(1, (last % sizes.chunk).view(-1, 1, 1).expand(-1, 1, log.shape[2]))
-    decay = (at_last - log).masked_fill_(~causal_mask.unsqueeze(2), float("-inf"))
-    decay.exp2_().mul_(step)
+        entering.append(states[:-1])
+    chunk_index = last_row // sizes.chunk
+    offs_q = torch.arange(sizes.chunk, device=x.device)
+    row = (chunk_index * sizes.chunk).unsqueeze(1) + offs_q  # [S, q], those of the last row's chunk
+    distance = last_row.unsqueeze(1) - row
+    causal_mask = (distance >= 0) & (distance <= seq_pos[last_row].unsqueeze(1))
+    row = row.clamp(max=sizes.num_rows - 1)
+    row_dt = dt[row].to(dtype)
+    log, _ = log2_decays(row_dt, A, 1, dtype)
+    log_last = log.gather(1, (last_row % sizes.chunk).view(-1, 1, 1).expand(-1, 1, log.shape[2]))
+    decay = (log_last - log).masked_fill_(~causal_mask.unsqueeze(2), float("-inf"))
+    decay.exp2_().mul_(row_dt)
     # Of every group its heads side by side, as in a slab.
-    value = (x[row].to(dtype) * decay.unsqueeze(3)).unflatten(2, (sizes.groups, -1))
-    value = value.transpose(1, 2).flatten(3)
-    state = B[row].to(dtype).permute(0, 2, 3, 1) @ value
-    before = at_last.exp2().mul_((seq_pos[last] > last % sizes.chunk).view(-1, 1, 1))
-    entered = torch.cat(found)[whole].unflatten(3, (sizes.heads, -1))
-    entered = entered * before.view(-1, sizes.groups, 1, sizes.heads, 1)
-    state = state.view_as(entered).add_(entered)
+    x_dt = (x[row].to(dtype) * decay.unsqueeze(3)).unflatten(2, (sizes.num_groups, -1))
+    x_dt = x_dt.transpose(1, 2).flatten(3)
+    state = B[row].to(dtype).permute(0, 2, 3, 1) @ x_dt
+    state_before = log_last.exp2().mul_((seq_pos[last_row] > last_row % sizes.chunk).view(-1, 1, 1))
+    entering_state = torch.cat(entering)[chunk_index].unflatten(3, (sizes.heads_per_group, -1))
+    entering_state = entering_state * state_before.view(
+        -1, sizes.num_groups, 1, sizes.heads_per_group, 1
+    )
+    state = state.view_as(entering_state).add_(entering_state)
     return state.permute(0, 1, 3, 4, 2).flatten(1, 2).contiguous()
 
 
@@ -125,80 +129,80 @@ def scan_backward(
         output_mask: which of x, dt, A, B, C, D.
         chunk: rows of a chunk; changes no result but rounding.
     """
-    sizes, dtype = Sizes.of(x, B, chunk), accumulator_dtype(x, dt, A, B, C, D)
+    sizes, dtype = ScanSizes.infer(x, B, chunk), accumulator_dtype(x, dt, A, B, C, D)
     out = empty_gradients((x, dt, A, B, C, D), output_mask)
-    by_head = A.new_zeros(2, A.shape[0], dtype=dtype)  # of A and D
-    for groups, heads in sizes.parts():
+    head_sums = A.new_zeros(2, A.shape[0], dtype=dtype)  # of A and D
+    for groups, heads in sizes.group_ranges():
         columns = (heads, heads, heads, groups, groups, heads)
-        _part_gradients(
+        _group_gradients(
             grad[:, heads],
             (x[:, heads], dt[:, heads], A[heads], B[:, groups], C[:, groups]),
             D[heads],
             seq_pos,
             output_mask,
             [t[:, c] if t.dim() > 1 else t for t, c in zip(out, columns, strict=True)],
-            by_head[:, heads],
+            head_sums[:, heads],
             chunk,
         )
-    for place, total in ((2, by_head[0]), (5, by_head[1])):
-        if output_mask[place]:
-            out[place].copy_(total)
+    for index, total in ((2, head_sums[0]), (5, head_sums[1])):
+        if output_mask[index]:
+            out[index].copy_(total)
     return out
 
 
-def _part_gradients(
+def _group_gradients(
     grad: Tensor,
     inputs: tuple[Tensor, ...],
     D: Tensor,
     seq_pos: Tensor,
     output_mask: list[bool],
     out: list[Tensor],
-    by_head: Tensor,
+    head_sums: Tensor,
     chunk: int | None,
 ) -> None:
-    """The gradients of some groups of heads, into `out` and `by_head`."""
+    """The gradients of some groups of heads, into `out` and `head_sums`."""
     x, dt, A, B, C = inputs
-    sizes, dtype = Sizes.of(x, B, chunk), by_head.dtype
+    sizes, dtype = ScanSizes.infer(x, B, chunk), head_sums.dtype
 
-    def enter(span: tuple[int, int], earlier: Tensor | None) -> tuple[Slab, Tensor]:
+    def load_slab(span: tuple[int, int], previous: Tensor | None) -> tuple[Slab, Tensor]:
         slab = Slab(sizes, span, x, dt, A, B, seq_pos, dtype)
-        return slab, entering_states(slab, earlier)
+        return slab, entering_states(slab, previous)
 
     # sqrt(n) checkpointing: keep every floor(sqrt(n))-th entering state in the forward, recompute
     # the others, group by group, in the backward.
-    spans = list(sizes.slabs())
+    spans = list(sizes.slab_ranges())
     group = math.isqrt(len(spans)) or 1
-    starts: list[Tensor | None] = []
+    saved_states: list[Tensor | None] = []
     slab, states = None, None
-    for number, span in enumerate(spans):
-        if number % group == 0:
-            starts.append(None if states is None else states[-1:].clone())
-        slab, states = enter(span, states)
-    later = None
+    for index, span in enumerate(spans):
+        if index % group == 0:
+            saved_states.append(None if states is None else states[-1:].clone())
+        slab, states = load_slab(span, states)
+    d_next = None
     for first in reversed(range(0, len(spans), group)):
-        members, entering = spans[first : first + group], [starts.pop()]
-        for span in members[:-1]:
-            slab, states = enter(span, entering[-1])
+        group_spans, entering = spans[first : first + group], [saved_states.pop()]
+        for span in group_spans[:-1]:
+            slab, states = load_slab(span, entering[-1])
             entering.append(states[-1:].clone())
-        for span, earlier in zip(reversed(members), reversed(entering), strict=True):
-            if later is not None or len(members) > 1:  # of a last one alone all is at hand
+        for span, previous in zip(reversed(group_spans), reversed(entering), strict=True):
+            if d_next is not None or len(group_spans) > 1:  # of a last one alone all is at hand
                 slab = states = None  # gives back the memory of the one before
-                slab, states = enter(span, earlier)
+                slab, states = load_slab(span, previous)
             tensors = (grad, x, A, C, D)
-            later = _slab_gradients(slab, states, later, tensors, output_mask, out, by_head)
-            later = later[:1].clone()
+            d_next = _slab_gradients(slab, states, d_next, tensors, output_mask, out, head_sums)
+            d_next = d_next[:1].clone()
 
 
 def _slab_gradients(
     slab: Slab,
     states: Tensor,
-    later: Tensor | None,
+    d_next: Tensor | None,
     tensors: tuple[Tensor, ...],
     output_mask: list[bool],
     out: list[Tensor],
-    by_head: Tensor,
+    head_sums: Tensor,
 ) -> Tensor:
-    """Writes the slab's gradients into `out`, adds those of A and D to `by_head`.
+    """Writes the slab's gradients into `out`, adds those of A and D to `head_sums`.
 
     Returns the gradients of the states [n + 1, G, N, R P], the first of them for the slab before.
     """
@@ -207,70 +211,74 @@ def _slab_gradients(
     to_x, to_dt, to_A, to_B, to_C, to_D = output_mask
     to_log, to_score = to_dt or to_A, to_B or to_C
     grad = slab.by_group(row_grad)
-    reads = slab.map(C)
-    before = states[:-1].flatten(0, 1)
+    C_chunks = slab.bc_by_group(C)
+    state_before = states[:-1].flatten(0, 1)
 
     # Through the states between chunks.
-    from_before = slab.wide(grad * slab.from_start)
+    grad_from_start = slab.merge_heads(grad * slab.decay_from_start)
     d_states = states.new_empty(states.shape)
-    d_states[n] = 0 if later is None else later[0]
-    torch.bmm(reads.mT, from_before, out=d_states[:-1].flatten(0, 1))
-    slab.pass_back(d_states)
-    d_after = d_states[1:].flatten(0, 1)
-    d_value = torch.bmm(slab.B, d_after).view(slab.shape).mul_(slab.to_end)
+    d_states[n] = 0 if d_next is None else d_next[0]
+    torch.bmm(C_chunks.mT, grad_from_start, out=d_states[:-1].flatten(0, 1))
+    slab.state_passing_bwd(d_states)
+    d_state_after = d_states[1:].flatten(0, 1)
+    d_x_dt = torch.bmm(slab.B, d_state_after).view(slab.shape).mul_(slab.decay_to_end)
     d_B = d_C = d_score = d_log = None
     if to_B:
-        d_B = slab.weighted @ d_after.mT
+        d_B = slab.x_dt_to_end @ d_state_after.mT
     if to_C:
-        d_C = from_before @ before.mT
-    # Reuse the buffers of `room` and of the states: page faults cost more than the products.
-    room = slab.weighted
+        d_C = grad_from_start @ state_before.mT
+    # Reuse the buffers of `new_buffer` and of the states: page faults cost more than the products.
+    buffer = slab.x_dt_to_end
     if to_log:
-        torch.bmm(reads, before, out=room).mul_(from_before)
-        d_log = room.view(slab.shape).sum(-1)
+        torch.bmm(C_chunks, state_before, out=buffer).mul_(grad_from_start)
+        d_log = buffer.view(slab.shape).sum(-1)
         # Whatever is in the state after the chunk has passed the chunk's end.
-        passed = states[1:].mul_(d_states[1:]).sum(2)
-        d_log[:, :, -1] += passed.unflatten(2, (heads, width)).sum(3)
-    room = room.view(slab.shape)
+        state_dot = states[1:].mul_(d_states[1:]).sum(2)
+        d_log[:, :, -1] += state_dot.unflatten(2, (heads, width)).sum(3)
+    buffer = buffer.view(slab.shape)
 
     # Within chunks, one head of every group at a time. The part of a row in its own result stands
     # aside: no decay enters it, and it would drown the small gradients of strong decays.
-    score, d_score = reads @ slab.B.mT, slab.room(chunk).zero_() if to_score else None
-    own_score = score.diagonal(dim1=1, dim2=2).clone().view(n, groups, chunk, 1)
+    score, d_score = C_chunks @ slab.B.mT, slab.new_buffer(chunk).zero_() if to_score else None
+    diagonal = score.diagonal(dim1=1, dim2=2).clone().view(n, groups, chunk, 1)
     score.diagonal(dim1=1, dim2=2).zero_()
-    decay, seen, d_seen, part = (slab.room(size) for size in (chunk, chunk, chunk, width))
+    decay, weights, d_weights, head_out = (
+        slab.new_buffer(size) for size in (chunk, chunk, chunk, width)
+    )
     for r in range(heads):
         slab.decay(r, decay)
-        torch.mul(decay, score, out=seen)
-        head_grad = slab.head(grad, r)
+        torch.mul(decay, score, out=weights)
+        head_grad = slab.head_matrix(grad, r)
         if to_x or to_log:
-            slab.head(d_value, r).add_(torch.bmm(seen.mT, head_grad, out=part))
+            slab.head_matrix(d_x_dt, r).add_(torch.bmm(weights.mT, head_grad, out=head_out))
         if to_score or to_log:
-            torch.bmm(head_grad, slab.head(slab.value, r).mT, out=d_seen)
+            torch.bmm(head_grad, slab.head_matrix(slab.x_dt, r).mT, out=d_weights)
         if to_score:
-            d_score.addcmul_(d_seen, decay)
+            d_score.addcmul_(d_weights, decay)
         if to_log:
-            d_log[..., r] += d_seen.mul_(seen).sum(-1).view(n, groups, chunk)
+            d_log[..., r] += d_weights.mul_(weights).sum(-1).view(n, groups, chunk)
     if to_log or to_D:
         x = slab.by_group(x)
-        x_grad = torch.mul(grad, x, out=room).sum(-1)
-        by_head[1] += x_grad.sum((0, 2)).flatten()
+        x_dot_grad = torch.mul(grad, x, out=buffer).sum(-1)
+        head_sums[1] += x_dot_grad.sum((0, 2)).flatten()
     if to_log:
-        d_step, dt = torch.mul(d_value, x, out=room).sum(-1), slab.dt.squeeze(-1)
+        d_step, dt = torch.mul(d_x_dt, x, out=buffer).sum(-1), slab.dt.squeeze(-1)
         # Decays to a row grow with the logarithms up to it in its sequence, those from it shrink.
         d_log.addcmul_(d_step, dt, value=-1)
-        d_log = (slab.causal_mask.mT.unsqueeze(1) @ d_log).masked_fill_(slab.lost, 0)
-        by_head[0] += (d_log * dt).sum((0, 2)).flatten()
+        d_log = (slab.causal_mask.mT.unsqueeze(1) @ d_log).masked_fill_(slab.at_lowest, 0)
+        head_sums[0] += (d_log * dt).sum((0, 2)).flatten()
     if to_dt:
         d_step.addcmul_(d_log, A.to(slab.dtype).view(groups, 1, heads))
-        out[1][slab.rows] = slab.by_row(d_step.addcmul_(x_grad, own_score), (groups * heads,))
+        out[1][slab.rows] = slab.to_rows(d_step.addcmul_(x_dot_grad, diagonal), (groups * heads,))
     if to_x:
-        scale = D.to(slab.dtype).view(groups, 1, heads) + slab.dt.squeeze(-1) * own_score
-        scale = slab.by_row(scale, (groups * heads, 1))
-        rows = slab.by_row(d_value.mul_(slab.dt), (groups * heads, width))
+        scale = D.to(slab.dtype).view(groups, 1, heads) + slab.dt.squeeze(-1) * diagonal
+        scale = slab.to_rows(scale, (groups * heads, 1))
+        rows = slab.to_rows(d_x_dt.mul_(slab.dt), (groups * heads, width))
         torch.addcmul(rows, row_grad[slab.rows], scale, out=out[0][slab.rows])
     if to_B:
-        out[3][slab.rows] = slab.by_row(d_B.baddbmm_(d_score.mT, reads), (groups, slab.states))
+        out[3][slab.rows] = slab.to_rows(
+            d_B.baddbmm_(d_score.mT, C_chunks), (groups, slab.state_dim)
+        )
     if to_C:
-        out[4][slab.rows] = slab.by_row(d_C.baddbmm_(d_score, slab.B), (groups, slab.states))
+        out[4][slab.rows] = slab.to_rows(d_C.baddbmm_(d_score, slab.B), (groups, slab.state_dim))
     return d_states
