@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dragkit.checkpoint.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint
 from dragkit.checkpoint.manifest import step_of_folder
-from dragkit.config import TrainConfig
+from dragkit.config import TrainConfig, read_saved_config
 from dragkit.errors import CheckpointError, ConfigError, MissingInputError
 
 
@@ -101,7 +101,7 @@ def resumed_config(
     config: TrainConfig, loaded: LoadedCheckpoint, explicit: set[str]
 ) -> TrainConfig:
     """The checkpoint's own settings, with this command's place, device and reporting."""
-    saved = TrainConfig.model_validate(loaded.json["config"])
+    saved = read_saved_config(loaded.json["config"], str(loaded.folder))
     if "run.seed" in explicit and config.run.seed != saved.run.seed:
         raise CheckpointError(
             f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "

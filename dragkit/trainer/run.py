@@ -14,7 +14,7 @@ from dragkit.checkpoint.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from dragkit.config import TrainConfig
+from dragkit.config import TrainConfig, read_saved_config
 from dragkit.data.cache import cache_root
 from dragkit.distributed.rank_consistency import check_batch_size, run_fingerprint
 from dragkit.distributed.ranks import Ranks
@@ -211,7 +211,7 @@ class TrainingRun:
     def _phase2(self) -> str:
         if self.resumed is None:
             start = self._retriever_checkpoint()
-            saved = TrainConfig.model_validate(start.json["config"])
+            saved = read_saved_config(start.json["config"], str(start.folder))
             self.config = adopt_saved(self.config, saved, self.explicit, ("retriever", "encoder"))
         config = self.config
         phase = build_joint(config, self.encoder, self.device, self.ranks)

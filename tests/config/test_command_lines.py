@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.config.arguments import TrainArguments, parse_evaluate_args, parse_train_args
-from dragkit.config.flags import FLAGS, evaluate_parser, plan_parser, train_parser
+from dragkit.config.arguments import TrainArguments, parse_train_args
+from dragkit.config.flags import FLAGS, train_parser
 from dragkit.console import run_main
 from dragkit.errors import (
     EXIT_CODES,
@@ -23,6 +23,8 @@ from dragkit.errors import (
     MissingInputError,
     WriteError,
 )
+from dragkit.evaluate import evaluate_parser, parse_evaluate_args
+from dragkit.plan import plan_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -276,7 +278,7 @@ def test_mistakes_in_evaluation(line: str, part: str) -> None:
 
 HELP = """
 import sys
-from dragkit.config.arguments import parse_train_args, parse_evaluate_args
+from {module} import {call}
 try:
     {call}(sys.argv[1:])
 finally:
@@ -285,10 +287,17 @@ finally:
 """
 
 
-@pytest.mark.parametrize("call", ["parse_train_args", "parse_evaluate_args"])
-def test_help_imports_nothing_heavy(call: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("dragkit.config.arguments", "parse_train_args"),
+        ("dragkit.evaluate", "parse_evaluate_args"),
+        ("dragkit.plan", "parse_plan_args"),
+    ],
+)
+def test_help_imports_nothing_heavy(module: str, call: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", HELP.format(call=call), "--help"],
+        [sys.executable, "-c", HELP.format(module=module, call=call), "--help"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DRAGKIT_DEBUG": ""},

@@ -90,7 +90,7 @@ def test_a_dumped_configuration_loads_back_unchanged(
 def test_a_later_source_wins_and_origins_say_which(tmp_path: Path) -> None:
     path = write(tmp_path, "optim: {lr: 1e-4, epochs: 7}\nsampler: {k_facts: 12}\n")
     config, origins = resolve_config(
-        "b200", path, {"optim.epochs": 3}, labels={"optim.epochs": "--epochs"}
+        "b200", path, {"optim.epochs": 3}, spellings={"optim.epochs": "--epochs"}
     )
 
     assert (config.optim.batch_size, origins["optim.batch_size"]) == (4, "preset b200, phase2")
@@ -135,7 +135,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
     )
     overrides = {"sampler.k_facts": 200, "retriever.node_dim": 128, "loss.rhoo": 0.5}
     with pytest.raises(ConfigError) as caught:
-        resolve_config("h20", path, overrides, labels={"sampler.k_facts": "--k_facts"})
+        resolve_config("h20", path, overrides, spellings={"sampler.k_facts": "--k_facts"})
     lines = str(caught.value).splitlines()
     reports = {line.split()[0]: line for line in lines[1:]}
 

@@ -51,7 +51,7 @@ def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixtu
     assert plan.main(argv) == ConfigError.exit_code
     out = capsys.readouterr().out
     assert re.search(r"^fits +no$", out, re.MULTILINE)
-    assert len(out.partition("what would:\n")[2].splitlines()) == 3
+    assert len(out.partition("These settings do:\n")[2].splitlines()) == 3
 
 
 def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
