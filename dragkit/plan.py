@@ -218,7 +218,7 @@ def format_plan(plan: dict) -> str:
             f"  {1e3 * fast:.0f} to {1e3 * slow:.0f} ms, {_rate(work, low)} to "
             f"{_rate(work, high)} tokens/s, at {low} to {high} of "
             f"{plan['peak_flops'] / 1e12:.0f} TFLOP/s",
-            f"  of that at least {1e3 * work['seconds_reading_weights']:.0f} ms to read the weights",
+            f"  at least {1e3 * work['seconds_reading_weights']:.0f} ms to read the weights",
         ]
     if plan["alternatives"]:
         lines += [

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -20,7 +20,9 @@ from dragkit.config.yaml_file import read_yaml
 from dragkit.errors import ConfigError
 
 SECTIONS: dict[str, type[Section]] = {
-    name: info.annotation for name, info in TrainConfig.model_fields.items() if name != "preset"
+    name: info.annotation
+    for name, info in TrainConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
 FIELDS = {"preset": TrainConfig.model_fields["preset"]} | {
     f"{section}.{name}": info
@@ -212,16 +214,18 @@ def resolve_config(
     return _validate(merged), {key: merged.origins.get(key, "default") for key in FIELDS}
 
 
-def read_saved_config(settings: Mapping[object, object], origin: str) -> TrainConfig:
+def read_saved_config(settings: object, origin: str) -> TrainConfig:
     """The configuration in a checkpoint, which may use earlier names.
 
     Args:
         settings: the dumped configuration.
-        origin: where it was read, for messages.
+        origin: folder of the checkpoint, for messages.
 
     Raises:
-        ConfigError: lists every wrong key and value.
+        ConfigError: the settings are not a mapping, or hold wrong keys or values. All are listed.
     """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{origin}: the saved configuration is not a mapping.")
     merged, (plain, _) = _Merged(), _flatten(settings)
     merged.update(plain, dict.fromkeys(plain, origin))
     return _validate(merged)
@@ -253,7 +257,7 @@ def config_schema() -> str:
     return json.dumps(TrainConfig.model_json_schema(), indent=2)
 
 
-def _flatten(settings: Mapping[object, object]) -> tuple[dict[str, object], dict[str, dict]]:
+def _flatten(settings: Mapping[Any, object]) -> tuple[dict[str, object], dict[str, dict]]:
     """Values by dotted key, and the values of each phase block by dotted key."""
     plain: dict[str, object] = {}
     blocks: dict[str, dict] = {}
@@ -269,18 +273,15 @@ def _flatten(settings: Mapping[object, object]) -> tuple[dict[str, object], dict
 
 def _validate(merged: _Merged) -> TrainConfig:
     """Builds the configuration, or raises one error with all problems."""
-    nested: dict[str, object] = {}
+    nested: dict[str, Any] = {}
     for key, value in merged.values.items():
         section, _, name = key.rpartition(".")
-        if section:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[name] = value
+        (nested.setdefault(section, {}) if section else nested)[name] = value
     problems, config = list(merged.problems), None
     try:
         config = TrainConfig.model_validate(nested)
     except ValidationError as error:
-        reasons = {}
+        reasons: dict[str, str] = {}
         for item in error.errors(include_url=False):
             key = ".".join(str(part) for part in item["loc"][:2])
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

@@ -28,7 +28,7 @@ from dragkit.plan import plan_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# One value for each flag, and where it lands. A new knob is a schema field, not a new line here.
+# Flag -> dotted key, text and value. A new setting is a field of the schema without a flag.
 FROZEN: dict[str, tuple[str, str, object]] = {
     "phase": ("run.phase", "1", 1),
     "seed": ("run.seed", "7", 7),
@@ -232,7 +232,7 @@ def test_flags_keys_and_values_are_reported_together() -> None:
     message = str(caught.value)
     for part in ("--k_fcts", "(--lr)", "(--phase)", "optim.lrr", "'stray'", "--optim.lr:"):
         assert part in message
-    # The value of an unknown flag is not a mistake of its own.
+    # The value of an unknown flag is not reported.
     assert "argument '5'" not in message
     assert "argument 'value'" in message
 
