@@ -24,7 +24,7 @@ FLAG_GROUPS: dict[str, tuple[str, ...]] = {
             retriever.hidden_dim retriever.node_dim retriever.relation_dim
             retriever.num_reasoning_steps
         """,
-        "drawing of facts": """
+        "fact sampling": """
             sampler.k_facts sampler.max_facts_cap sampler.prob_threshold sampler.temperature
         """,
         "generator": """
@@ -52,7 +52,7 @@ EXIT_CODE_HELP = "exit codes:\n" + "\n".join(
     f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items()
 )
 _TRAIN_EPILOG = f"""\
-Words join by _ or -. A switch stands alone, takes true or false, or begins with --no_.
+Flags may be written with _ or -. A switch stands alone, takes true or false, or begins with --no_.
 Precedence: defaults < preset < --config < flags. `python -m dragkit.config show` prints the origin
 of every value. Without training data, a run takes the bundled demo set and the preset tiny.
 
