@@ -91,6 +91,7 @@ def _device(args: PlanArguments) -> Device:
 
     from dragkit.memory_plan.choice import DEVICES, local_card
 
+    # A named GPU comes first, then this machine's, then the one that the preset is named after.
     if args.card is not None:
         return DEVICES[args.card]
     if torch.cuda.is_available():
@@ -126,6 +127,7 @@ def _estimate_work(config: TrainConfig, plan: MemoryPlan) -> dict[str, object]:
         weight_bytes = plan.fixed["frozen weights"] * plan.shards
         read_s = microbatches * reads * weight_bytes / plan.device.bandwidth
         work |= {"microbatches": microbatches, "seconds_reading_weights": read_s}
+        # A step takes at least the time to read the weights, however few tokens it has.
         flops = tokens * sum(parts.values())
         for fraction in _PEAK_FRACTIONS:
             seconds = max(flops / (fraction * plan.device.flops), read_s)

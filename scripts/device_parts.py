@@ -64,6 +64,7 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     common += [] if cpu else ["--set", "retriever.hidden_dim=256"]
     # Phase 2 without a checkpoint first trains phase 1 in the subfolder phase1.
     joint = work / "joint"
+    # A replayed CUDA graph shows no ranges inside, so graphs get a separate run of phase 1.
     commands = [(2, joint, ["--set", "run.cuda_graphs=false"])]
     traces = [("phase1", joint / "phase1", _PHASE1), ("phase2", joint, _PHASE2)]
     if not cpu:

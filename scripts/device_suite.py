@@ -97,6 +97,7 @@ class Suite:
         self.end = time.monotonic() + TOTAL
         self.missing: list[str] = []
         cache = os.environ.get("DRAGKIT_CACHE", str(work / "cache"))
+        # The tree is not installed: subprocesses find it and unpacked wheels by PYTHONPATH.
         self.environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels", work / "site"))),
@@ -168,6 +169,7 @@ class Suite:
         command = " ".join([*(f"{k}={v}" for k, v in variables.items()), "python", *arguments])
         for folder, name in ((self.work, "$WORK"), (self.out, "$OUT")):
             command = command.replace(str(folder), name)
+        # The total limit may come before the part's own.
         end = min(end, self.end)
         if time.monotonic() >= end:
             part.notes.append(f"not started, out of time: {command}")
@@ -181,6 +183,7 @@ class Suite:
                 env={**self.environment, **variables},
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                # `_stop` signals the whole process group.
                 start_new_session=True,
             )
             try:

@@ -66,6 +66,7 @@ def parse_train_args(
         key, value = current_setting(written, text)
         overrides[key] = parse_text(key, value) if isinstance(value, str) else value
         spellings[key] = spelling
+    # Unknown flags are raised after the merge, together with wrong keys and values.
     try:
         config, origins = resolve_config(
             args.preset, args.config, overrides, spellings=spellings, demo_preset="tiny"

@@ -76,6 +76,7 @@ class Parser(argparse.ArgumentParser):
             prog=prog,
             description=description,
             epilog=epilog,
+            # An abbreviation would change its meaning when a flag is added.
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"{prog} {'RUN ' if prog.endswith('evaluate') else ''}[flags]",
@@ -137,6 +138,7 @@ def train_parser(
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, key: str) -> None:
     """Adds the flag of one field. A switch also gets its --no_ form."""
+    # Types and ranges are left to the schema, so that all wrong values are reported together.
     field = FIELDS[key]
     options = (field.annotation, *get_args(field.annotation))
     no_default = field.default is None or field.default is False

@@ -104,6 +104,7 @@ def current_setting(key: str, value: object) -> tuple[str, object]:
 
 def nearest_key(key: str) -> str | None:
     """The dotted key that is most similar to an unknown one, or None."""
+    # FIELDS come first: of equal names in several sections the schema's first one is suggested.
     known = [*FIELDS, *RENAMED]
     by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
     name = key.rpartition(".")[2]
@@ -129,6 +130,7 @@ def parse_text(key: str, text: str) -> object:
         return text
     annotation = FIELDS[key].annotation
     options = (annotation, *get_args(annotation))
+    # YAML would read `none` as text and `1e-4` as text too, so the annotation decides here.
     word = text.strip().lower()
     if word in ("none", "null") and type(None) in options:
         return None
@@ -195,6 +197,7 @@ def resolve_config(
     overrides, spellings = dict(overrides or {}), {"preset": "--preset", **(spellings or {})}
     if preset is not None:
         overrides["preset"] = preset
+    # The preset and the phase are needed first: they decide which other settings apply.
     from_file = _flatten(read_yaml(Path(file)) if file is not None else {})
     given = from_file[0] | overrides
     merged = _Merged()
@@ -277,12 +280,14 @@ def _validate(merged: _Merged) -> TrainConfig:
     for key, value in merged.values.items():
         section, _, name = key.rpartition(".")
         (nested.setdefault(section, {}) if section else nested)[name] = value
+    # Wrong keys and wrong values are reported together, so values are checked in any case.
     problems, config = list(merged.problems), None
     try:
         config = TrainConfig.model_validate(nested)
     except ValidationError as error:
         reasons: dict[str, str] = {}
         for item in error.errors(include_url=False):
+            # Deeper parts of the location are indices of list items or branches of a union.
             key = ".".join(str(part) for part in item["loc"][:2])
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             if item["type"] == "string_pattern_mismatch":

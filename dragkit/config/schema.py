@@ -141,6 +141,7 @@ class SamplerConfig(Section):
         description="Append one vector that carries gradient to facts that were not drawn.",
     )
 
+    # It follows max_facts_cap: a validator sees the fields above its own only.
     @field_validator("k_facts")
     @classmethod
     def _within_cap(cls, value: int, info: ValidationInfo) -> int:
@@ -220,6 +221,7 @@ class GeneratorConfig(Section):
             raise ValueError(f"must be less than generator.max_prompt_tokens ({limit})")
         return value
 
+    # Routed experts are 3-D parameters, for which PEFT has no dropout.
     @field_validator("lora_targets")
     @classmethod
     def _routed_experts_have_no_dropout(

@@ -28,6 +28,7 @@ BUILDER_VERSION = 1
 SEED = 20_241
 SIZES = {"train": 2400, "dev": 320, "test": 520}
 SUBGRAPH_FACTS = 50
+# Questions per ranking. It bounds the memory of the dense [facts, questions] flows.
 _QUESTIONS_PER_RANKING = 128
 
 
@@ -111,8 +112,10 @@ def _rows(
         order, reached = ranker.rank(topics, keys, SUBGRAPH_FACTS)
         for number, question in enumerate(batch, start):
             best = [kb.facts[index] for index in order[number - start]]
+            # dev and test hold only what the ranking finds, as a real subgraph would.
             gold_facts = question.gold_facts() if split == "train" else []
             triples = list(dict.fromkeys([*gold_facts, *best]))[:SUBGRAPH_FACTS]
+            # Unshuffled, the gold facts of train would come first.
             rng.shuffle(triples)
             yield {
                 "id": f"demo-{split}-{number:04d}",

@@ -88,6 +88,7 @@ def enumerate_questions(kb: KnowledgeBase, template: Template) -> Iterator[DemoQ
     ]
     mirrored = len(reach) > 1 and template.chains[0] == template.chains[1]
     for topics in product(*reach):
+        # With equal chains (a, b) and (b, a) are one question, and (a, a) has one topic only.
         if mirrored and topics[0] >= topics[1]:
             continue
         ends = [tails[topic] for tails, topic in zip(reach, topics, strict=True)]
@@ -113,6 +114,7 @@ def balanced_counts(available: Sequence[int], total: int) -> list[int]:
         raise ValueError(f"{total} questions are wanted, but there are only {sum(available)}.")
     taken = [0] * len(available)
     left = total
+    # Small pools first: what they cannot give is shared by the larger ones.
     by_size = sorted(range(len(available)), key=lambda i: (available[i], i))
     for place, i in enumerate(by_size):
         taken[i] = min(available[i], left // (len(available) - place))
@@ -147,6 +149,7 @@ def draw(
 
 def _counts_by_mix_key(sizes: Sequence[int]) -> list[list[int]]:
     """Number of questions of each split, by key of `HOP_MIX`."""
+    # Rounding may miss the size of a split, so one-hop questions take the rest.
     counts = [[round(share * size) for size in sizes] for share in HOP_MIX.values()]
     for column, size in enumerate(sizes):
         counts[0][column] += size - sum(row[column] for row in counts)

@@ -36,6 +36,7 @@ class FactRanker:
         relation = np.array([relation_row[name] for _, name, _ in kb.facts])
         self._head = np.array([self._row[head] for head, _, _ in kb.facts])
         self._tail = np.array([self._row[tail] for _, _, tail in kb.facts])
+        # The walk follows facts in both directions: E rows leave the head, then E the tail.
         start_rows = np.concatenate([self._head, self._tail])
         steps = np.concatenate([relation, relation + len(relations)])
         probability = _transition_probabilities(start_rows, steps, 2 * len(relations))

@@ -95,6 +95,7 @@ class PromptWriter:
                 ("neutral"), a zero vector ("empty"), or nothing ("none").
             markers: markers to write instead of the sample's right ones.
         """
+        # A factor of 0 turns the slot's embedding into the zero vector.
         row = Row([self.bos], [IGNORE_INDEX], [], 0.0 if slots == "empty" else 1.0)
         row.append(self.encode(self.template.prefix(sample.question)))
         self._facts(row, sample, slots, markers or sample.markers)

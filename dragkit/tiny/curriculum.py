@@ -10,16 +10,22 @@ from dragkit.tiny.tasks import QUESTION_TYPES, draw_drill, draw_sample, noisy_ma
 
 STAGES = ("copy", "drill", "questions")
 ROWS_PER_STEP = 32
+# In the order of QUESTION_TYPES.
 TYPE_WEIGHTS = (26, 14, 24, 16, 20)
 # A stage ends at this token accuracy, or after this number of steps.
 COPY_END = (0.9, 1500)
 DRILL_END = (0.95, 800)
+# Above this accuracy prompts grow by one fact every GROW_EVERY_STEPS steps.
 GROW_ACCURACY = 0.8
 GROW_EVERY_STEPS = 25
+# First and last value of the upper bound of facts in a prompt.
 DRILL_FACTS = (3, 8)
 QUESTION_FACTS = (3, 12)
+# Decay of the running mean of the accuracy per step.
 ACCURACY_DECAY = 0.93
+# In the last stage, probabilities of a step with several questions per row and of a drill.
 SEVERAL_PROBABILITY, DRILL_PROBABILITY = 0.15, 0.1
+# Fraction of right markers in a marked prompt.
 MARKER_ACCURACY = 0.93
 
 
@@ -53,6 +59,7 @@ class Curriculum:
             return [self.writer.drill(draw_drill(rng, count)) for _ in range(ROWS_PER_STEP)]
         if chance < DRILL_PROBABILITY + SEVERAL_PROBABILITY:
             self._drawn_stage = "several"
+            # These rows are longer than others, so a step has half as many.
             return [self._several() for _ in range(ROWS_PER_STEP // 2)]
         count = rng.randint(2, self.num_facts)
         return [self._question(count) for _ in range(ROWS_PER_STEP)]

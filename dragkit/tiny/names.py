@@ -73,6 +73,7 @@ def _machine_id(rng: random.Random) -> str:
     return f"{rng.choice('mg')}.0{tail}"
 
 
+# Further kinds of names with their weights. Invented words have weight 58.
 OTHER_NAMES = ((_dated, 6), (_punctuated, 8), (_accented, 3), (_machine_id, 3))
 
 

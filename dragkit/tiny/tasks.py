@@ -93,6 +93,7 @@ def _gold_facts(
         )
         forward = rng.random() < 0.7
         last = (middle, second, names.draw()) if forward else (names.draw(), second, middle)
+        # The first hop leads to the middle entity only, so just the second fact is an answer.
         return (
             _word_question(rng, second, inner, forward),
             [first, last],
@@ -176,6 +177,7 @@ def draw_drill(rng: random.Random, num_facts: int) -> Sample:
     )
     share = rng.uniform(0.2, 0.7)
     markers = [rng.choice((TAIL, HEAD)) if rng.random() < share else IRRELEVANT for _ in facts]
+    # A row without answers would supervise the end token alone.
     if all(marker == IRRELEVANT for marker in markers):
         markers[rng.randrange(num_facts)] = rng.choice((TAIL, HEAD))
     return Sample("", facts, tuple(markers), _answers(facts, markers))

@@ -18,6 +18,7 @@ PAD, BOS, EOS, NEUTRAL = "<pad>", "<bos>", "<eos>", "<slot>"
 SPECIAL = (PAD, BOS, EOS, *MARKERS, NEUTRAL)
 VOCAB_SIZE = 1024
 MAX_TOKENS = 4096
+# The listed texts count three times, so that their names become few tokens.
 LISTED_REPEATS = 3
 
 
@@ -50,6 +51,7 @@ def train_tokenizer(seed: int, listed: Sequence[str] = (), prompts: int = 2000) 
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=list(SPECIAL),
+        # All 256 bytes, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -73,6 +73,7 @@ def train(model: nn.Module, curriculum: Curriculum, steps: int) -> int:
     tokens, start = 0, time.perf_counter()
     for step in range(1, steps + 1):
         batch = collate(curriculum.draw())
+        # Rows of the copy stage have no slots.
         noise = 0.0 if curriculum.stage == "copy" else MAX_SLOT_NOISE
         logits, target = answer_logits(model, batch, noise)
         loss = F.cross_entropy(logits, target)
@@ -121,6 +122,7 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
     Raises:
         WriteError: the folder cannot be written.
     """
+    # With one thread sums have one order, so a seed gives the same bits again.
     torch.set_num_threads(1)
     names, texts = demo_texts()
     tokenizer = train_tokenizer(seed, names + texts)

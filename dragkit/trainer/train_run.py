@@ -47,6 +47,8 @@ def train_run(config: TrainConfig, phase1_config: TrainConfig | None = None) -> 
         MissingInputError: a file, a folder or the generator's weights are missing.
         WriteError: a checkpoint cannot be written.
     """
+    # A configuration does not record which values were given. Those that differ from the preset
+    # were, so phase 1 takes them over and a checkpoint may not contradict them.
     base = resolve_config(config.preset, overrides={"run.phase": config.run.phase})[0]
     changed = differing_settings(config, base)
     if phase1_config is None:
