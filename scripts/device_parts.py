@@ -1,4 +1,4 @@
-"""Parts of the device suite that are neither tests nor benchmarks.
+"""The parts of the device suite that are neither tests nor benchmarks.
 
 python scripts/device_parts.py env OUT [MISSING ...]
 python scripts/device_parts.py profile OUT WORK [--cpu]
@@ -19,22 +19,22 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 _PHASE1 = {"copy", "retriever", "backward", "optimizer"}
 _PHASE2 = _PHASE1 | {"sampler", "prompt", "generator"}
-# Kernels of dragkit_kernels have names of this form.
+# The kernels of dragkit_kernels by their names.
 _OURS = re.compile(r"_[a-z_]+_kernel")
-_SMI_FIELDS = ("name", "driver_version", "pstate", "power.draw", "power.limit", "temperature.gpu")
-_SMI_FIELDS += ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "memory.total")
-_NUM_LONGEST = 40
+_SMI = ("name", "driver_version", "pstate", "power.draw", "power.limit", "temperature.gpu")
+_SMI += ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "memory.total")
+_TOP = 40
 _COMMAND = "scripts/device_suite.sh"
 
 
 def environment(out: Path, missing: Sequence[str]) -> int:
-    """Writes env.json: the machine, the missing modules and the output of nvidia-smi."""
+    """Writes env.json: the machine, what is missing, and what nvidia-smi says."""
     from bench.records import machine_info
 
-    query = ["nvidia-smi", f"--query-gpu={','.join(_SMI_FIELDS)}", "--format=csv,noheader"]
+    query = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        smi = dict(zip(_SMI_FIELDS, done.stdout.split("\n")[0].split(", "), strict=False))
+        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        smi = dict(zip(_SMI, found.stdout.split("\n")[0].split(", "), strict=False))
     except (OSError, subprocess.SubprocessError) as error:
         smi = {"error": str(error)}
     info = {"machine": machine_info(_COMMAND), "missing": missing, "nvidia_smi": smi}
@@ -43,7 +43,7 @@ def environment(out: Path, missing: Sequence[str]) -> int:
 
 
 def write_questions(path: Path, count: int) -> None:
-    """Writes the first questions of the bundled demo."""
+    """The first questions of the bundled demo."""
     from dragkit.demo import demo_files
 
     lines = Path(demo_files().train).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -51,7 +51,7 @@ def write_questions(path: Path, count: int) -> None:
 
 
 def profile(out: Path, work: Path, *, cpu: bool) -> int:
-    """Trains on a few demo questions, copies the traces and checks their content."""
+    """Trains on a few demo questions, keeps the traces, and looks for names in them."""
     from bench.records import machine_info
 
     batch, steps = (4, "1:4") if cpu else (16, "10:13")
@@ -62,9 +62,8 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     common += ["--epochs", "1" if cpu else "4", "--set", "run.profile_trace=true"]
     common += ["--set", "run.compile=false", "--set", f"run.device={'cpu' if cpu else 'cuda'}"]
     common += [] if cpu else ["--set", "retriever.hidden_dim=256"]
-    # Phase 2 without a checkpoint first trains phase 1 in the subfolder phase1.
+    # Phase 2 without a checkpoint trains phase 1 first, in a folder inside its own.
     joint = work / "joint"
-    # A replayed CUDA graph shows no ranges inside, so graphs get a separate run of phase 1.
     commands = [(2, joint, ["--set", "run.cuda_graphs=false"])]
     traces = [("phase1", joint / "phase1", _PHASE1), ("phase2", joint, _PHASE2)]
     if not cpu:
@@ -83,8 +82,8 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
             problems.append(f"{name}: no trace")
             continue
         (out / f"trace_{name}.json.gz").write_bytes(trace.read_bytes())
-        summaries[name] = summary = summarise(trace)
-        problems += [f"{name}: {text}" for text in missing_events(summary, ranges, cpu=cpu)]
+        summaries[name] = found = summarise(trace)
+        problems += [f"{name}: {text}" for text in lacking(found, ranges, cpu=cpu)]
     content = {"machine": machine_info(_COMMAND), "steps": steps}
     content |= {"problems": problems, "traces": summaries}
     (out / "profile.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -93,37 +92,37 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
 
 
 def summarise(trace: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Calls and milliseconds by name, of our ranges and of the longest GPU kernels."""
+    """Calls and milliseconds by name: our ranges, and the device's kernels that took longest."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     ranges, kernels = defaultdict(list), defaultdict(list)
-    by_category = {"user_annotation": ranges, "kernel": kernels}
+    rows = {"user_annotation": ranges, "kernel": kernels}
     for event in events:
-        if event.get("ph") == "X" and event.get("cat") in by_category:
-            by_category[event["cat"]][event["name"]].append(event["dur"] / 1e3)
+        if event.get("ph") == "X" and event.get("cat") in rows:
+            rows[event["cat"]][event["name"]].append(event["dur"] / 1e3)
     ours = [ms for name, times in kernels.items() if _OURS.match(name) for ms in times]
-    all_ms = [ms for times in kernels.values() for ms in times]
+    every = [ms for times in kernels.values() for ms in times]
     return {
         "ranges": _longest(ranges),
         "kernels": _longest(kernels),
-        "all_kernels": _longest({"all": all_ms, "dragkit": ours}),
+        "all_kernels": _longest({"all": every, "dragkit": ours}),
     }
 
 
 def _longest(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    ordered = sorted(rows.items(), key=lambda row: -sum(row[1]))[:_NUM_LONGEST]
+    ordered = sorted(rows.items(), key=lambda row: -sum(row[1]))[:_TOP]
     return {name: {"calls": len(ms), "ms": round(sum(ms), 4)} for name, ms in ordered}
 
 
-def missing_events(summary: dict, ranges: set[str], *, cpu: bool) -> Iterator[str]:
-    """Yields a line for each expected range that a trace does not hold, and for our kernels."""
-    yield from (f"no range {name}" for name in sorted(ranges - set(summary["ranges"])))
-    if not cpu and not summary["all_kernels"]["dragkit"]["calls"]:
+def lacking(found: dict, ranges: set[str], *, cpu: bool) -> Iterator[str]:
+    """What a trace should hold and does not."""
+    yield from (f"no range {name}" for name in sorted(ranges - set(found["ranges"])))
+    if not cpu and not found["all_kernels"]["dragkit"]["calls"]:
         yield "no kernel of dragkit ran on the device"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one part and returns the exit code."""
+    """Runs one part; returns the exit code."""
     name, out, *rest = arguments
     if name == "questions":
         write_questions(Path(out), 48)

@@ -1,10 +1,11 @@
-"""Trains on the demo and on published sets with several seeds, and writes docs/results.md.
+"""Makes docs/results.md: trains on the demo and on published sets, several seeds each.
 
     python scripts/results.py [--seeds 0 1 2] [--sets demo webqsp ...] [--jobs 2]
 
-Each table comes from two `python -m dragkit.train` commands, which the page shows. The second
-command's `results.json` holds the test metrics of each stage. Published sets are read from
-DRAGKIT_DATA, or from ../shared/data beside the repository. Sections of other sets stay as they are.
+Every table comes from two `python -m dragkit.train` commands, shown in the document; the second
+one's `results.json` holds the test metrics of each stage. Published sets are read from
+DRAGKIT_DATA, or from ../shared/data beside the repository. Sections of sets that are not asked for
+stay as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
-# On 5,000 questions one epoch of phase 2 is enough.
+# A set of 5,000 questions needs no third pass to show what a pass does.
 EPOCHS = {("pathquestion", 2): 1}
 SETS = ("demo", "worldcup", "pathquestion", "webqsp", "cwq", "freebase_simple")
 
@@ -67,7 +68,7 @@ def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[st
 
 
 def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> dict | None:
-    """Trains the phases that have no results yet. Returns the results, or None after a failure."""
+    """The results of one run, None if it failed. A phase that has results is not repeated."""
     folder = runs / f"{name}-{seed}"
     for phase in phases:
         result = folder / f"phase{phase}" / "results.json"
@@ -98,7 +99,7 @@ def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> 
 
 
 def cell(values: list[float]) -> str:
-    """Mean and standard deviation over seeds, in percent."""
+    """Mean and spread over seeds, in percent."""
     if not values:
         return "-"
     mean = 100 * statistics.fmean(values)
@@ -107,10 +108,10 @@ def cell(values: list[float]) -> str:
     return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def table(name: str, results: list[dict], provenance: str) -> str:
-    """The section of one set, with stages as rows."""
+def table(name: str, results: list[dict], made: str) -> str:
+    """One set's section: stages as rows."""
     asked = results[0]["untrained"]["counts"]["asked"]
-    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {provenance}", ""]
+    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {made}", ""]
     lines += ["| stage | " + " | ".join(METRICS) + " |", "| --- |" + " ---: |" * len(METRICS)]
     for stage in results[0]:
         cells = []
@@ -120,24 +121,24 @@ def table(name: str, results: list[dict], provenance: str) -> str:
         lines.append(f"| {stage} | " + " | ".join(cells) + " |")
     lines += ["", "```"]
     for phase in (1, 2):
-        flags = " ".join(command(name, phase, 0, f"runs/{name}-0", "$DRAGKIT_DATA"))
-        lines.append(f"python -m dragkit.train {flags}")
+        shown = " ".join(command(name, phase, 0, f"runs/{name}-0", "$DRAGKIT_DATA"))
+        lines.append(f"python -m dragkit.train {shown}")
     return "\n".join([*lines, "```", ""])
 
 
-def run_provenance() -> str:
-    """Date, commit, versions and machine of the runs."""
+def made_by() -> str:
+    """When, where and with what the runs were made."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return (
-        f"Trained on {time.strftime('%Y-%m-%d')} at commit {commit} with Python "
+        f"Made on {time.strftime('%Y-%m-%d')} at commit {commit} with Python "
         f"{platform.python_version()}, torch {version('torch')}, transformers "
         f"{version('transformers')}, on a CPU ({os.cpu_count()} cores)."
     )
 
 
 def sections(document: Path) -> dict[str, str]:
-    """The sections of the present page, by set."""
+    """The sections of an earlier document, by set."""
     if not document.is_file():
         return {}
     _, *parts = document.read_text(encoding="utf-8").split("\n## ")
@@ -145,7 +146,7 @@ def sections(document: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Trains the missing runs and writes the page."""
+    """Runs what is missing and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
@@ -155,21 +156,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
     args = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    runs = [(name, seed) for name in args.sets for seed in args.seeds]
+    work = [(name, seed) for name in args.sets for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = list(pool.map(lambda r: train(*r, args.runs, threads, args.phases), runs))
+        found = list(pool.map(lambda w: train(*w, args.runs, threads, args.phases), work))
     if 2 not in args.phases:
         return
     by_set: dict[str, list[dict]] = {}
-    for (name, _), result in zip(runs, results, strict=True):
+    for (name, _), result in zip(work, found, strict=True):
         if result is not None:
             by_set.setdefault(name, []).append(result)
-    pages, provenance = sections(args.output), run_provenance()
-    pages |= {name: table(name, rows, provenance) for name, rows in by_set.items()}
-    lines = [HEAD, *(pages[name] for name in SETS if name in pages)]
+    known, made = sections(args.output), made_by()
+    known |= {name: table(name, results, made) for name, results in by_set.items()}
+    lines = [HEAD, *(known[name] for name in SETS if name in known)]
     args.output.write_text("\n".join(lines), encoding="utf-8")
-    if None in results:
-        raise SystemExit(f"Some runs failed. See the logs under {args.runs}.")
+    if len(found) != sum(len(r) for r in by_set.values()):
+        raise SystemExit("some runs failed; see their logs")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Builds a sentence encoder of all-MiniLM-L6-v2's size with random weights, for benchmarks.
+"""A sentence encoder of all-MiniLM-L6-v2's sizes with random weights, for machines without it.
 
     python scripts/stand_in_encoder.py FOLDER
 
-The script builds it only if the real encoder is not installed. dragkit finds the package if FOLDER
-is on PYTHONPATH. Texts have about as many tokens as with the real encoder, so times are
-comparable. Scores are not.
+It is made only where the true one is not found. The package in FOLDER has the name that dragkit
+looks for, so FOLDER on PYTHONPATH is enough. Texts become about as many tokens as with the true
+one, so times are right. What a model learns from them is not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def vocabulary() -> list[str]:
-    """The words of the bundled demo, and single characters for all other words."""
+    """Every word of the bundled demo, and single characters for the rest."""
     text = " ".join(file.read_text(encoding="utf-8") for file in sorted(DEMO.rglob("*.tsv")))
     words = sorted(set(re.findall(r"[^\W_]+|[^\w\s]", text.lower())))
     letters = sorted({letter for word in words for letter in word})
@@ -31,7 +31,7 @@ def vocabulary() -> list[str]:
 
 
 def build(package: Path) -> None:
-    """Writes the package with its model."""
+    """Writes the package with its model folder."""
     import torch
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -50,16 +50,17 @@ def build(package: Path) -> None:
     )
     BertModel(config).save_pretrained(plain)
     BertTokenizerFast(str(plain / "vocab.txt"), do_lower_case=True).save_pretrained(plain)
-    transformer = models.Transformer(str(plain), max_seq_length=128)
-    encoder = SentenceTransformer(modules=[transformer, models.Pooling(384)], device="cpu")
-    encoder.save(str(package / "model"))
+    first = models.Transformer(str(plain), max_seq_length=128)
+    both = SentenceTransformer(modules=[first, models.Pooling(384)], device="cpu")
+    both.save(str(package / "model"))
     shutil.rmtree(plain)
 
 
 def main() -> None:
-    """Finds the real encoder, or builds the stand-in."""
+    """Finds the true encoder, or makes the stand-in."""
     try:
-        sys.stdout.write(f"sentence encoder: {find_encoder()}\n")
+        found = find_encoder()
+        sys.stdout.write(f"sentence encoder: {found}\n")
     except MissingInputError:
         build(Path(sys.argv[1]) / PACKAGED_MODEL)
         sys.stdout.write("sentence encoder: a stand-in with random weights\n")

@@ -1,4 +1,4 @@
-"""The device suite without a GPU: its smallest sizes, and its behaviour after failures."""
+"""The device suite where no device is: its smallest sizes, and what it does when things fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
     for name in ("out", "work"):
         (tmp_path / name).mkdir()
     before = signal.getsignal(signal.SIGINT)
-    suite_module.restore_interrupts()
+    suite_module.hear_interrupts()
     monkeypatch.setattr(suite_module.Suite, "prepare", lambda self: None)
     yield suite_module.Suite(tmp_path / "out", tmp_path / "work", cpu=True)
     signal.signal(signal.SIGINT, before)
@@ -98,7 +98,7 @@ def test_the_suite_fails_if_a_part_failed(code, tmp_path, monkeypatch, capsys) -
     assert suite_module.main() == bool(code)
     said = capsys.readouterr().out
     assert ("failed: kernels" in said) == bool(code) and ("all parts done" in said) == (not code)
-    # The 30B's step runs only by --parts.
+    # The whole generator runs only when it is named.
     assert asked == [[name for name in suite_module.LIMITS if name != "generator"]]
     monkeypatch.setattr(sys, "argv", ["device_suite.py", "--parts", "env,speed"])
     with pytest.raises(SystemExit) as caught:
@@ -106,13 +106,13 @@ def test_the_suite_fails_if_a_part_failed(code, tmp_path, monkeypatch, capsys) -
     assert caught.value.code == 2 and "unknown parts speed" in capsys.readouterr().err
 
 
-def test_after_the_time_limit_only_the_report_runs(suite) -> None:
-    """The report covers all files in the folder. A damaged file makes it fail."""
+def test_when_time_is_out_only_the_report_comes(suite) -> None:
+    """Of what is in the folder; a damaged file fails it."""
     suite.end = time.monotonic() - 1
     traces = {"phase1": {"ranges": {"copy": {"calls": 1, "ms": 2.0}}}}
     (suite.out / "profile.json").write_text(json.dumps({"steps": "1:2", "traces": traces}))
     late, report = suite.run(["kernels", "report"])
-    assert late.exit_code == 124 and late.notes[0].startswith("not started, out of time: ")
+    assert late.exit_code == 124 and late.notes[0].startswith("not begun, out of time: ")
     assert report.exit_code == 0 and report.files == ["profile_parts.png", "report.md"]
     assert "| copy | 2.000 |" in (suite.out / "report.md").read_text()
     (suite.out / "kernels.json").write_text("{")
@@ -122,7 +122,7 @@ def test_after_the_time_limit_only_the_report_runs(suite) -> None:
 
 
 def test_a_command_out_of_time_is_interrupted_with_its_children(suite) -> None:
-    """After SIGINT it can still write its results. Its child process ends too."""
+    """It may still write what it has; a child of its own ends too."""
     code = (
         "import subprocess, sys, time\n"
         "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
@@ -149,7 +149,7 @@ FILES = {
 
 @pytest.mark.parametrize("known", [True, False])
 def test_files_that_need_a_missing_module_are_left_out(suite, monkeypatch, tmp_path, known) -> None:
-    """A file that needs a module which `prepare` did not report as missing fails the part."""
+    """One that needs a module that should be there fails the part."""
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     suite.cpu, suite.missing = False, ["absent_module"] * known
@@ -174,7 +174,7 @@ def test_every_gpu_test_is_found() -> None:
     assert "tests/config/test_command_lines.py" not in found
 
 
-def test_missing_events_of_a_trace_are_reported(tmp_path: Path) -> None:
+def test_what_a_trace_lacks_is_said(tmp_path: Path) -> None:
     trace = tmp_path / "trace.json.gz"
     events = [
         {"ph": "X", "cat": "user_annotation", "name": "copy", "dur": 1500},
@@ -183,14 +183,14 @@ def test_missing_events_of_a_trace_are_reported(tmp_path: Path) -> None:
         {"ph": "i", "name": "a mark"},
     ]
 
-    def missing(cpu: bool) -> list[str]:
+    def lacking(cpu: bool) -> list[str]:
         with gzip.open(trace, "wt") as file:
             json.dump({"traceEvents": events}, file)
         found = parts_module.summarise(trace)
         assert found["ranges"] == {"copy": {"calls": 2, "ms": 2.0}}
-        return list(parts_module.missing_events(found, {"copy", "backward"}, cpu=cpu))
+        return list(parts_module.lacking(found, {"copy", "backward"}, cpu=cpu))
 
-    assert missing(cpu=True) == ["no range backward"]
-    assert missing(cpu=False) == ["no range backward", "no kernel of dragkit ran on the device"]
+    assert lacking(cpu=True) == ["no range backward"]
+    assert lacking(cpu=False) == ["no range backward", "no kernel of dragkit ran on the device"]
     events.append({"ph": "X", "cat": "kernel", "name": "_fact_head_fwd_kernel", "dur": 30})
-    assert missing(cpu=False) == ["no range backward"]
+    assert lacking(cpu=False) == ["no range backward"]
