@@ -43,7 +43,7 @@ def evaluation_batch_size(
         shape = generator_dims(config.generator, name=config.generator_model)
     if shape is None:
         return MAX_DECODE_BATCH
-    return make_plan(config, shape, local_card(device), ranks).questions
+    return make_plan(config, shape, local_card(device), ranks).decode_batch
 
 
 class QuestionDataset:
