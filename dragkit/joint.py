@@ -17,13 +17,7 @@ from dragkit_kernels import segment_sum
 
 
 class JointModel(nn.Module):
-    """D-RAG: p(answer | drawn facts) p(drawn facts | question, graph).
-
-    Args:
-        config: the whole configuration.
-        retriever: scores the facts of a question.
-        generator: the language model with its adapters.
-    """
+    """D-RAG: p(answer | drawn facts) p(drawn facts | question, graph)."""
 
     def __init__(self, config: TrainConfig, retriever: Retriever, generator: Generator) -> None:
         super().__init__()
@@ -68,9 +62,8 @@ class JointModel(nn.Module):
         graph = batch.graph
         # The weights below are zero, so the vectors would get a gradient of zero.
         with torch.no_grad():
-            all_facts = torch.arange(
-                graph.num_facts, dtype=torch.int32, device=selection.index.device
-            )
+            device = selection.index.device
+            all_facts = torch.arange(graph.num_facts, dtype=torch.int32, device=device)
             vectors = self.projector(output, graph, all_facts)
         is_drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
         # An index of -1 means no fact. It writes to the extra last entry.
@@ -88,17 +81,13 @@ class JointModel(nn.Module):
         vectors: bool | None = None,
         residual: bool = False,
     ) -> PromptLayout:
-        """Lays out one prompt per question around the selected facts.
+        """Lays out one prompt per question around the selected facts, int32 [B, K].
 
         Args:
-            batch: questions with token rows.
-            index: int32 [B, K] selected facts, -1 for none.
+            batch, index: the questions and their facts; -1 is none.
             with_target: append the answers, for training.
-            vectors: put a structural vector in front of each fact; None follows the configuration.
-            residual: add the vector of the undrawn facts.
-
-        Raises:
-            ValueError: the batch has no token rows.
+            vectors: one vector slot per fact; None follows the configuration.
+            residual: a slot for the vector of the undrawn facts.
         """
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
@@ -135,14 +124,7 @@ class JointModel(nn.Module):
         *,
         text_only: bool = False,
     ) -> list[str]:
-        """Greedy answers to the batch's questions from the selected facts.
-
-        Args:
-            batch: the questions.
-            output: of the retriever.
-            selection: facts of the prompts.
-            text_only: leave the structural vectors out of the prompts.
-        """
+        """Greedy answers from the selected facts; `text_only` leaves structural vectors out."""
         with_vectors = self.uses_vectors and not text_only
         prompt = self.prompt(batch, selection.index, with_target=False, vectors=with_vectors)
         vectors = None

@@ -29,16 +29,9 @@ def numerical_error(
     outputs: Sequence[StepOutput],
     ranks: Ranks,
 ) -> NumericalError:
-    """Writes a record of the step and returns the error to raise. All ranks must call this.
+    """Records a step with the gradient norm `norm` and returns the error to raise.
 
-    Args:
-        path: of the record, which rank 0 writes.
-        step: index of the optimizer step.
-        norm: of all gradients.
-        parameters: trained parameters by name, with their gradients.
-        questions: ids of this rank's questions.
-        outputs: of this rank's micro-batches.
-        ranks: ranks that train together.
+    Rank 0 writes `path`. Questions and outputs are those of this rank, and all ranks must call.
     """
     bad = [
         name

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -34,9 +34,8 @@ _BUCKET_SAMPLES = 8
 _HOST_FRACTION = 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class DataPaths:
-    """The three files of a run. Only `train` must exist; `bundled` marks the demo set."""
+class DataPaths(NamedTuple):
+    """The three files of a run; `bundled` marks the demo set."""
 
     train: str
     val: str | None
@@ -61,19 +60,13 @@ def select_device(name: str) -> torch.device:
 def data_paths(config: TrainConfig) -> DataPaths:
     """The files named in the configuration, or the bundled demo set, built on first use."""
     data = config.data
-    if data.heuristics_path is not None:
-        return DataPaths(
-            data.heuristics_path, data.val_heuristics_path, data.test_heuristics_path, False
-        )
+    train, val, test = data.heuristics_path, data.val_heuristics_path, data.test_heuristics_path
+    if train is not None:
+        return DataPaths(train, val, test, bundled=False)
     from dragkit.demo import demo_files
 
     demo = demo_files(cache_root(data.cache_dir))
-    return DataPaths(
-        str(demo.train),
-        data.val_heuristics_path or str(demo.dev),
-        data.test_heuristics_path or str(demo.test),
-        True,
-    )
+    return DataPaths(str(demo.train), val or str(demo.dev), test or str(demo.test), bundled=True)
 
 
 def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
@@ -130,22 +123,16 @@ def build_retriever_phase(
     config: TrainConfig,
     retriever: Retriever,
     device: torch.device,
-    train: QuestionDataset | None = None,
+    train: QuestionDataset,
     ranks: Ranks | None = None,
 ) -> RetrieverPhase:
     """Phase 1 around a retriever on `device`, compiled and replayed as the configuration says.
 
-    Args:
-        config: of the run.
-        retriever: the model.
-        device: of the model.
-        train: training questions, whose first batches give the usual capacity of a CUDA graph;
-            None trains without CUDA graphs.
-        ranks: ranks that share a batch; None means this process alone.
+    The first batches of `train` give the usual capacity of a CUDA graph.
     """
     forward = compile_retriever(retriever) if compile_enabled(config, device) else None
     capture = capture_for(device) if config.run.cuda_graphs else None
-    if train is None or capture is None or train.store.num_relations == 0:
+    if capture is None or train.store.num_relations == 0:
         return RetrieverPhase(config, retriever, forward=forward)
     # Those of epoch 0 in a resumed run, too, so that capacities are the same.
     batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
@@ -163,14 +150,7 @@ def build_retriever_phase(
 def build_joint(
     config: TrainConfig, encoder: TextEncoder, device: torch.device, ranks: Ranks | None = None
 ) -> JointPhase:
-    """Phase 2 with a new retriever and projector around the loaded generator.
-
-    Args:
-        config: of the run.
-        encoder: of its texts.
-        device: of the model.
-        ranks: ranks that train together; None means this process alone.
-    """
+    """Phase 2 on `device`, with a new retriever and projector around the loaded generator."""
     ranks = ranks or Ranks()
     retriever = build_retriever(config, encoder)
     torch.manual_seed(config.run.seed + 1)

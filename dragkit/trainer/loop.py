@@ -51,10 +51,8 @@ class Trainer:
     uninterrupted one bit for bit.
 
     Args:
-        config: of the run.
-        phase: what is trained.
-        train: training questions.
-        val: validation questions, or None.
+        config, phase: what is trained, and how.
+        train, val: training and validation questions; without `val` nothing is validated.
         run_dir: folder of checkpoints, metrics and configuration.
         device: of the model.
         command_dir: folder that the user resumes; None means `run_dir`.
@@ -87,18 +85,14 @@ class Trainer:
         names = {id(p): name for name, p in phase.model.named_parameters()}
         self.parameter_names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
+        fingerprint = train.store.fingerprint
         self.state = TrainState(
             phase=phase.name,
             epoch=0,
             step=0,
             batch=0,
             questions_seen=0,
-            best=None,
-            extra={
-                "data": train.store.fingerprint,
-                "dragkit": __version__,
-                "torch": torch.__version__,
-            },
+            extra={"data": fingerprint, "dragkit": __version__, "torch": torch.__version__},
         )
         self.metrics = MetricsLog(run_dir, enabled=self.ranks.is_main)
         self.meter = ThroughputMeter(device)
@@ -147,12 +141,11 @@ class Trainer:
         self._require_same(weight_fingerprint)
         progress = Progress(
             self.phase.name,
-            self.total_steps,
-            done=self.state.step,
-            every=self.config.run.log_every_steps,
-            meter=self.meter,
-            metrics=self.metrics,
-            ranks=self.ranks,
+            (self.state.step, self.total_steps),
+            self.config.run.log_every_steps,
+            self.meter,
+            self.metrics,
+            self.ranks,
         )
         save_every = self.config.run.save_every_steps
         with StopSignal() as stop, progress, self.profile_window:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from dragkit.checkpoint.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.config import TrainConfig
-from dragkit.data.packed import QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch
 from dragkit.eval.types import Prediction
 from dragkit.retriever.fact_sampler import FactSelection
+from dragkit.retriever.losses import retrieval_loss
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
@@ -26,14 +27,12 @@ _EARLIER_STATE_FILE = "heads"
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Results of one micro-batch. Tensors are detached, counts are host integers.
+    """Results of one micro-batch.
 
     Attributes:
-        loss: float32 [] part of the optimizer step's loss; the micro-batches add up to it.
-        parts: named scalars for the log.
-        num_questions: questions of the micro-batch.
-        num_facts: facts of their graphs.
-        num_tokens: generator tokens without padding; 0 in phase 1.
+        loss: float32 [] detached; the losses of an optimizer step's micro-batches add up.
+        parts: detached scalars for the log.
+        num_questions, num_facts, num_tokens: host counts; tokens are prompt tokens of phase 2.
     """
 
     loss: Tensor
@@ -62,6 +61,11 @@ class Phase(ABC):
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
+    def retrieval_loss(self, logits: Tensor, graph: PackedGraph) -> Tensor:
+        """The retrieval loss, float32 [], summed over the labelled questions of a graph."""
+        loss = self.config.loss
+        return retrieval_loss(logits, graph.label, graph.fact_ptr, rho=loss.rho, margin=loss.margin)
+
     def retrieve(
         self, batch: QuestionBatch, relations: RelationStates, *, cache: bool = True
     ) -> RetrieverOutput:
@@ -77,8 +81,7 @@ class Phase(ABC):
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
         """Host counts over this rank's micro-batches of one optimizer step.
 
-        The loop sums them over ranks, clamps them to at least 1, and passes them to
-        `training_step` as the denominators of the losses.
+        Summed over ranks and clamped to at least 1, they are the denominators of the losses.
         """
 
     @abstractmethod
@@ -89,7 +92,7 @@ class Phase(ABC):
 
         Args:
             batch: on the model's device or in host memory.
-            relations: on the model's device.
+            relations: of the data set, on the model's device.
             counts: denominators of the losses, see `counts`.
             step: index of the optimizer step.
         """
@@ -148,14 +151,7 @@ def load_state(state: dict[str, Tensor], loaded: LoadedCheckpoint, prefix: str =
 def rank_facts(
     batch: QuestionBatch, logits: Tensor, selection: FactSelection, texts: Sequence[str] | None
 ) -> list[Prediction]:
-    """Sorts the facts of each question by falling probability, on the host.
-
-    Args:
-        batch: B questions with E facts.
-        logits: float [E] of the facts.
-        selection: facts of the prompts.
-        texts: the B generated answers, or None.
-    """
+    """Sorts the facts of each question by falling logit, float [E], on the host."""
     probability = torch.sigmoid(logits.float()).cpu()
     host_logits, ptr = logits.cpu(), batch.graph.fact_ptr.tolist()
     selected = selection.index.tolist()

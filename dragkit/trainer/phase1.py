@@ -12,7 +12,6 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.eval.types import Prediction
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSampler
-from dragkit.retriever.losses import retrieval_loss
 from dragkit.retriever.retriever import Retriever, RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.phase import Phase, StepOutput, module_tensors, rank_facts
@@ -26,8 +25,7 @@ class RetrieverPhase(Phase):
         config: the whole configuration.
         retriever: the model.
         forward: replaces the model's forward, such as its compiled form.
-        make_replay: builds the replay of the training step from its loss and the parameters. None
-            runs each step eagerly.
+        make_replay: builds the replay of the training step; None runs each step eagerly.
     """
 
     name = "phase1"
@@ -51,27 +49,17 @@ class RetrieverPhase(Phase):
         self.takes_host_batches = self.replay is not None
 
     def loss(self, batch: QuestionBatch, relations: RelationStates) -> Tensor:
-        """The retrieval loss, float32 [], summed over the labelled questions of a device batch."""
-        graph = batch.graph
+        """The loss of a device batch, float32 [], summed over its labelled questions."""
         # The casts of the weights must be part of the CUDA graph, not come from autocast's cache.
         output = self.retrieve(batch, relations, cache=self.replay is None)
-        return retrieval_loss(
-            output.fact_logits,
-            graph.label,
-            graph.fact_ptr,
-            rho=self.config.loss.rho,
-            margin=self.config.loss.margin,
-        )
+        return self.retrieval_loss(output.fact_logits, batch.graph)
 
     def parameter_groups(self) -> list[dict]:
         """One group with all parameters of the retriever."""
+        params, optim = list(self.model.parameters()), self.config.optim
+        weight_decay = optim.weight_decay
         return [
-            {
-                "name": "retriever",
-                "params": list(self.model.parameters()),
-                "lr": self.config.optim.lr,
-                "weight_decay": self.config.optim.weight_decay,
-            }
+            {"name": "retriever", "params": params, "lr": optim.lr, "weight_decay": weight_decay}
         ]
 
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:

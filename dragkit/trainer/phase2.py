@@ -23,7 +23,7 @@ from dragkit.generator.to_host import AsyncToHost
 from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
-from dragkit.retriever.losses import balance_weight, retrieval_loss
+from dragkit.retriever.losses import balance_weight
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
@@ -31,15 +31,12 @@ from dragkit.trainer.phase import Phase, StepOutput, load_state, module_tensors,
 
 
 class _Draft(NamedTuple):
-    """The forward of a micro-batch up to the generator, in the words of `training_step`.
+    """The forward of a micro-batch up to the generator, see `JointPhase.training_step`.
 
     Attributes:
-        output: of the retriever.
         logits: float [E] leaf of cut 1.
-        selection: the drawn facts.
-        layout: of the prompts.
         lengths: prompt lengths, while they are copied to the host.
-        vectors: float [B, K, M] structural vectors; None where prompts are text alone.
+        vectors: float [B, K, M] of the drawn facts; None where prompts are text alone.
         slots: float [S, M] gated vectors, and then the vectors of the undrawn facts, if any.
         leaf: float [S, M] leaf of cut 2.
     """
@@ -89,22 +86,18 @@ class JointPhase(Phase):
 
     def parameter_groups(self) -> list[dict]:
         """Retriever, projector and adapters, each with its learning rate."""
-        optim = self.config.optim
-        adapters = [p for p in self.model.generator.parameters() if p.requires_grad]
+        optim, model = self.config.optim, self.model
+        projector = list(model.projector.parameters()) if model.uses_vectors else []
+        adapters = [p for p in model.generator.parameters() if p.requires_grad]
         groups = [
-            ("retriever", list(self.model.retriever.parameters()), optim.lr, optim.weight_decay),
-            (
-                "projector",
-                list(self.model.projector.parameters()),
-                optim.lr * optim.projector_lr_scale,
-                optim.weight_decay,
-            ),
+            ("retriever", list(model.retriever.parameters()), optim.lr, optim.weight_decay),
+            ("projector", projector, optim.lr * optim.projector_lr_scale, optim.weight_decay),
             ("lora", adapters, optim.adapter_lr, 0.0),
         ]
         return [
-            {"name": name, "params": params, "lr": lr, "weight_decay": decay}
-            for name, params, lr, decay in groups
-            if params and (name != "projector" or self.model.uses_vectors)
+            {"name": name, "params": params, "lr": lr, "weight_decay": weight_decay}
+            for name, params, lr, weight_decay in groups
+            if params
         ]
 
     def counts(self, batches: Sequence[QuestionBatch]) -> dict[str, int]:
@@ -141,14 +134,7 @@ class JointPhase(Phase):
         draft = self.draw_and_prompt(batch, relations, step)
         # Queued before the host waits, so that the device has work meanwhile.
         with nvtx_range("backward"):
-            retrieval = retrieval_loss(
-                draft.logits,
-                graph.label,
-                graph.fact_ptr,
-                rho=self.config.loss.rho,
-                margin=self.config.loss.margin,
-            )
-            retrieval = retrieval / counts["questions"]
+            retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
         generator_loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
         generator_grad, weight = self.retriever_backward(draft, label_grad)
@@ -200,12 +186,8 @@ class JointPhase(Phase):
 
         Gradients accumulate in the adapters and in `draft.leaf`.
 
-        Args:
-            draft: of `draw_and_prompt`.
-            tokens: supervised tokens of the optimizer step, the denominator of the loss.
-
         Returns:
-            Answer loss float32 [], supervised tokens that were right int64 [], prompt tokens.
+            Answer loss over `tokens`, float32 []; tokens that were right, int64 []; prompt tokens.
         """
         generator, device = self.model.generator, self.model.cue.device
         loss = torch.zeros((), device=device)
@@ -239,19 +221,17 @@ class JointPhase(Phase):
     def retriever_backward(self, draft: _Draft, label_grad: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the backward of sampler, projector and retriever.
 
-        Args:
-            draft: of `draw_and_prompt`, after `generator_backward`.
-            label_grad: float [E] gradient of the retrieval loss at `logits`.
+        `label_grad`, float [E], is the gradient of the retrieval loss at `logits`.
 
         Returns:
-            Gradient of the answer loss at `logits`, float [E], and the retrieval loss's weight [].
+            Gradient of the answer loss at `logits`, float [E]; weight of the retrieval loss, [].
         """
         logits, vectors, leaf = draft.logits, draft.vectors, draft.leaf
         with nvtx_range("backward"):
             roots, grads = [draft.output.fact_logits], []
             generator_grad = torch.zeros_like(logits)
             if leaf is not None and leaf.grad is not None:
-                # Vectors have no graph where every question of the batch has an empty one.
+                # Where all subgraphs of the batch are empty, vectors have no autograd graph.
                 inputs = [logits, vectors] if vectors.requires_grad else [logits]
                 logit_grad, *grads = torch.autograd.grad(
                     draft.slots, inputs, leaf.grad, allow_unused=True

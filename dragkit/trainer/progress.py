@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -27,12 +28,7 @@ Means = dict[str, float]
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object per line with the optimizer step it belongs to.
-
-    Args:
-        run_dir: its folder.
-        enabled: False turns every method into a no-op, on all ranks but rank 0.
-    """
+    """metrics.jsonl, one JSON object per line with its optimizer step. Only rank 0 enables it."""
 
     def __init__(self, run_dir: Path, *, enabled: bool) -> None:
         self.path, self.enabled = run_dir / "metrics.jsonl", enabled
@@ -44,7 +40,7 @@ class MetricsLog:
                 file.write(json.dumps({"step": step, **entry}) + "\n")
 
     def drop_after(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run repeats, and a torn last line."""
+        """Drops the lines of later steps, which a resumed run repeats, and a partial last line."""
         if self.enabled and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = (line for line in lines if line.endswith("\n"))
@@ -55,32 +51,28 @@ class MetricsLog:
 class Progress:
     """Shows and logs the means of the last `every` optimizer steps.
 
-    Reading a tensor waits for the device, so tensors are read every `every` steps only.
+    Reading a tensor waits for the device, so tensors are read every `every` steps only. Rank 0
+    shows the merged entries of all ranks.
 
     Args:
-        phase: its name, for the bar and the log.
-        total_steps: optimizer steps of the whole run.
-        done: optimizer steps before this process.
+        phase: its name.
+        steps: optimizer steps done before this process, and those of the whole run.
         every: optimizer steps between two entries.
-        meter: counts the work of this rank.
-        metrics: takes the entries.
-        ranks: their entries are merged; rank 0 shows them.
+        meter, metrics, ranks: of the trainer.
     """
 
     def __init__(
         self,
         phase: str,
-        total_steps: int,
-        *,
-        done: int,
+        steps: tuple[int, int],
         every: int,
         meter: ThroughputMeter,
         metrics: MetricsLog,
         ranks: Ranks,
     ) -> None:
-        self.phase, self.total_steps, self.every = phase, total_steps, every
+        self.phase, self.every = phase, every
         self.meter, self.metrics, self.ranks = meter, metrics, ranks
-        self._done = done
+        self._done, self.total_steps = steps
         self._steps: list[dict[str, Tensor]] = []
         self._questions = 0
 
@@ -99,13 +91,7 @@ class Progress:
         self.bar.close()
 
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
-        """Counts one optimizer step.
-
-        Args:
-            outputs: of its micro-batches.
-            state: after the step.
-            lr: learning rate of the next step.
-        """
+        """Counts one optimizer step; `state` is after it, `lr` is of the next one."""
         self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)
@@ -125,19 +111,10 @@ class Progress:
         if len(all_entries) > 1:
             means, rate = _reduce_ranks(all_entries)
         self._show(means, rate, state.step)
-        self.metrics.append(
-            state.step,
-            {
-                "epoch": state.epoch,
-                "train": means,
-                "lr": lr,
-                "questions_per_s": rate.questions_per_s,
-                "facts_per_s": rate.facts_per_s,
-                "tokens_per_s": rate.tokens_per_s,
-                "peak_mem_gib": rate.peak_mem_gib,
-                "compiled_graphs": num_compiled_graphs(),
-            },
-        )
+        entry = {"epoch": state.epoch, "train": means, "lr": lr, **asdict(rate)}
+        del entry["step_ms"]
+        entry["compiled_graphs"] = num_compiled_graphs()
+        self.metrics.append(state.step, entry)
 
     def _show(self, means: Means, rate: Throughput, step: int) -> None:
         shown = {name: f"{value:.4g}" for name, value in means.items()}

@@ -33,11 +33,7 @@ def evaluation_batch_size(
 ) -> int:
     """Questions of an evaluation batch; on a GPU, as many as the memory plan allows.
 
-    Args:
-        config: of the run.
-        generator: of phase 2; None in phase 1.
-        device: of the model.
-        ranks: ranks that shard the generator's weights, which leaves each more memory.
+    Without a generator (phase 1) there is no plan. Sharding over `ranks` leaves more memory.
     """
     # A decoding step costs a CPU about the same for 32 prompts as for 128.
     if device.type == "cpu":
@@ -55,8 +51,7 @@ class QuestionDataset:
 
     Args:
         path: the JSONL file.
-        config: of the run.
-        encoder: the frozen sentence encoder.
+        config, encoder: of the run.
         generator: its tokeniser makes the prompt rows; None in phase 1.
         batch_size: maximum number of questions in a batch.
 

@@ -71,7 +71,7 @@ def capture_for(device: torch.device) -> Capture | None:
 
 
 def _preserved_rng(device: torch.device) -> AbstractContextManager:
-    """Restores the random generators at the end, so that later steps draw the same numbers."""
+    """Restores torch's generators at the end, so that later steps draw the same numbers."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
@@ -82,7 +82,6 @@ class _Step(NamedTuple):
         inputs: uint8 bytes of the batch and of the loss's denominator.
         relations: kept alive, because a CUDA graph holds their address.
         loss: float32 [] of the last run.
-        run: runs the step, eagerly or as a CUDA graph.
     """
 
     inputs: Tensor
@@ -100,10 +99,9 @@ class StepReplay:
     `max_graphs` capacities, and for batches of more than `MAX_FACTS` facts, the step runs eagerly.
 
     Args:
-        loss: float32 [] of a device batch and the relations.
+        loss: float32 [] of a device batch.
         parameters: those that may get a gradient.
-        buckets: capacities of the batches.
-        capture: captures work for replays.
+        buckets, capture: capacities of the batches, and what captures the step on each.
         max_graphs: number of capacities to capture.
     """
 
@@ -124,13 +122,7 @@ class StepReplay:
         self._captured: dict[tuple[Capacity, int], _Step] = {}
 
     def __call__(self, batch: QuestionBatch, relations: RelationStates, divisor: float) -> Tensor:
-        """Adds the gradients of loss / divisor and returns that quotient, detached.
-
-        Args:
-            batch: in host memory, not padded.
-            relations: on the device.
-            divisor: denominator of the loss.
-        """
+        """Adds the gradients of loss / divisor for a host batch; returns the detached quotient."""
         device, key = relations.states.device, None
         if batch.graph.num_facts <= MAX_FACTS:
             capacity = self.buckets.capacity(batch)

@@ -22,22 +22,14 @@ HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer
 class ResultsTable:
     """Test metrics by stage, printed at the end of a run and kept in results.json.
 
-    Args:
-        run_dir: folder of results.json, whose rows a resumed run keeps.
-        test: test questions; None evaluates nothing.
-        device: of the model.
-        ranks: ranks that evaluate together; None means this process alone.
+    A resumed run keeps the rows of results.json. Without test questions there are no rows.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        test: QuestionDataset | None,
-        device: torch.device,
-        ranks: Ranks | None = None,
+        self, run_dir: Path, test: QuestionDataset | None, device: torch.device, ranks: Ranks
     ) -> None:
         self.path = run_dir / "results.json"
-        self.test, self.device, self.ranks = test, device, ranks or Ranks()
+        self.test, self.device, self.ranks = test, device, ranks
         self.rows: dict[str, dict] = {}
         if self.path.is_file():
             self.rows = json.loads(self.path.read_text(encoding="utf-8"))

@@ -26,11 +26,7 @@ def run_dir_of(folder: Path) -> Path:
 
 
 def refuse_used_folder(run_dir: Path) -> None:
-    """Raises where a new run would mix its checkpoints with those of an earlier one.
-
-    Raises:
-        ConfigError: the folder already holds checkpoints.
-    """
+    """Raises a ConfigError where a new run would mix its checkpoints with an earlier one's."""
     for folder in (run_dir, run_dir / "phase1"):
         if folder.is_dir() and any(step_of_folder(p.name) is not None for p in folder.iterdir()):
             raise ConfigError(
@@ -77,12 +73,6 @@ def adopt_sections(
     config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
 ) -> TrainConfig:
     """The configuration with whole sections replaced by those of a checkpoint.
-
-    Args:
-        config: of this command.
-        saved: of the checkpoint.
-        explicit: dotted keys that the user gave.
-        sections: names such as "retriever".
 
     Raises:
         CheckpointError: explicit values contradict the checkpoint. The message lists all of them.
@@ -133,11 +123,9 @@ def explicit_keys(origins: dict[str, str]) -> set[str]:
 
 
 def resolve_checkpoint(run: Path, which: str | int) -> Path:
-    """The folder of one checkpoint of a run.
+    """The folder of the "best", "latest" or numbered checkpoint of a run.
 
-    Args:
-        run: a run folder, or already one of its checkpoints.
-        which: a step, "latest" or "best"; a run without a best one gives its latest.
+    A run without a best checkpoint gives its latest. `run` may also be a checkpoint itself.
     """
     if step_of_folder(run.name) is not None:
         return find_checkpoint(run)

@@ -51,6 +51,11 @@ from dragkit.trainer.resume import (
 logger = logging.getLogger(__name__)
 
 _PHASE1_EVALUATION_BATCH = 64
+_AFTER_DEMO = """
+  your own questions: python -m dragkit.train --phase 2 --preset tiny --generator_model tiny \
+--heuristics_path FILE.jsonl
+  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): \
+python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl"""
 
 
 class TrainingRun:
@@ -58,9 +63,8 @@ class TrainingRun:
 
     Args:
         config: merged configuration.
-        origins: dotted key -> where its value came from.
-        phase1_config: configuration of the phase 1 that phase 2 trains first if it is given no
-            checkpoint.
+        origins: where the value of each dotted key came from.
+        phase1_config: for the phase 1 that phase 2 trains first where no checkpoint is named.
         ranks: ranks that train together; None means this process alone.
 
     Raises:
@@ -169,6 +173,14 @@ class TrainingRun:
                 return self._phase1(self.config, self.run_dir, self.resumed)
             return self._phase2()
 
+    def _fit(self, trainer: Trainer, results: ResultsTable, stage: str) -> Path:
+        """Trains, evaluates the best checkpoint, and returns its folder."""
+        trainer.fit()
+        best = resolve_checkpoint(trainer.run_dir, "best")
+        trainer.phase.load(load_checkpoint(best))
+        results.evaluate(stage, trainer.phase)
+        return best
+
     def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
         check_batch_size(config, 1, self.ranks)
         size = _PHASE1_EVALUATION_BATCH
@@ -194,17 +206,11 @@ class TrainingRun:
             trainer.resume(resumed)
         elif only_phase:
             results.evaluate("untrained", phase)
-        trainer.fit()
-        best = resolve_checkpoint(run_dir, "best")
-        phase.load(load_checkpoint(best))
-        results.evaluate("after phase 1", phase)
+        best = self._fit(trainer, results, "after phase 1")
         data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
-        return "\n".join(
-            [
-                results.format(),
-                f"checkpoint: {best}",
-                f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}",
-            ]
+        return (
+            f"{results.format()}\ncheckpoint: {best}\n"
+            f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}"
         )
 
     def _phase1_checkpoint(self) -> LoadedCheckpoint:
@@ -219,7 +225,7 @@ class TrainingRun:
                     config = resumed_config(config, resumed, set())
                 except MissingInputError:
                     resumed = None  # interrupted before its first checkpoint
-            logger.info("no phase 1 checkpoint was named; training it first in %s", folder)
+            logger.info("no phase 1 checkpoint was named, so phase 1 trains first, in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)
         return load_checkpoint(resolve_checkpoint(Path(named), "best"))
@@ -240,7 +246,9 @@ class TrainingRun:
         size = -self.ranks.all_reduce_max(-size)
         val_path, test_path = self.paths.val, self.paths.test
         if is_random(config.generator_model):
-            logger.warning("random weights answer nothing: no validation, no test, no results.json")
+            logger.warning(
+                "random weights answer nothing, so there is no validation and no results.json"
+            )
             val_path = test_path = None
         val = self.dataset(val_path, generator, size)
         test = self.dataset(test_path, generator, size)
@@ -253,27 +261,14 @@ class TrainingRun:
             results.evaluate("untrained", cascade)
             phase.load_retriever(start)
             results.evaluate("after phase 1 (cascade)", cascade)
-        trainer.fit()
-        best = resolve_checkpoint(self.run_dir, "best")
-        phase.load(load_checkpoint(best))
-        results.evaluate("after phase 2 (joint)", phase)
+        best = self._fit(trainer, results, "after phase 2 (joint)")
         if is_random(config.generator_model):
             return (
                 f"{self.run_dir / 'metrics.jsonl'}: loss and throughput of a generator with random "
                 f"weights\ncheckpoint: {best}"
             )
-        lines = [
-            results.format(),
-            f"checkpoint: {best}",
-            "next:",
-            f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE",
-        ]
-        return "\n".join(lines + (_AFTER_DEMO if self.paths.bundled else []))
-
-
-_AFTER_DEMO = [
-    "  your own questions: python -m dragkit.train --phase 2 --preset tiny "
-    "--generator_model tiny --heuristics_path FILE.jsonl",
-    "  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): "
-    "python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl",
-]
+        return (
+            f"{results.format()}\ncheckpoint: {best}\nnext:\n"
+            f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE"
+            + (_AFTER_DEMO if self.paths.bundled else "")
+        )

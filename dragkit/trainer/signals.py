@@ -40,7 +40,7 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         logger.warning(
-            "%s: saving after this step; send it again to stop at once",
+            "%s: saving after this step. Send it again to stop at once.",
             signal.Signals(number).name,
         )
         self.requested = True
