@@ -1,4 +1,4 @@
-"""Evaluation of a finished run, whose settings come from the checkpoint."""
+"""A finished run, loaded again for evaluation: its settings come from the checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_s
 from dragkit.trainer.resume import resolve_checkpoint
 
 
-def _with_arguments(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
+def _config(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
+    """The run's configuration with what an evaluation may change."""
     run = {"device": args.device}
     if args.seed is not None:
         run["seed"] = args.seed
@@ -30,20 +31,19 @@ def _with_arguments(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
 
 
 def _files(config: TrainConfig, args: EvaluateArguments) -> list[str]:
-    """The files given, else the run's test questions, else its validation questions."""
     if args.data:
         return args.data
     paths = data_paths(config)
-    path = paths.test or paths.val
-    if path is None:
+    found = paths.test or paths.val
+    if found is None:
         raise MissingInputError(
-            f"{args.run}: the run has neither test nor validation questions. Give --data FILE."
+            f"{args.run}: the run names neither test nor validation questions; give --data FILE."
         )
-    return [path]
+    return [found]
 
 
 def evaluate_run(args: EvaluateArguments) -> dict:
-    """Evaluates a run's model on files of questions.
+    """Scores of a run's model on files of questions.
 
     Args:
         args: the run folder, the files, and how many questions.
@@ -52,16 +52,15 @@ def evaluate_run(args: EvaluateArguments) -> dict:
         JSON-ready: versions, checkpoint, configuration, and per file the report and predictions.
 
     Raises:
-        ConfigError: the generator has random weights.
-        MissingInputError: the run or a file is missing.
+        ConfigError: its generator has random weights.
     """
     loaded = load_checkpoint(resolve_checkpoint(args.run, args.checkpoint))
-    config = _with_arguments(TrainConfig.model_validate(loaded.json["config"]), args)
+    config = _config(TrainConfig.model_validate(loaded.json["config"]), args)
     if loaded.state.phase != "phase1" and is_random(config.generator_model):
         raise ConfigError(
-            f"{args.run}: the run was trained with the generator {config.generator_model}. Random "
-            "weights answer nothing, so there is nothing to evaluate. Loss and throughput are in "
-            "its metrics.jsonl."
+            f"{args.run}: was trained with the generator {config.generator_model}. Random weights "
+            "answer nothing, so there is nothing to evaluate; its metrics.jsonl holds loss and "
+            "throughput."
         )
     device = setup_process(config)
     encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))
@@ -83,12 +82,12 @@ def evaluate_run(args: EvaluateArguments) -> dict:
     for path in _files(config, args):
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file.")
-        batch_size = args.batch_size or evaluation_batch_size(config, generator, device)
-        dataset = QuestionDataset(path, config, encoder, generator, batch_size)
-        result = evaluate(phase, dataset, device, limit=args.limit)
+        size = args.batch_size or evaluation_batch_size(config, generator, device)
+        source = QuestionDataset(path, config, encoder, generator, size)
+        result = evaluate(phase, source, device, limit=args.limit)
         content["files"][str(path)] = {
-            "data_fingerprint": dataset.store.fingerprint,
-            "summary": dataset.store.summary,
+            "data_fingerprint": source.store.fingerprint,
+            "summary": source.store.summary,
             **result.report.to_dict(),
             "table": result.report.to_table(),
             "predictions": result.predictions,

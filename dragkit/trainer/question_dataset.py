@@ -38,12 +38,12 @@ def evaluation_batch_size(
     # A decoding step costs a CPU about the same for 32 prompts as for 128.
     if device.type == "cpu":
         return _CPU_BATCH_SIZE
-    dims = None
+    shape = None
     if generator is not None:
-        dims = generator_dims(config.generator, name=config.generator_model)
-    if dims is None:
+        shape = generator_dims(config.generator, name=config.generator_model)
+    if shape is None:
         return MAX_DECODE_BATCH
-    return make_plan(config, dims, local_card(device), ranks).questions
+    return make_plan(config, shape, local_card(device), ranks).questions
 
 
 class QuestionDataset:

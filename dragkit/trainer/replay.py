@@ -141,7 +141,7 @@ class StepReplay:
             if key and len(self._captured) < self.max_graphs:
                 step = self._captured[key] = step._replace(run=self._capture(step.run, device))
             elif key:
-                _log_once(f"batches beyond {self.max_graphs} sizes (run.max_cuda_graphs)")
+                _log_once(f"batches beyond {self.max_graphs} capacities (run.max_cuda_graphs)")
             else:
                 _log_once(f"batches of more than {MAX_FACTS:,} facts")
         self._attach_grads()

@@ -69,7 +69,7 @@ def load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:
     return loaded
 
 
-def adopt_sections(
+def adopt_saved(
     config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
 ) -> TrainConfig:
     """The configuration with whole sections replaced by those of a checkpoint.
@@ -110,7 +110,7 @@ def resumed_config(
     kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
     config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
     sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
-    return adopt_sections(config, saved, explicit, sections)
+    return adopt_saved(config, saved, explicit, sections)
 
 
 def explicit_keys(origins: dict[str, str]) -> set[str]:

@@ -38,7 +38,7 @@ from dragkit.trainer.phase2 import CascadeBaseline
 from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
 from dragkit.trainer.results_table import ResultsTable
 from dragkit.trainer.resume import (
-    adopt_sections,
+    adopt_saved,
     explicit_keys,
     load_for_resume,
     new_run_dir,
@@ -213,7 +213,7 @@ class TrainingRun:
             f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}"
         )
 
-    def _phase1_checkpoint(self) -> LoadedCheckpoint:
+    def _retriever_checkpoint(self) -> LoadedCheckpoint:
         """The checkpoint that phase 2 starts from: the one named, or that of a phase 1 run here."""
         named = self.config.run.phase1_checkpoint
         if named is None:
@@ -232,11 +232,9 @@ class TrainingRun:
 
     def _phase2(self) -> str:
         if self.resumed is None:
-            start = self._phase1_checkpoint()
+            start = self._retriever_checkpoint()
             saved = TrainConfig.model_validate(start.json["config"])
-            self.config = adopt_sections(
-                self.config, saved, self.explicit, ("retriever", "encoder")
-            )
+            self.config = adopt_saved(self.config, saved, self.explicit, ("retriever", "encoder"))
         config = self.config
         phase = build_joint(config, self.encoder, self.device, self.ranks)
         generator = phase.model.generator
