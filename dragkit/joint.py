@@ -48,6 +48,7 @@ class JointModel(nn.Module):
 
     def apply_gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
         """Multiplies each structural vector [B, K, M] by its gate; returns float [B*K, M]."""
+        # The gate is float32, so the product may be, too.
         gated = vectors * selection.gate.unsqueeze(-1)
         return gated.to(vectors.dtype).flatten(0, 1)
 
@@ -92,6 +93,7 @@ class JointModel(nn.Module):
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
             raise ValueError("the batch has no token rows: build its PackedCollator with TokenRows")
+        # A prompt to be continued leaves room for the new tokens.
         return layout_prompts(
             batch.prefix,
             batch.facts,

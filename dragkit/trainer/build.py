@@ -29,6 +29,7 @@ from dragkit.trainer.replay import StepReplay, capture_for
 
 logger = logging.getLogger(__name__)
 
+# Batches whose largest sizes are the usual capacity of a CUDA graph.
 _BUCKET_SAMPLES = 8
 # Fraction of the host memory that copies of the weights may take while they are loaded.
 _HOST_FRACTION = 0.8
@@ -137,6 +138,7 @@ def build_retriever_phase(
     # Those of epoch 0 in a resumed run, too, so that capacities are the same.
     batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
     slices = (ranks or Ranks()).local_slices(batches)
+    # A slice may be empty where a batch has fewer questions than there are ranks.
     samples = [rows or whole for rows, whole in zip(slices, batches, strict=True)]
     make_replay = partial(
         StepReplay,

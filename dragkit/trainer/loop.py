@@ -82,6 +82,7 @@ class Trainer:
         self.total_steps = sum(self._steps_in_epoch(epoch) for epoch in range(self.epochs))
         self.optimizer = build_optimizer(phase.parameter_groups(), device)
         self.parameters = trained_parameters(self.optimizer)
+        # The optimizer reorders parameters by group, so saved states are keyed by name.
         names = {id(p): name for name, p in phase.model.named_parameters()}
         self.parameter_names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
@@ -161,6 +162,7 @@ class Trainer:
                     if save_every and self.state.step % save_every == 0:
                         self.save(is_best=False)
                 self.end_epoch()
+                # A signal in the last epoch comes too late to interrupt anything.
                 (stopping,) = self.ranks.all_reduce_sum([int(stop.requested)])
                 if stopping and self.state.epoch < self.epochs:
                     self._interrupt(saved=True)
@@ -204,6 +206,7 @@ class Trainer:
         counts = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)
         stop = int(self.stop is not None and self.stop.requested)
+        # One reduction for all host numbers of a step, because each one is a round trip.
         *sums, questions, stopping = self.ranks.all_reduce_sum([*counts.values(), questions, stop])
         if stopping and not self.ranks.is_single:
             self._interrupt()
@@ -225,6 +228,7 @@ class Trainer:
             for batch in batches
         ]
         with nvtx_range("optimizer"):
+            # Summed first, because norm and clipping are those of the whole batch's gradient.
             self.ranks.all_reduce_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, present, outputs)
@@ -300,9 +304,6 @@ class Trainer:
     def save(self, *, is_best: bool) -> None:
         """Writes a checkpoint with everything that `resume` needs. Only rank 0 writes.
 
-        A disk that is full for a while does not end a long run: training continues after a failed
-        save.
-
         Raises:
             WriteError: `MAX_FAILED_SAVES` saves in a row have failed.
         """
@@ -312,6 +313,7 @@ class Trainer:
                 self._write_checkpoint(is_best=is_best)
                 self.failed_saves = 0
             except WriteError as error:
+                # A disk that is full for a while must not end a long run.
                 self.failed_saves += 1
                 if self.failed_saves >= MAX_FAILED_SAVES:
                     raise

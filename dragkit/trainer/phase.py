@@ -158,6 +158,7 @@ def rank_facts(
     predictions = []
     for i, row in enumerate(batch.rows):
         start, end = ptr[i], ptr[i + 1]
+        # Stable, so that ties keep the order of the file and predictions are reproducible.
         order = torch.argsort(host_logits[start:end], descending=True, stable=True)
         predictions.append(
             Prediction(

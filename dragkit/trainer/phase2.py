@@ -198,7 +198,9 @@ class JointPhase(Phase):
             prompt = draft.layout.assemble(rows, lengths, supervised)
             with nvtx_range("generator"):
                 out = generator(prompt, draft.leaf, self.config.loss.eos_loss_weight)
+            # All micro-batches share one denominator, so that their split does not matter.
             microbatch_loss = out.loss_sum / tokens
+            # Without adapters and without vectors nothing is trained through the generator.
             if microbatch_loss.requires_grad:
                 with nvtx_range("backward"):
                     microbatch_loss.backward()
@@ -213,6 +215,7 @@ class JointPhase(Phase):
         max_prompts = max(self.config.generator.generator_microbatch or len(order), 1)
         max_tokens = self.model.generator.max_tokens_per_microbatch
         sizes = split_by_tokens([lengths[i] for i in order], max_tokens, max_prompts)
+        # A single micro-batch keeps the order of the batch.
         if len(sizes) == 1:
             return [list(range(len(order)))]
         remaining = iter(order)
@@ -238,6 +241,7 @@ class JointPhase(Phase):
                 )
                 generator_grad = generator_grad if logit_grad is None else logit_grad
                 roots += inputs[1:]
+            # On the device, like the balanced weight, so that the log needs no second case.
             weight = torch.full((), self.config.loss.ret_loss_weight, device=logits.device)
             if self._balances:
                 weight = self._balance(generator_grad, label_grad)
@@ -251,6 +255,7 @@ class JointPhase(Phase):
     def _balance(self, generator_grad: Tensor, label_grad: Tensor) -> Tensor:
         """Weight of the retrieval loss, [], from the norms of both gradients over all ranks."""
         if not self.ranks.is_single:
+            # Squared norms add up over ranks, norms do not.
             squares = torch.stack([generator_grad.square().sum(), label_grad.square().sum()])
             self.ranks.all_reduce_(squares)
             generator_grad, label_grad = squares.sqrt()

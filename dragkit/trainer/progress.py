@@ -98,6 +98,7 @@ class Progress:
         if state.step % self.every and state.step != self.total_steps:
             return
         names = dict.fromkeys(name for parts in self._steps for name in parts)
+        # A part may be absent from some steps, such as the gradient norms.
         means = {
             name: float(torch.stack([p[name].float() for p in self._steps if name in p]).mean())
             for name in names
@@ -151,6 +152,7 @@ def _reduce_ranks(entries: list[tuple[Means, int, Throughput]]) -> tuple[Means, 
         else:
             weighted = sum(value * questions for value, questions in values)
             reduced[name] = weighted / max(sum(questions for _, questions in values), 1)
+    # Ranks step together, so any rank's step time is everyone's.
     rates = [rate for _, _, rate in entries]
     return reduced, Throughput(
         questions_per_s=sum(rate.questions_per_s for rate in rates),

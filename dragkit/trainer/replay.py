@@ -126,6 +126,7 @@ class StepReplay:
         device, key = relations.states.device, None
         if batch.graph.num_facts <= MAX_FACTS:
             capacity = self.buckets.capacity(batch)
+            # A CUDA graph reads the relations at the address that they had in its capture.
             key = (capacity, relations.states.data_ptr())
             batch = pad_batch(batch, capacity)
         step = self._captured.get(key) if key else None
@@ -147,6 +148,7 @@ class StepReplay:
         self._attach_grads()
         with nvtx_range("replay"):
             step.run()
+        # The next replay overwrites the loss.
         return step.loss.clone()
 
     def _eager_step(
@@ -164,6 +166,7 @@ class StepReplay:
 
         def run() -> None:
             value = self.loss(batch, relations) / divisor
+            # Not backward(): it may put new tensors into `grad`, which a CUDA graph must not hold.
             grads = torch.autograd.grad(value, self._trained)
             torch._foreach_add_(self._grads, grads)
             loss.copy_(value.detach())

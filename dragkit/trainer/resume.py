@@ -107,6 +107,7 @@ def resumed_config(
             f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "
             f"{saved.run.seed}. Omit --seed to continue it."
         )
+    # With another seed, precision or compiler the run would not continue bit for bit.
     kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
     config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
     sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))

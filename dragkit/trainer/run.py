@@ -224,7 +224,8 @@ class TrainingRun:
                     resumed = load_for_resume(folder, "phase1")
                     config = resumed_config(config, resumed, set())
                 except MissingInputError:
-                    resumed = None  # interrupted before its first checkpoint
+                    # Phase 1 was interrupted before its first checkpoint.
+                    resumed = None
             logger.info("no phase 1 checkpoint was named, so phase 1 trains first, in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)

@@ -8,6 +8,7 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+# Slurm sends SIGUSR1 before a time limit if it is asked to (--signal=USR1@...).
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 

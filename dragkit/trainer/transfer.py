@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dragkit.data.packed import QuestionBatch
 
+# Triton compiles another kernel for a pointer that is not aligned to 16 bytes.
 _ALIGN_BYTES = 64
+# Batches that are ready or being prepared while one is in use.
 _PREFETCHED = 2
 _END = object()
 
@@ -34,6 +36,7 @@ def pack_bytes(tensors: Sequence[Tensor], *, pin: bool) -> Tensor:
     Each tensor begins at a multiple of 64 bytes. `pin` puts the buffer into pinned memory.
     """
     offsets = _offsets(tensors)
+    # numpy copies small arrays with less overhead per call than torch.
     packed = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=pin)
     target = packed.numpy()
     for offset, tensor in zip(offsets, tensors, strict=False):

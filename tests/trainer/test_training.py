@@ -23,7 +23,7 @@ from dragkit.checkpoint.checkpoint import (
 from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
 from dragkit.trainer import loop
 from dragkit.trainer.anomaly import NumericalError
-from dragkit.trainer.build import build_joint, build_retriever
+from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
@@ -133,6 +133,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
 
     from dragkit.generator.bundled import tiny_generator_path
     from dragkit.generator.load import prepare_nemotron_h
+    from dragkit.trainer.build import build_joint
 
     checks, check = [], JointPhase.check_gradients
     monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checks.append(1) or check(*a))
@@ -144,8 +145,8 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     phase.load(load_checkpoint(folder))
     phase.model.eval()
     stock = AutoModelForCausalLM.from_pretrained(tiny_generator_path(), dtype=torch.float32)
-    # transformers clamps the time step at its initialisation's minimum, whatever the configuration
-    # says. With the same fix on both sides, only the adapters can differ.
+    # transformers floors the time step at its initialisation's minimum, whatever the configuration
+    # says; the same repair on both sides leaves the adapters as the only thing compared.
     prepare_nemotron_h(stock)
     stock = PeftModel.from_pretrained(stock, folder / "adapter").eval()
     ids = torch.randint(8, 900, (2, 40))
