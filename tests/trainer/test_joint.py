@@ -9,7 +9,7 @@ import torch
 
 from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError
 from dragkit.retriever.losses import retrieval_loss
-from dragkit.trainer.phase2 import split_by_tokens
+from dragkit.trainer.phase2 import CascadeBaseline, split_by_tokens
 from tests.trainer.joint_cases import make, make_batch, relation_states
 
 
@@ -225,3 +225,18 @@ def test_predictions_are_deterministic_and_complete(relations):
     first, second = phase.predict(batch, relations), phase.predict(batch, relations)
     assert first == second and len(first) == 4
     assert all(len(p.ranked) == 9 and 1 <= len(p.selected) <= 4 for p in first)
+
+
+def test_prompts_of_the_cascade_have_no_structural_vectors(relations, monkeypatch):
+    joint, with_vectors = make(), []
+    prompt = joint.model.prompt
+
+    def spy(*args, **options):
+        with_vectors.append(options["vectors"])
+        return prompt(*args, **options)
+
+    monkeypatch.setattr(joint.model, "prompt", spy)
+    batch = make_batch(joint.model.generator)
+    for phase in (joint, CascadeBaseline(joint.config, joint.model)):
+        phase.predict(batch, relations)
+    assert with_vectors == [True, False]
