@@ -47,7 +47,7 @@ class JointModel(nn.Module):
         return self.projector(output, batch.graph, selection.index)
 
     def apply_gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
-        """Multiplies each structural vector [B, K, M] by its gate; returns float [B*K, M]."""
+        """Multiplies each structural vector [B, K, M] by its gate and returns float [B*K, M]."""
         # The gate is float32, so the product may be, too.
         gated = vectors * selection.gate.unsqueeze(-1)
         return gated.to(vectors.dtype).flatten(0, 1)
@@ -85,9 +85,9 @@ class JointModel(nn.Module):
         """Lays out one prompt per question around the selected facts, int32 [B, K].
 
         Args:
-            batch, index: the questions and their facts; -1 is none.
+            batch, index: the questions and their facts. -1 means no fact.
             with_target: append the answers, for training.
-            vectors: one vector slot per fact; None follows the configuration.
+            vectors: one vector slot per fact. None follows the configuration.
             residual: a slot for the vector of the undrawn facts.
         """
         limit = self.config.generator.max_prompt_tokens
@@ -126,7 +126,7 @@ class JointModel(nn.Module):
         *,
         text_only: bool = False,
     ) -> list[str]:
-        """Greedy answers from the selected facts; `text_only` leaves structural vectors out."""
+        """Greedy answers from the selected facts. `text_only` leaves structural vectors out."""
         with_vectors = self.uses_vectors and not text_only
         prompt = self.prompt(batch, selection.index, with_target=False, vectors=with_vectors)
         vectors = None

@@ -31,7 +31,7 @@ def numerical_error(
 ) -> NumericalError:
     """Records a step with the gradient norm `norm` and returns the error to raise.
 
-    Rank 0 writes `path`. Questions and outputs are those of this rank, and all ranks must call.
+    Rank 0 writes `path`. Questions and outputs are those of this rank. All ranks must call this.
     """
     bad = [
         name

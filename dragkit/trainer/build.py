@@ -36,7 +36,7 @@ _HOST_FRACTION = 0.8
 
 
 class DataPaths(NamedTuple):
-    """The three files of a run; `bundled` marks the demo set."""
+    """The three files of a run. `bundled` marks the demo set."""
 
     train: str
     val: str | None
@@ -54,7 +54,9 @@ def select_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"run.device: {name} was given, but no CUDA device is available here.")
+        raise ConfigError(
+            f"run.device: {name} was given, but this machine has no CUDA device. Use --device cpu."
+        )
     return device
 
 
@@ -83,7 +85,7 @@ def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.devi
 
 
 def with_memory_plan(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
-    """The configuration with the memory plan's choices for a GPU; on a CPU it is unchanged.
+    """The configuration with the memory plan's choices for a GPU. On a CPU it is unchanged.
 
     Raises:
         ConfigError: the run does not fit. The message names settings with which it would.
@@ -105,7 +107,7 @@ def with_memory_plan(config: TrainConfig, device: torch.device, ranks: int = 1) 
 
 
 def num_shards(config: TrainConfig, ranks: Ranks) -> int:
-    """Number of ranks that the generator's frozen weights are sharded over; 1 is no sharding."""
+    """Number of ranks that the generator's frozen weights are sharded over. 1 means no sharding."""
     return ranks.world_size if config.run.generator_fsdp else 1
 
 

@@ -52,11 +52,11 @@ class Trainer:
 
     Args:
         config, phase: what is trained, and how.
-        train, val: training and validation questions; without `val` nothing is validated.
+        train, val: training and validation questions. Without `val` nothing is validated.
         run_dir: folder of checkpoints, metrics and configuration.
         device: of the model.
-        command_dir: folder that the user resumes; None means `run_dir`.
-        ranks: ranks that train together; None means this process alone.
+        command_dir: folder that the user resumes. None means `run_dir`.
+        ranks: ranks that train together. None means this process alone.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Trainer:
         return dict(zip(counts, sums, strict=True)), questions
 
     def train_step(self, batches: Sequence[QuestionBatch | None]) -> list[StepOutput]:
-        """Runs one optimizer step over its micro-batches; None is an empty slice of a batch."""
+        """Runs one optimizer step over its micro-batches. None is an empty slice of a batch."""
         present = [batch for batch in batches if batch is not None]
         counts, questions = self._reduce_counts(present)
         denominators = {name: float(max(count, 1)) for name, count in counts.items()}

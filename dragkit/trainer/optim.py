@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule; one parameter group per role."""
+"""Optimizer and learning-rate schedule, with one parameter group per role."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def lr_multiplier(step: int, total: int, warmup: int, floor: float) -> float:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, *, done: int = 0
 ) -> LambdaLR:
-    """The schedule, stepped once per optimizer step; a resumed run has `done` steps already."""
+    """The schedule, stepped once per optimizer step. A resumed run has `done` steps already."""
     warmup = max(1, round(config.warmup_ratio * total_steps))
     return LambdaLR(
         optimizer,

@@ -30,9 +30,9 @@ class StepOutput:
     """Results of one micro-batch.
 
     Attributes:
-        loss: float32 [] detached; the losses of an optimizer step's micro-batches add up.
+        loss: float32 [] detached. The losses of an optimizer step's micro-batches add up.
         parts: detached scalars for the log.
-        num_questions, num_facts, num_tokens: host counts; tokens are prompt tokens of phase 2.
+        num_questions, num_facts, num_tokens: host counts. Tokens are prompt tokens of phase 2.
     """
 
     loss: Tensor
@@ -46,7 +46,7 @@ class Phase(ABC):
     """What differs between the phases. `Trainer` is what they have in common.
 
     Attributes:
-        validation_limit: number of validation questions; None takes all.
+        validation_limit: number of validation questions. None takes all.
         validates_answers: whether validation generates answers.
         takes_host_batches: whether `training_step` copies its batch to the device itself.
     """
@@ -69,7 +69,7 @@ class Phase(ABC):
     def retrieve(
         self, batch: QuestionBatch, relations: RelationStates, *, cache: bool = True
     ) -> RetrieverOutput:
-        """Runs the retriever in the run's precision; for `cache` see `autocast`."""
+        """Runs the retriever in the run's precision. For `cache` see `autocast`."""
         with autocast(self.config.run.precision, relations.states.device, cache=cache):
             return self.forward(batch, relations)
 
@@ -103,7 +103,7 @@ class Phase(ABC):
 
     @abstractmethod
     def check_gradients(self, counts: Mapping[str, int]) -> None:
-        """Checks the clipped gradients of an optimizer step; raises where one is missing."""
+        """Checks the clipped gradients of an optimizer step and raises where one is missing."""
 
     @abstractmethod
     def predict(

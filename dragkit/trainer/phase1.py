@@ -25,7 +25,7 @@ class RetrieverPhase(Phase):
         config: the whole configuration.
         retriever: the model.
         forward: replaces the model's forward, such as its compiled form.
-        make_replay: builds the replay of the training step; None runs each step eagerly.
+        make_replay: builds the replay of the training step. None runs each step eagerly.
     """
 
     name = "phase1"
@@ -107,5 +107,5 @@ class RetrieverPhase(Phase):
         return module_tensors(self.model, "retriever")
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
-        """F1 of the selected facts against the labels; None where no question has labels."""
+        """F1 of the selected facts against the labels. It is None where no question has labels."""
         return metrics.get("retrieval-f1")

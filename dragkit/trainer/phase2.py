@@ -36,7 +36,7 @@ class _Draft(NamedTuple):
     Attributes:
         logits: float [E] leaf of cut 1.
         lengths: prompt lengths, while they are copied to the host.
-        vectors: float [B, K, M] of the drawn facts; None where prompts are text alone.
+        vectors: float [B, K, M] of the drawn facts. It is None where prompts are text alone.
         slots: float [S, M] gated vectors, and then the vectors of the undrawn facts, if any.
         leaf: float [S, M] leaf of cut 2.
     """
@@ -57,7 +57,7 @@ class JointPhase(Phase):
     Args:
         config: the whole configuration.
         model: the joint model.
-        ranks: ranks that share a batch; None means this process alone.
+        ranks: ranks that share a batch. None means this process alone.
         forward: replaces the retriever's forward, such as its compiled form.
 
     Attributes:
@@ -187,7 +187,8 @@ class JointPhase(Phase):
         Gradients accumulate in the adapters and in `draft.leaf`.
 
         Returns:
-            Answer loss over `tokens`, float32 []; tokens that were right, int64 []; prompt tokens.
+            Answer loss divided by `tokens`, float32 [], number of tokens that were right, int64 [],
+            and number of prompt tokens.
         """
         generator, device = self.model.generator, self.model.cue.device
         loss = torch.zeros((), device=device)
@@ -227,7 +228,7 @@ class JointPhase(Phase):
         `label_grad`, float [E], is the gradient of the retrieval loss at `logits`.
 
         Returns:
-            Gradient of the answer loss at `logits`, float [E]; weight of the retrieval loss, [].
+            Gradient of the answer loss at `logits`, float [E], and the retrieval loss's weight, [].
         """
         logits, vectors, leaf = draft.logits, draft.vectors, draft.leaf
         with nvtx_range("backward"):
@@ -297,7 +298,7 @@ class JointPhase(Phase):
         )
 
     def adapter_writer(self) -> Callable[[Path], None] | None:
-        """A function that writes the adapters in PEFT's layout; None without adapters."""
+        """The function that writes the adapters in PEFT's layout, or None without adapters."""
         if not self.model.generator.has_adapters:
             return None
         return self.model.generator.save_adapters

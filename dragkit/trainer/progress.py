@@ -91,7 +91,7 @@ class Progress:
         self.bar.close()
 
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
-        """Counts one optimizer step; `state` is after it, `lr` is of the next one."""
+        """Counts one optimizer step. `state` is after it, `lr` is of the next one."""
         self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)
@@ -143,7 +143,7 @@ def _reduce_microbatches(outputs: list[StepOutput]) -> dict[str, Tensor]:
 
 
 def _reduce_ranks(entries: list[tuple[Means, int, Throughput]]) -> tuple[Means, Throughput]:
-    """One entry from the means, questions and rates of all ranks; questions weight averages."""
+    """Merges means, questions and rates of all ranks. Averages are weighted by questions."""
     reduced: Means = {}
     for name in dict.fromkeys(name for means, _, _ in entries for name in means):
         values = [(means[name], questions) for means, questions, _ in entries if name in means]

@@ -31,7 +31,7 @@ _CPU_BATCH_SIZE = 128
 def evaluation_batch_size(
     config: TrainConfig, generator: Generator | None, device: torch.device, ranks: int = 1
 ) -> int:
-    """Questions of an evaluation batch; on a GPU, as many as the memory plan allows.
+    """Number of questions in an evaluation batch. On a GPU the memory plan decides.
 
     Without a generator (phase 1) there is no plan. Sharding over `ranks` leaves more memory.
     """
@@ -52,7 +52,7 @@ class QuestionDataset:
     Args:
         path: the JSONL file.
         config, encoder: of the run.
-        generator: its tokeniser makes the prompt rows; None in phase 1.
+        generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
 
     Raises:

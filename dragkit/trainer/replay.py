@@ -66,7 +66,7 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """The capture for a device; None on a CPU."""
+    """A `CudaCapture` for a GPU, or None for a CPU."""
     return CudaCapture(device) if device.type == "cuda" else None
 
 
@@ -122,7 +122,7 @@ class StepReplay:
         self._captured: dict[tuple[Capacity, int], _Step] = {}
 
     def __call__(self, batch: QuestionBatch, relations: RelationStates, divisor: float) -> Tensor:
-        """Adds the gradients of loss / divisor for a host batch; returns the detached quotient."""
+        """Adds the gradients of loss / divisor for a host batch and returns the detached value."""
         device, key = relations.states.device, None
         if batch.graph.num_facts <= MAX_FACTS:
             capacity = self.buckets.capacity(batch)
@@ -174,7 +174,7 @@ class StepReplay:
         return _Step(inputs, relations, loss, run)
 
     def _find_trained(self, batch: QuestionBatch, relations: RelationStates) -> None:
-        """Finds the parameters that the loss depends on; AdamW must not decay the others."""
+        """Finds the parameters that the loss depends on. AdamW must not decay the others."""
         with _preserved_rng(relations.states.device):
             value = self.loss(batch, relations)
             grads = torch.autograd.grad(value, self._candidates, allow_unused=True)

@@ -36,7 +36,7 @@ def refuse_used_folder(run_dir: Path) -> None:
 
 
 def resume_dir(config: TrainConfig) -> Path:
-    """The run folder that `--resume` means; without a name, the newest run of this phase.
+    """The run folder that `--resume` means. Without a name it is the newest run of this phase.
 
     Raises:
         MissingInputError: there is no such run.

@@ -65,7 +65,7 @@ class TrainingRun:
         config: merged configuration.
         origins: where the value of each dotted key came from.
         phase1_config: for the phase 1 that phase 2 trains first where no checkpoint is named.
-        ranks: ranks that train together; None means this process alone.
+        ranks: ranks that train together. None means this process alone.
 
     Raises:
         ConfigError: settings or ranks contradict each other, or the run does not fit.
@@ -111,7 +111,7 @@ class TrainingRun:
         )
 
     def _checkpoint_to_resume(self, config: TrainConfig) -> LoadedCheckpoint | None:
-        """The run's newest checkpoint; None if it was interrupted while phase 1 still trained."""
+        """The run's newest checkpoint, or None if phase 1 was interrupted."""
         if config.run.phase == 2 and (self.run_dir / "phase1").is_dir():
             try:
                 find_checkpoint(self.run_dir)
@@ -140,7 +140,7 @@ class TrainingRun:
     def dataset(
         self, path: str | None, generator: Generator | None, batch_size: int
     ) -> QuestionDataset | None:
-        """Packs one of the run's files; None without a path."""
+        """Packs one of the run's files, or returns None without a path."""
         if path is None:
             return None
         with self.ranks.main_process_first():
@@ -164,7 +164,7 @@ class TrainingRun:
         )
 
     def execute(self) -> str:
-        """Trains and evaluates; returns the closing summary."""
+        """Trains, evaluates and returns the closing summary."""
         self._log_choices()
         if self.ranks.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The first stop signal sets a flag that the loop reads; a second one ends the process."""
+"""The first stop signal sets a flag that the loop reads. A second one ends the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Context manager; `requested` becomes True at the first SIGINT, SIGTERM or SIGUSR1."""
+    """A context manager whose `requested` becomes True at the first SIGINT, SIGTERM or SIGUSR1."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -76,7 +76,7 @@ def prefetch(items: Iterable[Item], stage: Callable[[Item], Staged]) -> Iterator
 
 
 class _Copy(NamedTuple):
-    """A batch that is being copied; its tensors are views of `packed` on the device."""
+    """A batch that is being copied. Its tensors are views of `packed` on the device."""
 
     batch: QuestionBatch
     packed: Tensor

@@ -40,13 +40,13 @@ class EagerCapture:
 
 
 def phase1_run(tmp_path: Path, name: str = "run", **overrides: object) -> TrainingRun:
-    """Phase 1 without dropout; `section__key=value` overrides settings."""
+    """Phase 1 without dropout. `section__key=value` overrides settings."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     return make_run(tmp_path, 1, name, **{"retriever.dropout": 0.0} | settings)
 
 
 def new_phase(training_run: TrainingRun, **changes: object) -> RetrieverPhase:
-    """A new phase without replay; `changes` are settings of the retriever."""
+    """A new phase without replay. `changes` are settings of the retriever."""
     retriever = training_run.config.retriever.model_copy(update=changes)
     config = training_run.config.model_copy(update={"retriever": retriever})
     return RetrieverPhase(config, build_retriever(config, training_run.encoder))

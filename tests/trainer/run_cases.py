@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 
 
 def make_run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> TrainingRun:
-    """A run in `tmp_path / name`; `overrides` are dotted settings."""
+    """A run in `tmp_path / name`. `overrides` are dotted settings."""
     values = {
         "run.phase": phase,
         "run.device": "cpu",

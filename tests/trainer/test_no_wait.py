@@ -100,10 +100,10 @@ def meta_step(
     *,
     watched: int = LAST_CHECKED_STEP,
 ) -> tuple[Trainer, int]:
-    """Runs one optimizer step on the meta device; returns the trainer and the number of waits.
+    """Runs one optimizer step on the meta device and returns the trainer and the number of waits.
 
     The prompt lengths come from the same step on the CPU. `watched` are the steps that the adapter
-    watch has behind it; by default so many that it reads no more gradients.
+    watch has behind it. By default it is past its last one.
     """
     relations = cases.relation_states()
     batches = [cases.make_batch(phase.model.generator) for _ in range(2)]

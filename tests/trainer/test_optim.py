@@ -45,7 +45,7 @@ def run_rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -
 @pytest.mark.parametrize(
     ("step", "multiplier"),
     [
-        # Ten steps, two of them warm-up, floor 0.1; then a cosine over eight steps.
+        # Ten steps, two of them warm-up, floor 0.1, then a cosine over eight steps.
         (0, 0.5),
         (1, 1.0),
         (2, 1.0),

@@ -32,7 +32,7 @@ with signals.StopSignal() as stop:
 
 @pytest.fixture
 def handlers() -> Iterator[list[int]]:
-    """Installs handlers below the tested ones; yields the signals that reach them."""
+    """Installs handlers below the tested ones and yields the signals that reach them."""
     received: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, _: received.append(number))
