@@ -168,7 +168,7 @@ def test_files_that_need_a_missing_module_are_left_out(suite, monkeypatch, tmp_p
 def test_every_gpu_test_is_found() -> None:
     found = suite_module.gpu_test_files()
     assert "tests/retriever/test_retriever_on_gpu.py" in found
-    assert "tests/trainer/test_replay_on_gpu.py" in found
+    assert "tests/trainer/test_replay.py" in found
     assert "tests/ops/test_triton_math.py" in found
     assert "tests/ops/test_gated_rms_norm.py" in found
     assert "tests/config/test_command_lines.py" not in found
