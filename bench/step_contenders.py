@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -27,8 +26,8 @@ from bench.results import Comparison
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.retriever.losses import retrieval_loss
-from dragkit.trainer.build import build_joint, build_retriever, maybe_replay
-from dragkit.trainer.compile import autocast, compile_retriever
+from dragkit.trainer.build import build_joint, build_retriever, build_retriever_phase
+from dragkit.trainer.compile import autocast
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
 from dragkit.trainer.phase1 import RetrieverPhase
@@ -47,7 +46,7 @@ class OurStep:
 
     def _stream(self) -> Iterator[QuestionBatch]:
         while True:
-            yield from self.trainer.train_set.load(self.batches, self.trainer.device)
+            yield from self.trainer.load_batches(self.batches)
 
     def __call__(self) -> None:
         batch = next(self.stream)
@@ -109,15 +108,12 @@ class StepSetup:
 
     def _variant(self, compiled: bool, replay: bool) -> Contender:
         trainer = self.trainer
-        # A copy, because a replay decides whether a source's batches go to page-locked memory.
-        config, source = trainer.config, copy(trainer.train_set)
-        phase = RetrieverPhase(config, trainer.phase.model)
-        if compiled:
-            phase.forward = compile_retriever(phase.model)
-        if replay:
-            maybe_replay(phase, source, config, trainer.device)
-        variant = Trainer(config, phase, source, None, trainer.run_dir, trainer.device)
-        step = OurStep(variant, self.batches)
+        run = trainer.config.run.model_copy(update={"compile": compiled, "cuda_graphs": replay})
+        config = trainer.config.model_copy(update={"run": run})
+        data, device = trainer.train_set, trainer.device
+        phase = build_retriever_phase(config, trainer.phase.model, device, data)
+        other = Trainer(config, phase, data, None, trainer.run_dir, device)
+        step = OurStep(other, self.batches)
         # Every size of batch is compiled or recorded before the timing.
         for _ in self.batches:
             step()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dragkit import __version__
-from dragkit.config.arguments import PlanArguments, parse_plan_args
+from dragkit.config.arguments import parse_train_args
+from dragkit.config.flags import EXIT_CODE_HELP, Parser, train_parser, with_underscores
+from dragkit.config.schema import TrainConfig
 from dragkit.console import run_main, setup_console
 from dragkit.errors import ConfigError
 from dragkit.observe.gpu import CARDS, CardSpec
 
 if TYPE_CHECKING:
-    from dragkit.config import TrainConfig
     from dragkit.memory_plan.choice import MemoryPlan
 
 # Fractions of a card's peak rate that a step may sustain: first versions, and well-tuned ones.
@@ -22,6 +24,66 @@ _PEAK_FRACTIONS = (0.1, 0.4)
 # Tokens of a prompt: the question with the instructions, and each fact with its vector.
 _PROMPT_TOKENS, _TOKENS_PER_FACT = 100, 25
 _GIB = 2.0**30
+_EPILOG = f"""\
+The plan needs no GPU and no weights. All figures are predictions, none is measured.
+
+examples:
+  python -m dragkit.plan --preset h200
+  python -m dragkit.plan --preset b200 --set generator.activation_checkpointing=all
+  python -m dragkit.plan --card H100 --generator_model random:nemotron-3-nano-30b-a3b:layers=26
+
+{EXIT_CODE_HELP}"""
+
+
+@dataclass(frozen=True)
+class PlanArguments:
+    """A parsed plan command.
+
+    Attributes:
+        config: configuration of phase 2.
+        card: name of the GPU. None takes the GPU of this machine, else the preset's.
+        ranks: number of ranks, one GPU each.
+        json: write JSON.
+        debug: show tracebacks.
+    """
+
+    config: TrainConfig
+    card: str | None
+    ranks: int
+    json: bool
+    debug: bool
+
+
+def plan_parser() -> Parser:
+    """Builds the parser: the flags of training and three more."""
+    text = "Predict memory and time of phase 2, and what a run would choose. Loads nothing."
+    parser = train_parser("python -m dragkit.plan", text, _EPILOG)
+    add = parser.add_argument_group("plan").add_argument
+    add(
+        "--card",
+        choices=CARDS,
+        metavar="NAME",
+        help=f"plan for {', '.join(CARDS)} (default: this machine's GPU, else the preset's)",
+    )
+    add("--ranks", default="1", metavar="N", help="number of ranks, one GPU each (default: 1)")
+    add("--json", action="store_true", help="write JSON")
+    return parser
+
+
+def parse_plan_args(argv: Sequence[str]) -> PlanArguments:
+    """Parses the command line of the plan.
+
+    Raises:
+        ConfigError: lists all unknown flags, wrong keys and wrong values.
+        MissingInputError: the file of --config cannot be read.
+    """
+    parser = plan_parser()
+    args, _ = parser.parse_known_args(with_underscores(argv))
+    if not args.ranks.isdecimal() or int(args.ranks) < 1:
+        parser.error(f"--ranks must be a whole number of at least 1, got {args.ranks!r}")
+    train = parse_train_args(argv, parser=parser)
+    config = train.config_for_phase(2)
+    return PlanArguments(config, args.card, int(args.ranks), args.json, train.debug)
 
 
 def _card(args: PlanArguments) -> CardSpec:
@@ -180,7 +242,7 @@ def _table(title: str, unit: str, rows: dict[str, float]) -> list[str]:
 
 def _plan(argv: list[str]) -> int:
     args = parse_plan_args(argv)
-    setup_console(debug="--debug" in argv)
+    setup_console(debug=args.debug)
     plan = plan_document(args)
     sys.stdout.write((json.dumps(plan, indent=1) if args.json else format_plan(plan)) + "\n")
     return 0 if plan["fits"] else ConfigError.exit_code

@@ -97,7 +97,7 @@ def lines(folder: Path, kind: str) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     loaded = load_checkpoint(find_checkpoint(folder))
     adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
-    tensors = loaded.tensors["heads"] | loaded.tensors["optim"]
+    tensors = loaded.tensors["retriever_projector"] | loaded.tensors["optim"]
     return tensors | (load_file(adapter) if adapter.is_file() else {})
 
 

@@ -18,10 +18,9 @@ from dragkit.data.packed import QuestionBatch
 from dragkit.demo import demo_files
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
-from dragkit.trainer.build import build_retriever, maybe_replay
+from dragkit.trainer.build import build_retriever, build_retriever_phase
 from dragkit.trainer.compile import autocast, compile_retriever
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit_kernels.testing import assert_close
 
@@ -168,16 +167,14 @@ def test_compiled_is_eager(model, source, compile_flags):
 def trained(way: str, config: TrainConfig, source: QuestionDataset, folder: Path) -> dict:
     """Weights and losses after a few steps of phase 1, with dropout."""
     encoder = TextEncoder(find_encoder(), cache_root(None))
-    phase = RetrieverPhase(config, build_retriever(config, encoder).to(DEVICE))
-    if way == "compiled":
-        phase.forward = compile_retriever(phase.model)
-    own = copy.copy(source)
-    if way == "replayed":
-        maybe_replay(phase, own, config, DEVICE)
-        assert phase.replay is not None
-    trainer = Trainer(config, phase, own, None, folder, DEVICE)
+    run = {"compile": way == "compiled", "cuda_graphs": way == "replayed"}
+    config = config.model_copy(update={"run": config.run.model_copy(update=run)})
+    retriever = build_retriever(config, encoder).to(DEVICE)
+    phase = build_retriever_phase(config, retriever, DEVICE, source)
+    assert (phase.replay is not None) == (way == "replayed")
+    trainer = Trainer(config, phase, source, None, folder, DEVICE)
     losses = []
-    for batch in own.load(source.batch_sampler.batches(0)[:STEPS]):
+    for batch in source.load(source.batch_sampler.batches(0)[:STEPS]):
         losses += [out.loss for out in trainer.train_step([batch])]
     found = {name: p.detach().clone() for name, p in phase.model.named_parameters()}
     return found | {"losses": torch.stack(losses)}

@@ -169,7 +169,7 @@ def test_files_that_need_a_missing_module_are_skipped(suite, monkeypatch, tmp_pa
 def test_every_gpu_test_is_found() -> None:
     files = suite_module.gpu_test_files()
     assert "tests/retriever/test_retriever_on_gpu.py" in files
-    assert "tests/trainer/test_replay_on_gpu.py" in files
+    assert "tests/trainer/test_replay.py" in files
     assert "tests/ops/test_triton_math.py" in files
     assert "tests/ops/test_gated_rms_norm.py" in files
     assert "tests/config/test_command_lines.py" not in files
