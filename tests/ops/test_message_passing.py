@@ -158,7 +158,7 @@ def test_long_rows_are_summed_by_chunks(
     pack: Adjacency, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a large pack, where every whole chunk has its program; other places hold NaN."""
-    monkeypatch.setattr(kernels("message_passing.chunks"), "SPLIT_FACTS", 1)
+    monkeypatch.setattr(kernels("chunk_sums"), "SPLIT_FACTS", 1)
     values = layer_inputs(pack, 7, dtype)
     check(pack, values, "triton")
     check_sum(pack, values[2], "triton")
@@ -172,7 +172,7 @@ def test_chunks_begin_with_their_rows(
 ) -> None:
     """Rows just below, at and above whole chunks, at every offset of the order."""
     if split:
-        monkeypatch.setattr(kernels("message_passing.chunks"), "SPLIT_FACTS", 1)
+        monkeypatch.setattr(kernels("chunk_sums"), "SPLIT_FACTS", 1)
     tail = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     head = torch.arange(len(tail)) % len(sizes)
     # As many facts of every pair as of every tail.
