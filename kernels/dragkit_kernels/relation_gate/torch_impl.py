@@ -1,7 +1,7 @@
 """relation_gate in PyTorch with its gradient written out.
 
-Autograd of the formula would store the products with both factors before it sums them. These are the
-largest tensors of a layer. Here each product is added up as it is computed.
+Autograd of the formula would store the products with both factors before it sums them. These are
+the largest tensors of a layer. Here each product is added up as it is computed.
 """
 
 from __future__ import annotations
