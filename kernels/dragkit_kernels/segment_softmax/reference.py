@@ -16,9 +16,7 @@ def segment_softmax_ref(score: Tensor, ptr: Tensor, count: Tensor | None = None)
     segment = segment_ids(ptr, s.shape[0])
     s = s.masked_fill(segment == num_segments - 1, float("-inf"))
     # Start from the lowest number, not from -inf: -inf - -inf would be NaN.
-    max_score = torch.full(
-        (num_segments,), torch.finfo(s.dtype).min, dtype=s.dtype, device=s.device
-    )
+    max_score = s.new_full((num_segments,), torch.finfo(s.dtype).min)
     max_score = max_score.scatter_reduce(0, segment, s.detach(), "amax")
     weight = (s - max_score.index_select(0, segment)).exp()
     counted = weight if count is None else weight * count
