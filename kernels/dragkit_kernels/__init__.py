@@ -1,4 +1,4 @@
-"""Ops of the retriever over packs of ragged graphs: PyTorch, and Triton where a kernel exists."""
+"""Ops over packs of ragged graphs and sequences: PyTorch, and Triton where a kernel exists."""
 
 from __future__ import annotations
 

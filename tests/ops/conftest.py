@@ -45,7 +45,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """CUDA for compiled kernels, else the CPU."""
+    """The device of the item: CUDA for compiled kernels, else the CPU."""
     compiled = request.node.get_closest_marker("triton") is not None and not INTERPRETED
     return torch.device("cuda" if compiled else "cpu")
 

@@ -48,7 +48,7 @@ def test_a_hub_receives_every_message(star: Adjacency) -> None:
     assert (out[0] - hub.relu()).abs().max() <= limit
     others = h[1:].double() + p[0].double() * inv[pair].double()
     assert_close(out[1:], (others + p[1:, None].double() * self_table.double()).relu())
-    # The gradient of p at a sender is the sum of the table row that it multiplies.
+    # dp of a sender is the sum of its table row over the columns where the hub is positive.
     positive = (out[0] > 0).double()
     (dp,) = torch.autograd.grad(out[0].sum(), [inputs[1]])
     assert_close(dp[1:], fwd[pair].double() @ positive)

@@ -33,7 +33,6 @@ DEPTH = 32
 @triton.jit(do_not_specialize=["num_nodes"])
 def _message_passing_fwd_kernel(
     h_ptr,
-    product_ptr,
     weight_ptr,
     bias_ptr,
     p_ptr,
@@ -62,7 +61,7 @@ def _message_passing_fwd_kernel(
     """out_v = relu(h_v W + b + sum_in n p[head] Y^F[pair] + sum_out m p[tail] Y^I[pair]
     + p_v Y^self[graph_v]) for a tile of nodes v and a block of columns.
 
-    With `h` and `weight` the tensor cores compute h W here. Otherwise `product` holds it.
+    With `weight` the tensor cores compute h W here. Without it, `h` holds h W in float32.
     """
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c, mask_c = block_columns(BLOCK_C, num_columns)
@@ -70,7 +69,7 @@ def _message_passing_fwd_kernel(
     mask = mask_n[:, None] & mask_c[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    if h_ptr is not None:
+    if weight_ptr is not None:
         for start in range(0, num_columns, BLOCK_K):
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < num_columns
@@ -101,8 +100,8 @@ def _message_passing_fwd_kernel(
     p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
     acc = tl.fma(p[:, None], self_row, acc)
     acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    if product_ptr is not None:
-        acc += tl.load(product_ptr + row + offs_c[None, :], mask=mask, other=0.0)
+    if weight_ptr is None:
+        acc += tl.load(h_ptr + row + offs_c[None, :], mask=mask, other=0.0)
     # A comparison with NaN is false, so NaN stays NaN as in torch.relu.
     acc = tl.where(acc < 0.0, 0.0, acc)
     tl.store(out_ptr + row + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
@@ -128,15 +127,14 @@ def message_passing_fwd(
     table_fwd, table_inv = table_fwd.contiguous(), table_inv.contiguous()
     if h.dtype == weight.dtype and h.dtype in TENSOR_CORE_DTYPES:
         # A strided weight is copied: the copy is small, and programs read it row by row.
-        factors = (h.contiguous(), None, weight.contiguous())
+        h, kernel_weight = h.contiguous(), weight.contiguous()
     else:
-        factors = (None, matmul(h, weight, torch.float32), None)
+        h, kernel_weight = matmul(h, weight, torch.float32), None
     incoming = Summand(facts.tail_perm, facts.fact_pair, facts.head, facts.tail_count, p, table_fwd)
     outgoing = Summand(facts.head_perm, facts.fact_pair, facts.tail, facts.head_count, p, table_inv)
     tile = layer_tile(num_columns, table_fwd.dtype)
     _message_passing_fwd_kernel[tile.grid(num_nodes, num_columns)](
-        *factors,
-        *(bias.contiguous(), p, table_fwd, table_inv, self_table.contiguous()),
+        *(h, kernel_weight, bias.contiguous(), p, table_fwd, table_inv, self_table.contiguous()),
         *(facts.head, facts.tail, facts.tail_ptr, facts.tail_perm, facts.head_ptr),
         *(facts.head_perm, facts.fact_pair, facts.head_count, facts.tail_count),
         node_graph.contiguous(),
@@ -151,9 +149,8 @@ def message_passing_fwd(
     return out
 
 
-# Arguments that are None where the kernel computes the product, and where PyTorch does.
-_FUSED = {"product_ptr": None}
-_SEPARATE = {"h_ptr": None, "weight_ptr": None}
+# Types of arguments where PyTorch computes the product.
+_SEPARATE = {"h_ptr": "*fp32", "weight_ptr": None}
 KERNELS = tuple(
     spec(
         _message_passing_fwd_kernel,
@@ -163,12 +160,12 @@ KERNELS = tuple(
         constants={"BLOCK_K": DEPTH},
         chunk_in_ptr=chunks,
         chunk_out_ptr=chunks,
-        **absent,
+        **types,
     )
     for columns in COLUMNS
     for chunks in (None, "*fp32")
-    for dtype, absent, mma in (
-        ("*bf16", _FUSED, 16),
+    for dtype, types, mma in (
+        ("*bf16", {}, 16),
         ("*bf16", _SEPARATE, 0),
         ("*fp32", _SEPARATE, 0),
     )
