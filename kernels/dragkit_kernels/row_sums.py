@@ -29,7 +29,7 @@ DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 def _tile(num_columns: int, dtype: torch.dtype, rows: int) -> Tile2D:
-    """The narrowest tile that holds all columns, half as high for four-byte values."""
+    """The narrowest tile that holds all columns, else the widest; half as high for float32."""
     columns = next((width for width in COLUMNS if num_columns <= width), COLUMNS[-1])
     return Tile2D(rows if dtype.itemsize == 2 else rows // 2, columns, _WARPS[columns])
 
