@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raises ValueError unless `tensor` has the expected shape; None matches any size."""
+    """Raises ValueError unless `tensor` has the expected shape. None matches any size."""
     shape = tensor.shape
     # A plain loop, because this runs many times a step.
     if len(shape) == len(expected):

@@ -1,8 +1,8 @@
 """Sums over the whole chunks of long rows, for large packs.
 
 One node or pair may have most facts of a pack. A single program would still add them long after the
-others have finished. So programs of their own first sum every whole chunk of CHUNK facts, counted
-from the row's first fact, and then the chunks of each row. The row's program reads one sum.
+others have finished. So separate programs first sum every whole chunk of CHUNK facts, counted from
+the row's first fact. Others then sum the chunks of each row. The row's program reads one sum.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .row_sums import (
     sum_tile,
 )
 
-# A smaller pack has short rows only: the tile sums their ends, and the launches are saved.
+# A smaller pack has no row that is worth two more launches: `add_rows` sums it in parallel.
 SPLIT_FACTS = 8192
 
 
@@ -91,7 +91,7 @@ def _chunk_sums_fwd_rows_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """chunk_b = sum of all chunks of a row, where b is its first; the row's chunks are adjacent."""
+    """chunk_b = sum of the adjacent chunks b, b+1, .. of one row, where b is its first chunk."""
     pid_b = tl.program_id(0).to(tl.int64)
     begin, end, in_row = _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E)
     if in_row & (begin // CHUNK_E == pid_b) & (begin + 2 * CHUNK_E <= end):

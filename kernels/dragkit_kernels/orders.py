@@ -27,8 +27,8 @@ class FactIndex(NamedTuple):
         pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by (graph,
             relation).
         fact_pair: [E] pair of each fact.
-        head_count, tail_count: [E] number of facts that a fact stands for at one head node, and at
-            one tail node. They are 1 where nothing was merged.
+        head_count, tail_count: [E] number of equal facts at one head node, and at one tail node.
+            Both are 1 for a fact that was not merged.
     """
 
     head: Tensor

@@ -21,7 +21,7 @@ from .launch import Tile2D
 CHUNK = 64
 _CHUNK = tl.constexpr(CHUNK)
 
-# Warps for a block of columns. They give a tile of 32 rows 32 registers a thread.
+# Columns to warps. A thread then holds 32 values of a tile of 32 rows.
 _WARPS = {64: 2, 256: 8}
 COLUMNS = tuple(_WARPS)
 # What `aot` compiles: tables, states and gradients in one dtype, p in float32.
@@ -29,7 +29,7 @@ DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
 def _tile(num_columns: int, dtype: torch.dtype, rows: int) -> Tile2D:
-    """The narrowest tile that holds all columns, else the widest; half as high for float32."""
+    """The narrowest tile that holds all columns, else the widest. Half as high for float32."""
     columns = next((width for width in COLUMNS if num_columns <= width), COLUMNS[-1])
     return Tile2D(rows if dtype.itemsize == 2 else rows // 2, columns, _WARPS[columns])
 
@@ -79,7 +79,7 @@ class Summand(NamedTuple):
 
 @triton.jit
 def block_rows(BLOCK: tl.constexpr, num_rows):
-    """(row offsets of this program on axis 0, mask of those that exist)."""
+    """(row offsets of this program on axis 0, their mask)."""
     # int64, because a row times the width can exceed 2^31.
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return offs_n, offs_n < num_rows
@@ -87,14 +87,14 @@ def block_rows(BLOCK: tl.constexpr, num_rows):
 
 @triton.jit
 def block_columns(BLOCK_C: tl.constexpr, num_columns):
-    """(column offsets of this program on axis 1, mask of those that exist)."""
+    """(column offsets of this program on axis 1, their mask)."""
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     return offs_c, offs_c < num_columns
 
 
 @triton.jit
 def _row_bounds(offs_n, mask_n, rowptr_ptr):
-    """(first offset, number of facts) of each row; a masked row has no facts."""
+    """(first offset, number of facts) of each row. A masked row has no facts."""
     begin = tl.load(rowptr_ptr + offs_n, mask=mask_n, other=0)
     return begin, tl.load(rowptr_ptr + offs_n + 1, mask=mask_n, other=0) - begin
 

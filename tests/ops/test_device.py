@@ -173,7 +173,7 @@ def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
 def test_errors_are_at_most_twice_those_of_pytorch(
     device: torch.device, name: str, dtype: torch.dtype
 ) -> None:
-    """The largest errors against float64 are compared, plus one unit in the last place."""
+    """The limit is on the largest error against float64, plus one unit in the last place."""
     torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture restores it
     inputs = cases(device, dtype)[name]
     ours, pytorch = inputs("triton"), inputs("torch")

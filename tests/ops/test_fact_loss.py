@@ -290,7 +290,7 @@ def test_two_runs_are_bit_equal() -> None:
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_packing_and_fact_order_do_not_matter(sizes: list[int], seed: int) -> None:
-    """A question gives the same alone and with its facts in another order."""
+    """A question has the same loss and gradient alone, and with its facts in another order."""
     logits, label, ptr = make(sizes, share=0.5, seed=seed)
     logits = logits.float()
     loss, gradient = both(logits, label, ptr)

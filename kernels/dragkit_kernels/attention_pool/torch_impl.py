@@ -15,7 +15,7 @@ from ..segments import bag_sum, ordered_sum, row_dots, segment_ids
 def attention_pool_fwd(
     states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pooled states [G, D] and the attention [S]; see `attention_pool`."""
+    """The pooled states [G, D] and the attention [S] (see `attention_pool`)."""
     score = row_dots(states, rows, query.unsqueeze(0), torch.zeros_like(rows))
     segment = segment_ids(ptr, rows.shape[0])
     max_score = score.new_full(ptr.shape, torch.finfo(score.dtype).min)

@@ -18,7 +18,7 @@ from ..checks import accumulator_dtype
 def fact_loss_fwd(
     logits: Tensor, label: Tensor, fact_ptr: Tensor, rho: float, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """(loss [B], gradient [E]); see `fact_loss`.
+    """(loss [B], gradient [E]) (see `fact_loss`).
 
     For fixed violating pairs the loss is linear in the logits. Rows of padding form one more
     question, whose results are dropped.
@@ -63,7 +63,7 @@ def fact_loss_bwd(grad: Tensor, gradient: Tensor, fact_ptr: Tensor) -> Tensor:
 
 
 def _questions(fact_ptr: Tensor, num_facts: int) -> tuple[Tensor, Tensor]:
-    """int32 [B+2] first fact of every question, padding last; int32 [E] question of each fact."""
+    """int32 [B+2] first fact of each question and of padding, and int32 [E] question of each fact."""
     ptr = F.pad(fact_ptr, (0, 1), value=num_facts)
     return ptr, torch.repeat_interleave(ptr.diff(), output_size=num_facts)
 
@@ -101,7 +101,7 @@ def _violations(
     positive = positive.index_select(0, perm)
     positives_up_to = positive.cumsum(0)
     positives_before = F.pad(positives_up_to, (1, 0)).index_select(0, ptr)
-    # Negatives after a fact: those of all questions up to its own, less those up to the fact.
+    # Negatives after a fact: all up to the end of its question, less those up to the fact.
     negatives = (ptr - positives_before).index_select(0, question + 1)
     position = torch.arange(1, len(perm) + 1, device=x.device)
     negatives_after = negatives.sub_(position).add_(positives_up_to)

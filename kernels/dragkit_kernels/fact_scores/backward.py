@@ -48,7 +48,7 @@ def _fact_scores_bwd_sum_kernel(
 
 
 def fact_scores_bwd(grad: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches one sum for each score table; see `dragkit::fact_scores_bwd`."""
+    """Launches one sum for each score table (see `dragkit::fact_scores_bwd`)."""
     grad = grad.contiguous()
     groupings = list(zip(sums[::2], sums[1::2], strict=True))
     for ptr, perm in groupings[3:]:

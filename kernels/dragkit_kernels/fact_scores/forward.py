@@ -50,7 +50,7 @@ def fact_scores_fwd(
     gathers: list[Tensor],
     sums: list[Tensor],
 ) -> Tensor:
-    """Launches the gathers; see `dragkit::fact_scores_fwd`."""
+    """Launches the gathers (see `dragkit::fact_scores_fwd`)."""
     score = head_score.new_empty(gathers[-1].shape, dtype=torch.float32)
     num_facts = score.shape[0]
     if num_facts == 0:

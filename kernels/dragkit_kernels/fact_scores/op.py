@@ -1,7 +1,7 @@
 """dragkit::fact_scores_fwd and _bwd.
 
-`gathers` holds head, pair and tail [Q], and with groups also row [E]. `sums` holds ptr and perm by
-head, by pair and by tail, and with groups also those of the facts of each row.
+`gathers` holds head, pair and tail [Q], and with groups also `groups.row`. `sums` holds ptr and
+perm by head, by pair and by tail, and with groups also `groups.ptr` and `groups.fact`.
 """
 
 from __future__ import annotations

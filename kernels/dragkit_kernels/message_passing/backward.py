@@ -165,7 +165,7 @@ def message_passing_bwd(
     node_graph: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Launches what `output_mask` asks for; see `dragkit::message_passing_bwd`."""
+    """Launches what `output_mask` asks for (see `dragkit::message_passing_bwd`)."""
     facts, node_graph, p = contiguous_index(index), node_graph.contiguous(), p.contiguous()
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     out = list(empty_gradients(inputs, output_mask))

@@ -118,7 +118,7 @@ def message_passing_fwd(
     index: list[Tensor],
     node_graph: Tensor,
 ) -> Tensor:
-    """Launches the layer; see `dragkit::message_passing_fwd`."""
+    """Launches the layer (see `dragkit::message_passing_fwd`)."""
     out = h.new_empty(h.shape)
     if out.numel() == 0:
         return out

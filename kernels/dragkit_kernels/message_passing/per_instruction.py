@@ -33,7 +33,7 @@ def message_passing_per_instruction(
     Args:
         p: float [N] weight of each sender.
         rel_fwd, rel_inv: float [R, C] projected relation vectors u, forward and inverse.
-        self_fwd, self_inv: float [C] those of the self-loop.
+        self_fwd, self_inv: float [C] projected vectors of the self-loop.
         instruction: float [B, I, C].
         fact_index: the facts.
         node_graph: int32 [N], ascending.

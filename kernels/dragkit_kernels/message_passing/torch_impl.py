@@ -36,7 +36,7 @@ def message_passing_fwd(
     index: list[Tensor],
     node_graph: Tensor,
 ) -> Tensor:
-    """The layer; see `message_passing`."""
+    """The layer (see `message_passing`)."""
     facts = FactIndex(*index)
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)

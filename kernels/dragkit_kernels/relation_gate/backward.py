@@ -110,7 +110,7 @@ def relation_gate_bwd(
     grouped: list[Tensor],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Launches the sums that `output_mask` asks for; see `dragkit::relation_gate_bwd`."""
+    """Launches the sums that `output_mask` asks for (see `dragkit::relation_gate_bwd`)."""
     grad, relation, instruction = grad.contiguous(), relation.contiguous(), instruction.contiguous()
     num_graphs, num_instructions, num_columns = instruction.shape
     num_relations, num_pairs = relation.shape[1], pair_relation.shape[0]

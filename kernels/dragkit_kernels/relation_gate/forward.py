@@ -58,7 +58,7 @@ def relation_gate_fwd(
     pair_graph: Tensor,
     grouped: list[Tensor],
 ) -> Tensor:
-    """Launches the products; see `dragkit::relation_gate_fwd`."""
+    """Launches the products (see `dragkit::relation_gate_fwd`)."""
     num_pairs, num_columns = pair_relation.shape[0], relation.shape[2]
     out = relation.new_empty(2, num_pairs, *instruction.shape[1:])
     if out.numel() == 0:

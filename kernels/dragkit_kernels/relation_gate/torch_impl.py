@@ -19,7 +19,7 @@ def relation_gate_fwd(
     pair_graph: Tensor,
     grouped: list[Tensor],
 ) -> Tensor:
-    """The gated rows; see `relation_gate`. Only the kernels' backward reads `grouped`."""
+    """The gated rows (see `relation_gate`). Only the kernels' backward reads `grouped`."""
     u = relation.index_select(1, pair_relation).unsqueeze(2)
     return torch.mul(u, instruction.index_select(0, pair_graph)).relu_()
 
@@ -34,7 +34,7 @@ def relation_gate_bwd(
     grouped: list[Tensor],
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """du[d, q] and di[g, k]; see `relation_gate`. Those outside `output_mask` are empty, [0]."""
+    """du[d, q] and di[g, k] (see `relation_gate`). Those outside `output_mask` are empty, [0]."""
     dtype = accumulator_dtype(relation, instruction)
     delta = torch.ops.aten.threshold_backward(grad, out, 0).to(dtype)  # [2, P, I, C]
     d_relation, d_instruction = relation.new_empty(0), instruction.new_empty(0)

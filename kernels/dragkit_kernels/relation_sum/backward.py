@@ -42,7 +42,7 @@ def _relation_sum_bwd_kernel(
 
 
 def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
-    """Launches the gradient; see `dragkit::relation_sum_bwd`."""
+    """Launches the gradient (see `dragkit::relation_sum_bwd`)."""
     facts, grad, num_columns = contiguous_index(index), grad.contiguous(), grad.shape[1]
     d_table = grad.new_empty(facts.num_pairs, num_columns)
     if d_table.numel() == 0:

@@ -62,7 +62,7 @@ def _relation_sum_fwd_kernel(
 
 
 def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
-    """Launches the sum; see `dragkit::relation_sum_fwd`."""
+    """Launches the sum (see `dragkit::relation_sum_fwd`)."""
     facts, table = contiguous_index(index), table.contiguous()
     num_nodes, num_columns = facts.num_nodes, table.shape[1]
     out = table.new_empty(num_nodes, num_columns)

@@ -10,7 +10,7 @@ from ..segments import bag_sum
 
 
 def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
-    """Sums the rows of each node's facts in both directions; see `relation_sum`."""
+    """Sums the rows of each node's facts in both directions (see `relation_sum`)."""
     facts, rows = FactIndex(*index), table.to(accumulator_dtype(table))
 
     def direction(count: Tensor, perm: Tensor, ptr: Tensor) -> Tensor:

@@ -9,5 +9,5 @@ from .forward import sum_rows
 
 
 def gather_rows_bwd(grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int) -> Tensor:
-    """Launches the sum; see `dragkit::gather_rows_bwd`."""
+    """Launches the sum (see `dragkit::gather_rows_bwd`)."""
     return sum_rows(grad, *(by_row or grouped_index(rows, num_rows)))

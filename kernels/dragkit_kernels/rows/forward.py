@@ -59,7 +59,7 @@ def sum_rows(value: Tensor, perm: Tensor | None, ptr: Tensor) -> Tensor:
 
 
 def segment_sum_fwd(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Launches the sum of adjacent rows; see `dragkit::segment_sum_fwd`."""
+    """Launches the sum of adjacent rows (see `dragkit::segment_sum_fwd`)."""
     return sum_rows(value, None, segment_ptr(segment.contiguous(), num_segments))
 
 

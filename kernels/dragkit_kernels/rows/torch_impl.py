@@ -1,4 +1,4 @@
-"""gather_rows and segment_sum in PyTorch; each is the other's gradient.
+"""gather_rows and segment_sum in PyTorch. Each is the gradient of the other.
 
 On a CPU index_add adds in the order of the rows. On a GPU it adds in the order in which threads
 arrive, so the results of two runs may differ there.

@@ -42,7 +42,7 @@ def _segment_softmax_bwd_kernel(
 
 
 def segment_softmax_bwd(grad: Tensor, p: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
-    """Launches the gradient; see `dragkit::segment_softmax_bwd`."""
+    """Launches the gradient (see `dragkit::segment_softmax_bwd`)."""
     d_score = p.new_empty(p.shape)
     num_graphs = ptr.shape[0] - 1
     _segment_softmax_bwd_kernel[(num_graphs + 1,)](

@@ -69,7 +69,7 @@ def _segment_softmax_fwd_kernel(
 
 
 def segment_softmax_fwd(score: Tensor, ptr: Tensor, count: Tensor | None) -> Tensor:
-    """Launches the softmax; see `dragkit::segment_softmax_fwd`."""
+    """Launches the softmax (see `dragkit::segment_softmax_fwd`)."""
     p = score.new_empty(score.shape, dtype=torch.float32)
     num_graphs = ptr.shape[0] - 1
     _segment_softmax_fwd_kernel[(num_graphs + 1,)](
