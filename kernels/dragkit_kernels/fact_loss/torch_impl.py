@@ -63,7 +63,7 @@ def fact_loss_bwd(grad: Tensor, gradient: Tensor, fact_ptr: Tensor) -> Tensor:
 
 
 def _questions(fact_ptr: Tensor, num_facts: int) -> tuple[Tensor, Tensor]:
-    """int32 [B+2] first fact of each question and of padding, and int32 [E] question of each fact."""
+    """First fact of each question and of padding, int32 [B+2], and question of each fact, [E]."""
     ptr = F.pad(fact_ptr, (0, 1), value=num_facts)
     return ptr, torch.repeat_interleave(ptr.diff(), output_size=num_facts)
 
