@@ -40,5 +40,7 @@ def attention_pool(states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor) -> 
             f"{query.dtype}"
         )
     if states.requires_grad:
-        raise ValueError(f"{op}: states must not require a gradient, because the op computes none")
+        raise ValueError(
+            f"{op}: states must not require a gradient: the op computes that of query only"
+        )
     return torch.ops.dragkit.attention_pool_fwd(states, query, rows, ptr)[0]
