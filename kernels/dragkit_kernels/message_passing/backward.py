@@ -169,7 +169,7 @@ def message_passing_bwd(
     facts, node_graph, p = contiguous_index(index), node_graph.contiguous(), p.contiguous()
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     out = list(empty_gradients(inputs, output_mask))
-    # The gradient before the relu keeps its dtype: setting elements to zero rounds nothing.
+    # The gradient of the relu's input. It keeps its dtype: setting elements to zero rounds nothing.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).contiguous()
     if output_mask[0]:
         out[0] = matmul(delta, weight.t(), _common_dtype(delta, weight)).to(h.dtype)

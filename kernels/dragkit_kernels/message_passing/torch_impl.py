@@ -72,8 +72,8 @@ def message_passing_bwd(
     dtype = accumulator_dtype(*inputs)
     out = [x.new_empty(0) for x in inputs]
     p = p.to(dtype)
-    # The gradient before the relu. contiguous() because sum().backward() sends a gradient with zero
-    # strides.
+    # The gradient of the relu's input. contiguous() because sum().backward() sends a gradient with
+    # zero strides.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).to(dtype).contiguous()
     if output_mask[0]:
         out[0] = matmul(delta, weight.t(), dtype)
