@@ -93,6 +93,7 @@ def _chunk_sums_fwd_rows_kernel(
 ):
     """chunk_b = sum of the adjacent chunks b, b+1, .. of one row, where b is its first chunk."""
     pid_b = tl.program_id(0).to(tl.int64)
+    # The program of the row's first chunk adds them in place. A single chunk is complete already.
     begin, end, in_row = _row_of_block(pid_b, rowptr_ptr, key_ptr, perm_ptr, CHUNK_E)
     if in_row & (begin // CHUNK_E == pid_b) & (begin + 2 * CHUNK_E <= end):
         offs_c, mask_c = block_columns(BLOCK_C, num_columns)
@@ -128,6 +129,7 @@ def chunk_sums(rowptr: Tensor, key: Tensor, summand: Summand) -> Tensor | None:
     _chunk_sums_fwd_kernel[(num_blocks, column_blocks)](
         rowptr, key, *summand, out, num_columns, **sizes, **tile.options
     )
+    # A dot over several column blocks is the sum of their numbers.
     if has_factor:
         out, num_columns = out.sum(0), 1
     tile = dot_tile(num_columns, torch.float32)

@@ -80,7 +80,7 @@ class Summand(NamedTuple):
 @triton.jit
 def block_rows(BLOCK: tl.constexpr, num_rows):
     """(row offsets of this program on axis 0, their mask)."""
-    # int64, because a row times the width can exceed 2^31.
+    # int64, since a row times the width can exceed 2^31.
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return offs_n, offs_n < num_rows
 
@@ -130,6 +130,7 @@ def _add_facts(acc, offs_e, mask_e, offs_c, num_columns, summand):
 @triton.jit
 def sum_facts(begin, end, offs_c, num_columns, summand, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     """[BLOCK_C] sum over the offsets begin..end-1, BLOCK facts at a time."""
+    # Lane i adds every BLOCK-th fact. One reduction at the end keeps the order fixed.
     acc = tl.zeros((BLOCK, BLOCK_C), tl.float32)
     for start in range(begin, end, BLOCK):
         offs_e = start + tl.arange(0, BLOCK)
@@ -193,6 +194,7 @@ def add_rows(
     summed in parallel.
     """
     begin, size = _row_bounds(offs_n, mask_n, rowptr_ptr)
+    # The steps take the facts after the whole chunks, or the first chunk.
     if CHUNKED:
         num_steps = size % _CHUNK
         begin += size - num_steps

@@ -38,5 +38,6 @@ def attention_pool_bwd(
     weighted = attention * d_attention
     total = ordered_sum(weighted, perm, ptr)
     d_score = weighted.addcmul_(attention, total.index_select(0, segment), value=-1)
+    # One bag of all rows: the query has a single gradient.
     all_rows = torch.stack([ptr[0], ptr[-1]])
     return bag_sum(states, rows, all_rows, d_score).squeeze(0)

@@ -42,6 +42,7 @@ def _fact_scores_bwd_sum_kernel(
         mask_e = offs_e < tile_end
         fact = tl.load(perm_ptr + offs_e, mask=mask_e, other=0)
         grad = tl.load(grad_ptr + fact, mask=mask_e, other=0.0)[None, :]
+        # `where` and not a product: a NaN must not reach other rows.
         is_in_row = (offs_e[None, :] >= begin) & (offs_e[None, :] < end)
         acc += tl.where(is_in_row, grad, 0.0)
     tl.store(out_ptr + offs_v, tl.sum(acc, 1), mask=mask_v)

@@ -29,6 +29,7 @@ def _fact_scores_fwd_kernel(
     """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, with q = row_e, or q = e without groups."""
     offs_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask_e = offs_e < num_facts
+    # Facts of a question read the scores of the merged fact that stands for them.
     row = offs_e
     if group_row_ptr is not None:
         row = tl.load(group_row_ptr + offs_e, mask=mask_e, other=0)

@@ -62,6 +62,7 @@ def _message_passing_bwd_p_kernel(
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     graph = tl.load(node_graph_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
     dp = tl.zeros((BLOCK_N,), tl.float32)
+    # A dot needs every column of a node, so columns are a loop and not a program axis.
     for start in range(0, num_columns, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C)
         mask = mask_n[:, None] & (offs_c < num_columns)[None, :]
@@ -84,6 +85,7 @@ def _message_passing_bwd_p_kernel(
             chunk_in_ptr is not None, BLOCK_N, BLOCK_C,
         )  # fmt: skip
         dp += tl.sum(acc, 1)
+    # The sums of chunks are complete dots, one number for each: they are added once.
     if chunk_out_ptr is not None:
         row, has_chunks = chunk_rows(offs_n, mask_n, head_rowptr_ptr)
         dp += tl.load(chunk_out_ptr + row, mask=has_chunks, other=0.0)
@@ -224,6 +226,7 @@ def _launch_tables(
     num_columns = delta.shape[1]
     fwd = Summand(facts.pair_perm, facts.tail, facts.head, facts.tail_count, p, delta)
     inv = Summand(facts.pair_perm, facts.head, facts.tail, facts.head_count, p, delta)
+    # One program per pair: the rows of the tile are facts of the pair.
     tile = sum_tile(num_columns, delta.dtype)
     _message_passing_bwd_tables_kernel[tile.grid(facts.num_pairs * tile.rows, num_columns)](
         *(delta, p, facts.head, facts.tail, facts.pair_ptr, facts.pair_perm),
@@ -239,6 +242,7 @@ def _launch_tables(
 
 def _launch_self(d_self: Tensor, delta: Tensor, p: Tensor, node_graph: Tensor) -> None:
     num_graphs, num_columns = d_self.shape
+    # One program per graph: the rows of the tile are nodes of the graph.
     tile, graph_ptr = SELF_TILE, segment_ptr(node_graph, num_graphs)
     chunks = chunk_sums(graph_ptr, node_graph, Summand(None, None, None, None, p, delta))
     _message_passing_bwd_self_kernel[tile.grid(num_graphs * tile.rows, num_columns)](

@@ -30,6 +30,7 @@ TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.
 DEPTH = 32
 
 
+# Specialised on num_nodes, the kernel would be compiled again for packs of 16 n nodes.
 @triton.jit(do_not_specialize=["num_nodes"])
 def _message_passing_fwd_kernel(
     h_ptr,
@@ -68,6 +69,7 @@ def _message_passing_fwd_kernel(
     row = offs_n[:, None] * num_columns
     mask = mask_n[:, None] & mask_c[None, :]
 
+    # The product comes first, because tl.dot accumulates into `acc`.
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     if weight_ptr is not None:
         for start in range(0, num_columns, BLOCK_K):
@@ -90,6 +92,7 @@ def _message_passing_fwd_kernel(
         acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, summand,
         chunk_out_ptr is not None, BLOCK_N, BLOCK_C,
     )  # fmt: skip
+    # Other programs summed the whole chunks of long rows.
     if chunk_in_ptr is not None:
         acc = add_chunks(acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, chunk_in_ptr)
         acc = add_chunks(acc, offs_n, mask_n, offs_c, num_columns, head_rowptr_ptr, chunk_out_ptr)

@@ -32,6 +32,7 @@ def _bwd_fake(grad: Tensor, h_out: Tensor, *args: object) -> tuple[Tensor, ...]:
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     *floats, index, node_graph, ctx.triton = inputs
+    # The output stands for the relu's input: it is positive where the gradient passes.
     ctx.save_for_backward(output, *floats, node_graph, *index)
 
 

@@ -40,6 +40,7 @@ def _relation_gate_bwd_relation_kernel(
     row_offs = (pid_d * num_relations + pid_r) * num_columns + offs_c
     u = tl.load(relation_ptr + row_offs, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     end = tl.load(rowptr_ptr + pid_r + 1)
+    # Lane i adds every BLOCK_P-th pair. One reduction at the end keeps the order fixed.
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(tl.load(rowptr_ptr + pid_r), end, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
@@ -52,6 +53,7 @@ def _relation_gate_bwd_relation_kernel(
             gate = tl.load(instruction_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             row = (pid_d * num_pairs + pair) * num_instructions + k
             offs = row[:, None] * num_columns + offs_c[None, :]
+            # Masked lanes have gate and gradient 0, and add nothing.
             grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
             acc = tl.fma(product_gate(u, gate, grad, relation_ptr), gate, acc)
     total = tl.sum(acc, 0).to(d_relation_ptr.dtype.element_ty)

@@ -40,6 +40,7 @@ def _relation_gate_fwd_kernel(
     relation = tl.load(pair_relation_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
     graph = tl.load(pair_graph_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
     offs = (pid_d * num_relations + relation)[:, None] * num_columns + offs_c[None, :]
+    # All instructions of a pair share this row: it is loaded once.
     u = tl.load(relation_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for k in range(0, num_instructions):
         offs = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]

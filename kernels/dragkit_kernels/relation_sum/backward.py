@@ -49,6 +49,7 @@ def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
         return d_table
     fwd = Summand(facts.pair_perm, facts.tail, None, facts.tail_count, None, grad)
     inv = Summand(facts.pair_perm, facts.head, None, facts.head_count, None, grad)
+    # One program per pair: the rows of the tile are facts of the pair.
     tile = dot_tile(num_columns, grad.dtype)
     _relation_sum_bwd_kernel[tile.grid(facts.num_pairs * tile.rows, num_columns)](
         *(grad, facts.head, facts.tail, facts.pair_ptr, facts.pair_perm),

@@ -43,6 +43,7 @@ def _relation_sum_fwd_kernel(
     offs_n, mask_n = block_rows(BLOCK_N, num_nodes)
     offs_c, mask_c = block_columns(BLOCK_C, num_columns)
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    # Incoming facts, then outgoing ones, then chunks: the order of the sum is fixed.
     summand = (tail_perm_ptr, fact_pair_ptr, None, tail_count_ptr, None, table_ptr, None)
     acc = add_rows(
         acc, offs_n, mask_n, offs_c, num_columns, tail_rowptr_ptr, summand,

@@ -25,6 +25,7 @@ def _segment_sum_fwd_kernel(
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     end = tl.load(rowptr_ptr + pid_v + 1)
+    # Lane i adds every BLOCK_E-th row. One reduction at the end keeps the order fixed.
     acc = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
     for start in range(tl.load(rowptr_ptr + pid_v), end, BLOCK_E):
         offs_e = start + tl.arange(0, BLOCK_E)

@@ -30,6 +30,7 @@ def _segment_softmax_bwd_kernel(
         p = tl.load(p_ptr + offs_n, mask=mask_n, other=0.0)
         acc = tl.fma(p, tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0), acc)
     total = tl.sum(acc, 0)
+    # The second loop also covers padding, where p is masked to 0, and so is the gradient.
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         mask_n = offs_n < graph_end

@@ -58,10 +58,12 @@ def _segment_softmax_fwd_kernel(
         weight = tl.exp(score - new_max)
         if count_ptr is not None:
             weight *= tl.load(count_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+        # The old sum is rescaled to the new maximum.
         total = tl.fma(total, tl.exp(max_score - new_max), tl.sum(weight, 0))
         max_score = new_max
-    # The sum is zero if all scores are -inf.
+    # The sum is zero if all scores are -inf: p is then 0 / 1 and not NaN.
     total = tl.where(total == 0.0, 1.0, total)
+    # Scores are read again, because a graph may have more rows than a block.
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         score = _load_scores(score_ptr, offs_n, offs_n < graph_end)
