@@ -15,6 +15,8 @@ from ..library import empty_gradients
 from .backward_bc import _ssd_scan_bwd_bc_kernel
 from .backward_dt import DOT_BLOCK, _ssd_scan_bwd_dt_kernel
 from .decays import (
+    GRADIENT_LIMITS,
+    TILES,
     causal_mask,
     chunk_rows,
     finite,
@@ -22,10 +24,10 @@ from .decays import (
     load_state,
     nonfinite,
     product,
+    scan_tile,
     scores,
 )
 from .states import ScanInputs, chunk_states
-from .tiles import GRADIENT_LIMITS, TILES, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])

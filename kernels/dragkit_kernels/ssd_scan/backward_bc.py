@@ -7,6 +7,8 @@ import triton.language as tl
 
 from ..launch import spec
 from .decays import (
+    GRADIENT_LIMITS,
+    TILES,
     causal_mask,
     chunk_rows,
     decay,
@@ -16,7 +18,6 @@ from .decays import (
     nonfinite,
     product,
 )
-from .tiles import GRADIENT_LIMITS, TILES
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups", "heads_per_group"])

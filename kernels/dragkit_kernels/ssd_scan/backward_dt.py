@@ -7,8 +7,10 @@ import triton.language as tl
 
 from ..launch import spec
 from .decays import (
+    GRADIENT_LIMITS,
     LOG2_E,
     LOWEST_LOG,
+    TILES,
     causal_mask,
     chunk_rows,
     finite,
@@ -17,7 +19,6 @@ from .decays import (
     product,
     scores,
 )
-from .tiles import GRADIENT_LIMITS, TILES
 
 # Elements of two states multiplied at a time.
 DOT_BLOCK = 1024

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..launch import ResourceLimits, row_strided, spec
 from .decays import (
+    TILES,
     causal_mask,
     chunk_rows,
     decay,
@@ -17,9 +18,9 @@ from .decays import (
     load_state,
     nonfinite,
     product,
+    scan_tile,
 )
 from .states import ScanInputs, chunk_states
-from .tiles import TILES, scan_tile
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])

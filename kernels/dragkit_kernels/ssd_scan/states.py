@@ -9,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import ResourceLimits, row_strided, spec
-from .decays import chunk_rows, decay_logs, load_rows, product
-from .tiles import STATE_PASSING_TILE, TILES, ScanTile
+from .decays import STATE_PASSING_TILE, TILES, ScanTile, chunk_rows, decay_logs, load_rows, product
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
