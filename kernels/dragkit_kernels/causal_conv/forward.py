@@ -1,4 +1,4 @@
-"""Triton forward of causal_conv: a program walks down some rows of a stripe of columns."""
+"""Triton forward of causal_conv: a program walks down the rows of a stripe of columns."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..launch import ResourceLimits, Tile, row_strided, spec
 
-# Columns of a program, eight for each thread: one load of 128 bits in low precision.
+# 256 columns are eight per thread: one 128-bit load in float16 or bfloat16.
 STRIPE = Tile(256, 1, max_registers=128)
-# Rows that a program walks down. The rows before them are read twice.
+# Rows per program. The W - 1 rows before them are loaded twice.
 ROWS = 32
-# Rows that it asks for at a time.
+# Rows that are loaded before the first of them is used, which hides memory latency.
 STEP = 4
 
 
 @triton.jit
 def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
-    """The weights of the token itself, the one before it, ... in float32."""
+    """The W taps from lag 0 on, float32 [BLOCK_C] each."""
     taps = ()
     for lag in tl.static_range(W):
         tap = tl.load(weight_ptr + offs_c * W + (W - 1 - lag), mask=mask_c, other=0.0)
@@ -28,16 +28,13 @@ def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
 
 @triton.jit
 def valid_columns(row, end, num_columns):
-    """Columns of a row that exist: none from `end` on and before row 0."""
+    """num_columns for 0 <= row < end, else 0: one comparison then masks rows and columns."""
     return tl.where((row >= 0) & (row < end), num_columns, 0)
 
 
 @triton.jit
 def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr):
-    """A stripe of STEP rows as they lie in memory, zeros where there is none.
-
-    All are asked for before the first is used: what hides the memory's delay.
-    """
+    """STEP rows of the stripe from `begin` on, in their own dtype, 0 where masked."""
     rows = ()
     for step in tl.static_range(STEP):
         row = begin + step
@@ -49,7 +46,7 @@ def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr
 
 @triton.jit
 def load_history(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
-    """The W - 1 rows before `begin`, the nearest first, as they lie in memory."""
+    """The W - 1 rows before `begin`, the nearest first, in their own dtype."""
     history = ()
     if W > 1:
         rows = load_rows(x_ptr, begin - (W - 1), begin, num_columns, stride, offs_c, W - 1)
@@ -60,7 +57,7 @@ def load_history(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
 
 @triton.jit
 def convolve(x, history, taps, bias, seq_pos, W: tl.constexpr):
-    """bias + taps[0] x + taps[1] past[0] + ..., as far as the row's sequence reaches back."""
+    """bias + taps[0] x + taps[1] history[0] + ... over lags up to seq_pos."""
     y = tl.fma(taps[0], x.to(tl.float32), bias)
     for lag in tl.static_range(1, W):
         with_tap = tl.fma(taps[lag], history[lag - 1].to(tl.float32), y)
@@ -70,7 +67,7 @@ def convolve(x, history, taps, bias, seq_pos, W: tl.constexpr):
 
 @triton.jit
 def shift_history(x, history, W: tl.constexpr):
-    """The rows before the next one."""
+    """The W - 1 rows before the next row."""
     shifted = ()
     if W > 1:
         shifted = (x,)
@@ -94,7 +91,10 @@ def _causal_conv_fwd_kernel(
     STEP: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
+    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= seq_pos_t.
+
+    One program per rows_per_program rows and BLOCK_C columns.
+    """
     begin = tl.program_id(0) * rows_per_program
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
@@ -119,7 +119,7 @@ def _causal_conv_fwd_kernel(
 
 
 def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
-    """Launches the walk; see `dragkit::causal_conv_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::causal_conv_fwd`."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out

@@ -1,9 +1,4 @@
-"""dragkit::causal_conv_fwd and _bwd: nothing is kept but the inputs.
-
-The PyTorch form takes a block of rows through all passes while it is in the cache. It adds the taps
-from the oldest to the newest for all rows alike and puts rows whose sequence began in between back
-to their start: few rows, and by selection, so that nothing passes from one sequence to another.
-"""
+"""Registration of dragkit::causal_conv_fwd and _bwd, which save only the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The PyTorch path of causal_conv."""
+"""The PyTorch path of causal_conv, a block of rows at a time that stays in the cache.
+
+It adds the taps from the oldest to the newest to all rows alike. Few rows are near the start of
+their sequence. They are reset to the bias after every tap that reads another sequence.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from ..library import empty_gradients
 
 
 class _SequenceStarts:
-    """Rows that a tap does not reach because their sequence begins after the row it would read."""
+    """Rows whose sequence is too short for a tap, so that the tap would read another sequence."""
 
     def __init__(self, seq_pos: Tensor, taps: int) -> None:
         near_start = (seq_pos < taps - 1).nonzero().squeeze(1)
@@ -23,7 +27,7 @@ class _SequenceStarts:
         self._row_lists = [rows.tolist() for rows in self._rows]
 
     def rows(self, lag: int, begin: int, end: int) -> Tensor | None:
-        """Rows t of a block, from its first, with position_t < back; None instead of none."""
+        """Offsets in the block of the rows t with seq_pos_t < lag, or None if there are none."""
         row_lists = self._row_lists[lag - 1] if lag else []
         first = bisect_left(row_lists, begin)
         last = bisect_left(row_lists, end, lo=first)
@@ -39,7 +43,7 @@ def _convolve(
     end: int,
     out: Tensor,
 ) -> None:
-    """out = base + sum_j taps[j] x_{t-j} for the rows t from `begin` to `end`."""
+    """out = bias + sum_j taps[j] x_{t-j} for the rows t from `begin` to `end`."""
     max_lag = len(taps) - 1
     first = max(begin - max_lag, 0)
     x_acc = x[first:end].to(out.dtype)
@@ -59,14 +63,14 @@ def _convolve(
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor
 ) -> tuple[list[Tensor], Tensor, _SequenceStarts]:
-    """The taps [C] from the token itself back, the bias [C], and the rows near the starts."""
+    """(taps [C] from lag 0 on, bias [C], sequence starts), in the accumulator dtype."""
     taps = weight.to(accumulator_dtype(x, weight)).mT.contiguous()
     bias_acc = taps.new_zeros(taps.shape[1]) if bias is None else bias.to(taps.dtype)
     return list(taps.flip(0)), bias_acc, _SequenceStarts(seq_pos, taps.shape[0])
 
 
 def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
-    """See causal_conv."""
+    """The forward, see causal_conv."""
     taps, bias_acc, starts = _prepare(x, weight, bias, seq_pos)
     out = x.new_empty(x.shape)
     low_precision = out.dtype != bias_acc.dtype
@@ -88,7 +92,7 @@ def causal_conv_bwd(
     seq_pos: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, d the gradient before the activation."""
+    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, where d is the gradient before the silu."""
     taps, bias_acc, starts = _prepare(x, weight, bias, seq_pos)
     width = len(taps)
     d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
@@ -105,7 +109,7 @@ def causal_conv_bwd(
         for lag in range(width):
             rows = starts.rows(lag, begin, last)
             if rows is not None:
-                # They reach no row so far back, nor any before it.
+                # These rows have no tap at this lag, nor at a larger one.
                 d.index_fill_(0, rows, 0.0)
             source = d[lag : lag + count]
             if output_mask[0] and lag == 0:
@@ -135,7 +139,7 @@ def _d_preactivation(
     end: int,
     buffer: Tensor,
 ) -> Tensor:
-    """The gradient of the sums of the rows from `begin` to `end`, in `buffer`."""
+    """Gradient before the silu for the rows from `begin` to `end`, written into `buffer`."""
     d, x_acc = buffer[: end - begin], grad[begin:end].to(buffer.dtype)
     _convolve(x, taps, bias_acc, starts, begin, end, d)
     return torch.ops.aten.silu_backward.grad_input(x_acc, d, grad_input=d)
@@ -144,7 +148,7 @@ def _d_preactivation(
 def _tap_sum(
     d: Tensor, x: Tensor, starts: _SequenceStarts, lag: int, begin: int, end: int
 ) -> Tensor:
-    """[C] sum of d_t x_{t-back} over the rows t of a block that reach so far."""
+    """[C] sum of d_t x_{t-lag} over the rows t of a block with seq_pos_t >= lag."""
     begin, first = max(begin, lag), begin
     product = x[begin - lag : max(end - lag, 0)] * d[begin - first : end - first]
     rows = starts.rows(lag, begin, end)

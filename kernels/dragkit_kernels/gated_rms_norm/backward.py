@@ -1,4 +1,4 @@
-"""Triton backward of gated_rms_norm: everything but the inputs is made again."""
+"""Triton backward of gated_rms_norm, which recomputes the forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..launch import ResourceLimits, row_strided, spec
 from ..library import empty_gradients
 from .forward import TILES, TILES_PER_PROGRAM, group_tile, inverse_rms, load_tile
 
-# Programs that share the rows at most, where each writes a sum of its own.
+# Most programs per group when each writes a partial sum for d_weight.
 MAX_SUM_PROGRAMS = 256
 
 
@@ -35,10 +35,11 @@ def _gated_rms_norm_bwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight, of one group.
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight.
 
     dy = dz silu(gate), dgate = dz y silu'(gate), and sums[program] = sum_t grad n over the
-    program's rows. What has no place to go is not computed.
+    program's rows. Outputs without a pointer are not computed. One program per rows_per_program
+    rows and group.
     """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
@@ -60,7 +61,7 @@ def _gated_rms_norm_bwd_kernel(
         scale = inverse_rms(z, group_size, eps)
         normed = z * scale
         if sums_ptr is not None:
-            # Rows that are not there may have a scale of infinity.
+            # Masked rows have scale = rsqrt(eps), which is infinite for eps = 0.
             acc = tl.where(mask, tl.fma(grad, normed, acc), acc)
         g = grad * weight
         mean_gn = (tl.sum(g * normed, 1) / group_size)[:, None]
@@ -87,7 +88,7 @@ def gated_rms_norm_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches what output_mask asks for in one walk; see `dragkit::gated_rms_norm_bwd`."""
+    """Launches the gradients that output_mask asks for, see `dragkit::gated_rms_norm_bwd`."""
     num_rows, num_columns = y.shape
     needs_gate = gate is not None and output_mask[1]
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
@@ -125,7 +126,7 @@ def gated_rms_norm_bwd(
             **tile.options,
         )
     if output_mask[2]:
-        d_weight.copy_(sums.sum(0))  # in the order of the programs
+        d_weight.copy_(sums.sum(0))  # in the order of programs
     return out
 
 

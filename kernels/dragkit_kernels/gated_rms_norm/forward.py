@@ -1,4 +1,4 @@
-"""Triton forward of gated_rms_norm: a program walks down some rows of one group of columns."""
+"""Triton forward of gated_rms_norm: a program walks down the rows of one group of columns."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..launch import ResourceLimits, Tile2D, row_strided, spec
 
-# A whole group at a time, eight numbers of each tensor for each thread.
+# A tile holds whole groups: eight values of each tensor per thread.
 TILES = (
     Tile2D(rows=8, columns=128, num_warps=4, max_registers=128),
     Tile2D(rows=2, columns=512, num_warps=4, max_registers=128),
     Tile2D(rows=1, columns=4096, num_warps=16, max_registers=128),
 )
-# Tiles that a program walks down with the weights in its registers.
+# Tiles per program, which keeps the weights in registers.
 TILES_PER_PROGRAM = 4
 
 
@@ -22,7 +22,7 @@ def group_tile(group_size: int) -> Tile2D:
     """The tile for groups of `group_size` columns.
 
     Raises:
-        ValueError: a group that no tile holds.
+        ValueError: the group exceeds the largest tile.
     """
     for tile in TILES:
         if group_size <= tile.columns:
@@ -35,14 +35,14 @@ def group_tile(group_size: int) -> Tile2D:
 
 @triton.jit
 def load_tile(ptr, offs_t, stride, offs_d, mask):
-    """[R, K] in float32, zeros where it is masked."""
+    """[R, K] in float32, 0 where masked."""
     offs = offs_t.to(tl.int64)[:, None] * stride + offs_d[None, :]
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def inverse_rms(z, group_size, eps):
-    """[R, 1] of the rows of z, whose masked columns are zero."""
+    """[R, 1] 1 / rms of the rows of z, whose masked columns are 0."""
     return (1.0 / tl.sqrt(tl.sum(z * z, 1) / group_size + eps))[:, None]
 
 
@@ -62,7 +62,10 @@ def _gated_rms_norm_fwd_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = z rsqrt(mean(z^2) + eps) weight, z = y silu(gate), of one group of columns."""
+    """out = z rsqrt(mean(z^2) + eps) weight with z = y silu(gate).
+
+    One program per rows_per_program rows and group.
+    """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
     offs_k = tl.arange(0, BLOCK_K)
@@ -84,7 +87,7 @@ def _gated_rms_norm_fwd_kernel(
 def gated_rms_norm_fwd(
     y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """Launches the walk; see `dragkit::gated_rms_norm_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::gated_rms_norm_fwd`."""
     out = y.new_empty(y.shape)
     if out.numel() == 0:
         return out

@@ -1,7 +1,4 @@
-"""dragkit::gated_rms_norm_fwd and _bwd: nothing is kept but the inputs.
-
-The PyTorch form takes a block of rows through all passes while it is in the cache.
-"""
+"""Registration of dragkit::gated_rms_norm_fwd and _bwd, which save only the inputs."""
 
 from __future__ import annotations
 

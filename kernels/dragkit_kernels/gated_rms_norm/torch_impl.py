@@ -1,4 +1,4 @@
-"""The PyTorch path of gated_rms_norm."""
+"""The PyTorch path of gated_rms_norm, a block of rows at a time that stays in the cache."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ..library import empty_gradients
 
 
 def _inverse_rms(z: Tensor, groups: int, eps: float) -> Tensor:
-    """1 / rms of the groups [n, G, 1]."""
+    """[n, G, 1] 1 / rms of each group."""
     (z,) = _by_group(groups, z)
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     return norm.square_().div_(z.shape[-1]).add_(eps).rsqrt_()
 
 
 def _by_group(groups: int, *tensors: Tensor) -> list[Tensor]:
-    """[n, D] as [n, G, D/G]."""
+    """Views each tensor [n, D] as [n, G, D/G]."""
     return [x.unflatten(1, (groups, -1)) for x in tensors]
 
 
 def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """out = x y; overwrites x where out has another dtype."""
+    """out = x y. Overwrites x if out has another dtype."""
     if out.dtype == x.dtype:
         torch.mul(x, y, out=out)
     else:
@@ -33,7 +33,7 @@ def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
 def gated_rms_norm_fwd(
     y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """See gated_rms_norm."""
+    """The forward, see gated_rms_norm."""
     weight_acc = weight.to(_accumulator(y, gate, weight))
     out = y.new_empty(y.shape)
     if out.numel() == 0:
@@ -61,7 +61,7 @@ def gated_rms_norm_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; then its factors."""
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; dy, dgate from dz."""
     weight_acc = weight.to(_accumulator(y, gate, weight))
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     needs_gate = gate is not None and output_mask[1]
@@ -69,7 +69,7 @@ def gated_rms_norm_bwd(
     buffer: Tensor | None = None
     for begin, end in row_blocks(y) if y.numel() else ():
         if buffer is None:
-            # Reuse these buffers: page faults cost more than most of the passes.
+            # Reuse these buffers: page faults cost more than most of the computation.
             buffer = weight_acc.new_empty(5, end, y.shape[1])
         sig, silu, z, d_z, product = buffer[:, : end - begin]
         grad_acc, y_acc, gate_acc = _widen(weight_acc, begin, end, grad, y, gate)
@@ -93,7 +93,7 @@ def gated_rms_norm_bwd(
         mean_gn = product_group.mean(-1, keepdim=True).mul_(scale).mul_(scale)
         d_group.addcmul_(z_group, mean_gn, value=-1).mul_(scale)
         if needs_gate:
-            # silu'(gate) = share + active (1 - share), which leads from active to 1.
+            # silu'(gate) = sig + silu (1 - sig), the interpolation from silu to 1 at sig.
             torch.lerp(silu, one, sig, out=product).mul_(y_acc)
             _multiply(product, d_z, d_gate[begin:end])
         if output_mask[0] and gate_acc is not None:
@@ -110,5 +110,5 @@ def _accumulator(y: Tensor, gate: Tensor | None, weight: Tensor) -> torch.dtype:
 
 
 def _widen(like: Tensor, begin: int, end: int, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Rows of each tensor in the dtype of `like`."""
+    """Rows begin to end of each tensor in the dtype of `like`."""
     return [None if x is None else x[begin:end].to(like.dtype) for x in tensors]

@@ -9,13 +9,13 @@ from torch import Tensor
 from ..launch import ResourceLimits, Tile, Tile2D, spec
 
 TOKEN_TILE = Tile(128, 4)
-# Few rows, many columns.
+# Each row is a long contiguous copy.
 EMBEDDING_TILE = Tile2D(rows=4, columns=256, num_warps=4)
 
 
 @triton.jit
 def _search_ends(ends_ptr, size, steps, value):
-    """The first of `size` ascending numbers that is above the value, or the last of them."""
+    """Index of the first of `size` ascending numbers above `value`, at most size - 1."""
     low = tl.zeros_like(value)
     high = low + size - 1
     for _ in range(steps):
@@ -47,7 +47,7 @@ def _prompt_tokens_fwd_kernel(
     piece_steps,
     BLOCK_T: tl.constexpr,
 ):
-    """A token finds its prompt among their ends, and its piece among those of the prompt."""
+    """Finds prompt and piece of every token by binary search. One program per BLOCK_T tokens."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     sequence = _search_ends(rowptr_ptr + 1, num_prompts, prompt_steps, offs_t)
@@ -79,7 +79,7 @@ def _prompt_embeddings_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out_t = vectors[slot_t] where there is a slot, else table[ids_t]."""
+    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]. One program per output tile."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -105,7 +105,7 @@ def prompt_tokens_fwd(
     ptr: Tensor,
     num_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the searches; see `dragkit::prompt_tokens_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::prompt_tokens_fwd`."""
     out = tuple(source.new_empty(num_tokens) for _ in range(4))
     if num_tokens == 0:
         return out
@@ -125,7 +125,7 @@ def prompt_tokens_fwd(
 
 
 def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """Launches the gathers; see `dragkit::prompt_embeddings_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::prompt_embeddings_fwd`."""
     out = table.new_empty(ids.shape[0], table.shape[1])
     if out.numel() == 0:
         return out

@@ -1,4 +1,4 @@
-"""dragkit::prompt_tokens_* and prompt_embeddings_*: neither waits for the device."""
+"""Registration of dragkit::prompt_tokens_fwd and prompt_embeddings_fwd and _bwd."""
 
 from __future__ import annotations
 

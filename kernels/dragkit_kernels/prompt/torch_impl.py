@@ -1,4 +1,4 @@
-"""The PyTorch paths of prompt_tokens and prompt_embeddings."""
+"""The PyTorch paths of prompt_tokens and prompt_embeddings. They never wait for the device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def prompt_tokens_fwd(
     ptr: Tensor,
     num_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every token's piece by repeating, and its id by its place in the piece; see prompt_tokens."""
+    """The forward of prompt_tokens: repeats each piece, then indexes its text."""
     if num_tokens == 0:
         return tuple(source.new_empty(0) for _ in range(4))
     start, end, slot = (x.index_select(0, question) for x in (start, end, slot))
@@ -28,33 +28,33 @@ def prompt_tokens_fwd(
     slot = slot.flatten().index_select(0, piece)
     is_vector = (slot >= 0) & (piece_offset == 0)
     source_row = start.flatten().index_select(0, piece) + piece_offset - (slot >= 0).int()
-    # A piece that is a vector alone has no text to read.
+    # Row 0 of `padded` serves vectors: a piece of a vector alone has no text to read.
     padded = torch.cat([source.new_zeros(1), source])
     ids = padded.index_select(0, (source_row + 1).masked_fill_(is_vector, 0))
     return ids, torch.where(is_vector, slot, -1), position, sequence.int()
 
 
 def _token_of(slot: Tensor, num_slots: int) -> Tensor:
-    """int64 [num_slots] token of every slot, -1 for none."""
+    """int64 [num_slots] token of every slot, -1 for a slot without a token."""
     token = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slot.device)
-    # Text, -1, writes to the spare last place.
+    # Text has slot -1, which writes to the spare last row.
     token[slot.long()] = torch.arange(slot.shape[0], device=slot.device)
     return token[:-1]
 
 
 def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """The rows of the table, overwritten by the vectors; a spare row takes unused vectors."""
+    """Gathers table rows, then overwrites some by vectors. A spare row takes unused vectors."""
     size = ids.shape[0]
     out = table.new_empty(size + 1, table.shape[1])
     torch.index_select(table, 0, ids, out=out[:size])
     token = _token_of(slot, vectors.shape[0])
     out.index_copy_(0, torch.where(token < 0, size, token), vectors.to(table.dtype))
-    # Not a view, which compiled blocks would take for another kind of input.
+    # Shrink in place: compiled blocks specialise on whether their input is a view.
     return out.resize_(size, table.shape[1])
 
 
 def prompt_embeddings_bwd(grad: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
-    """dvectors_s = grad at the token of slot s, 0 where there is none."""
+    """dvectors_s = grad of the token with slot s, 0 if no token has it."""
     if slot.shape[0] == 0:
         return grad.new_zeros(num_slots, grad.shape[1], dtype=dtype)
     token = _token_of(slot, num_slots)

@@ -1,7 +1,7 @@
-"""Triton backward of the scan: the gradient of x, and the launches of all gradients.
+"""Triton backward of ssd_scan: the kernel for x and D, and the launches of all gradients.
 
-Gradients of steps and of maps are kernels of their own: together they would need more registers
-than there are.
+The gradients of dt and A and those of B and C have separate kernels, because one kernel for all
+would exceed the registers of a thread.
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ def _ssd_scan_bwd_x_kernel(
     BLOCK_N: tl.constexpr,
     LOW_PREC: tl.constexpr,
 ):
-    """Gradient of x for the rows of a chunk and a head: dt_j v_j + (D + dt_j own_j) dy_j, where
-    v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j and
-    own_j = C_j . B_j. Also dot_j = x_j . v_j, and the sums over the rows of x_j . dy_j
-    and of dt_j times the second part of dot_j."""
+    """dx_j = dt_j v_j + (D + dt_j C_j . B_j) dy_j for the rows j of a chunk and a head.
+
+    v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j, where dS is
+    the gradient of the state after the chunk. Also dot_j = x_j . v_j, the sum of x_j . dy_j over
+    the rows (d_D), and the sum of dt_j times the dS term of dot_j (state_dot).
+    One program per chunk and head.
+    """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     dot_dtype = x_ptr.dtype.element_ty
@@ -98,7 +101,8 @@ def _ssd_scan_bwd_x_kernel(
         state_dot += tl.sum(d_x_dt * x, 1)
         grad = load_rows(grad_ptr, offs_q, mask_q, stride_grad, offs_p, head_dim)
         x_dot_grad += tl.sum(grad * x, 1)
-        # Rows that are not finite act on those they see by a sum, not in the products.
+        # A non-finite dy_i reaches its causal rows j by a masked sum, because the product would
+        # spread it to other sequences.
         nan_pairs = tl.where(causal_mask(offs_q, seq_pos), nonfinite(grad)[:, None], 0.0)
         d_x_dt += tl.sum(nan_pairs, 0)[:, None]
         d_x_dt = product(tl.trans(score), finite(grad), d_x_dt, LOW_PREC, dot_dtype)
@@ -119,7 +123,7 @@ def _ssd_scan_bwd_x_kernel(
 
 
 def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    """Launches the wanted gradients; arguments as `dragkit::ssd_scan_bwd`, without the last."""
+    """Launches the gradients that output_mask asks for, see `dragkit::ssd_scan_bwd`."""
     x, dt, A, B, C, D, seq_pos, output_mask = arguments
     out = empty_gradients((x, dt, A, B, C, D), output_mask)
     if x.numel() == 0:
@@ -137,7 +141,7 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
         state = chunk_states(scan)
     if needs_x or d_B is not None:
         d_state = chunk_states(scan._replace(x=grad, B=C), backward=True)
-    sums = scan.log.new_empty(2, scan.num_chunks, x.shape[1])  # of A and D, by chunk
+    sums = scan.log.new_empty(2, scan.num_chunks, x.shape[1])  # dA and dD per chunk
     sizes = (*scan.sizes, grad.stride(0), x.stride(0), B.stride(0), C.stride(0))
     grid = (scan.num_chunks * x.shape[1],)
     if needs_x:

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradients of a group's maps."""
+"""Triton kernel of the gradients of B and C."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def _ssd_scan_bwd_bc_kernel(
     LOW_PREC: tl.constexpr,
     OF_B: tl.constexpr,
 ):
-    """Gradient of B (OF_B) or C for the rows of a chunk and a group, over its heads in
-    order; `map` is the other one.
+    """d_bc is dB and bc is C with OF_B, else d_bc is dC and bc is B.
 
-    d_B_j = sum_i d_ij C_i + sum_h dt_j exp(log_end - log_j) x_j dS and
-    d_C_i = sum_j d_ij B_j + sum_h exp(log_i) dy_i S with
+    dB_j = sum_i d_ij C_i + sum_h dt_j exp(log_end - log_j) x_j dS and
+    dC_i = sum_j d_ij B_j + sum_h exp(log_i) dy_i S with
     d_ij = sum_h exp(log_i - log_j) dt_j (dy_i . x_j).
+    One program per chunk, group and BLOCK_N columns. It adds the heads of the group in order.
     """
     group, chunk = tl.program_id(0) % num_groups, tl.program_id(0) // num_groups
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     dot_dtype = x_ptr.dtype.element_ty
     num_heads = num_groups * heads_per_group
-    # Rows that take part in the state at the chunk's end, or in that at its start.
+    # Rows of the sequence that reaches the chunk's end (dB), or that enters at its start (dC).
     reaches_state = mask_q & (Q - 1 - offs_q <= last_pos) if OF_B else mask_q & (seq_pos > offs_q)
     d_score = tl.zeros((Q, Q), tl.float32)
     d_bc = tl.zeros((Q, BLOCK_N), tl.float32)
@@ -88,7 +88,7 @@ def _ssd_scan_bwd_bc_kernel(
         d_score += tl.where(causal, grad_dot_x * decay(log, causal) * dt[None, :], 0.0)
     bc_ptr += chunk_start * stride_bc + group * state_dim
     bc = load_rows(bc_ptr, offs_q, mask_q, stride_bc, offs_n, state_dim)
-    # What is not finite acts by the weights, which the mask holds.
+    # A non-finite row enters through the masked d_score, so that it cannot reach other sequences.
     d_bc = tl.where(reaches_state[:, None], d_bc, 0.0)
     if OF_B:
         d_score = tl.where(causal_mask(offs_q, seq_pos), d_score + nonfinite(bc)[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""Triton kernel of the gradients of steps and rates."""
+"""Triton kernel of the gradients of dt and A."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .decays import (
     scores,
 )
 
-# Elements of two states multiplied at a time.
+# Elements of a state and its gradient that are multiplied at a time.
 DOT_BLOCK = 1024
 
 
@@ -56,12 +56,12 @@ def _ssd_scan_bwd_dt_kernel(
     LOW_PREC: tl.constexpr,
     DOT_BLOCK: tl.constexpr,
 ):
-    """Gradient of dt for the rows of a chunk and a head, A d_log_t + dot_t +
-    (C_t . B_t) (x_t . dy_t), and the chunk's part of that of A, sum_t dt_t d_log_t.
+    """d_dt_t = A d_log_t + dot_t + (C_t . B_t) (x_t . dy_t), d_A = sum_t dt_t d_log_t per chunk.
 
-    d_log_t, of the logarithm of a decay, is what all pairs i >= t > j give: sums of rows i less
-    sums of columns j, over the rows from t to the end of its sequence in the chunk, and what leaves
-    the chunk.
+    d_log_t is the gradient of the logarithm A dt_t. Every decay from row j to row i with
+    i >= t > j contains it. So d_log_t sums (row sums - column sums) over the rows from t to the end
+    of its sequence in the chunk, plus the terms of the state that leaves the chunk.
+    One program per chunk and head.
     """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
@@ -95,7 +95,7 @@ def _ssd_scan_bwd_dt_kernel(
         d_log += tl.sum(C_dot_state * grad, 1)
         x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
         x_dot_grad += tl.sum(grad * x, 1)
-        # Rows that are not finite have spoiled `dot`: here they would spoil others.
+        # A non-finite row already makes its `dot` NaN. Here it would reach other sequences.
         grad_dot_x = tl.zeros((Q, Q), tl.float32)
         grad_dot_x = product(finite(grad), tl.trans(finite(x)), grad_dot_x, LOW_PREC, dot_dtype)
         d_log_pairs += tl.sum(score * grad_dot_x * finite(dt)[None, :], 1)
@@ -117,7 +117,7 @@ def _ssd_scan_bwd_dt_kernel(
     d_log_end += tl.load(state_dot_ptr + tl.program_id(0))
     d_log += tl.where(Q - 1 - offs_q <= last_pos, d_log_end, 0.0)
     A = tl.load(A_ptr + pid_h).to(tl.float32)
-    # At the lowest decay a change of the step makes none.
+    # A clamped logarithm does not depend on dt.
     d_log = tl.where(dt * A * LOG2_E < LOWEST_LOG, 0.0, d_log)
     if d_dt_ptr is not None:
         tl.store(d_dt_ptr + offs_dt, d_log * A + dot + diagonal * x_dot_grad, mask=mask_q)

@@ -1,4 +1,4 @@
-"""Triton forward of the scan: the output of every chunk, and single states."""
+"""Triton forward of ssd_scan, and ssd_state."""
 
 from __future__ import annotations
 
@@ -47,8 +47,10 @@ def _ssd_scan_fwd_output_kernel(
     BLOCK_N: tl.constexpr,
     LOW_PREC: tl.constexpr,
 ):
-    """y_i = exp(log_i) state C_i + sum_j exp(log_i - log_j) (C_i . B_j) dt_j x_j
-    + D x_i for the rows i of a chunk and a head, with the state before the chunk."""
+    """y_i = exp(log_i) S C_i + sum_j exp(log_i - log_j) (C_i . B_j) dt_j x_j + D x_i.
+
+    S is the state before the chunk. One program per chunk, head and BLOCK_P columns.
+    """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     chunk_start, offs_q, mask_q, seq_pos, _ = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
@@ -70,12 +72,12 @@ def _ssd_scan_fwd_output_kernel(
     )
     dt_ptr += chunk_start * num_heads + pid_h
     dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
-    # Where a row does not see the state, that may be NaN.
+    # Select: the state may be NaN for rows whose sequence begins in this chunk.
     y = tl.where((seq_pos > offs_q)[:, None], y * tl.exp2(log)[:, None], 0.0)
     x_ptr += chunk_start * stride_x + pid_h * head_dim
     x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
     causal = causal_mask(offs_q, seq_pos)
-    # Rows that are not finite act by their weights, which the mask holds, instead of their values.
+    # A non-finite row enters through its masked weights, so that it cannot reach other sequences.
     weight = score * decay(log, causal) * dt[None, :] + nonfinite(x)[None, :]
     y = product(tl.where(causal, weight, 0.0), finite(x), y, LOW_PREC, dot_dtype)
     y = tl.fma(x, tl.load(D_ptr + pid_h).to(tl.float32) + tl.zeros_like(x), y)
@@ -88,7 +90,7 @@ def _ssd_scan_fwd_output_kernel(
 def ssd_scan_fwd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, seq_pos: Tensor
 ) -> Tensor:
-    """Launches the scan; see `dragkit::ssd_scan_fwd`."""
+    """Launches the scan with the arguments of `dragkit::ssd_scan_fwd`."""
     y = x.new_empty(x.shape)
     if y.numel() == 0:
         return y
@@ -126,8 +128,11 @@ def _ssd_state_fwd_kernel(
     BLOCK_N: tl.constexpr,
     LOW_PREC: tl.constexpr,
 ):
-    """out[s, h] = the state of a head after row last_s: that before the row's chunk, decayed, and
-    what the rows up to it add."""
+    """out[s, h] = exp(log_l) S + sum_j exp(log_l - log_j) dt_j x_j B_j^T for row l = last_row[s].
+
+    S is the state before the chunk of row l, and j runs over the rows of its sequence in the chunk
+    up to l. One program per wanted row, head and block of the state.
+    """
     pid_h, pid_s = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -159,7 +164,7 @@ def _ssd_state_fwd_kernel(
 def ssd_state_fwd(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor, last_row: Tensor
 ) -> Tensor:
-    """Launches the states at the rows of `last_row`; see `dragkit::ssd_state_fwd`."""
+    """Launches the states with the arguments of `dragkit::ssd_state_fwd`."""
     _, num_heads, head_dim = x.shape
     out = x.new_empty(last_row.shape[0], num_heads, head_dim, B.shape[2], dtype=torch.float32)
     if out.numel() == 0:
