@@ -38,12 +38,8 @@ def logistic_noise_fwd(
     noise = seed.new_empty(num_facts, dtype=torch.float32)
     num_questions = fact_ptr.shape[0] - 1
     _logistic_noise_fwd_kernel[(num_questions + 1,)](
-        seed,
-        question_key.contiguous(),
-        fact_ptr.contiguous(),
-        noise,
-        num_facts,
-        num_questions,
+        *(seed, question_key.contiguous(), fact_ptr.contiguous()),
+        *(noise, num_facts, num_questions),
         BLOCK=NOISE_TILE.block,
         **NOISE_TILE.options,
     )

@@ -61,22 +61,12 @@ def _add_sums(d, x, history, sums, max_lag, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_bwd_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_pos_ptr,
-    d_x_ptr,
-    sums_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    stride_grad,
-    stride_x,
-    W: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, seq_pos_ptr,
+    d_x_ptr, sums_ptr,
+    num_rows, rows_per_program, num_columns,
+    stride_grad, stride_x,
+    W: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= seq_pos_{t+j}; d = grad silu'(y).
 
     sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. Outputs
@@ -147,18 +137,9 @@ def causal_conv_bwd(
     if x.numel() > 0 and any(output_mask):
         grad, x = row_strided(grad), row_strided(x)
         _causal_conv_bwd_kernel[programs, triton.cdiv(num_columns, STRIPE.block)](
-            grad,
-            x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            seq_pos.contiguous(),
-            d_x if output_mask[0] else None,
-            sums if with_sums else None,
-            num_rows,
-            rows_per_program,
-            num_columns,
-            grad.stride(0),
-            x.stride(0),
+            *(grad, x, weight.contiguous(), None if bias is None else bias.contiguous()),
+            *(seq_pos.contiguous(), d_x if output_mask[0] else None, sums if with_sums else None),
+            *(num_rows, rows_per_program, num_columns, grad.stride(0), x.stride(0)),
             W=width,
             STEP=SUM_STEP if with_sums else STEP,
             BLOCK_C=STRIPE.block,

@@ -78,19 +78,12 @@ def shift_history(x, history, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_pos_ptr,
+    x_ptr, weight_ptr, bias_ptr, seq_pos_ptr,
     out_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
+    num_rows, rows_per_program, num_columns,
     stride_x,
-    W: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    W: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= seq_pos_t.
 
     One program per rows_per_program rows and BLOCK_C columns.
@@ -126,15 +119,8 @@ def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Ten
     x = row_strided(x)
     grid = triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], STRIPE.block)
     _causal_conv_fwd_kernel[grid](
-        x,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        seq_pos.contiguous(),
-        out,
-        x.shape[0],
-        ROWS,
-        x.shape[1],
-        x.stride(0),
+        *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
+        *(seq_pos.contiguous(), out, x.shape[0], ROWS, x.shape[1], x.stride(0)),
         W=weight.shape[1],
         STEP=STEP,
         BLOCK_C=STRIPE.block,

@@ -17,24 +17,13 @@ MAX_SUM_PROGRAMS = 256
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _gated_rms_norm_bwd_kernel(
-    grad_ptr,
-    y_ptr,
-    gate_ptr,
-    weight_ptr,
-    d_y_ptr,
-    d_gate_ptr,
-    sums_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    group_size,
-    stride_grad,
-    stride_y,
-    stride_gate,
+    grad_ptr, y_ptr, gate_ptr, weight_ptr,
+    d_y_ptr, d_gate_ptr, sums_ptr,
+    num_rows, rows_per_program, num_columns, group_size,
+    stride_grad, stride_y, stride_gate,
     eps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight.
 
     dy = dz silu(gate), dgate = dz y silu'(gate), and sums[program] = sum_t grad n over the
@@ -106,21 +95,10 @@ def gated_rms_norm_bwd(
     gate = None if gate is None else row_strided(gate)
     if any(output_mask):
         _gated_rms_norm_bwd_kernel[programs, groups](
-            grad,
-            y,
-            gate,
-            weight.contiguous(),
-            d_y if output_mask[0] else None,
-            d_gate if needs_gate else None,
-            sums if output_mask[2] else None,
-            num_rows,
-            rows_per_program,
-            num_columns,
-            group_size,
-            grad.stride(0),
-            y.stride(0),
-            0 if gate is None else gate.stride(0),
-            eps,
+            *(grad, y, gate, weight.contiguous(), d_y if output_mask[0] else None),
+            *(d_gate if needs_gate else None, sums if output_mask[2] else None),
+            *(num_rows, rows_per_program, num_columns, group_size),
+            *(grad.stride(0), y.stride(0), 0 if gate is None else gate.stride(0), eps),
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             **tile.options,

@@ -48,20 +48,13 @@ def inverse_rms(z, group_size, eps):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _gated_rms_norm_fwd_kernel(
-    y_ptr,
-    gate_ptr,
-    weight_ptr,
+    y_ptr, gate_ptr, weight_ptr,
     out_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    group_size,
-    stride_y,
-    stride_gate,
+    num_rows, rows_per_program, num_columns, group_size,
+    stride_y, stride_gate,
     eps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """out = z rsqrt(mean(z^2) + eps) weight with z = y silu(gate).
 
     One program per rows_per_program rows and group.
@@ -97,17 +90,8 @@ def gated_rms_norm_fwd(
     tile = group_tile(group_size)
     rows_per_program = TILES_PER_PROGRAM * tile.rows
     _gated_rms_norm_fwd_kernel[triton.cdiv(y.shape[0], rows_per_program), groups](
-        y,
-        gate,
-        weight.contiguous(),
-        out,
-        y.shape[0],
-        rows_per_program,
-        y.shape[1],
-        group_size,
-        y.stride(0),
-        0 if gate is None else gate.stride(0),
-        eps,
+        *(y, gate, weight.contiguous(), out, y.shape[0], rows_per_program, y.shape[1], group_size),
+        *(y.stride(0), 0 if gate is None else gate.stride(0), eps),
         BLOCK_R=tile.rows,
         BLOCK_K=tile.columns,
         **tile.options,

@@ -68,35 +68,24 @@ def _exact_k_threshold(
 
 @triton.jit
 def _store_selected(
-    selected_fact_ptr, selected_code_ptr, code, kth, ties_left, num_stored, first, offs_e, size
+    out_fact_ptr, out_code_ptr, code, kth, ties_left, num_stored, first, offs_e, size
 ):
     """Appends the facts with code > kth, and the first `ties_left` with code == kth, in order."""
     is_tie = (code == kth) & (offs_e < size)
     selected = (code > kth) | (is_tie & (tl.cumsum(is_tie.to(tl.int32), 0) <= ties_left))
     slot = num_stored + tl.cumsum(selected.to(tl.int32), 0) - 1
-    tl.store(selected_fact_ptr + slot, first + offs_e, mask=selected)
-    tl.store(selected_code_ptr + slot, code, mask=selected)
+    tl.store(out_fact_ptr + slot, first + offs_e, mask=selected)
+    tl.store(out_code_ptr + slot, code, mask=selected)
     return ties_left - tl.sum(is_tie.to(tl.int32), 0), num_stored + tl.sum(selected.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "exact_k"])
 def _gumbel_topk_fwd_kernel(
-    x_ptr,
-    key_ptr,
-    fact_ptr,
-    selected_fact_ptr,
-    selected_code_ptr,
-    count_ptr,
-    soft_ptr,
-    num_facts,
-    num_questions,
-    k,
-    bound,
-    exact_k,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    STREAM: tl.constexpr,
-):
+    x_ptr, key_ptr, fact_ptr,
+    out_fact_ptr, out_code_ptr, count_ptr, soft_ptr,
+    num_facts, num_questions, k, bound, exact_k,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
     """Selects the c largest keys, ties by lowest fact, in order of facts; soft = sigmoid(x - nu).
 
     c = min(size, k) with exact_k, else min(size, k, max(1, #{e: key_e > bound})).
@@ -139,22 +128,14 @@ def _gumbel_topk_fwd_kernel(
     ties_left = num_selected - _count_above(code, kth, key_ptr, first, size, BLOCK, STEP, STREAM)
     row = pid_q.to(tl.int64) * k
     ties_left, row = _store_selected(
-        selected_fact_ptr, selected_code_ptr, code, kth, ties_left, row, first, offs_e, size
+        out_fact_ptr, out_code_ptr, code, kth, ties_left, row, first, offs_e, size
     )
     if STREAM:
         for start in range(BLOCK, size, STEP):
             offs_s = start + tl.arange(0, STEP)
             next_block = _load_codes(key_ptr, first, size, offs_s)
             ties_left, row = _store_selected(
-                selected_fact_ptr,
-                selected_code_ptr,
-                next_block,
-                kth,
-                ties_left,
-                row,
-                first,
-                offs_s,
-                size,
+                out_fact_ptr, out_code_ptr, next_block, kth, ties_left, row, first, offs_s, size
             )
 
 
@@ -169,18 +150,9 @@ def gumbel_topk_fwd(
     count = fact_ptr.new_empty(num_questions)
     soft = x.new_empty(num_facts)
     _gumbel_topk_fwd_kernel[(num_questions + 1,)](
-        x.contiguous(),
-        key.contiguous(),
-        fact_ptr.contiguous(),
-        selected_fact,
-        selected_code,
-        count,
-        soft,
-        num_facts,
-        num_questions,
-        k,
-        bound,
-        int(exact_k),
+        *(x.contiguous(), key.contiguous(), fact_ptr.contiguous()),
+        *(selected_fact, selected_code, count, soft),
+        *(num_facts, num_questions, k, bound, int(exact_k)),
         BLOCK=tile.block,
         STEP=min(tile.block, TOPK_STEP),
         STREAM=stream,

@@ -30,23 +30,11 @@ def _search_ends(ends_ptr, size, steps, value):
     do_not_specialize=["num_prompts", "num_pieces", "num_tokens", "prompt_steps", "piece_steps"]
 )
 def _prompt_tokens_fwd_kernel(
-    source_ptr,
-    start_ptr,
-    end_ptr,
-    slot_ptr,
-    question_ptr,
-    rowptr_ptr,
-    ids_ptr,
-    slots_ptr,
-    position_ptr,
-    sequence_ptr,
-    num_prompts,
-    num_pieces,
-    num_tokens,
-    prompt_steps,
-    piece_steps,
+    source_ptr, start_ptr, end_ptr, slot_ptr, question_ptr, rowptr_ptr,
+    ids_ptr, slots_ptr, position_ptr, sequence_ptr,
+    num_prompts, num_pieces, num_tokens, prompt_steps, piece_steps,
     BLOCK_T: tl.constexpr,
-):
+):  # fmt: skip
     """Finds prompt and piece of every token by binary search. One program per BLOCK_T tokens."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
@@ -69,16 +57,11 @@ def _prompt_tokens_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _prompt_embeddings_fwd_kernel(
-    table_ptr,
-    ids_ptr,
-    vectors_ptr,
-    slot_ptr,
+    table_ptr, ids_ptr, vectors_ptr, slot_ptr,
     out_ptr,
-    num_tokens,
-    num_columns,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    num_tokens, num_columns,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]. One program per output tile."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
@@ -112,12 +95,8 @@ def prompt_tokens_fwd(
     prompts, pieces = question.shape[0], start.shape[1]
     _prompt_tokens_fwd_kernel[(triton.cdiv(num_tokens, TOKEN_TILE.block),)](
         *(x.contiguous() for x in (source, start, end, slot, question, ptr)),
-        *out,
-        prompts,
-        pieces,
-        num_tokens,
-        (prompts - 1).bit_length(),
-        (pieces - 1).bit_length(),
+        *(*out, prompts, pieces, num_tokens),
+        *((prompts - 1).bit_length(), (pieces - 1).bit_length()),
         BLOCK_T=TOKEN_TILE.block,
         **TOKEN_TILE.options,
     )
@@ -131,8 +110,7 @@ def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Ten
         return out
     _prompt_embeddings_fwd_kernel[EMBEDDING_TILE.grid(*out.shape)](
         *(x.contiguous() for x in (table, ids, vectors, slot)),
-        out,
-        *out.shape,
+        *(out, *out.shape),
         BLOCK_T=EMBEDDING_TILE.rows,
         BLOCK_C=EMBEDDING_TILE.columns,
         **EMBEDDING_TILE.options,

@@ -32,33 +32,12 @@ from .states import ScanInputs, chunk_states
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_bwd_x_kernel(
-    grad_ptr,
-    x_ptr,
-    dt_ptr,
-    log_ptr,
-    B_ptr,
-    C_ptr,
-    D_ptr,
-    seq_pos_ptr,
-    d_state_ptr,
-    d_x_ptr,
-    dot_ptr,
-    state_dot_ptr,
-    d_D_ptr,
-    num_rows,
-    num_heads,
-    heads_per_group,
-    head_dim,
-    state_dim,
-    stride_grad,
-    stride_x,
-    stride_B,
-    stride_C,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOW_PREC: tl.constexpr,
-):
+    grad_ptr, x_ptr, dt_ptr, log_ptr, B_ptr, C_ptr, D_ptr, seq_pos_ptr, d_state_ptr,
+    d_x_ptr, dot_ptr, state_dot_ptr, d_D_ptr,
+    num_rows, num_heads, heads_per_group, head_dim, state_dim,
+    stride_grad, stride_x, stride_B, stride_C,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, LOW_PREC: tl.constexpr,
+):  # fmt: skip
     """dx_j = dt_j v_j + (D + dt_j C_j . B_j) dy_j for the rows j of a chunk and a head.
 
     v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j, where dS is
@@ -67,14 +46,14 @@ def _ssd_scan_bwd_x_kernel(
     One program per chunk and head.
     """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     dot_dtype = x_ptr.dtype.element_ty
-    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
-    C_ptr += chunk_start * stride_C + pid_h // heads_per_group * state_dim
+    B_ptr += start * stride_B + pid_h // heads_per_group * state_dim
+    C_ptr += start * stride_C + pid_h // heads_per_group * state_dim
     d_state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
-    offs_log = pid_h.to(tl.int64) * num_rows + chunk_start + offs_q
+    offs_log = pid_h.to(tl.int64) * num_rows + start + offs_q
     log = tl.load(log_ptr + offs_log, mask=mask_q, other=0.0)
-    dt_ptr += chunk_start * num_heads + pid_h
+    dt_ptr += start * num_heads + pid_h
     dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
     score, diagonal = scores(
         B_ptr, C_ptr, log, offs_q, mask_q, seq_pos, state_dim, stride_B, stride_C,
@@ -86,8 +65,8 @@ def _ssd_scan_bwd_x_kernel(
     grad_scale = tl.load(D_ptr + pid_h).to(tl.float32) + dt * diagonal
     dot = tl.zeros((Q,), tl.float32)
     state_dot, x_dot_grad = dot, dot
-    grad_ptr += chunk_start * stride_grad + pid_h * head_dim
-    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    grad_ptr += start * stride_grad + pid_h * head_dim
+    x_ptr += start * stride_x + pid_h * head_dim
     for start_p in tl.range(0, head_dim, BLOCK_P, num_stages=1):
         offs_p = start_p + tl.arange(0, BLOCK_P)
         d_x_dt = tl.zeros((Q, BLOCK_P), tl.float32)
@@ -109,7 +88,7 @@ def _ssd_scan_bwd_x_kernel(
         dot += tl.sum(d_x_dt * x, 1)
         if d_x_ptr is not None:
             d_x = d_x_dt * dt[:, None] + grad * grad_scale[:, None]
-            offs = (chunk_start * num_heads + pid_h) * head_dim
+            offs = (start * num_heads + pid_h) * head_dim
             offs += offs_q[:, None] * (num_heads * head_dim) + offs_p[None, :]
             mask = mask_q[:, None] & (offs_p < head_dim)[None, :]
             tl.store(d_x_ptr + offs, d_x.to(d_x_ptr.dtype.element_ty), mask=mask)

@@ -26,36 +26,14 @@ DOT_BLOCK = 1024
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_bwd_dt_kernel(
-    grad_ptr,
-    x_ptr,
-    dt_ptr,
-    A_ptr,
-    log_ptr,
-    chunk_decay_ptr,
-    B_ptr,
-    C_ptr,
-    seq_pos_ptr,
-    state_ptr,
-    d_state_ptr,
-    dot_ptr,
-    state_dot_ptr,
-    d_dt_ptr,
-    d_A_ptr,
-    num_rows,
-    num_heads,
-    heads_per_group,
-    head_dim,
-    state_dim,
-    stride_grad,
-    stride_x,
-    stride_B,
-    stride_C,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOW_PREC: tl.constexpr,
+    grad_ptr, x_ptr, dt_ptr, A_ptr, log_ptr, chunk_decay_ptr, B_ptr, C_ptr, seq_pos_ptr, state_ptr,
+    d_state_ptr, dot_ptr, state_dot_ptr,
+    d_dt_ptr, d_A_ptr,
+    num_rows, num_heads, heads_per_group, head_dim, state_dim,
+    stride_grad, stride_x, stride_B, stride_C,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, LOW_PREC: tl.constexpr,
     DOT_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """d_dt_t = A d_log_t + dot_t + (C_t . B_t) (x_t . dy_t), d_A = sum_t dt_t d_log_t per chunk.
 
     d_log_t is the gradient of the logarithm A dt_t. Every decay from row j to row i with
@@ -64,15 +42,15 @@ def _ssd_scan_bwd_dt_kernel(
     One program per chunk and head.
     """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
-    chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
     dot_dtype = x_ptr.dtype.element_ty
-    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
-    C_ptr += chunk_start * stride_C + pid_h // heads_per_group * state_dim
+    B_ptr += start * stride_B + pid_h // heads_per_group * state_dim
+    C_ptr += start * stride_C + pid_h // heads_per_group * state_dim
     state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
     d_state_ptr += tl.program_id(0).to(tl.int64) * head_dim * state_dim
-    offs_log = pid_h.to(tl.int64) * num_rows + chunk_start + offs_q
+    offs_log = pid_h.to(tl.int64) * num_rows + start + offs_q
     log = tl.load(log_ptr + offs_log, mask=mask_q, other=0.0)
-    offs_dt = chunk_start * num_heads + pid_h + offs_q * num_heads
+    offs_dt = start * num_heads + pid_h + offs_q * num_heads
     dt = tl.load(dt_ptr + offs_dt, mask=mask_q, other=0.0)
     score, diagonal = scores(
         B_ptr, C_ptr, log, offs_q, mask_q, seq_pos, state_dim, stride_B, stride_C,
@@ -81,8 +59,8 @@ def _ssd_scan_bwd_dt_kernel(
     x_dot_grad = tl.zeros((Q,), tl.float32)
     d_log = x_dot_grad
     d_log_pairs = x_dot_grad
-    grad_ptr += chunk_start * stride_grad + pid_h * head_dim
-    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    grad_ptr += start * stride_grad + pid_h * head_dim
+    x_ptr += start * stride_x + pid_h * head_dim
     for start_p in tl.range(0, head_dim, BLOCK_P, num_stages=1):
         offs_p = start_p + tl.arange(0, BLOCK_P)
         C_dot_state = tl.zeros((Q, BLOCK_P), tl.float32)

@@ -81,18 +81,16 @@ def scan_tile(*tensors: Tensor) -> ScanTile:
 
 @triton.jit
 def chunk_rows(seq_pos_ptr, chunk, num_rows, Q: tl.constexpr):
-    """(chunk_start as int64, offs_q, mask_q, seq_pos [Q], last_pos) of a chunk.
+    """(start as int64, offs_q, mask_q, seq_pos [Q], last_pos) of a chunk.
 
     last_pos is seq_pos of the chunk's last row, or -1 beyond the last row of the pack.
     """
-    chunk_start = chunk.to(tl.int64) * Q
+    start = chunk.to(tl.int64) * Q
     offs_q = tl.arange(0, Q)
-    mask_q = offs_q < num_rows - chunk_start
-    seq_pos = tl.load(seq_pos_ptr + chunk_start + offs_q, mask=mask_q, other=0)
-    last_pos = tl.load(
-        seq_pos_ptr + chunk_start + Q - 1, mask=chunk_start + Q - 1 < num_rows, other=-1
-    )
-    return chunk_start, offs_q, mask_q, seq_pos, last_pos
+    mask_q = offs_q < num_rows - start
+    seq_pos = tl.load(seq_pos_ptr + start + offs_q, mask=mask_q, other=0)
+    last_pos = tl.load(seq_pos_ptr + start + Q - 1, mask=start + Q - 1 < num_rows, other=-1)
+    return start, offs_q, mask_q, seq_pos, last_pos
 
 
 @triton.jit
@@ -167,16 +165,11 @@ def scores(
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads"])
 def _ssd_scan_fwd_logs_kernel(
-    dt_ptr,
-    A_ptr,
-    seq_pos_ptr,
-    log_ptr,
-    chunk_decay_ptr,
-    num_rows,
-    num_heads,
-    Q: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
+    dt_ptr, A_ptr, seq_pos_ptr,
+    log_ptr, chunk_decay_ptr,
+    num_rows, num_heads,
+    Q: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """log[h, t] = sum of max(A dt log2(e), LOWEST_LOG) from the chunk's first row to row t.
 
     chunk_decay[h, c] = decay over chunk c, or -1 where a sequence begins in it. One program per
@@ -185,15 +178,15 @@ def _ssd_scan_fwd_logs_kernel(
     chunk, num_chunks = tl.program_id(0), tl.num_programs(0)
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     mask_h = offs_h < num_heads
-    chunk_start, offs_q, mask_q, _, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    offs = chunk_start * num_heads + offs_q[:, None] * num_heads + offs_h[None, :]
+    start, offs_q, mask_q, _, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    offs = start * num_heads + offs_q[:, None] * num_heads + offs_h[None, :]
     mask = mask_q[:, None] & mask_h[None, :]
     # A non-finite dt still reaches its own row as a factor of x, but no decay of other sequences.
     dt = finite(tl.load(dt_ptr + offs, mask=mask, other=0.0))
     A = tl.load(A_ptr + offs_h, mask=mask_h, other=0.0).to(tl.float32) * LOG2_E
     log = dt * A[None, :]
     log = tl.cumsum(tl.where(log < LOWEST_LOG, LOWEST_LOG, log), 0)
-    offs = offs_h.to(tl.int64)[None, :] * num_rows + chunk_start + offs_q[:, None]
+    offs = offs_h.to(tl.int64)[None, :] * num_rows + start + offs_q[:, None]
     tl.store(log_ptr + offs, log, mask=mask)
     log_end = tl.sum(tl.where((offs_q == Q - 1)[:, None], log, 0.0), 0)
     chunk_decay = tl.where(last_pos > Q - 1, tl.exp2(log_end), -1.0)

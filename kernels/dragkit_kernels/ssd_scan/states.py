@@ -14,25 +14,13 @@ from .decays import STATE_PASSING_TILE, TILES, ScanTile, chunk_rows, decay_logs,
 
 @triton.jit(do_not_specialize=["num_rows", "num_heads", "heads_per_group"])
 def _ssd_scan_fwd_states_kernel(
-    x_ptr,
-    dt_ptr,
-    log_ptr,
-    B_ptr,
-    seq_pos_ptr,
+    x_ptr, dt_ptr, log_ptr, B_ptr, seq_pos_ptr,
     state_ptr,
-    num_rows,
-    num_heads,
-    heads_per_group,
-    head_dim,
-    state_dim,
-    stride_x,
-    stride_B,
-    Q: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LOW_PREC: tl.constexpr,
+    num_rows, num_heads, heads_per_group, head_dim, state_dim,
+    stride_x, stride_B,
+    Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, LOW_PREC: tl.constexpr,
     TO_END: tl.constexpr,
-):
+):  # fmt: skip
     """state[c, h] = sum_j w_j x_j B_j^T over the rows j of chunk c, [P, N].
 
     With TO_END, w_j is dt_j times the decay from row j to the chunk's end, over the rows of the
@@ -43,23 +31,21 @@ def _ssd_scan_fwd_states_kernel(
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads
     offs_p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    chunk_start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
-    log = tl.load(
-        log_ptr + pid_h.to(tl.int64) * num_rows + chunk_start + offs_q, mask=mask_q, other=0.0
-    )
+    start, offs_q, mask_q, seq_pos, last_pos = chunk_rows(seq_pos_ptr, chunk, num_rows, Q)
+    log = tl.load(log_ptr + pid_h.to(tl.int64) * num_rows + start + offs_q, mask=mask_q, other=0.0)
     if TO_END:
         mask_q = mask_q & (Q - 1 - offs_q <= last_pos)
         log_end = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
-        dt_ptr += chunk_start * num_heads + pid_h
+        dt_ptr += start * num_heads + pid_h
         dt = tl.load(dt_ptr + offs_q * num_heads, mask=mask_q, other=0.0)
         weight = tl.exp2(tl.where(mask_q, log_end - log, 0.0)) * dt
     else:
         mask_q = mask_q & (seq_pos > offs_q)
         weight = tl.exp2(log)
     # Mask the loads of other sequences: a NaN there would survive a weight of 0.
-    x_ptr += chunk_start * stride_x + pid_h * head_dim
+    x_ptr += start * stride_x + pid_h * head_dim
     x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
-    B_ptr += chunk_start * stride_B + pid_h // heads_per_group * state_dim
+    B_ptr += start * stride_B + pid_h // heads_per_group * state_dim
     B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
     x = tl.where(mask_q[:, None], x * weight[:, None], 0.0)
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
@@ -72,14 +58,10 @@ def _ssd_scan_fwd_states_kernel(
 
 @triton.jit(do_not_specialize=["num_chunks", "num_heads"])
 def _ssd_scan_fwd_state_passing_kernel(
-    state_ptr,
-    chunk_decay_ptr,
-    num_chunks,
-    num_heads,
-    num_elements,
-    BLOCK: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
+    state_ptr, chunk_decay_ptr,
+    num_chunks, num_heads, num_elements,
+    BLOCK: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
     """Replaces the gain of every chunk by the state before it: s_{c+1} = decay_c s_c + gain_c.
 
     With BACKWARD it runs from the last chunk to the first and stores the gradient of the state
