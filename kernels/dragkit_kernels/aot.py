@@ -151,6 +151,7 @@ def _compile_job(job: tuple[int, int]) -> Usage:
 def compile_all(specs: list[KernelSpec]) -> list[tuple[KernelSpec, int, Usage]]:
     """Compiles `all_specs()` for every architecture in one process per core."""
     jobs = [(index, arch) for index in range(len(specs)) for arch in ARCHITECTURES]
+    # Forked workers inherit the imported kernels.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         usages = list(pool.map(_compile_job, jobs))
     return [(specs[n], arch, usage) for (n, arch), usage in zip(jobs, usages, strict=True)]

@@ -123,6 +123,7 @@ def row_strided(tensor: Tensor) -> Tensor:
         tensor: [T, ...] of at least one dimension.
     """
     expected = 1
+    # From the last dimension on, a stride must be the product of the later sizes.
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size > 1 and stride != expected:
             return tensor.contiguous()

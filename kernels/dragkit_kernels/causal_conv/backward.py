@@ -107,10 +107,12 @@ def _causal_conv_bwd_kernel(
                 d_row = _finish_row(d, pending, taps, seq_pos, W)
                 pending = _shift_pending(d, pending, taps, seq_pos, W)
                 offs = (row - (W - 1)).to(tl.int64) * num_columns + offs_c
+                # The previous program walks on to complete the rows before `begin`.
                 stored_row = tl.where(row - (W - 1) >= begin, row - (W - 1), end)
                 mask = offs_c < valid_columns(stored_row, end, num_columns)
                 tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
             if sums_ptr is not None:
+                # The next program sums the rows from `end` on: a lag of -1 adds nothing.
                 sums = _add_sums(d, x, history, sums, tl.where(row < end, seq_pos, -1), W)
             history = shift_history(x, history, W)
     if sums_ptr is not None:
@@ -131,6 +133,7 @@ def causal_conv_bwd(
     (num_rows, num_columns), width = x.shape, weight.shape[1]
     d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
     with_sums = output_mask[1] or output_mask[2]
+    # Longer programs bound the number of partial sums.
     rows_per_program = max(ROWS, triton.cdiv(num_rows, MAX_SUM_PROGRAMS)) if with_sums else ROWS
     programs = triton.cdiv(num_rows, rows_per_program)
     sums = x.new_empty((programs, width + 1, num_columns) if with_sums else 0, dtype=torch.float32)

@@ -38,6 +38,7 @@ def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr
     rows = ()
     for step in tl.static_range(STEP):
         row = begin + step
+        # int64: T C may exceed 2^31.
         offs = row.to(tl.int64) * stride + offs_c
         mask = offs_c < valid_columns(row, end, num_columns)
         rows = rows + (tl.load(x_ptr + offs, mask=mask, other=0.0),)
@@ -61,6 +62,7 @@ def convolve(x, history, taps, bias, seq_pos, W: tl.constexpr):
     y = tl.fma(taps[0], x.to(tl.float32), bias)
     for lag in tl.static_range(1, W):
         with_tap = tl.fma(taps[lag], history[lag - 1].to(tl.float32), y)
+        # Select: 0 times a NaN of another sequence is NaN.
         y = tl.where(seq_pos >= lag, with_tap, y)
     return y
 

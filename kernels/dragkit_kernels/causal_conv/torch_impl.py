@@ -47,6 +47,7 @@ def _convolve(
     max_lag = len(taps) - 1
     first = max(begin - max_lag, 0)
     x_acc = x[first:end].to(out.dtype)
+    # The first max_lag rows of the pack lack some taps, so they start from the bias.
     if begin < max_lag:
         out.copy_(bias_acc.expand_as(out))
     for lag in range(max_lag, -1, -1):
@@ -57,6 +58,7 @@ def _convolve(
             out[max(lag - begin, 0) :].addcmul_(source, taps[lag])
         rows = starts.rows(lag, begin, end)
         if rows is not None:
+            # All taps added so far to these rows read another sequence: start again.
             out.index_copy_(0, rows, bias_acc.expand(len(rows), -1))
 
 
@@ -100,6 +102,7 @@ def causal_conv_bwd(
     d_taps, d_base = bias_acc.new_zeros(width, x.shape[1]), torch.zeros_like(bias_acc)
     buffer: Tensor | None = None
     for begin, end in row_blocks(x):
+        # dx of a block needs the gradients of up to W - 1 later rows.
         count, last = end - begin, min(end + width - 1, x.shape[0])
         if buffer is None:
             # Reuse this buffer: page faults cost more than the sums.

@@ -64,6 +64,7 @@ def _gated_rms_norm_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < group_size
     offs_d = tl.program_id(1) * group_size + offs_k
+    # All tiles of the program share the weights of the group.
     weight = tl.load(weight_ptr + offs_d, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     for start in range(begin, end, BLOCK_R):
         offs_t = start + tl.arange(0, BLOCK_R)

@@ -13,6 +13,7 @@ from ..library import empty_gradients
 def _inverse_rms(z: Tensor, groups: int, eps: float) -> Tensor:
     """[n, G, 1] 1 / rms of each group."""
     (z,) = _by_group(groups, z)
+    # vector_norm needs no temporary for the squares.
     norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
     return norm.square_().div_(z.shape[-1]).add_(eps).rsqrt_()
 
@@ -41,6 +42,7 @@ def gated_rms_norm_fwd(
     low_precision = out.dtype != weight_acc.dtype
     for begin, end in row_blocks(y):
         y_acc, gate_acc = _widen(weight_acc, begin, end, y, gate)
+        # Compute in the output if it has the accumulator dtype.
         z = torch.empty_like(y_acc) if low_precision else out[begin:end]
         if gate_acc is not None:
             y_acc = torch.ops.aten.silu.out(gate_acc, out=z).mul_(y_acc)

@@ -101,6 +101,7 @@ def _gumbel_topk_fwd_kernel(
     nu = tl.full((), 0.0, tl.float32)
     if exact_k != 0:
         nu = _exact_k_threshold(x, k, x_ptr, first, size, BLOCK, STEP, STREAM)
+    # nu = inf makes soft 0 for padding rows.
     nu = tl.where(has_question, nu, float("inf"))
     tl.store(soft_ptr + first + offs_e, tl.sigmoid(x - nu), mask=offs_e < size)
     for start in range(BLOCK, size, STEP):  # padding rows may exceed BLOCK without STREAM
@@ -118,6 +119,7 @@ def _gumbel_topk_fwd_kernel(
     # The num_selected-th largest code: the smallest t with #{code > t} < num_selected, found bit by
     # bit from the highest.
     kth = tl.full((), HIGHEST, tl.int32)
+    # Unsigned, because a shift of a signed number would copy the sign bit.
     bit = tl.full((), LOWEST, tl.int32).to(tl.uint32, bitcast=True)
     for _ in range(32):
         lower = kth ^ bit.to(tl.int32, bitcast=True)

@@ -44,10 +44,12 @@ def _prompt_tokens_fwd_kernel(
     piece = _search_ends(end_ptr + first_piece, num_pieces, piece_steps, position)
     row = first_piece + piece
     slot = tl.load(slot_ptr + row)
+    # The first piece begins at 0. The end before it in memory is that of another prompt.
     piece_offset = position - tl.load(end_ptr + row - 1, mask=piece > 0, other=0)
     has_vector = slot >= 0
     is_vector = has_vector & (piece_offset == 0)
     source_row = tl.load(start_ptr + row).to(tl.int64) + piece_offset - has_vector.to(tl.int32)
+    # A vector reads no text, because source_row may be out of bounds.
     ids = tl.load(source_ptr + source_row, mask=mask_t & (is_vector == 0), other=0)
     tl.store(ids_ptr + offs_t, ids, mask=mask_t)
     tl.store(slots_ptr + offs_t, tl.where(is_vector, slot, -1), mask=mask_t)
@@ -96,6 +98,7 @@ def prompt_tokens_fwd(
     _prompt_tokens_fwd_kernel[(triton.cdiv(num_tokens, TOKEN_TILE.block),)](
         *(x.contiguous() for x in (source, start, end, slot, question, ptr)),
         *(*out, prompts, pieces, num_tokens),
+        # A binary search among n ends takes ceil(log2(n)) steps.
         *((prompts - 1).bit_length(), (pieces - 1).bit_length()),
         BLOCK_T=TOKEN_TILE.block,
         **TOKEN_TILE.options,

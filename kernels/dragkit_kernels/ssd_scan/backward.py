@@ -59,9 +59,11 @@ def _ssd_scan_bwd_x_kernel(
         B_ptr, C_ptr, log, offs_q, mask_q, seq_pos, state_dim, stride_B, stride_C,
         dot_dtype, Q, BLOCK_N, LOW_PREC,
     )  # fmt: skip
+    # Only rows of the sequence that reaches the chunk's end act on the state after it.
     reaches_end = mask_q & (Q - 1 - offs_q <= last_pos)
     log_end = tl.sum(tl.where(offs_q == Q - 1, log, 0.0), 0)
     decay_to_end = tl.exp2(tl.where(reaches_end, log_end - log, 0.0))
+    # The diagonal term has no decay, so it is added to D.
     grad_scale = tl.load(D_ptr + pid_h).to(tl.float32) + dt * diagonal
     dot = tl.zeros((Q,), tl.float32)
     state_dot, x_dot_grad = dot, dot
@@ -75,8 +77,10 @@ def _ssd_scan_bwd_x_kernel(
             B = load_rows(B_ptr, offs_q, mask_q, stride_B, offs_n, state_dim)
             d_state = load_state(d_state_ptr, offs_p, head_dim, offs_n, state_dim)
             d_x_dt = product(B, tl.trans(d_state), d_x_dt, LOW_PREC, dot_dtype)
+        # Select: the gradient of the state may be NaN because of another sequence.
         d_x_dt = tl.where(reaches_end[:, None], d_x_dt * decay_to_end[:, None], 0.0)
         x = load_rows(x_ptr, offs_q, mask_q, stride_x, offs_p, head_dim)
+        # Before the causal terms are added, d_x_dt is the part through the state.
         state_dot += tl.sum(d_x_dt * x, 1)
         grad = load_rows(grad_ptr, offs_q, mask_q, stride_grad, offs_p, head_dim)
         x_dot_grad += tl.sum(grad * x, 1)
@@ -114,6 +118,7 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     scan = ScanInputs.prepare(x, dt, A, B, seq_pos, scan_tile(grad, x, B, C))
     tile, x, B = scan.tile, scan.x, scan.B
     needs_dt = d_dt is not None or d_A is not None
+    # The kernel of dt and A reads `dot` and `state_dot`, which the kernel of x writes.
     needs_x = d_x is not None or needs_dt or d_D is not None
     state = d_state = dot = state_dot = None
     if needs_dt or d_C is not None:
@@ -150,6 +155,7 @@ def ssd_scan_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
                 OF_B=of_b,
                 **tile.options,
             )
+    # One sum over chunks in a fixed order, instead of atomics.
     for d_head, total in ((d_A, sums[0]), (d_D, sums[1])):
         if d_head is not None:
             d_head.copy_(total.sum(0))

@@ -45,6 +45,7 @@ def _ssd_scan_bwd_bc_kernel(
     reaches_state = mask_q & (Q - 1 - offs_q <= last_pos) if OF_B else mask_q & (seq_pos > offs_q)
     d_score = tl.zeros((Q, Q), tl.float32)
     d_bc = tl.zeros((Q, BLOCK_N), tl.float32)
+    # One program adds all heads of a group in order, instead of atomics.
     for r in tl.range(0, heads_per_group, num_stages=1):
         head = group * heads_per_group + r
         log_base = log_ptr + head.to(tl.int64) * num_rows + start

@@ -77,12 +77,16 @@ def _ssd_scan_bwd_dt_kernel(
         grad_dot_x = tl.zeros((Q, Q), tl.float32)
         grad_dot_x = product(finite(grad), tl.trans(finite(x)), grad_dot_x, LOW_PREC, dot_dtype)
         d_log_pairs += tl.sum(score * grad_dot_x * finite(dt)[None, :], 1)
+    # Terms of the entering state. Select: it may be NaN because of another sequence.
     d_log = tl.where(seq_pos > offs_q, d_log * tl.exp2(log), 0.0)
     d_log += d_log_pairs
     dot = tl.load(dot_ptr + offs_log, mask=mask_q, other=0.0)
+    # Column sums: the decays from row j shrink when log_j grows.
     d_log -= dt * dot
+    # log_i sums over the rows up to i of its sequence, so a row's gradient sums over i from it on.
     d_log = tl.sum(tl.where(causal_mask(offs_q, seq_pos), d_log[:, None], 0.0), 0)
     state_product = tl.zeros((DOT_BLOCK,), tl.float32)
+    # S . dS in blocks, because a whole state does not fit into registers.
     for start_n in range(0, head_dim * state_dim, DOT_BLOCK):
         offs = start_n + tl.arange(0, DOT_BLOCK)
         mask = offs < head_dim * state_dim
@@ -91,6 +95,7 @@ def _ssd_scan_bwd_dt_kernel(
             state, tl.load(d_state_ptr + offs, mask=mask, other=0.0), state_product
         )
     chunk_decay = tl.load(chunk_decay_ptr + pid_h * (tl.num_programs(0) // num_heads) + chunk)
+    # -1 marks a chunk in which a sequence begins: no state passes through it.
     d_log_end = tl.where(chunk_decay < 0.0, 0.0, tl.sum(state_product, 0) * chunk_decay)
     d_log_end += tl.load(state_dot_ptr + tl.program_id(0))
     d_log += tl.where(Q - 1 - offs_q <= last_pos, d_log_end, 0.0)

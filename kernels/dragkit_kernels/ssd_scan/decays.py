@@ -188,6 +188,7 @@ def _ssd_scan_fwd_logs_kernel(
     log = tl.cumsum(tl.where(log < LOWEST_LOG, LOWEST_LOG, log), 0)
     offs = offs_h.to(tl.int64)[None, :] * num_rows + start + offs_q[:, None]
     tl.store(log_ptr + offs, log, mask=mask)
+    # A masked sum reads the last element, because a tensor in registers cannot be indexed.
     log_end = tl.sum(tl.where((offs_q == Q - 1)[:, None], log, 0.0), 0)
     chunk_decay = tl.where(last_pos > Q - 1, tl.exp2(log_end), -1.0)
     tl.store(chunk_decay_ptr + offs_h * num_chunks + chunk, chunk_decay, mask=mask_h)

@@ -44,6 +44,7 @@ def _ssd_scan_fwd_output_kernel(
     C_ptr += start * stride_C + pid_h // heads_per_group * state_dim
     y = tl.zeros((Q, BLOCK_P), tl.float32)
     score = tl.zeros((Q, Q), tl.float32)
+    # Each block of C serves the scores and the product with the state.
     for start_n in tl.range(0, state_dim, BLOCK_N, num_stages=1):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         C = load_rows(C_ptr, offs_q, mask_q, stride_C, offs_n, state_dim)

@@ -90,7 +90,9 @@ def scan_states(
     offs_q = torch.arange(sizes.chunk, device=x.device)
     row = (chunk_index * sizes.chunk).unsqueeze(1) + offs_q  # [S, q]
     distance = last_row.unsqueeze(1) - row
+    # Rows of the sequence in the chunk of last_row, up to last_row.
     causal_mask = (distance >= 0) & (distance <= seq_pos[last_row].unsqueeze(1))
+    # Rows beyond the pack have a decay of 0. The clamp keeps their index valid.
     row = row.clamp(max=sizes.num_rows - 1)
     row_dt = dt[row].to(dtype)
     log, _ = log2_decays(row_dt, A, 1, dtype)
@@ -101,6 +103,7 @@ def scan_states(
     x_dt = (x[row].to(dtype) * decay.unsqueeze(3)).unflatten(2, (sizes.num_groups, -1))
     x_dt = x_dt.transpose(1, 2).flatten(3)
     state = B[row].to(dtype).permute(0, 2, 3, 1) @ x_dt
+    # The decay of the entering state is 0 if the sequence begins in this chunk.
     state_before = log_last.exp2().mul_((seq_pos[last_row] > last_row % sizes.chunk).view(-1, 1, 1))
     entering_state = torch.cat(entering)[chunk_index].unflatten(3, (sizes.heads_per_group, -1))
     entering_state = entering_state * state_before.view(
@@ -134,6 +137,7 @@ def scan_backward(
     out = empty_gradients((x, dt, A, B, C, D), output_mask)
     head_sums = A.new_zeros(2, A.shape[0], dtype=dtype)  # dA and dD
     for groups, heads in sizes.group_ranges():
+        # The slices of x, dt, A, B, C and D that belong to these groups.
         columns = (heads, heads, heads, groups, groups, heads)
         _group_gradients(
             grad[:, heads],
@@ -220,6 +224,7 @@ def _slab_gradients(
     # Gradients through the states between chunks.
     grad_from_start = slab.merge_heads(grad * slab.decay_from_start)
     d_states = states.new_empty(states.shape)
+    # The last state of this slab is the first of the next slab.
     d_states[n] = 0 if d_next is None else d_next[0]
     torch.bmm(C_chunks.mT, grad_from_start, out=d_states[:-1].flatten(0, 1))
     slab.state_passing_bwd(d_states)
