@@ -70,14 +70,8 @@ def _torch_fwd(*inputs: Tensor) -> Tensor:
     if known_finite(x, dt, B, C):
         return scan_forward(*inputs)
     nonfinite, nonfinite_C = nonfinite_rows(x, dt, B), nonfinite_rows(C)
-    zeroed = (
-        zero_rows(x, nonfinite),
-        zero_rows(dt, nonfinite),
-        A,
-        zero_rows(B, nonfinite),
-        zero_rows(C, nonfinite_C),
-    )
-    y = scan_forward(*zeroed, D, seq_pos)
+    x, dt, B = (zero_rows(t, nonfinite) for t in (x, dt, B))
+    y = scan_forward(x, dt, A, B, zero_rows(C, nonfinite_C), D, seq_pos)
     fill_nan(y, rows_from(nonfinite, seq_pos) | nonfinite_C)
     return y
 
@@ -105,14 +99,8 @@ def _torch_state(*inputs: Tensor) -> Tensor:
     if known_finite(x, dt, B):
         return scan_states(*inputs)
     nonfinite = nonfinite_rows(x, dt, B)
-    state = scan_states(
-        zero_rows(x, nonfinite),
-        zero_rows(dt, nonfinite),
-        A,
-        zero_rows(B, nonfinite),
-        seq_pos,
-        last_row,
-    )
+    x, dt, B = (zero_rows(t, nonfinite) for t in (x, dt, B))
+    state = scan_states(x, dt, A, B, seq_pos, last_row)
     fill_nan(state, rows_from(nonfinite, seq_pos)[last_row])
     return state
 
