@@ -97,7 +97,7 @@ def all_specs() -> Iterator[KernelSpec]:
 
 def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
     """Compiles with the types, constants, warps and divisibility of the launcher."""
-    constants = {**spec.constants, **{n: None for n, kind in spec.types.items() if kind is None}}
+    constants = {**spec.constants, **{n: None for n, t in spec.types.items() if t is None}}
     names = spec.kernel.arg_names
     signature = {n: "constexpr" if n in constants else spec.types[n] for n in names}
     aligned = {
@@ -138,7 +138,7 @@ def _output(*command: str | Path) -> str:
 def _configuration(spec: KernelSpec) -> str:
     parts = [f"{name}={value}" for name, value in spec.constants.items()]
     parts.append(f"{spec.num_warps} warps")
-    absent = [name.removesuffix("_ptr") for name, kind in spec.types.items() if kind is None]
+    absent = [name.removesuffix("_ptr") for name, t in spec.types.items() if t is None]
     return ", ".join(parts) + (f", no {' '.join(absent)}" if absent else "")
 
 
@@ -201,12 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dragkit_kernels.aot", description=__doc__)
     parser.add_argument(
-        "--triton-path", help="folder with a second Triton; repeats the check with it"
+        "--triton-path", help="folder with a second Triton to repeat the check with"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     if INTERPRETED:
-        parser.error("interpreted kernels cannot be compiled; unset TRITON_INTERPRET")
+        parser.error("interpreted kernels cannot be compiled. Unset TRITON_INTERPRET.")
     results = compile_all(list(all_specs()))
     _write([_COLUMNS, *(_row(*entry) for entry in results)], options.markdown)
     sys.stdout.write(summary(results) + "\n")

@@ -111,7 +111,7 @@ _POINTERS = {
         *("score_weight", "state", "state_dot", "sums"),
     ),
 }
-_BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
+_BY_NAME = {name: dtype for dtype, names in _POINTERS.items() for name in names}
 # Arguments that are Python floats. Other arguments without _ptr are integers.
 _FLOATS = ("bound", "eps", "scale")
 

@@ -15,7 +15,7 @@ from .triton_math import logistic_noise_block
 def _logistic_noise_fwd_kernel(
     seed_ptr, question_key_ptr, fact_ptr, noise_ptr, num_facts, num_questions, BLOCK: tl.constexpr
 ):
-    """noise_e = log u - log(1 - u) with u from the counter of fact e; 0 for padding rows.
+    """noise_e = log u - log(1 - u) with u from the counter of fact e, and 0 for padding rows.
 
     One program per question, and one for the padding rows after the last question.
     """

@@ -247,7 +247,7 @@ def test_unneeded_gradients_are_not_computed(
 @pytest.mark.triton
 def test_a_group_beyond_the_largest_tile_raises(device: torch.device) -> None:
     y = torch.ones(1, 4097, device=device)
-    with pytest.raises(ValueError, match="groups of up to 4096 columns, got 4097; use backend"):
+    with pytest.raises(ValueError, match="groups of up to 4096 columns, got 4097. Use backend"):
         gated_rms_norm(y, None, y[0], backend="triton")
 
 

@@ -67,7 +67,7 @@ def _causal_conv_bwd_kernel(
     stride_grad, stride_x,
     W: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= seq_pos_{t+j}; d = grad silu'(y).
+    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= seq_pos_{t+j}, d = grad silu'(y).
 
     sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. Outputs
     without a pointer are not computed. One program per rows_per_program rows and BLOCK_C columns.

@@ -10,7 +10,7 @@ from ..checks import accumulator_dtype
 
 
 def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
-    """silu(b + sum_j weight[:, W-1-j] x_{t-j}) over j < W and j <= seq_pos_t; see causal_conv."""
+    """silu(b + sum_j weight[:, W-1-j] x_{t-j}) over j < W and j <= seq_pos_t, see causal_conv."""
     dtype = accumulator_dtype(x, weight)
     rows, width = x.shape[0], weight.shape[1]
     x_acc, taps = x.to(dtype), weight.to(dtype)

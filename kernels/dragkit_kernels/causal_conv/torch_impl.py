@@ -77,12 +77,12 @@ def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Ten
     out = x.new_empty(x.shape)
     low_precision = out.dtype != bias_acc.dtype
     for begin, end in row_blocks(x):
-        part = out[begin:end]
-        y = bias_acc.new_empty(part.shape) if low_precision else part
+        block = out[begin:end]
+        y = bias_acc.new_empty(block.shape) if low_precision else block
         _convolve(x, taps, bias_acc, starts, begin, end, y)
         F.silu(y, inplace=True)
         if low_precision:
-            part.copy_(y)
+            block.copy_(y)
     return out
 
 

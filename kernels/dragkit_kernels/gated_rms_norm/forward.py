@@ -29,7 +29,7 @@ def group_tile(group_size: int) -> Tile2D:
             return tile
     raise ValueError(
         f"gated_rms_norm: the Triton kernels take groups of up to {TILES[-1].columns} columns, "
-        f"got {group_size}; use backend 'torch'"
+        f"got {group_size}. Use backend 'torch'."
     )
 
 

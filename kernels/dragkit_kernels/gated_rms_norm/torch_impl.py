@@ -63,7 +63,7 @@ def gated_rms_norm_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; dy, dgate from dz."""
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; see backward.py."""
     weight_acc = weight.to(_accumulator(y, gate, weight))
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     needs_gate = gate is not None and output_mask[1]

@@ -58,7 +58,7 @@ def gumbel_topk(
         fact_ptr: int32 [B+1] first fact of each question.
         k: most facts per question, at least 0. It may exceed the number of facts.
         temperature: T > 0 of "binary_concrete".
-        seed: int64 [] seed of the noise, with question_key; see logistic_noise.
+        seed: int64 [] seed of the noise, with question_key. See logistic_noise.
         question_key: int64 [B], with seed.
         noise: float [E] in place of seed and question_key.
         mode: "bernoulli" or "exact_k".

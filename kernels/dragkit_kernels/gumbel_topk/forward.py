@@ -26,7 +26,7 @@ def _load_codes(key_ptr, first, size, offs_e):
 
 @triton.jit
 def _load_relaxed(x_ptr, first, size, offs_e):
-    """x clamped to +-MAX_LOGIT, so that x - nu is finite; -inf outside the question."""
+    """x clamped to +-MAX_LOGIT, so that x - nu is finite, and -inf outside the question."""
     x = tl.load(x_ptr + first + offs_e, mask=offs_e < size, other=0.0)
     x = tl.clamp(x, -MAX_LOGIT, MAX_LOGIT, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(offs_e < size, x, float("-inf"))
@@ -50,7 +50,7 @@ def _count_above(
 def _exact_k_threshold(
     x, k, x_ptr, first, size, BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr
 ):
-    """nu with sum_e sigmoid(x_e - nu) = k; -inf if size <= k, inf if k = 0."""
+    """nu with sum_e sigmoid(x_e - nu) = k, or -inf if size <= k, or inf if k = 0."""
     low = tl.full((), -2.0 * MAX_LOGIT, tl.float32)
     high = tl.full((), 2.0 * MAX_LOGIT, tl.float32)
     for _ in range(BISECTIONS):
@@ -86,9 +86,10 @@ def _gumbel_topk_fwd_kernel(
     num_facts, num_questions, k, bound, exact_k,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """Selects the c largest keys, ties by lowest fact, in order of facts; soft = sigmoid(x - nu).
+    """Selects the c largest keys, ties by lowest fact, and stores soft = sigmoid(x - nu).
 
-    c = min(size, k) with exact_k, else min(size, k, max(1, #{e: key_e > bound})).
+    c = min(size, k) with exact_k, else min(size, k, max(1, #{e: key_e > bound})). The selected
+    facts keep their order.
     One program per question, and one for the padding rows after the last question. A program keeps
     BLOCK facts in registers and, with STREAM, loads the others in steps of STEP.
     """

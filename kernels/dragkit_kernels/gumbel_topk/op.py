@@ -26,9 +26,10 @@ def _torch_fwd(
 
 
 def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
-    """dx = d (g - m) with d = s (1 - s); m = (d . g) / sum(d) per question with exact_k, else 0.
+    """dx = d (g - m) with d = s (1 - s), and m = (d . g) / sum(d) per question or m = 0.
 
-    dx is 0 where x is certain. segment_reduce adds in the order of facts on every device.
+    m is 0 without exact_k, and dx is 0 where x is certain. segment_reduce adds in the order of
+    facts on every device.
     """
     slope = soft * (1 - soft)
     if exact_k:

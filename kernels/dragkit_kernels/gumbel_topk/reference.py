@@ -58,15 +58,15 @@ def select_largest(
     code = F.pad((bits << 32) | reversed_fact, (0, 1), value=lowest)
     padded = code[padded_rows(fact_ptr, num_facts, max_facts)]
     best = padded.topk(min(k, max_facts), dim=1).values
-    kept = best != lowest
+    selected = best != lowest
     fact = 0x7FFFFFFF - (best & 0x7FFFFFFF)
     if bound is not None:
         first = torch.arange(best.shape[1], device=key.device) == 0
-        above = F.pad(key.detach() > bound, (0, 1))[torch.where(kept, fact, num_facts)]
-        kept = kept & (above | first)
-    index = torch.where(kept, fact, -1).to(torch.int32)
+        above = F.pad(key.detach() > bound, (0, 1))[torch.where(selected, fact, num_facts)]
+        selected = selected & (above | first)
+    index = torch.where(selected, fact, -1).to(torch.int32)
     index = F.pad(index, (0, k - index.shape[1]), value=-1)
-    return index, kept.sum(1, dtype=torch.int32)
+    return index, selected.sum(1, dtype=torch.int32)
 
 
 def exact_k_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Tensor:
@@ -89,7 +89,7 @@ def exact_k_threshold(x: Tensor, fact_ptr: Tensor, k: int, max_facts: int) -> Te
 
 
 def soft_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
-    """[E] s_i = sigmoid(x_i - nu) with nu of the fact's question; 0 for padding rows.
+    """[E] s_i = sigmoid(x_i - nu) with nu of the fact's question, and 0 for padding rows.
 
     With exact_k, nu depends on x such that sum(s) = k, so ds = d dx - d (d . dx) / sum(d) with
     d = s (1 - s).
@@ -114,10 +114,10 @@ def soft_choice(x: Tensor, nu: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tenso
 
 def hard_gate(soft: Tensor, index: Tensor) -> Tensor:
     """[B, k] exactly 1 for selected facts, with the gradient of `soft`, and 0 for empty slots."""
-    kept = index >= 0
-    fact = torch.where(kept, index.long(), soft.shape[0])
+    selected = index >= 0
+    fact = torch.where(selected, index.long(), soft.shape[0])
     picked = F.pad(soft, (0, 1))[fact]
-    return kept.to(soft.dtype) + (picked - picked.detach())
+    return selected.to(soft.dtype) + (picked - picked.detach())
 
 
 def perturb_logits(
@@ -162,7 +162,7 @@ def select_facts(
     bound: float,
     exact_k: bool,
 ) -> FactSelection:
-    """Selects by `key`, with the relaxed choice of `x`; both are float [E]."""
+    """Selects by `key`, with the relaxed choice of `x`. Both are float [E]."""
     x = x.clamp(-MAX_LOGIT, MAX_LOGIT)
     if exact_k:
         nu = exact_k_threshold(x.detach(), fact_ptr, k, max_facts)

@@ -116,8 +116,8 @@ def prompt_embeddings(
     check_index(op, ids=ids, slot=slot)
     if table.requires_grad:
         raise ValueError(
-            f"{op}: table {list(table.shape)} requires a gradient, which this op does not compute; "
-            "freeze the token embeddings with requires_grad_(False)"
+            f"{op}: table {list(table.shape)} requires a gradient, which this op does not compute. "
+            "Freeze the token embeddings with requires_grad_(False)."
         )
     triton = resolve_backend(op, widest(table, vectors), backend) == "triton"
     return torch.ops.dragkit.prompt_embeddings_fwd(table, ids, vectors, slot, triton)

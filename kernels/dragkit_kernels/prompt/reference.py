@@ -28,6 +28,6 @@ def prompt_tokens_ref(
 
 
 def prompt_embeddings_ref(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]; see prompt_embeddings."""
+    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]. See prompt_embeddings."""
     rows = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[slot.long()]
     return torch.where((slot < 0).unsqueeze(1), table[ids.long()], rows.to(table.dtype))

@@ -102,7 +102,7 @@ def causal_mask(offs_q, seq_pos):
 
 @triton.jit
 def decay(log, causal):
-    """[Q, Q] decay from row j to row i; 1 where `causal` is false, so that exp2 cannot overflow."""
+    """[Q, Q] decay from row j to row i, or 1 if not `causal`, so that exp2 cannot overflow."""
     return tl.exp2(tl.where(causal, log[:, None] - log[None, :], 0.0))
 
 

@@ -37,7 +37,7 @@ def ssd_scan_ref(
 def ssd_state_ref(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, seq_pos: Tensor, last_row: Tensor
 ) -> Tensor:
-    """[S, H, P, N] the states s_t at the rows t of `last_row`; see ssd_state."""
+    """[S, H, P, N] the states s_t at the rows t of `last_row`, see ssd_state."""
     return _states(x, dt, A, B, seq_pos, accumulator_dtype(x, dt, A, B))[last_row]
 
 

@@ -180,14 +180,14 @@ class Slab:
         return self.x_dt.new_empty(n * groups, chunk, columns)
 
     def state_passing_fwd(self, states: Tensor) -> None:
-        """In place s_{c+1} = gain_c + decay_c s_c; [n + 1, G, N, R P] holds s_0, gain_0, ..."""
+        """In place s_{c+1} = gain_c + decay_c s_c on [n + 1, G, N, R P] of s_0, gain_0, ..."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()
         chunk_decay = self.chunk_decay.unbind()
         for before, after, decay in zip(by_head, by_head[1:], chunk_decay, strict=False):
             after.addcmul_(before, decay)
 
     def state_passing_bwd(self, states: Tensor) -> None:
-        """In place ds_c += decay_c ds_{c+1} from the last chunk on; [n + 1, G, N, R P] holds ds."""
+        """In place ds_c += decay_c ds_{c+1} on [n + 1, G, N, R P], last chunk first."""
         by_head = states.unflatten(3, self.shape[3:]).unbind()[::-1]
         chunk_decay = self.chunk_decay.unbind()[::-1]
         for after, before, decay in zip(by_head, by_head[1:], chunk_decay, strict=False):

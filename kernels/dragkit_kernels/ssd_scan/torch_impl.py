@@ -125,7 +125,7 @@ def scan_backward(
     output_mask: list[bool],
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, dt, A, B, C and D; those not in output_mask are empty.
+    """Gradients of x, dt, A, B, C and D. Those not in output_mask are empty.
 
     Args:
         grad: [T, H, P] gradient of y.
