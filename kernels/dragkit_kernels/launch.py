@@ -98,17 +98,15 @@ class KernelSpec(NamedTuple):
 # Types of pointers by the last words of their names. Other pointers have the dtype of the spec.
 _POINTERS = {
     "*i32": (
-        *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
-        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
-        *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
-        *("slot", "slots", "source", "start", "tail", "target"),
+        *("code", "count", "end", "fact", "graph", "head", "ids", "key", "pair", "pair_relation"),
+        *("perm", "pos", "position", "question", "row", "rowptr", "sender", "sequence", "slot"),
+        *("slots", "source", "start", "tail"),
     ),
     "*i64": ("last_row", "question_key", "seed"),
     # Accumulators, probabilities and dt are float32 whatever the dtype of the tables.
     "*fp32": (
-        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
-        *("chunk_out", "dot", "dp", "dt", "log", "p", "product"),
-        *("score_weight", "state", "state_dot", "sums"),
+        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv", "chunk_out"),
+        *("dot", "dp", "dt", "log", "p", "product", "state", "state_dot", "sums"),
     ),
 }
 _BY_NAME = {name: dtype for dtype, names in _POINTERS.items() for name in names}
