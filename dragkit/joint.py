@@ -106,12 +106,7 @@ class JointModel(nn.Module):
         )
 
     def prompt(
-        self,
-        batch: QuestionBatch,
-        index: Tensor,
-        *,
-        with_target: bool,
-        vectors: bool | None = None,
+        self, batch: QuestionBatch, index: Tensor, *, with_target: bool, vectors: bool | None = None
     ) -> NeuralPrompt:
         """All prompts of the batch, see `layout`. The host waits for the prompt lengths."""
         layout = self.layout(batch, index, with_target=with_target, vectors=vectors)

@@ -44,22 +44,6 @@ class DataPaths(NamedTuple):
     bundled: bool
 
 
-def select_device(name: str) -> torch.device:
-    """The device named in the configuration; "auto" takes a GPU where there is one.
-
-    Raises:
-        ConfigError: a CUDA device was named and none is available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.device: {name} was given, but this machine has no CUDA device. Use --device cpu."
-        )
-    return device
-
-
 def data_paths(config: TrainConfig) -> DataPaths:
     """The files named in the configuration, or the bundled demo set, built on first use."""
     data = config.data
@@ -73,12 +57,24 @@ def data_paths(config: TrainConfig) -> DataPaths:
 
 
 def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
-    """Applies the process-wide settings of a run and returns this rank's device."""
+    """Applies the process-wide settings of a run and returns this rank's device.
+
+    Raises:
+        ConfigError: a CUDA device was named and this machine has none.
+    """
     if config.run.num_threads is not None:
         torch.set_num_threads(config.run.num_threads)
     # State-space decays underflow into denormals, which some processors handle very slowly.
     torch.set_flush_denormal(True)
-    device = (ranks or Ranks()).bind_device(select_device(config.run.device))
+    name, has_cuda = config.run.device, torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not has_cuda:
+        raise ConfigError(
+            f"run.device: {name} was given, but this machine has no CUDA device. Use --device cpu."
+        )
+    device = (ranks or Ranks()).bind_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return device

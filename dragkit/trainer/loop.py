@@ -86,14 +86,10 @@ class Trainer:
         names = {id(p): name for name, p in phase.model.named_parameters()}
         self.parameter_names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
-        fingerprint = train.store.fingerprint
+        origin = {"data": train.store.fingerprint}
+        origin |= {"dragkit": __version__, "torch": torch.__version__}
         self.state = TrainState(
-            phase=phase.name,
-            epoch=0,
-            step=0,
-            batch=0,
-            questions_seen=0,
-            extra={"data": fingerprint, "dragkit": __version__, "torch": torch.__version__},
+            phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, extra=origin
         )
         self.metrics = MetricsLog(run_dir, enabled=self.ranks.is_main)
         self.meter = ThroughputMeter(device)

@@ -149,13 +149,8 @@ class JointPhase(Phase):
             parts["grad_norm_generator"] = generator_grad.norm()
             parts["grad_norm_retrieval"] = label_grad.norm()
             parts["retrieval_weight"] = weight
-        return StepOutput(
-            loss=generator_loss + weight * retrieval,
-            parts=parts,
-            num_questions=graph.num_graphs,
-            num_facts=graph.num_facts,
-            num_tokens=num_tokens,
-        )
+        loss = generator_loss + weight * retrieval
+        return StepOutput(loss, parts, graph.num_graphs, graph.num_facts, num_tokens)
 
     def draw_and_prompt(self, batch: QuestionBatch, relations: RelationStates, step: int) -> _Draft:
         """Scores and draws facts, lays out the prompts, and computes what fills their slots."""

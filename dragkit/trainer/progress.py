@@ -122,14 +122,10 @@ class Progress:
         shown["questions/s"] = f"{rate.questions_per_s:.0f}"
         self.bar.set_postfix(shown)
         if self.bar.disable:
-            logger.info(
-                "%s step %d/%d %s, %.0f s left",
-                self.phase,
-                step,
-                self.total_steps,
-                ", ".join(f"{k} {v}" for k, v in shown.items()),
-                (self.total_steps - step) * rate.step_ms / 1e3,
-            )
+            values = ", ".join(f"{k} {v}" for k, v in shown.items())
+            seconds = (self.total_steps - step) * rate.step_ms / 1e3
+            steps = f"{step}/{self.total_steps}"
+            logger.info("%s step %s %s, %.0f s left", self.phase, steps, values, seconds)
 
 
 def _reduce_microbatches(outputs: list[StepOutput]) -> dict[str, Tensor]:

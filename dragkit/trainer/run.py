@@ -182,25 +182,18 @@ class TrainingRun:
         return best
 
     def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
-        check_batch_size(config, 1, self.ranks)
-        size = _PHASE1_EVALUATION_BATCH
+        device, ranks, size = self.device, self.ranks, _PHASE1_EVALUATION_BATCH
+        check_batch_size(config, 1, ranks)
         # Phase 2 may train phase 1 first. Then phase 2 reports the test metrics of both.
         only_phase = config.run.phase == self.config.run.phase
-        retriever = build_retriever(config, self.encoder).to(self.device)
+        retriever = build_retriever(config, self.encoder).to(device)
         train = self.dataset(self.paths.train, None, config.optim.batch_size_in(1))
         val = self.dataset(self.paths.val, None, size)
         test = self.dataset(self.paths.test, None, size) if only_phase else None
-        phase = build_retriever_phase(config, retriever, self.device, train, self.ranks)
-        results = ResultsTable(run_dir, test, self.device, self.ranks)
+        phase = build_retriever_phase(config, retriever, device, train, ranks)
+        results = ResultsTable(run_dir, test, device, ranks)
         trainer = Trainer(
-            config,
-            phase,
-            train,
-            val,
-            run_dir,
-            self.device,
-            command_dir=self.run_dir,
-            ranks=self.ranks,
+            config, phase, train, val, run_dir, device, command_dir=self.run_dir, ranks=ranks
         )
         if resumed is not None:
             trainer.resume(resumed)
