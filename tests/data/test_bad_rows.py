@@ -41,7 +41,7 @@ KINDS = [
     (b'{"question":"q","triples":[],"a\\u001b":1,"a\\u001b":2}', "$", r"'a\x1b' is given twice"),
     (b'\xef\xbb\xbf{"question":"q","triples":[]}', "$", "not valid JSON"),
     (b'{"id":"0","question":"q","triples":[]}', "$.id", "same id as on line 1"),
-    (b'{"question":"' + b"x" * 5000 + b'","triples":[]}', "$", "over-long"),
+    (b'{"question":"' + b"x" * 5000 + b'","triples":[]}', "$", "too long"),
 ]
 # Nested deeper than a line of the test above may be long.
 DEEP = b'{"question":"q","triples":[],"x":' + b"[" * 99_999 + b"]" * 99_999 + b"}"

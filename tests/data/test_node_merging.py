@@ -30,7 +30,7 @@ def test_leaves_of_a_hub_are_one_class() -> None:
     star = (6, [0], [(0, 7, v) for v in range(1, 5)] + [(5, 7, 0)])
     found = merge([star])
     assert found.merged_node.tolist() == [0, 1, 1, 1, 1, 2]
-    assert found.size.tolist() == [1, 4, 1]
+    assert found.node_count.tolist() == [1, 4, 1]
     assert found.merged_fact.tolist() == [0, 0, 0, 0, 1]
     assert (found.head.tolist(), found.tail.tolist()) == ([0, 2], [1, 0])
     assert found.head_count.tolist() == [4, 1]
@@ -39,18 +39,18 @@ def test_leaves_of_a_hub_are_one_class() -> None:
 
 def test_topics_relations_and_directions_keep_nodes_apart() -> None:
     facts = [(0, 1, 2), (1, 1, 2)]
-    assert merge([(3, [], facts)]).size.tolist() == [2, 1]
-    assert merge([(3, [0], facts)]).size.tolist() == [1, 1, 1]
-    assert merge([(3, [], [(0, 1, 2), (1, 2, 2)])]).size.tolist() == [1, 1, 1]
-    assert merge([(3, [], [(0, 1, 2), (2, 1, 1)])]).size.tolist() == [1, 1, 1]
+    assert merge([(3, [], facts)]).node_count.tolist() == [2, 1]
+    assert merge([(3, [0], facts)]).node_count.tolist() == [1, 1, 1]
+    assert merge([(3, [], [(0, 1, 2), (1, 2, 2)])]).node_count.tolist() == [1, 1, 1]
+    assert merge([(3, [], [(0, 1, 2), (2, 1, 1)])]).node_count.tolist() == [1, 1, 1]
     # Two facts between the same nodes are not one.
     parallel = merge([(4, [], [(0, 1, 2), (1, 1, 2), (1, 2, 2), (0, 1, 3)])])
-    assert parallel.size.tolist() == [1, 1, 1, 1]
+    assert parallel.node_count.tolist() == [1, 1, 1, 1]
 
 
 def test_a_cycle_is_a_node_with_a_loop() -> None:
     found = merge([(4, [], [(v, 0, (v + 1) % 4) for v in range(4)])])
-    assert (found.head.tolist(), found.tail.tolist(), found.size.tolist()) == ([0], [0], [4])
+    assert (found.head.tolist(), found.tail.tolist(), found.node_count.tolist()) == ([0], [0], [4])
     assert (found.head_count.tolist(), found.tail_count.tolist()) == ([1], [1])
 
 
@@ -61,21 +61,21 @@ def test_graphs_do_not_mix_and_may_be_empty() -> None:
     assert found.merged_fact.tolist() == [0, 1]
     nothing = merge([(0, [], [])])
     assert all(len(column) == 0 for column in nothing)
-    assert merge([(3, [], [])], merge=False).size.tolist() == [1, 1, 1]
+    assert merge([(3, [], [])], merge=False).node_count.tolist() == [1, 1, 1]
 
 
 def test_a_graph_that_does_not_settle_is_left_as_it_is() -> None:
     chain = (90, [], [(v, 0, v + 1) for v in range(89)])
     hub = (4, [0], [(0, 0, v) for v in range(1, 4)])
     found = merge([hub, chain, hub])
-    assert found.size.tolist() == [1, 3, *[1] * 90, 1, 3]
+    assert found.node_count.tolist() == [1, 3, *[1] * 90, 1, 3]
 
 
 def test_a_collision_costs_no_exactness(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hashes of two values only: the check finds it and leaves the graph alone."""
     monkeypatch.setattr(module, "_mix", lambda word: word & np.uint64(1))
     graph = (5, [0], [(0, 0, 1), (0, 0, 2), (1, 1, 3), (2, 0, 4)])
-    assert merge([graph]).size.tolist() == [1] * 5
+    assert merge([graph]).node_count.tolist() == [1] * 5
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

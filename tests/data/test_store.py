@@ -147,7 +147,7 @@ def test_unusable_rows_are_counted_and_listed_beside_the_store(
     with pytest.raises(DataError, match=r"rows\.jsonl:2: \$: not valid JSON"):
         PackedStore.build_or_open(path, cache_dir=tmp_path)
     # A refused file leaves nothing in the cache.
-    assert list((tmp_path / "packed").iterdir()) == []
+    assert list((tmp_path / store.CACHE_FOLDER).iterdir()) == []
     packed = PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad_fraction=0.4)
     assert packed.summary["rejects"] == 2
     assert packed.summary["rows"] == packed.summary["questions"] + packed.summary["rejects"] == 6
@@ -199,7 +199,7 @@ def test_a_killed_builder_leaves_nothing_usable(tiny_file: Path, tmp_path: Path)
     assert results.get(timeout=60) == "written"
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    left = list((tmp_path / "packed").iterdir())
+    left = list((tmp_path / store.CACHE_FOLDER).iterdir())
     assert len(left) == 1
     assert left[0].name.startswith(".")
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
@@ -217,7 +217,7 @@ def test_builders_at_once_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
     assert [results.get(timeout=120) for _ in builders] == [8] * 4
     for builder in builders:
         builder.join()
-    assert len(list((tmp_path / "packed").iterdir())) == 1
+    assert len(list((tmp_path / store.CACHE_FOLDER).iterdir())) == 1
 
 
 def test_a_file_that_changes_while_it_is_read(
@@ -232,7 +232,7 @@ def test_a_file_that_changes_while_it_is_read(
         path.write_bytes(path.read_bytes() * 2)
 
     monkeypatch.setattr(store, "pack_file", grow)
-    with pytest.raises(DataError, match="changed while it was being read"):
+    with pytest.raises(DataError, match="changed while it was read"):
         PackedStore.build_or_open(path, cache_dir=tmp_path / "cache")
 
 

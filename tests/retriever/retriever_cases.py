@@ -50,7 +50,7 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
     for g, o in zip(graphs, nodes, strict=False):
         mark[[o + t for t in g["topics"]]] = True
     merged = merge_nodes(head, tail, relation, owner, mark, merge=merge)
-    num_nodes, num_rows = len(merged.size), len(merged.head)
+    num_nodes, num_rows = len(merged.node_count), len(merged.head)
     node_graph, row_graph = np.zeros(num_nodes, np.int32), np.zeros(num_rows, np.int32)
     node_graph[merged.merged_node] = owner
     row_graph[merged.merged_fact] = np.repeat(np.arange(len(graphs)), np.diff(facts))
@@ -85,7 +85,7 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
         topic_prob=topic,
         topic_node=as_int(topic_node),
         topic_graph=as_int(node_graph[topic_node]),
-        node_count=as_int(merged.size),
+        node_count=as_int(merged.node_count),
         node_graph=as_int(node_graph),
         fact_graph=as_int(np.repeat(np.arange(len(graphs)), np.diff(facts))),
         node_ptr=as_int([0, *np.cumsum(np.bincount(node_graph, minlength=len(graphs)))]),
