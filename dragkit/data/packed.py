@@ -109,6 +109,19 @@ class TokenPack(_TensorFields):
 
 
 @dataclass(frozen=True, slots=True)
+class RelationStates(_TensorFields):
+    """Token states of the forward and inverse texts of a data set's relations.
+
+    Attributes:
+        states: float [relations, 2, W, D] zero-padded.
+        mask: bool [relations, 2, W] True at real tokens.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class QuestionBatch(_TensorFields):
     """Input of one training or evaluation step.
 

@@ -1,4 +1,4 @@
-"""What an evaluation measures: answers, retrieved facts, and the report over a split."""
+"""Evaluation: metrics of answers and of retrieved facts, and the report over a split."""
 
 from dragkit.eval.metrics import (
     METRIC_VERSION,

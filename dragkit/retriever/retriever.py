@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dragkit.config import RetrieverConfig
-from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch, RelationStates
 from dragkit.retriever.layers import (
     InstructionRevision,
     InstructionStack,
@@ -16,7 +16,6 @@ from dragkit.retriever.layers import (
     TokenPooling,
     gate_pairs,
 )
-from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import (
     GroupedIndex,
     fact_scores,

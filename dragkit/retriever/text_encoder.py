@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dragkit.data.arrays import open_or_build, open_sealed, read_array, seal_folder
+from dragkit.data.packed import RelationStates
 from dragkit.errors import MissingInputError
 
 logger = logging.getLogger(__name__)
@@ -120,23 +121,6 @@ class TokenStates:
         states = np.asarray(self.values[index], dtype=np.float32)
         states[~mask] = 0.0
         return torch.from_numpy(states), torch.from_numpy(mask)
-
-
-@dataclass(frozen=True, slots=True)
-class RelationStates:
-    """Token states of the forward and inverse texts of a data set's relations.
-
-    Attributes:
-        states: float [relations, 2, W, D] zero-padded.
-        mask: bool [relations, 2, W] True at real tokens.
-    """
-
-    states: Tensor
-    mask: Tensor
-
-    def to(self, device: torch.device | str) -> RelationStates:
-        """Returns a copy on `device`."""
-        return RelationStates(self.states.to(device), self.mask.to(device))
 
 
 class TextEncoder:

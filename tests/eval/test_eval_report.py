@@ -86,7 +86,7 @@ def test_nothing_asked_gives_counts_and_no_means() -> None:
         ({"strict-f1": 1.0}, {}, "'q'.*rog-accuracy"),
         ({"strict-f1": math.nan}, {}, "'q': strict-f1"),
         ({"strict-f1": math.inf}, {}, "'q': strict-f1"),
-        ({"strict-f1": 1.0}, {"strict-f1": 1.0}, "given twice"),
+        ({"strict-f1": 1.0}, {"strict-f1": 1.0}, "answer and retrieval"),
     ],
 )
 def test_records_that_cannot_be_averaged_are_refused(
