@@ -94,11 +94,11 @@ class Retriever(nn.Module):
         topic_pairs = gate_pairs(graph.topic_facts, graph.num_graphs, x)
         all_pairs = gate_pairs(graph.fact_index, graph.num_graphs, x)
         by_relation, by_graph = all_pairs.without_self_loops()
+        h = self._initial_states(x, graph, by_relation)
         self_loop = self.self_relation.expand(2, 1, -1)
         relation = torch.cat([x.transpose(0, 1), self_loop], dim=1)  # [2, R+1, C]
         tables = [layer.prepare(relation) for layer in self.layers]
 
-        h = self._initial_states(x, graph, by_relation)
         for stage in range(self.config.num_stages):
             if stage > 0:
                 instruction = self.revision(instruction, self._topic_states(h, graph))
