@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import torch
-import torch.fx.experimental._config
 from torch._dynamo.testing import CompileCounter
 
 from tests.retriever.retriever_cases import double_retriever, make_graph, pack, relation_states
