@@ -190,6 +190,15 @@ def test_questions_with_a_positive_fact_are_counted(collate: PackedCollator) -> 
         assert collate(rows).num_labelled == sum(has_positive[row] for row in rows)
 
 
+def test_without_a_topic_every_member_has_the_same_probability(
+    write_rows: Callable[..., Path], tmp_path: Path, collator: Collator
+) -> None:
+    path = write_rows([{"question": "q", "triples": [["a", "r", "b"], ["a", "r", "c"]]}])
+    graph = collator(PackedStore.build_or_open(path, cache_dir=tmp_path))([0]).graph
+    assert graph.node_count.tolist() == [1, 2]
+    torch.testing.assert_close(graph.topic_prob, torch.full((2,), 1 / 3))
+
+
 def test_only_empty_graphs(
     write_rows: Callable[..., Path], tmp_path: Path, collator: Collator
 ) -> None:
