@@ -21,7 +21,6 @@ class FactBudgetBatchSampler:
         batch_size: maximum number of questions in a batch.
         max_facts: maximum number of facts in a batch.
         seed: seed of the order.
-        shuffle: False keeps the order of the file.
 
     Raises:
         ValueError: a bound is below 1.
@@ -34,7 +33,6 @@ class FactBudgetBatchSampler:
         batch_size: int,
         max_facts: int,
         seed: int = 0,
-        shuffle: bool = True,
     ) -> None:
         if batch_size < 1 or max_facts < 1:
             raise ValueError(f"bounds must be at least 1, got {batch_size=} and {max_facts=}")
@@ -42,7 +40,6 @@ class FactBudgetBatchSampler:
         self.batch_size = batch_size
         self.max_facts = max_facts
         self.seed = seed
-        self.shuffle = shuffle
 
     def permutation(self, epoch: int) -> np.ndarray:
         """Returns the order of an epoch, int64 [Q]: one Philox word per question, sorted."""
@@ -68,8 +65,6 @@ class FactBudgetBatchSampler:
 
     def batches(self, epoch: int) -> list[list[int]]:
         """Returns all batches of an epoch, as rows of the store."""
-        if not self.shuffle:
-            return self.in_file_order()
         return self._split(self.permutation(epoch).tolist())
 
     def in_file_order(self, limit: int | None = None) -> list[list[int]]:

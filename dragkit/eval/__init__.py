@@ -2,7 +2,6 @@
 
 from dragkit.eval.metrics import (
     METRIC_VERSION,
-    answer_hit_at_k,
     answer_recall_at_k,
     parse_answers,
     retrieval_prf,
@@ -18,7 +17,6 @@ __all__ = [
     "QuestionRecord",
     "Report",
     "aggregate",
-    "answer_hit_at_k",
     "answer_recall_at_k",
     "parse_answers",
     "rearev_scores",

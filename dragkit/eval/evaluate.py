@@ -8,7 +8,7 @@ import torch
 
 from dragkit.data.store import StoredQuestion
 from dragkit.distributed.ranks import Ranks
-from dragkit.eval.metrics import answer_hit_at_k, answer_recall_at_k, retrieval_prf
+from dragkit.eval.metrics import answer_recall_at_k, retrieval_prf
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
 from dragkit.eval.types import Dataset, Prediction, Predictor
 
@@ -59,31 +59,20 @@ def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[
         ends = [(question.triples[i][0], question.triples[i][2]) for i in prediction.ranked]
         for k in RECALL_AT:
             scores[f"answer-recall@{k}"] = answer_recall_at_k(ends, question.answers, k)
-        scores["answer-hit@10"] = answer_hit_at_k(ends, question.answers, 10)
+        scores["answer-hit@10"] = float(scores["answer-recall@10"] > 0)
     scores["facts-selected"] = float(len(prediction.selected))
     return scores
 
 
 def _score(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
     entities = {name for head, _, tail in question.triples for name in (head, tail)}
-    answer_in_graph = any(answer in entities for answer in question.answers)
-    retrieval = _retrieval_scores(question, prediction)
-    if prediction.text is None:
-        return QuestionRecord(
-            question_id=question.id,
-            scores={},
-            num_golds=len(question.answers),
-            num_predictions=0,
-            answer_in_graph=answer_in_graph,
-            retrieval=retrieval,
-        )
     return score_text(
         question.id,
         prediction.text,
         question.answers,
         question=question.text,
-        answer_in_graph=answer_in_graph,
-        retrieval=retrieval,
+        answer_in_graph=any(answer in entities for answer in question.answers),
+        retrieval=_retrieval_scores(question, prediction),
     )
 
 

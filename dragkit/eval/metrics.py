@@ -153,13 +153,6 @@ def answer_recall_at_k(
     return len(golds & retrieved) / len(golds) if golds else 0.0
 
 
-def answer_hit_at_k(
-    ranked_entities: Sequence[Iterable[Hashable]], answers: Iterable[Hashable], k: int
-) -> float:
-    """Returns 1 if any answer occurs in the first k facts, else 0, see `answer_recall_at_k`."""
-    return float(answer_recall_at_k(ranked_entities, answers, k) > 0)
-
-
 def _is_punctuation(char: str) -> bool:
     """Whether a character is Unicode punctuation or an ASCII symbol such as "+"."""
     return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")

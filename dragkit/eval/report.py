@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.metrics import METRIC_VERSION, parse_answers, score_question
 
 SCHEMA_VERSION = 1
@@ -36,33 +35,31 @@ class QuestionRecord:
 
 def score_text(
     question_id: str,
-    text: str,
+    text: str | None,
     golds: Sequence[str],
     *,
     question: str = "",
     answer_in_graph: bool | None = None,
     retrieval: Mapping[str, float] | None = None,
-    delimiter: str = ANSWER_DELIMITER,
 ) -> QuestionRecord:
     """Parses and scores one generated text.
 
     Args:
         question_id: id of the question, for messages.
-        text: the generated text, empty for a failed generation.
+        text: the generated text, empty for a failed generation. None skips answer metrics.
         golds: the gold answers.
         question: text of the question. Only the subgraphrag scores read it.
         answer_in_graph: whether some gold answer is an entity of the graph, None if unknown.
         retrieval: retrieval metrics of the question.
-        delimiter: separates answers on a line, see `parse_answers`.
 
     Raises:
         ValueError: `golds` is a text instead of a list.
     """
     # The published rog precision counts repeated answers. No other score does.
-    predictions = parse_answers(text, delimiter, keep_repeats=True)
+    predictions = [] if text is None else parse_answers(text, keep_repeats=True)
     return QuestionRecord(
         question_id=question_id,
-        scores=score_question(predictions, golds, question=question),
+        scores={} if text is None else score_question(predictions, golds, question=question),
         num_golds=len(golds),
         num_predictions=len(set(predictions)),
         answer_in_graph=answer_in_graph,
