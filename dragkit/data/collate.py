@@ -174,7 +174,7 @@ class PackedCollator:
         """Returns the topic nodes, their graphs, and the initial probability of all nodes."""
         topic = _Slices(self.store.topic_node_ptr, index)
         topic_node = topic.gather(self.store.topic_nodes, [node.ptr])[0]
-        # A merged node counts as often as it has members, and its entry is one member's share.
+        # A merged node counts as often as it has members. Its entry is the share of one member.
         total = np.bincount(topic.graph, weights=node_count[topic_node], minlength=len(index))
         topic_prob = np.zeros(node.total, dtype=np.float32)
         topic_prob[topic_node] = (1 / np.maximum(total, 1))[topic.graph]

@@ -55,6 +55,7 @@ def _on_shortest_paths(
     on_path = np.zeros(num_nodes, dtype=bool)
     on_path[answers[distance[answers] > 0]] = True
     positive = np.zeros(len(head), dtype=bool)
+    # Outer levels first: a node is on a path once the facts one level further out are marked.
     for level in range(int(distance[answers].max(initial=0)), 0, -1):
         for inner, outer in ((head, tail), (tail, head)):
             step = (distance[outer] == level) & (distance[inner] == level - 1) & on_path[outer]

@@ -52,7 +52,7 @@ class _TensorFields:
 
 @dataclass(frozen=True, slots=True)
 class PackedGraph(_TensorFields):
-    """B question graphs as one graph, whose N nodes are merged ones (see `merge_nodes`).
+    """B question graphs as one graph, whose N nodes are merged nodes (see `merge_nodes`).
 
     The questions have E facts, which the graph holds as Q merged facts.
 

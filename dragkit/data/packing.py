@@ -59,6 +59,7 @@ class _Segments:
 
     def merge(self, group: np.ndarray) -> _Segments:
         """Segments of groups of these items. `group` gives each item's group, in graph order."""
+        # All members of a group are in one graph, so any of them may write it.
         graph = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int64)
         graph[group] = self.graph
         return self.from_graph(graph, len(self.count))

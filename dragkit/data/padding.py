@@ -145,6 +145,8 @@ def _pad_fact_index(
         head_perm=_fill(fact_index.head_perm, rows, fact),
         pair_ptr=_pad_ptr(fact_index.pair_ptr, pairs),
         pair_perm=_fill(fact_index.pair_perm, rows, fact),
+        # Ascending keeps the order of the pairs. Spreading avoids one relation with all added
+        # pairs, which would be the longest row of the gates' backward sum.
         pair_relation=_spread(fact_index.pair_relation, pairs, *relations),
         pair_graph=_fill(fact_index.pair_graph, pairs, capacity.graphs - 1),
         fact_pair=_fill(fact_index.fact_pair, rows, pairs - 1),

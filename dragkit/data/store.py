@@ -70,7 +70,7 @@ class PackedStore:
 
     Attributes:
         fingerprint: hex key of the file's content, the options and the builder.
-        summary: counts of what the file holds and of what was left out.
+        summary: counts of questions, facts, labels and rejected rows, by name.
         facts, merged_facts, merged_segments, merged_pairs, topic_facts, topic_segments,
             topic_pairs, topic_nodes: int32 blocks of all questions end to end, see `Packer`.
         fact_ptr, node_ptr, merged_fact_ptr, ...: int64 [Q+1] first item of each question.

@@ -113,6 +113,7 @@ def _write(
 
     for chunk in _chunks(store):
         questions = [store.question(row) for row in chunk]
+        # Facts repeat across questions, prefixes and targets hardly do: their cache ends here.
         prefixes = _CachedTokenizer(tokenize)([text.prefix(q.text) for q in questions])
         targets = _CachedTokenizer(tokenize)(
             [text.target(_target_answers(q, max_answers)) for q in questions]

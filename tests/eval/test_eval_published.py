@@ -55,7 +55,7 @@ def test_means_match_the_published_result(
     path, rows = released
     result = path.with_name("eval_result.txt")
     if not result.exists():
-        pytest.skip("no eval_result.txt lies beside the predictions")
+        pytest.skip("the folder of the predictions has no eval_result.txt")
     texts = [output_of(row).strip() for row in rows]
     if through_parser and any(
         len(parse_answers(text, keep_repeats=True)) != len(text.split("\n")) for text in texts

@@ -158,7 +158,7 @@ REAREV_CASES = {
     "goes on below the mass": ([0.5, 0.4, 0.1], [0], [], None, (1, 0.5, THIRD, 1, 1)),
     "topic left out": ([0.9, 0.06, 0.04], [1], [0], None, (1, TWO_THIRDS, 0.5, 1, 1)),
     "gold second": ([0.93, 0.05, 0.02], [1], [], None, (0, TWO_THIRDS, 0.5, 1, 1)),
-    "gold behind the mass": ([0.93, 0.05, 0.02], [2], [], None, (0, 0, 0, 0, 0)),
+    "gold after the mass": ([0.93, 0.05, 0.02], [2], [], None, (0, 0, 0, 0, 0)),
     "small one left out": ([0.9, 0.08, 0.02], [1], [0], 2, (1, 1, 1, 1, 1)),
     "same, larger split": ([0.9, 0.08, 0.02], [1], [0], 1000, (1, TWO_THIRDS, 0.5, 1, 1)),
     "gold outside the graph": ([0.97, 0.03], [0, 9], [], None, (1, TWO_THIRDS, 1, 0.5, 1)),
