@@ -27,8 +27,8 @@ from bench.measure import DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
 from dragkit.config import GeneratorConfig, TrainConfig
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import prepare_nemotron_h
 from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.nemotron_h.patches import patch_nemotron_h
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.generator.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
 from dragkit.observe.flops import active_weights
@@ -163,7 +163,7 @@ def test_joint_step(
         monkeypatch.setitem(ARCHITECTURES, name, _SMALL)
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     model = random_model(PREFIX + name, DEVICE, dtype).requires_grad_(False)
-    prepare_nemotron_h(model)
+    patch_nemotron_h(model)
     model = add_adapters(model, GeneratorConfig()).train()
     torch.manual_seed(0)
     for key, parameter in model.named_parameters():

@@ -73,7 +73,6 @@ def prompts(sequences: int) -> NeuralPrompt:
         ptr=(PROMPT * torch.arange(sequences + 1)).int(),
         target_row=none,
         target_id=none,
-        num_facts_kept=none,
         longest=PROMPT,
     )
 
