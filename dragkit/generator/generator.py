@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Rows of logits that are alive at the same time.
+# Rows of logits that are alive at the same time: 2 GiB in float32 at a vocabulary of 131072.
 LOGIT_ROWS = 4096
 
 
@@ -216,6 +216,7 @@ class Generator(nn.Module):
             float [B, W, M] and the attention mask, int64 [B, W].
         """
         batch, width = prompt.length.shape[0], prompt.longest
+        # On the left, prompts of different lengths end in the same column.
         column = prompt.position
         if left:
             column = column + (width - prompt.length)[prompt.question]
@@ -256,6 +257,7 @@ class Generator(nn.Module):
         for rows, ids in zip(
             hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
         ):
+            # In half precision, the sum over the vocabulary would round small terms away.
             logits = head(rows).float()
             token_loss = F.cross_entropy(logits, ids, reduction="none")
             weight = torch.where(ids == self.eos_token_id, eos_weight, 1.0)
@@ -283,6 +285,7 @@ class Generator(nn.Module):
         """`greedy_tokens` after its announcement; FSDP gathers weights before this call."""
         embeds = self.embed(prompt, vectors)
         decode = self._generate if self._mamba is None else self._decode
+        # A prompt that ends early goes on in its batch, so its tokens after the end are cut off.
         ended = [row + [self.eos_token_id] for row in decode(embeds, prompt, max_new_tokens)]
         return [row[: row.index(self.eos_token_id)] for row in ended]
 
@@ -330,6 +333,7 @@ class Generator(nn.Module):
             unfinished = unfinished & (token != self.eos_token_id)
             if len(tokens) == limit:
                 break
+            # The only wait of a step: without it, all prompts would run to the limit.
             go_on = int(unfinished.any())
             # Every rank steps until the last one is done: a step gathers weights.
             if self._passes is not None:

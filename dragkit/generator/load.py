@@ -156,6 +156,7 @@ def load_generator(
     disable_progress_bar()
     folder = check_generator(config, device, name=name, num_shards=num_shards)
     dtype = _dtype(config, device)
+    # With FSDP, one block at a time goes to the device, and only a part of it stays there.
     load_device = device if num_shards == 1 else torch.device("cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -158,7 +158,9 @@ def layout_prompts(
         residual: whether another slot follows the facts. Prompt b has vector B * K + b there.
     """
     batch, capacity = index.shape
+    # Constant columns are multiples of this one, so that no constant is copied to the device.
     ones = torch.ones((batch, 1), dtype=torch.int32, device=index.device)
+    # A missing fact reads row 0, and `present` masks what it reads.
     present, row = index >= 0, index.clamp(min=0)
     if facts.ptr.shape[0] > 1:
         fact_start, fact_length = facts.ptr[row], facts.ptr.diff()[row] + int(vectors)
@@ -176,6 +178,7 @@ def layout_prompts(
         target_length = target.ptr.diff()[:, None]
     prefix_length = prefix.ptr.diff()[:, None]
     fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
+    # Facts are ordered by score, so the cut falls where the running sum passes the limit.
     fits = present & (fact_length.cumsum(1) + fixed <= max_tokens)
     lengths = [
         prefix_length,

@@ -141,6 +141,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     """
     config = random_config(name)
     model = meta_model(config, dtype).to_empty(device=device).eval()
+    # As `from_pretrained` does, some buffers stay in float32 in a model of half precision.
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             if leaf in (model._keep_in_fp32_modules_strict or ()):
@@ -162,6 +163,7 @@ def _fill(name: str, tensor: Tensor, depth: int) -> None:
     """Draws one parameter or buffer by its name, shape and dtype."""
     path = name.split(".")
     module, leaf = path[-2] if len(path) > 1 else "", path[-1]
+    # The seed depends on the name only, not on how many tensors were drawn before.
     digest = hashlib.blake2b(f"{_SEED} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest))
     if leaf == "A_log":

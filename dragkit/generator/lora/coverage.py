@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -29,18 +29,24 @@ class Coverage(NamedTuple):
     covered: float
 
 
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT's layers with an adapter, each with the path of its weight in the bare model."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path, module in base.named_modules():
+        if hasattr(module, "lora_A"):
+            # PEFT calls a wrapped layer `base_layer`, and wraps stacked experts per parameter.
+            parts = [*path.split("."), getattr(module, "parameter_name", "base_layer")]
+            yield ".".join(part for part in parts if part != "base_layer"), module
+
+
 def coverage(model: nn.Module) -> list[Coverage]:
     """Coverage of a causal language model, one row per name, in the model's order."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     flops = {name: count for name, count in block_weights(base) if count is not None}
     trainable: dict[str, int] = {}
-    for name, module in base.named_modules():
-        if hasattr(module, "lora_A"):
-            # PEFT nests a layer in `base_layer`, and stacked experts in one wrapper per parameter.
-            parts = [*name.split("."), getattr(module, "parameter_name", "base_layer")]
-            path = ".".join(part for part in parts if part != "base_layer")
-            factors = (p for n, p in module.named_parameters() if n.startswith("lora_"))
-            trainable[path] = sum(p.numel() for p in factors if p.requires_grad)
+    for path, module in adapted_layers(model):
+        factors = (p for n, p in module.named_parameters() if n.startswith("lora_"))
+        trainable[path] = sum(p.numel() for p in factors if p.requires_grad)
     by_target: dict[str, list[str]] = {}
     for path in flops:
         target = ".".join([part for part in path.split(".") if not part.isdigit()][-2:])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dragkit.errors import DragkitError
+from dragkit.generator.lora.coverage import adapted_layers
 
 # Steps after which adapters are no longer checked.
 LAST_CHECKED_STEP = 50
@@ -41,14 +42,12 @@ class AdapterWatch:
         # Adapters still to be checked: name, A, B, and whether it adapts stacked experts.
         self._open: list[tuple[str, Tensor, Tensor, bool]] = []
         self.step = 0
-        for path, module in model.named_modules():
-            stack = getattr(module, "parameter_name", "base_layer")
-            parts = [part for part in (*path.split("."), stack) if part != "base_layer"]
-            name = ".".join(parts).removeprefix("base_model.model.")
-            for key in getattr(module, "lora_A", ()):
+        for name, module in adapted_layers(model):
+            stacked = hasattr(module, "parameter_name")
+            for key in module.lora_A:
                 a, b = module.lora_A[key].weight, module.lora_B[key].weight
                 if a.requires_grad and b.requires_grad:
-                    self._open.append((name, a, b, stack != "base_layer"))
+                    self._open.append((name, a, b, stacked))
 
     def check(self, num_supervised: int) -> None:
         """Checks the gradients of one optimizer step, before the optimizer uses them.
@@ -62,6 +61,7 @@ class AdapterWatch:
         if num_supervised == 0 or self.step >= LAST_CHECKED_STEP or not self._open:
             return
         self.step += 1
+        # A missing gradient has no norm, so it is an error before the norms are read.
         missing = [
             f"{name} (lora_{factor})"
             for name, *pair, _ in self._open
@@ -80,6 +80,7 @@ class AdapterWatch:
                 not_finite.append(name)
             elif not stacked and grad_b == 0.0:
                 missing.append(f"{name} (lora_B)")
+            # While B is zero, the gradient of A is zero too.
             elif not stacked and b == 0.0:
                 still_open.append(adapter)
             elif not stacked and grad_a == 0.0:

@@ -116,6 +116,7 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     blocked = query.device.type == "cpu" and not torch.compiler.is_compiling()
     num_sequences, row, num_heads = pack.ptr.shape[0] - 1, pack.sequence, query.shape[1]
     if blocked:
+        # Long sequences first: the sequences that reach a block are then the first rows.
         lengths, order = pack.ptr.diff().sort(descending=True, stable=True)
         row = torch.argsort(order)[row]
     batch_index = row * pack.longest + pack.position
@@ -153,6 +154,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: 
     # Query heads that share a key head become rows of one product, so that keys are not repeated.
     shape = (num_kv_heads, num_heads // num_kv_heads, num_queries, dim)
     query = query.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2)
+    # A query reads no key after its position.
     future = torch.arange(len(key), device=key.device) > position[:, None]
     bias = torch.where(future, float("-inf"), 0.0).to(query.dtype).repeat(shape[1], 1)
     score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)

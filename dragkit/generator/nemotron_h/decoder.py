@@ -122,6 +122,7 @@ def run_block(
     accept_packed_forward(block)
     if block.block_type not in checkpointed or not torch.is_grad_enabled():
         return block(hidden, packed_forward=packed_forward)
+    # The reentrant form gives adapters no gradient where `hidden` has none.
     return checkpoint(block, hidden, packed_forward=packed_forward, use_reentrant=False)
 
 
@@ -147,6 +148,7 @@ def run_blocks(
         )
         block_mixing = replace(mixing, rows=rows) if at_rows else mixing
         hidden = run_block(block, hidden, partial(block_fn, mixing=block_mixing), checkpointed)
+        # From here on, tokens do not read one another.
         if index == last and not at_rows:
             hidden = hidden[rows]
     return rms_norm(model.norm_f, hidden)
@@ -167,6 +169,7 @@ class PackedMixing:
         if self.rows is None:
             query, key, value = project(mixer, "qkv", hidden)
         else:
+            # The wanted tokens read keys and values of all tokens.
             key, value = project(mixer, "kv", hidden)
             (query,) = project(mixer, "q", hidden[self.rows])
         return merge_heads(mixer, self.attend(query, key, value, mixer.scaling))

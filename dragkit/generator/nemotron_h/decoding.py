@@ -130,6 +130,7 @@ def prefill_in_microbatches(
         hidden.append(part_hidden)
         states.append(part_states)
         start += len(part)
+    # The other ranks still gather weights, and this rank has to take part.
     for _ in range(num_passes - len(sizes)):
         prefill(model, rows, pack, ops, max_new_tokens)
     return torch.cat(hidden), _concatenate(states)
@@ -165,10 +166,12 @@ class DecodeMixing:
         cache.value[row, :, cache.length] = value
         cache.length.add_(1)
         column = torch.arange(cache.key.shape[2], device=hidden.device)
+        # The rest of the cache is zeros, which a softmax would count.
         unused = (column >= cache.length[:, None])[:, None, None]
         # Plain products: with one query per head, a fused kernel has nothing to save.
         query = query.unflatten(1, (key.shape[1], -1)) * mixer.scaling
         score = (query @ cache.key.mT).masked_fill_(unused, float("-inf"))
+        # As the fused kernels do, the softmax runs in float32.
         wide = torch.promote_types(score.dtype, torch.float32)
         heads = score.softmax(-1, dtype=wide).to(query.dtype) @ cache.value
         return merge_heads(mixer, heads.flatten(1, 2))

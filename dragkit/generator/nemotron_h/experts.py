@@ -79,6 +79,7 @@ def routed_experts(
     if num_tokens == 0:
         return x
     expert = index.reshape(-1)
+    # A stable sort keeps the order of tokens, so that every run sums in the same order.
     order = torch.argsort(expert, stable=True)
     inverse = torch.argsort(order)
     expert_ids = torch.arange(len(experts.up_proj), device=expert.device)
@@ -94,6 +95,7 @@ def _factors(wrapper: nn.Module, name: str) -> LoraFactors:
     """Factors of a PEFT `ParamWrapper`, whose two linear layers hold all experts side by side."""
     lora_a, lora_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     num_experts = wrapper.num_experts
+    # PEFT lays A out as [E * R, I], and B as [O, R * E] with the expert as the fastest index.
     return LoraFactors(
         lora_a.view(num_experts, -1, lora_a.shape[1]),
         lora_b.view(lora_b.shape[0], -1, num_experts).permute(2, 0, 1),

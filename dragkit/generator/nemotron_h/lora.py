@@ -47,13 +47,16 @@ class _MergedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             first, *rest = merged.split(ctx.sizes)
             grad_x = grads[0] @ first
+            # In place, so that no second tensor of this size exists.
             for grad, part in zip(grads[1:], rest, strict=True):
                 grad_x.addmm_(grad, part)
             grad_x = grad_x.view_as(x)
+        # The outputs may be cut elsewhere than between layers.
         widths = [b.shape[0] for b in lora_b]
         if widths != ctx.sizes:
             grads = _cat(grads, 1).split(widths, dim=1)
         rows = x.flatten(0, -2)
+        # A of all layers gets its gradient from one product with x.
         grad_low_rank = _cat([grad @ b for grad, b in zip(grads, lora_b, strict=True)], 1)
         grad_a = (grad_low_rank.mT @ rows) * ctx.scale
         low_rank = (rows @ lora_a.mT).split([b.shape[1] for b in lora_b], dim=1)

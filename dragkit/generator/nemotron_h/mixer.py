@@ -85,6 +85,7 @@ def mamba_mixer(
     inputs = _scan_inputs(mixer, ops.conv(conv_input, weight, conv.bias, pack.position), dt)
     state = None
     if last is not None:
+        # The state holds inputs of the convolution, not outputs.
         state = MambaState(
             causal_conv_state(conv_input, pack.position, last.int(), weight.shape[1]),
             ssd_state(*inputs[:4], pack.position, last),
@@ -103,6 +104,7 @@ def mamba_step(mixer: nn.Module, hidden: Tensor, state: MambaState) -> Tensor:
     """
     gate, conv_input, dt = _project(mixer, hidden)
     conv = mixer.conv1d
+    # The oldest input leaves the window. The new one, before the convolution, enters it.
     state.conv.copy_(torch.cat([state.conv[:, :, 1:], conv_input.unsqueeze(-1)], dim=-1))
     wide = torch.promote_types(conv_input.dtype, torch.float32)
     convolved = (state.conv.to(wide) * conv.weight.squeeze(1)).sum(-1)
@@ -111,8 +113,10 @@ def mamba_step(mixer: nn.Module, hidden: Tensor, state: MambaState) -> Tensor:
     convolved = mixer.act(convolved).to(conv_input.dtype)
     x, dt, a, b, c, d = _scan_inputs(mixer, convolved, dt)
     repeat = mixer.num_heads // mixer.n_groups
+    # A group of heads shares B and C.
     b, c = (m.repeat_interleave(repeat, 1).to(dt.dtype) for m in (b, c))
     update = (dt.unsqueeze(-1) * x).unsqueeze(-1) * b.unsqueeze(2)
+    # In place: the state is by far the largest tensor of a step.
     state.scan.mul_((dt * a).exp()[..., None, None]).add_(update)
     y = (state.scan @ c.unsqueeze(-1)).squeeze(-1) + d.unsqueeze(-1) * x
     return _output(mixer, y.to(hidden.dtype), gate)

@@ -32,6 +32,7 @@ def make_pack(length: Tensor, total: int, longest: int) -> Pack:
         length: int64 [B] tokens of each sequence; total: T, their sum.
         longest: at least the largest length.
     """
+    # With `output_size` the host does not wait for the sum of the lengths.
     sequence = torch.repeat_interleave(length, output_size=total)
     end = length.cumsum(0)
     position = torch.arange(total, device=length.device) - (end - length)[sequence]
@@ -52,6 +53,7 @@ def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, 
     if padding == 0:
         return embeds, pack
     embeds = torch.cat([embeds, embeds.new_zeros(padding, embeds.shape[1])])
+    # As a separate sequence, the padding is read by no other token.
     position = torch.arange(padding, device=embeds.device)
     sequence = torch.full((padding,), pack.ptr.shape[0] - 1, device=embeds.device)
     ptr = torch.cat([pack.ptr, pack.ptr.new_full((1,), total + padding)])
