@@ -122,7 +122,7 @@ def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatc
             made.length,
             mamba_ops("dragkit"),
             ANSWER,
-            tokens=2 * PROMPT,
+            max_tokens=2 * PROMPT,
         )
     said = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, 0)
     kept = {"KeyValues": 0, "MambaState": 0}
