@@ -179,7 +179,7 @@ def layout_prompts(
     prefix_length = prefix.ptr.diff()[:, None]
     fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
     # Facts are ordered by score, so the cut falls where the running sum passes the limit.
-    fits = present & (fact_length.cumsum(1) + fixed <= max_tokens)
+    fits = fact_length.cumsum(1) + fixed <= max_tokens
     lengths = [
         prefix_length,
         torch.where(fits, fact_length, 0),

@@ -150,7 +150,7 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             _fill(key, tensor, config.random_depth)
     logger.warning(
-        "generator %s: %d blocks, %s parameters, random weights. It has no tokeniser and takes "
+        "generator %s: %d blocks, %s parameters, random weights. It has no tokenizer and takes "
         "that of the bundled tiny generator. Use it for loss, speed and memory only.",
         name,
         len(config.layers_block_type),

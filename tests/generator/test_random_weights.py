@@ -117,7 +117,7 @@ def test_logits_are_finite_and_loss_is_that_of_chance(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         generator = load_generator(GeneratorConfig(lora_rank=2), CPU, name=small)
-    assert "random weights" in caplog.text and "tokeniser" in caplog.text
+    assert "random weights" in caplog.text and "tokenizer" in caplog.text
     ids = torch.tensor([generator.tokenize(["who is it?"])[0]])
     logits = generator.model(input_ids=ids, use_cache=False).logits
     assert torch.isfinite(logits).all()
