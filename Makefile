@@ -26,6 +26,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed $(COMPILED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 	$(RUN) -m pytest -q -n auto
 ifdef COMPILED
 	TRITON_INTERPRET=1 $(RUN) -m pytest -q -n auto -m triton tests/ops

@@ -1,8 +1,9 @@
 """The generator's part of a joint step over packs against the earlier formulation of it.
 
-Earlier: prompts padded on the right in micro-batches of four, a cache built in training, logits of
-the whole vocabulary at every token, a loop over experts, eager attention. Both run the same model
-with random weights: the 30B's architecture, on a CPU with its widths divided by 21.
+The earlier formulation pads prompts on the right in micro-batches of four, builds a cache in
+training, computes logits of the whole vocabulary at every token, loops over experts and uses eager
+attention. Both run one model with random weights: the 30B's architecture, on a CPU with its widths
+divided by 21.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from bench.data import (
     SMALL,
     bench_config,
+    best_facts_prompt,
     question_file,
     question_source,
     text_encoder,
@@ -25,7 +27,7 @@ from bench.data import (
 )
 from bench.measure import DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
-from dragkit.config import GeneratorConfig, TrainConfig
+from dragkit.config import GeneratorConfig
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.nemotron_h.patches import patch_nemotron_h
@@ -36,13 +38,13 @@ from dragkit.trainer.build import build_joint
 from dragkit.trainer.compile import compile_generator
 
 pytestmark = pytest.mark.timeout(1800)
-_WHOLE = "nemotron-3-nano-30b-a3b"
-# On a CPU the same blocks and experts. Every width, the vocabulary's too, is divided by 21, and the
-# heads and groups are as many as such widths allow.
-_SMALL = Architecture(
-    ARCHITECTURES[_WHOLE].pattern,
+_LARGE = "nemotron-3-nano-30b-a3b"
+# The same blocks and experts. All widths and the vocabulary are divided by 21. The widths then
+# determine the numbers of heads and groups.
+_REDUCED = Architecture(
+    ARCHITECTURES[_LARGE].pattern,
     {
-        **ARCHITECTURES[_WHOLE].sizes,
+        **ARCHITECTURES[_LARGE].sizes,
         "vocab_size": 6240,
         "hidden_size": 128,
         "num_attention_heads": 8,
@@ -56,32 +58,43 @@ _SMALL = Architecture(
         "intermediate_size": 88,
     },
 )
-_QUESTIONS, _MICROBATCH = 16, 4
+_NUM_QUESTIONS, _MICROBATCH = 16, 4
 
 
 @contextmanager
 def _as_earlier(model: nn.Module) -> Iterator[None]:
     """transformers' eager attention and loop over experts, as in the earlier implementation."""
     config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
-    kept = config._attn_implementation, config._experts_implementation, config.use_cache
+    saved = config._attn_implementation, config._experts_implementation, config.use_cache
+    # transformers reads these fields at every call, so the same model runs both formulations.
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     config.use_cache = True
     try:
         yield
     finally:
-        config._attn_implementation, config._experts_implementation, config.use_cache = kept
+        config._attn_implementation, config._experts_implementation, config.use_cache = saved
 
 
 class _Step:
-    """Loss and gradients of a batch of prompts, by packs or as earlier."""
+    """Loss and gradients of a batch of prompts, by packs or as earlier.
 
-    def __init__(self, generator: Generator, parts: list[NeuralPrompt], vectors: Tensor) -> None:
-        self.generator, self.parts, self.vectors = generator, parts, vectors
-        self.total = sum(len(part.target_id) for part in parts)
+    Attributes:
+        generator: with its adapters.
+        whole: all prompts as one pack.
+        parts: the same in micro-batches.
+        vectors: float [slots, M] of all prompts, which need gradients.
+    """
 
-    def packed(self, whole: NeuralPrompt) -> Tensor:
+    def __init__(
+        self, generator: Generator, whole: NeuralPrompt, parts: list[NeuralPrompt], vectors: Tensor
+    ) -> None:
+        self.generator, self.whole = generator, whole
+        self.parts, self.vectors = parts, vectors
+        self.num_targets = len(whole.target_id)
+
+    def packed(self) -> Tensor:
         """Ours: one pass, with logits at supervised tokens only."""
-        loss = self.generator(whole, self.vectors).loss_sum / self.total
+        loss = self.generator(self.whole, self.vectors).loss_sum / self.num_targets
         loss.backward()
         return loss.detach()
 
@@ -93,75 +106,81 @@ class _Step:
                 embeds = self.generator.embed(part, self.vectors)
                 padded, mask = self.generator.pad(embeds, part, left=False)
                 labels = torch.full(mask.shape, -100, device=mask.device)
-                row, place = part.question[part.target_row], part.position[part.target_row]
-                labels[row, place + 1] = part.target_id
-                found = self.generator.model(
+                row, column = part.question[part.target_row], part.position[part.target_row]
+                # transformers shifts labels by one, and `target_row` predicts the next token.
+                labels[row, column + 1] = part.target_id
+                mean = self.generator.model(
                     inputs_embeds=padded, attention_mask=mask, labels=labels
                 ).loss
-                share = found * (len(part.target_id) / self.total)
-                share.backward()
-                loss = loss + share.detach()
+                part_loss = mean * (len(part.target_id) / self.num_targets)
+                part_loss.backward()
+                loss = loss + part_loss.detach()
         return loss
 
-    def gradients(self) -> list[Tensor]:
+    def pop_gradients(self) -> list[Tensor]:
         """Gradients of the vectors and adapters, which are then cleared."""
         leaves = [self.vectors, *(p for p in self.generator.parameters() if p.requires_grad)]
-        found = [leaf.grad for leaf in leaves]
+        gradients = [leaf.grad for leaf in leaves]
         for leaf in leaves:
             leaf.grad = None
-        return found
+        return gradients
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Both formulations agree in the loss and in every gradient.
+
+        Raises:
+            ValueError: loss or gradients differ.
+        """
+        loss_limit, limit = (1e-2, 0.15) if dtype == torch.bfloat16 else (1e-5, 1e-4)
+        ours, our_gradients = self.packed(), self.pop_gradients()
+        check_agreement("loss", ours, self.earlier(), loss_limit)
+        pairs = zip(our_gradients, self.pop_gradients(), strict=True)
+        for index, (mine, theirs) in enumerate(pairs):
+            check_agreement(f"gradient {index}", mine, theirs, limit, order=2)
+
+    def contender(self, label: str, run: Callable[[], object], peer: bool = False) -> Contender:
+        """One formulation, which counts its tokens."""
+        tally = Tally(weights=active_weights(self.generator.model))
+
+        def call() -> None:
+            tally.tokens += len(self.whole.input_ids)
+            tally.supervised += self.num_targets
+            run()
+
+        return Contender(label, call, peer=peer, tally=tally)
 
 
-def _prompts(config: TrainConfig, cache_dir: Path) -> tuple[NeuralPrompt, list[NeuralPrompt], str]:
-    """Questions with ten facts each as one pack, the same in micro-batches, and the data's name."""
+def _prompts(cache_dir: Path) -> tuple[Generator, NeuralPrompt, list[NeuralPrompt], str]:
+    """The bundled generator, and questions with their best facts.
+
+    Returns:
+        The generator, the prompts as one pack and in micro-batches, and the name of the data.
+    """
+    config = bench_config(2, run__device=DEVICE.type)
     joint = build_joint(config, text_encoder(cache_dir), DEVICE).model.eval()
     file = question_file(SMALL, cache_dir)
-    source = question_source(file, config, cache_dir, joint.generator, _QUESTIONS)
-
-    def prompt(rows: list[int]) -> NeuralPrompt:
-        batch = source.collator(rows).to(DEVICE)
-        with torch.no_grad():
-            output = joint.retriever(batch, source.relations.to(DEVICE))
-            chosen = joint.fact_sampler.best(output.fact_logits, batch.graph)
-            return joint.prompt(batch, chosen.index, with_target=True)
-
-    (rows,) = whole_batches(source, _QUESTIONS, 1)
-    parts = [prompt(rows[i : i + _MICROBATCH]) for i in range(0, _QUESTIONS, _MICROBATCH)]
-    return prompt(rows), parts, file.name
-
-
-def _check(step: _Step, whole: NeuralPrompt, dtype: torch.dtype) -> None:
-    """Both formulations agree in the loss and, by its norm, in every gradient.
-
-    In half precision rounding sends some tokens to other experts, which no tolerance for single
-    numbers covers.
-
-    Raises:
-        ValueError: they do not.
-    """
-    loss, gradient = (1e-2, 0.15) if dtype == torch.bfloat16 else (1e-5, 1e-4)
-    ours = step.packed(whole)
-    mine = step.gradients()
-    check_agreement("loss", ours, step.earlier(), loss)
-    for place, (a, b) in enumerate(zip(mine, step.gradients(), strict=True)):
-        off = float((a.float() - b.float()).norm() / b.float().norm())
-        if not off <= gradient:
-            raise ValueError(f"gradient {place}: differs from ours by {off:.1e} of it; not timed")
+    source = question_source(file, config, cache_dir, joint.generator, _NUM_QUESTIONS)
+    (rows,) = whole_batches(source, _NUM_QUESTIONS, 1)
+    whole, *parts = (
+        best_facts_prompt(joint, source, part, with_target=True)[0]
+        for part in (rows, *(rows[i : i + _MICROBATCH] for i in range(0, len(rows), _MICROBATCH)))
+    )
+    # Slots count up through the batch, so each micro-batch needs those of its own questions.
+    for number, part in enumerate(parts):
+        part.slot[part.slot >= 0] += number * _MICROBATCH * config.sampler.k_facts
+    return joint.generator, whole, parts, file.name
 
 
 @pytest.mark.full
 def test_joint_step(
-    timed: Callable[..., Comparison], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+    timed: Callable[..., None], cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward and backward through the frozen model into adapters and fact vectors."""
-    config = bench_config(2, run__device=DEVICE.type)
-    facts = config.sampler.k_facts
-    whole, parts, data = _prompts(config, cache_dir)
-    name = _WHOLE
+    bundled, whole, parts, data = _prompts(cache_dir)
+    name, dtype = _LARGE, torch.bfloat16
     if DEVICE.type != "cuda":
-        name = "small"
-        monkeypatch.setitem(ARCHITECTURES, name, _SMALL)
-    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+        name, dtype = "small", torch.float32
+        monkeypatch.setitem(ARCHITECTURES, name, _REDUCED)
     model = random_model(PREFIX + name, DEVICE, dtype).requires_grad_(False)
     patch_nemotron_h(model)
     model = add_adapters(model, GeneratorConfig()).train()
@@ -169,37 +188,21 @@ def test_joint_step(
     for key, parameter in model.named_parameters():
         if "lora_" in key:  # B at zero would leave A without a gradient to compare
             nn.init.normal_(parameter, std=0.02)
-    tokenizer = build_joint(bench_config(2), text_encoder(cache_dir), torch.device("cpu"))
-    generator = Generator(model, tokenizer.model.generator.tokenizer)
-    # Slots count up through the batch, so each micro-batch has those of its own questions.
-    slots = _QUESTIONS * facts
-    for number, part in enumerate(parts):
-        part.slot[part.slot >= 0] += number * _MICROBATCH * facts
+    generator = Generator(model, bundled.tokenizer)
     draw = torch.Generator().manual_seed(0)
-    vectors = 0.02 * torch.randn(slots, generator.dim, generator=draw)
-    step = _Step(generator, parts, vectors.to(DEVICE, dtype).requires_grad_())
-
-    _check(step, whole, dtype)
-
-    def contender(label: str, run: Callable[[], object], peer: bool = False) -> Contender:
-        tally = Tally(weights=active_weights(model))
-
-        def call() -> None:
-            tally.tokens += len(whole.input_ids)
-            tally.supervised += len(whole.target_id)
-            run()
-
-        return Contender(label, call, peer=peer, tally=tally)
+    num_slots = _NUM_QUESTIONS * bench_config(2).sampler.k_facts
+    vectors = 0.02 * torch.randn(num_slots, generator.dim, generator=draw)
+    step = _Step(generator, whole, parts, vectors.to(DEVICE, dtype).requires_grad_())
+    step.check(dtype)
 
     contenders = [
-        contender("packs", lambda: step.packed(whole)),
-        contender("earlier formulation", step.earlier, peer=True),
+        step.contender("packs", step.packed),
+        step.contender("earlier formulation", step.earlier, peer=True),
     ]
-    if DEVICE.type == "cuda":  # what training does there
-        compiled = Generator(model, generator.tokenizer)
-        compile_generator(compiled)
-        again = _Step(compiled, parts, step.vectors)
-        contenders.insert(0, contender("packs, compiled", lambda: again.packed(whole)))
+    if DEVICE.type == "cuda":  # as training runs there
+        compiled = _Step(Generator(model, generator.tokenizer), whole, parts, step.vectors)
+        compile_generator(compiled.generator)
+        contenders.insert(0, compiled.contender("packs, compiled", compiled.packed))
     about = {
         "model": name,
         "questions from": data,
@@ -209,4 +212,4 @@ def test_joint_step(
         "supervised": len(whole.target_id),
     }
     title = "generator's part of a joint step"
-    timed(Comparison(title, about, [], questions=_QUESTIONS), contenders, DEVICE)
+    timed(Comparison(title, about, [], questions=_NUM_QUESTIONS), contenders, DEVICE)

@@ -1,4 +1,4 @@
-"""Packed Mamba-2 layers against transformers': the scan, and a training step of one layer."""
+"""Packed Mamba-2 layers against those of transformers: the scan, and a step of one layer."""
 
 from __future__ import annotations
 
@@ -56,15 +56,14 @@ def _scan_inputs(shape: Shape) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("30B", marks=pytest.mark.full)])
-def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
-    """Forward and backward of the scan, from the layer's inputs to their gradients."""
+def test_scan(name: str, timed: Callable[..., None]) -> None:
+    """Forward and backward of the scan, with the gradients of all its inputs but A and D."""
     shape = SHAPES[name]
-    *batch, d = _scan_inputs(shape)
-    a = batch.pop(2)
-    leaves = [t.clone().requires_grad_() for t in batch]
-    packed = [t.flatten(0, 1).clone().requires_grad_() for t in batch]
+    x, dt, a, b, c, d = _scan_inputs(shape)
+    leaves = [t.requires_grad_() for t in (x, dt, b, c)]
+    packed = [t.detach().flatten(0, 1).clone().requires_grad_() for t in leaves]
     seq_pos = torch.arange(shape.length, dtype=torch.int32, device=DEVICE).repeat(shape.sequences)
-    grad = torch.randn_like(batch[0])
+    grad = torch.randn_like(x)
 
     def ours() -> list[Tensor]:
         x, dt, b, c = packed
@@ -88,18 +87,19 @@ def test_scan(name: str, timed: Callable[..., Comparison]) -> None:
     if DEVICE.type == "cuda" and find_spec("mamba_ssm"):
         contenders.append(Contender("mamba-ssm", mamba_ssm))
         tolerances["mamba-ssm"] = 5e-3  # its products are in tf32
-    for other in contenders[1:]:
-        parts = zip(["y", "x", "dt", "B", "C"], ours(), other.run(), strict=True)
-        for part, mine, theirs in parts:
-            what = f"{other.name}: {part}"
-            check_agreement(what, mine, theirs.flatten(0, 1), tolerances[other.name])
+    for peer in contenders[1:]:
+        tensors = zip(["y", "x", "dt", "B", "C"], ours(), peer.run(), strict=True)
+        for tensor, mine, theirs in tensors:
+            check_agreement(
+                f"{peer.name}: {tensor}", mine, theirs.flatten(0, 1), tolerances[peer.name]
+            )
     title = f"Mamba-2 scan, {name} widths"
     comparison = Comparison(title, shape._asdict(), [], questions=shape.sequences)
     timed(comparison, contenders, DEVICE)
 
 
 def _mixer() -> nn.Module:
-    """A layer of the 30B, frozen, with random weights."""
+    """A frozen layer of the 30B with random weights."""
     torch.manual_seed(0)
     config = NemotronHConfig(
         hybrid_override_pattern="M",
@@ -113,12 +113,13 @@ def _mixer() -> nn.Module:
     )
     mixer = NemotronHMamba2Mixer(config, 0).requires_grad_(False)
     nn.init.normal_(mixer.dt_bias)
+    # transformers floors dt at the minimum of its initialisation. The 30B has no such limit.
     mixer.time_step_limit = (0.0, float("inf"))
     return mixer.to(DEVICE)
 
 
 def _step(name: str) -> Callable[[Tensor], Tensor]:
-    """Forward and backward of the layer: float [T, M] to the gradient of it."""
+    """Forward and backward of the layer. The step maps float [T, M] to its gradient."""
     mixer, ops = _mixer(), mamba_ops("dragkit")
 
     def step(hidden: Tensor) -> Tensor:
@@ -134,37 +135,38 @@ def _step(name: str) -> Callable[[Tensor], Tensor]:
     return step
 
 
-def _memory(field: str) -> float:
-    """MiB of this process, from /proc."""
+def _process_mib(field: str) -> float:
+    """A field of /proc/self/status in MiB."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(re.search(rf"^{field}:\s+(\d+)", status, re.MULTILINE)[1]) / 1024
 
 
 def peak_of_step(name: str, tokens: int) -> float:
-    """MiB that one step takes above what a fresh process held before."""
+    """MiB that one step takes above what the process held before. Needs a fresh process."""
     step = _step(name)
     hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)
-    # The first call allocates what libraries keep for later calls.
+    # The first call allocates what libraries cache for later calls.
     step(hidden[:64].detach().requires_grad_())
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step(hidden)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    before = _process_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
     step(hidden)
-    return _memory("VmHWM") - before
+    return _process_mib("VmHWM") - before
 
 
-def _measured(name: str, tokens: int) -> float:
+def _peak_in_new_process(name: str, tokens: int) -> float:
+    # A new process, because freed memory of earlier calls would hide the step's own.
     code = f"import bench.bench_mamba as b; print(b.peak_of_step({name!r}, {tokens}))"
     return float(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
 
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_layer(timed: Callable[..., Comparison]) -> None:
+def test_layer(timed: Callable[..., None]) -> None:
     """A training step of one layer at the 30B's widths, 1,024 tokens, and its peak memory."""
     tokens = 1024
     hidden = torch.randn(tokens, 2688, device=DEVICE, requires_grad=True)
@@ -172,7 +174,7 @@ def test_layer(timed: Callable[..., Comparison]) -> None:
     check_agreement("gradient of the layer", ours(hidden), library(hidden), 1e-4)
     about: dict[str, object] = {"tokens": tokens}
     for name in ("dragkit", "library"):
-        about[f"peak MiB, {name}"] = round(_measured(name, tokens))
+        about[f"peak MiB, {name}"] = round(_peak_in_new_process(name, tokens))
     about["ratio of peaks"] = round(about["peak MiB, library"] / about["peak MiB, dragkit"], 2)
     contenders = [
         Contender("dragkit", lambda: ours(hidden), peer=False),

@@ -1,4 +1,4 @@
-"""Packing a heuristics file once per data set, and opening it: questions per second."""
+"""Packing a heuristics file, once per data set, and opening the packed store."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from dragkit.data.store import PackedStore
 
 
 @pytest.mark.parametrize("name", [SMALL, pytest.param(LARGE, marks=pytest.mark.full)])
-def test_packing(
-    name: str, timed: Callable[..., Comparison], cache_dir: Path, tmp_path: Path
-) -> None:
-    """Reading, checking, labelling, sorting and writing, against reading the JSON alone."""
+def test_packing(name: str, timed: Callable[..., None], cache_dir: Path, tmp_path: Path) -> None:
+    """Questions per second. Packing reads, checks, labels, sorts and writes."""
     file = question_file(name, cache_dir)
-    fresh = count()
+    folder_numbers = count()
 
     def build(folder: Path) -> PackedStore:
         return PackedStore.build_or_open(
             file.path, cache_dir=folder, label_rule="auto", max_bad_fraction=0.0
         )
 
-    store = build(tmp_path / "kept")
+    store = build(tmp_path / "packed")
     contenders = [
-        Contender("pack", lambda: build(tmp_path / str(next(fresh))), peer=False),
-        Contender("open what is packed", lambda: build(tmp_path / "kept"), peer=False),
+        Contender("pack", lambda: build(tmp_path / str(next(folder_numbers))), peer=False),
+        Contender("open what is packed", lambda: build(tmp_path / "packed"), peer=False),
         Contender("read the JSON alone", lambda: raw_questions(file.path)),
     ]
     about = {"data": file.name, "questions": len(store), "facts": int(store.fact_counts.sum())}

@@ -1,4 +1,4 @@
-"""Options, data and where the results go."""
+"""Options and fixtures of the benchmarks, and their result files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from bench.measure import CPU, Contender, compare
 from bench.records import write_results
 from bench.results import Comparison
 
+# The small set is to end within two minutes.
 _REPEATS, _SMALL_REPEATS, _SMALL_SECONDS = 9, 5, 12.0
+# Comparisons by theme. They are printed and written when all modules have run.
 _COMPARISONS = pytest.StashKey[dict[str, list[Comparison]]]()
 
 
@@ -26,29 +28,31 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("DRAGKIT_BENCH_RESULTS"),
         help="write JSON and Markdown tables under this folder, one folder per device",
     )
-    group.addoption("--bench-threads", type=int, default=None, help="threads of PyTorch")
+    group.addoption("--bench-threads", type=int, default=None, help="number of PyTorch's threads")
     group.addoption(
-        "--bench-repeats", type=int, help="of every contender; default 9, of the small set 5"
+        "--bench-repeats",
+        type=int,
+        help="repeats of every contender, by default 9, and 5 for the small set",
     )
     group.addoption(
         "--bench-full",
         action="store_true",
-        help="run all benchmarks on a CPU, not only the small set",
+        help="run all benchmarks on a CPU, and not only the small set",
     )
     group.addoption(
-        "--bench-generator", help="also time phase 2 with this generator: tiny, a folder, a name"
+        "--bench-generator", help="also time phase 2 with this generator: tiny, a folder or a name"
     )
-    group.addoption("--bench-prompts", type=int, default=32, help="prompts that are decoded")
+    group.addoption("--bench-prompts", type=int, default=32, help="number of prompts to decode")
     group.addoption(
         "--bench-compiled",
         action=argparse.BooleanOptionalAction,
-        help="also time compiled contenders; default: only in bench_kernels, all of them on CUDA "
-        "and the layer's on a CPU",
+        help="also time compiled contenders; by default only those of bench_kernels are, all of "
+        "them on CUDA and the layer's on a CPU",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Sets the number of threads and of repeats."""
+    """Sets the numbers of threads and repeats."""
     config.addinivalue_line("markers", "full: on a CPU only with --bench-full")
     if config.getoption("--bench-repeats", None) is None:
         config.option.bench_repeats = _SMALL_REPEATS if is_small(config) else _REPEATS
@@ -63,19 +67,19 @@ def is_small(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips what is not in the small set, by marker or by the module's `in_small_set`."""
+    """Skips benchmarks outside the small set, by marker or by the module's `in_small_set`."""
     if not is_small(config):
         return
-    skip = pytest.mark.skip(reason="not in the small set: --bench-full")
+    skip = pytest.mark.skip(reason="not in the small set; run it with --bench-full")
     for item in items:
-        chosen = getattr(item.module, "in_small_set", None)
-        left_out = chosen is not None and not chosen(item.callspec.params)
-        if left_out or item.get_closest_marker("full"):
+        in_small_set = getattr(item.module, "in_small_set", None)
+        excluded = in_small_set is not None and not in_small_set(item.callspec.params)
+        if excluded or item.get_closest_marker("full"):
             item.add_marker(skip)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Writes what was measured."""
+    """Writes the result files."""
     folder = session.config.getoption("--results", None)
     for theme, comparisons in session.config.stash[_COMPARISONS].items():
         if folder and comparisons:
@@ -94,15 +98,15 @@ def pytest_terminal_summary(
 
 @pytest.fixture(autouse=True)
 def flush_denormals() -> Iterator[None]:
-    """As training does. State-space decays underflow, and denormals are slow on some processors."""
+    """Flushes denormals as training does. Decays underflow, and some processors are slow there."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
 
 
 @pytest.fixture
-def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., Comparison]:
-    """`timed(comparison, contenders, device, seconds)`: times them and keeps the result."""
+def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`timed(comparison, contenders, device, seconds)` times them and stores the comparison."""
     theme = request.module.__name__.rpartition(".")[2].removeprefix("bench_")
     config = request.config
 
@@ -111,7 +115,7 @@ def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., 
         contenders: list[Contender],
         device: torch.device = CPU,
         seconds: float | None = None,
-    ) -> Comparison:
+    ) -> None:
         small = is_small(config)
         compare(
             benchmark,
@@ -123,13 +127,12 @@ def timed(benchmark: Callable, request: pytest.FixtureRequest) -> Callable[..., 
             device=device,
         )
         config.stash[_COMPARISONS].setdefault(theme, []).append(comparison)
-        return comparison
 
     return run
 
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packed data and token states live as long as the session."""
-    named = os.environ.get("DRAGKIT_BENCH_CACHE")
-    return Path(named) if named else tmp_path_factory.mktemp("cache")
+    """Folder of packed data and token states, by default for one session."""
+    folder = os.environ.get("DRAGKIT_BENCH_CACHE")
+    return Path(folder) if folder else tmp_path_factory.mktemp("cache")

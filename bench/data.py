@@ -1,11 +1,11 @@
-"""The questions that benchmarks run on: published sets where they are found, else the demo set."""
+"""The questions that benchmarks run on: published sets if they are found, or else the demo."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +16,19 @@ from torch_geometric.data import Data
 from dragkit.config import TrainConfig, resolve_config
 from dragkit.data.packed import QuestionBatch
 from dragkit.generator.generator import Generator
+from dragkit.generator.prompt import NeuralPrompt
+from dragkit.joint import JointModel
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.question_dataset import QuestionDataset
 
-_BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Published sets are looked for beside the repository, or in DRAGKIT_DATA.
+_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchFile:
-    """A heuristics file and where it comes from."""
+    """A heuristics file and the name of its set."""
 
     path: Path
     name: str
@@ -33,7 +36,7 @@ class BenchFile:
 
 def question_file(name: str, cache_dir: Path) -> BenchFile:
     """The published set `name`, or the training questions of the bundled demo."""
-    folder = Path(os.environ.get("DRAGKIT_DATA", _BESIDE))
+    folder = Path(os.environ.get("DRAGKIT_DATA", _DATA))
     for suffix in (".jsonl.gz", ".jsonl"):
         if (folder / f"{name}{suffix}").is_file():
             return BenchFile(folder / f"{name}{suffix}", name)
@@ -43,14 +46,14 @@ def question_file(name: str, cache_dir: Path) -> BenchFile:
 
 
 def raw_questions(path: Path) -> list[dict]:
-    """The lines of a heuristics file as they are, for the contenders that work on strings."""
+    """The lines of a heuristics file as dictionaries, for contenders that work on strings."""
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def bench_config(phase: int, **overrides: object) -> TrainConfig:
-    """Width 256, K = 2, L = 3, T = 2, no dropout; `section__key=value` overrides."""
+    """C = 256, K = 2, L = 3, T = 2 without dropout. `section__key=value` overrides a setting."""
     settings: dict[str, object] = {
         "run.phase": phase,
         "run.device": "cpu",
@@ -59,6 +62,7 @@ def bench_config(phase: int, **overrides: object) -> TrainConfig:
         "retriever.num_instructions": 2,
         "retriever.num_reasoning_steps": 3,
         "retriever.num_stages": 2,
+        # Only without dropout can the results of contenders agree.
         "retriever.dropout": 0.0,
         "generator.model": "tiny",
         "sampler.k_facts": 10,
@@ -74,13 +78,9 @@ def text_encoder(cache_dir: Path) -> TextEncoder:
 
 
 def question_source(
-    file: BenchFile,
-    config: TrainConfig,
-    cache_dir: Path,
-    generator: Generator | None,
-    batch: int,
+    file: BenchFile, config: TrainConfig, cache_dir: Path, generator: Generator | None, batch: int
 ) -> QuestionDataset:
-    """The file packed, as the trainer has it."""
+    """The packed questions of a file, as the trainer reads them."""
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"cache_dir": str(cache_dir)})}
     )
@@ -88,14 +88,18 @@ def question_source(
 
 
 def whole_batches(source: QuestionDataset, size: int, count: int) -> list[list[int]]:
-    """`count` batches of exactly `size` questions, from as many epochs as that takes.
+    """Rows of `count` batches of exactly `size` questions, which repeat if the set is small.
 
     Raises:
         ValueError: the set is smaller than one batch.
     """
     if len(source) < size:
-        raise ValueError(f"{source.path}: {len(source)} questions, {size} are needed")
+        raise ValueError(
+            f"{source.path}: holds {len(source)} questions, but a batch needs {size}; "
+            "use a larger set"
+        )
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    # The last rows that fill no batch are dropped, so that all steps process as many questions.
     order = order[: len(order) // size * size]
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     return [batches[i % len(batches)] for i in range(count)]
@@ -103,29 +107,47 @@ def whole_batches(source: QuestionDataset, size: int, count: int) -> list[list[i
 
 def pyg_questions(source: QuestionDataset, rows: Sequence[int]) -> dict[int, Data]:
     """The same questions as PyG graphs, by row."""
-    return {row: _as_pyg(source, row) for row in rows}
+    relation_ids = {name: i for i, name in enumerate(source.store.relation_names)}
+    return {row: _as_pyg(source, row, relation_ids) for row in rows}
 
 
-def _as_pyg(source: QuestionDataset, row: int) -> Data:
+def _as_pyg(source: QuestionDataset, row: int, relation_ids: Mapping[str, int]) -> Data:
     batch, store = source.collator([row]), source.store
-    states: Tensor = batch.question_states[0][batch.question_mask[0]]
-    asked, relation_of = store.question(row), {n: i for i, n in enumerate(store.relation_names)}
+    question = store.question(row)
     head, tail = torch.from_numpy(store.block("facts", row)[:2].astype("int64"))
-    topic = torch.zeros(len(asked.entities))
-    start = list(asked.topic_nodes) or list(range(len(topic)))
-    topic[start] = 1 / max(len(start), 1)
+    topic = torch.zeros(len(question.entities))
+    # Without a topic entity every node is one.
+    topic_nodes = list(question.topic_nodes) or list(range(len(topic)))
+    topic[topic_nodes] = 1 / max(len(topic_nodes), 1)
     return Data(
         edge_index=torch.stack([head, tail]),
-        edge_type=torch.tensor([relation_of[name] for _, name, _ in asked.triples]),
+        edge_type=torch.tensor([relation_ids[name] for _, name, _ in question.triples]),
         topic=topic,
         label=batch.graph.label,
-        states=states,
+        states=batch.question_states[0][batch.question_mask[0]],
         num_nodes=len(topic),
     )
 
 
+@torch.no_grad()
+def best_facts_prompt(
+    joint: JointModel, source: QuestionDataset, rows: Sequence[int], *, with_target: bool
+) -> tuple[NeuralPrompt, Tensor]:
+    """Prompts with the facts that the retriever scores best.
+
+    Returns:
+        The prompts as one pack, and the vectors of their slots, float [B * K, M].
+    """
+    device = joint.generator.device
+    batch = source.collator(list(rows)).to(device)
+    output = joint.retriever(batch, source.relations.to(device))
+    selection = joint.fact_sampler.best(output.fact_logits, batch.graph)
+    prompt = joint.prompt(batch, selection.index, with_target=with_target)
+    return prompt, joint.structural_vectors(output, batch, selection).flatten(0, 1)
+
+
 def sizes(batch: QuestionBatch) -> dict[str, int]:
-    """What a batch holds, for the tables."""
+    """The sizes of a batch, for the tables."""
     graph = batch.graph
     return {
         "questions": graph.num_graphs,

@@ -1,11 +1,11 @@
-"""The earlier implementation's way of training, written again from its description.
+"""The training loops of the earlier implementation, rewritten from its description.
 
-Phase 1 runs one question at a time: graphs built from string triples at every access, Gaussian node
-features, relation texts through the sentence encoder question by question, a small graph attention
-network whose projections run per edge, and a ranking matrix. Phase 2 puts prompts together fact by
-fact with a tokeniser call each, pads them within a micro-batch, computes logits of the whole
-vocabulary at every token, and updates after every micro-batch. Where the description leaves a
-choice, the faster one was taken. The generator is ours, so that only the way of training differs.
+Phase 1 runs one question at a time. It builds the graph from string triples at every access, draws
+Gaussian node features, encodes the relation texts of each question, projects per edge in a small
+graph attention network, and computes a ranking matrix. Phase 2 assembles prompts fact by fact with
+a tokeniser call each, pads them within a micro-batch, computes logits of the whole vocabulary at
+every token, and updates after every micro-batch. Where the description leaves a choice, this file
+takes the faster one. The generator is ours, so that only the training differs.
 """
 
 from __future__ import annotations
@@ -24,17 +24,12 @@ from dragkit.generator.generator import Generator
 from dragkit.generator.prompt import PromptTemplate
 from dragkit.retriever.text_encoder import find_encoder
 
-_GRAD_CLIP = 1.0
+_GRAD_CLIP, _LR = 1.0, 1e-5
 _RHO, _MARGIN = 0.7, 1.0
 
 
 class StringGraph(NamedTuple):
-    """One question's graph, built at every access.
-
-    Attributes:
-        features: float [N, C]; edge_index: int64 [2, E]; relations: distinct strings, R of them;
-        edge_type: int64 [E]; label: float [E].
-    """
+    """One question's graph: float [N, C], int64 [2, E], R strings, int64 [E] and float [E]."""
 
     features: Tensor
     edge_index: Tensor
@@ -44,7 +39,7 @@ class StringGraph(NamedTuple):
 
 
 def string_graph(question: dict, width: int) -> StringGraph:
-    """Nodes, edges and labels of a raw question, by dictionaries over its strings."""
+    """The graph of a raw question, by dictionaries over its strings."""
     node: dict[str, int] = {}
     relation: dict[str, int] = {}
     edges, types = [], []
@@ -70,24 +65,20 @@ def string_graph(question: dict, width: int) -> StringGraph:
 
 
 class InstructionAttention(MessagePassing):
-    """Graph attention of four heads whose score sees relation and instruction; values do not."""
+    """Graph attention whose scores, but not values, depend on relation and instruction."""
 
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int, num_heads: int = 4) -> None:
         super().__init__(aggr="add", node_dim=0)
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.condition = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.relation = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
+        self.num_heads = num_heads
+        for name in ("query", "condition", "key", "value", "relation", "output"):
+            self.add_module(name, nn.Linear(width, width))
 
     def forward(
         self, x: Tensor, edge_index: Tensor, relation: Tensor, instruction: Tensor
     ) -> Tensor:
         """float [N, C], int64 [2, E], float [E, C], float [1, C] to float [N, C]."""
-        total = self.propagate(edge_index, x=x, relation=relation, instruction=instruction)
-        return torch.relu(self.output(total) + x)
+        messages = self.propagate(edge_index, x=x, relation=relation, instruction=instruction)
+        return torch.relu(self.output(messages) + x)
 
     def message(
         self,
@@ -99,8 +90,8 @@ class InstructionAttention(MessagePassing):
         ptr: Tensor | None,
         size_i: int | None,
     ) -> Tensor:
-        """float [E, C]; every projection is applied after the gather, edge by edge."""
-        shape = (-1, self.heads, x_i.shape[1] // self.heads)
+        """float [E, C]. Every projection runs after the gather, edge by edge."""
+        shape = (-1, self.num_heads, x_i.shape[1] // self.num_heads)
         query = (self.query(x_i) + self.condition(instruction)).view(shape)
         key = (self.key(x_j) + self.relation(relation)).view(shape)
         score = (query * key).sum(-1) / shape[2] ** 0.5
@@ -109,7 +100,7 @@ class InstructionAttention(MessagePassing):
 
 
 class EarlierOutput(NamedTuple):
-    """Probabilities, float [E], and representations, float [E, 3C], of one question's facts."""
+    """Of one question's facts: probabilities float [E], states float [E, 3C], labels float [E]."""
 
     probability: Tensor
     fact: Tensor
@@ -117,17 +108,18 @@ class EarlierOutput(NamedTuple):
 
 
 class EarlierRetriever(nn.Module):
-    """Three attention layers; one instruction, updated by a GRU; a linear score on probabilities.
+    """Attention layers, one instruction that a GRU updates, and a linear score of every fact.
 
     Args:
-        width: C of all states; layers: how many.
+        width: C of all states.
+        num_layers: number of attention layers.
     """
 
-    def __init__(self, width: int = 256, layers: int = 3) -> None:
+    def __init__(self, width: int = 256, num_layers: int = 3) -> None:
         super().__init__()
         from sentence_transformers import SentenceTransformer
 
-        # In a list, so that its weights are no parameters of this model.
+        # A list hides the encoder's weights from this module's parameters.
         self._encoder = [SentenceTransformer(str(find_encoder()), device="cpu")]
         text_dim = self._encoder[0].encode(["width"], show_progress_bar=False).shape[1]
         self.width = width
@@ -135,43 +127,37 @@ class EarlierRetriever(nn.Module):
             nn.Linear(text_dim, width), nn.ReLU(), nn.Linear(width, width)
         )
         self.question_map = nn.Linear(text_dim, width)
-        self.layers = nn.ModuleList(InstructionAttention(width) for _ in range(layers))
+        self.layers = nn.ModuleList(InstructionAttention(width) for _ in range(num_layers))
         self.update = nn.GRUCell(width, width)
         self.score = nn.Linear(3 * width, 1)
-        self.relation_cache: dict[tuple[str, ...], Tensor] = {}
-        self.question_cache: dict[str, Tensor] = {}
-
-    def forget(self) -> None:
-        """Empties the caches of encoded texts, as at the start of the first epoch."""
-        self.relation_cache.clear()
-        self.question_cache.clear()
+        self.cache: dict[tuple[str, ...], Tensor] = {}
 
     def _encode(self, texts: Sequence[str]) -> Tensor:
-        return (
-            self._encoder[0]
-            .encode(list(texts), convert_to_tensor=True, show_progress_bar=False)
-            .clone()
-        )
+        options = {"convert_to_tensor": True, "show_progress_bar": False}
+        # `encode` returns inference tensors, which autograd does not accept. The clone is none.
+        return self._encoder[0].encode(list(texts), **options).clone()
+
+    # Without gradients, so the earlier implementation never trains `relation_map`.
+    @torch.no_grad()
+    def encode_relations(self, names: tuple[str, ...]) -> Tensor:
+        """Vectors of a question's relations, float [R, C], cached by the tuple of their strings."""
+        if names not in self.cache:
+            self.cache[names] = self.relation_map(self._encode(names))
+        return self.cache[names]
 
     @torch.no_grad()
-    def relations(self, names: tuple[str, ...]) -> Tensor:
-        """Vectors of a question's relations, float [R, C]; kept by the tuple of their strings."""
-        if names not in self.relation_cache:
-            self.relation_cache[names] = self.relation_map(self._encode(names))
-        return self.relation_cache[names]
-
-    @torch.no_grad()
-    def question(self, text: str) -> Tensor:
-        """Sentence vector of a question, float [1, D]."""
-        if text not in self.question_cache:
-            self.question_cache[text] = self._encode([text])
-        return self.question_cache[text]
+    def encode_question(self, text: str) -> Tensor:
+        """Sentence vector of a question, float [1, D], cached by its string."""
+        key = ("question", text)
+        if key not in self.cache:
+            self.cache[key] = self._encode([text])
+        return self.cache[key]
 
     def forward(self, question: dict) -> EarlierOutput:
         """Probabilities of one question's facts."""
         graph = string_graph(question, self.width)
-        relation = self.relations(graph.relations)[graph.edge_type]
-        instruction = self.question_map(self.question(question["question"]))
+        relation = self.encode_relations(graph.relations)[graph.edge_type]
+        instruction = self.question_map(self.encode_question(question["question"]))
         h = graph.features
         for layer in self.layers:
             h = layer(h, graph.edge_index, relation, instruction)
@@ -183,7 +169,7 @@ class EarlierRetriever(nn.Module):
 
 
 def earlier_retrieval_loss(output: EarlierOutput) -> Tensor:
-    """BCE on probabilities and the hinge over the whole matrix of positives and negatives."""
+    """BCE on probabilities, and the hinge over all pairs of a positive and a negative fact."""
     probability, label = output.probability, output.label
     bce = F.binary_cross_entropy(probability, label)
     positive, negative = probability[label > 0.5], probability[label <= 0.5]
@@ -194,14 +180,16 @@ def earlier_retrieval_loss(output: EarlierOutput) -> Tensor:
 
 
 class EarlierRetrieverLoop:
-    """Phase 1 of the earlier implementation: one optimizer step per batch of questions."""
+    """Phase 1: one optimizer step per batch of questions."""
 
-    def __init__(self, retriever: EarlierRetriever, lr: float = 1e-5) -> None:
+    tally: Tally | None = None
+
+    def __init__(self, retriever: EarlierRetriever) -> None:
         self.retriever = retriever
-        self.optimizer = torch.optim.AdamW(retriever.parameters(), lr=lr, weight_decay=1e-3)
+        self.optimizer = torch.optim.AdamW(retriever.parameters(), lr=_LR, weight_decay=1e-3)
 
     def step(self, questions: Sequence[dict]) -> float:
-        """Trains on raw questions and returns their mean loss."""
+        """Trains on raw questions. Returns their mean loss."""
         self.optimizer.zero_grad()
         total = 0.0
         for question in questions:
@@ -214,12 +202,16 @@ class EarlierRetrieverLoop:
 
 
 class EarlierJointLoop:
-    """Phase 2 of the earlier implementation, around a generator of ours.
+    """Phase 2, around our generator: one optimizer step per micro-batch.
 
     Args:
-        generator: with its adapters; hidden: width of the projector.
-        k_facts, max_answers: most facts in a prompt and answers in a target.
-        microbatch: questions per optimizer step; lr: learning rate.
+        retriever: of phase 1.
+        generator: with its adapters.
+        k_facts: maximum number of facts in a prompt.
+        max_answers: maximum number of answers in a target.
+        projector_dim: hidden width of the projector.
+        tally: counts the tokens.
+        microbatch: questions per optimizer step.
     """
 
     def __init__(
@@ -229,24 +221,27 @@ class EarlierJointLoop:
         *,
         k_facts: int,
         max_answers: int,
-        hidden: int,
+        projector_dim: int,
+        tally: Tally,
         microbatch: int = 4,
-        lr: float = 1e-5,
     ) -> None:
         self.retriever, self.generator = retriever, generator
         self.template = PromptTemplate()
         self.projector = nn.Sequential(
-            nn.Linear(3 * retriever.width, hidden), nn.ReLU(), nn.Linear(hidden, generator.dim)
+            nn.Linear(3 * retriever.width, projector_dim),
+            nn.ReLU(),
+            nn.Linear(projector_dim, generator.dim),
         )
         self.k_facts, self.max_answers, self.microbatch = k_facts, max_answers, microbatch
-        self.heads = [*self.retriever.parameters(), *self.projector.parameters()]
+        self.clipped = [*self.retriever.parameters(), *self.projector.parameters()]
         adapters = [p for p in generator.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW([*self.heads, *adapters], lr=lr, weight_decay=1e-3)
-        self.facts_used = self.prompts_made = 0
-        self.tally = Tally()
+        self.optimizer = torch.optim.AdamW([*self.clipped, *adapters], lr=_LR, weight_decay=1e-3)
+        self.num_facts = self.num_prompts = 0
+        self.tally = tally
 
     def _select(self, output: EarlierOutput) -> tuple[Tensor, Tensor]:
-        """Facts drawn by two-class Gumbel-Softmax, capped, with their straight-through masks."""
+        """At most k facts, by a two-class Gumbel-Softmax, and their straight-through masks."""
+        # The earlier implementation converts logits to probabilities, and back to logits here.
         p = output.probability
         logits = torch.stack([(p + 1e-8).log(), (1 - p + 1e-8).log()], dim=-1)
         noise = -torch.log(-torch.log(torch.rand_like(logits).clamp(1e-9, 1 - 1e-7)))
@@ -259,14 +254,14 @@ class EarlierJointLoop:
         return chosen, (hard - soft.detach() + soft)[chosen]
 
     def _embed(self, text: str) -> tuple[Tensor, Tensor]:
-        """Token ids and embeddings of one piece of text: a tokeniser call and a copy each."""
+        """Token ids int64 [A] and embeddings float [A, M] of one text, by a tokeniser call."""
         ids = torch.tensor(self.generator.tokenize([text])[0], dtype=torch.int64)
         return ids, self.generator.model.get_input_embeddings()(ids)
 
     def prompt(
         self, question: dict, chosen: Tensor, vectors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Facts, then cue with target, and the latter's labels: float [F, M], [A, M], int64 [A]."""
+        """Embeddings up to the last fact [F, M], of cue and target [A, M], and labels int64 [A]."""
         tokenizer, template = self.generator.tokenizer, self.template
         embed = self.generator.model.get_input_embeddings()
         pieces = []
@@ -286,10 +281,10 @@ class EarlierJointLoop:
         return torch.cat(pieces), torch.cat([cue, target, embed(end)]), labels
 
     def generator_loss(self, prompts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Mean loss of the microbatch from full-vocabulary logits over the padded sequences.
+        """Mean loss of the micro-batch from full-vocabulary logits over the padded sequences.
 
-        Shorter facts parts are filled with zero vectors that each carry a newline's embedding, and
-        attended to, as the description has it; what is left is padded on the right.
+        As in the description, shorter lists of facts are filled with pairs of a zero vector and a
+        newline's embedding, which are attended to. The sequences are then padded on the right.
         """
         longest = max(len(front) for front, _, _ in prompts)
         _, newline = self._embed("\n")
@@ -308,7 +303,7 @@ class EarlierJointLoop:
             use_cache=False,
         ).loss
 
-    def _microbatch(self, questions: Sequence[dict]) -> float:
+    def _step(self, questions: Sequence[dict]) -> float:
         self.optimizer.zero_grad()
         prompts, retrieval = [], torch.zeros(())
         for question in questions:
@@ -317,19 +312,20 @@ class EarlierJointLoop:
             vectors = self.projector(output.fact[chosen]) * mask.unsqueeze(1)
             prompts.append(self.prompt(question, chosen, vectors))
             retrieval = retrieval + earlier_retrieval_loss(output) / len(questions)
-            self.facts_used += len(chosen)
-            self.prompts_made += 1
+            self.num_facts += len(chosen)
+            self.num_prompts += 1
         for front, back, label in prompts:
             self.tally.tokens += len(front) + len(back)
             self.tally.supervised += int((label >= 0).sum())
         loss = self.generator_loss(prompts) + 0.1 * retrieval
         loss.backward()
-        nn.utils.clip_grad_norm_(self.heads, _GRAD_CLIP)
+        # The earlier implementation does not clip the adapters.
+        nn.utils.clip_grad_norm_(self.clipped, _GRAD_CLIP)
         self.optimizer.step()
         return loss.item()
 
     def step(self, questions: Sequence[dict]) -> float:
-        """Trains on raw questions, an optimizer step per microbatch; returns the mean loss."""
+        """Trains on raw questions, a micro-batch at a time. Returns the mean loss."""
         size = self.microbatch
-        parts = [questions[i : i + size] for i in range(0, len(questions), size)]
-        return sum(self._microbatch(part) for part in parts) / len(parts)
+        losses = [self._step(questions[i : i + size]) for i in range(0, len(questions), size)]
+        return sum(losses) / len(losses)

@@ -1,7 +1,7 @@
-"""One way to time contenders: pytest-benchmark on a CPU, `triton.testing.do_bench` on a GPU.
+"""Timing of contenders: pytest-benchmark on a CPU, `triton.testing.do_bench` on a GPU.
 
-Other work on a machine slows what runs at that moment. So on a CPU the contenders take turns,
-round by round, in one process, and the processor time of the process is kept beside the wall time.
+On a CPU the contenders take turns in one process, so that other work on the machine slows all of
+them. The processor time of the process is recorded beside the wall time.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from dragkit.observe.gpu import GpuMonitor, card_spec
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# A round of a contender lasts at least this long on a CPU, and at most this many calls.
-_ROUND_MS, _MOST_CALLS = 4.0, 500
-_LEAST_ROUNDS = 3
+# On a CPU a round of a contender lasts at least this long, unless it reaches the number of calls.
+_ROUND_MS, _MAX_CALLS = 4.0, 500
+_MIN_REPEATS = 3
+# Larger than any cache, so that the copy measures memory.
 _COPY_BYTES = {"cuda": 1 << 30, "cpu": 128 << 20}
+# Beginnings of the names of CUDA calls that start work on the device.
 _LAUNCH = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
 @dataclass(slots=True)
 class Tally:
-    """Tokens that a contender's calls have processed, counted by the calls themselves.
+    """Tokens that a contender has processed. Its calls count them.
 
     Attributes:
-        tokens, supervised: real ones, without padding.
-        weights: of the language model in training; None where FLOPs are not counted.
+        tokens, supervised: tokens without padding.
+        weights: of the language model in training. None where FLOPs are not counted.
     """
 
     tokens: int = 0
@@ -46,15 +48,16 @@ class Tally:
 
 @dataclass(slots=True)
 class Contender:
-    """One implementation of what a comparison times.
+    """One implementation that a comparison times.
 
     Attributes:
-        name: as printed; run: one call.
-        peer: written with other libraries; otherwise ours.
-        calls: of one round on a CPU; None for as many as last long enough to be timed.
-        tally: what the calls count, where they pass a language model.
-        replay: to be recorded as a CUDA graph.
-        obstacle: why it cannot run here. It is then named in the table and not run.
+        name: as printed.
+        run: makes one call.
+        peer: whether it is written with other libraries.
+        calls: calls of one round on a CPU. None chooses a number that lasts long enough.
+        tally: the tokens that the calls count, if they run a language model.
+        replay: whether it is recorded as a CUDA graph.
+        obstacle: why it cannot run here. The table then names it, and it is not run.
         error: its largest difference from float64, if that was checked.
     """
 
@@ -68,17 +71,26 @@ class Contender:
     error: float | None = None
 
 
-def check_agreement(name: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """The gate before a timing: a fast wrong answer is not a result.
+def check_agreement(
+    name: str, ours: Tensor, theirs: Tensor, tolerance: float, *, order: float = math.inf
+) -> None:
+    """The gate before a timing, so that no wrong answer is timed.
+
+    Args:
+        tolerance: largest norm of the difference over the norm of `theirs`.
+        order: of the norms. 2 allows that rounding puts single elements on the other side of a
+            ReLU, or single tokens with another expert.
 
     Raises:
-        ValueError: the largest difference exceeds `tolerance` times the largest value.
+        ValueError: the difference exceeds the tolerance.
     """
-    ours, theirs = ours.detach(), theirs.detach()
-    scale = float(theirs.abs().max().clamp(min=1e-12))
-    error = float((ours - theirs).abs().max()) / scale
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    # A scale of 0 would make the error of equal zeros NaN.
+    scale = torch.linalg.vector_norm(theirs, order).clamp(min=1e-12)
+    error = float(torch.linalg.vector_norm(ours - theirs, order) / scale)
+    # The negation also refuses NaN.
     if not error <= tolerance:
-        raise ValueError(f"{name}: differs from ours by {error:.1e} of its scale; not timed")
+        raise ValueError(f"{name}: differs from ours by {error:.1e} of its norm; not timed")
 
 
 def _synchronise() -> None:
@@ -93,11 +105,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class _Timed:
-    """A contender being timed.
+    """A contender during its timing. The constructor warms it up.
 
     Attributes:
-        calls: of one round; count: calls since the warm-up; joules: of one call.
-        wall_ms, cpu_ms: of one call, round by round.
+        calls: calls of one round.
+        count: calls since the warm-up.
+        joules: energy of one call.
+        wall_ms, cpu_ms: of one call, for each round.
     """
 
     def __init__(self, contender: Contender, warmup: int) -> None:
@@ -106,9 +120,10 @@ class _Timed:
             begin = time.perf_counter()
             contender.run()
             _synchronise()
+            # The last call is the estimate, because the first one allocates and compiles.
             self.last_ms = (time.perf_counter() - begin) * 1e3
-        least = math.ceil(_ROUND_MS / max(self.last_ms, 1e-6))
-        self.calls = contender.calls or min(_MOST_CALLS, least)
+        calls = math.ceil(_ROUND_MS / max(self.last_ms, 1e-6))
+        self.calls = contender.calls or min(_MAX_CALLS, calls)
         tally = contender.tally
         self.before = None if tally is None else (tally.tokens, tally.supervised)
         self.count = 0
@@ -117,32 +132,34 @@ class _Timed:
         self.cpu_ms: list[float] = []
 
     def call(self) -> None:
-        """One call, counted."""
+        """Makes and counts one call."""
         self.count += 1
         self.contender.run()
 
     def round(self) -> None:
-        """One round on a CPU."""
-        wall, used = time.perf_counter(), time.process_time()
+        """Times one round on a CPU."""
+        wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(self.calls):
             self.call()
         self.wall_ms.append((time.perf_counter() - wall) * 1e3 / self.calls)
-        self.cpu_ms.append((time.process_time() - used) * 1e3 / self.calls)
+        self.cpu_ms.append((time.process_time() - cpu) * 1e3 / self.calls)
 
     def on_gpu(self, repeats: int, monitor: GpuMonitor | None) -> Spread:
-        """Device time of a call with a cold L2 cache, and the board's energy beside it."""
+        """Device time of a call with a cold L2 cache. Records the board's energy as well."""
         from triton.testing import do_bench
 
         before, count = _joules(monitor), self.count
+        # The duration in ms, which do_bench divides by its own estimate of a call.
         rep = max(100, math.ceil(repeats * self.last_ms))
         median, low, high = do_bench(self.call, rep=rep, quantiles=[0.5, 0.2, 0.8])
         after = _joules(monitor)
         if before is not None and after is not None:
+            # do_bench also makes calls that it does not time. `count` and the energy include them.
             self.joules = (after - before) / (self.count - count)
         return median, low, high
 
     def rates(self, ms: float, questions: int | None, gpu: str | None) -> Rates | None:
-        """Tokens of all timed calls over their median time; None where no tokens are counted."""
+        """Tokens of all timed calls over their median time. None if no tokens are counted."""
         tally = self.contender.tally
         if tally is None:
             return None
@@ -173,6 +190,7 @@ def _launches(run: Callable[[], object], device: torch.device) -> int | None:
     events = profiler.events() or ()
     if cuda:
         return sum(event.name.startswith(_LAUNCH) for event in events) or None
+    # Only the innermost operators loop over elements.
     return sum(event.name.startswith("aten::") and not event.cpu_children for event in events)
 
 
@@ -185,7 +203,7 @@ def _peak_mb(run: Callable[[], object]) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """GB/s of a large copy, bytes read and written, the median of nine."""
+    """GB/s of a large copy, with the bytes read and written, as the median of nine."""
     source = torch.ones(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timed = _Timed(Contender("copy", lambda: target.copy_(source)), warmup=2)
@@ -207,57 +225,59 @@ def compare(
     warmup: int = 2,
     seconds: float | None = None,
     device: torch.device = CPU,
-) -> Comparison:
-    """Times contenders. Whether they agree is the caller's to check before.
+) -> None:
+    """Times contenders that the caller has checked.
 
     pytest-benchmark's own table shows the first one. On a CPU the others run in the untimed set-up
     of each of its rounds. The whole comparison goes into `extra_info`.
 
     Args:
         benchmark: the fixture of pytest-benchmark.
-        comparison: name, settings and counts; it gets the timings, in the order of `contenders`.
+        comparison: name, settings and counts. Gets the timings in the order of `contenders`.
         contenders: ours first.
-        repeats: rounds of each; warmup: calls of each before, at least one.
-        seconds: lowers the repeats, to no less than three, where they would last longer.
-        device: that they run on. A GPU's energy and peak rate are looked up.
+        repeats: rounds of each contender.
+        warmup: calls of each contender before its rounds, at least one.
+        seconds: lowers `repeats` to what takes this long, but not below three.
+        device: device of the contenders. A GPU's energy and peak rate are read.
 
     Raises:
-        ValueError: fewer than two repeats, which have no spread.
+        ValueError: fewer than two repeats, which have no percentiles.
     """
     if repeats < 2:
-        raise ValueError(f"compare: at least 2 repeats are needed, got {repeats}")
+        raise ValueError(f"compare: repeats is {repeats}, at least 2 are needed for percentiles")
     timed = {c.name: _Timed(c, warmup) for c in contenders if not c.obstacle}
     round_ms = sum(t.calls * t.last_ms for t in timed.values())
     if seconds is not None and round_ms > 0:
-        repeats = min(repeats, max(_LEAST_ROUNDS, int(1e3 * seconds / round_ms)))
+        repeats = min(repeats, max(_MIN_REPEATS, int(1e3 * seconds / round_ms)))
     first, *others = timed.values()
-    gpu, monitor = None, None
+    gpu = None
     if device.type == "cuda":
         gpu, monitor = torch.cuda.get_device_name(device), GpuMonitor.open(device)
         spreads = {name: t.on_gpu(repeats, monitor) for name, t in timed.items()}
+        # pytest-benchmark shows host time here. The comparison has the device times of do_bench.
         benchmark.pedantic(first.call, setup=_synchronise, rounds=repeats, iterations=1)
     else:
 
-        def opponents() -> None:
+        def other_rounds() -> None:
             for other in others:
                 other.round()
 
-        benchmark.pedantic(first.round, setup=opponents, rounds=repeats, iterations=1)
+        benchmark.pedantic(first.round, setup=other_rounds, rounds=repeats, iterations=1)
         spreads = {name: spread(t.wall_ms) for name, t in timed.items()}
     for contender in contenders:
         row = Timing(contender.name, contender.peer, error=contender.error, note=contender.obstacle)
         comparison.timings.append(row)
-        if (found := timed.get(contender.name)) is None:
+        if contender.obstacle:
             continue
+        measured = timed[contender.name]
         row.ms = spreads[contender.name]
-        row.cpu_ms = statistics.median(found.cpu_ms) if found.cpu_ms else None
-        row.rates = found.rates(row.ms[0], comparison.questions, gpu)
+        row.cpu_ms = statistics.median(measured.cpu_ms) if measured.cpu_ms else None
+        row.rates = measured.rates(row.ms[0], comparison.questions, gpu)
         if comparison.bytes is not None:
             row.launches = _launches(contender.run, device)
-            # A CUDA graph's memory is set aside when it is recorded.
-            counted = device.type == "cuda" and not contender.replay
-            row.peak_mb = _peak_mb(contender.run) if counted else None
+            # A CUDA graph allocates its memory when it is recorded.
+            allocates = device.type == "cuda" and not contender.replay
+            row.peak_mb = _peak_mb(contender.run) if allocates else None
     comparison.about["repeats"] = repeats
     benchmark.group = comparison.name
     benchmark.extra_info.update(msgspec.to_builtins(comparison))
-    return comparison

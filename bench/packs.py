@@ -1,6 +1,6 @@
-"""What the op benchmarks run on: packs of random and of real graphs.
+"""Packs of random and of real graphs, on which the op benchmarks run.
 
-Facts are not merged here, unlike in training: every contender visits every fact.
+Unlike in training, equal facts are not merged, so every contender visits every fact.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dragkit_kernels.testing import Adjacency, adjacency, random_adjacency
 
 
 class Shape(NamedTuple):
-    """Equal graphs: nodes and facts of each, and the relations that all of them draw from."""
+    """Number of graphs, nodes and facts of each, and relations that all of them draw from."""
 
     name: str
     graphs: int
@@ -33,8 +33,8 @@ SHAPES = (
     Shape("C", 64, 2_000, 5_000, 150),
     Shape("M", 64, 6_250, 15_625, 150),
 )
-# What two cores can take. The last has whole graphs of C, because the number of nodes per pair of
-# graph and relation decides how much work the collapsed form saves.
+# Shapes for two cores. The last one has whole graphs of C, because the number of nodes per pair of
+# graph and relation determines how much work the collapsed form saves.
 CPU_SHAPES = (
     SHAPES[0],
     Shape("C, reduced", 4, 800, 2_000, 150),
@@ -43,13 +43,17 @@ CPU_SHAPES = (
 
 
 class Pack(NamedTuple):
-    """Graphs end to end, with the int64 indices that other libraries ask for.
+    """Concatenated graphs, with the int64 indices that other libraries need.
 
     Attributes:
-        name: as printed; fact_index: the facts, in graph order, all counts one.
-        edge_index: int64 [2, E]; pair, relation, fact_graph: int64 [E]; node_graph: int64 [N].
+        name: as printed.
+        fact_index: the facts in graph order, with all counts one.
+        edge_index: int64 [2, E].
+        pair, relation, fact_graph: int64 [E].
+        node_graph: int64 [N].
         node_ptr, fact_ptr: int32 [B+1].
-        num_relations: R; max_facts: of one graph.
+        num_relations: R.
+        max_facts: of one graph.
     """
 
     name: str
@@ -71,11 +75,11 @@ class Pack(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors are."""
+        """Of all tensors."""
         return self.node_ptr.device
 
     def sizes(self) -> dict[str, object]:
-        """For the tables."""
+        """The sizes, for the tables."""
         return {
             "graphs": self.num_graphs,
             "nodes": self.fact_index.num_nodes,
@@ -105,16 +109,16 @@ def _pack(name: str, graphs: Adjacency, num_relations: int, device: torch.device
 
 
 def random_pack(shape: Shape, device: torch.device) -> Pack:
-    """Random graphs with hubs: about one fact in the square root of N ends in a graph's first."""
+    """Random graphs with hubs: one fact in sqrt(N), on average, ends in the graph's first node."""
     graphs = random_adjacency([(shape.nodes, shape.facts)] * shape.graphs, shape.relations)
     return _pack(shape.name, graphs, shape.relations, device)
 
 
 def real_pack(name: str, questions: Sequence[Data], device: torch.device) -> Pack:
-    """The graphs of real questions. Relations are numbered from 0 to the number that occurs."""
+    """The graphs of real questions. The relations that occur are numbered from 0."""
     sizes = [(q.num_nodes, q.edge_index.shape[1]) for q in questions]
-    first = torch.tensor([0, *(nodes for nodes, _ in sizes)]).cumsum(0)
-    index = torch.cat([q.edge_index + first[i] for i, q in enumerate(questions)], dim=1)
-    used, relation = torch.unique(torch.cat([q.edge_type for q in questions]), return_inverse=True)
+    node_ptr = torch.tensor([0, *(nodes for nodes, _ in sizes)]).cumsum(0)
+    index = torch.cat([q.edge_index + node_ptr[i] for i, q in enumerate(questions)], dim=1)
+    types, relation = torch.unique(torch.cat([q.edge_type for q in questions]), return_inverse=True)
     graphs = adjacency(sizes, index[0], index[1], relation)
-    return _pack(name, graphs, len(used), device)
+    return _pack(name, graphs, len(types), device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,21 +11,47 @@ import torch
 from torch import Tensor
 
 from bench.measure import Contender
+from bench.packs import Pack
 from dragkit.trainer.replay import CudaCapture
 from dragkit_kernels import force_backend, resolve_backend
+from dragkit_kernels.testing import TOLERANCE
 
-# From the leaves to results. The first takes part in the backward, the others (integers) do not.
+# Maps the leaves to the results. The first result takes part in the backward. The others are
+# integers.
 Op = Callable[..., tuple[Tensor, ...]]
 
-# Largest norm of an error over the norm of the truth, of results and of gradients. bfloat16 lets
-# peers pass that sum in it.
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (5e-2, 2e-1)}
-# The incoming gradient is zero where the truth after a ReLU is smaller than this part of its RMS,
-# because rounding decides on which side of the ReLU such an element is.
-_KINK = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-# A gradient's error is divided by at least this part of the largest gradient's norm: the terms of
-# some gradients, as of a softmax's scores, nearly cancel.
-_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+# Arguments of a ReLU are kept this far from zero, as a fraction of their RMS. Rounding to bfloat16
+# moves them by less, so every contender agrees with float64 on which side of zero they are.
+_KINK_MARGIN = 1e-1
+# A gradient's error is divided by at least this fraction of the largest gradient's norm, because
+# the terms of some gradients nearly cancel, as those of a softmax's scores do.
+_NORM_FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+
+
+class Case(NamedTuple):
+    """The graphs of a problem, the dtype of its leaves, C and K."""
+
+    pack: Pack
+    dtype: torch.dtype
+    width: int
+    num_instructions: int
+
+    def leaf(self, *shape: int, seed: int, scale: float = 1.0) -> Tensor:
+        """Gaussian numbers, the same on every device, that require a gradient."""
+        generator = torch.Generator().manual_seed(seed)
+        values = scale * torch.randn(shape, generator=generator)
+        return values.to(device=self.pack.device, dtype=self.dtype).requires_grad_()
+
+
+def tolerances(dtype: torch.dtype, *, peer: bool) -> tuple[float, float]:
+    """Largest norm of an error over the norm of the float64 value, of a result and of a gradient.
+
+    Ours is held to the table of the op tests. Peers in bfloat16 are held to less, because their
+    backward adds the gradients of thousands of facts in bfloat16.
+    """
+    if peer and dtype == torch.bfloat16:
+        return 5e-2, 2e-1
+    return TOLERANCE[dtype], TOLERANCE[dtype]
 
 
 @dataclass(slots=True)
@@ -34,15 +59,17 @@ class Problem:
     """An op's inputs, our implementation and its peers.
 
     Attributes:
-        name: as printed; about: sizes, for the table.
-        op: of dragkit_kernels, which decides whether Triton runs; leaves: that need gradients.
-        call: ours. On float64 leaves and PyTorch's backend it gives the truth.
-        peers: other libraries' ways; compiled: those that also run under torch.compile.
-        bytes, flops: least to move and to compute, of the forward and of the backward. One
-            operation each is a sum, a product, a comparison, a quotient, an exponential and a
-            logarithm. Where there are matrix products, they alone are counted.
-        relu: whether the first result comes out of a ReLU.
-        variants: further calls of ours, by what is appended to the names.
+        name: as printed.
+        about: sizes for the table.
+        op: its name in dragkit_kernels.
+        leaves: inputs that need gradients.
+        call: our implementation. Float64 leaves and PyTorch's backend give the expected values.
+        peers: implementations with other libraries.
+        compiled: names of the peers that also run under torch.compile.
+        bytes, flops: the fewest to move and to compute, of the forward and of the backward. A sum,
+            product, comparison, quotient, exponential or logarithm is one operation. Where an op
+            has matrix products, only they are counted.
+        variants: further calls of ours, by the suffix of their names.
     """
 
     name: str
@@ -54,7 +81,6 @@ class Problem:
     compiled: Sequence[str]
     bytes: tuple[float, float]
     flops: tuple[float, float]
-    relu: bool = False
     variants: dict[str, Op] | None = None
 
     @property
@@ -71,33 +97,27 @@ class Problem:
         device = self.leaves[0].device.type
         runs = resolve_backend(self.op, self.leaves[0].float()) == "triton"
         no_triton = "" if runs else f"no Triton kernel runs on a {device}"
-        found = []
+        contenders = []
         for suffix, call in {"": self.call, **(self.variants or {})}.items():
-            triton, plain = _on("auto", call), _on("torch", call)
-            found += [
-                Contender(f"dragkit, Triton{suffix}", triton, False, obstacle=no_triton),
-                Contender(
-                    f"dragkit, Triton, CUDA graph{suffix}",
-                    triton,
-                    False,
-                    replay=True,
-                    obstacle=no_triton,
-                ),
-                Contender(f"dragkit, PyTorch{suffix}", plain, False),
+            triton, plain = _with_backend("auto", call), _with_backend("torch", call)
+            contenders += [
+                Contender(f"dragkit, {words}{suffix}", run, False, replay=replay, obstacle=obstacle)
+                for words, run, replay, obstacle in (
+                    ("Triton", triton, False, no_triton),
+                    ("Triton, CUDA graph", triton, True, no_triton),
+                    ("PyTorch", plain, False, ""),
+                )
             ]
-        absent = "" if importlib.util.find_spec("torch_scatter") else "torch_scatter is missing"
-        for name, peer in self.peers.items():
-            obstacle = absent if name == "torch_scatter" else ""
-            found.append(Contender(name, peer, obstacle=obstacle))
-        obstacle = "" if compile_ else "compilation is asked for by --bench-compiled"
+        contenders += [Contender(name, peer) for name, peer in self.peers.items()]
+        obstacle = "" if compile_ else "compiled contenders need --bench-compiled"
         for name in self.compiled:
-            # For these sizes only.
+            # A graph for these sizes alone is the fastest that the compiler makes.
             run = torch.compile(self.peers[name], dynamic=False)
-            found.append(Contender(f"{name}, compiled", run, obstacle=obstacle))
-        return found
+            contenders.append(Contender(f"{name}, compiled", run, obstacle=obstacle))
+        return contenders
 
 
-def _on(backend: str, call: Op) -> Op:
+def _with_backend(backend: str, call: Op) -> Op:
     def run(*leaves: Tensor) -> tuple[Tensor, ...]:
         with force_backend(backend):
             return call(*leaves)
@@ -105,16 +125,36 @@ def _on(backend: str, call: Op) -> Op:
     return run
 
 
-def random_leaf(
-    *shape: int, dtype: torch.dtype, device: torch.device, seed: int, scale: float = 1.0
-) -> Tensor:
-    """Gaussian numbers, the same on every device, that require a gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    values = scale * torch.randn(shape, generator=generator)
-    return values.to(device=device, dtype=dtype).requires_grad_()
+@torch.no_grad()
+def keep_off_zero(leaf: Tensor, weight: Tensor, values: Tensor) -> None:
+    """Moves `leaf` in place such that no element of `values` is near zero, where a ReLU has a kink.
+
+    Args:
+        leaf: float [..., C]. The values change by the change of `leaf @ weight`.
+        weight: float [C, C], orthogonal.
+        values: float [..., C], the arguments of the ReLU.
+    """
+    values = values.double()
+    margin = _KINK_MARGIN * values.square().mean().sqrt()
+    shift = torch.where(values.abs() < margin, margin.copysign(values) - values, 0.0)
+    leaf += (shift @ weight.double().t()).to(leaf.dtype)
 
 
-class Truth(NamedTuple):
+@torch.no_grad()
+def relu_argument(call: Op, leaves: Sequence[Tensor], odd: Sequence[int]) -> Tensor:
+    """x of a `call` whose first result is relu(x), in float64.
+
+    Args:
+        odd: indices of the leaves that negate x when all of them are negated.
+    """
+    leaves = [leaf.double() for leaf in leaves]
+    negated = [-leaf if i in odd else leaf for i, leaf in enumerate(leaves)]
+    # One of relu(x) and relu(-x) is zero.
+    run = _with_backend("torch", call)
+    return run(*leaves)[0] - run(*negated)[0]
+
+
+class Expected(NamedTuple):
     """The incoming gradient, and the results and gradients in float64 (integers as they are)."""
 
     grad: Tensor
@@ -122,21 +162,19 @@ class Truth(NamedTuple):
     gradients: list[Tensor]
 
 
-def find_truth(problem: Problem, *, backward: bool) -> Truth:
+def compute_expected(problem: Problem, *, backward: bool) -> Expected:
     """The results in float64, and the gradients if `backward`."""
     leaves = [leaf.detach().double().requires_grad_(backward) for leaf in problem.leaves]
-    first, *others = _on("torch", problem.call)(*leaves)
+    first, *others = _with_backend("torch", problem.call)(*leaves)
     generator = torch.Generator().manual_seed(11)
+    # Rounded to the dtype of the problem, so that all contenders get the same gradient.
     grad = torch.randn(first.shape, generator=generator).to(problem.dtype).to(first.device)
-    if problem.relu:
-        rms = first.detach().square().mean().sqrt()
-        grad = grad.masked_fill(first.detach() < _KINK[problem.dtype] * rms, 0.0)
     gradients = list(torch.autograd.grad(first, leaves, grad.double())) if backward else []
-    return Truth(grad, [first.detach(), *others], gradients)
+    return Expected(grad, [first.detach(), *others], gradients)
 
 
 def make_step(
-    problem: Problem, contender: Contender, truth: Truth, *, backward: bool
+    problem: Problem, contender: Contender, grad: Tensor, *, backward: bool
 ) -> Callable[[], list[Tensor]]:
     """What is timed: the forward alone, or the forward and the gradients of all leaves."""
     leaves, run = list(problem.leaves), contender.run
@@ -147,51 +185,54 @@ def make_step(
 
     def both() -> list[Tensor]:
         first, *others = run(*leaves)
-        found = torch.autograd.grad(first, leaves, truth.grad.to(first.dtype))
-        return [first.detach(), *others, *found]
+        # Some contenders return float32 for bfloat16 leaves.
+        gradients = torch.autograd.grad(first, leaves, grad.to(first.dtype))
+        return [first.detach(), *others, *gradients]
 
     step = both if backward else forward
     if not contender.replay:
         return step
     results: list[Tensor] = []
 
-    def work() -> None:
+    def record() -> None:
+        # A replay writes to the tensors of the recording, so they are kept.
         results[:] = step()
 
-    replay = CudaCapture(truth.grad.device)(work)
+    replay = CudaCapture(grad.device)(record)
 
-    def again() -> list[Tensor]:
+    def replayed() -> list[Tensor]:
         replay()
         return results
 
-    return again
+    return replayed
 
 
-def _error(found: Tensor, expected: Tensor, floor: float) -> float:
-    """Norm of the difference over that of the expected, at least `floor`; infinity for NaN."""
-    if found.shape != expected.shape:
+def _relative_error(actual: Tensor, expected: Tensor, floor: float) -> float:
+    """Norm of the difference over that of `expected`, at least `floor`. Infinity for NaN."""
+    if actual.shape != expected.shape:
         return math.inf
     expected = expected.double()
-    error = float((found.double() - expected).norm()) / max(float(expected.norm()), floor)
+    error = float((actual.double() - expected).norm()) / max(float(expected.norm()), floor)
     return error if math.isfinite(error) else math.inf
 
 
-def agreement(dtype: torch.dtype, found: Sequence[Tensor], truth: Truth) -> float:
+def check_against_float64(
+    actual: Sequence[Tensor], expected: Expected, limits: tuple[float, float], norm_floor: float
+) -> float:
     """The largest error of results and gradients.
 
     Raises:
         ValueError: an error exceeds its tolerance.
     """
-    tolerances = TOLERANCES[dtype]
-    norms = (float(gradient.norm()) for gradient in truth.gradients)
-    floor = _FLOOR[dtype] * max(norms, default=0.0)
-    wanted = [(f"result {i}", t, tolerances[0], 0.0) for i, t in enumerate(truth.results)]
-    wanted += [(f"gradient {i}", t, tolerances[1], floor) for i, t in enumerate(truth.gradients)]
+    norms = (float(gradient.norm()) for gradient in expected.gradients)
+    floor = max(norm_floor * max(norms, default=0.0), 1e-12)
+    wanted = [(f"result {i}", t, limits[0], 1e-12) for i, t in enumerate(expected.results)]
+    wanted += [(f"gradient {i}", t, limits[1], floor) for i, t in enumerate(expected.gradients)]
     largest = 0.0
-    for got, (what, expected, limit, least) in zip(found, wanted, strict=True):
-        error = _error(got, expected, max(least, 1e-12))
+    for tensor, (name, value, limit, least) in zip(actual, wanted, strict=True):
+        error = _relative_error(tensor, value, least)
         if not error <= limit:
-            raise ValueError(f"{what} differs from float64 by {error:.1e}, {limit:.0e} is allowed")
+            raise ValueError(f"{name} differs from float64 by {error:.1e}, {limit:.0e} is allowed")
         largest = max(largest, error)
     return largest
 
@@ -201,19 +242,24 @@ def checked(
 ) -> list[Contender]:
     """The contenders, to be timed if they run and agree.
 
-    Their `run` becomes the whole step. One that cannot run or does not agree gets an obstacle.
+    Their `run` becomes the whole step. A peer that cannot run or does not agree gets an obstacle.
 
     Raises:
         ValueError: one of ours does not agree.
-        RuntimeError: one of ours cannot run, though nothing forbids it.
+        RuntimeError: one of ours cannot run, although it has no obstacle.
     """
-    truth = find_truth(problem, backward=backward)
+    expected = compute_expected(problem, backward=backward)
     for contender in (contender for contender in contenders if not contender.obstacle):
+        limits = tolerances(problem.dtype, peer=contender.peer)
         try:
-            step = make_step(problem, contender, truth, backward=backward)
-            contender.error = agreement(problem.dtype, step(), truth)
+            step = make_step(problem, contender, expected.grad, backward=backward)
+            contender.error = check_against_float64(
+                step(), expected, limits, _NORM_FLOOR[problem.dtype]
+            )
+            # Ops are short, so the timing chooses the number of calls in a round.
             contender.run, contender.calls = step, None
         except torch.OutOfMemoryError:
+            # The [E, C] temporaries of peers do not fit every device at the largest shapes.
             contender.obstacle = "out of memory"
             torch.cuda.empty_cache()
         except (RuntimeError, ValueError, TypeError, ImportError, OSError) as error:

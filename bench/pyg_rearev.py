@@ -1,8 +1,7 @@
-"""The opponent that packs too: ReaRev in eager PyG, all questions of a batch in one graph.
+"""ReaRev in eager PyG over packs: all questions of a batch in one graph.
 
-Every instruction and direction is its own propagate over the facts, with self-loops as edges, as
-the model was published and as one writes it with PyG's tools. What does not run over the graph is
-`Retriever`'s own, and so are the names of the weights.
+As published, every instruction and direction has its own propagate over the facts, with self-loops
+as edges. The parts that do not run over the graph are `Retriever`'s. The weights have its names.
 """
 
 from __future__ import annotations
@@ -42,15 +41,16 @@ class Layer(nn.Module):
     """One hop: 2K propagates, their concatenation, one linear map.
 
     Args:
-        width: C; count: K.
+        width: C.
+        num_instructions: K.
         per_fact: project relation features fact by fact, as the released code and PyG's `lin_edge`
-            do; otherwise once per distinct relation of the batch.
+            do, and not once per distinct relation of the batch.
     """
 
-    def __init__(self, width: int, count: int, *, per_fact: bool) -> None:
+    def __init__(self, width: int, num_instructions: int, *, per_fact: bool) -> None:
         super().__init__()
         self.relation = nn.Linear(width, width)
-        self.update = nn.Linear((2 * count + 1) * width, width)
+        self.update = nn.Linear((2 * num_instructions + 1) * width, width)
         self.message = RelationMessage()
         self.per_fact = per_fact
 
@@ -64,33 +64,36 @@ class Layer(nn.Module):
         edge_type: Tensor,
         edge_graph: Tensor,
     ) -> Tensor:
-        """float [N, C]."""
-        directions = (edge_index, edge_index.flip(0))
+        """h [N, C], p [N], x [R+1, 2, C], instruction [B, K, C] and indices of facts to [N, C]."""
         if self.per_fact:
-            relation = [self.relation(x[edge_type, way]) for way in (0, 1)]
+            relation = [self.relation(x[edge_type, direction]) for direction in (0, 1)]
         else:
             table = self.relation(x)
-            relation = [table[edge_type, way] for way in (0, 1)]
-        parts = [h]
+            relation = [table[edge_type, direction] for direction in (0, 1)]
+        features = [h]
         for k in range(instruction.shape[1]):
             gate = instruction[edge_graph, k]
-            for way, index in enumerate(directions):
-                parts.append(self.message(p, index, relation[way], gate))
-        return torch.relu(self.update(torch.cat(parts, dim=-1)))
+            for direction, index in enumerate((edge_index, edge_index.flip(0))):
+                features.append(self.message(p, index, relation[direction], gate))
+        return torch.relu(self.update(torch.cat(features, dim=-1)))
 
 
 class PackedPyGReaRev(nn.Module):
-    """`Retriever`'s mathematics without the collapse, over a PyG batch.
+    """`Retriever`'s mathematics without the collapsed layer, over a PyG batch.
 
     Args:
-        config: sizes, dropout must be 0; text_dim: width of the token states.
+        config: sizes. Dropout must be 0.
+        text_dim: width of the token states.
         per_fact: see `Layer`.
+
+    Raises:
+        ValueError: dropout is not 0.
     """
 
     def __init__(self, config: RetrieverConfig, text_dim: int, *, per_fact: bool = False) -> None:
         super().__init__()
         if config.dropout:
-            raise ValueError("the comparison is exact only without dropout")
+            raise ValueError(f"PackedPyGReaRev: retriever.dropout is {config.dropout}, set it to 0")
         width, count = config.hidden_dim, config.num_instructions
         self.num_stages = config.num_stages
         self.pooling = TokenPooling(text_dim, width)
@@ -112,12 +115,12 @@ class PackedPyGReaRev(nn.Module):
         x = self.pooling.pool(relations.states[rows], relations.mask[rows], query)
         instruction = self.instructions(self.pooling, batch.question, batch.question_mask)
 
-        start = self.start(x[:, 0])[edge_type]
-        nodes = batch.num_nodes
-        h = torch.relu(scatter(start, tail, 0, nodes) + scatter(start, head, 0, nodes))
+        rows, num_nodes = self.start(x[:, 0])[edge_type], batch.num_nodes
+        h = torch.relu(scatter(rows, tail, 0, num_nodes) + scatter(rows, head, 0, num_nodes))
 
-        loops = torch.arange(nodes, device=head.device)
+        loops = torch.arange(num_nodes, device=head.device)
         edge_index = torch.cat([batch.edge_index, loops.expand(2, -1)], dim=1)
+        # Self-loops have one more relation, whose vector is learned.
         all_types = torch.cat([edge_type, torch.full_like(loops, x.shape[0])])
         with_self = torch.cat([x, self.self_relation.expand(1, 2, -1)])
         edge_graph = batch.batch[edge_index[0]]
@@ -134,7 +137,7 @@ class PackedPyGReaRev(nn.Module):
 
 
 def pyg_batch(questions: list[Data]) -> Batch:
-    """PyG's own collation, and the questions' token states padded to the longest."""
+    """PyG's collation, with the questions' token states padded to the longest."""
     batch = Batch.from_data_list(questions, exclude_keys=["states"])
     texts = [question.states for question in questions]
     batch.question = nn.utils.rnn.pad_sequence(texts, batch_first=True)

@@ -1,4 +1,4 @@
-"""Writing result files: what was measured, on which machine and by which command."""
+"""Writing of result files: the measurements, the machine and the command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "triton", "torch_geometric", "transformers", "peft", "nump
 
 
 def device_name() -> str:
-    """The GPU, or the processor where there is none, as the name of a folder."""
+    """The GPU, or the processor if there is no GPU, as the name of a folder."""
     name = platform.processor() or platform.machine()
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
@@ -33,32 +33,33 @@ def device_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the working tree, with a plus sign where it has changes."""
+    """The commit of the working tree, with a plus sign if it has changes. None without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10"]
     try:
-        found = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True)
+        run = subprocess.run([*command, "--dirty=+"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return run.stdout.strip()
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """How this process was started, from `sys.argv`, without the folder of the results."""
+    """The command of a process, from its `sys.argv`, without the folder of the results."""
     path, *rest = Path(arguments[0]), *arguments[1:]
     words = ["python", path.name] if path.suffix == ".py" else [path.name]
     if path.name == "__main__.py":
         words = ["python", "-m", path.parent.name]
-    skip = False
+    # The folder is a path of this machine and no part of what was measured.
+    is_folder = False
     for word in rest:
-        if skip or word == "--results":
-            skip = not skip
+        if is_folder or word == "--results":
+            is_folder = not is_folder
         elif not word.startswith("--results="):
             words.append(word)
     return shlex.join(words)
 
 
 def machine_info(command: str | None = None) -> dict[str, object]:
-    """What a time depends on besides the code; `command` replaces this process's own."""
+    """What a time depends on besides the code. `command` replaces that of this process."""
     packages: dict[str, str | None] = dict.fromkeys(_PACKAGES)
     for package in _PACKAGES:
         try:
@@ -67,7 +68,7 @@ def machine_info(command: str | None = None) -> dict[str, object]:
             continue
     return {
         "device": device_name(),
-        # The maker's spelling, by which peak rates are looked up.
+        # Peak rates are looked up by the maker's spelling.
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -83,7 +84,9 @@ def write_results(folder: Path, theme: str, comparisons: Sequence[Comparison]) -
     """Writes `<folder>/<device>/<theme>.json` and the same as a Markdown table.
 
     Args:
-        folder: such as bench/results; theme: name of the file; comparisons: of one session.
+        folder: such as bench/results.
+        theme: name of the file.
+        comparisons: of one session.
 
     Returns:
         The path of the JSON file.

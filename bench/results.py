@@ -1,6 +1,6 @@
-"""What result files hold: reading them with every field checked, and Markdown tables of them.
+"""The contents of result files: reading them with every field checked, and Markdown tables.
 
-Needs no torch, so that files can be looked at on any machine.
+This module needs no torch, so that any machine can read the files.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from pathlib import Path
 
 import msgspec
 
+# Median, 20th and 80th percentile.
 Spread = tuple[float, float, float]
 
-PROFILE = "profile.json"
 # Files of the device suite that hold no timings.
-_NO_TIMINGS = ("env.json", "summary.json")
-# Fields of earlier files that follow from others. They are computed when a table is printed.
+_NO_TIMINGS = ("env.json", "profile.json", "summary.json")
+# Fields of earlier files that are now computed when a table is printed.
 _DERIVED = {"host_ms", "ratio", "gb_s", "copy_share", "tflop_s"}
 
 
 class ResultError(Exception):
-    """A file or folder that cannot be used. The message names it and says why."""
+    """A file or folder cannot be used. The message names it and says why."""
 
     def __init__(self, path: Path, problem: str, *, missing: bool = False) -> None:
         super().__init__(f"{path}: {problem}")
@@ -29,12 +29,13 @@ class ResultError(Exception):
 
 
 class Rates(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a language model processes each second.
+    """Rates of a language model.
 
     Attributes:
-        tokens_per_s, supervised_tokens_per_s: real tokens, without padding.
-        flop_per_s: model FLOPs; mfu: their share of the device's dense bfloat16 rate.
-        joules_per_question: of the whole board, by the GPU's own counter.
+        tokens_per_s, supervised_tokens_per_s: tokens without padding.
+        flop_per_s: model FLOPs.
+        mfu: the fraction that `flop_per_s` is of the device's dense bfloat16 rate.
+        joules_per_question: energy of the whole board, by the GPU's own counter.
     """
 
     tokens_per_s: float
@@ -48,12 +49,12 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True):
     """One contender of a comparison.
 
     Attributes:
-        peer: written with other libraries, so that its slowing down is no regression.
-        ms: median, 20th and 80th percentile of a call; wall time on a CPU, time between two events
-            with a cold L2 cache on CUDA. None if it was not timed; `note` then says why.
+        peer: written with other libraries. A slower peer is no regression.
+        ms: of a call. It is wall time on a CPU, and time between two events with a cold L2 cache on
+            CUDA. None if the contender was not timed, and `note` then says why.
         cpu_ms: median processor time of all threads, on a CPU.
-        peak_mb: above what was allocated before, on CUDA.
-        launches: calls that start work on CUDA, PyTorch operators without others inside on a CPU.
+        peak_mb: memory above what was allocated before, on CUDA.
+        launches: calls that start work on CUDA, and innermost PyTorch operators on a CPU.
         error: largest norm of a difference from float64 over the norm of the float64 value.
     """
 
@@ -70,20 +71,21 @@ class Timing(msgspec.Struct, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if self.ms is None:
             return
-        middle, low, high = self.ms
+        median, low, high = self.ms
         # Interpolated percentiles of equal values differ in their last digits.
-        slack = 1e-9 * abs(middle)
-        if not 0 <= low <= middle + slack or not middle <= high + slack:
-            raise ValueError(f"{middle} between {low} and {high} is no median of times")
+        slack = 1e-9 * abs(median)
+        if not 0 <= low <= median + slack or not median <= high + slack:
+            raise ValueError(f"ms: {median} is not between the percentiles {low} and {high}")
 
 
 class Comparison(msgspec.Struct, forbid_unknown_fields=True):
     """Contenders on one problem, ours first.
 
     Attributes:
-        about: sizes and settings; questions: that one call processes, if it processes questions.
+        about: sizes and settings.
+        questions: that one call processes, if it processes questions.
         copy_gb_s: GB/s of a copy in the same run.
-        bytes, flops: least that a call has to move and to compute; None if they are not counted.
+        bytes, flops: the fewest that a call moves and computes. None if they are not counted.
     """
 
     name: str
@@ -94,8 +96,13 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True):
     bytes: float | None = None
     flops: float | None = None
 
+    @property
+    def timed(self) -> list[Timing]:
+        """The contenders that were timed."""
+        return [timing for timing in self.timings if timing.ms is not None]
+
     def markdown(self, head: str = "") -> str:
-        """A table of the contenders that were timed; `head` goes above it.
+        """A table of the contenders that were timed, with `head` above it.
 
         "ms / ours" is a contender's time over that of the first row.
         """
@@ -103,13 +110,21 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True):
         lines = [f"### {self.name}", ""]
         for text in filter(None, (head, sizes)):
             lines += [text, ""]
-        rows = [row for row in self.timings if row.ms is not None]
+        rows = self.timed
         cells = [{"contender": row.name} | self._cells(row, rows[0]) for row in rows]
-        used = [title for title in dict.fromkeys(chain(*cells)) if any(c.get(title) for c in cells)]
-        if used:
-            lines += [f"| {' | '.join(used)} |", f"|---|{'---:|' * (len(used) - 1)}"]
-        lines += [f"| {' | '.join(c.get(title, '') for title in used)} |" for c in cells]
-        lines += self._strongest_peer(rows)
+        titles = [t for t in dict.fromkeys(chain(*cells)) if any(c.get(t) for c in cells)]
+        if titles:
+            lines += [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+        lines += [f"| {' | '.join(c.get(title, '') for title in titles)} |" for c in cells]
+        peers = [row for row in rows if row.peer]
+        if peers and len(peers) < len(rows):
+            peer = min(peers, key=lambda row: row.ms[0])
+            ours = min((row for row in rows if not row.peer), key=lambda row: row.ms[0])
+            ratio = peer.ms[0] / ours.ms[0]
+            lines += [
+                "",
+                f"Strongest peer: {peer.name}, {ratio:.2f} times the time of {ours.name}.",
+            ]
         if absent := [f"- {row.name}: {row.note}" for row in self.timings if row.ms is None]:
             lines += ["", "Not timed:", "", *absent]
         return "\n".join(lines) + "\n"
@@ -138,55 +153,47 @@ class Comparison(msgspec.Struct, forbid_unknown_fields=True):
                 "MFU": (rates.mfu, ".3g"),
                 "J/question": (rates.joules_per_question, ".3g"),
             }
-        texts = {title: _text(value, form) for title, (value, form) in numbers.items()}
+        texts = {
+            title: "" if value is None else format(value, form)
+            for title, (value, form) in numbers.items()
+        }
         return {"ms (p20-p80)": f"{ms:.4g} ({low:.4g}-{high:.4g})"} | texts
-
-    def _strongest_peer(self, rows: Sequence[Timing]) -> list[str]:
-        ours = [row for row in rows if not row.peer]
-        peers = [row for row in rows if row.peer]
-        if not ours or not peers:
-            return []
-        fast, peer = (min(side, key=lambda row: row.ms[0]) for side in (ours, peers))
-        ratio = peer.ms[0] / fast.ms[0]
-        return ["", f"Strongest peer: {peer.name}, {ratio:.2f} times the time of {fast.name}."]
 
 
 def _quotient(value: float | None, by: float | None) -> float | None:
     return None if value is None or not by else value / by
 
 
-def _text(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
-
-
 def describe(machine: Mapping[str, object]) -> str:
-    """Device, versions, date, commit and command in one line. What is not known is left out."""
-    parts = [str(machine.get("device", "device not recorded"))]
+    """Device, versions, date, commit and command in one line, without what is not known."""
+    texts = [str(machine.get("device", "device not recorded"))]
     if capability := machine.get("cpu_capability"):
-        parts[0] += f" ({capability})"
+        texts[0] += f" ({capability})"
     if threads := machine.get("threads"):
-        parts.append(f"{threads} threads" if threads != 1 else "1 thread")
-    if python := machine.get("python"):
-        parts.append(f"Python {python}")
+        texts.append(f"{threads} threads" if threads != 1 else "1 thread")
     packages = machine.get("packages")
-    if isinstance(packages, Mapping):
-        parts += [f"{name} {found}" for name, found in packages.items() if found]
-    parts += [str(machine["date"])] if machine.get("date") else []
-    parts += [f"commit {machine['commit']}"] if machine.get("commit") else []
-    parts += [f"`{machine['command']}`"] if machine.get("command") else []
-    return ", ".join(parts)
+    versions = packages if isinstance(packages, Mapping) else {}
+    for name, version in {"Python": machine.get("python"), **versions}.items():
+        texts += [f"{name} {version}"] if version else []
+    for key, form in (("date", "{}"), ("commit", "commit {}"), ("command", "`{}`")):
+        texts += [form.format(machine[key])] if machine.get(key) else []
+    return ", ".join(texts)
 
 
 class Results(msgspec.Struct):
     """One file of timings.
 
     Attributes:
-        path: of the file; machine: device, versions, date, commit, command.
+        machine: device, versions, date, commit, command.
     """
 
-    path: Path
     machine: dict[str, object]
     comparisons: list[Comparison]
+    path: Path = Path()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.machine.get("device"), str):
+            raise ValueError("machine: has no device")
 
     @property
     def theme(self) -> str:
@@ -194,79 +201,27 @@ class Results(msgspec.Struct):
         return self.path.stem
 
 
-class _Range(msgspec.Struct):
-    ms: float
-
-
-class _Trace(msgspec.Struct):
-    ranges: dict[str, _Range]
-
-
-class Profile(msgspec.Struct):
-    """The device suite's record of profiled training steps.
-
-    Attributes:
-        steps: "first:end"; traces: the ranges of each trace, over all its steps.
-    """
-
-    steps: str
-    traces: dict[str, _Trace]
-    machine: dict[str, object] = {}
-    path: Path = Path()
-
-    def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise ValueError(f"steps {self.steps!r}: the end is not after the first")
-
-    @property
-    def num_steps(self) -> int:
-        """How many steps each trace holds."""
-        first, _, end = self.steps.partition(":")
-        return int(end) - int(first)
-
-
-def _from_earlier_format(data: dict, timings: list[dict]) -> dict:
-    """A comparison as earlier versions wrote it, in today's fields."""
+def _from_earlier_format(comparison: dict) -> dict:
+    """A comparison as earlier versions wrote it, in the present fields."""
+    timings = comparison.get("timings")
+    if not timings or not timings[0].keys() & {"wall_ms", "host_ms"}:
+        return comparison
     rows = []
     for number, timing in enumerate(timings):
         row = {key: value for key, value in timing.items() if key not in _DERIVED}
         if "wall_ms" in row:
             row = {
                 "name": row["name"],
+                # Earlier files of steps do not mark peers.
                 "peer": number > 0 and not row["name"].startswith("dragkit"),
                 "ms": row["wall_ms"],
                 "cpu_ms": row["cpu_ms"][0],
                 "rates": row.get("rates"),
             }
             questions = timing["questions_per_s"] * row["ms"][0] / 1e3
-            data = data | {"questions": round(questions)}
+            comparison = comparison | {"questions": round(questions)}
         rows.append(row)
-    return data | {"timings": rows}
-
-
-def _comparison(data: object, where: str) -> Comparison:
-    timings = data.get("timings") if isinstance(data, dict) else None
-    if isinstance(timings, list) and timings and isinstance(timings[0], dict):
-        if timings[0].keys() & {"wall_ms", "host_ms"}:
-            data = _from_earlier_format(data, timings)
-    else:
-        raise ValueError(f"{where}: no list of timings")
-    try:
-        return msgspec.convert(data, Comparison)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _load(path: Path) -> dict:
-    try:
-        content = msgspec.json.decode(path.read_bytes())
-    except OSError as error:
-        raise ResultError(path, error.strerror or str(error), missing=True) from error
-    except msgspec.DecodeError as error:
-        raise ResultError(path, f"is no JSON, or is cut off: {error}") from error
-    if not isinstance(content, dict):
-        raise ResultError(path, "holds no object")
-    return content
+    return comparison | {"timings": rows}
 
 
 def read_results(path: Path) -> Results:
@@ -275,31 +230,17 @@ def read_results(path: Path) -> Results:
     Raises:
         ResultError: the file is missing, damaged, or no result file.
     """
-    content = _load(path)
-    machine, rows = content.get("machine"), content.get("comparisons")
-    if not isinstance(machine, dict) or not isinstance(machine.get("device"), str):
-        raise ResultError(path, "no machine with a device: not a result file of these benchmarks")
-    if not isinstance(rows, list):
-        raise ResultError(path, "no list of comparisons")
     try:
-        found = [_comparison(row, f"comparisons[{i}]") for i, row in enumerate(rows)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ResultError(path, str(error)) from error
-    return Results(path, machine, found)
-
-
-def read_profile(path: Path) -> Profile:
-    """The device suite's `profile.json`.
-
-    Raises:
-        ResultError: the file is missing, damaged, or no profile.
-    """
-    try:
-        profile = msgspec.convert(_load(path), Profile)
-    except msgspec.ValidationError as error:
-        raise ResultError(path, f"is no profile of the device suite: {error}") from error
-    profile.path = path
-    return profile
+        content = msgspec.json.decode(path.read_bytes(), type=dict[str, object])
+        if rows := content.get("comparisons"):
+            content["comparisons"] = [_from_earlier_format(row) for row in rows]
+        results = msgspec.convert(content, Results)
+    except OSError as error:
+        raise ResultError(path, error.strerror or str(error), missing=True) from error
+    except (msgspec.DecodeError, AttributeError, LookupError, TypeError) as error:
+        raise ResultError(path, f"is no result file: {error}") from error
+    results.path = path
+    return results
 
 
 def _files(path: Path) -> list[Path]:
@@ -308,18 +249,17 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ResultError(path, "no such file or folder", missing=True)
+    # A folder of results has one folder for each device.
     for pattern in ("*.json", "*/*.json"):
-        if found := sorted(f for f in path.glob(pattern) if f.name not in _NO_TIMINGS):
-            return found
+        if files := sorted(f for f in path.glob(pattern) if f.name not in _NO_TIMINGS):
+            return files
     raise ResultError(path, "holds no result files", missing=True)
 
 
-def read_all(paths: Sequence[Path]) -> tuple[list[Results], list[Profile]]:
+def read_all(paths: Sequence[Path]) -> list[Results]:
     """Everything in files and folders.
 
     Raises:
         ResultError: names the first file or folder that cannot be used.
     """
-    files = [file for path in paths for file in _files(path)]
-    profiles = [read_profile(file) for file in files if file.name == PROFILE]
-    return [read_results(file) for file in files if file.name != PROFILE], profiles
+    return [read_results(file) for path in paths for file in _files(path)]

@@ -1,7 +1,7 @@
 """Problems on rows of C values: the layer, its sum over facts, the first node states, the gate.
 
-What does not depend on the leaves (sorted orders, int64 indices) is computed before, for all
-contenders. Every problem takes the pack, the dtype, C as `width` and K as `count`.
+What does not depend on the leaves (sorted orders, int64 indices) is computed before the timing, for
+all contenders. C is `width` and K is `num_instructions`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch_geometric.nn import MessagePassing
 from torch_geometric.utils import scatter
 
 from bench.packs import Pack
-from bench.problems import Op, Problem, random_leaf
+from bench.problems import Case, Op, Problem, keep_off_zero, relu_argument
 from bench.pyg_rearev import Layer
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
 from dragkit_kernels import (
@@ -27,67 +27,55 @@ from dragkit_kernels import (
     resolve_backend,
 )
 
-# How a library sums rows over facts. Arguments: a weight for each fact or None, the table of pairs,
-# and the direction (True: from heads to tails).
+# Sums rows over facts. Arguments: a weight for each fact or None, the table of pairs, and the
+# direction (True sends from heads to tails).
 RowSum = Callable[[Tensor | None, Tensor, bool], Tensor]
 
 
-def message_bytes(pack: Pack, width: int, size: int) -> tuple[float, float]:
-    """Bytes of `message_passing` as kernels/README.md counts them, in values of `size` bytes."""
+def message_passing_bytes(pack: Pack, width: int, itemsize: int) -> tuple[float, float]:
+    """Bytes of `message_passing`, as kernels/README.md counts them."""
     fact_index = pack.fact_index
     tables = width * (2 * fact_index.num_pairs + pack.num_graphs + width)
     states = width * fact_index.num_nodes
-    facts = fact_index.num_facts
-    return size * (2 * states + tables) + 24 * facts, size * (4 * states + 2 * tables) + 40 * facts
+    index = fact_index.num_facts
+    forward = itemsize * (2 * states + tables) + 24 * index
+    return forward, itemsize * (4 * states + 2 * tables) + 40 * index
 
 
-def _gate_bytes(pack: Pack, width: int, count: int, size: int) -> tuple[float, float]:
-    gates = 2 * pack.fact_index.num_pairs * count * width
-    inputs = 2 * pack.num_relations * width + pack.num_graphs * count * width
-    return size * (gates + inputs), size * (gates + 2 * inputs)
+def _gate_bytes(
+    pack: Pack, width: int, num_instructions: int, itemsize: int
+) -> tuple[float, float]:
+    gates = 2 * pack.fact_index.num_pairs * num_instructions * width
+    inputs = 2 * pack.num_relations * width + pack.num_graphs * num_instructions * width
+    return itemsize * (gates + inputs), itemsize * (gates + 2 * inputs)
 
 
 def _row_sums(pack: Pack) -> dict[str, RowSum]:
-    """The ways of other libraries; torch_scatter's may be missing."""
+    """The sums of other libraries, by name."""
     fact_index = pack.fact_index
-    sent = {}
-    for forward in (True, False):
-        ends = (
-            (fact_index.tail_ptr, fact_index.tail_perm)
-            if forward
-            else (fact_index.head_ptr, fact_index.head_perm)
+    by_tail, by_head = (
+        (ptr, fact, fact_index.fact_pair[fact.long()])
+        for ptr, fact in (
+            (fact_index.tail_ptr, fact_index.tail_perm),
+            (fact_index.head_ptr, fact_index.head_perm),
         )
-        sent[forward] = *ends, fact_index.fact_pair[ends[1].long()]
+    )
 
     def embedding_bag(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
-        ptr, fact, pair = sent[forward]
+        ptr, fact, pair = by_tail if forward else by_head
         weight = None if weight is None else weight.index_select(0, fact)
         options = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
         return F.embedding_bag(pair, table, ptr, **options)
 
-    def segment_csr(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
-        import torch_scatter
-
-        ptr, fact, pair = sent[forward]
-        rows = table.index_select(0, pair)
-        if weight is not None:
-            rows = weight.index_select(0, fact).unsqueeze(1) * rows
-        return torch_scatter.segment_csr(rows, ptr.long(), reduce="sum")
-
     def index_add(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
-        # Sums in float32 like the kernels'.
+        # In float32, as the kernels sum.
         rows = table.float().index_select(0, pack.pair)
         if weight is not None:
             rows = weight.float().unsqueeze(1) * rows
         zeros = rows.new_zeros(fact_index.num_nodes, table.shape[1])
-        summed = zeros.index_add(0, pack.edge_index[1 if forward else 0], rows)
-        return summed.to(table.dtype)
+        return zeros.index_add(0, pack.edge_index[1 if forward else 0], rows).to(table.dtype)
 
-    return {
-        "index_add": index_add,
-        "embedding_bag, its own autograd": embedding_bag,
-        "torch_scatter": segment_csr,
-    }
+    return {"index_add": index_add, "embedding_bag, its own autograd": embedding_bag}
 
 
 class TableMessage(MessagePassing):
@@ -108,9 +96,12 @@ class TableMessage(MessagePassing):
 class _CollapsedLayer(nn.Module):
     """Our layer on one pack, from relation vectors."""
 
-    def __init__(self, pack: Pack, width: int, count: int) -> None:
+    def __init__(self, pack: Pack, width: int, num_instructions: int) -> None:
         super().__init__()
-        self.layer, self.pack = ReasoningLayer(width, count, 0.0), pack
+        self.layer, self.pack = ReasoningLayer(width, num_instructions, 0.0), pack
+        # Orthogonal, as `keep_off_zero` needs them.
+        nn.init.orthogonal_(self.layer.relation.weight)
+        nn.init.orthogonal_(self.layer.update.weight[:, :width])
         like = torch.empty(2, pack.num_relations, device=pack.device)
         self.pairs = gate_pairs(pack.fact_index, pack.num_graphs, like.transpose(0, 1))
         self.node_graph = pack.node_graph.int()
@@ -121,84 +112,105 @@ class _CollapsedLayer(nn.Module):
         return (self.layer(h, p, tables, instruction, fact_index, self.pairs, self.node_graph),)
 
 
-def layer(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
+def _random_weights(pack: Pack) -> Tensor:
+    """p of every node, float32 [N] in [0, 1)."""
+    p = torch.rand(pack.fact_index.num_nodes, generator=torch.Generator().manual_seed(2))
+    return p.to(pack.device).requires_grad_()
+
+
+def layer_problem(case: Case) -> Problem:
     """One reasoning layer from relation vectors and instructions, as ReaRev publishes it."""
-    device, nodes, relations = pack.device, pack.fact_index.num_nodes, pack.num_relations
-    make = {"dtype": dtype, "device": device}
+    pack, dtype, width, num_instructions = case
+    num_nodes, num_relations = pack.fact_index.num_nodes, pack.num_relations
     torch.manual_seed(0)
-    mine = _CollapsedLayer(pack, width, count).to(**make)
-    names, weights = zip(*mine.named_parameters(), strict=True)
-    leaves = [
-        random_leaf(nodes, width, **make, seed=1),
-        torch.rand(nodes, generator=torch.Generator().manual_seed(2)).to(device).requires_grad_(),
-        random_leaf(relations + 1, 2, width, **make, seed=3),
-        random_leaf(pack.num_graphs, count, width, **make, seed=4),
-    ]
+    collapsed = _CollapsedLayer(pack, width, num_instructions).to(pack.device, dtype)
+    relation, update = collapsed.layer.relation, collapsed.layer.update
+    names, weights = zip(*collapsed.named_parameters(), strict=True)
+    h = case.leaf(num_nodes, width, seed=1)
+    x = case.leaf(num_relations + 1, 2, width, seed=3)
+    instruction = case.leaf(pack.num_graphs, num_instructions, width, seed=4)
+    leaves = [h, _random_weights(pack), x, instruction, *weights]
 
-    def collapsed(*leaves: Tensor) -> tuple[Tensor, ...]:
+    def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
+        # functional_call takes time, and only float64 leaves need it.
         if leaves[4] is weights[0]:
-            return mine(*leaves[:4])
-        return functional_call(mine, dict(zip(names, leaves[4:], strict=True)), leaves[:4])
+            return collapsed(*leaves[:4])
+        return functional_call(collapsed, dict(zip(names, leaves[4:], strict=True)), leaves[:4])
 
-    loops = torch.arange(nodes, device=device)
+    # The inner ReLU is that of relu(relation(x) * instruction).
+    keep_off_zero(x, relation.weight.t(), x @ relation.weight.t() + relation.bias)
+    odd = [4 + names.index(name) for name in ("layer.update.weight", "layer.update.bias")]
+    keep_off_zero(h, update.weight[:, :width].t(), relu_argument(ours, leaves, odd))
+
+    # The published model has self-loops as edges of one more relation.
+    loops = torch.arange(num_nodes, device=pack.device)
     edge_index = torch.cat([pack.edge_index, loops.expand(2, -1)], dim=1)
-    edge_type = torch.cat([pack.relation, torch.full_like(loops, relations)])
+    edge_type = torch.cat([pack.relation, torch.full_like(loops, num_relations)])
     edge_graph = torch.cat([pack.fact_graph, pack.node_graph])
 
     def pyg(*, per_fact: bool) -> Op:
-        theirs = Layer(width, count, per_fact=per_fact)
-        theirs.relation, theirs.update = mine.layer.relation, mine.layer.update
+        peer = Layer(width, num_instructions, per_fact=per_fact)
+        # The same weights, so that their gradients can be compared.
+        peer.relation, peer.update = relation, update
 
         def run(h: Tensor, p: Tensor, x: Tensor, i: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-            return (theirs(h, p.to(dtype), x, i, edge_index, edge_type, edge_graph),)
+            return (peer(h, p.to(dtype), x, i, edge_index, edge_type, edge_graph),)
 
         return run
 
-    rows = 2 * (pack.fact_index.num_pairs + pack.num_graphs)
-    gate = _gate_bytes(pack, width, count, dtype.itemsize)
-    message = message_bytes(pack, width, dtype.itemsize)
-    flops = 2.0 * width**2 * (nodes + rows * count + 2 * relations)
+    pair_rows = 2 * (pack.fact_index.num_pairs + pack.num_graphs)
+    gate = _gate_bytes(pack, width, num_instructions, dtype.itemsize)
+    message = message_passing_bytes(pack, width, dtype.itemsize)
+    flops = 2.0 * width**2 * (num_nodes + pair_rows * num_instructions + 2 * num_relations)
     once = "PyG, relations projected once"
     return Problem(
         name="layer",
-        about=pack.sizes() | {"C": width, "K": count},
+        about=pack.sizes() | {"C": width, "K": num_instructions},
         op="message_passing",
-        leaves=[*leaves, *weights],
-        call=collapsed,
+        leaves=leaves,
+        call=ours,
         peers={once: pyg(per_fact=False), "PyG, relations projected per fact": pyg(per_fact=True)},
         compiled=[once],
         bytes=(gate[0] + message[0], gate[1] + message[1]),
         flops=(flops, 2 * flops),
-        relu=True,
     )
 
 
-def messages(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
+def message_passing_problem(case: Case) -> Problem:
     """`message_passing` alone, against other libraries' sums of the same collapsed tables."""
-    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
-    make = {"dtype": dtype, "device": pack.device}
-    p = torch.rand(nodes, generator=torch.Generator().manual_seed(2)).to(pack.device)
+    pack, dtype, width, _ = case
+    num_nodes, num_pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
+    torch.manual_seed(6)
+    weight = nn.init.orthogonal_(torch.empty(width, width))
+    weight = weight.to(pack.device, dtype).requires_grad_()
     leaves = [
-        random_leaf(nodes, width, **make, seed=1),
-        p.requires_grad_(),
-        random_leaf(pairs, width, **make, seed=3),
-        random_leaf(pairs, width, **make, seed=4),
-        random_leaf(pack.num_graphs, width, **make, seed=5),
-        random_leaf(width, width, **make, seed=6, scale=width**-0.5),
-        random_leaf(width, **make, seed=7),
+        case.leaf(num_nodes, width, seed=1),
+        _random_weights(pack),
+        case.leaf(num_pairs, width, seed=3),
+        case.leaf(num_pairs, width, seed=4),
+        case.leaf(pack.num_graphs, width, seed=5),
+        weight,
+        case.leaf(width, seed=7),
     ]
-    where = {"fact_index": pack.fact_index, "node_graph": pack.node_graph.int()}
+    index = {"fact_index": pack.fact_index, "node_graph": pack.node_graph.int()}
+
+    def ours(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return (message_passing(*leaves, **index),)
+
+    # Everything but h and p is negated.
+    keep_off_zero(leaves[0], weight, relu_argument(ours, leaves, range(2, 7)))
     (head, tail), table_message = pack.edge_index, TableMessage()
 
-    def by(total: RowSum, *, nodewise: bool = False) -> Op:
+    def by(row_sum: RowSum, *, per_node: bool = False) -> Op:
         def run(
             h: Tensor, p: Tensor, fwd: Tensor, inv: Tensor, loop: Tensor, w: Tensor, b: Tensor
         ) -> tuple[Tensor, ...]:
             p = p.to(dtype)
-            sent, returned = (p, p) if nodewise else (p[head], p[tail])
-            sums = total(sent, fwd, True) + total(returned, inv, False)
-            kept = p.unsqueeze(1) * loop.index_select(0, pack.node_graph)
-            return (torch.relu(torch.addmm(b, h, w) + kept + sums),)
+            # PyG's propagate gathers p itself.
+            p_head, p_tail = (p, p) if per_node else (p[head], p[tail])
+            sums = row_sum(p_head, fwd, True) + row_sum(p_tail, inv, False)
+            loops = p.unsqueeze(1) * loop.index_select(0, pack.node_graph)
+            return (torch.relu(torch.addmm(b, h, w) + loops + sums),)
 
         return run
 
@@ -206,79 +218,79 @@ def messages(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
         index = pack.edge_index if forward else pack.edge_index.flip(0)
         return table_message(p.unsqueeze(1), index, table[pack.pair])
 
-    flops = 2.0 * nodes * width**2
+    flops = 2.0 * num_nodes * width**2
     return Problem(
         name="message_passing",
         about=pack.sizes() | {"C": width},
         op="message_passing",
         leaves=leaves,
-        call=lambda *leaves: (message_passing(*leaves, **where),),
-        peers={"PyG propagate over the tables": by(pyg, nodewise=True)}
-        | {name: by(total) for name, total in _row_sums(pack).items()},
+        call=ours,
+        peers={"PyG propagate over the tables": by(pyg, per_node=True)}
+        | {name: by(row_sum) for name, row_sum in _row_sums(pack).items()},
         compiled=["PyG propagate over the tables", "index_add"],
-        bytes=message_bytes(pack, width, dtype.itemsize),
+        bytes=message_passing_bytes(pack, width, dtype.itemsize),
         flops=(flops, 2 * flops),
-        relu=True,
     )
 
 
-def starts(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
-    """`relation_sum`: a node's first state from its facts' relations."""
-    fact_index = pack.fact_index
-    head, tail = pack.edge_index
+def relation_sum_problem(case: Case) -> Problem:
+    """`relation_sum`: a node's first state is the sum of its facts' relations."""
+    pack, dtype, width, _ = case
+    fact_index, (head, tail) = pack.fact_index, pack.edge_index
 
-    def by(total: RowSum) -> Op:
-        return lambda table: (total(None, table, True) + total(None, table, False),)
+    def by(row_sum: RowSum) -> Op:
+        return lambda table: (row_sum(None, table, True) + row_sum(None, table, False),)
 
     def pyg(table: Tensor) -> tuple[Tensor, ...]:
-        rows, nodes = table[pack.pair], fact_index.num_nodes
-        return (scatter(rows, tail, 0, nodes) + scatter(rows, head, 0, nodes),)
+        rows, num_nodes = table[pack.pair], fact_index.num_nodes
+        return (scatter(rows, tail, 0, num_nodes) + scatter(rows, head, 0, num_nodes),)
 
-    size = (
-        width * (fact_index.num_nodes + fact_index.num_pairs) * dtype.itemsize
-        + 16 * fact_index.num_facts
-    )
+    values = width * (fact_index.num_nodes + fact_index.num_pairs)
+    num_bytes = values * dtype.itemsize + 16 * fact_index.num_facts
     sums = 2 * width * fact_index.num_facts
     return Problem(
         name="relation_sum",
         about=pack.sizes() | {"C": width},
         op="relation_sum",
-        leaves=[random_leaf(fact_index.num_pairs, width, dtype=dtype, device=pack.device, seed=1)],
+        leaves=[case.leaf(fact_index.num_pairs, width, seed=1)],
         call=lambda table: (relation_sum(table, fact_index=fact_index),),
-        peers={"PyG scatter": pyg} | {name: by(total) for name, total in _row_sums(pack).items()},
+        peers={"PyG scatter": pyg}
+        | {name: by(row_sum) for name, row_sum in _row_sums(pack).items()},
         compiled=["PyG scatter", "index_add"],
-        bytes=(size, size),
+        bytes=(num_bytes, num_bytes),
         flops=(sums, sums),
     )
 
 
-def gates(pack: Pack, dtype: torch.dtype, width: int, count: int) -> Problem:
-    """`relation_gate` against the three operators that one writes for it."""
-    make = {"dtype": dtype, "device": pack.device}
-    relation = random_leaf(2, pack.num_relations, width, **make, seed=1)
-    where = (pack.fact_index.pair_relation, pack.fact_index.pair_graph)
-    row, graph = (tensor.long() for tensor in where)
+def relation_gate_problem(case: Case) -> Problem:
+    """`relation_gate` against indexing, a product and a ReLU."""
+    pack, dtype, width, num_instructions = case
+    relation = case.leaf(2, pack.num_relations, width, seed=1)
+    index = (pack.fact_index.pair_relation, pack.fact_index.pair_graph)
+    pair_relation, pair_graph = (tensor.long() for tensor in index)
     grouped = {}
     if resolve_backend("relation_gate", relation) == "triton":
-        # The layers of a model share these, so they are not part of the time.
+        # Not timed, because all layers of a model share these orders.
         grouped = {
-            "pairs_by_relation": grouped_index(where[0], pack.num_relations),
-            "pairs_by_graph": grouped_index(where[1], pack.num_graphs),
+            "pairs_by_relation": grouped_index(index[0], pack.num_relations),
+            "pairs_by_graph": grouped_index(index[1], pack.num_graphs),
         }
 
     def plain(relation: Tensor, instruction: Tensor) -> tuple[Tensor, ...]:
-        return (torch.relu(relation[:, row].unsqueeze(2) * instruction[graph]),)
+        gate = relation[:, pair_relation].unsqueeze(2) * instruction[pair_graph]
+        return (torch.relu(gate),)
 
-    # Product and ReLU; in the backward the mask, and a product and a sum for each of two gradients.
-    values = 2 * pack.fact_index.num_pairs * count * width
+    values = 2 * pack.fact_index.num_pairs * num_instructions * width
     return Problem(
         name="relation_gate",
-        about=pack.sizes() | {"C": width, "K": count},
+        about=pack.sizes() | {"C": width, "K": num_instructions},
         op="relation_gate",
-        leaves=[relation, random_leaf(pack.num_graphs, count, width, **make, seed=2)],
-        call=lambda *leaves: (relation_gate(*leaves, *where, **grouped),),
+        leaves=[relation, case.leaf(pack.num_graphs, num_instructions, width, seed=2)],
+        call=lambda *leaves: (relation_gate(*leaves, *index, **grouped),),
         peers={"indexing, product, ReLU": plain},
         compiled=["indexing, product, ReLU"],
-        bytes=_gate_bytes(pack, width, count, dtype.itemsize),
+        bytes=_gate_bytes(pack, width, num_instructions, dtype.itemsize),
+        # Forward: product and ReLU. Backward: the mask, then a product and a sum for each of the
+        # two gradients.
         flops=(2 * values, 5 * values),
     )

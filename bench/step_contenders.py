@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -23,20 +22,21 @@ from bench.data import (
 )
 from bench.measure import CPU, Contender, Tally, check_agreement
 from bench.pyg_rearev import PackedPyGReaRev, pyg_batch
+from bench.results import Comparison
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.retriever.losses import retrieval_loss
-from dragkit.trainer.build import build_joint, build_retriever, maybe_replay
-from dragkit.trainer.compile import autocast, compile_retriever
+from dragkit.trainer.build import build_joint, build_retriever, build_retriever_phase
+from dragkit.trainer.compile import autocast
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.optim import build_optimizer
 from dragkit.trainer.phase1 import RetrieverPhase
 
-_BATCHES = 8
+_NUM_BATCHES = 8
 
 
 class OurStep:
-    """The trainer's own step, fed by its own loader. Phase 2's counts its tokens."""
+    """The trainer's own step, fed by its own loader. In phase 2 it counts its tokens."""
 
     def __init__(
         self, trainer: Trainer, batches: list[list[int]], tally: Tally | None = None
@@ -46,21 +46,22 @@ class OurStep:
 
     def _stream(self) -> Iterator[QuestionBatch]:
         while True:
-            yield from self.trainer.train_set.load(self.batches, self.trainer.device)
+            yield from self.trainer.load_batches(self.batches)
 
     def __call__(self) -> None:
         batch = next(self.stream)
-        (done,) = self.trainer.train_step([batch])
+        (output,) = self.trainer.train_step([batch])
         if self.tally is not None:
-            self.tally.tokens += done.num_tokens
+            self.tally.tokens += output.num_tokens
             self.tally.supervised += batch.target.ids.numel()
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """A trainer and the rows of its batches.
+class StepSetup:
+    """A trainer on the questions of a file.
 
     Attributes:
+        batches: rows of each batch.
         calls: steps of one timed round on a CPU.
     """
 
@@ -68,6 +69,29 @@ class Setup:
     trainer: Trainer
     batches: list[list[int]]
     calls: int
+
+    @classmethod
+    def make(
+        cls,
+        config: TrainConfig,
+        file: BenchFile,
+        cache_dir: Path,
+        run_dir: Path,
+        *,
+        batch: int,
+        calls: int = 1,
+        device: torch.device = CPU,
+    ) -> StepSetup:
+        """Packs the questions and builds the trainer. `batch` is the questions of a step."""
+        encoder, joint = text_encoder(cache_dir), config.run.phase == 2
+        if joint:
+            phase = build_joint(config, encoder, device)
+        else:
+            phase = RetrieverPhase(config, build_retriever(config, encoder).to(device))
+        generator = phase.model.generator if joint else None
+        source = question_source(file, config, cache_dir, generator, batch)
+        trainer = Trainer(config, phase, source, None, run_dir, device)
+        return cls(file, trainer, whole_batches(source, batch, _NUM_BATCHES), calls)
 
     def ours(self, tally: Tally | None = None) -> Contender:
         """The trainer's step."""
@@ -77,33 +101,37 @@ class Setup:
     def variants(self, *, compiled: bool) -> list[Contender]:
         """Phase 1's step as CUDA graphs on a GPU, and also compiled if `compiled`."""
         on_gpu = self.trainer.device.type == "cuda"
-        kinds = [(False, True)] if on_gpu else []
-        kinds += [(True, False)] if compiled else []
-        kinds += [(True, True)] if compiled and on_gpu else []
-        return [self._variant(*kind) for kind in kinds]
+        options = [(False, True)] if on_gpu else []
+        options += [(True, False)] if compiled else []
+        options += [(True, True)] if compiled and on_gpu else []
+        return [self._variant(*option) for option in options]
 
     def _variant(self, compiled: bool, replay: bool) -> Contender:
         trainer = self.trainer
-        # A copy, because a replay decides whether a source's batches go to page-locked memory.
-        config, source = trainer.config, copy(trainer.train_set)
-        phase = RetrieverPhase(config, trainer.phase.model)
-        if compiled:
-            phase.forward = compile_retriever(phase.model)
-        if replay:
-            maybe_replay(phase, source, config, trainer.device)
-        other = Trainer(config, phase, source, None, trainer.run_dir, trainer.device)
+        run = trainer.config.run.model_copy(update={"compile": compiled, "cuda_graphs": replay})
+        config = trainer.config.model_copy(update={"run": run})
+        data, device = trainer.train_set, trainer.device
+        phase = build_retriever_phase(config, trainer.phase.model, device, data)
+        other = Trainer(config, phase, data, None, trainer.run_dir, device)
         step = OurStep(other, self.batches)
-        for _ in self.batches:  # compiles or records every size of batch
+        # Every size of batch is compiled or recorded before the timing.
+        for _ in self.batches:
             step()
         words = ["compiled retriever"] * compiled + ["CUDA graphs"] * replay
         return Contender(", ".join(["dragkit", *words]), step, False, self.calls)
 
-    def about(self) -> dict[str, object]:
-        """The data, and what its first batch holds."""
-        return {"data": self.file.name} | sizes(self.trainer.train_set.collator(self.batches[0]))
+    def comparison(self, title: str, **about: object) -> Comparison:
+        """An empty comparison with the data, the sizes of the first batch and `about`."""
+        batch = self.trainer.train_set.collator(self.batches[0])
+        about = {"data": self.file.name} | sizes(batch) | about
+        return Comparison(title, about, [], questions=len(self.batches[0]))
 
     def raw_batches(self) -> list[list[dict]]:
-        """The same questions as lines of the file."""
+        """The same questions as lines of the file.
+
+        Raises:
+            ValueError: the lines of the file and the rows of the store do not correspond.
+        """
         raw, texts = raw_questions(self.file.path), self.trainer.train_set.store.question_texts
         for row in {row for rows in self.batches for row in rows}:
             if raw[row]["question"] != texts[row]:
@@ -111,61 +139,36 @@ class Setup:
         return [[raw[row] for row in rows] for rows in self.batches]
 
 
-def set_up(
-    config: TrainConfig,
-    file: BenchFile,
-    cache: Path,
-    run_dir: Path,
-    *,
-    batch: int,
-    calls: int = 1,
-    device: torch.device = CPU,
-) -> Setup:
-    """A trainer of the configured phase on the questions of a file."""
-    encoder, joint = text_encoder(cache), config.run.phase == 2
-    if joint:
-        phase = build_joint(config, encoder, device)
-    else:
-        phase = RetrieverPhase(config, build_retriever(config, encoder).to(device))
-    generator = phase.model.generator if joint else None
-    source = question_source(file, config, cache, generator, batch)
-    trainer = Trainer(config, phase, source, None, run_dir, device)
-    return Setup(file, trainer, whole_batches(source, batch, _BATCHES), calls)
-
-
 class PackedPyGStep:
-    """The same step written with PyG: its collation, its operators, the same loss and AdamW."""
+    """The same step with PyG's collation and operators, the same loss and AdamW."""
 
-    def __init__(self, setup: Setup, *, per_fact: bool, compiled: bool = False) -> None:
+    def __init__(self, setup: StepSetup, *, per_fact: bool, compiled: bool = False) -> None:
         trainer = setup.trainer
         retriever = trainer.phase.model
         text_dim = retriever.pooling.project.in_features
-        self.device = trainer.device
+        self.device, self.config = trainer.device, trainer.config
+        self.relations = trainer.relations
         self.model = PackedPyGReaRev(retriever.config, text_dim, per_fact=per_fact).to(self.device)
+        # The same weights, so that logits and gradients can be compared.
         self.model.load_state_dict(retriever.state_dict())
+        # Dynamic sizes, because every batch has another number of nodes and facts.
         self.call = torch.compile(self.model, dynamic=True) if compiled else self.model
-        self.config, self.relations = trainer.config, trainer.relations
         rows = sorted({row for rows in setup.batches for row in rows})
         questions = pyg_questions(trainer.train_set, rows)
-        self.lists = [[questions[row] for row in rows] for rows in setup.batches]
-        self.stream = cycle(self.lists)
+        self.batches = [[questions[row] for row in rows] for rows in setup.batches]
+        self.stream = cycle(self.batches)
         self.parameters = list(self.model.parameters())
-        optim = trainer.config.optim
+        optim = self.config.optim
         group = {"params": self.parameters, "lr": optim.lr, "weight_decay": optim.weight_decay}
         self.optimizer = build_optimizer([group], self.device)
 
     def backward(self, batch: Batch, precision: str) -> Tensor:
-        """Forward and backward; returns the logits."""
+        """Forward and backward. Returns the logits, float32 [E]."""
         batch = batch.to(self.device)
         with autocast(precision, self.device):
             logits = self.call(batch, self.relations).float()
-        loss = retrieval_loss(
-            logits,
-            batch.label,
-            batch.fact_ptr,
-            rho=self.config.loss.rho,
-            margin=self.config.loss.margin,
-        )
+        rho, margin = self.config.loss.rho, self.config.loss.margin
+        loss = retrieval_loss(logits, batch.label, batch.fact_ptr, rho=rho, margin=margin)
         positive = torch.segment_reduce(batch.label, "sum", offsets=batch.fact_ptr) > 0
         (loss / positive.sum().clamp(min=1)).backward()
         return logits
@@ -176,23 +179,29 @@ class PackedPyGStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def checked(self, setup: Setup, name: str) -> Contender:
-        """This step, once logits and every gradient equal ours on the first batch in float32."""
+    def checked(self, setup: StepSetup, name: str) -> Contender:
+        """This step, once logits and gradients equal ours on the first batch in float32.
+
+        Raises:
+            ValueError: logits or gradients differ.
+        """
         trainer = setup.trainer
+        # Mixed precision rounds at other places in PyG, so float32 is compared.
         run = trainer.config.run.model_copy(update={"precision": "float32"})
-        config = trainer.config.model_copy(update={"run": run})
-        phase = RetrieverPhase(config, trainer.phase.model)
+        phase = RetrieverPhase(trainer.config.model_copy(update={"run": run}), trainer.phase.model)
         batch = trainer.train_set.collator(setup.batches[0])
         phase.model.train()
         logits = phase.forward(batch.to(self.device), trainer.relations).fact_logits
-        theirs = self.backward(pyg_batch(self.lists[0]), "float32")
-        check_agreement(f"{name}: logits", logits, theirs, 1e-4)
+        peer_logits = self.backward(pyg_batch(self.batches[0]), "float32")
+        check_agreement(f"{name}: logits", logits, peer_logits, 1e-4)
         phase.training_step(batch, trainer.relations, phase.counts([batch]), 0)
         ours = dict(phase.model.named_parameters())
         for key, parameter in self.model.named_parameters():
-            # A softmax does not depend on what all its scores have in common.
+            # A softmax does not depend on its scores' bias, whose gradient is rounding.
             if not key.startswith("node_score.bias"):
-                check_agreement(f"{name}: gradient of {key}", ours[key].grad, parameter.grad, 1e-3)
+                what = f"{name}: gradient of {key}"
+                check_agreement(what, ours[key].grad, parameter.grad, 1e-3, order=2)
+        # The timed steps start without gradients.
         for model in (phase.model, self.model):
             model.zero_grad(set_to_none=True)
         return Contender(name, self, calls=setup.calls)

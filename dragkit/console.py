@@ -1,4 +1,4 @@
-"""Logging and warnings of the commands: what appears on the terminal."""
+"""Logging, warnings and error messages of the command lines."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from collections.abc import Callable, Sequence
 
 from dragkit.errors import DragkitError, Interrupted
 
-_QUIET = ("httpx", "sentence_transformers", "transformers", "dragkit_kernels")
+_QUIET_LOGGERS = ("httpx", "sentence_transformers", "transformers", "dragkit_kernels")
 
 
 def setup_console(*, debug: bool) -> None:
-    """Logs plain messages to stderr; libraries log warnings only, or everything with `debug`."""
+    """Logs plain messages to stderr. Other libraries log warnings, or everything with `debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in _QUIET:
+    for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # peft reads a property that transformers has renamed. A user can do nothing about it.
+    # peft reads a property that transformers has renamed. The user cannot change that.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
 def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Call a command and turn what it raises into one message on stderr and an exit code.
+    """Runs a command and turns an exception into a message on stderr and an exit code.
+
+    A traceback is printed with --debug or DRAGKIT_DEBUG=1 only.
 
     Args:
-        function: takes the arguments, returns the exit code or None for 0.
-        argv: arguments after the program's name; None takes those of the process.
-
-    Returns:
-        Exit code; tracebacks are shown only with --debug or DRAGKIT_DEBUG=1.
+        function: takes the arguments and returns the exit code, or None for 0.
+        argv: arguments after the program's name. None takes those of the process.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("DRAGKIT_DEBUG", "0") not in ("", "0")
@@ -45,15 +44,14 @@ def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | 
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc(file=sys.stderr)
-        code, message = _explain(error)
+        code, message = _exit_code_and_message(error)
     if code == DragkitError.exit_code and not debug:
-        message += "\n  run again with --debug for the traceback"
+        message += "\n  Run again with --debug for the traceback."
     sys.stderr.write(f"dragkit: {message}\n")
     return code
 
 
-def _explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and message for whatever ended a command."""
+def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Interrupted):
         return error.exit_code, str(error)
     if isinstance(error, DragkitError):

@@ -1,13 +1,13 @@
-"""Errors that a user can cause. Each carries the exit code of the command line."""
+"""Errors that a user can cause, with their exit codes."""
 
 from __future__ import annotations
 
-# The help of the commands prints this table, and the README lists the same codes.
+# The help of each command prints this table.
 EXIT_CODES = {
     0: "done",
     2: "wrong flag, key or value",
     65: "bad data",
-    66: "missing or unfit input",
+    66: "missing or unsuitable input",
     70: "internal error",
     73: "another process writes to this run",
     74: "cannot write",
@@ -17,42 +17,42 @@ EXIT_CODES = {
 
 
 class DragkitError(Exception):
-    """Base class. The message says what, where, why and what to do. No traceback is shown."""
+    """Base class. The message says what is wrong, where, why, and what to do."""
 
     exit_code = 70
 
 
 class ConfigError(DragkitError):
-    """A wrong flag, key or value."""
+    """A flag, a key or a value is wrong."""
 
     exit_code = 2
 
 
 class DataError(DragkitError):
-    """A data file whose content cannot be used. The message may list many problems, one a line."""
+    """A data file holds unusable content. The message has one line per problem."""
 
     exit_code = 65
 
 
 class MissingInputError(DragkitError):
-    """A file, folder or set of weights that is not there."""
+    """A file, a folder or a set of weights is missing."""
 
     exit_code = 66
 
 
 class CheckpointError(DragkitError):
-    """A checkpoint that is damaged, or does not fit the model."""
+    """A checkpoint is damaged or does not fit the model."""
 
     exit_code = 66
 
 
 class WriteError(DragkitError):
-    """A file could not be written. The last good state is untouched."""
+    """A file cannot be written. The last checkpoint is intact."""
 
     exit_code = 74
 
 
 class Interrupted(DragkitError):
-    """Training was asked to stop and has saved its state."""
+    """A signal stopped training after it saved its state."""
 
     exit_code = 75

@@ -16,11 +16,7 @@ from dragkit_kernels import segment_sum
 
 
 class JointModel(nn.Module):
-    """D-RAG: p(answer | drawn facts) p(drawn facts | question, graph).
-
-    Args:
-        config: the whole configuration; retriever, generator: its parts.
-    """
+    """D-RAG: p(answer | drawn facts) p(drawn facts | question, graph)."""
 
     def __init__(self, config: TrainConfig, retriever: Retriever, generator: Generator) -> None:
         super().__init__()
@@ -40,38 +36,40 @@ class JointModel(nn.Module):
 
     @property
     def uses_vectors(self) -> bool:
-        """False in the control arm: text alone."""
+        """False in the control arm, whose prompts are text alone."""
         return self.config.generator.structural_vectors
 
     def structural_vectors(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
-        """Ungated structural vectors of the selected facts, float [B, K, M]."""
+        """Projects the selected facts to structural vectors, float [B, K, M], without gates."""
         return self.projector(output, batch.graph, selection.index)
 
-    def gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
-        """Slots of the selected facts: their vectors times their gates, float [B*K, M]."""
+    def apply_gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
+        """Multiplies each structural vector [B, K, M] by its gate and returns float [B*K, M]."""
+        # The gate is float32, so the product may be, too.
         gated = vectors * selection.gate.unsqueeze(-1)
         return gated.to(vectors.dtype).flatten(0, 1)
 
-    def residual(
+    def undrawn_facts_vector(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
-        """The residual slot of every question, float [B, M]: zero, with a gradient.
+        """One vector per question, float [B, M], for the facts that were not drawn.
 
-        Its value is the sum of soft-gated vectors of the facts that were *not* drawn, minus itself;
-        the backward pass hands each of those facts <dL/dslot, its vector>.
+        Its value is zero. Its backward gives each undrawn fact i the gradient <dL/dvector, v_i>,
+        where v_i is the structural vector of the fact.
         """
         graph = batch.graph
-        with torch.no_grad():  # the slot is zero, so no gradient passes to the vectors themselves
-            everything = torch.arange(
-                graph.num_facts, dtype=torch.int32, device=selection.index.device
-            )
-            vectors = self.projector(output, graph, everything)
-        drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
-        drawn[selection.index.long().flatten()] = 1.0  # -1 lands on the spare last place
-        z = selection.soft - selection.soft.detach()
-        weighted = vectors * (z * (1.0 - drawn[:-1])).unsqueeze(-1)
+        # The weights below are zero, so the vectors would get a gradient of zero.
+        with torch.no_grad():
+            device = selection.index.device
+            all_facts = torch.arange(graph.num_facts, dtype=torch.int32, device=device)
+            vectors = self.projector(output, graph, all_facts)
+        is_drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
+        # An index of -1 means no fact. It writes to the extra last entry.
+        is_drawn[selection.index.long().flatten()] = 1.0
+        zero_weight = selection.soft - selection.soft.detach()
+        weighted = vectors * (zero_weight * (1.0 - is_drawn[:-1])).unsqueeze(-1)
         return segment_sum(weighted.to(vectors.dtype), graph.fact_graph, graph.num_graphs)
 
     def layout(
@@ -83,10 +81,18 @@ class JointModel(nn.Module):
         vectors: bool | None = None,
         residual: bool = False,
     ) -> PromptLayout:
-        """What the prompts of the batch around the selected facts, int32 [B, K], are made of."""
+        """Lays out one prompt per question around the selected facts, int32 [B, K].
+
+        Args:
+            batch, index: the questions and their facts. -1 means no fact.
+            with_target: append the answers, for training.
+            vectors: one vector slot per fact. None follows the configuration.
+            residual: a slot for the vector of the undrawn facts.
+        """
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
-            raise ValueError("the batch carries no token rows; build the collator with tokens")
+            raise ValueError("the batch has no token rows: build its PackedCollator with TokenRows")
+        # A prompt to be continued leaves room for the new tokens.
         return layout_prompts(
             batch.prefix,
             batch.facts,
@@ -99,14 +105,9 @@ class JointModel(nn.Module):
         )
 
     def prompt(
-        self,
-        batch: QuestionBatch,
-        index: Tensor,
-        *,
-        with_target: bool,
-        vectors: bool | None = None,
+        self, batch: QuestionBatch, index: Tensor, *, with_target: bool, vectors: bool | None = None
     ) -> NeuralPrompt:
-        """All prompts of the batch in its order; waits for the device to know their lengths."""
+        """All prompts of the batch, see `layout`. The host waits for the prompt lengths."""
         layout = self.layout(batch, index, with_target=with_target, vectors=vectors)
         return layout.assemble(range(len(index)), *layout.copy_lengths().result())
 
@@ -117,17 +118,13 @@ class JointModel(nn.Module):
         output: RetrieverOutput,
         selection: FactSelection,
         *,
-        cascade: bool = False,
+        text_only: bool = False,
     ) -> list[str]:
-        """Greedy answers to the batch's questions from the selected facts.
-
-        `cascade` leaves the structural vectors out: retriever and generator side by side, with
-        nothing but text between them.
-        """
-        used = self.uses_vectors and not cascade
-        prompt = self.prompt(batch, selection.index, with_target=False, vectors=used)
+        """Greedy answers from the selected facts. `text_only` leaves structural vectors out."""
+        with_vectors = self.uses_vectors and not text_only
+        prompt = self.prompt(batch, selection.index, with_target=False, vectors=with_vectors)
         vectors = None
-        if used:
+        if with_vectors:
             vectors = self.structural_vectors(output, batch, selection).flatten(0, 1)
         limit = self.config.run.val_max_new_tokens or self.config.generator.max_new_tokens
         return self.generator.greedy_texts(prompt, vectors, limit)

@@ -1,4 +1,4 @@
-"""Training: `python -m dragkit.train --phase {1,2} [flags]`."""
+"""Trains a run: `python -m dragkit.train --phase {1,2} [flags]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dragkit.console import run_main, setup_console
 
 def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
-    # Heavy imports only once the arguments are known to be right.
+    # torch is imported after the arguments are parsed, so that --help and mistakes answer at once.
     setup_console(debug=args.debug)
     from dragkit.distributed.torchrun import init_ranks
     from dragkit.trainer.run import TrainingRun
@@ -24,7 +24,7 @@ def _train(argv: list[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command line and returns its exit code."""
     return run_main(_train, argv)
 
 

@@ -1,4 +1,4 @@
-"""Makes docs/configuration.md from the schema and the presets.
+"""Writes docs/configuration.md from the schema and the presets.
 
     python scripts/configuration_page.py
 
@@ -43,6 +43,8 @@ configuration file, which editors use for completion.
 - `--set SECTION.FIELD=VALUE` reaches every setting and may be repeated. `none` empties an
   optional setting, and commas separate the items of a list.
 - A setting marked \\* has a flag of its name. {longer}
+- Earlier names and values of settings still work in files, with `--set` and in checkpoints. The
+  table `RENAMED` in `dragkit/config/resolve.py` lists them.
 - Words in a flag join by `_` or `-`. A switch stands alone, takes `true` or `false`, or begins
   with `--no_`.
 - A file holds sections and keys in YAML. The blocks `phase1` and `phase2` hold sections that
@@ -73,7 +75,7 @@ preset `tiny`.
 
 
 def text(value: object) -> str:
-    """A value as a reader would type it; nothing for None."""
+    """A value as a user would type it, and an empty text for None."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -85,12 +87,12 @@ def text(value: object) -> str:
 
 
 def number(value: float) -> str:
-    """A number in its shortest form, with commas in long whole ones."""
+    """A number in its shortest form. Integers have commas."""
     return f"{value:,.0f}" if value == round(value) else f"{value:g}".replace("e-0", "e-")
 
 
 def accepted(field: FieldInfo) -> str:
-    """What a setting takes: a list of words, or a type with its bounds."""
+    """The values of a setting: a list of words, or a type with its bounds."""
     options = [field.annotation, *get_args(field.annotation)]
     for option in options:
         if get_args(option) and type(None) not in get_args(option) and option != field.annotation:
@@ -111,7 +113,7 @@ def accepted(field: FieldInfo) -> str:
 
 
 def section_table(name: str, section: type) -> list[str]:
-    """The settings of one section."""
+    """The table of one section."""
     flagged = set(FLAGS.values())
     lines = [f"## {name}", "", str(section.__doc__).strip().splitlines()[0], ""]
     lines += ["| setting | default | values | meaning |", "| --- | --- | --- | --- |"]
@@ -123,7 +125,7 @@ def section_table(name: str, section: type) -> list[str]:
 
 
 def preset_table() -> list[str]:
-    """What each preset sets."""
+    """The table of presets."""
     lines = ["## Presets", "", "| preset | setting | value |", "| --- | --- | --- |"]
     folder = Path(str(package.__file__)).parent / "presets"
     for name in PRESETS:
@@ -136,7 +138,7 @@ def preset_table() -> list[str]:
 
 
 def _leaves(settings: dict, prefix: str = "") -> list[tuple[str, object]]:
-    """Dotted key and value of everything in a nested mapping, in file order."""
+    """Dotted keys and values of a nested mapping, in file order."""
     leaves: list[tuple[str, object]] = []
     for key, value in settings.items():
         if isinstance(value, dict):

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 _PHASE1 = {"copy", "retriever", "backward", "optimizer"}
 _PHASE2 = _PHASE1 | {"sampler", "prompt", "generator"}
-# The kernels of dragkit_kernels by their names.
+# Names of the kernels of dragkit_kernels.
 _OURS = re.compile(r"_[a-z_]+_kernel")
 _SMI = ("name", "driver_version", "pstate", "power.draw", "power.limit", "temperature.gpu")
 _SMI += ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "memory.total")
@@ -28,13 +28,13 @@ _COMMAND = "scripts/device_suite.sh"
 
 
 def environment(out: Path, missing: Sequence[str]) -> int:
-    """Writes env.json: the machine, what is missing, and what nvidia-smi says."""
+    """Writes env.json: the machine, the missing modules and the output of nvidia-smi."""
     from bench.records import machine_info
 
     query = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader"]
     try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
-        smi = dict(zip(_SMI, found.stdout.split("\n")[0].split(", "), strict=False))
+        run = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20)
+        smi = dict(zip(_SMI, run.stdout.split("\n")[0].split(", "), strict=False))
     except (OSError, subprocess.SubprocessError) as error:
         smi = {"error": str(error)}
     info = {"machine": machine_info(_COMMAND), "missing": missing, "nvidia_smi": smi}
@@ -43,7 +43,7 @@ def environment(out: Path, missing: Sequence[str]) -> int:
 
 
 def write_questions(path: Path, count: int) -> None:
-    """The first questions of the bundled demo."""
+    """Writes the first questions of the bundled demo."""
     from dragkit.demo import demo_files
 
     lines = Path(demo_files().train).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -51,7 +51,11 @@ def write_questions(path: Path, count: int) -> None:
 
 
 def profile(out: Path, work: Path, *, cpu: bool) -> int:
-    """Trains on a few demo questions, keeps the traces, and looks for names in them."""
+    """Trains on a few demo questions, saves the traces, and checks that they are complete.
+
+    Returns:
+        1 if a command failed or a trace lacks a range or kernel, else 0.
+    """
     from bench.records import machine_info
 
     batch, steps = (4, "1:4") if cpu else (16, "10:13")
@@ -62,7 +66,8 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
     common += ["--epochs", "1" if cpu else "4", "--set", "run.profile_trace=true"]
     common += ["--set", "run.compile=false", "--set", f"run.device={'cpu' if cpu else 'cuda'}"]
     common += [] if cpu else ["--set", "retriever.hidden_dim=256"]
-    # Phase 2 without a checkpoint trains phase 1 first, in a folder inside its own.
+    # Phase 2 without a checkpoint trains phase 1 first, in a folder inside its folder. CUDA graphs
+    # hide the ranges inside a step, so this command runs without them.
     joint = work / "joint"
     commands = [(2, joint, ["--set", "run.cuda_graphs=false"])]
     traces = [("phase1", joint / "phase1", _PHASE1), ("phase2", joint, _PHASE2)]
@@ -82,17 +87,18 @@ def profile(out: Path, work: Path, *, cpu: bool) -> int:
             problems.append(f"{name}: no trace")
             continue
         (out / f"trace_{name}.json.gz").write_bytes(trace.read_bytes())
-        summaries[name] = found = summarise(trace)
-        problems += [f"{name}: {text}" for text in lacking(found, ranges, cpu=cpu)]
+        summaries[name] = summarise(trace)
+        problems += [f"{name}: {text}" for text in gaps(summaries[name], ranges, cpu=cpu)]
     content = {"machine": machine_info(_COMMAND), "steps": steps}
     content |= {"problems": problems, "traces": summaries}
     (out / "profile.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "profile.md").write_text(range_table(summaries, steps))
     sys.stderr.writelines(f"{problem}\n" for problem in problems)
     return int(bool(problems))
 
 
 def summarise(trace: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Calls and milliseconds by name: our ranges, and the device's kernels that took longest."""
+    """Calls and milliseconds by name, of our ranges and of the kernels that took longest."""
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     ranges, kernels = defaultdict(list), defaultdict(list)
@@ -101,12 +107,24 @@ def summarise(trace: Path) -> dict[str, dict[str, dict[str, float]]]:
         if event.get("ph") == "X" and event.get("cat") in rows:
             rows[event["cat"]][event["name"]].append(event["dur"] / 1e3)
     ours = [ms for name, times in kernels.items() if _OURS.match(name) for ms in times]
-    every = [ms for times in kernels.values() for ms in times]
+    total = [ms for times in kernels.values() for ms in times]
     return {
         "ranges": _longest(ranges),
         "kernels": _longest(kernels),
-        "all_kernels": _longest({"all": every, "dragkit": ours}),
+        "all_kernels": _longest({"all": total, "dragkit": ours}),
     }
+
+
+def range_table(summaries: dict[str, dict], steps: str) -> str:
+    """Milliseconds per step of every range, one column for each trace."""
+    begin, end = map(int, steps.split(":"))
+    lines = [f"| range, ms per step of {end - begin} | {' | '.join(summaries)} |"]
+    lines.append(f"|---|{'---:|' * len(summaries)}")
+    for name in sorted({name for summary in summaries.values() for name in summary["ranges"]}):
+        rows = (summary["ranges"].get(name) for summary in summaries.values())
+        cells = ("" if row is None else f"{row['ms'] / (end - begin):.3f}" for row in rows)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _longest(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -114,15 +132,15 @@ def _longest(rows: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return {name: {"calls": len(ms), "ms": round(sum(ms), 4)} for name, ms in ordered}
 
 
-def lacking(found: dict, ranges: set[str], *, cpu: bool) -> Iterator[str]:
-    """What a trace should hold and does not."""
-    yield from (f"no range {name}" for name in sorted(ranges - set(found["ranges"])))
-    if not cpu and not found["all_kernels"]["dragkit"]["calls"]:
+def gaps(summary: dict, ranges: set[str], *, cpu: bool) -> Iterator[str]:
+    """The expected ranges and kernels that a trace does not hold."""
+    yield from (f"no range {name}" for name in sorted(ranges - set(summary["ranges"])))
+    if not cpu and not summary["all_kernels"]["dragkit"]["calls"]:
         yield "no kernel of dragkit ran on the device"
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs one part; returns the exit code."""
+    """Runs one part. Returns the exit code."""
     name, out, *rest = arguments
     if name == "questions":
         write_questions(Path(out), 48)
@@ -131,7 +149,7 @@ def main(arguments: Sequence[str]) -> int:
         return environment(Path(out), rest)
     if name == "profile":
         return profile(Path(out), Path(rest[0]), cpu="--cpu" in rest)
-    raise SystemExit(f"unknown part {name}")
+    raise SystemExit(f"unknown part {name}; choose env, profile or questions")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Makes docs/results.md: trains on the demo and on published sets, several seeds each.
+"""Makes docs/results.md from runs on the demo and on published sets with several seeds.
 
     python scripts/results.py [--seeds 0 1 2] [--sets demo webqsp ...] [--jobs 2]
 
-Every table comes from two `python -m dragkit.train` commands, shown in the document; the second
-one's `results.json` holds the test metrics of each stage. Published sets are read from
-DRAGKIT_DATA, or from ../shared/data beside the repository. Sections of sets that are not asked for
-stay as they are.
+Every table comes from two `python -m dragkit.train` commands, which the document shows. The second
+one's `results.json` has the test metrics of each stage. Published sets are read from DRAGKIT_DATA,
+or from ../shared/data beside the repository. Sections of sets that are not chosen stay unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer-recall@10")
-# A set of 5,000 questions needs no third pass to show what a pass does.
+# One epoch of a set of 5,000 questions is enough to learn.
 EPOCHS = {("pathquestion", 2): 1}
 SETS = ("demo", "worldcup", "pathquestion", "webqsp", "cwq", "freebase_simple")
 
@@ -53,7 +52,7 @@ learned late.
 
 
 def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[str]:
-    """The training command of one phase of a run."""
+    """The arguments of `python -m dragkit.train` for one phase of a run."""
     parts = ["--phase", str(phase), "--preset", "tiny", "--seed", str(seed)]
     parts += ["--checkpoint_dir", f"{folder}/phase{phase}"]
     if phase == 2:
@@ -68,7 +67,7 @@ def command(name: str, phase: int, seed: int, folder: str, data: str) -> list[st
 
 
 def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> dict | None:
-    """The results of one run, None if it failed. A phase that has results is not repeated."""
+    """The results of one run, or None if it failed. A phase that has results is not repeated."""
     folder = runs / f"{name}-{seed}"
     for phase in phases:
         result = folder / f"phase{phase}" / "results.json"
@@ -99,7 +98,7 @@ def train(name: str, seed: int, runs: Path, threads: int, phases: list[int]) -> 
 
 
 def cell(values: list[float]) -> str:
-    """Mean and spread over seeds, in percent."""
+    """Mean and standard deviation over seeds, in percent."""
     if not values:
         return "-"
     mean = 100 * statistics.fmean(values)
@@ -108,10 +107,10 @@ def cell(values: list[float]) -> str:
     return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}"
 
 
-def table(name: str, results: list[dict], made: str) -> str:
-    """One set's section: stages as rows."""
+def table(name: str, results: list[dict], provenance: str) -> str:
+    """The section of one set, with stages as rows."""
     asked = results[0]["untrained"]["counts"]["asked"]
-    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {made}", ""]
+    lines = [f"## {name}", "", f"{asked} test questions, {len(results)} seeds. {provenance}", ""]
     lines += ["| stage | " + " | ".join(METRICS) + " |", "| --- |" + " ---: |" * len(METRICS)]
     for stage in results[0]:
         cells = []
@@ -126,8 +125,8 @@ def table(name: str, results: list[dict], made: str) -> str:
     return "\n".join([*lines, "```", ""])
 
 
-def made_by() -> str:
-    """When, where and with what the runs were made."""
+def provenance() -> str:
+    """Date, commit, versions and machine of the runs."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return (
@@ -138,7 +137,7 @@ def made_by() -> str:
 
 
 def sections(document: Path) -> dict[str, str]:
-    """The sections of an earlier document, by set."""
+    """The sections of the present document, by set."""
     if not document.is_file():
         return {}
     _, *parts = document.read_text(encoding="utf-8").split("\n## ")
@@ -146,31 +145,33 @@ def sections(document: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Runs what is missing and writes the document."""
+    """Trains the runs without results and writes the document."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--phases", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results.md")
+    add = parser.add_argument
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--sets", nargs="+", default=list(SETS), choices=SETS)
+    add("--jobs", type=int, default=2, help="runs at the same time")
+    add("--phases", type=int, nargs="+", default=[1, 2], help="phases to train")
+    add("--runs", type=Path, default=ROOT / "runs" / "results", help="folder of the checkpoints")
+    add("--output", type=Path, default=ROOT / "docs" / "results.md", help="the document")
     args = parser.parse_args()
+    # More threads than cores would slow down every run.
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    work = [(name, seed) for name in args.sets for seed in args.seeds]
+    runs = [(name, seed) for name in args.sets for seed in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda w: train(*w, args.runs, threads, args.phases), work))
+        results = list(pool.map(lambda run: train(*run, args.runs, threads, args.phases), runs))
     if 2 not in args.phases:
         return
     by_set: dict[str, list[dict]] = {}
-    for (name, _), result in zip(work, found, strict=True):
+    for (name, _), result in zip(runs, results, strict=True):
         if result is not None:
             by_set.setdefault(name, []).append(result)
-    known, made = sections(args.output), made_by()
-    known |= {name: table(name, results, made) for name, results in by_set.items()}
-    lines = [HEAD, *(known[name] for name in SETS if name in known)]
+    document, source = sections(args.output), provenance()
+    document |= {name: table(name, rows, source) for name, rows in by_set.items()}
+    lines = [HEAD, *(document[name] for name in SETS if name in document)]
     args.output.write_text("\n".join(lines), encoding="utf-8")
-    if len(found) != sum(len(r) for r in by_set.values()):
-        raise SystemExit("some runs failed; see their logs")
+    if None in results:
+        raise SystemExit(f"some runs failed; their logs are {args.runs}/*/phase*.log")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/stand_in_encoder.py FOLDER
 
-It is made only where the true one is not found. The package in FOLDER has the name that dragkit
-looks for, so FOLDER on PYTHONPATH is enough. Texts become about as many tokens as with the true
-one, so times are right. What a model learns from them is not.
+The script writes it only if the real encoder is not found. The package in FOLDER has the name that
+dragkit imports, so FOLDER on PYTHONPATH is enough. Texts have about as many tokens as with the real
+encoder, so times are right. A model trained with it learns nothing from the texts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def vocabulary() -> list[str]:
-    """Every word of the bundled demo, and single characters for the rest."""
+    """Every word of the bundled demo, and single characters for other words."""
     text = " ".join(file.read_text(encoding="utf-8") for file in sorted(DEMO.rglob("*.tsv")))
     words = sorted(set(re.findall(r"[^\W_]+|[^\w\s]", text.lower())))
     letters = sorted({letter for word in words for letter in word})
@@ -31,15 +31,15 @@ def vocabulary() -> list[str]:
 
 
 def build(package: Path) -> None:
-    """Writes the package with its model folder."""
+    """Writes the package `package` with its folder `model`."""
     import torch
     from sentence_transformers import SentenceTransformer, models
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    plain, words = package / "plain", vocabulary()
-    plain.mkdir(parents=True)
+    bert, words = package / "bert", vocabulary()
+    bert.mkdir(parents=True)
     (package / "__init__.py").touch()
-    (plain / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (bert / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(words),
@@ -48,19 +48,18 @@ def build(package: Path) -> None:
         num_attention_heads=12,
         intermediate_size=1536,
     )
-    BertModel(config).save_pretrained(plain)
-    BertTokenizerFast(str(plain / "vocab.txt"), do_lower_case=True).save_pretrained(plain)
-    first = models.Transformer(str(plain), max_seq_length=128)
-    both = SentenceTransformer(modules=[first, models.Pooling(384)], device="cpu")
-    both.save(str(package / "model"))
-    shutil.rmtree(plain)
+    BertModel(config).save_pretrained(bert)
+    BertTokenizerFast(str(bert / "vocab.txt"), do_lower_case=True).save_pretrained(bert)
+    transformer = models.Transformer(str(bert), max_seq_length=128)
+    encoder = SentenceTransformer(modules=[transformer, models.Pooling(384)], device="cpu")
+    encoder.save(str(package / "model"))
+    shutil.rmtree(bert)
 
 
 def main() -> None:
-    """Finds the true encoder, or makes the stand-in."""
+    """Finds the real encoder, or makes the stand-in."""
     try:
-        found = find_encoder()
-        sys.stdout.write(f"sentence encoder: {found}\n")
+        sys.stdout.write(f"sentence encoder: {find_encoder()}\n")
     except MissingInputError:
         build(Path(sys.argv[1]) / PACKAGED_MODEL)
         sys.stdout.write("sentence encoder: a stand-in with random weights\n")

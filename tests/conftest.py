@@ -1,4 +1,4 @@
-"""Shared fixtures: where the real KGQA data lies, and a seed."""
+"""Shared fixtures: the KGQA data, the seed, the cache folder, and helpers of several tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 @pytest.fixture(scope="session")
 def kgqa_data() -> Path:
-    """The folder of published KGQA sets; a test that asks for it is skipped where it is absent."""
+    """The folder of published KGQA sets. A test that needs it is skipped if it is absent."""
     named = os.environ.get("DRAGKIT_DATA")
     folder = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not (folder / "sample.jsonl").is_file():
@@ -28,9 +28,9 @@ def kgqa_data() -> Path:
 
 @pytest.fixture(autouse=True)
 def _process_state() -> Iterator[None]:
-    """Every test starts from one seed, and training's process-wide settings end with it."""
+    """Seeds every test, and resets the process-wide settings of training after it."""
     torch.manual_seed(0)
-    # By hand: monkeypatch cannot put back what a module answers for by `__getattr__`.
+    # monkeypatch cannot restore an attribute that a module serves by `__getattr__`.
     tf32 = torch.backends.cuda.matmul.allow_tf32
     yield
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -41,43 +41,45 @@ def _process_state() -> Iterator[None]:
 def _private_cache(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing a test builds reaches the user's cache."""
+    """Points the cache at a temporary folder, so that tests do not write to the user's cache."""
     if not os.environ.get("DRAGKIT_CACHE"):
         monkeypatch.setenv("DRAGKIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_replaced_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter replaces the language's functions again at every call of a helper, which
-    takes longer than the helper; what a launch has replaced stays so until its end."""
+def _patch_language_once_per_launch() -> Iterator[None]:
+    """Makes Triton's interpreter patch `triton.language` once per launch.
+
+    By default it patches again at every call of a helper, which takes longer than the helper.
+    """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
-    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    done: set[tuple[int, ...]] = set()
+    patch_lang, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[tuple[int, ...]] = set()
 
-    def replace_once(function: types.FunctionType) -> object:
-        # What it replaces depends on the modules that the function sees.
+    def patch_once(function: types.FunctionType) -> object:
+        # The patch depends on the language modules among the globals of the function.
         modules = (x for x in function.__globals__.values() if isinstance(x, types.ModuleType))
         key = tuple(sorted({id(x) for x in modules if x.__name__.startswith("triton.language")}))
-        if key in done:
+        if key in patched:
             return None
-        done.add(key)
-        return replace(function)
+        patched.add(key)
+        return patch_lang(function)
 
-    def launch_anew(self: object, *arguments: object, **options: object) -> None:
-        done.clear()
+    def launch_and_reset(self: object, *arguments: object, **options: object) -> None:
+        patched.clear()
         launch(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", replace_once)
-        patch.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch_and_reset)
         yield
 
 
 class Made(TorchDispatchMode):
-    """Collects shape and type of every tensor that is made, forward and backward; views are not."""
+    """Collects shape and dtype of every allocated tensor, forward and backward, without views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,13 +102,13 @@ class Made(TorchDispatchMode):
 
 @pytest.fixture
 def made() -> Made:
-    """A context manager; afterwards its `tensors` are what was made in it."""
+    """A context manager that collects the tensors allocated in it."""
     return Made()
 
 
 @pytest.fixture
 def compile_with(monkeypatch) -> Iterator[Callable]:
-    """compile_retriever with another backend; the flags it sets are taken back afterwards."""
+    """compile_retriever with another backend. The flags that it sets are reset afterwards."""
 
     from dragkit.trainer.compile import compile_retriever
 
@@ -117,7 +119,7 @@ def compile_with(monkeypatch) -> Iterator[Callable]:
 
     with (
         torch.fx.experimental._config.patch(use_duck_shape=True),
-        # Without the second, Dynamo traces twice: it finds late that a dropout rate is a constant.
+        # Without specialize_float Dynamo traces twice: it learns late that dropout is constant.
         torch._dynamo.config.patch(recompile_limit=8, specialize_float=True),
     ):
         yield compiled
@@ -125,7 +127,7 @@ def compile_with(monkeypatch) -> Iterator[Callable]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Products in one thread, so that two runs add up in one order."""
+    """Limits torch to one thread, so that two runs add in the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -17,7 +17,7 @@ _BELOW_TRAINER = (
 )
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The package's front names what other rooms define, when it is asked for.
-    "dragkit": ("dragkit.config", "dragkit.data", "dragkit.trainer"),
+    "dragkit": ("dragkit.config", "dragkit.data", "dragkit.eval", "dragkit.trainer"),
     "dragkit.errors": (),
     "dragkit.console": (),
     "dragkit.observe": (),

@@ -14,8 +14,10 @@ import pytest
 
 from dragkit.config import FIELDS, SECTIONS, resolve_config
 from dragkit.config.__main__ import main as config_main
-from dragkit.config.arguments import parse_evaluate_args, parse_plan_args, parse_train_args
+from dragkit.config.arguments import parse_train_args
 from dragkit.data.question_file import read_questions
+from dragkit.evaluate import parse_evaluate_args
+from dragkit.plan import parse_plan_args
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -1,1 +1,1 @@
-"""Checkpoints that are written whole or not at all, and which of them are kept."""
+"""Checkpoints: atomic writes, manifests with hashes, retention, and the lock of a run."""

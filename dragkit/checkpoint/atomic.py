@@ -1,4 +1,4 @@
-"""Durable file operations: what a checkpoint needs so that a crash at any instant loses nothing."""
+"""File operations that wait for the disk, so that a crash at any instant loses nothing."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 
 def write_durably(path: Path, data: bytes) -> str:
-    """Writes a new file and waits until it has reached the disk.
+    """Writes a new file and fsyncs it.
 
     Args:
-        path: a name that does not exist yet; data: the whole content.
+        path: must not exist yet; data: the whole content.
 
     Returns:
-        SHA-256 of the content in lower-case hexadecimal. It is taken from memory and not read back,
-        so that a fault of the disk shows at the next verification.
+        SHA-256 of `data` in lower-case hexadecimal. It is not read back, so the next verification
+        detects a fault of the disk.
 
     Raises:
-        OSError: from the system; a part of the file may be left.
+        OSError: the write failed. A part of the file may remain.
     """
     with open(path, "xb") as file:
         file.write(data)
@@ -29,12 +29,12 @@ def write_durably(path: Path, data: bytes) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Waits until a file that another library wrote, or a folder's entries, are on the disk."""
+    """Fsyncs a file that another library wrote, or the entries of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems have no fsync for folders; there is nothing further to wait for.
+        # Some network file systems refuse to fsync a folder. Then nothing more can be done.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -42,7 +42,7 @@ def fsync_path(path: Path) -> None:
 
 
 def make_dirs(path: Path) -> None:
-    """Makes a folder and its missing parents, each durable before the next."""
+    """Makes a folder and its missing parents, and fsyncs each parent."""
     if not path.is_dir():
         make_dirs(path.parent)
         path.mkdir(exist_ok=True)
@@ -50,7 +50,7 @@ def make_dirs(path: Path) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Puts a new text file in the place of an old one; a reader sees the old or the new, whole."""
+    """Replaces a text file atomically: a reader sees the whole old or the whole new text."""
     temp = path.with_name(f"{path.name}.tmp")
     temp.unlink(missing_ok=True)
     try:

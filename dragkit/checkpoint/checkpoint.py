@@ -1,8 +1,8 @@
-"""Checkpoints: a folder per step that is either complete or not there.
+"""Checkpoints: one folder per step, which is either complete or absent.
 
-A folder is written under a temporary name, its manifest last, and renamed when everything is on the
-disk; `latest` and `best` are repointed after that, and old folders removed after that. Only
-safetensors and JSON are ever parsed.
+The order of a save makes it atomic. All files go into a temporary folder, the manifest last. The
+folder is renamed once everything is on the disk. Then `latest` and `best` are replaced, and only
+then are old checkpoints removed. No other format than safetensors and JSON is ever parsed.
 """
 
 from __future__ import annotations
@@ -66,19 +66,18 @@ __all__ = [
 ]
 
 
+# Names that are safe on every file system and lead out of no folder.
 _STEM = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True, slots=True)
 class TrainState:
-    """Where a run stands.
+    """The position of a run, saved as `state.json`.
 
     Attributes:
-        phase: name of the phase.
-        epoch: epochs finished.
-        step: optimizer steps done; the checkpoint's number.
-        batch: batches done inside the present epoch.
-        questions_seen: questions trained on, all epochs together.
+        phase: name of the phase; epoch: finished epochs.
+        step: optimizer steps done. It names the checkpoint's folder.
+        batch: batches done in the current epoch; questions_seen: questions over all epochs.
         best: best validation value so far, None before the first validation.
         extra: further JSON values (hashes, versions, learning rate).
     """
@@ -97,12 +96,12 @@ _JSON_TYPES: dict[str, type] = {"state.json": TrainState}
 
 @dataclass(slots=True)
 class Snapshot:
-    """What a checkpoint is to contain.
+    """The content of a checkpoint to save.
 
     Attributes:
         tensors: file stem -> tensors by name, one safetensors file each.
         folders: folder name -> function that fills the given empty folder (PEFT's layout).
-        json: file stem -> JSON value; "state" is taken by the `TrainState`.
+        json: file stem -> JSON value. The stem "state" is reserved for the `TrainState`.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -112,7 +111,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class LoadedCheckpoint:
-    """A verified checkpoint: tensors and JSON values by file stem, and the folder for the rest."""
+    """A verified checkpoint: tensors and JSON values by file stem, and its folder."""
 
     tensors: dict[str, dict[str, Tensor]]
     state: TrainState
@@ -129,24 +128,24 @@ def save_checkpoint(
     keep: int = 3,
     is_best: bool = False,
 ) -> Path:
-    """Writes `<root>/step-<n>/` so that a crash at any instant leaves the old or the new, whole.
+    """Writes `<root>/step-<n>/` atomically: a crash leaves the whole old or the whole new state.
 
-    Saves to one root do not overlap: hold a `RunLock`, and save from one thread at a time.
+    Hold a `RunLock`, and save from one thread at a time.
 
     Args:
-        root: folder of the run's checkpoints; made if absent.
-        step: optimizer step, equal to `state.step`; a checkpoint of that step is replaced.
-        snapshot: contents; state: position of the run, written as `state.json`.
-        keep: newest checkpoints that stay, at least 1; the best stays too.
-        is_best: point `best` at this checkpoint.
+        root: folder of the run's checkpoints, made if absent.
+        step: optimizer step, equal to `state.step`. An existing checkpoint of it is replaced.
+        snapshot: content; state: position of the run.
+        keep: number of newest checkpoints that stay, at least 1. The best stays too.
+        is_best: points `best` at this checkpoint.
 
     Returns:
         The new folder.
 
     Raises:
-        CheckpointError: a value is not finite; nothing is written.
-        WriteError: the disk is full or fails; older checkpoints stay.
-        ValueError: arguments that contradict each other or names that cannot be used.
+        CheckpointError: a value is NaN or infinite. Nothing is written.
+        WriteError: the disk is full or fails. Older checkpoints stay.
+        ValueError: the arguments contradict each other, or a name is not allowed.
     """
     documents = _encode_documents(step, snapshot, state, keep)
     for stem, tensors in snapshot.tensors.items():
@@ -157,10 +156,12 @@ def save_checkpoint(
     outcome = "not saved"
     try:
         make_dirs(root)
+        # The caller holds the run's lock, so every leftover belongs to a dead writer.
         recover(root)
-        _fill(temp, step, snapshot, documents)
+        _write_files(temp, step, snapshot, documents)
         commit(temp, final)
-        outcome = "saved, but 'latest' or 'best' could not be pointed at it"
+        # The checkpoint is committed. From here on only a pointer can be missing.
+        outcome = "saved, but 'latest' or 'best' could not be updated"
         write_text_atomically(root / "latest", f"{final.name}\n")
         if is_best:
             write_text_atomically(root / "best", f"{final.name}\n")
@@ -168,7 +169,7 @@ def save_checkpoint(
         last = last_intact(root)
         good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise WriteError(
-            f"{final}: {outcome} ({error}); {good}; free some space or choose another folder"
+            f"{final}: {outcome} ({error}); {good}. Free some space or choose another folder."
         ) from error
     finally:
         if temp.exists():
@@ -180,12 +181,14 @@ def save_checkpoint(
 def _encode_documents(
     step: int, snapshot: Snapshot, state: TrainState, keep: int
 ) -> dict[str, bytes]:
-    """Checks the arguments of a save and encodes its JSON files."""
+    """Checks the arguments of a save and encodes its JSON files by name."""
     if step < 0 or state.step != step or keep < 1:
-        raise ValueError(f"step {step}, state.step {state.step}, keep {keep} do not go together")
+        raise ValueError(
+            f"step {step}, state.step {state.step} and keep {keep} contradict each other"
+        )
     for stem in (*snapshot.json, *snapshot.tensors, *snapshot.folders):
         if not _STEM.fullmatch(stem) or stem in ("state", "MANIFEST"):
-            raise ValueError(f"{stem!r} cannot be the name of a part of a checkpoint")
+            raise ValueError(f"a checkpoint cannot have a part named {stem!r}")
     documents: dict[str, bytes] = {}
     for stem, content in {**snapshot.json, "state": dataclasses.asdict(state)}.items():
         try:
@@ -195,31 +198,32 @@ def _encode_documents(
     return documents
 
 
-def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]) -> None:
-    """Writes all files of a checkpoint into a new folder, the manifest last; waits for the disk."""
+def _write_files(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]) -> None:
+    """Writes and fsyncs all files of a checkpoint in a new folder, the manifest last."""
     temp.mkdir()
     files: list[FileEntry] = []
 
-    def add(name: str, data: bytes) -> None:
+    def write(name: str, data: bytes) -> None:
         files.append(FileEntry(name, len(data), write_durably(temp / name, data)))
 
     for stem, tensors in snapshot.tensors.items():
-        add(f"{stem}.safetensors", tensor_bytes(tensors))
+        write(f"{stem}.safetensors", tensor_bytes(tensors))
     for stem, fill_folder in snapshot.folders.items():
         (temp / stem).mkdir()
         fill_folder(temp / stem)
+        # PEFT wrote these files without fsync, and nothing has checked their values.
         for path in sorted((temp / stem).rglob("*")):
             name = path.relative_to(temp).as_posix()
             if path.is_file():
                 if not re.search(FILE_NAME, name):
-                    raise ValueError(f"{name} cannot be part of a checkpoint")
+                    raise ValueError(f"a checkpoint cannot contain a file named {name}")
                 if path.suffix == ".safetensors":
                     check_finite(load_file(path), name)
                 files.append(FileEntry(name, path.stat().st_size, hash_file(path)))
             fsync_path(path)
         fsync_path(temp / stem)
     for name, data in documents.items():
-        add(name, data)
+        write(name, data)
     files.sort(key=lambda entry: entry.name)
     manifest = Manifest("dragkit-checkpoint", 1, step, files)
     write_durably(temp / MANIFEST_NAME, encode_json(msgspec.to_builtins(manifest)))
@@ -229,15 +233,14 @@ def _fill(temp: Path, step: int, snapshot: Snapshot, documents: dict[str, bytes]
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
     """Verifies one checkpoint and reads its safetensors and JSON files.
 
-    Args:
-        folder: what `find_checkpoint` returned; device: where the tensors go.
+    Sub-folders such as `adapter/` are verified but not read.
 
-    Returns:
-        The contents; sub-folders such as `adapter/` are verified and left to their own readers.
+    Args:
+        folder: a checkpoint, such as `find_checkpoint` returns; device: where the tensors go.
 
     Raises:
-        CheckpointError: damaged, or a file is not what its name says.
-        MissingInputError: no such folder.
+        CheckpointError: the checkpoint is damaged, or a file has another type than its name says.
+        MissingInputError: there is no such folder.
         DataError: the path is a file, such as a pickle.
     """
     folder = Path(folder)
@@ -247,7 +250,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
     for path in (folder / entry.name for entry in verify_checkpoint(folder).files):
         try:
             if path.parent != folder:
-                continue
+                continue  # a sub-folder has its own reader
             if path.suffix == ".safetensors":
                 tensors[path.stem] = load_file(path, device=device)
             elif path.suffix == ".json":
@@ -255,6 +258,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
         except (CheckpointError, SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: cannot be loaded ({error})") from error
     state = documents.pop("state", None)
+    # A copied checkpoint may have any name, but a step-<n> name must give its step.
     if not isinstance(state, TrainState) or step_of_folder(folder.name) not in (None, state.step):
         raise CheckpointError(f"{folder}: state.json is missing or of another step")
     return LoadedCheckpoint(tensors, state, documents, folder)

@@ -1,4 +1,4 @@
-"""One run folder has one writer: a lock that ends with its process."""
+"""The lock of a run folder, which admits one writer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ class RunInUseError(WriteError):
 
 
 class RunLock:
-    """Context manager: while it is entered, no other process can enter it for the same folder.
+    """Context manager that only one process can hold for a folder.
 
-    The system holds the lock, so it ends with its owner however that dies. The file stays: removing
-    it would let two processes lock two files of one name.
+    The operating system releases the lock when the process ends. The lock file stays: if it were
+    removed, two processes could lock two files of the same name.
 
     Args:
-        root: run folder; made if absent.
+        root: run folder, made if absent.
 
     Raises:
-        RunInUseError: on entry, if a live process holds the lock; exit code 73.
-        WriteError: on entry, if the lock file cannot be written.
+        RunInUseError: on entry, another live process holds the lock (exit code 73).
+        WriteError: on entry, the lock file cannot be written.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        # Without a wait: the other process may train for days.
         self._lock = FileLock(self.root / "run.lock", timeout=0)
 
     def __enter__(self) -> RunLock:
@@ -45,8 +46,8 @@ class RunLock:
             ) from error
         except OSError as error:
             raise WriteError(
-                f"{self.root}: the run cannot be locked ({error}); check the folder's rights and "
-                "free space."
+                f"{self.root}: the run cannot be locked ({error}). Check the folder's permissions "
+                "and the free space."
             ) from error
         return self
 

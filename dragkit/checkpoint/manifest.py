@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with their hashes, and the check of a folder against it."""
+"""The manifest of a checkpoint: its files with sizes and hashes, and their verification."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dragkit.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
 
-# Relative, no part begins with a dot, so no name leads out of the folder; and no kind of file that
-# can carry code which loading would run.
+# No part begins with a dot, so no name leads out of the folder. None of these file types can carry
+# code that loading would run.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 FILE_NAME = rf"^{_PART}(/{_PART})*\.(safetensors|json|md|txt)\Z"
 _STEP_FOLDER = re.compile(r"step-(\d{8,18})(?:\.old(?:-\d+)?)?")
@@ -25,7 +25,7 @@ Content = TypeVar("Content")
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file: name relative to the checkpoint with `/`, size in bytes, SHA-256 in hexadecimal."""
+    """One file: path relative to the checkpoint, size in bytes, SHA-256 in hexadecimal."""
 
     name: Annotated[str, msgspec.Meta(pattern=FILE_NAME)]
     size: NonNegativeInt
@@ -33,7 +33,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a complete checkpoint consists of."""
+    """The content of `MANIFEST.json`: all files of a complete checkpoint."""
 
     format: Literal["dragkit-checkpoint"]
     version: Literal[1]
@@ -42,22 +42,22 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def step_of_folder(name: str) -> int | None:
-    """The step that a checkpoint folder's name gives; None for any other name."""
+    """The step in the name of a checkpoint folder, or None for any other name."""
     match = _STEP_FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def encode_json(content: object) -> bytes:
-    """JSON text of `content`; numbers that are not finite and foreign types raise ValueError."""
-    # No newline at the end: with it, a file that has lost its last byte would still parse.
+    """Encodes `content` as JSON. Raises ValueError for NaN, infinity and unknown types."""
+    # No newline at the end: a file that lost its last byte must not parse.
     return json.dumps(content, indent=1, allow_nan=False).encode()
 
 
 def read_json(path: Path, json_type: type[Content]) -> Content:
-    """Parses a JSON file into `json_type`, a struct, a data class or `object`.
+    """Parses a JSON file into `json_type`, a msgspec struct, a dataclass or `object`.
 
     Raises:
-        CheckpointError: absent, not JSON or of another form; the message starts with the file name.
+        CheckpointError: the file is missing, is not JSON or has another form.
     """
     try:
         return msgspec.convert(json.loads(path.read_bytes()), json_type)
@@ -74,16 +74,15 @@ def hash_file(path: Path) -> str:
 
 
 def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
-    """Proves that a folder holds exactly the files of its manifest, with their sizes and contents.
+    """Checks that a folder holds exactly the files of its manifest, with their sizes and hashes.
 
-    Files that the manifest does not list make a checkpoint invalid, other than those whose names
-    start with a dot, which desktop and network file systems scatter.
+    Files whose names start with a dot are ignored, because file systems add them.
 
     Args:
-        folder: the checkpoint; hashes: False to compare names and sizes only.
+        folder: the checkpoint; hashes: False compares names and sizes only.
 
     Raises:
-        CheckpointError: one line for each file that is wrong, with the reason.
+        CheckpointError: lists every wrong file with the reason.
     """
     try:
         manifest = read_json(folder / MANIFEST_NAME, Manifest)
@@ -93,6 +92,7 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
             else [f"{MANIFEST_NAME}: belongs to step {manifest.step}"]
         )
         listed = {MANIFEST_NAME, *(entry.name for entry in manifest.files)}
+        # Unlisted files come from another writer, so the folder is not what was saved.
         for path in sorted(folder.rglob("[!.]*")):
             name = path.relative_to(folder).as_posix()
             if name not in listed and not path.is_dir():
@@ -108,5 +108,5 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
     except (CheckpointError, OSError) as error:
         problems = [str(error)]
     if problems:
-        raise CheckpointError(f"{folder}: not a whole checkpoint\n  " + "\n  ".join(problems))
+        raise CheckpointError(f"{folder}: the checkpoint is not intact\n  " + "\n  ".join(problems))
     return manifest

@@ -1,8 +1,8 @@
-"""The folders of a run's checkpoints: commit, clean-up, retention, and the search for a good one.
+"""The checkpoint folders of a run: commit, recovery after a crash, retention, and search.
 
-`step-<n>` is a checkpoint, `step-<n>.tmp` one being written or removed, and `step-<n>.old` one that
-makes room for its replacement; the last is still good. Only the holder of the run's lock changes
-anything here, so whatever a writer has left is of one that died.
+`step-<n>` is a checkpoint. `step-<n>.tmp` is being written or removed. `step-<n>.old` is an intact
+checkpoint whose replacement is being committed. Only the holder of the run's lock changes these
+folders, so a leftover belongs to a writer that died.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dragkit.errors import CheckpointError, DataError, MissingInputError
 logger = logging.getLogger(__name__)
 
 _PICKLE_HINT = (
-    "dragkit reads no pickle: a checkpoint of the earlier implementation (.pt) holds a different "
-    "model, train phase 1 again"
+    "dragkit reads no pickle. A checkpoint of the earlier implementation (.pt) holds a different "
+    "model: train phase 1 again"
 )
-# Earlier writers put a process number behind the suffix.
+# Earlier versions appended a process number to the suffix.
 _LEFTOVER = re.compile(r"(step-\d{8,18}|latest|best)\.(tmp|old)(?:-\d+)?")
 _POINTER_TARGET = re.compile(r"step-\d{8,18}")
 
 
 def commit(temp: Path, final: Path) -> None:
-    """Gives a complete folder its name; a folder in the way steps aside until that is durable."""
+    """Renames a complete folder to its final name. An existing one becomes `.old` meanwhile."""
     old = final.with_name(f"{final.name}.old")
     replaces = final.exists()
     if replaces:
@@ -41,9 +41,9 @@ def commit(temp: Path, final: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint or what is left of one; a failure is logged.
+    """Removes a checkpoint or a leftover. A failure is logged.
 
-    A checkpoint loses its name first, so that no half of it is ever found.
+    A checkpoint is first renamed to `.tmp`, so that a search never finds a part of it.
     """
     try:
         temp = folder
@@ -60,14 +60,14 @@ def remove(folder: Path) -> None:
 
 
 def _checkpoint_folders(root: Path) -> list[Path]:
-    """Folders with a checkpoint's name, newest step first, `.old` ones after their step."""
+    """Folders named as checkpoints, the newest step first, `.old` after the same step."""
     steps = {path: step_of_folder(path.name) for path in root.iterdir() if path.is_dir()}
-    found = [path for path, step in steps.items() if step is not None]
-    return sorted(found, key=lambda path: (-steps[path], path.name))
+    named = [path for path, step in steps.items() if step is not None]
+    return sorted(named, key=lambda path: (-steps[path], path.name))
 
 
 def last_intact(root: Path) -> Path | None:
-    """The newest checkpoint whose names and sizes agree; contents are not hashed."""
+    """The newest checkpoint with the names and sizes of its manifest. Hashes are not checked."""
     folders = _checkpoint_folders(root) if root.is_dir() else []
     return next((folder for folder in folders if _is_intact(folder, hashes=False)), None)
 
@@ -81,12 +81,11 @@ def _is_intact(folder: Path, *, hashes: bool) -> bool:
 
 
 def recover(root: Path) -> None:
-    """Clears what a writer that died has left.
+    """Removes the leftovers of a writer that died.
 
-    A checkpoint that had stepped aside for its replacement comes back if that never arrived or is
-    damaged.
+    An `.old` checkpoint gets its name back if its replacement is missing or damaged.
     """
-    # Temporary ones first: their names are needed to discard others.
+    # In reverse order `.tmp` comes before `.old`: `remove` needs the `.tmp` name of a step.
     for path in sorted(root.iterdir(), reverse=True):
         if (match := _LEFTOVER.fullmatch(path.name)) is None:
             continue
@@ -100,16 +99,16 @@ def recover(root: Path) -> None:
 
 
 def prune(root: Path, newest: Path, keep: int) -> None:
-    """Removes what is older than the last `keep` whole checkpoints, but not `newest` or the best.
+    """Removes checkpoints older than the last `keep`, except `newest` and the best.
 
-    A folder with missing or cut files does not count towards `keep`. Nothing here is fatal.
+    A checkpoint with missing or truncated files does not count towards `keep`. Errors are logged.
     """
     try:
         best = _read_pointer(root / "best")
         kept = 0
         for folder in _checkpoint_folders(root):
             if "." in folder.name:
-                continue  # an old copy belongs to its step
+                continue  # `recover` handles `.old`
             if kept < keep:
                 kept += _is_intact(folder, hashes=False)
             elif folder != newest and folder.name != best:
@@ -119,7 +118,7 @@ def prune(root: Path, newest: Path, keep: int) -> None:
 
 
 def _read_pointer(path: Path) -> str | None:
-    """The folder name in `best`; None where there is no such file."""
+    """The folder name in the file `best`, or None if there is no such file."""
     try:
         name = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
@@ -132,34 +131,30 @@ def _read_pointer(path: Path) -> str | None:
 
 
 def require_folder(path: Path) -> None:
-    """Refuses a path that cannot be a checkpoint: absent, or a file. No file is opened."""
+    """Refuses a path that is missing or a file. No file is opened."""
     if not path.exists():
         raise MissingInputError(
-            f"{path}: no such folder; expected a run's checkpoint folder or a step-<n> folder in it"
+            f"{path}: no such folder. Expected a run's checkpoint folder or a step-<n> folder in it"
         )
     if not path.is_dir():
         raise DataError(
-            f"{path}: a file; a dragkit checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
+            f"{path} is a file. A checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
         )
 
 
 def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
-    """The newest checkpoint that verifies, or the best.
+    """Finds and verifies the newest checkpoint, or the best.
 
-    "Newest" goes by step number, never by file time. A damaged one is logged with its reasons and
-    the next older is taken; but one that was asked for by name, or as the best, is not replaced by
-    another.
+    The newest checkpoint has the highest step. File times are ignored. A damaged one is logged and
+    the next older one is tried. A checkpoint given by folder, or as the best, has no substitute.
 
     Args:
         path: folder of checkpoints, one checkpoint, or the file `latest` or `best`.
-        which: "latest" or "best".
-
-    Returns:
-        A folder that has just been verified.
+        pointer: "latest" or "best".
 
     Raises:
-        CheckpointError: nothing there verifies; lists every reason.
-        MissingInputError: there is nothing at all.
+        CheckpointError: no checkpoint verifies. The message lists every reason.
+        MissingInputError: there is no checkpoint.
         DataError: the path is a file, such as a pickle.
         ValueError: `pointer` is another word.
     """
@@ -167,20 +162,16 @@ def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
     if path.name in ("latest", "best") and path.is_file():
         path, pointer = path.parent, path.name
     if pointer not in ("latest", "best"):
-        raise ValueError(f"pointer is {pointer!r}; 'latest' or 'best' was expected")
+        raise ValueError(f"pointer is {pointer!r}, expected 'latest' or 'best'")
     require_folder(path)
-    if step_of_folder(path.name) is not None or (path / MANIFEST_NAME).exists():
-        verify_checkpoint(path)
-        return path
-    return _find_best(path) if pointer == "best" else _find_newest(path)
-
-
-def _find_best(root: Path) -> Path:
-    name = _read_pointer(root / "best")
-    if name is None:
-        raise MissingInputError(f"{root}: no best checkpoint has been marked; ask for the latest")
-    verify_checkpoint(root / name)
-    return root / name
+    if step_of_folder(path.name) is None and not (path / MANIFEST_NAME).exists():
+        if pointer == "latest":
+            return _find_newest(path)
+        if (name := _read_pointer(path / "best")) is None:
+            raise MissingInputError(f"{path}: no checkpoint is marked as best. Use the latest.")
+        path /= name
+    verify_checkpoint(path)
+    return path
 
 
 def _find_newest(root: Path) -> Path:
@@ -190,13 +181,13 @@ def _find_newest(root: Path) -> Path:
             verify_checkpoint(folder)
             return folder
         except CheckpointError as error:
-            logger.warning("%s; the next older checkpoint is tried", error)
+            logger.warning("%s. Trying the next older checkpoint", error)
             reasons.append(str(error))
     if reasons:
         raise CheckpointError(
-            f"{root}: no usable checkpoint; restore one from a copy, or start into a new folder\n"
+            f"{root}: no intact checkpoint. Restore one from a copy, or start in a new folder.\n"
             + "\n".join(reasons)
         )
     raise MissingInputError(
-        f"{root}: no checkpoint here; expected folders such as step-00000100. {_PICKLE_HINT}"
+        f"{root}: no checkpoint. Expected folders such as step-00000100. {_PICKLE_HINT}"
     )

@@ -1,12 +1,14 @@
-"""Configuration: the schema with its defaults, and how a run's values are merged."""
+"""Configuration: the schema with its defaults, and the merging of settings."""
 
 from dragkit.config.resolve import (
     FIELDS,
     SECTIONS,
     config_schema,
+    differing_settings,
     dump_config,
-    nearest_key,
+    load_config,
     parse_text,
+    read_saved_config,
     resolve_config,
     show_config,
 )
@@ -41,9 +43,11 @@ __all__ = [
     "SamplerConfig",
     "TrainConfig",
     "config_schema",
+    "differing_settings",
     "dump_config",
-    "nearest_key",
+    "load_config",
     "parse_text",
+    "read_saved_config",
     "resolve_config",
     "show_config",
 ]

@@ -1,4 +1,4 @@
-"""`python -m dragkit.config show|schema`: every setting with its origin, or the JSON Schema."""
+"""Prints settings with their origins, or the schema: `python -m dragkit.config show|schema`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dragkit.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code."""
+    """Runs the command line and returns its exit code."""
     return run_main(_config_command, argv)
 
 
@@ -26,11 +26,11 @@ def _config_command(argv: list[str]) -> int:
         text = config_schema()
     elif command in ("-h", "--help"):
         text = (
-            f"usage: {prog} show [flags of dragkit.train]   every value and its origin\n"
-            f"       {prog} schema                         JSON Schema of --config files"
+            f"usage: {prog} show [flags of dragkit.train]   print every value and its origin\n"
+            f"       {prog} schema                         print the JSON Schema of --config files"
         )
     else:
-        raise ConfigError(f"expected `{prog} show [flags]` or `{prog} schema`, got {argv}")
+        raise ConfigError(f"expected `{prog} show [flags]` or `{prog} schema`, got {argv}.")
     sys.stdout.write(f"{text}\n")
     return 0
 

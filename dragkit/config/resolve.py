@@ -1,7 +1,6 @@
-"""Configuration of a run: defaults < preset < file < flags, merged and checked in one go.
+"""Merges a run's settings: defaults < preset < file < flags.
 
-The models and their defaults are in `dragkit.config.schema` and are exported here as well.
-`python -m dragkit.config show` prints every value with its origin, `... schema` the JSON Schema.
+The models and their defaults are in `dragkit.config.schema`.
 """
 
 from __future__ import annotations
@@ -11,97 +10,127 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
 
 from dragkit.config.schema import PRESETS, Section, TrainConfig
-from dragkit.errors import ConfigError, MissingInputError
+from dragkit.config.yaml_file import read_yaml
+from dragkit.errors import ConfigError
 
 SECTIONS: dict[str, type[Section]] = {
-    name: info.annotation for name, info in TrainConfig.model_fields.items() if name != "preset"
+    name: info.annotation
+    for name, info in TrainConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
 FIELDS = {"preset": TrainConfig.model_fields["preset"]} | {
     f"{section}.{name}": info
     for section, model in SECTIONS.items()
     for name, info in model.model_fields.items()
 }
+# Earlier names of settings and earlier values, by earlier name. Files, --set and the configurations
+# in checkpoints may still use them.
+RENAMED: dict[str, tuple[str, dict[str, str | bool]]] = {
+    "data.max_bad_share": ("data.max_bad_fraction", {}),
+    "retriever.message": (
+        "retriever.message",
+        {"collapsed": "fused", "parity": "per_instruction"},
+    ),
+    "retriever.fact_relation": (
+        "retriever.gate_relation_by_instruction",
+        {"static": False, "instructed": True},
+    ),
+    "sampler.mode": ("sampler.mode", {"budget": "exact_k"}),
+    "sampler.estimator": (
+        "sampler.estimator",
+        {"concrete": "binary_concrete", "mean": "straight_through"},
+    ),
+    "sampler.residual_slot": ("sampler.undrawn_facts_vector", {}),
+    "generator.checkpointing": ("generator.activation_checkpointing", {}),
+    "generator.tokens_per_pass": ("generator.max_tokens_per_microbatch", {}),
+    "generator.pack_multiple": ("generator.pad_to_multiple_of", {}),
+    "generator.mamba": ("generator.mamba_backend", {}),
+    "optim.warmup_share": ("optim.warmup_ratio", {}),
+    "optim.min_lr_share": ("optim.min_lr_ratio", {}),
+    "run.sharding": ("run.generator_fsdp", {"none": False, "full": True}),
+}
 _PHASE_BLOCKS = ("phase1", "phase2")
 _PRESET_DIR = Path(__file__).with_name("presets")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, where plain YAML keeps the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep=deep)
-
-
 @dataclass
 class _Merged:
-    """Values by dotted key, where each came from, and what is wrong so far."""
+    """Values and their origins by dotted key, and the problems so far."""
 
     values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, key: str, value: object, origin: str) -> None:
-        """Set one dotted key, or note that there is no such key."""
-        if key in FIELDS:
+    def update(self, settings: Mapping[str, object], origins: Mapping[str, str]) -> None:
+        """Sets the values of one source, and notes unknown keys and settings given twice."""
+        spellings: dict[str, str] = {}
+        for written, given in settings.items():
+            key, value = current_setting(written, given)
+            origin = origins[written]
+            if key not in FIELDS:
+                self.problems.append(f"{key} ({origin}): {_explain_unknown_key(key)}")
+                continue
+            if spellings.setdefault(key, written) != written:
+                self.problems.append(
+                    f"{key} ({origin}): is given twice, as {spellings[key]} and as {written}"
+                )
             self.values[key] = value
-            self.origins[key] = origin
-        elif key in SECTIONS:
-            names = ", ".join(SECTIONS[key].model_fields)
-            self.problems.append(f"{key} ({origin}): is a section with the keys {names}")
-        else:
-            near, section = nearest_key(key), SECTIONS.get(key.partition(".")[0])
-            if near:
-                hint = f"did you mean {near}?"
-            elif section:
-                hint = f"the section has {', '.join(section.model_fields)}"
-            else:
-                hint = "`python -m dragkit.config show` lists all"
-            self.problems.append(f"{key} ({origin}): unknown key; {hint}")
+            # The label of a flag holds the written name already.
+            renamed = key != written and written not in origin
+            self.origins[key] = f"{origin}, as {written}" if renamed else origin
 
-    def add_all(self, values: Mapping[str, object], origins: Mapping[str, str]) -> None:
-        """Set several."""
-        for key, value in values.items():
-            self.add(key, value, origins[key])
+
+def _explain_unknown_key(key: str) -> str:
+    if key in SECTIONS:
+        return f"is a section with the keys {', '.join(SECTIONS[key].model_fields)}"
+    if near := nearest_key(key):
+        return f"unknown key; did you mean {near}?"
+    if section := SECTIONS.get(key.partition(".")[0]):
+        return f"unknown key; the section has {', '.join(section.model_fields)}"
+    return "unknown key; `python -m dragkit.config show` lists all"
+
+
+def current_setting(key: str, value: object) -> tuple[str, object]:
+    """Today's key and value of a setting that may have an earlier name or an earlier value."""
+    name, values = RENAMED.get(key, (key, {}))
+    return name, values.get(value, value) if isinstance(value, str) else value
 
 
 def nearest_key(key: str) -> str | None:
-    """The known dotted key most like a wrong one, or None where none is like it."""
-    leaves = {name.rpartition(".")[2]: name for name in reversed(FIELDS)}
-    leaf = key.rpartition(".")[2]
-    if leaf in leaves:
-        return leaves[leaf]
-    whole = difflib.get_close_matches(key, FIELDS, n=1, cutoff=0.75)
-    close = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)
-    return whole[0] if whole else leaves[close[0]] if close else None
+    """The dotted key that is most similar to an unknown one, or None."""
+    # FIELDS come first: of equal names in several sections the schema's first one is suggested.
+    known = [*FIELDS, *RENAMED]
+    by_name = {name.rpartition(".")[2]: name for name in reversed(known)}
+    name = key.rpartition(".")[2]
+    near = by_name.get(name)
+    if near is None:
+        keys = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        names = difflib.get_close_matches(name, by_name, n=1, cutoff=0.7)
+        near = keys[0] if keys else by_name[names[0]] if names else None
+    return None if near is None else current_setting(near, None)[0]
 
 
 def parse_text(key: str, text: str) -> object:
-    """Turn text from the command line into what the schema's field takes.
+    """Converts text from the command line to what the schema's field takes.
 
     Args:
-        key: dotted key, known or not (text for an unknown key is returned as it is).
-        text: the text; `none` empties an optional field, commas separate the items of a list.
+        key: dotted key. The text of an unknown key is returned as it is.
+        text: `none` empties an optional field. Commas separate the items of a list.
 
     Returns:
-        The value; numbers stay text, which the schema reads.
+        The value. Numbers stay text, which the schema parses.
     """
     if key not in FIELDS:
         return text
     annotation = FIELDS[key].annotation
     options = (annotation, *get_args(annotation))
+    # YAML would read `none` as text and `1e-4` as text too, so the annotation decides here.
     word = text.strip().lower()
     if word in ("none", "null") and type(None) in options:
         return None
@@ -114,65 +143,113 @@ def parse_text(key: str, text: str) -> object:
     )
 
 
+def load_config(
+    preset: str | None = None,
+    file: str | Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+) -> TrainConfig:
+    """The configuration of a run, as the command line builds it.
+
+    Args:
+        preset: "tiny", "webqsp", "cwq", "h200" or "b200". None takes the preset that the file
+            names, and "tiny" if no training data are given either.
+        file: YAML file with sections and keys of the schema.
+        overrides: values by dotted key, such as {"optim.lr": 1e-4}. They take precedence.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        ConfigError: lists every wrong key and value.
+        MissingInputError: the file cannot be read.
+    """
+    return resolve_config(preset, file, overrides, demo_preset="tiny")[0]
+
+
 def resolve_config(
     preset: str | None = None,
     file: str | Path | None = None,
     overrides: Mapping[str, object] | None = None,
     *,
-    labels: Mapping[str, str] | None = None,
+    spellings: Mapping[str, str] | None = None,
     demo_preset: str | None = None,
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Merge defaults < preset < file < overrides and check the whole.
+    """Merges defaults < preset < file < overrides and checks the result.
 
-    A preset or a file may hold blocks `phase1` and `phase2` with sections. A block applies on
-    top of the rest, in that phase only.
+    A preset or a file may hold blocks `phase1` and `phase2` with sections. A block applies on top
+    of the rest in its phase only.
 
     Args:
-        preset: name of a preset; None takes the one that the file names, if any.
+        preset: name of a preset. None takes the one that the file names, if any.
         file: YAML file with any part of the schema.
-        overrides: values by dotted key, as flags give them.
-        labels: for a dotted key of `overrides`, how the user wrote it (for messages and origins).
-        demo_preset: preset to take where none is named and no training data is given.
+        overrides: values by dotted key.
+        spellings: how the user wrote keys of `overrides`, for messages and origins.
+        demo_preset: preset for a run that names neither a preset nor training data.
 
     Returns:
-        The configuration, and for each dotted key its origin: "default", "preset x", file or flag.
+        The configuration, and the origin of each dotted key: "default", "preset NAME", the file or
+        the flag.
 
     Raises:
-        ConfigError: every wrong key and value at once, each with dotted path and reason.
-        MissingInputError: the file is not there or cannot be read.
+        ConfigError: lists every wrong key and value with its origin and reason.
+        MissingInputError: the file cannot be read.
     """
-    overrides, labels = dict(overrides or {}), {"preset": "--preset", **(labels or {})}
+    overrides, spellings = dict(overrides or {}), {"preset": "--preset", **(spellings or {})}
     if preset is not None:
         overrides["preset"] = preset
-    from_file = _flatten(_read_yaml(Path(file)) if file is not None else {})
-    named = from_file[0] | overrides
+    # The preset and the phase are needed first: they decide which other settings apply.
+    from_file = _flatten(read_yaml(Path(file)) if file is not None else {})
+    given = from_file[0] | overrides
     merged = _Merged()
-    if demo_preset and "preset" not in named and named.get("data.heuristics_path") is None:
-        named["preset"] = demo_preset
-        merged.add("preset", demo_preset, "no data named")
-    chosen = named.get("preset")
-    from_preset = _flatten(_read_yaml(_PRESET_DIR / f"{chosen}.yaml") if chosen in PRESETS else {})
-    phase = (from_preset[0] | named).get("run.phase", FIELDS["run.phase"].default)
-    for (plain, blocks), origin in ((from_preset, f"preset {chosen}"), (from_file, str(file))):
-        merged.add_all(plain, dict.fromkeys(plain, origin))
+    if demo_preset and "preset" not in given and given.get("data.heuristics_path") is None:
+        given["preset"] = demo_preset
+        merged.update({"preset": demo_preset}, {"preset": "no data named"})
+    name = given.get("preset")
+    from_preset = _flatten(read_yaml(_PRESET_DIR / f"{name}.yaml") if name in PRESETS else {})
+    phase = (from_preset[0] | given).get("run.phase", FIELDS["run.phase"].default)
+    for (plain, blocks), origin in ((from_preset, f"preset {name}"), (from_file, str(file))):
+        merged.update(plain, dict.fromkeys(plain, origin))
         for block, settings in blocks.items():
-            # The block of the other phase is not applied, but its keys are checked all the same.
+            # The other phase's block does not apply, but its keys are checked too.
             target = merged if block == f"phase{phase}" else _Merged(problems=merged.problems)
-            target.add_all(settings, dict.fromkeys(settings, f"{origin}, {block}"))
-    merged.add_all(overrides, {key: labels.get(key, "flag") for key in overrides})
+            target.update(settings, dict.fromkeys(settings, f"{origin}, {block}"))
+    merged.update(overrides, {key: spellings.get(key, "flag") for key in overrides})
     return _validate(merged), {key: merged.origins.get(key, "default") for key in FIELDS}
 
 
+def read_saved_config(settings: object, origin: str) -> TrainConfig:
+    """The configuration in a checkpoint, which may use earlier names.
+
+    Args:
+        settings: the dumped configuration.
+        origin: folder of the checkpoint, for messages.
+
+    Raises:
+        ConfigError: the settings are not a mapping, or hold wrong keys or values. All are listed.
+    """
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{origin}: the saved configuration is not a mapping.")
+    merged, (plain, _) = _Merged(), _flatten(settings)
+    merged.update(plain, dict.fromkeys(plain, origin))
+    return _validate(merged)
+
+
+def differing_settings(config: TrainConfig, base: TrainConfig) -> dict[str, object]:
+    """The settings of `config` that are not those of `base`, by dotted key."""
+    values, base_values = (_flatten(c.model_dump())[0] for c in (config, base))
+    return {key: value for key, value in values.items() if value != base_values[key]}
+
+
 def dump_config(config: TrainConfig) -> str:
-    """The whole configuration as YAML text that `resolve_config(file=...)` reads back unchanged."""
+    """The whole configuration as YAML text, which `resolve_config(file=...)` reads."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def show_config(config: TrainConfig, origins: Mapping[str, str]) -> str:
-    """One line for each value: dotted key, value as YAML would have it, origin."""
-    flat = _flatten(config.model_dump(mode="json"))[0]
+    """One line per setting: dotted key, value as JSON, origin."""
+    plain = _flatten(config.model_dump(mode="json"))[0]
     rows = [
-        (key, json.dumps(value, ensure_ascii=False), origins[key]) for key, value in flat.items()
+        (key, json.dumps(value, ensure_ascii=False), origins[key]) for key, value in plain.items()
     ]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{k:<{widths[0]}}  {v:<{widths[1]}}  {origin}" for k, v, origin in rows)
@@ -183,8 +260,8 @@ def config_schema() -> str:
     return json.dumps(TrainConfig.model_json_schema(), indent=2)
 
 
-def _flatten(settings: Mapping[object, object]) -> tuple[dict[str, object], dict[str, dict]]:
-    """Split nested settings into values by dotted key, and blocks by name of the same."""
+def _flatten(settings: Mapping[Any, object]) -> tuple[dict[str, object], dict[str, dict]]:
+    """Values by dotted key, and the values of each phase block by dotted key."""
     plain: dict[str, object] = {}
     blocks: dict[str, dict] = {}
     for key, value in settings.items():
@@ -197,46 +274,20 @@ def _flatten(settings: Mapping[object, object]) -> tuple[dict[str, object], dict
     return plain, blocks
 
 
-def _read_yaml(path: Path) -> Mapping[object, object]:
-    """Read one settings file. An empty file holds no settings."""
-    try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        raise MissingInputError(
-            f"{path}: cannot read the configuration file: {error.strerror}; check --config"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a UTF-8 text file, so not a YAML configuration") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
-        ) from error
-    if settings is None:
-        return {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"{path}: must hold sections such as `optim:` with keys, not {settings!r:.60}"
-        )
-    return settings
-
-
 def _validate(merged: _Merged) -> TrainConfig:
-    """Build the configuration, or raise one error that lists everything wrong."""
-    nested: dict[str, object] = {}
+    """Builds the configuration, or raises one error with all problems."""
+    nested: dict[str, Any] = {}
     for key, value in merged.values.items():
         section, _, name = key.rpartition(".")
-        if section:
-            nested.setdefault(section, {})[name] = value
-        else:
-            nested[name] = value
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    # Wrong keys and wrong values are reported together, so values are checked in any case.
     problems, config = list(merged.problems), None
     try:
         config = TrainConfig.model_validate(nested)
     except ValidationError as error:
-        reasons = {}
+        reasons: dict[str, str] = {}
         for item in error.errors(include_url=False):
+            # Deeper parts of the location are indices of list items or branches of a union.
             key = ".".join(str(part) for part in item["loc"][:2])
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             if item["type"] == "string_pattern_mismatch":

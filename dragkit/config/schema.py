@@ -1,8 +1,7 @@
-"""The schema of a training run: frozen models, every default here and once, with its source.
+"""The settings of a training run with their defaults and sources, as frozen models.
 
-Sources named in the descriptions: "paper" is D-RAG (EMNLP 2025), "ReaRev" its released settings,
-"earlier trainer" the code whose flags this command line keeps. `dragkit.config` reads, merges and
-writes values of this schema.
+Descriptions name the source of a default: "paper" is D-RAG (EMNLP 2025), "ReaRev" its released
+settings, and "earlier trainer" the code whose flags this command line keeps.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ PRESETS: tuple[str, ...] = get_args(PresetName)
 
 
 class Section(BaseModel):
-    """What all sections share: frozen, no unknown key, no NaN, no empty text."""
+    """Base of all sections: frozen, without unknown keys, NaN or empty text."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1
@@ -27,16 +26,16 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value_as_number(cls, value: object, info: ValidationInfo) -> object:
-        # Lax number parsing would read `epochs: yes` as 1.
-        annotation = cls.model_fields[info.field_name].annotation
+    def _reject_bool_for_number(cls, value: object, info: ValidationInfo) -> object:
+        # Without this check pydantic reads `epochs: yes` as 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("must not be true or false")
         return value
 
 
 class DataConfig(Section):
-    """Where questions come from and how they are packed."""
+    """Question files and their packing."""
 
     heuristics_path: str | None = Field(
         None, description="Training questions, JSONL or JSONL.gz. Unset: the bundled demo set."
@@ -52,22 +51,22 @@ class DataConfig(Section):
     )
     label_rule: Literal["auto", "shortest", "paths"] = Field(
         "auto",
-        description="Which facts are positive: on a shortest topic-answer path, or on the given "
-        "paths; auto takes shortest where topics and answers are known.",
+        description="Positive facts: those on shortest paths from topics to answers, or on the "
+        "given paths. auto takes shortest where topics and answers are known.",
     )
     merge_equal_nodes: bool = Field(
         True,
-        description="Share the states of nodes that the retriever cannot tell apart: the same "
-        "scores in less time. Dropout is then drawn per class of equal nodes.",
+        description="Merge nodes that the retriever cannot tell apart: the same scores in less "
+        "time. Merged nodes share a dropout mask.",
     )
-    max_facts_per_batch: int = Field(200_000, ge=1, description="Facts in a batch, at most.")
+    max_facts_per_batch: int = Field(200_000, ge=1, description="Most facts per batch.")
     max_bad_fraction: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of unusable rows to skip and count.",
+        description="Fraction of unusable rows that a file may hold. They are skipped and counted.",
     )
-    num_workers: int = Field(0, ge=0, description="Loader processes; 0 loads in the main process.")
+    num_workers: int = Field(0, ge=0, description="Loader processes. 0 loads in the main process.")
 
 
 class EncoderConfig(Section):
@@ -97,8 +96,8 @@ class RetrieverConfig(Section):
     )
     message: Literal["fused", "per_instruction"] = Field(
         "fused",
-        description="fused sums over the instructions first; per_instruction keeps them apart "
-        "as ReaRev does (slower, dropout at its published place).",
+        description="fused sums over instructions first. per_instruction keeps one sum per "
+        "instruction as ReaRev does. It is slower and has dropout at its published place.",
     )
 
     @field_validator("node_dim", "relation_dim")
@@ -107,21 +106,22 @@ class RetrieverConfig(Section):
         width = info.data.get("hidden_dim", value)
         if value is not None and value != width:
             raise ValueError(
-                f"must equal retriever.hidden_dim ({width}): ReaRev adds node, relation and "
-                "instruction vectors and so has one width; leave it out or set all alike"
+                f"must equal retriever.hidden_dim ({width}), because ReaRev adds node, relation "
+                "and instruction vectors; leave it out or set all three alike"
             )
         return value
 
 
 class SamplerConfig(Section):
-    """How facts are drawn in training and chosen in evaluation."""
+    """Drawing of facts in training, and their choice in evaluation."""
 
     mode: Literal["bernoulli", "exact_k"] = Field(
-        "bernoulli", description="bernoulli: independent draws (paper); exact_k: exactly k facts."
+        "bernoulli", description="bernoulli: independent draws (paper). exact_k: exactly k facts."
     )
     estimator: Literal["binary_concrete", "straight_through"] = Field(
         "binary_concrete",
-        description="Gradient of a draw: of the relaxed sample (paper) or of the mean.",
+        description="Gradient of a draw: that of the relaxed sample (paper), or that of the "
+        "probability.",
     )
     temperature: float = Field(0.5, gt=0, description="Temperature of the relaxation (paper: 0.5).")
     max_facts_cap: int = Field(
@@ -131,13 +131,17 @@ class SamplerConfig(Section):
         10, ge=1, description="Most facts in one prompt (earlier trainer: 10; paper: 100)."
     )
     prob_threshold: float = Field(
-        0.01, ge=0, lt=1, description="Evaluation drops facts with p at or below it (paper: 0.01)."
+        0.01,
+        ge=0,
+        lt=1,
+        description="Evaluation drops facts with a probability at or below it (paper: 0.01).",
     )
     undrawn_facts_vector: bool = Field(
         False,
         description="Append one vector that carries gradient to facts that were not drawn.",
     )
 
+    # It follows max_facts_cap: a validator sees the fields above its own only.
     @field_validator("k_facts")
     @classmethod
     def _within_cap(cls, value: int, info: ValidationInfo) -> int:
@@ -150,7 +154,7 @@ class SamplerConfig(Section):
 
 
 class GeneratorConfig(Section):
-    """The language model, its adapter, and the projector into it."""
+    """The language model, its LoRA adapters, and the projector."""
 
     model: str | None = Field(
         None,
@@ -161,32 +165,32 @@ class GeneratorConfig(Section):
     generator_dim: int | None = Field(
         None, ge=1, description="Only checked. Unset: read from the model."
     )
-    freeze_lm: bool = Field(False, description="Train no adapter; the projector still learns.")
+    freeze_lm: bool = Field(False, description="Train no adapters. The projector still trains.")
     structural_vectors: bool = Field(
-        True, description="One vector per fact in the prompt (paper); off is the control arm."
+        True, description="One vector per fact in the prompt (paper). Off is the control arm."
     )
-    lora_rank: int = Field(16, ge=1, description="Rank of the adapter.")
-    lora_alpha: int = Field(32, ge=1, description="Scale of the adapter: alpha / rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_rank: int = Field(16, ge=1, description="LoRA rank.")
+    lora_alpha: int = Field(32, ge=1, description="LoRA scale is alpha / rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="LoRA dropout.")
     lora_targets: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="Layers to adapt, such as q_proj, out_proj, experts.up_proj. Unset: attention, "
-        "in_proj, dense and shared experts.",
+        description="Layers with adapters, such as q_proj, out_proj, experts.up_proj. Unset: "
+        "attention, in_proj, dense and shared experts.",
     )
     generator_microbatch: int | None = Field(
-        None, ge=1, description="Questions per generator pass. Unset: the whole batch."
+        None, ge=1, description="Most questions per micro-batch of the generator. Unset: the batch."
     )
     max_tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
-        description="Tokens per generator pass. A longer prompt is a pass by itself. Unset: what "
-        "fits by the plan on GPU, no limit on CPU.",
+        description="Most tokens per micro-batch of the generator. A longer prompt has a "
+        "micro-batch to itself. Unset: what the memory plan allows on GPU, no limit on CPU.",
     )
     activation_checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
         "auto",
-        description="Blocks of a Nemotron-H whose activations are recomputed in the backward "
-        "pass. auto: none where that fits by the plan, else mamba, else all; none on CPU.",
+        description="Blocks of a Nemotron-H that are recomputed in the backward. auto: the first "
+        "of none, mamba and all that fits the memory plan, and none on CPU.",
     )
     max_prompt_tokens: int = Field(4096, ge=16, description="Longest prompt, in tokens.")
     max_answers: int = Field(
@@ -194,29 +198,30 @@ class GeneratorConfig(Section):
     )
     max_new_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of the frozen weights; auto: bfloat16 on GPU, float32 on CPU."
+        "auto", description="Type of the frozen weights. auto: bfloat16 on GPU, float32 on CPU."
     )
 
     mamba_backend: Literal["dragkit", "mamba_ssm", "reference"] = Field(
         "dragkit",
         description="Convolution and scan of Mamba-2 layers: our ops, the packages mamba-ssm and "
-        "causal-conv1d, or our ops' plain PyTorch definitions.",
+        "causal-conv1d, or the definitions of our ops in PyTorch.",
     )
     pad_to_multiple_of: int | None = Field(
         None,
         ge=1,
-        description="Tokens of a generator pass are padded to a multiple of this. Unset: 256 on "
-        "GPU, none on CPU.",
+        description="Micro-batches are padded to a multiple of this number of tokens. Unset: 256 "
+        "on GPU, no padding on CPU.",
     )
 
     @field_validator("max_new_tokens")
     @classmethod
-    def _leaves_room(cls, value: int, info: ValidationInfo) -> int:
+    def _shorter_than_prompt(cls, value: int, info: ValidationInfo) -> int:
         limit = info.data.get("max_prompt_tokens")
         if limit is not None and value >= limit:
             raise ValueError(f"must be less than generator.max_prompt_tokens ({limit})")
         return value
 
+    # Routed experts are 3-D parameters, for which PEFT has no dropout.
     @field_validator("lora_targets")
     @classmethod
     def _routed_experts_have_no_dropout(
@@ -225,7 +230,7 @@ class GeneratorConfig(Section):
         routed = [name for name in value or () if name.startswith("experts.")]
         if routed and info.data.get("lora_dropout"):
             raise ValueError(
-                f"{', '.join(routed)}: adapters of routed experts take no dropout, but "
+                f"{', '.join(routed)}: adapters of routed experts have no dropout, but "
                 f"generator.lora_dropout is {info.data['lora_dropout']}; set it to 0"
             )
         return value
@@ -241,36 +246,36 @@ class LossConfig(Section):
     rho: float = Field(0.7, ge=0, le=1, description="rho BCE + (1 - rho) rank (paper: 0.7).")
     margin: float = Field(1.0, ge=0, description="Margin of the rank loss, on logits.")
     ret_loss_weight: float = Field(
-        0.1, ge=0, description="Phase 2 weight of the retriever loss (earlier trainer: 0.1)."
+        0.1, ge=0, description="Weight of the retriever loss in phase 2 (earlier trainer: 0.1)."
     )
     use_grad_norm_balance: bool = Field(
-        False, description="Set that weight from the ratio of gradient norms instead (paper)."
+        False, description="Set ret_loss_weight from the ratio of gradient norms (paper)."
     )
     balance_rho: float = Field(
-        0.9, ge=0, description="Target norm of the retriever gradient over the generator's (paper)."
+        0.9, ge=0, description="Target ratio of retriever to generator gradient norm (paper: 0.9)."
     )
     eos_loss_weight: float = Field(1.0, ge=0, description="Weight of the end token.")
 
 
 class OptimConfig(Section):
-    """AdamW, its schedule, and how much data a step sees."""
+    """AdamW, its schedule, and the batch size."""
 
-    lr: float = Field(5e-5, gt=0, description="Rate of retriever and projector (paper: 5e-5).")
+    lr: float = Field(5e-5, gt=0, description="Learning rate (paper: 5e-5).")
     lora_lr: float | None = Field(
-        None, gt=0, description="Rate of the adapter. Unset: lr times lora_lr_scale."
+        None, gt=0, description="Learning rate of the adapters. Unset: lr times lora_lr_scale."
     )
     lora_lr_scale: float = Field(
-        0.2, gt=0, description="Adapter rate over lr (paper: 1e-5, which is 0.2 of 5e-5)."
+        0.2, gt=0, description="lora_lr over lr (paper: 1e-5, which is 0.2 of 5e-5)."
     )
-    projector_lr_scale: float = Field(1.0, gt=0, description="Projector rate over lr.")
+    projector_lr_scale: float = Field(1.0, gt=0, description="Projector's rate over lr.")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last rate over the highest.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Warm-up steps over all.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over lr.")
     grad_clip: float = Field(
         1.0, gt=0, description="Largest gradient norm over all trained weights."
     )
     epochs: int | None = Field(
-        None, ge=1, description="Passes over the data. Unset: 10 in phase 1 (paper), 5 in phase 2."
+        None, ge=1, description="Epochs. Unset: 10 in phase 1 (paper), 5 in phase 2."
     )
     batch_size: int | None = Field(
         None, ge=1, description="Questions per batch. Unset: 16 in phase 1 (paper), 1 in phase 2."
@@ -279,7 +284,7 @@ class OptimConfig(Section):
 
     @property
     def adapter_lr(self) -> float:
-        """Learning rate of the adapter."""
+        """Learning rate of the adapters."""
         return self.lr * self.lora_lr_scale if self.lora_lr is None else self.lora_lr
 
     def epochs_in(self, phase: int) -> int:
@@ -292,9 +297,9 @@ class OptimConfig(Section):
 
 
 class RunConfig(Section):
-    """What this run does, where it writes, and what it reports."""
+    """Phase, device, folders and reports of a run."""
 
-    phase: Literal[1, 2] = Field(2, description="1: retriever alone; 2: retriever and generator.")
+    phase: Literal[1, 2] = Field(2, description="1: retriever. 2: retriever and generator.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, order and draws.")
     checkpoint_dir: str | None = Field(
         None, description="Folder for checkpoints. Unset: a new folder under runs/."
@@ -304,46 +309,46 @@ class RunConfig(Section):
     )
     resume: bool | str = Field(
         False,
-        description="Go on from this checkpoint or run. Alone: checkpoint_dir, else the newest.",
+        description="Resume this run or checkpoint. Alone: checkpoint_dir, else the newest run.",
     )
     device: str = Field("auto", pattern=DEVICE_PATTERN, description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Type of the mixed-precision arithmetic; auto: bfloat16 on GPU."
+        "auto", description="Autocast type. auto: bfloat16 on GPU, float32 on CPU."
     )
     compile: bool | None = Field(
-        None, description="Compile retriever and generator's blocks. Unset: on GPU only."
+        None, description="Compile the retriever and the generator's blocks. Unset: on GPU only."
     )
     cuda_graphs: bool = Field(
-        True, description="Replay phase 1's step as CUDA graphs; without a GPU it has no effect."
+        True, description="Replay the step of phase 1 as a CUDA graph. On CPU it has no effect."
     )
     max_cuda_graphs: int = Field(
-        16, ge=0, description="Sizes of batches that get a graph; further ones run without."
+        16, ge=0, description="Most batch sizes with a CUDA graph. Other sizes run without."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
-    rank_timeout: int = Field(
-        1800, ge=1, description="Seconds that one of several ranks waits for the others."
-    )
+    rank_timeout: int = Field(1800, ge=1, description="Seconds that a rank waits for the others.")
     generator_fsdp: bool = Field(
         False, description="Cut the generator's frozen weights between the ranks (FSDP2)."
     )
-    save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints; 0: each epoch.")
-    keep_checkpoints: int = Field(3, ge=1, description="Newest checkpoints kept, besides the best.")
+    save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints. 0: every epoch.")
+    keep_checkpoints: int = Field(
+        3, ge=1, description="Newest checkpoints to keep besides the best."
+    )
     log_every_steps: int = Field(10, ge=1, description="Steps between log lines.")
     val_generation: bool = Field(True, description="Generate answers when validating in phase 2.")
     val_max_new_tokens: int | None = Field(
         None, ge=1, description="Longest answer when validating. Unset: generator.max_new_tokens."
     )
     val_generation_limit: int = Field(200, ge=1, description="Questions generated per validation.")
-    val_log_samples: int = Field(3, ge=0, description="Validation answers written to the log.")
+    val_log_samples: int = Field(3, ge=0, description="Validation answers in the log.")
     log_grad_norms: bool = Field(False, description="Log gradient norms of each part.")
-    grad_norm_log_interval: int = Field(50, ge=1, description="Steps between those.")
+    grad_norm_log_interval: int = Field(50, ge=1, description="Steps between these logs.")
     profile_steps: str | None = Field(
         None,
         pattern=r"^[0-9]+:[0-9]+$",
         description="Steps first:end to profile, for example 10:13.",
     )
     profile_trace: bool = Field(
-        False, description="Write these steps as a Chrome trace too; not under nsys or ncu."
+        False, description="Also write these steps as a Chrome trace, except under nsys or ncu."
     )
 
     @field_validator("profile_steps")
@@ -357,9 +362,9 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    """The whole of a run; `TrainConfig()` is all defaults."""
+    """All settings of a run. `TrainConfig()` has the defaults."""
 
-    preset: PresetName | None = Field(None, description="Preset the values started from.")
+    preset: PresetName | None = Field(None, description="Preset of the other values.")
     data: DataConfig = Field(default_factory=DataConfig)
     encoder: EncoderConfig = Field(default_factory=EncoderConfig)
     retriever: RetrieverConfig = Field(default_factory=RetrieverConfig)
@@ -371,6 +376,6 @@ class TrainConfig(Section):
 
     @property
     def generator_model(self) -> str:
-        """Generator to load: the named one, the tiny one for the demo set, else the 30B."""
+        """The named generator, else the tiny one for the demo set, else the 30B."""
         demo = self.data.heuristics_path is None
         return self.generator.model or (TINY_GENERATOR if demo else DEFAULT_GENERATOR)

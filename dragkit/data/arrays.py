@@ -1,4 +1,4 @@
-"""Folders of memory-mapped arrays and strings that are written once, sealed, and then only read."""
+"""Cache folders of arrays and strings: written once, sealed by a manifest, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ T = TypeVar("T")
 
 MANIFEST = "manifest.json"
 _META = "meta.json"
-# Opening hashes contents again up to this total. Beyond it only sizes are compared.
-_VERIFIED_BYTES = 256_000_000
+# Hashing on open reads every byte. In a larger folder only the file sizes are compared.
+_MAX_VERIFIED_BYTES = 256_000_000
 _ATTEMPTS = 3
 
 
 class CorruptCache(Exception):
-    """A cache folder is incomplete or damaged. Never reaches a user."""
+    """A cache folder is incomplete or damaged. `open_or_build` catches it and rebuilds."""
 
 
 class ArrayWriter:
-    """Appends to a one-dimensional .npy file whose length is known only at the end."""
+    """Appends to a one-dimensional .npy file whose length is unknown until `close`."""
 
     def __init__(self, path: Path, dtype: type[np.generic]) -> None:
         self.dtype = np.dtype(dtype)
         self.length = 0
         self._file = path.open("wb")
-        self._header()
+        self._write_header()
 
-    def _header(self) -> None:
-        """Writes the header, in which numpy leaves room for a length that grows."""
-        described = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
-        np.lib.format.write_array_header_1_0(self._file, described)
+    def _write_header(self) -> None:
+        # NumPy pads the header, so the final length fits into the space of the first one.
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, header)
 
     def append(self, values: np.ndarray | Iterable[int]) -> None:
         """Appends values."""
@@ -52,14 +52,14 @@ class ArrayWriter:
         self.length += array.size
 
     def close(self) -> None:
-        """Writes the header again, with the final length."""
+        """Rewrites the header with the final length and closes the file."""
         self._file.seek(0)
-        self._header()
+        self._write_header()
         self._file.close()
 
 
 class StringsWriter:
-    """Appends strings as UTF-8 bytes with their offsets."""
+    """Appends strings as UTF-8 bytes and their offsets."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = ArrayWriter(folder / f"{name}.bytes.npy", np.uint8)
@@ -69,49 +69,51 @@ class StringsWriter:
     def append(self, strings: Iterable[str]) -> None:
         """Appends strings."""
         encoded = [string.encode("utf-8") for string in strings]
-        ends = np.cumsum([len(piece) for piece in encoded], dtype=np.int64) + self._bytes.length
+        ends = np.cumsum([len(item) for item in encoded], dtype=np.int64) + self._bytes.length
         self._bytes.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
         self._ptr.append(ends)
 
     def close(self) -> None:
-        """Finishes both files."""
+        """Closes both files."""
         self._bytes.close()
         self._ptr.close()
 
 
 class FolderWriter:
-    """The arrays and strings of one folder, opened by name at their first use."""
+    """Writers of the arrays and strings of a folder. Each is created when first asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, ArrayWriter | StringsWriter] = {}
+        self._arrays: dict[str, ArrayWriter] = {}
+        self._strings: dict[str, StringsWriter] = {}
 
     def array(self, name: str, dtype: type[np.generic]) -> ArrayWriter:
-        """The array `name`."""
-        if name not in self._open:
-            self._open[name] = ArrayWriter(self.folder / f"{name}.npy", dtype)
-        return self._open[name]  # type: ignore[return-value]
+        """Returns the writer of the array `name`."""
+        if name not in self._arrays:
+            self._arrays[name] = ArrayWriter(self.folder / f"{name}.npy", dtype)
+        return self._arrays[name]
 
     def strings(self, name: str) -> StringsWriter:
-        """The strings `name`."""
-        if name not in self._open:
-            self._open[name] = StringsWriter(self.folder, name)
-        return self._open[name]  # type: ignore[return-value]
+        """Returns the writer of the strings `name`."""
+        if name not in self._strings:
+            self._strings[name] = StringsWriter(self.folder, name)
+        return self._strings[name]
 
     def close(self) -> None:
-        """Finishes all files."""
-        for writer in self._open.values():
+        """Closes all files."""
+        for writer in (*self._arrays.values(), *self._strings.values()):
             writer.close()
 
 
 def read_array(folder: Path, name: str) -> np.ndarray:
-    """A read-only memory map, as a plain array: slices of the memmap class are much slower."""
+    """Maps the array `name` read-only."""
     mapped = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    # Slicing a plain array is several times faster than slicing a `np.memmap`.
     return mapped.view(np.ndarray)
 
 
 class Strings:
-    """Strings written by `StringsWriter`, decoded when asked for."""
+    """Strings written by `StringsWriter`. They are decoded when read."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = read_array(folder, f"{name}.bytes")
@@ -120,22 +122,19 @@ class Strings:
     def __len__(self) -> int:
         return len(self._ptr) - 1
 
-    def slice(self, first: int, last: int) -> list[str]:
-        """Strings first..last-1."""
-        ptr = self._ptr[first : last + 1].tolist()
+    def slice(self, start: int, stop: int) -> list[str]:
+        """Returns strings start..stop-1."""
+        ptr = self._ptr[start : stop + 1].tolist()
         data = self._bytes[ptr[0] : ptr[-1]].tobytes()
-        base = ptr[0]
-        return [
-            data[start - base : stop - base].decode("utf-8")
-            for start, stop in zip(ptr, ptr[1:], strict=False)
-        ]
+        offsets = [end - ptr[0] for end in ptr]
+        return [data[a:b].decode("utf-8") for a, b in zip(offsets, offsets[1:], strict=False)]
 
     def __getitem__(self, row: int) -> str:
         return self.slice(row, row + 1)[0]
 
 
 def file_digest(path: Path) -> str:
-    """blake2b of a file's bytes. Checkpoints record keys made of it."""
+    """Returns the 128-bit blake2b of a file. Checkpoints record keys that contain it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
@@ -146,12 +145,12 @@ def _sha256(path: Path) -> str:
 
 
 def cache_key(*parts: object) -> str:
-    """A folder name that changes with any of `parts`."""
+    """Returns a folder name that changes with any of `parts`."""
     return hashlib.blake2b(repr(parts).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def seal_folder(folder: Path, meta: dict[str, object]) -> None:
-    """Writes `meta` and the manifest: name, size and SHA-256 of every file, as in checkpoints."""
+    """Writes `meta` and a manifest with the name, size and SHA-256 of every file."""
     (folder / _META).write_text(json.dumps(meta))
     files = [
         {"name": file.name, "size": file.stat().st_size, "sha256": _sha256(file)}
@@ -161,58 +160,61 @@ def seal_folder(folder: Path, meta: dict[str, object]) -> None:
 
 
 def open_sealed(folder: Path) -> dict[str, object]:
-    """The `meta` of a sealed folder.
+    """Checks a folder against its manifest and returns its `meta`.
 
     Raises:
-        Unusable: a file is missing or is not what was sealed.
+        CorruptCache: a file is missing or differs from the manifest.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        hashed = sum(entry["size"] for entry in files) <= _VERIFIED_BYTES
+        verify_hash = sum(entry["size"] for entry in files) <= _MAX_VERIFIED_BYTES
         for entry in files:
             path = folder / entry["name"]
             if path.stat().st_size != entry["size"]:
-                raise CorruptCache(f"{path.name} has another size")
-            if hashed and _sha256(path) != entry["sha256"]:
-                raise CorruptCache(f"{path.name} has other content")
+                raise CorruptCache(f"the size of {path.name} differs from the manifest")
+            if verify_hash and _sha256(path) != entry["sha256"]:
+                raise CorruptCache(f"the SHA-256 of {path.name} differs from the manifest")
         return json.loads((folder / _META).read_text())
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CorruptCache(f"no readable manifest or file: {error}") from error
+        raise CorruptCache(f"a file or the manifest cannot be read: {error}") from error
 
 
-def discard_folder(folder: Path) -> None:
-    """Takes a damaged folder out of the way at once, then deletes it."""
+def _discard_folder(folder: Path) -> None:
+    """Renames a damaged folder so that its name is free at once, then deletes it."""
     if not folder.exists():
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    trash = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
     try:
-        folder.rename(aside / folder.name)
+        folder.rename(trash / folder.name)
     except FileNotFoundError:
-        logger.debug("%s: another process has taken it away", folder)
-    shutil.rmtree(aside, ignore_errors=True)
+        logger.debug("%s: another process has already removed it", folder)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
-def open_or_build(folder: Path, opened: Callable[[], T], fill: Callable[[Path], None]) -> T:
-    """Opens a sealed folder. An absent or damaged folder is built first.
+def open_or_build(folder: Path, open_folder: Callable[[], T], fill: Callable[[Path], None]) -> T:
+    """Opens a sealed folder. Builds it first if it is absent or damaged.
 
     Args:
-        folder: named after its content.
-        opened: opens it, or raises `CorruptCache`.
-        fill: writes and seals it in a temporary place.
+        folder: its name is a key of its content.
+        open_folder: opens it, or raises `CorruptCache`.
+        fill: writes and seals the content in the folder that it is given.
 
     Raises:
-        WriteError: the cache cannot be written, or does not hold what was written.
+        WriteError: the cache cannot be written, or the new folder cannot be opened.
     """
     for _ in range(_ATTEMPTS):
         if folder.is_dir():
             try:
-                return opened()
+                return open_folder()
             except (CorruptCache, FileNotFoundError) as error:
-                # A folder may also vanish under a reader while another process replaces it.
-                logger.warning("%s: building it anew: %s", folder, error)
-        discard_folder(folder)
+                # FileNotFoundError: another process may replace the folder while it is read.
+                logger.warning("%s: rebuilding this cache folder: %s", folder, error)
+        _discard_folder(folder)
         commit_folder(folder, fill)
     try:
-        return opened()
+        return open_folder()
     except (CorruptCache, FileNotFoundError) as error:
-        raise WriteError(f"{folder}: was just built and is not usable: {error}") from error
+        raise WriteError(
+            f"{folder}: the cache folder was just built but cannot be opened: {error}. Check the "
+            "disk, or name another folder with --set data.cache_dir=FOLDER."
+        ) from error

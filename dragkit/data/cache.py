@@ -1,4 +1,4 @@
-"""Where derived data is kept, and how a folder appears there: whole, or not at all."""
+"""The cache folder, and the atomic creation of a folder in it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 from dragkit.errors import WriteError
 
 
-def cache_root(named: str | Path | None = None) -> Path:
-    """The cache folder: the one named, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`."""
-    if named is not None:
-        return Path(named)
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`."""
+    if cache_dir is not None:
+        return Path(cache_dir)
     from_environment = os.environ.get("DRAGKIT_CACHE")
     return Path(from_environment) if from_environment else Path.home() / ".cache" / "dragkit"
 
 
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a temporary folder by `write` and renames it to `target`.
+    """Fills a temporary folder with `write` and renames it to `target`.
 
-    Two processes may do so at once: the first rename wins and the other's work is dropped, since
-    the content is a function of the name.
+    Two processes may do this at once. The first rename wins. The other process drops its copy,
+    because the content is a function of the name.
 
     Raises:
-        WriteError: the folder cannot be written; nothing is left behind.
+        WriteError: the folder cannot be written. The temporary folder is removed.
     """
     temporary: Path | None = None
     try:

@@ -1,4 +1,4 @@
-"""Rows of a packed store to one batch: blocks are copied with an offset, nothing is sorted."""
+"""Collates rows of a packed store into a batch: copies blocks, adds offsets, sorts nothing."""
 
 from __future__ import annotations
 
@@ -21,60 +21,64 @@ class QuestionStates(Protocol):
     """Cached token states of the questions."""
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """float32 [B, T, D] zero-padded states and bool [B, T] mask of some questions."""
+        """Returns zero-padded states, float32 [B, T, D], and their mask, bool [B, T]."""
         ...
 
 
 class _Slices:
-    """Some questions' items in the store, and where they go in the pack.
+    """Where the items of some questions are in the store, and where they go in the pack.
 
     Args:
-        ptr: int64 [Q+1] first item of each question in the store; rows: int64 [B] questions.
+        ptr: int64 [Q+1] first item of each question in the store.
+        rows: int64 [B] questions.
 
     Attributes:
-        count: [B] items of each; base: int32 [B+1] first in the pack; owner: int32 [total].
+        start: int64 [B] first item of each question in the store.
+        count: int64 [B] items of each question.
+        ptr: int32 [B+1] first item of each question in the pack.
+        total: number of items in the pack.
     """
 
     def __init__(self, ptr: np.ndarray, rows: np.ndarray) -> None:
-        self.first = ptr[rows]
-        self.count = ptr[rows + 1] - self.first
-        self.base = np.zeros(len(rows) + 1, dtype=np.int32)
-        np.cumsum(self.count, out=self.base[1:])
-        self.total = int(self.base[-1])
+        self.start = ptr[rows]
+        self.count = ptr[rows + 1] - self.start
+        self.ptr = np.zeros(len(rows) + 1, dtype=np.int32)
+        np.cumsum(self.count, out=self.ptr[1:])
+        self.total = int(self.ptr[-1])
 
     @cached_property
-    def owner(self) -> np.ndarray:
-        """Place in the batch of every item's question."""
+    def graph(self) -> np.ndarray:
+        """int32 [total] position in the batch of each item's question."""
         return np.repeat(np.arange(len(self.count), dtype=np.int32), self.count)
 
-    def join(
-        self, blocks: np.ndarray, shift: Sequence[np.ndarray | None], skip: int = 0
+    def gather(
+        self, blocks: np.ndarray, offsets: Sequence[np.ndarray | None], skip: int = 0
     ) -> np.ndarray:
-        """Each question's block [height, count] plus its offset in every row.
+        """Joins the questions' blocks [height, count] and adds each question's offset to each row.
 
         Args:
-            blocks: blocks of the store end to end, of `skip` rows and one per entry of `shift`.
-            shift: [B+1] bases to add, None for none; skip: rows of a block to leave out.
+            blocks: blocks of the whole store end to end. Their height is `skip` + `len(offsets)`.
+            offsets: for each row the offsets of all questions, [B+1], or None to add nothing.
+            skip: number of first rows to leave out.
 
         Returns:
-            int32 [len(shift), total].
+            int32 [len(offsets), total].
         """
-        height = skip + len(shift)
+        height = skip + len(offsets)
         pieces = [
-            blocks[(start := first * height) + skip * count : start + height * count].reshape(
-                len(shift), count
+            blocks[(begin := start * height) + skip * count : begin + height * count].reshape(
+                len(offsets), count
             )
-            for first, count in zip(self.first.tolist(), self.count.tolist(), strict=True)
+            for start, count in zip(self.start.tolist(), self.count.tolist(), strict=True)
         ]
         joined = np.concatenate(pieces, axis=1, dtype=np.int32)
-        for row, base in zip(joined, shift, strict=True):
-            if base is not None:
-                row += base[self.owner]
+        for row, offset in zip(joined, offsets, strict=True):
+            if offset is not None:
+                row += offset[self.graph]
         return joined
 
 
-def _ptr(ends: np.ndarray) -> np.ndarray:
-    """Offsets from segment ends."""
+def _ends_to_ptr(ends: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int32), ends])
 
 
@@ -86,9 +90,10 @@ class PackedCollator:
     """Makes a `QuestionBatch` of some questions of a store.
 
     Args:
-        store: the packed questions; question_states: their cached token states.
-        relation_mask: bool [relations, 2, W] real tokens of the relations' padded texts.
-        tokens: prompt rows; None in phase 1.
+        store: the packed questions.
+        question_states: their cached token states.
+        relation_mask: bool [relations, 2, W], True at the real tokens of the relations' texts.
+        tokens: token rows of the prompts, None in phase 1.
     """
 
     def __init__(
@@ -105,7 +110,7 @@ class PackedCollator:
         self.relation_lengths = relation_mask.sum(2).numpy()
 
     def _relation_tokens(self, relation_row: np.ndarray) -> TokenPack:
-        """Rows of the token states of some relations, [R]: without the padding."""
+        """Returns the rows of the real token states of the relations [R], without padding."""
         length = self.relation_lengths[relation_row].ravel()
         ptr = np.zeros(len(length) + 1, dtype=np.int32)
         np.cumsum(length, out=ptr[1:])
@@ -115,42 +120,46 @@ class PackedCollator:
         return TokenPack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(ptr), longest)
 
     def graph(self, rows: Sequence[int]) -> tuple[PackedGraph, Tensor]:
-        """The pack of some questions, and int64 [R] the data set's relations it uses, ascending."""
+        """Packs the graphs of some questions.
+
+        Returns:
+            The pack, and int64 [R] the data set's relations in it, ascending.
+        """
         store, index = self.store, np.asarray(rows, dtype=np.int64)
-        fact, edge, node = (
-            _Slices(getattr(store, f"{name}_ptr"), index) for name in ("fact", "edge", "class")
+        node = _Slices(store.merged_node_ptr, index)
+        fact = _Slices(store.fact_ptr, index)
+        merged_fact = _Slices(store.merged_fact_ptr, index)
+        topic_fact = _Slices(store.topic_fact_ptr, index)
+        merged_row, by_merged = fact.gather(store.facts, [merged_fact.ptr, fact.ptr], skip=2)
+        *ends, node_count = node.gather(
+            store.merged_segments, [merged_fact.ptr, merged_fact.ptr, None]
         )
-        facts = fact.join(store.facts, [edge.base, fact.base], skip=2)
-        nodes = node.join(store.classes, [edge.base, edge.base, None])
-        edges, fact_index = self._index_fields("", index, node, edge, nodes, more=[fact.base])
-        start_edge = _Slices(store.start_edge_ptr, index)
-        ends = node.join(store.start_classes, [start_edge.base, start_edge.base])
-        _, start = self._index_fields("start_", index, node, start_edge, ends, more=[])
-        topic = _Slices(store.topic_class_ptr, index)
-        topic_node = topic.join(store.topic_classes, [node.base])[0]
-        size = nodes[2][topic_node]
-        total = np.bincount(topic.owner, weights=size, minlength=len(index))
-        share = np.zeros(node.total, dtype=np.float32)
-        share[topic_node] = (1 / np.maximum(total, 1))[topic.owner]
-        # Rows of the store ascend within a graph; so do their ranks in the sorted list.
+        fact_index, member_ends = self._index_fields(
+            "merged", index, node, merged_fact, ends, more=[fact.ptr]
+        )
+        ends = node.gather(store.topic_segments, [topic_fact.ptr, topic_fact.ptr])
+        topic_facts, _ = self._index_fields("topic", index, node, topic_fact, ends, more=[])
+        topic_node, topic_graph, topic_prob = self._topics(index, node, node_count)
+        # Relations ascend within each graph. Replacing them by ranks keeps that order.
         relation_row = np.unique(fact_index["pair_relation"])
-        for part in (fact_index, start):
-            rank = np.searchsorted(relation_row, part["pair_relation"])
-            part["pair_relation"] = rank.astype(np.int32)
-        groups = (facts[0], _ptr(edges[-1]), facts[1])
+        for fields in (fact_index, topic_facts):
+            rank = np.searchsorted(relation_row, fields["pair_relation"])
+            fields["pair_relation"] = rank.astype(np.int32)
+        groups = (merged_row, _ends_to_ptr(member_ends[0]), by_merged)
+        label = fact.gather(store.labels, [None])[0].astype(np.float32)
         graph = PackedGraph(
             fact_index=_to_fact_index(fact_index),
-            topic_facts=_to_fact_index(start),
+            topic_facts=_to_fact_index(topic_facts),
             groups=FactGroups(*map(torch.from_numpy, groups)),
-            topic_prob=torch.from_numpy(share),
+            topic_prob=torch.from_numpy(topic_prob),
             topic_node=torch.from_numpy(topic_node),
-            topic_graph=torch.from_numpy(topic.owner),
-            node_count=torch.from_numpy(nodes[2]),
-            node_graph=torch.from_numpy(node.owner),
-            fact_graph=torch.from_numpy(fact.owner),
-            node_ptr=torch.from_numpy(node.base),
-            fact_ptr=torch.from_numpy(fact.base),
-            label=torch.from_numpy(fact.join(store.labels, [None])[0].astype(np.float32)),
+            topic_graph=torch.from_numpy(topic_graph),
+            node_count=torch.from_numpy(node_count),
+            node_graph=torch.from_numpy(node.graph),
+            fact_graph=torch.from_numpy(fact.graph),
+            node_ptr=torch.from_numpy(node.ptr),
+            fact_ptr=torch.from_numpy(fact.ptr),
+            label=torch.from_numpy(label),
             question_key=torch.from_numpy(store.question_key[index]),
             num_graphs=len(index),
             num_nodes=node.total,
@@ -159,31 +168,53 @@ class PackedCollator:
         )
         return graph, torch.from_numpy(relation_row.astype(np.int64))
 
+    def _topics(
+        self, index: np.ndarray, node: _Slices, node_count: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the topic nodes, their graphs, and the initial probability of all nodes."""
+        topic = _Slices(self.store.topic_node_ptr, index)
+        topic_node = topic.gather(self.store.topic_nodes, [node.ptr])[0]
+        # A merged node counts as often as it has members. Its entry is the share of one member.
+        total = np.bincount(topic.graph, weights=node_count[topic_node], minlength=len(index))
+        topic_prob = np.zeros(node.total, dtype=np.float32)
+        topic_prob[topic_node] = (1 / np.maximum(total, 1))[topic.graph]
+        return topic_node, topic.graph, topic_prob
+
     def _index_fields(
         self,
         prefix: str,
         index: np.ndarray,
         node: _Slices,
-        edge: _Slices,
-        ends: np.ndarray,
+        fact: _Slices,
+        node_ends: Sequence[np.ndarray],
         more: list[np.ndarray],
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The joined block of merged facts, and the fields of `FactIndex` by name."""
-        store = self.store
-        pair = _Slices(getattr(store, f"{prefix}pair_ptr"), index)
-        shift = {"head": node.base, "tail": node.base, "fact_pair": pair.base}
-        offsets = [shift.get(name, edge.base) for name in PER_FACT]
-        edges = edge.join(getattr(store, f"{prefix}edges"), [*offsets, None, None, *more])
-        pairs = pair.join(getattr(store, f"{prefix}pairs"), [edge.base, None])
-        fields = dict(zip((*PER_FACT, *COUNTS), edges, strict=False))
-        fields |= {"tail_ptr": _ptr(ends[0]), "head_ptr": _ptr(ends[1]), "pair_ptr": _ptr(pairs[0])}
-        return edges, fields | {"pair_relation": pairs[1], "pair_graph": pair.owner}
+    ) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+        """Returns the fields of a `FactIndex` by name, and the rows with the offsets `more`."""
+        pair = _Slices(getattr(self.store, f"{prefix}_pair_ptr"), index)
+        starts = {"head": node.ptr, "tail": node.ptr, "fact_pair": pair.ptr}
+        offsets = [starts.get(name, fact.ptr) for name in PER_FACT]
+        columns = fact.gather(
+            getattr(self.store, f"{prefix}_facts"), [*offsets, *[None] * len(COUNTS), *more]
+        )
+        pair_ends, pair_relation = pair.gather(
+            getattr(self.store, f"{prefix}_pairs"), [fact.ptr, None]
+        )
+        names = (*PER_FACT, *COUNTS)
+        fields = dict(zip(names, columns, strict=False)) | {
+            "tail_ptr": _ends_to_ptr(node_ends[0]),
+            "head_ptr": _ends_to_ptr(node_ends[1]),
+            "pair_ptr": _ends_to_ptr(pair_ends),
+            "pair_relation": pair_relation,
+            "pair_graph": pair.graph,
+        }
+        return fields, [*columns[len(names) :]]
 
     def __call__(self, rows: Sequence[int]) -> QuestionBatch:
-        """The batch of the questions `rows`, in their order.
+        """Collates the questions `rows` in their order.
 
         Raises:
-            ValueError: no rows; IndexError: a row outside the store.
+            ValueError: `rows` is empty.
+            IndexError: a row is outside the store.
         """
         if len(rows) == 0:
             raise ValueError("a batch needs at least one question")

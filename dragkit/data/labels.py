@@ -1,4 +1,4 @@
-"""Which facts a retriever should find: those on a shortest topic-answer path, or on given paths."""
+"""Labels of facts: positive on a shortest path from a topic to an answer, or on a given path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ LabelRule = Literal["auto", "shortest", "paths"]
 
 
 class FactLabels(NamedTuple):
-    """bool [E] positive facts, and what decided: "shortest", "paths", or "none" if none is."""
+    """The positive facts of a question.
+
+    Attributes:
+        positive: bool [E].
+        source: the rule that found them, "shortest" or "paths", or "none" if no fact is positive.
+    """
 
     positive: np.ndarray
     source: str
@@ -20,40 +25,41 @@ class FactLabels(NamedTuple):
 def _distances(
     head: np.ndarray, tail: np.ndarray, num_nodes: int, start: int, targets: np.ndarray
 ) -> np.ndarray:
-    """int64 [N] steps from `start`; -1 where unreachable or farther than every target."""
+    """Returns int64 [N] hops from `start`, -1 if unreachable or farther than every target."""
     distance = np.full(num_nodes, -1, dtype=np.int64)
     distance[start] = level = 0
     while (distance[targets] < 0).any():
         from_head, from_tail = distance[head], distance[tail]
-        found = np.concatenate(
+        frontier = np.concatenate(
             [
                 tail[(from_head == level) & (from_tail < 0)],
                 head[(from_tail == level) & (from_head < 0)],
             ]
         )
-        if not len(found):
+        if not len(frontier):
             break
         level += 1
-        distance[found] = level
+        distance[frontier] = level
     return distance
 
 
 def _on_shortest_paths(
     head: np.ndarray, tail: np.ndarray, num_nodes: int, topic: int, answers: np.ndarray
 ) -> np.ndarray:
-    """bool [E]: facts (u, v) with dist(topic, u) + 1 + dist(v, answer) = dist(topic, answer).
+    """Marks facts (u, v) with dist(topic, u) + 1 + dist(v, answer) = dist(topic, answer), bool [E].
 
-    One sweep from the farthest answers inward serves all answers: a fact is positive when its outer
-    end is an answer or the inner end of a positive fact. No path is enumerated.
+    One sweep from the farthest answers to the topic covers all answers. A fact is positive if its
+    outer end is an answer or the inner end of a positive fact. No path is enumerated.
     """
     distance = _distances(head, tail, num_nodes, topic, answers)
-    on_way = np.zeros(num_nodes, dtype=bool)
-    on_way[answers[distance[answers] > 0]] = True
+    on_path = np.zeros(num_nodes, dtype=bool)
+    on_path[answers[distance[answers] > 0]] = True
     positive = np.zeros(len(head), dtype=bool)
+    # Outer levels first: a node is on a path once the facts one level further out are marked.
     for level in range(int(distance[answers].max(initial=0)), 0, -1):
         for inner, outer in ((head, tail), (tail, head)):
-            step = (distance[outer] == level) & (distance[inner] == level - 1) & on_way[outer]
-            on_way[inner[step]] = True
+            step = (distance[outer] == level) & (distance[inner] == level - 1) & on_path[outer]
+            on_path[inner[step]] = True
             positive |= step
     return positive
 
@@ -61,7 +67,7 @@ def _on_shortest_paths(
 def _on_given_paths(
     head: np.ndarray, tail: np.ndarray, num_nodes: int, paths: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """bool [E]: facts that join two neighbours of some path, whatever their direction."""
+    """Marks facts that join two consecutive nodes of some path in either direction, bool [E]."""
     steps = [
         (min(a, b), max(a, b))
         for path in paths
@@ -85,24 +91,21 @@ def fact_labels(
     paths: Sequence[Sequence[int]] = (),
     rule: LabelRule = "auto",
 ) -> FactLabels:
-    """Marks the positive facts of a question. Parallel relations are all kept.
+    """Marks the positive facts of a question. All parallel relations are marked.
 
-    Under "shortest" a fact is positive when it lies on a shortest path, walked in either direction,
-    between some topic and some answer. Under "paths" it is positive when it joins two
-    consecutive entities of a given path. "auto" takes the first where it yields a fact, else the
-    second.
+    Under "shortest" a fact is positive if it lies on a shortest path between some topic and some
+    answer. Facts are walked in both directions. Under "paths" it is positive if it joins two
+    consecutive entities of a given path. "auto" applies "shortest", and "paths" if that marks none.
 
     Args:
-        head, tail: int [E] node rows of the facts; num_nodes: N.
+        head, tail: int [E] node rows of the facts.
+        num_nodes: N.
         topics, answers: node rows. The caller leaves out names that are not in the graph.
         paths: node rows of the given paths, -1 for an entity outside the graph.
-        rule: as above.
-
-    Returns:
-        The labels and their source.
+        rule: "auto", "shortest" or "paths".
 
     Raises:
-        ValueError: unknown rule.
+        ValueError: the rule is unknown.
     """
     if rule not in ("auto", "shortest", "paths"):
         raise ValueError(f"label rule must be auto, shortest or paths, got {rule!r}")

@@ -1,9 +1,9 @@
-"""Nodes that no retriever of this family can tell apart, merged: the coarsest equitable partition.
+"""Merges nodes that the retriever cannot tell apart: the coarsest equitable partition.
 
-Two nodes with equal topic mark whose facts lead, relation by relation and in both directions, to
-equally many nodes of every class get equal states in every layer, since a state is a function of
-the node's own state and of the sum over its facts. So one state for each class is enough. The
-classes are found by colour refinement (Weisfeiler and Leman, 1968; Cardon and Crochemore, 1982).
+Two nodes are merged if they agree on being a topic and if their facts lead, for each relation and
+direction, to equally many nodes of every merged node. Their states are then equal in every layer,
+because a state depends only on the node's previous state and on the sum over its facts. Colour
+refinement finds the partition (Weisfeiler and Leman, 1968; Cardon and Crochemore, 1982).
 """
 
 from __future__ import annotations
@@ -12,32 +12,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Each round tells nodes apart that differ one hop further away. A graph that is not settled then,
-# such as a long chain, is left as it is.
-_ROUNDS = 32
+# Each round separates nodes that first differ one hop further away. A graph that is not stable
+# after all rounds, such as a long chain, is not merged.
+_MAX_ROUNDS = 32
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
-
-_APART = np.uint64(1 << 62)
+# Keeps the words of relations apart from those of colours: the XOR of equal words is 0.
+_RELATION_OFFSET = np.uint64(1 << 62)
 
 
 class MergedGraph(NamedTuple):
-    """Graphs end to end, with the classes of their nodes in the place of the nodes.
+    """Graphs laid end to end after merging: N nodes become M, E facts become Q.
 
-    Classes and merged facts are numbered by their first member, so those of a graph stay together.
+    Merged nodes and merged facts are numbered by their first member, so those of one graph are
+    contiguous.
 
     Attributes:
-        node_class: int32 [N] class of every node.
-        size: int32 [M] nodes of every class.
-        fact_row: int32 [E] merged fact of every fact.
-        head, tail, relation: int32 [Q] classes and relation of every merged fact.
-        head_count, tail_count: int32 [Q] its facts that start at a single node of the head's class,
-            and that end in a single node of the tail's.
+        merged_node: int32 [N] merged node of every node.
+        node_count: int32 [M] nodes that each merged node stands for.
+        merged_fact: int32 [E] merged fact of every fact.
+        head, tail: int32 [Q] merged nodes at the ends of every merged fact.
+        relation: int32 [Q] relation of every merged fact.
+        head_count: int32 [Q] member facts that start at any one node of the head.
+        tail_count: int32 [Q] member facts that end at any one node of the tail.
     """
 
     merged_node: np.ndarray
-    size: np.ndarray
+    node_count: np.ndarray
     merged_fact: np.ndarray
     head: np.ndarray
     tail: np.ndarray
@@ -47,14 +49,14 @@ class MergedGraph(NamedTuple):
 
 
 def _mix(word: np.ndarray) -> np.ndarray:
-    """A bijection of 64-bit words that spreads every bit over all (Stafford's thirteenth mix)."""
+    """Hashes 64-bit words with a bijection (Stafford's variant 13 of the MurmurHash3 finaliser)."""
     word = (word ^ (word >> np.uint64(30))) * _MIX[0]
     word = (word ^ (word >> np.uint64(27))) * _MIX[1]
     return word ^ (word >> np.uint64(31))
 
 
-def _by_first(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Groups of equal keys, numbered by first member: group of every key, first member of each."""
+def _number_by_first(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers the distinct keys by first occurrence: the number of each key, the first of each."""
     _, first, group = np.unique(key, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
@@ -62,51 +64,53 @@ def _by_first(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rank[group], first[order]
 
 
-class _Neighbours:
-    """Sums over the facts at every node. 64-bit words wrap, so any order gives the same sum."""
+class _IncidentSum:
+    """Sums over the facts at every node."""
 
     def __init__(self, node: np.ndarray, num_nodes: int) -> None:
         self.order = np.argsort(node, kind="stable")
         self.ptr = np.zeros(num_nodes + 1, dtype=np.int64)
         np.cumsum(np.bincount(node, minlength=num_nodes), out=self.ptr[1:])
 
-    def sum(self, word: np.ndarray) -> np.ndarray:
-        """uint64 [E] to uint64 [N]."""
-        total = np.zeros(len(word) + 1, dtype=np.uint64)
-        np.cumsum(word[self.order], out=total[1:])
-        return total[self.ptr[1:]] - total[self.ptr[:-1]]
+    def __call__(self, word: np.ndarray) -> np.ndarray:
+        """Sums uint64 [E] into uint64 [N]."""
+        # 64-bit sums wrap, so the difference of two prefix sums is exact in any order.
+        prefix = np.zeros(len(word) + 1, dtype=np.uint64)
+        np.cumsum(word[self.order], out=prefix[1:])
+        return prefix[self.ptr[1:]] - prefix[self.ptr[:-1]]
 
 
-def _refine(
-    head: np.ndarray, tail: np.ndarray, relation: np.ndarray, graph: np.ndarray, mark: np.ndarray
+def _refine_colours(
+    head: np.ndarray, tail: np.ndarray, relation: np.ndarray, graph: np.ndarray, topic: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Colour of every node, and bool [N] whether its graph has settled."""
-    nodes = len(graph)
-    into, out_of = _Neighbours(tail, nodes), _Neighbours(head, nodes)
-    # Away from all colours: an equal word would cancel out.
-    salt = relation.astype(np.uint64) * np.uint64(2) + _APART
+    """Returns the colour of every node, and bool [N] whether its graph's colours are stable."""
+    num_nodes, num_graphs = len(graph), int(graph.max(initial=-1)) + 1
+    sum_by_tail, sum_by_head = _IncidentSum(tail, num_nodes), _IncidentSum(head, num_nodes)
+    salt = relation.astype(np.uint64) * np.uint64(2) + _RELATION_OFFSET
     forward, inverse = _mix(salt), _mix(salt + np.uint64(1))
-    colour, first = _by_first(2 * graph.astype(np.int64) + mark)
-    num_graphs = int(graph.max(initial=-1)) + 1
-    count = np.bincount(graph[first], minlength=num_graphs)
-    for _ in range(_ROUNDS):
+    colour, first = _number_by_first(2 * graph.astype(np.int64) + topic)
+    num_colours = np.bincount(graph[first], minlength=num_graphs)
+    for _ in range(_MAX_ROUNDS):
         word = _mix(colour.astype(np.uint64) + np.uint64(1))
-        seen = into.sum(_mix(word[head] ^ forward)) + out_of.sum(_mix(word[tail] ^ inverse))
-        # A node's own colour is part of the key, so classes are only ever divided.
-        colour, first = _by_first(_mix(word + _mix(seen)))
-        before, count = count, np.bincount(graph[first], minlength=num_graphs)
-        if np.array_equal(before, count):
+        neighbours = sum_by_tail(_mix(word[head] ^ forward))
+        neighbours = neighbours + sum_by_head(_mix(word[tail] ^ inverse))
+        # The node's own colour is part of the key, so a round can only split colours.
+        colour, first = _number_by_first(_mix(word + _mix(neighbours)))
+        previous, num_colours = num_colours, np.bincount(graph[first], minlength=num_graphs)
+        if np.array_equal(previous, num_colours):
             break
-    return colour, (before == count)[graph] if nodes else np.zeros(0, dtype=bool)
+    return colour, (previous == num_colours)[graph] if num_nodes else np.zeros(0, dtype=bool)
 
 
-def _merge(
+def _merge_facts(
     head: np.ndarray, tail: np.ndarray, relation: np.ndarray, merged_node: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merged fact of every fact, and the first fact of each."""
-    classes = int(merged_node.max(initial=-1)) + 1
-    ends = np.unique(merged_node[head] * classes + merged_node[tail], return_inverse=True)[1]
-    return _by_first(ends * (int(relation.max(initial=-1)) + 1) + relation)
+    """Returns the merged fact of every fact, and the first fact of each merged fact."""
+    num_merged = int(merged_node.max(initial=-1)) + 1
+    ends = merged_node[head] * num_merged + merged_node[tail]
+    # Renumbering keeps the product with the relation within 64 bits.
+    ends = np.unique(ends, return_inverse=True)[1]
+    return _number_by_first(ends * (int(relation.max(initial=-1)) + 1) + relation)
 
 
 def merge_nodes(
@@ -114,50 +118,54 @@ def merge_nodes(
     tail: np.ndarray,
     relation: np.ndarray,
     graph: np.ndarray,
-    mark: np.ndarray,
+    topic: np.ndarray,
     *,
     merge: bool = True,
 ) -> MergedGraph:
-    """Merges the nodes of each graph that cannot be told apart.
+    """Merges the nodes of each graph that the retriever cannot tell apart.
 
-    Colours are hashes; the partition is checked to be equitable afterwards, so a collision, like an
-    unsettled graph, costs speed and never exactness.
+    Colours are hashes, so the partition is checked afterwards. A graph with a hash collision, like
+    one without stable colours, is not merged: it costs time, never exactness.
 
     Args:
-        head, tail, relation: int [E], every fact once; node rows of all graphs end to end.
-        graph: int [N] graph of each node, ascending; mark: bool [N] topic nodes.
-        merge: False leaves every node its own class.
-
-    Returns:
-        The quotient.
+        head, tail: int [E] node rows, all graphs end to end.
+        relation: int [E]. Every (head, relation, tail) occurs once.
+        graph: int [N] graph of each node, ascending.
+        topic: bool [N] topic nodes.
+        merge: False keeps every node apart.
     """
-    nodes = len(graph)
+    num_nodes = len(graph)
     head, tail, relation = (x.astype(np.int64) for x in (head, tail, relation))
-    own = np.arange(nodes, dtype=np.int64)
-    colour, settled = (own, own >= 0) if not merge else _refine(head, tail, relation, graph, mark)
+    identity = np.arange(num_nodes, dtype=np.int64)
+    colour, mergeable = identity, np.ones(num_nodes, dtype=bool)
+    if merge:
+        colour, mergeable = _refine_colours(head, tail, relation, graph, topic)
     while True:
-        merged_node, first_node = _by_first(np.where(settled, colour, nodes + own))
-        size = np.bincount(merged_node, minlength=len(first_node))
-        row, first_fact = _merge(head, tail, relation, merged_node)
-        number = np.bincount(row, minlength=len(first_fact))
-        broken = np.zeros(int(graph.max(initial=-1)) + 1, dtype=bool)
-        for node in (head, tail):
-            at, times = np.unique(row * nodes + node, return_counts=True)
-            at_row, at_node = np.divmod(at, max(nodes, 1))
-            uneven = times * size[merged_node[at_node]] != number[at_row]
-            broken[graph[at_node[uneven]]] = True
-        if not broken.any():
+        merged_node, first_node = _number_by_first(
+            np.where(mergeable, colour, num_nodes + identity)
+        )
+        node_count = np.bincount(merged_node, minlength=len(first_node))
+        merged_fact, first_fact = _merge_facts(head, tail, relation, merged_node)
+        num_members = np.bincount(merged_fact, minlength=len(first_fact))
+        # Equitable: every node at an end of a merged fact has the same number of its members.
+        inexact = np.zeros(int(graph.max(initial=-1)) + 1, dtype=bool)
+        for end in (head, tail):
+            key, count = np.unique(merged_fact * num_nodes + end, return_counts=True)
+            fact, node = np.divmod(key, max(num_nodes, 1))
+            unequal = count * node_count[merged_node[node]] != num_members[fact]
+            inexact[graph[node[unequal]]] = True
+        if not inexact.any():
             break
-        settled = settled & ~broken[graph]
-    head_class, tail_class = merged_node[head[first_fact]], merged_node[tail[first_fact]]
+        mergeable = mergeable & ~inexact[graph]
+    merged_head, merged_tail = merged_node[head[first_fact]], merged_node[tail[first_fact]]
     columns = (
         merged_node,
-        size,
-        row,
-        head_class,
-        tail_class,
+        node_count,
+        merged_fact,
+        merged_head,
+        merged_tail,
         relation[first_fact],
-        number // size[head_class],
-        number // size[tail_class],
+        num_members // node_count[merged_head],
+        num_members // node_count[merged_tail],
     )
     return MergedGraph(*(column.astype(np.int32) for column in columns))

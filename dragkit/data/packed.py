@@ -1,8 +1,8 @@
-"""Types that carry a batch: many ragged graphs laid end to end, with no padding between them."""
+"""Types of a batch: many ragged graphs laid end to end, without padding between them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -12,63 +12,66 @@ from torch import Tensor
 from dragkit_kernels import FactGroups, FactIndex
 
 
-class _Movable:
-    """Moves every tensor field of a frozen dataclass, nested ones included."""
+class _TensorFields:
+    """Operations on every tensor field of a frozen dataclass, nested fields included."""
 
     __slots__ = ()
 
-    def _map(self, move: object) -> Self:
-        changes = {}
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        changes: dict[str, object] = {}
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                changes[field.name] = move(value)  # type: ignore[operator]
-            elif isinstance(value, _Movable):
-                changes[field.name] = value._map(move)
+                changes[field.name] = function(value)
+            elif isinstance(value, _TensorFields):
+                changes[field.name] = value._map(function)
             elif isinstance(value, FactIndex | FactGroups):
-                changes[field.name] = type(value)(*(move(t) for t in value))  # type: ignore[operator]
+                changes[field.name] = type(value)(*map(function, value))
         return replace(self, **changes)  # type: ignore[type-var]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, in one order for all batches."""
-        found: list[Tensor] = []
+        """Returns all tensors in the order of the fields."""
+        tensors: list[Tensor] = []
 
-        def note(tensor: Tensor) -> Tensor:
-            found.append(tensor)
+        def collect(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
             return tensor
 
-        self._map(note)
-        return found
+        self._map(collect)
+        return tensors
 
     def with_tensors(self, tensors: Iterable[Tensor]) -> Self:
-        """The same with other tensors, in the order of `tensors`."""
-        following = iter(tensors)
-        return self._map(lambda _: next(following))
+        """Returns a copy with other tensors, given in the order of `tensors()`."""
+        remaining = iter(tensors)
+        return self._map(lambda _: next(remaining))
 
     def to(self, device: torch.device | str) -> Self:
-        """A copy on `device`. The copy does not block, so pinned memory overlaps with compute."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        """Returns a copy on `device`. Copies from pinned memory do not block the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True, slots=True)
-class PackedGraph(_Movable):
-    """B question subgraphs as one graph, whose nodes are classes of equal ones (see `merge_nodes`).
+class PackedGraph(_TensorFields):
+    """B question graphs as one graph, whose N nodes are merged nodes (see `merge_nodes`).
 
-    E facts as the questions have them, N nodes and Q merged facts between them.
+    The questions have E facts, which the graph holds as Q merged facts.
 
     Attributes:
-        fact_index: the Q merged facts in three orders; rows of relations count in the pack's list.
-        topic_facts: the merged facts that touch a topic, with their own pairs.
-        groups: which of the E facts each merged one stands for.
-        topic_prob: float32 [N] seed distribution: the share of one node of each class, uniform over
-            a graph's topic nodes (over all nodes where it has none).
-        topic_row: int32 [T] the nodes with a share; topic_graph: int32 [T] their graphs.
-        node_count: int32 [N] how many nodes each stands for.
-        node_graph, fact_graph: int32 [N], [E] graph of each node and fact.
+        fact_index: the Q merged facts. `pair_relation` holds ranks in `QuestionBatch.relation_row`.
+        topic_facts: the merged facts that touch a topic node, with their own pairs.
+        groups: which of the E facts each merged fact stands for.
+        topic_prob: float32 [N] initial probability p of one member of each node. It is uniform over
+            the topic nodes of a graph, or over all nodes where the graph has no topic.
+        topic_node: int32 [T] the nodes whose `topic_prob` is not 0.
+        topic_graph: int32 [T] graph of each of them.
+        node_count: int32 [N] nodes that each node stands for.
+        node_graph: int32 [N] graph of each node.
+        fact_graph: int32 [E] graph of each fact.
         node_ptr, fact_ptr: int32 [B+1] first node and fact of each graph.
-        label: float32 [E] 1 where the fact lies on a gold path.
+        label: float32 [E] 1 for a positive fact, else 0.
         question_key: int64 [B] counter word of the question's noise, independent of the batch.
-        num_graphs, num_nodes, num_facts, max_facts: host integers (max_facts of one graph).
+        num_graphs, num_nodes, num_facts: B, N and E, host integers.
+        max_facts: maximum number of facts of one graph, a host integer.
     """
 
     fact_index: FactIndex
@@ -91,8 +94,14 @@ class PackedGraph(_Movable):
 
 
 @dataclass(frozen=True, slots=True)
-class TokenPack(_Movable):
-    """Ragged token rows: row i is `ids[ptr[i]:ptr[i+1]]`; int32 [T], int32 [rows+1]."""
+class TokenPack(_TensorFields):
+    """Ragged token rows: row i is `ids[ptr[i]:ptr[i+1]]`.
+
+    Attributes:
+        ids: int32 [T].
+        ptr: int32 [rows+1].
+        max_row: number of tokens of the longest row, a host integer.
+    """
 
     ids: Tensor
     ptr: Tensor
@@ -100,20 +109,33 @@ class TokenPack(_Movable):
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionBatch(_Movable):
-    """What one training or evaluation step needs.
+class RelationStates(_TensorFields):
+    """Token states of the forward and inverse texts of a data set's relations.
 
     Attributes:
-        graph: the packed subgraphs.
+        states: float [relations, 2, W, D] zero-padded.
+        mask: bool [relations, 2, W] True at real tokens.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionBatch(_TensorFields):
+    """Input of one training or evaluation step.
+
+    Attributes:
+        graph: the packed graphs.
         question_states: float32 [B, T, D] cached token states of the questions, zero-padded.
         question_mask: bool [B, T] True at real tokens.
-        relation_row: int64 [R] rows of the data set's relation table used by this pack.
-        relation_tokens: their 2R texts, forward and inverse after each other, as rows of the
-            table's token states.
-        prefix, facts, target: token rows of B prompts' beginnings, E facts and B answers; None in
+        relation_row: int64 [R] the data set's relations that occur in this pack, ascending.
+        relation_tokens: rows of the relations' token states. Relation r has two texts: 2r is read
+            forward and 2r+1 inverse.
+        prefix, facts, target: token rows of B prompt prefixes, E facts and B targets. None in
             phase 1.
-        rows: the questions' indices in the store, in batch order (host).
-        num_labelled: questions with a positive fact; a host integer.
+        rows: the questions' rows in the store, in batch order (host).
+        num_labelled: number of questions with a positive fact, a host integer.
     """
 
     graph: PackedGraph

@@ -1,9 +1,8 @@
-"""Writes a heuristics file into a folder of arrays: many questions are sorted in one go."""
+"""Packs a file of questions into a folder of arrays. Many questions are sorted at once."""
 
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections import Counter
 from pathlib import Path
 
@@ -18,70 +17,69 @@ from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
 from dragkit_kernels import build_fact_index
 
-logger = logging.getLogger(__name__)
-
-# One sort for about this many facts: its fixed cost vanishes, its memory stays small.
+# About this many facts are sorted at once: enough to hide the fixed cost, little memory.
 _CHUNK_FACTS = 1 << 18
 _CHUNK_QUESTIONS = 1 << 13
 
-
-def question_key(name: str) -> int:
-    """The counter word of a question's noise: 63 bits of a hash of its id."""
-    digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & (2**63 - 1)
-
-
-# Names of the ragged arrays. Each has offsets `<name>_ptr`.
+# Items of which a question has any number. Each has offsets `<name>_ptr`.
 RAGGED = (
-    *("fact", "node", "edge", "class", "pair", "start_edge", "start_pair"),
-    *("topic", "topic_class", "answer"),
+    *("fact", "node", "merged_fact", "merged_node", "merged_pair"),
+    *("topic_fact", "topic_pair", "topic_node", "topic", "answer"),
 )
-# The parts of a `FactIndex` that are stored: rows of each fact, ends of each node's two segments,
-# and end and relation of each pair, all counted from the question's own zero.
+# First rows of a block of merged facts: these fields of `FactIndex`.
 PER_FACT = ("head", "tail", "tail_perm", "head_perm", "pair_perm", "fact_pair")
 COUNTS = ("head_count", "tail_count")
 FACT_PAIR = PER_FACT.index("fact_pair")
 
 
-class _Segments:
-    """Items of some graphs end to end: how many each has, its first, and the graph of every item.
+def question_key(name: str) -> int:
+    """Returns the counter word of a question's noise: 63 bits of a hash of its id."""
+    digest = hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
 
-    Args:
-        count: int [G].
+
+class _Segments:
+    """Items of some graphs end to end.
+
+    Attributes:
+        count: int [G] items of each graph.
+        start: int [G] first item of each graph.
+        graph: int [items] graph of each item.
     """
 
     def __init__(self, count: np.ndarray) -> None:
         self.count = count
-        self.base = np.cumsum(count) - count
-        self.owner = np.repeat(np.arange(len(count)), count)
+        self.start = np.cumsum(count) - count
+        self.graph = np.repeat(np.arange(len(count)), count)
 
     @classmethod
-    def sorted(cls, owner: np.ndarray, num_graphs: int) -> _Segments:
-        """From the ascending graph of every item."""
-        return cls(np.bincount(owner, minlength=num_graphs))
+    def from_graph(cls, graph: np.ndarray, num_graphs: int) -> _Segments:
+        """Segments of items whose graphs ascend."""
+        return cls(np.bincount(graph, minlength=num_graphs))
 
-    @classmethod
-    def of(cls, owner: np.ndarray, group: np.ndarray, num_graphs: int) -> _Segments:
-        """Of groups of items, none across graphs, numbered by first member."""
-        first = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int64)
-        first[group] = owner
-        return cls.sorted(first, num_graphs)
+    def merge(self, group: np.ndarray) -> _Segments:
+        """Segments of groups of these items. `group` gives each item's group, in graph order."""
+        # All members of a group are in one graph, so any of them may write it.
+        graph = np.zeros(int(group.max(initial=-1)) + 1, dtype=np.int64)
+        graph[group] = self.graph
+        return self.from_graph(graph, len(self.count))
 
 
 class Packer:
-    """Takes questions one by one and appends them to the arrays of a folder.
+    """Appends questions to the arrays of a folder.
 
-    Every question gets blocks, counted from its own zero, so that a pack is made by adding offsets
-    to whole blocks. E facts on N nodes become Q merged facts on M classes (see `merge_nodes`); S of
-    those touch a topic, the only ones whose sender has a share of the distribution when a stage
-    starts.
+    Each question is stored as blocks whose indices start at 0, so the collator adds offsets to
+    whole blocks and sorts nothing. Its E facts on N nodes become Q merged facts with P (graph,
+    relation) pairs on M merged nodes (see `merge_nodes`). S of the merged facts touch a topic. Only
+    they carry a message in the first layer of a stage, because p is 0 at the other nodes.
 
-        facts [4, E]: head node, tail node, merged fact, facts in the order of merged facts
-        edges [9, Q]: of `FactIndex` head, tail, tail_perm, head_perm, pair_perm, fact_pair,
-            head_count, tail_count; end of the facts of each
-        classes [3, M]: end of each class's tail and head segment, nodes in the class
-        pairs [2, P]: end of each pair's segment, relation row
-        start_edges [8, S], start_classes [2, M], start_pairs [2, P']: the same for the start
+        facts [4, E]: head node, tail node, merged fact, facts sorted by merged fact
+        merged_facts [9, Q]: `FactIndex.{head, tail, tail_perm, head_perm, pair_perm, fact_pair,
+            head_count, tail_count}`, end of the facts of each merged fact
+        merged_segments [3, M]: ends in tail_perm and head_perm of each merged node, its node count
+        merged_pairs [2, P]: end in pair_perm, relation row
+        topic_facts [8, S], topic_segments [2, M], topic_pairs [2, P']: the same, of the S facts
+        topic_nodes: merged nodes that hold a topic, or all of them where the graph has no topic
     """
 
     def __init__(self, folder: Path, label_rule: LabelRule, *, merge: bool = True) -> None:
@@ -90,43 +88,43 @@ class Packer:
         self.label_rule: LabelRule = label_rule
         self.merge = merge
         self._writer = FolderWriter(folder)
-        self._waiting: list[Subgraph] = []
-        self._waiting_facts = 0
+        self._pending: list[Subgraph] = []
+        self._pending_facts = 0
         for name in RAGGED:
             self._writer.array(f"{name}_ptr", np.int64).append([0])
         self._ends: Counter[str] = Counter()
 
-    def _extend(self, name: str, counts: np.ndarray | list[int]) -> None:
-        """Appends rows of `counts` items to the offsets `<name>_ptr`."""
+    def _extend_ptr(self, name: str, counts: np.ndarray | list[int]) -> None:
+        """Appends questions with `counts` items to the offsets `<name>_ptr`."""
         ends = np.cumsum(counts, dtype=np.int64) + self._ends[name]
         self._writer.array(f"{name}_ptr", np.int64).append(ends)
         self._ends[name] += int(np.sum(counts))
 
-    def add(self, question: Question, *, named: bool) -> None:
-        """Appends one question; `named` says that its id stood in the file.
+    def add(self, question: Question, *, has_id: bool) -> None:
+        """Appends one question. `has_id` tells whether the file gives its id.
 
-        A made-up id holds the file's name, which is no part of the content: it is stored as an
-        empty string and its noise key comes from the line number alone.
+        A default id contains the file name, which must not influence the packed content. It is
+        stored as an empty string, and the noise key is made from the line number.
         """
         graph = build_subgraph(question, self.vocab, label_rule=self.label_rule)
         writer = self._writer
-        writer.strings("ids").append([question.id if named else ""])
+        writer.strings("ids").append([question.id if has_id else ""])
         writer.strings("texts").append([question.text])
         writer.strings("topics").append(question.topics)
         writer.strings("answers").append(question.answers)
         writer.strings("entities").append(graph.names)
         writer.array("lines", np.int64).append([question.line])
-        key = question_key(question.id if named else f"\n{question.line}")
+        key = question_key(question.id if has_id else f"\n{question.line}")
         writer.array("question_key", np.int64).append([key])
-        self._extend("topic", [len(question.topics)])
-        self._extend("answer", [len(question.answers)])
-        self._note(graph)
-        self._waiting.append(graph)
-        self._waiting_facts += graph.num_facts
-        if self._waiting_facts >= _CHUNK_FACTS or len(self._waiting) >= _CHUNK_QUESTIONS:
+        self._extend_ptr("topic", [len(question.topics)])
+        self._extend_ptr("answer", [len(question.answers)])
+        self._update_summary(graph)
+        self._pending.append(graph)
+        self._pending_facts += graph.num_facts
+        if self._pending_facts >= _CHUNK_FACTS or len(self._pending) >= _CHUNK_QUESTIONS:
             self._flush()
 
-    def _note(self, graph: Subgraph) -> None:
+    def _update_summary(self, graph: Subgraph) -> None:
         for name, amount in (
             ("nodes", graph.num_nodes),
             ("facts", graph.num_facts),
@@ -140,111 +138,112 @@ class Packer:
             self.summary[name] += int(amount)
 
     def _flush(self) -> None:
-        """Sorts the waiting subgraphs as one pack, then takes the offsets out again."""
-        graphs, self._waiting, self._waiting_facts = self._waiting, [], 0
+        """Merges and sorts the pending subgraphs as one pack, then writes each one's blocks."""
+        graphs, self._pending, self._pending_facts = self._pending, [], 0
         if not graphs:
             return
         nodes = _Segments(np.array([graph.num_nodes for graph in graphs]))
         facts = _Segments(np.array([graph.num_facts for graph in graphs]))
-        shifted = list(zip(graphs, nodes.base, strict=True))
         head, tail, topics = (
-            np.concatenate([getattr(g, end) + first for g, first in shifted])
+            np.concatenate([getattr(g, end) + i for g, i in zip(graphs, nodes.start, strict=True)])
             for end in ("head", "tail", "topics")
         )
-        mark = np.zeros(len(nodes.owner), dtype=bool)
-        mark[topics] = True
+        topic = np.zeros(len(nodes.graph), dtype=bool)
+        topic[topics] = True
         relation = np.concatenate([graph.relation for graph in graphs])
-        merged = merge_nodes(head, tail, relation, nodes.owner, mark, merge=self.merge)
-        classes = _Segments.of(nodes.owner, merged.merged_node, len(graphs))
-        edges = _Segments.of(facts.owner, merged.merged_fact, len(graphs))
-        by_edge = np.argsort(merged.merged_fact, kind="stable")
-        edge_end = np.cumsum(np.bincount(merged.merged_fact, minlength=len(edges.owner)))
-        # Where a graph has no topic its search starts from all nodes alike.
-        mark |= ~np.isin(nodes.owner, nodes.owner[topics])
-        started = np.zeros(len(classes.owner), dtype=bool)
-        started[merged.merged_node[mark]] = True
-
-        fact_block = [
-            head - nodes.base[facts.owner],
-            tail - nodes.base[facts.owner],
-            merged.merged_fact - edges.base[facts.owner],
-            by_edge - facts.base[facts.owner],
-        ]
-        self._blocks("facts", fact_block, facts)
-        self._extend("fact", facts.count)
-        self._extend("node", nodes.count)
-        self._extend("class", classes.count)
-        every = np.ones(len(edges.owner), dtype=bool)
-        sizes = [merged.size]
-        self._index_blocks(
-            "", merged, every, edges, classes, [edge_end - facts.base[edges.owner]], sizes
+        merged = merge_nodes(head, tail, relation, nodes.graph, topic, merge=self.merge)
+        merged_nodes, merged_facts = (
+            nodes.merge(merged.merged_node),
+            facts.merge(merged.merged_fact),
         )
-        near = started[merged.head] | started[merged.tail]
-        starting = _Segments(np.bincount(edges.owner[near], minlength=len(graphs)))
-        self._index_blocks("start_", merged, near, starting, classes, [], [])
-        topic_class = np.flatnonzero(started)
-        owner = classes.owner[topic_class]
-        self._writer.array("topic_classes", np.int32).append(topic_class - classes.base[owner])
-        self._extend("topic_class", np.bincount(owner, minlength=len(graphs)))
+        self._blocks(
+            "facts",
+            [
+                head - nodes.start[facts.graph],
+                tail - nodes.start[facts.graph],
+                merged.merged_fact - merged_facts.start[facts.graph],
+                np.argsort(merged.merged_fact, kind="stable") - facts.start[facts.graph],
+            ],
+            facts,
+        )
+        self._extend_ptr("fact", facts.count)
+        self._extend_ptr("node", nodes.count)
+        self._extend_ptr("merged_node", merged_nodes.count)
+        member_ends = np.cumsum(np.bincount(merged.merged_fact, minlength=len(merged.head)))
+        self._index_blocks(
+            "merged",
+            merged,
+            np.ones(len(merged.head), dtype=bool),
+            merged_nodes,
+            fact_rows=(member_ends - facts.start[merged_facts.graph],),
+            node_rows=(merged.node_count,),
+        )
+        # A graph without a topic starts with the same probability at every node.
+        topic |= ~np.isin(nodes.graph, nodes.graph[topics])
+        has_topic = np.zeros(len(merged_nodes.graph), dtype=bool)
+        has_topic[merged.merged_node[topic]] = True
+        near_topic = has_topic[merged.head] | has_topic[merged.tail]
+        self._index_blocks("topic", merged, near_topic, merged_nodes)
+        topic_nodes = np.flatnonzero(has_topic)
+        graph = merged_nodes.graph[topic_nodes]
+        self._writer.array("topic_nodes", np.int32).append(topic_nodes - merged_nodes.start[graph])
+        self._extend_ptr("topic_node", np.bincount(graph, minlength=len(graphs)))
         labels = np.concatenate([graph.label for graph in graphs])
         self._writer.array("labels", np.uint8).append(labels)
-        self.summary["classes"] += len(classes.owner)
-        self.summary["merged_facts"] += len(edges.owner)
+        self.summary["classes"] += len(merged_nodes.graph)
+        self.summary["merged_facts"] += len(merged_facts.graph)
 
     def _index_blocks(
         self,
         prefix: str,
         merged: MergedGraph,
         chosen: np.ndarray,
-        edges: _Segments,
-        classes: _Segments,
-        edge_columns: list[np.ndarray],
-        class_columns: list[np.ndarray],
+        nodes: _Segments,
+        *,
+        fact_rows: tuple[np.ndarray, ...] = (),
+        node_rows: tuple[np.ndarray, ...] = (),
     ) -> None:
-        """Sorts the chosen merged facts and appends their blocks, with some columns more."""
-        columns = {
-            name: torch.from_numpy(getattr(merged, name)[chosen])
-            for name in ("head", "tail", "relation", *COUNTS)
-        }
-        fact_index = build_fact_index(
-            columns["head"],
-            columns["tail"],
-            columns["relation"],
-            len(classes.owner),
-            torch.from_numpy(edges.owner),
-            **{name: columns[name] for name in COUNTS},
+        """Sorts the chosen merged facts and writes the blocks of their `FactIndex`.
+
+        `fact_rows` and `node_rows` are further rows of the blocks.
+        """
+        head, tail, relation, *counts = (torch.from_numpy(x[chosen]) for x in merged[3:])
+        fact_graph = nodes.graph[merged.head[chosen]]
+        facts = _Segments.from_graph(fact_graph, len(nodes.count))
+        index = build_fact_index(
+            head,
+            tail,
+            relation,
+            len(nodes.graph),
+            torch.from_numpy(facts.graph),
+            **dict(zip(COUNTS, counts, strict=True)),
         )
-        pairs = _Segments.sorted(fact_index.pair_graph.numpy(), len(edges.count))
-        # Segments of a graph's nodes and pairs cover exactly its own facts, so a row of the sorted
-        # orders belongs to the graph of the fact that stands in the same place.
-        base = {"head": classes, "tail": classes, "fact_pair": pairs}
-        block = [
-            getattr(fact_index, name).numpy() - base.get(name, edges).base[edges.owner]
-            for name in PER_FACT
-        ]
-        block += [getattr(fact_index, name).numpy() for name in COUNTS]
-        self._blocks(f"{prefix}edges", [*block, *edge_columns], edges)
-        self._extend(f"{prefix}edge", edges.count)
-        ends = [
-            ptr.numpy()[1:] - edges.base[classes.owner]
-            for ptr in (fact_index.tail_ptr, fact_index.head_ptr)
-        ]
-        self._blocks(f"{prefix}classes", [*ends, *class_columns], classes)
-        pair_end = fact_index.pair_ptr.numpy()[1:] - edges.base[pairs.owner]
-        self._blocks(f"{prefix}pairs", [pair_end, fact_index.pair_relation.numpy()], pairs)
-        self._extend(f"{prefix}pair", pairs.count)
+        fields = {name: tensor.numpy() for name, tensor in index._asdict().items()}
+        pairs = _Segments.from_graph(fields["pair_graph"], len(nodes.count))
+        # The segments of a graph's nodes and pairs cover exactly its own facts. So entry i of a
+        # permutation belongs to the same graph as fact i.
+        starts = {"head": nodes, "tail": nodes, "fact_pair": pairs}
+        columns = [fields[name] - starts.get(name, facts).start[facts.graph] for name in PER_FACT]
+        columns += [fields[name] for name in COUNTS]
+        self._blocks(f"{prefix}_facts", [*columns, *fact_rows], facts)
+        self._extend_ptr(f"{prefix}_fact", facts.count)
+        ends = [fields[name][1:] - facts.start[nodes.graph] for name in ("tail_ptr", "head_ptr")]
+        self._blocks(f"{prefix}_segments", [*ends, *node_rows], nodes)
+        pair_ends = fields["pair_ptr"][1:] - facts.start[pairs.graph]
+        self._blocks(f"{prefix}_pairs", [pair_ends, fields["pair_relation"]], pairs)
+        self._extend_ptr(f"{prefix}_pair", pairs.count)
 
     def _blocks(self, name: str, rows: list[np.ndarray], segments: _Segments) -> None:
-        """Appends every graph's part of some rows as one block."""
+        """Appends one block per graph: its slice of all `rows`."""
         stacked = np.stack(rows).astype(np.int32)
-        pieces = [
-            stacked[:, first : first + size].ravel()
-            for first, size in zip(segments.base.tolist(), segments.count.tolist(), strict=True)
+        blocks = [
+            stacked[:, start : start + count].ravel()
+            for start, count in zip(segments.start.tolist(), segments.count.tolist(), strict=True)
         ]
-        self._writer.array(name, np.int32).append(np.concatenate(pieces))
+        self._writer.array(name, np.int32).append(np.concatenate(blocks))
 
     def close(self) -> None:
-        """Writes what is waiting and finishes the files."""
+        """Writes the pending questions and closes the files."""
         self._flush()
         self._writer.strings("relations").append(self.vocab.names)
         self._writer.close()
@@ -253,13 +252,13 @@ class Packer:
 def pack_file(
     path: Path, folder: Path, *, label_rule: LabelRule, max_bad_fraction: float, merge: bool
 ) -> None:
-    """Reads, labels, sorts and seals a heuristics file.
+    """Reads, labels, merges, sorts and seals a file of questions.
 
     Args:
-        path: the file.
+        path: JSONL, plain or gzip.
         folder: an empty folder to fill.
         label_rule: see `fact_labels`.
-        max_bad: share of unusable rows to leave out.
+        max_bad_fraction: fraction of unusable rows that may be left out.
         merge: see `merge_nodes`.
 
     Raises:
@@ -268,9 +267,9 @@ def pack_file(
     reader = QuestionReader(path)
     packer = Packer(folder, label_rule, merge=merge)
     for question in reader:
-        # A file that will be refused is still read to its end, for the whole list of faults.
+        # After the first fault of a file that will be refused, reading goes on for the full list.
         if max_bad_fraction > 0 or not reader.rejects:
-            packer.add(question, named=question.line not in reader.unnamed)
+            packer.add(question, has_id=question.line not in reader.unnamed)
     packer.close()
     reader.check(max_bad_fraction)
     rejects = reader.rejects

@@ -1,4 +1,4 @@
-"""Reads heuristics files: one question with its subgraph per JSON line, plain or gzip."""
+"""Reads files of questions: one question with its graph per JSON line, plain or gzip."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from dragkit.errors import DataError
 logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64_000_000
-_LISTED_PROBLEMS = 200
+_MAX_LISTED_PROBLEMS = 200
 _BOM = b"\xef\xbb\xbf"
 
 Triple = tuple[str, str, str]
-# JSON path and reason.
+# JSON path and reason of a problem.
 Fault = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question with its subgraph.
+    """One question with its graph.
 
     Attributes:
-        id: unique in its file; text: the question.
-        triples: (head, relation, tail) names, each once, in file order.
-        topics: entities the question is about.
+        id: unique in its file.
+        text: the question.
+        triples: distinct (head, relation, tail) names in file order.
+        topics: entities that the question is about.
         paths: gold paths as entity names, topic first.
-        answers: gold answers, each once.
-        line: of the file, from 1.
+        answers: distinct gold answers.
+        line: line number in the file, from 1.
     """
 
     id: str
@@ -49,7 +50,7 @@ class Question:
 
 
 class Problem(NamedTuple):
-    """Why a line cannot be used: its number, the JSON path of the fault, the reason."""
+    """A line that cannot be used: its number, the JSON path of the fault, and the reason."""
 
     line: int
     path: str
@@ -61,7 +62,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class QuestionFile:
-    """The questions of a file, the problems of the lines left out, and counts worth knowing."""
+    """Content of a file: usable questions, problems of the other lines, and counts by name."""
 
     questions: tuple[Question, ...]
     rejects: tuple[Problem, ...]
@@ -78,37 +79,35 @@ class _Row(msgspec.Struct):
     id: str | int | None = None
 
 
-_ROW = msgspec.json.Decoder(_Row)
-_SHALLOW = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ROW_DECODER = msgspec.json.Decoder(_Row)
+_RAW_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
-def _repeats_a_key(line: bytes) -> bool:
-    """Whether a key may be given twice, of which the decoder keeps the last value.
-
-    Outside the kept values there are two quotes for each key. More mean a second value, or an
-    escaped quote in a key, which `_unique` lets through.
-    """
-    kept = _SHALLOW.decode(line)
-    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in kept.values())
-    return quotes != 2 * len(kept)
+def _may_repeat_key(line: bytes) -> bool:
+    """Whether a key may occur twice. The decoder would silently keep its last value."""
+    # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
+    # escaped quote in a key. `_unique_keys` tells the two apart.
+    values = _RAW_DECODER.decode(line)
+    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
+    return quotes != 2 * len(values)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {repeated!r} is given twice")
-    return found
+    return row
 
 
 def _decode(line: bytes) -> _Row | Fault:
-    """The row, or its first fault."""
+    """Returns the row, or its first fault."""
     try:
-        # The decoder skips the content of unknown keys without looking at its encoding.
+        # The decoder skips unknown keys without checking the encoding of their values.
         line.decode("utf-8")
-        row = _ROW.decode(line)
-        if _repeats_a_key(line):
-            json.loads(line, object_pairs_hook=_unique)
+        row = _ROW_DECODER.decode(line)
+        if _may_repeat_key(line):
+            json.loads(line, object_pairs_hook=_unique_keys)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `")
         reason = reason.replace("`array` of length 3", "a triple [head, relation, tail]")
@@ -121,49 +120,49 @@ def _decode(line: bytes) -> _Row | Fault:
         return "$", "nested too deeply"
     except ValueError as error:
         return "$", str(error)
-    for place, steps in enumerate(row.paths or ()):
+    for index, steps in enumerate(row.paths or ()):
         if len({type(step) for step in steps}) > 1:
-            return f"$.paths[{place}]", "expected entities or triples, got both"
-    # Without the escaped backslashes, what is left of this text is an escaped NUL.
+            return f"$.paths[{index}]", "expected entities or triples, got both"
+    # `\\u0000` is an escaped backslash and four zeros. Only an odd backslash escapes a NUL.
     if b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b""):
         return "$", "a NUL character"
     return row
 
 
 def _names(value: str | list[str] | None) -> tuple[str, ...]:
-    """Distinct non-empty names of a field that holds one, many or none."""
-    if value is None:
-        return ()
-    return tuple(
-        dict.fromkeys(name for name in ([value] if isinstance(value, str) else value) if name)
-    )
+    """Returns the distinct non-empty names of a field that holds one, many or none."""
+    names = [value] if isinstance(value, str) else value or ()
+    return tuple(dict.fromkeys(name for name in names if name))
 
 
 def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
-    """A path as entity names. Triples are followed, and the path is cut where they do not join."""
+    """Returns a path as entity names. A path of triples is cut where they share no entity."""
     if not path or isinstance(path[0], str):
         return [tuple(path)] if path else []  # type: ignore[arg-type]
-    found: list[list[str]] = []
-    for place, (head, _, tail) in enumerate(path):
-        if found and found[-1][-1] in (head, tail):
-            found[-1].append(tail if found[-1][-1] == head else head)
+    paths: list[list[str]] = []
+    for index, (head, _, tail) in enumerate(path):
+        if paths and paths[-1][-1] in (head, tail):
+            paths[-1].append(tail if paths[-1][-1] == head else head)
             continue
-        following = path[place + 1] if place + 1 < len(path) else None
-        turned = following is not None and tail not in following[::2] and head in following[::2]
-        found.append([tail, head] if turned else [head, tail])
-    return [tuple(names) for names in found]
+        # A first triple is walked from its tail if only its head occurs in the next triple.
+        ends = path[index + 1][::2] if index + 1 < len(path) else ()
+        is_inverse = head in ends and tail not in ends
+        paths.append([tail, head] if is_inverse else [head, tail])
+    return [tuple(names) for names in paths]
 
 
 class QuestionReader:
-    """Streams the usable questions of a file and collects what is wrong with the others.
+    """Iterates over the usable questions of a file and collects the problems of the other lines.
 
     Args:
         path: JSONL, plain or gzip.
-        max_line_bytes: a line this long or longer is rejected.
+        max_line_bytes: a line of this length or longer is rejected.
 
     Attributes:
-        rejects: problems so far, in line order; rows: non-empty lines so far.
-        notes: counts so far; unnamed: lines whose id was made up from file name and line.
+        rejects: problems so far, in line order.
+        rows: number of non-empty lines so far.
+        notes: counts so far, by name.
+        unnamed: numbers of the lines whose question has a default id.
     """
 
     def __init__(self, path: str | Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
@@ -173,11 +172,11 @@ class QuestionReader:
         self.rows = 0
         self.notes: Counter[str] = Counter()
         self.unnamed: set[int] = set()
-        self._lines_of_ids: dict[str, int] = {}
-        self._cut_short = False
+        self._line_of_id: dict[str, int] = {}
+        self._is_truncated = False
 
     def __iter__(self) -> Iterator[Question]:
-        """The usable questions in file order. Call `check` afterwards."""
+        """Yields the usable questions in file order. Call `check` afterwards."""
         number = 0
         with open_source(self.path) as stream:
             try:
@@ -191,8 +190,8 @@ class QuestionReader:
                     if (question := self._question(line, number)) is not None:
                         yield question
             except BROKEN_GZIP as error:
-                self._cut_short = True
-                self._reject(number + 1, "$", f"the gzip data is cut short or damaged: {error}")
+                self._is_truncated = True
+                self._reject(number + 1, "$", f"the gzip data is truncated or damaged: {error}")
 
     def _reject(self, line: int, path: str, reason: str) -> None:
         self.rejects.append(Problem(line, path, reason))
@@ -200,7 +199,7 @@ class QuestionReader:
     def _question(self, line: bytes | None, number: int) -> Question | None:
         if line is None:
             size = f"{self.max_line_bytes / 1e6:g} MB"
-            self._reject(number, "$", f"the line is over-long: {size} or more")
+            self._reject(number, "$", f"the line is too long: {size} or more")
             return None
         row = _decode(line.rstrip(b"\r\n"))
         if isinstance(row, tuple):
@@ -210,13 +209,14 @@ class QuestionReader:
         if not name:
             self.unnamed.add(number)
             name = default_id(self.path, number)
-        first = self._lines_of_ids.setdefault(name, number)
+        first = self._line_of_id.setdefault(name, number)
         if first != number:
             self._reject(number, "$.id", f"the same id as on line {first}")
             return None
-        return self._count(row, name, number)
+        return self._to_question(row, name, number)
 
-    def _count(self, row: _Row, name: str, number: int) -> Question:
+    def _to_question(self, row: _Row, name: str, number: int) -> Question:
+
         triples = tuple(dict.fromkeys(row.triples))
         paths = [p for path in row.paths or () for p in _entity_paths(path)]
         topics = _names(row.topic_entities)
@@ -236,59 +236,65 @@ class QuestionReader:
         return Question(name, row.question, triples, topics, tuple(paths), answers, number)
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
-        """Raises when more than `max_bad_fraction` of the rows are unusable, else logs the count.
+        """Raises if too many rows are unusable, else logs how many were skipped.
+
+        Args:
+            max_bad_fraction: fraction of the rows that may be unusable.
 
         Raises:
-            DataError: with every problem as `file:line: path: reason`, the first of them in full.
+            DataError: it lists the first problems as `file:line: path: reason`, and their number.
         """
-        if not self.rows and not self._cut_short:
-            raise DataError(f"{self.path}: holds no question; expected one JSON object a line.")
+        if not self.rows and not self._is_truncated:
+            raise DataError(f"{self.path}: holds no question. It needs one JSON object per line.")
         bad = len(self.rejects)
-        if self._cut_short or bad > max_bad_fraction * self.rows:
-            shown = [f"{self.path}:{problem}" for problem in self.rejects[:_LISTED_PROBLEMS]]
-            if bad > _LISTED_PROBLEMS:
-                shown.append(f"... and {bad - _LISTED_PROBLEMS} more problems")
-            told = f"{self.path}: {bad} of {self.rows} rows cannot be used."
-            if not self._cut_short:
-                told += (
-                    f" At most a fraction of {max_bad_fraction:.4g} may be: correct them, or set"
+        if self._is_truncated or bad > max_bad_fraction * self.rows:
+            messages = [f"{self.path}:{problem}" for problem in self.rejects[:_MAX_LISTED_PROBLEMS]]
+            if bad > _MAX_LISTED_PROBLEMS:
+                messages.append(f"... and {bad - _MAX_LISTED_PROBLEMS} more problems")
+            summary = f"{self.path}: {bad} of {self.rows} rows cannot be used."
+            if not self._is_truncated:
+                summary += (
+                    f" The accepted fraction is {max_bad_fraction:.4g}. Correct the rows, or raise "
+                    "the fraction with --set data.max_bad_fraction=FRACTION."
                 )
-                told += " --set data.max_bad_fraction=FRACTION."
-            raise DataError("\n".join([*shown, told]))
+            raise DataError("\n".join([*messages, summary]))
         if bad:
-            logger.warning("%s: skipped %d of %d unusable rows", self.path, bad, self.rows)
-        if found := self.notes["topics_from_paths"]:
+            logger.warning("%s: skipped %d of %d rows as unusable", self.path, bad, self.rows)
+        if count := self.notes["topics_from_paths"]:
             logger.warning(
-                "%s: %d questions name no topic entity; the first of each of their paths is taken",
+                "%s: %d questions name no topic entity; the first entity of each of their paths "
+                "is used",
                 self.path,
-                found,
+                count,
             )
 
 
 def default_id(path: Path, line: int) -> str:
-    """The id of a question that has none: file name without its endings, and line."""
+    """Returns the id of a question without one: file name without suffixes, and line number."""
     return f"{path.name.split('.')[0]}-{line}"
 
 
 def read_questions(
     path: str | Path, *, max_bad_fraction: float = 0.0, max_line_bytes: int = MAX_LINE_BYTES
 ) -> QuestionFile:
-    """Reads a whole file in one pass.
+    """Reads a whole file of questions in one pass.
 
-    Keys: `question` and `triples` (required), `paths`, `answer` or `answers`, `topic_entities`,
-    `id`; others are ignored. Questions without facts, answers or topics are kept and counted.
+    The keys of a row are `question` and `triples` (required), `paths`, `answer` or `answers`,
+    `topic_entities` and `id`. Other keys are ignored. Questions without facts, answers or topics
+    are kept and counted.
 
     Args:
         path: JSONL, plain or gzip.
-        max_bad: share of the rows that may be unusable; they are left out and listed.
-        max_line_bytes: a line this long or longer is unusable.
+        max_bad_fraction: fraction of the rows that may be unusable. They are left out and listed.
+        max_line_bytes: a line of this length or longer is unusable.
 
     Returns:
-        Questions, problems of the rows left out, and counts.
+        The questions, the problems of the rows left out, and counts.
 
     Raises:
-        DataError: too many unusable rows (all are listed), cut gzip data, or no row at all.
-        MissingInputError: no such file.
+        DataError: too many rows are unusable (lists them), gzip data is truncated, or the file has
+            no row.
+        MissingInputError: the file does not exist or cannot be read.
     """
     reader = QuestionReader(path, max_line_bytes=max_line_bytes)
     questions = tuple(reader)

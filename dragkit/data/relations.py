@@ -1,4 +1,4 @@
-"""Relation strings, their rows, and the words an encoder reads for them."""
+"""Relation names, their rows, and the words that the text encoder reads for them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Iterable
 
 
 def relation_text(name: str) -> str:
-    """The words of the last two dotted parts: `location.country.capital` -> `country capital`."""
+    """Returns the words of the last two dotted parts, `country capital` for `a.country.capital`."""
     return " ".join(" ".join(name.split(".")[-2:]).replace("_", " ").split())
 
 
 class RelationVocab:
-    """Relations in order of their first appearance.
+    """Relations in the order of their first occurrence.
 
     Args:
-        names: relations to begin with; repeated ones count once.
+        names: initial relations. Repeated ones count once.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -24,7 +24,7 @@ class RelationVocab:
             self.add(name)
 
     def add(self, name: str) -> int:
-        """The row of a relation, a new one where it has none."""
+        """Returns the row of a relation, which is new for an unknown one."""
         row = self._rows.get(name)
         if row is None:
             row = self._rows[name] = len(self._names)
@@ -40,9 +40,9 @@ class RelationVocab:
         return len(self._names)
 
     def text(self, row: int) -> str:
-        """Words of a relation read from head to tail."""
+        """Returns the words of a relation, read from head to tail."""
         return relation_text(self._names[row])
 
     def inverse_text(self, row: int) -> str:
-        """The same words in reversed order, for the direction from tail to head."""
+        """Returns the same words in reverse order, for the direction from tail to head."""
         return " ".join(reversed(self.text(row).split()))

@@ -1,4 +1,4 @@
-"""A heuristics file packed once into a cache folder and read by memory map from then on."""
+"""A file of questions, packed once into a cache folder and memory-mapped from then on."""
 
 from __future__ import annotations
 
@@ -26,23 +26,28 @@ from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Part of every key: raise it whenever the same file would be packed differently.
+# Part of every fingerprint. Raise it when the same file is packed into other values.
 BUILDER_VERSION = 2
+# Change this name when arrays are renamed. Checkpoints record the fingerprint, so a new
+# BUILDER_VERSION for the same values would keep runs from being resumed.
+CACHE_FOLDER = "packed-3"
 
 _ARRAYS = (
-    *("facts", "edges", "classes", "pairs", "start_edges", "start_classes", "start_pairs"),
-    *("labels", "topic_classes", "lines"),
+    *("facts", "labels", "lines", "merged_facts", "merged_segments", "merged_pairs"),
+    *("topic_facts", "topic_segments", "topic_pairs", "topic_nodes"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class StoredQuestion:
-    """A question as people read it; its facts are in the order of the packed arrays.
+    """A question in names. Its facts are in the order of the packed arrays.
 
     Attributes:
         id, text, topics, answers, line: as in the file.
-        entities: names of the nodes; triples: names of the facts; labels: 1 where positive.
-        topic_nodes: nodes of those topics that are in the graph.
+        entities: names of the nodes.
+        triples: (head, relation, tail) names of the facts.
+        labels: 1 for each positive fact, else 0.
+        topic_nodes: nodes of the topics that are in the graph.
     """
 
     id: str
@@ -57,18 +62,20 @@ class StoredQuestion:
 
 
 class PackedStore:
-    """Read access to a packed file; made by `build_or_open`.
+    """Read access to a packed file. `build_or_open` makes one.
 
     Args:
-        folder: a sealed cache folder; path: the file it was made from (for ids and messages).
+        folder: a sealed cache folder.
+        path: the file that was packed, for ids and messages.
 
     Attributes:
         fingerprint: hex key of the file's content, the options and the builder.
-        summary: counts of what the file holds and of what was left out.
-        facts, edges, classes, pairs, start_edges, start_classes, start_pairs: int32 blocks of all
-            questions end to end, see `Packer`.
-        fact_ptr, node_ptr, edge_ptr, ...: int64 [Q+1] first item of each question.
-        labels: uint8 [E]; topic_classes: int32; question_key: int64 [Q].
+        summary: counts of questions, facts, labels and rejected rows, by name.
+        facts, merged_facts, merged_segments, merged_pairs, topic_facts, topic_segments,
+            topic_pairs, topic_nodes: int32 blocks of all questions end to end, see `Packer`.
+        fact_ptr, node_ptr, merged_fact_ptr, ...: int64 [Q+1] first item of each question.
+        labels: uint8 [E].
+        question_key: int64 [Q] counter word of each question's noise.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
@@ -78,7 +85,7 @@ class PackedStore:
         self.summary: dict[str, int] = dict(meta["summary"])  # type: ignore[call-overload]
         for name in _ARRAYS:
             setattr(self, name, read_array(folder, name))
-        # Offsets are looked up for every question of every batch: they are worth the memory.
+        # Every question of every batch looks its offsets up, so they are held in memory.
         for name in RAGGED:
             setattr(self, f"{name}_ptr", np.array(read_array(folder, f"{name}_ptr")))
         self.question_key = np.array(read_array(folder, "question_key"))
@@ -103,16 +110,17 @@ class PackedStore:
         max_bad_fraction: float = 0.0,
         merge: bool = True,
     ) -> PackedStore:
-        """Opens the packed form of a file, and packs it first where that was not yet done.
+        """Opens the packed form of a file. Packs the file first if the cache does not hold it.
 
-        The key is made of the file's content, the options and the builder's version, never of the
-        file's name or date. A folder that was damaged is packed anew.
+        The key depends on the file's content, the options and the builder's version. It does not
+        depend on the file's name or date. A damaged cache folder is rebuilt.
 
         Args:
-            path: heuristics JSONL, plain or gzip.
-            cache_dir: where packed sets are kept; None takes the user's cache folder.
-            label_rule: see `fact_labels`; max_bad: share of unusable rows to leave out and count.
-            merge: share the states of nodes that cannot be told apart, see `merge_nodes`.
+            path: JSONL of questions, plain or gzip.
+            cache_dir: cache folder. None takes the user's.
+            label_rule: see `fact_labels`.
+            max_bad_fraction: fraction of unusable rows that may be left out. They are counted.
+            merge: merge nodes that the retriever cannot tell apart, see `merge_nodes`.
 
         Raises:
             DataError, MissingInputError: as `read_questions`.
@@ -121,10 +129,9 @@ class PackedStore:
         path = Path(path)
         open_source(path).close()
         before = path.stat()
-        key = cache_key(
-            BUILDER_VERSION, file_digest(path), label_rule, float(max_bad_fraction), merge
-        )
-        folder = cache_root(cache_dir) / "packed" / key
+        options = (label_rule, float(max_bad_fraction), merge)
+        key = cache_key(BUILDER_VERSION, file_digest(path), *options)
+        folder = cache_root(cache_dir) / CACHE_FOLDER / key
 
         def fill(target: Path) -> None:
             logger.info("packing %s", path)
@@ -133,16 +140,16 @@ class PackedStore:
             )
             after = path.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-                raise DataError(f"{path}: changed while it was being read. Start again.")
+                raise DataError(f"{path}: the file changed while it was read. Start again.")
 
         store = open_or_build(folder, lambda: cls(folder, path), fill)
-        store._tell()
+        store._log_warnings()
         return store
 
-    def _tell(self) -> None:
+    def _log_warnings(self) -> None:
         if rejects := self.summary["rejects"]:
             logger.warning(
-                "%s: %d of %d rows are unusable and left out; %s says why",
+                "%s: %d of %d rows are unusable and left out; %s gives the reasons",
                 self.path,
                 rejects,
                 self.summary["rows"],
@@ -151,7 +158,7 @@ class PackedStore:
         if missing := self.summary["topic_missing"]:
             logger.warning(
                 "%s: %d questions have no topic entity in their graph; "
-                "their search starts from all nodes alike",
+                "their search starts from all nodes with equal probability",
                 self.path,
                 missing,
             )
@@ -166,16 +173,16 @@ class PackedStore:
 
     @property
     def num_relations(self) -> int:
-        """Relations of the data set."""
+        """Number of relations in the data set."""
         return len(self._relations)
 
     @cached_property
     def fact_counts(self) -> np.ndarray:
-        """int64 [Q] facts of each question."""
+        """int64 [Q] number of facts of each question."""
         return np.diff(self.fact_ptr)
 
     def num_facts(self, row: int) -> int:
-        """Facts of one question."""
+        """Returns the number of facts of one question."""
         return int(self.fact_counts[row])
 
     @property
@@ -184,27 +191,32 @@ class PackedStore:
         return self._texts.slice(0, len(self))
 
     def answers(self, row: int) -> tuple[str, ...]:
-        """Gold answers of one question."""
+        """Returns the gold answers of one question."""
         return tuple(self._answers.slice(*self.answer_ptr[row : row + 2].tolist()))
 
     def block(self, name: str, row: int) -> np.ndarray:
-        """int32 [height, items] one of `facts`, `edges`, `pairs` of a question, see `Packer`."""
-        height = {"facts": 4, "edges": 9, "pairs": 2}[name]
-        first, last = getattr(self, f"{name[:-1]}_ptr")[row : row + 2].tolist()
-        return getattr(self, name)[height * first : height * last].reshape(height, last - first)
+        """Returns one question's block, int32 [height, items], see `Packer`.
+
+        Args:
+            name: "facts", "merged_facts" or "merged_pairs".
+            row: the question.
+        """
+        height = {"facts": 4, "merged_facts": 9, "merged_pairs": 2}[name]
+        start, stop = getattr(self, f"{name[:-1]}_ptr")[row : row + 2].tolist()
+        return getattr(self, name)[height * start : height * stop].reshape(height, stop - start)
 
     def question(self, row: int) -> StoredQuestion:
-        """Everything about one question in words.
+        """Returns one question in names.
 
         Raises:
-            IndexError: no such row.
+            IndexError: the store has no such row.
         """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} questions")
         entities = self._entities.slice(*self.node_ptr[row : row + 2].tolist())
-        head, tail, edge, _ = self.block("facts", row)
-        pair = self.block("edges", row)[FACT_PAIR][edge]
-        relation = self.block("pairs", row)[1][pair]
+        head, tail, merged_fact, _ = self.block("facts", row)
+        pair = self.block("merged_facts", row)[FACT_PAIR][merged_fact]
+        relation = self.block("merged_pairs", row)[1][pair]
         facts = (head.tolist(), relation.tolist(), tail.tolist())
         names = self.relation_names
         topics = tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist()))

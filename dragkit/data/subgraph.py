@@ -1,4 +1,4 @@
-"""One question's subgraph as arrays in a canonical order, and its exchange with PyG."""
+"""The graph of one question as arrays in a canonical order, and conversion from and to PyG."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 class Subgraph:
     """N nodes and E facts of one question.
 
-    Nodes are sorted by name and facts by (head, relation, tail), each once, so that shuffled or
-    repeated triples give the same arrays and so the same scores, bit for bit.
+    Nodes are sorted by name, and distinct facts by (head, relation, tail). So shuffled or repeated
+    triples give the same arrays, and the same scores bit for bit.
 
     Attributes:
         names: N entity names.
-        head, tail: int32 [E] node rows; relation: int32 [E] rows of the vocabulary.
-        topics, answers: int32 node rows of the topics and answers inside the graph.
-        label: bool [E] positive facts; label_source: "shortest", "paths" or "none".
+        head, tail: int32 [E] node rows.
+        relation: int32 [E] rows of the vocabulary.
+        topics, answers: int32 node rows of the topics and answers in the graph.
+        label: bool [E] positive facts.
+        label_source: "shortest", "paths" or "none", see `FactLabels`.
     """
 
     names: tuple[str, ...]
@@ -53,7 +55,7 @@ class Subgraph:
 def _canonical_facts(
     question: Question,
 ) -> tuple[list[str], list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Sorted entity and relation names, and head, relation, tail rows of the sorted facts."""
+    """Returns sorted entity and relation names, and head, relation and tail of sorted facts."""
     if not question.triples:
         empty = np.zeros(0, dtype=np.int32)
         return [], [], empty, empty, empty
@@ -68,25 +70,23 @@ def _canonical_facts(
         ]
     )
     facts = facts[:, np.lexsort(facts[::-1])]
-    first = np.ones(facts.shape[1], dtype=bool)
-    first[1:] = (facts[:, 1:] != facts[:, :-1]).any(0)
-    head, relation, tail = facts[:, first]
+    is_first = np.ones(facts.shape[1], dtype=bool)
+    is_first[1:] = (facts[:, 1:] != facts[:, :-1]).any(0)
+    head, relation, tail = facts[:, is_first]
     return names, relations, head, relation, tail
 
 
 def build_subgraph(
     question: Question, vocab: RelationVocab, *, label_rule: LabelRule = "auto"
 ) -> Subgraph:
-    """Arrays and labels of a question.
+    """Builds the arrays and labels of a question.
 
-    Topics and answers that no triple names are not nodes. Names are compared as they are written.
+    Topics and answers that occur in no triple are not nodes. Names are not normalised.
 
     Args:
-        question: as read; vocab: takes in relations it does not know yet.
+        question: as read from a file.
+        vocab: relations that it does not contain are added.
         label_rule: see `fact_labels`.
-
-    Returns:
-        The subgraph, in canonical order.
     """
     names, relations, head, relation, tail = _canonical_facts(question)
     node_of = {name: row for row, name in enumerate(names)}
@@ -115,13 +115,13 @@ def build_subgraph(
 
 
 def to_pyg(subgraph: Subgraph) -> Data:
-    """A `torch_geometric.data.Data` with `edge_index`, `edge_type`, `edge_label` and node masks."""
+    """Converts to PyG: `edge_index`, `edge_type`, `edge_label`, `names` and masks of the nodes."""
     from torch_geometric.data import Data
 
     def mask(rows: np.ndarray) -> torch.Tensor:
-        found = torch.zeros(subgraph.num_nodes, dtype=torch.bool)
-        found[torch.from_numpy(rows.astype(np.int64))] = True
-        return found
+        is_marked = torch.zeros(subgraph.num_nodes, dtype=torch.bool)
+        is_marked[torch.from_numpy(rows.astype(np.int64))] = True
+        return is_marked
 
     return Data(
         edge_index=torch.from_numpy(np.stack([subgraph.head, subgraph.tail]).astype(np.int64)),
@@ -135,18 +135,17 @@ def to_pyg(subgraph: Subgraph) -> Data:
 
 
 def from_pyg(data: Data, *, id: str, text: str, answers: tuple[str, ...] = ()) -> Question:
-    """A question from a PyG graph, for graphs that were built elsewhere.
+    """Makes a question from a PyG graph. It has no paths, so shortest paths give its labels.
 
     Args:
-        data: with `edge_index`, `names` (one a node), and either `relations` (one name a fact) or
-            `edge_type` together with `relation_names`; optionally `topic_mask`, `answer_mask`.
-        id, text: of the question; answers: those that no node stands for.
-
-    Returns:
-        A question without given paths, so its labels follow the shortest-path rule.
+        data: has `edge_index`, `names` (one per node), and either `relations` (one name per fact)
+            or `edge_type` and `relation_names`. `topic_mask` and `answer_mask` are optional.
+        id: of the question.
+        text: of the question.
+        answers: further answers, which may be outside the graph.
 
     Raises:
-        ValueError: names or relations are missing, or their number does not fit.
+        ValueError: the numbers of names, relations, nodes and facts do not fit.
     """
     names = list(getattr(data, "names", None) or ())
     relations = list(getattr(data, "relations", None) or ())
@@ -155,23 +154,21 @@ def from_pyg(data: Data, *, id: str, text: str, answers: tuple[str, ...] = ()) -
     heads, tails = data.edge_index.tolist()
     if len(names) != data.num_nodes or len(relations) != len(heads):
         raise ValueError(
-            f"from_pyg: {data.num_nodes} nodes and {len(heads)} facts need as many names, got "
-            f"{len(names)} entity names and {len(relations)} relation names"
+            f"from_pyg: a graph of {data.num_nodes} nodes and {len(heads)} facts needs one name "
+            f"each, got {len(names)} entity names and {len(relations)} relation names"
         )
     triples = zip((names[h] for h in heads), relations, (names[t] for t in tails), strict=True)
 
     def marked(mask: torch.Tensor | None) -> tuple[str, ...]:
-        return (
-            () if mask is None else tuple(names[row] for row in mask.nonzero().flatten().tolist())
-        )
+        rows = [] if mask is None else mask.nonzero().flatten().tolist()
+        return tuple(names[row] for row in rows)
 
-    found = marked(getattr(data, "answer_mask", None))
     return Question(
         id=id,
         text=text,
         triples=tuple(dict.fromkeys(triples)),
         topics=marked(getattr(data, "topic_mask", None)),
         paths=(),
-        answers=tuple(dict.fromkeys((*answers, *found))),
+        answers=tuple(dict.fromkeys((*answers, *marked(getattr(data, "answer_mask", None))))),
         line=0,
     )

@@ -1,4 +1,4 @@
-"""Token rows of prompts, made once per data set and tokeniser: prefix, facts and target."""
+"""Token rows of prompts, tokenised once per data set and tokeniser: prefix, facts and target."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
-# Stands between the answers of a target. The evaluation splits generated text at it.
+# Separates the answers of a target. The evaluation splits generated text at it.
 ANSWER_DELIMITER = " | "
 TOKENS_VERSION = 1
 _CHUNK_FACTS = 1 << 16
@@ -36,54 +36,54 @@ Tokenize = Callable[[list[str]], list[list[int]]]
 
 
 class PromptText(Protocol):
-    """The texts a prompt is made of."""
+    """The texts of a prompt."""
 
     def prefix(self, question: str) -> str:
-        """Everything in front of the facts."""
+        """Returns the text in front of the facts."""
         ...
 
     def fact(self, head: str, relation: str, tail: str) -> str:
-        """The line of one fact."""
+        """Returns the line of one fact."""
         ...
 
     def target(self, answers: Sequence[str]) -> str:
-        """The supervised continuation."""
+        """Returns the supervised continuation."""
         ...
 
 
-class _Tokeniser:
+class _CachedTokenizer:
     """Tokenises every distinct text once."""
 
     def __init__(self, tokenize: Tokenize) -> None:
         self._tokenize = tokenize
-        self._row_of: dict[str, int] = {}
-        self._rows: list[np.ndarray] = []
+        self._row_of: dict[str, np.ndarray] = {}
 
     def __call__(self, texts: list[str]) -> list[np.ndarray]:
         new = [text for text in dict.fromkeys(texts) if text not in self._row_of]
-        found = self._tokenize(new) if new else []
-        if len(found) != len(new):
-            raise ValueError(f"the tokeniser gave {len(found)} rows for {len(new)} texts")
-        for text, ids in zip(new, found, strict=True):
-            self._row_of[text] = len(self._rows)
-            self._rows.append(np.asarray(ids, dtype=np.int32))
-        return [self._rows[self._row_of[text]] for text in texts]
+        rows = self._tokenize(new) if new else []
+        if len(rows) != len(new):
+            raise ValueError(f"the tokeniser returned {len(rows)} rows for {len(new)} texts")
+        self._row_of |= {
+            text: np.asarray(ids, dtype=np.int32) for text, ids in zip(new, rows, strict=True)
+        }
+        return [self._row_of[text] for text in texts]
 
 
 def _chunks(store: PackedStore) -> Iterator[range]:
-    """Runs of questions with a bounded number of facts."""
-    first, facts = 0, 0
+    """Yields consecutive questions with a bounded total number of facts."""
+    start, num_facts = 0, 0
     for row, count in enumerate(store.fact_counts.tolist()):
-        if row > first and (facts + count > _CHUNK_FACTS or row - first >= _CHUNK_QUESTIONS):
-            yield range(first, row)
-            first, facts = row, 0
-        facts += count
-    if first < len(store):
-        yield range(first, len(store))
+        is_full = num_facts + count > _CHUNK_FACTS or row - start >= _CHUNK_QUESTIONS
+        if row > start and is_full:
+            yield range(start, row)
+            start, num_facts = row, 0
+        num_facts += count
+    if start < len(store):
+        yield range(start, len(store))
 
 
-def _taught(question: StoredQuestion, max_answers: int) -> list[str]:
-    """The answers of a target: whole ones, those that the graph can give before the others."""
+def _target_answers(question: StoredQuestion, max_answers: int) -> list[str]:
+    """Returns the first `max_answers` answers, those in the graph before the others."""
     entities = set(question.entities)
     return sorted(question.answers, key=lambda answer: answer not in entities)[:max_answers]
 
@@ -97,35 +97,38 @@ def _write(
     eos_ids: Sequence[int],
     max_answers: int,
 ) -> None:
-    writer, of_fact = FolderWriter(folder), _Tokeniser(tokenize)
-    head, foot = np.asarray(bos_ids, dtype=np.int32), np.asarray(eos_ids, dtype=np.int32)
-    words = [relation_text(name) for name in store.relation_names]
-    word_of = dict(zip(store.relation_names, words, strict=True))
-    ends = dict.fromkeys(_PARTS, 0)
+    writer, tokenize_facts = FolderWriter(folder), _CachedTokenizer(tokenize)
+    bos, eos = np.asarray(bos_ids, dtype=np.int32), np.asarray(eos_ids, dtype=np.int32)
+    empty = eos[:0]
+    words_of = {name: relation_text(name) for name in store.relation_names}
+    num_tokens = dict.fromkeys(_PARTS, 0)
     for part in _PARTS:
         writer.array(f"{part}_ptr", np.int64).append([0])
 
     def append(part: str, rows: list[np.ndarray]) -> None:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        writer.array(f"{part}_ids", np.int32).append(np.concatenate([foot[:0], *rows]))
-        writer.array(f"{part}_ptr", np.int64).append(np.cumsum(lengths) + ends[part])
-        ends[part] += int(lengths.sum())
+        writer.array(f"{part}_ids", np.int32).append(np.concatenate([empty, *rows]))
+        writer.array(f"{part}_ptr", np.int64).append(np.cumsum(lengths) + num_tokens[part])
+        num_tokens[part] += int(lengths.sum())
 
     for chunk in _chunks(store):
         questions = [store.question(row) for row in chunk]
-        prefixes = _Tokeniser(tokenize)([text.prefix(q.text) for q in questions])
-        targets = _Tokeniser(tokenize)([text.target(_taught(q, max_answers)) for q in questions])
-        append("prefix", [np.concatenate([head, row]) for row in prefixes])
-        # A question without an answer teaches nothing, not even to stop.
+        # Facts repeat across questions, prefixes and targets hardly do: their cache ends here.
+        prefixes = _CachedTokenizer(tokenize)([text.prefix(q.text) for q in questions])
+        targets = _CachedTokenizer(tokenize)(
+            [text.target(_target_answers(q, max_answers)) for q in questions]
+        )
+        append("prefix", [np.concatenate([bos, row]) for row in prefixes])
+        # Without an answer the target is empty: the model must not learn to stop at once.
         append(
             "target",
             [
-                np.concatenate([row, foot]) if question.answers else foot[:0]
+                np.concatenate([row, eos]) if question.answers else empty
                 for question, row in zip(questions, targets, strict=True)
             ],
         )
-        lines = [text.fact(h, word_of[r], t) for q in questions for h, r, t in q.triples]
-        rows = of_fact(lines)
+        lines = [text.fact(h, words_of[r], t) for q in questions for h, r, t in q.triples]
+        rows = tokenize_facts(lines)
         append("facts", rows)
         lengths = iter([len(row) for row in rows])
         longest = [max((next(lengths) for _ in q.triples), default=0) for q in questions]
@@ -138,7 +141,8 @@ class TokenRows:
     """Ragged token rows of a store: Q prefixes, E facts and Q targets.
 
     Args:
-        folder: a sealed cache folder; store: what the rows belong to.
+        folder: a sealed cache folder.
+        store: the questions that the rows belong to.
     """
 
     def __init__(self, folder: Path, store: PackedStore) -> None:
@@ -164,17 +168,17 @@ class TokenRows:
         eos_ids: Sequence[int] = (),
         max_answers: int = 50,
     ) -> TokenRows:
-        """Opens the rows of a store, and makes them first where that was not yet done.
+        """Opens the token rows of a store. Tokenises first if the cache does not hold them.
 
         Args:
             store: the packed questions.
-            tokenize: token ids of texts, without special tokens.
-            text: the texts of a prompt; `fact` gets the relation's words, not its raw name.
-            key: names tokeniser and prompt texts; it must change when either does.
-            cache_dir: where packed sets are kept; None takes the user's cache folder.
-            begin: tokens before every prefix (the BOS).
-            end: tokens after every target (the EOS).
-            max_answers: answers in a target at most, those of the graph first; none is ever cut.
+            tokenize: returns the token ids of texts, without special tokens.
+            text: the texts of a prompt. `fact` is given the relation's words, not its name.
+            key: identifies tokeniser and prompt texts. It must change when either does.
+            cache_dir: cache folder. None takes the user's.
+            bos_ids: tokens before every prefix.
+            eos_ids: tokens after every target.
+            max_answers: maximum number of answers in a target, those in the graph first.
 
         Raises:
             WriteError: the cache cannot be written.
@@ -192,39 +196,39 @@ class TokenRows:
 
     @property
     def prefix_lengths(self) -> np.ndarray:
-        """int64 [Q] tokens in front of each question's facts."""
+        """int64 [Q] number of tokens in front of each question's facts."""
         return np.diff(self._ptr["prefix"])
 
     @property
     def target_lengths(self) -> np.ndarray:
-        """int64 [Q] tokens of each answer with its end token."""
+        """int64 [Q] number of tokens of each target, with `eos_ids`."""
         return np.diff(self._ptr["target"])
 
-    def _pack(self, part: str, spans: list[tuple[int, int]], longest: int | None) -> TokenPack:
-        """Rows first..last-1 of every span, end to end."""
+    def _pack(self, part: str, spans: list[tuple[int, int]], max_row: int | None) -> TokenPack:
+        """Joins rows start..stop-1 of every span. `max_row` None computes it."""
         ids, ptr = self._ids[part], self._ptr[part]
         pieces, offsets, base = [], [np.zeros(1, dtype=np.int64)], 0
-        for first, last in spans:
-            rows = ptr[first : last + 1]
-            start, stop = int(rows[0]), int(rows[-1])
-            pieces.append(ids[start:stop])
-            offsets.append(rows[1:] + (base - start))
-            base += stop - start
-        joined = np.concatenate(offsets).astype(np.int32)
+        for start, stop in spans:
+            ends = ptr[start : stop + 1]
+            first, last = int(ends[0]), int(ends[-1])
+            pieces.append(ids[first:last])
+            offsets.append(ends[1:] + (base - first))
+            base += last - first
+        packed_ptr = np.concatenate(offsets).astype(np.int32)
         return TokenPack(
             ids=torch.from_numpy(np.concatenate(pieces)),
-            ptr=torch.from_numpy(joined),
-            max_row=int(np.diff(joined).max(initial=0)) if longest is None else longest,
+            ptr=torch.from_numpy(packed_ptr),
+            max_row=int(np.diff(packed_ptr).max(initial=0)) if max_row is None else max_row,
         )
 
     def packs(self, rows: Sequence[int]) -> tuple[TokenPack, TokenPack, TokenPack]:
-        """Prefix, fact and target rows of some questions, in their order."""
+        """Returns the prefix, fact and target rows of the questions `rows`, in their order."""
         fact_ptr = self.store.fact_ptr
-        own = [(row, row + 1) for row in rows]
+        questions = [(row, row + 1) for row in rows]
         facts = [(int(fact_ptr[row]), int(fact_ptr[row + 1])) for row in rows]
-        longest = int(self._longest_fact[list(rows)].max())
+        max_fact = int(self._longest_fact[list(rows)].max())
         return (
-            self._pack("prefix", own, None),
-            self._pack("facts", facts, longest),
-            self._pack("target", own, None),
+            self._pack("prefix", questions, None),
+            self._pack("facts", facts, max_fact),
+            self._pack("target", questions, None),
         )

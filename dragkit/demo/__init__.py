@@ -1,4 +1,4 @@
-"""The bundled demo: a knowledge base of facts about the world, and questions over it."""
+"""The bundled demo: a knowledge base about the world, and questions over it."""
 
 from dragkit.demo.dataset import DemoFiles, build_demo, demo_files
 

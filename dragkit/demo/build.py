@@ -1,4 +1,4 @@
-"""Command line of the demo set: `python -m dragkit.demo.build --out DIR`."""
+"""Writes the demo's question files: `python -m dragkit.demo.build --out DIR`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dragkit.console import run_main
 from dragkit.demo.dataset import build_demo
-from dragkit.errors import DragkitError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Builds the three files into a folder and prints where; returns the exit code."""
+    """Runs the command line and returns its exit code."""
+    return run_main(_build, argv)
+
+
+def _build(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m dragkit.demo.build",
         description="Write the bundled demo questions as train.jsonl, dev.jsonl and test.jsonl.",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the three files")
-    try:
-        files = build_demo(parser.parse_args(argv).out)
-    except DragkitError as error:
-        sys.stderr.write(f"dragkit: error: {error}\n")
-        return error.exit_code
+    files = build_demo(parser.parse_args(argv).out)
     sys.stdout.write("\n".join(str(path) for path in files) + "\n")
     return 0
 

@@ -1,7 +1,6 @@
-"""Builds the files of the demo question set, once into the cache or into a folder of choice.
+"""Builds the demo's question files, into the cache or into a given folder.
 
-Questions, splits, wordings and subgraphs follow from the tables, the templates and one seed: the
-same bytes on every machine.
+The tables, the templates and one seed determine every byte on every machine.
 """
 
 from __future__ import annotations
@@ -17,23 +16,24 @@ from typing import NamedTuple
 import numpy as np
 
 from dragkit.data.cache import cache_root, commit_folder
-from dragkit.demo.kb import Fact, KnowledgeBase, load_knowledge_base, package_text, walked_facts
-from dragkit.demo.questions import Asked, Wording, draw, parse_templates
+from dragkit.demo.kb import Fact, KnowledgeBase, facts_on_path, load_knowledge_base, package_text
+from dragkit.demo.questions import DemoQuestion, Wording, draw, parse_templates
 from dragkit.demo.subgraph import FactRanker
 from dragkit.errors import WriteError
 
 logger = logging.getLogger(__name__)
 
-# Part of the cache key: raise it with every change of the code that changes the files.
+# This is part of the cache key. Raise it when the code writes other files.
 BUILDER_VERSION = 1
 SEED = 20_241
 SIZES = {"train": 2400, "dev": 320, "test": 520}
 SUBGRAPH_FACTS = 50
-_RANK_BATCH = 128
+# Questions per ranking. It bounds the memory of the dense [facts, questions] flows.
+_QUESTIONS_PER_RANKING = 128
 
 
 class DemoFiles(NamedTuple):
-    """Paths of the three splits, in the format of the heuristics files."""
+    """Paths of the three question files."""
 
     train: Path
     dev: Path
@@ -41,10 +41,10 @@ class DemoFiles(NamedTuple):
 
 
 def demo_files(cache_dir: str | Path | None = None) -> DemoFiles:
-    """The bundled demo set; built into the cache on first use.
+    """Builds the demo set into the cache if it is not there, and returns its files.
 
     Args:
-        cache_dir: the cache folder; by default `$DRAGKIT_CACHE`, else `~/.cache/dragkit`.
+        cache_dir: cache folder. None takes `$DRAGKIT_CACHE`, else `~/.cache/dragkit`.
 
     Raises:
         WriteError: the cache cannot be written.
@@ -57,7 +57,7 @@ def demo_files(cache_dir: str | Path | None = None) -> DemoFiles:
 
 
 def build_demo(out_dir: str | Path) -> DemoFiles:
-    """Writes train.jsonl, dev.jsonl and test.jsonl into a folder, made where it is missing.
+    """Writes train.jsonl, dev.jsonl and test.jsonl into a folder, which it creates if missing.
 
     Raises:
         WriteError: the folder or a file cannot be written.
@@ -68,7 +68,7 @@ def build_demo(out_dir: str | Path) -> DemoFiles:
         _write(folder)
     except OSError as error:
         raise WriteError(
-            f"{folder}: cannot write the demo set: {error.strerror or error}. Name another folder."
+            f"{folder}: cannot write the demo set: {error.strerror or error}. Change the folder."
         ) from error
     return _files(folder)
 
@@ -83,14 +83,14 @@ def _write(folder: Path) -> None:
     templates = parse_templates(package_text("templates.tsv")["templates.tsv"])
     ranker, wording = FactRanker(kb), Wording(kb)
     splits = draw(kb, templates, list(SIZES.values()), rng)
-    for name, asked in zip(SIZES, splits, strict=True):
+    for name, questions in zip(SIZES, splits, strict=True):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as out:
-            for row in _rows(kb, ranker, wording, asked, name, rng):
+            for row in _rows(kb, ranker, wording, questions, name, rng):
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _content_key() -> str:
-    """A hash of all that the files are made from."""
+    """Hash of the tables, the templates and the constants."""
     texts = package_text("tables") | package_text("templates.tsv") | package_text("articles.tsv")
     content = json.dumps([BUILDER_VERSION, SEED, SIZES, SUBGRAPH_FACTS, texts])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
@@ -100,23 +100,25 @@ def _rows(
     kb: KnowledgeBase,
     ranker: FactRanker,
     wording: Wording,
-    asked: Sequence[Asked],
+    questions: Sequence[DemoQuestion],
     split: str,
     rng: random.Random,
 ) -> Iterator[dict[str, object]]:
-    """The lines of one split; only in train are gold facts put into the subgraphs."""
-    for start in range(0, len(asked), _RANK_BATCH):
-        batch = asked[start : start + _RANK_BATCH]
+    """Yields the rows of one split. Training subgraphs always hold the gold facts."""
+    for start in range(0, len(questions), _QUESTIONS_PER_RANKING):
+        batch = questions[start : start + _QUESTIONS_PER_RANKING]
         keys = np.array([rng.getrandbits(64) for _ in batch], dtype=np.uint64)
         topics = [question.topics for question in batch]
         order, reached = ranker.rank(topics, keys, SUBGRAPH_FACTS)
-        for place, question in enumerate(batch, start):
-            best = [kb.facts[index] for index in order[place - start]]
-            forced = question.gold_facts() if split == "train" else []
-            triples = list(dict.fromkeys([*forced, *best]))[:SUBGRAPH_FACTS]
+        for number, question in enumerate(batch, start):
+            best = [kb.facts[index] for index in order[number - start]]
+            # dev and test hold only what the ranking finds, as a real subgraph would.
+            gold_facts = question.gold_facts() if split == "train" else []
+            triples = list(dict.fromkeys([*gold_facts, *best]))[:SUBGRAPH_FACTS]
+            # Unshuffled, the gold facts of train would come first.
             rng.shuffle(triples)
             yield {
-                "id": f"demo-{split}-{place:04d}",
+                "id": f"demo-{split}-{number:04d}",
                 "dataset": "demo",
                 "question": wording.write(question, rng),
                 "answer": list(question.answers),
@@ -124,28 +126,28 @@ def _rows(
                 "hops": max(len(chain) for chain in question.template.chains),
                 "qtype": question.template.text,
                 **_gold(question, triples),
-                "gold_forced": not set(best).issuperset(forced),
-                "graph_size": int(reached[place - start]),
+                "gold_forced": not set(best).issuperset(gold_facts),
+                "graph_size": int(reached[number - start]),
                 "triples": triples,
             }
 
 
-def _gold(asked: Asked, triples: Sequence[Fact]) -> dict[str, object]:
-    """What of the truth lies in the subgraph."""
+def _gold(question: DemoQuestion, triples: Sequence[Fact]) -> dict[str, object]:
+    """The gold paths and answers that the subgraph holds."""
     present = set(triples)
-    inside: list[tuple[str, ...]] = []
+    paths_inside: list[tuple[str, ...]] = []
     chains: dict[tuple[str, ...], None] = {}
-    for paths, chain in zip(asked.paths, asked.template.chains, strict=True):
-        kept = [path for path in paths if present.issuperset(walked_facts(path, chain))]
-        inside.extend(kept)
+    for paths, chain in zip(question.paths, question.template.chains, strict=True):
+        kept = [path for path in paths if present.issuperset(facts_on_path(path, chain))]
+        paths_inside.extend(kept)
         if kept:
             chains[chain] = None
     names = {name for head, _, tail in triples for name in (head, tail)}
-    found = sum(answer in names for answer in asked.answers)
+    num_answers_inside = sum(answer in names for answer in question.answers)
     return {
-        "paths": inside,
+        "paths": paths_inside,
         "relation_paths": list(chains),
-        "gold_paths_total": sum(map(len, asked.paths)),
-        "answer_in_subgraph": found > 0,
-        "answers_in_subgraph": found,
+        "gold_paths_total": sum(map(len, question.paths)),
+        "answer_in_subgraph": num_answers_inside > 0,
+        "answers_in_subgraph": num_answers_inside,
     }

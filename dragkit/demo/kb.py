@@ -1,4 +1,4 @@
-"""The demo knowledge base: tables of facts about the world, and relation chains run over it."""
+"""The demo knowledge base: facts about the world, and walks over them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ Chain = tuple[str, ...]
 
 def package_text(name: str) -> dict[str, str]:
     """Text by file name of the data file `name`, or of all tables in the folder `name`."""
-    place = files("dragkit.demo").joinpath(name)
-    found = sorted(place.iterdir(), key=lambda p: p.name) if place.is_dir() else [place]
-    return {p.name: p.read_text(encoding="utf-8") for p in found if p.name.endswith(".tsv")}
+    path = files("dragkit.demo").joinpath(name)
+    paths = sorted(path.iterdir(), key=lambda p: p.name) if path.is_dir() else [path]
+    return {p.name: p.read_text(encoding="utf-8") for p in paths if p.name.endswith(".tsv")}
 
 
 def table_facts(text: str) -> Iterator[Fact]:
-    """Facts of one table: a row per subject, a column per relation, objects joined by '; '."""
+    """Yields the facts of a table with a row per subject and a column per relation.
+
+    A cell holds the objects, joined by '; '.
+    """
     header, *rows = (line.split("\t") for line in text.splitlines())
     for subject, *cells in rows:
         for relation, cell in zip(header[1:], cells, strict=True):
@@ -30,39 +33,39 @@ def table_facts(text: str) -> Iterator[Fact]:
 
 @dataclass(frozen=True, slots=True)
 class KnowledgeBase:
-    """Facts in sorted order, and the neighbours of an entity along a step.
+    """Facts and the neighbours of each entity.
 
-    A step is a relation, or a relation with `^-1` at its end: walked from object to subject.
+    A step is a relation, or its inverse, which ends in `^-1` and leads from object to subject.
 
     Attributes:
         facts: distinct (subject, relation, object), sorted.
         entities: names, sorted.
-        steps: for each step, the sorted ends reached from each start.
+        steps: by step and start entity, the end entities, sorted.
     """
 
     facts: tuple[Fact, ...]
     entities: tuple[str, ...]
     steps: dict[str, dict[str, tuple[str, ...]]]
 
-    def ends(self, start: str, chain: Chain) -> set[str]:
-        """All entities reached from `start` by walking the chain; empty where it leads nowhere."""
+    def reachable(self, start: str, chain: Chain) -> set[str]:
+        """All entities at the end of the chain from `start`."""
         reached = {start}
         for step in chain:
-            along = self.steps[step]
-            reached = {end for name in reached for end in along.get(name, ())}
+            ends_by_start = self.steps[step]
+            reached = {end for name in reached for end in ends_by_start.get(name, ())}
         return reached
 
     def paths(self, start: str, chain: Chain, answers: set[str]) -> list[tuple[str, ...]]:
-        """Every way from `start` along the chain to one of the answers, as entities, sorted."""
+        """Every path from `start` along the chain to an answer, as entity names, sorted."""
         partial: list[tuple[str, ...]] = [(start,)]
         for step in chain:
-            along = self.steps[step]
-            partial = [(*path, end) for path in partial for end in along.get(path[-1], ())]
+            ends_by_start = self.steps[step]
+            partial = [(*path, end) for path in partial for end in ends_by_start.get(path[-1], ())]
         return sorted(path for path in partial if path[-1] in answers)
 
 
-def walked_facts(path: tuple[str, ...], chain: Chain) -> list[Fact]:
-    """The facts a path walks over, in order, each in its own direction."""
+def facts_on_path(path: tuple[str, ...], chain: Chain) -> list[Fact]:
+    """The facts of a path in order, each as (subject, relation, object)."""
     return [
         (end, step.removesuffix(INVERSE), start) if step.endswith(INVERSE) else (start, step, end)
         for start, step, end in zip(path, chain, path[1:], strict=False)
@@ -70,7 +73,7 @@ def walked_facts(path: tuple[str, ...], chain: Chain) -> list[Fact]:
 
 
 def knowledge_base(facts: Iterable[Fact]) -> KnowledgeBase:
-    """Index the facts; repeated ones count once."""
+    """Indexes the distinct facts by step."""
     distinct = tuple(sorted(set(facts)))
     steps: dict[str, dict[str, list[str]]] = {}
     for head, relation, tail in distinct:
@@ -80,13 +83,13 @@ def knowledge_base(facts: Iterable[Fact]) -> KnowledgeBase:
         facts=distinct,
         entities=tuple(sorted({name for head, _, tail in distinct for name in (head, tail)})),
         steps={
-            step: {start: tuple(sorted(ends)) for start, ends in along.items()}
-            for step, along in steps.items()
+            step: {start: tuple(sorted(ends)) for start, ends in ends_by_start.items()}
+            for step, ends_by_start in steps.items()
         },
     )
 
 
 def load_knowledge_base() -> KnowledgeBase:
-    """The bundled tables as one knowledge base."""
+    """Reads the bundled tables."""
     tables = package_text("tables").values()
     return knowledge_base(fact for text in tables for fact in table_facts(text))

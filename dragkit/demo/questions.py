@@ -1,4 +1,4 @@
-"""Questions over the demo knowledge base: what can be asked, a balanced draw of it, the wording."""
+"""Questions over the demo knowledge base: enumeration, a balanced draw, and wording."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from dragkit.demo.kb import Chain, Fact, KnowledgeBase, package_text, walked_facts
+from dragkit.demo.kb import Chain, Fact, KnowledgeBase, facts_on_path, package_text
 
 MAX_ANSWERS = 12
-# A question of more gold facts would not fit in a subgraph with room for distractors.
+# More gold facts would leave too few of the subgraph's 50 facts for distractors.
 MAX_GOLD_FACTS = 30
-MAX_CHAIN_SHARE = 0.06
+MAX_CHAIN_FRACTION = 0.06
 
-# Share of the questions by number of hops; "and" are conjunctions of two topics.
-MIX = {"1": 0.45, "2": 0.35, "3": 0.12, "and": 0.08}
+# Fraction of the questions by number of hops. "and" stands for conjunctions of two topics.
+HOP_MIX = {"1": 0.45, "2": 0.35, "3": 0.12, "and": 0.08}
 
 _SLOT = re.compile(r"\{(the |a |)([xy])\}")
 
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What is asked, as one relation chain per topic, and its wordings.
+    """Relation chains, one per topic, and the wordings of their question.
 
     Attributes:
-        text: the chains as written in the table; steps joined by ' ', chains by ' & '.
-        chains: steps of each chain; an answer is reached by all chains, each from its own topic.
+        text: the chains as the table writes them: steps joined by ' ', chains by ' & '.
+        chains: steps of each chain. An answer is at the end of all chains.
         wordings: question texts with a slot for each topic.
     """
 
@@ -36,20 +36,20 @@ class Template:
     wordings: tuple[str, ...]
 
     @property
-    def kind(self) -> str:
-        """Key of the hop mix."""
+    def mix_key(self) -> str:
+        """Key in `HOP_MIX`."""
         return "and" if len(self.chains) > 1 else str(len(self.chains[0]))
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One thing that can be asked: a template and its topics, with the complete truth about it.
+class DemoQuestion:
+    """A template with its topics, and the complete answers of the knowledge base.
 
     Attributes:
         template: relation chains and wordings.
         topics: one entity per chain.
-        answers: sorted; all that the knowledge base gives.
-        paths: per chain, all gold paths as entities.
+        answers: all answers, sorted.
+        paths: per chain, all gold paths as entity names.
     """
 
     template: Template
@@ -58,15 +58,15 @@ class Asked:
     paths: tuple[tuple[tuple[str, ...], ...], ...]
 
     def gold_facts(self) -> list[Fact]:
-        """The facts of all gold paths, sorted, each once."""
+        """The distinct facts of all gold paths, sorted."""
         walks = zip(self.paths, self.template.chains, strict=True)
         return sorted(
-            {f for paths, chain in walks for path in paths for f in walked_facts(path, chain)}
+            {f for paths, chain in walks for path in paths for f in facts_on_path(path, chain)}
         )
 
 
 def parse_templates(text: str) -> list[Template]:
-    """Templates of a table with the columns chain and question, one wording a row."""
+    """Reads templates from a table with the columns chain and question, one wording per row."""
     wordings: dict[str, list[str]] = {}
     for line in text.splitlines()[1:]:
         chain, wording = line.split("\t")
@@ -77,17 +77,18 @@ def parse_templates(text: str) -> list[Template]:
     ]
 
 
-def enumerate_asked(kb: KnowledgeBase, template: Template) -> Iterator[Asked]:
-    """Everything sensible the template can ask: 1 to 12 answers, none of them a topic.
+def enumerate_questions(kb: KnowledgeBase, template: Template) -> Iterator[DemoQuestion]:
+    """Yields all questions of a template with 1 to 12 answers, none of which is a topic.
 
-    The chains of a conjunction must each leave more than the answers, or one topic would do.
+    Each chain of a conjunction alone reaches more entities than the answers, so both topics matter.
     """
     reach = [
-        {topic: kb.ends(topic, chain) for topic in sorted(kb.steps[chain[0]])}
+        {topic: kb.reachable(topic, chain) for topic in sorted(kb.steps[chain[0]])}
         for chain in template.chains
     ]
     mirrored = len(reach) > 1 and template.chains[0] == template.chains[1]
     for topics in product(*reach):
+        # With equal chains (a, b) and (b, a) are one question, and (a, a) has one topic only.
         if mirrored and topics[0] >= topics[1]:
             continue
         ends = [tails[topic] for tails, topic in zip(reach, topics, strict=True)]
@@ -98,21 +99,22 @@ def enumerate_asked(kb: KnowledgeBase, template: Template) -> Iterator[Asked]:
             continue
         walks = zip(topics, template.chains, strict=True)
         paths = tuple(tuple(kb.paths(topic, chain, answers)) for topic, chain in walks)
-        asked = Asked(template, topics, tuple(sorted(answers)), paths)
-        if len(asked.gold_facts()) <= MAX_GOLD_FACTS:
-            yield asked
+        question = DemoQuestion(template, topics, tuple(sorted(answers)), paths)
+        if len(question.gold_facts()) <= MAX_GOLD_FACTS:
+            yield question
 
 
-def fill_level(available: Sequence[int], total: int) -> list[int]:
-    """How many to take of each so that they sum to `total` and none is short of an equal share.
+def balanced_counts(available: Sequence[int], total: int) -> list[int]:
+    """Splits `total` among pools as evenly as their sizes allow.
 
     Raises:
-        ValueError: there are fewer than `total`.
+        ValueError: the pools hold fewer than `total`.
     """
     if sum(available) < total:
-        raise ValueError(f"{total} questions are wanted, but only {sum(available)} can be asked.")
+        raise ValueError(f"{total} questions are wanted, but there are only {sum(available)}.")
     taken = [0] * len(available)
     left = total
+    # Small pools first: what they cannot give is shared by the larger ones.
     by_size = sorted(range(len(available)), key=lambda i: (available[i], i))
     for place, i in enumerate(by_size):
         taken[i] = min(available[i], left // (len(available) - place))
@@ -122,38 +124,40 @@ def fill_level(available: Sequence[int], total: int) -> list[int]:
 
 def draw(
     kb: KnowledgeBase, templates: Sequence[Template], sizes: Sequence[int], rng: random.Random
-) -> list[list[Asked]]:
-    """Splits of the given sizes, balanced over kinds and chains; nothing is in two splits."""
-    splits: list[list[Asked]] = [[] for _ in sizes]
-    for kind, counts in zip(MIX, _counts_by_kind(sizes), strict=True):
-        pools = [list(enumerate_asked(kb, t)) for t in templates if t.kind == kind]
-        cap = int(MAX_CHAIN_SHARE * sum(sizes))
-        spread: list[tuple[float, float, Asked]] = []
-        wanted = fill_level([min(cap, len(pool)) for pool in pools], sum(counts))
-        for pool, take in zip(pools, wanted, strict=True):
-            for place, asked in enumerate(rng.sample(pool, take)):
-                # Sorted by place in its chain, every stretch of the list holds all chains alike.
-                spread.append(((place + rng.random()) / take, rng.random(), asked))
+) -> list[list[DemoQuestion]]:
+    """Draws disjoint splits of the given sizes, balanced over numbers of hops and chains."""
+    splits: list[list[DemoQuestion]] = [[] for _ in sizes]
+    cap = int(MAX_CHAIN_FRACTION * sum(sizes))
+    for mix_key, counts in zip(HOP_MIX, _counts_by_mix_key(sizes), strict=True):
+        pools = [list(enumerate_questions(kb, t)) for t in templates if t.mix_key == mix_key]
+        spread: list[tuple[float, float, DemoQuestion]] = []
+        drawn = balanced_counts([min(cap, len(pool)) for pool in pools], sum(counts))
+        for pool, num_drawn in zip(pools, drawn, strict=True):
+            for i, question in enumerate(rng.sample(pool, num_drawn)):
+                # Sorted by relative position in its chain's draw, every slice of the list holds all
+                # chains in equal proportion.
+                spread.append(((i + rng.random()) / num_drawn, rng.random(), question))
         spread.sort(key=lambda item: item[:2])
         start = 0
         for split, count in zip(splits, counts, strict=True):
-            split.extend(asked for _, _, asked in spread[start : start + count])
+            split.extend(question for _, _, question in spread[start : start + count])
             start += count
     for split in splits:
         rng.shuffle(split)
     return splits
 
 
-def _counts_by_kind(sizes: Sequence[int]) -> list[list[int]]:
-    """Per kind of the mix, the number of questions in each split."""
-    counts = [[round(share * size) for size in sizes] for share in MIX.values()]
+def _counts_by_mix_key(sizes: Sequence[int]) -> list[list[int]]:
+    """Number of questions of each split, by key of `HOP_MIX`."""
+    # Rounding may miss the size of a split, so one-hop questions take the rest.
+    counts = [[round(share * size) for size in sizes] for share in HOP_MIX.values()]
     for column, size in enumerate(sizes):
         counts[0][column] += size - sum(row[column] for row in counts)
     return counts
 
 
 class Wording:
-    """Puts topics into question texts, with the article where English wants one."""
+    """Writes question texts, with the articles that English needs."""
 
     def __init__(self, kb: KnowledgeBase) -> None:
         self._takes_the: set[str] = set()
@@ -162,9 +166,9 @@ class Wording:
             ends = {name for names in kb.steps[step].values() for name in names}
             self._takes_the |= {name for name in ends if re.fullmatch(pattern, name)}
 
-    def write(self, asked: Asked, rng: random.Random) -> str:
-        """One wording of the question, drawn at random."""
-        names = dict(zip("xy", asked.topics, strict=False))
+    def write(self, question: DemoQuestion, rng: random.Random) -> str:
+        """Draws one wording of the question."""
+        names = dict(zip("xy", question.topics, strict=False))
 
         def put(slot: re.Match[str]) -> str:
             article, name = slot[1], names[slot[2]]
@@ -174,5 +178,5 @@ class Wording:
                 return f"an {name}" if name[0] in "aeiou" else f"a {name}"
             return name
 
-        text = _SLOT.sub(put, rng.choice(asked.template.wordings))
+        text = _SLOT.sub(put, rng.choice(question.template.wordings))
         return text[0].upper() + text[1:]

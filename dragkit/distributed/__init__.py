@@ -1,1 +1,1 @@
-"""Several ranks: collectives, torchrun, consistency checks, sharded weights."""
+"""Several ranks: collectives, torchrun, consistency checks, sharded frozen weights."""

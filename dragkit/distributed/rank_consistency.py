@@ -1,4 +1,4 @@
-"""What all ranks must have in common before they train: settings, code, weights."""
+"""What must be equal on all ranks before they train: settings, code, weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dragkit.config import TrainConfig
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import ConfigError
 
-# Values looked at in each frozen tensor: all would take as long as reading the model again.
+# Values hashed of each frozen tensor. Hashing all of them takes as long as loading the model.
 _SAMPLED_VALUES = 64
-# What may differ from rank to rank: places, and how a machine is used.
+# Settings that may differ from rank to rank: paths, and how a machine is used.
 _MAY_DIFFER = {
     *("run.checkpoint_dir", "run.device", "run.num_threads", "data.cache_dir", "data.num_workers"),
 }
@@ -26,17 +26,22 @@ _FILE_SETTINGS = {"data.heuristics_path", "data.val_heuristics_path", "data.test
 
 
 def check_batch_size(config: TrainConfig, phase: int, ranks: Ranks) -> None:
-    """Refuses a batch that has less questions than there are ranks, which would have some idle."""
+    """Refuses a batch with fewer questions than ranks, in which some ranks would always be idle.
+
+    Raises:
+        ConfigError: `optim.batch_size` in this phase is below the number of ranks.
+    """
     size = config.optim.batch_size_in(phase)
     if size < ranks.world_size:
         raise ConfigError(
-            f"optim.batch_size: {size} in phase {phase} is shared by {ranks.world_size} ranks; "
-            f"set --batch_size to {ranks.world_size} or more, or start fewer ranks."
+            f"optim.batch_size: a batch of {size} in phase {phase} leaves some of the "
+            f"{ranks.world_size} ranks without a question. Set --batch_size to {ranks.world_size} "
+            "or more, or start fewer ranks."
         )
 
 
 def run_fingerprint(config: TrainConfig) -> dict[str, object]:
-    """What all ranks must have in common before anything is loaded: settings and code."""
+    """Versions, a digest of the source code, and all settings that must be equal, by name."""
     fingerprint: dict[str, object] = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -48,7 +53,8 @@ def run_fingerprint(config: TrainConfig) -> dict[str, object]:
         for name, value in (values if isinstance(values, dict) else {"": values}).items():
             key = f"{section}.{name}".rstrip(".")
             if key in _FILE_SETTINGS:
-                fingerprint[f"{key} is given"] = value is not None  # the content is compared later
+                # Paths may differ. The trainer compares the files' content.
+                fingerprint[f"{key} is given"] = value is not None
             elif key not in _MAY_DIFFER:
                 fingerprint[key] = value
     return fingerprint
@@ -64,32 +70,32 @@ def _source_digest() -> str:
 
 
 def weight_fingerprint(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's weights: all trained values, and some of every frozen tensor."""
+    """Digests of a model's weights: all trained values, and a sample of every frozen tensor."""
     return frozen_fingerprint(model) | trained_fingerprint(model)
 
 
 def frozen_fingerprint(model: nn.Module) -> dict[str, str]:
-    """`weight_fingerprint` of the frozen weights alone, without sharded ones."""
+    """Digest of a sample of all frozen weights and buffers. Sharded weights are left out."""
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     frozen += list(model.named_buffers())
-    whole = [(name, tensor) for name, tensor in frozen if not hasattr(tensor, "device_mesh")]
-    return {"frozen weights": _digest(whole, whole=False)}
+    unsharded = [(name, tensor) for name, tensor in frozen if not hasattr(tensor, "device_mesh")]
+    return {"frozen weights": _digest(unsharded, max_values=_SAMPLED_VALUES)}
 
 
 def trained_fingerprint(model: nn.Module) -> dict[str, str]:
-    """`weight_fingerprint` of the trained weights alone."""
+    """Digest of all trained weights."""
     trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
-    return {"trained weights": _digest(trained, whole=True)}
+    return {"trained weights": _digest(trained)}
 
 
-def _digest(tensors: list[tuple[str, Tensor]], *, whole: bool) -> str:
-    """Of names, shapes and values, all or evenly spaced ones."""
+def _digest(tensors: list[tuple[str, Tensor]], max_values: int | None = None) -> str:
+    """Hashes names, shapes and at most `max_values` evenly spaced values of each tensor."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr([(name, tuple(t.shape)) for name, t in tensors]).encode())
     values = [tensor.flatten() for _, tensor in tensors]
-    if not whole:
-        values = [v[:: max(len(v) // _SAMPLED_VALUES, 1)][:_SAMPLED_VALUES] for v in values]
+    if max_values is not None:
+        values = [v[:: max(len(v) // max_values, 1)][:max_values] for v in values]
     if values:
-        # One copy from the device for all of them.
+        # One copy to the host for all tensors.
         digest.update(torch.cat([v.float() for v in values]).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,20 +1,17 @@
-"""Several processes (ranks) that train one model; those of `torchrun` are in `torchrun.py`.
+"""The ranks of a run and the collectives between them. `torchrun.py` implements several ranks.
 
-Every rank holds all that is trained and takes its slice of every batch. Once per optimizer step,
-when all micro-batches are done, the gradients of the trained parameters are added up over the ranks
-in one flat float32 tensor; all ranks then clip and step alike. `DistributedDataParallel` is not
-used: its hooks expect one backward pass through one module, while phase 2 cuts its graph twice,
-runs the generator in micro-batches and adds up gradients over passes; and a rank with no question
-in a batch has no backward pass at all. One sum at the step needs no such care, sends what is to be
-sent once however many micro-batches there are, and always adds in the same order. What is lost is
-the overlap of sending and computing, which is little where adapters are all that is sent.
+Every rank holds all trained parameters and takes its slice of every batch. After the last
+micro-batch of an optimizer step the gradients are all-reduced in one flat float32 tensor, and all
+ranks clip and step alike. `DistributedDataParallel` does not fit. Its hooks expect one backward
+through one module, but phase 2 cuts its graph twice and accumulates gradients over micro-batches,
+and a rank without a question in a batch has no backward at all. One all-reduce per step sends every
+gradient once and sums in a fixed order. It gives up the overlap of communication and backward,
+which is small because only adapters, retriever and projector are sent.
 
-The frozen weights are on every rank, or cut between the ranks (`run.generator_fsdp`,
-`dragkit.distributed.sharding`). Either way the first rank holds what a checkpoint needs and writes
-it. `torch.distributed.checkpoint` writes the parts of tensors that no rank holds whole. Here it
-would only give checkpoints a second form.
+The frozen weights are replicated, or sharded between the ranks (`run.generator_fsdp`,
+`dragkit.distributed.sharding`). Rank 0 holds all that a checkpoint needs and writes it.
 
-Host values (counts, the stop flag, log entries) go over gloo, so that no rank waits for its device.
+Host values (counts, the stop flag, log entries) travel over gloo, so no rank waits for its GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ Value = TypeVar("Value")
 
 
 class RankError(DragkitError):
-    """Another rank failed or does not answer; `exit_code` is that of its failure, if known."""
+    """Another rank failed or does not answer. `exit_code` is that of its failure, if known."""
 
     def __init__(self, message: str, exit_code: int = DragkitError.exit_code) -> None:
         super().__init__(message)
@@ -44,11 +41,11 @@ class RankError(DragkitError):
 
 
 class Ranks:
-    """One process alone: every method does what several ranks would do, and sends nothing.
+    """A single process, for which every collective is the identity.
 
     Attributes:
-        rank: of this process; world_size: of all.
-        progress: where training stands, for messages about lost ranks.
+        rank: index of this process; world_size: number of processes.
+        progress: where training stands, such as "at step 7". Errors about other ranks quote it.
     """
 
     rank = 0
@@ -57,16 +54,16 @@ class Ranks:
 
     @property
     def is_single(self) -> bool:
-        """Whether there are no other ranks."""
+        """Whether there is no other rank."""
         return self.world_size == 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the rank that writes."""
+        """Whether this is rank 0, which writes all files."""
         return self.rank == 0
 
     def local_slices(self, batches: Sequence[Sequence[int]]) -> list[Sequence[int]]:
-        """This rank's slice of every batch; some may be empty, together they are the batch."""
+        """This rank's contiguous slice of every batch. A slice may be empty."""
         return [rows[slice(*self._bounds(len(rows)))] for rows in batches]
 
     def _bounds(self, size: int) -> tuple[int, int]:
@@ -75,65 +72,67 @@ class Ranks:
         return start, start + base + (self.rank < extra)
 
     def bind_device(self, device: torch.device) -> torch.device:
-        """The device of this rank, given what the configuration asks for."""
+        """This rank's own device, given the device that the configuration names."""
         return device
 
     def all_reduce_sum(self, numbers: Sequence[int]) -> list[int]:
-        """Sums over ranks of host integers."""
+        """Sums host integers over ranks, element by element."""
         return list(numbers)
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of a host integer over ranks."""
+        """The largest value of a host integer over ranks."""
         return number
 
     def all_reduce_(self, tensor: Tensor) -> None:
-        """Replaces a tensor on the device by its sum over ranks."""
+        """Replaces a device tensor by its sum over ranks."""
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces every gradient by its sum over ranks; none stays none where no rank has one."""
+        """Replaces every gradient by its sum over ranks; it stays None if all ranks have None."""
 
     def all_gather_object(self, value: Value) -> list[Value]:
-        """The values of all ranks, in their order, on every rank."""
+        """Returns the values of all ranks, in rank order, on every rank."""
         return [value]
 
     def barrier(self) -> None:
-        """Returns when all ranks have come here."""
+        """Returns once every rank has called it."""
 
     def main_process_first(self) -> AbstractContextManager[None]:
-        """The first rank of each machine inside before the others, so that they find its files."""
+        """Local rank 0 runs the block first. The others of its machine then use its cache."""
         return nullcontext()
 
     def limited_concurrency(self, size: int) -> AbstractContextManager[None]:
-        """So many ranks of each machine inside at a time."""
+        """At most `size` ranks of each machine run the block at the same time."""
         return nullcontext()
 
     def mesh(self, device: torch.device) -> DeviceMesh:
-        """The ranks in one dimension, on devices of a kind, for what libraries distribute.
+        """A one-dimensional mesh of all ranks, on devices of this type.
 
         Raises:
-            ConfigError: this process is alone.
+            ConfigError: this is a single process.
         """
-        raise ConfigError(f"{device}: a process alone has nothing to distribute over.")
+        raise ConfigError(
+            f"a single process has no device mesh ({device}). Start several ranks with torchrun."
+        )
 
     def require_same(self, values: Mapping[str, object]) -> None:
-        """Sees to it that all ranks have the same values.
+        """Checks that all ranks hold the same values.
 
         Raises:
-            ConfigError: on every rank, naming the ranks that differ from the first.
+            ConfigError: on every rank. The message names each difference from rank 0.
         """
         gathered = self.all_gather_object(dict(values))
         lines = []
-        for index, other in enumerate(gathered):
-            for key in dict.fromkeys([*gathered[0], *other]):
-                expected, actual = gathered[0].get(key), other.get(key)
+        for rank, others in enumerate(gathered):
+            for key in dict.fromkeys([*gathered[0], *others]):
+                expected, actual = gathered[0].get(key), others.get(key)
                 if expected != actual:
-                    lines.append(
-                        f"  rank {index}: {key} is {actual!r:.80}, rank 0 has {expected!r:.80}"
-                    )
+                    line = f"  rank {rank}: {key} is {actual!r:.80}, rank 0 has {expected!r:.80}"
+                    lines.append(line)
         if lines:
-            extra = [f"  and {len(lines) - _MAX_LINES} more"] if len(lines) > _MAX_LINES else []
+            if len(lines) > _MAX_LINES:
+                lines[_MAX_LINES:] = [f"  and {len(lines) - _MAX_LINES} more"]
             raise ConfigError(
                 f"{self.progress}, the ranks do not agree:\n"
-                + "\n".join(lines[:_MAX_LINES] + extra)
+                + "\n".join(lines)
                 + "\nStart all of them with the same code, data, settings and weights."
             )

@@ -1,8 +1,7 @@
-"""What an evaluation measures: answers, retrieved facts, and the report over a split."""
+"""Evaluation: metrics of answers and of retrieved facts, and the report over a split."""
 
 from dragkit.eval.metrics import (
     METRIC_VERSION,
-    answer_hit_at_k,
     answer_recall_at_k,
     parse_answers,
     retrieval_prf,
@@ -18,7 +17,6 @@ __all__ = [
     "QuestionRecord",
     "Report",
     "aggregate",
-    "answer_hit_at_k",
     "answer_recall_at_k",
     "parse_answers",
     "rearev_scores",

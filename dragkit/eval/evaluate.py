@@ -1,45 +1,42 @@
-"""Runs a phase over a split and scores every question of it; none is left out."""
+"""Evaluates a phase on a split. Every question is scored."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from dragkit.eval.metrics import answer_hit_at_k, answer_recall_at_k, retrieval_prf
+from dragkit.data.store import StoredQuestion
+from dragkit.distributed.ranks import Ranks
+from dragkit.eval.metrics import answer_recall_at_k, retrieval_prf
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
-from dragkit.eval.types import Prediction, Predictor, Source
-
-if TYPE_CHECKING:
-    from dragkit.data.store import StoredQuestion
-    from dragkit.distributed.ranks import Ranks
+from dragkit.eval.types import Dataset, Prediction, Predictor
 
 RECALL_AT = (5, 10, 20, 50, 100)
+_SUMMARY_METRICS = (
+    "strict-hits@1",
+    "strict-f1",
+    "retrieval-f1",
+    "retrieval-recall",
+    "answer-recall@10",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Scores of a split and the predictions they were computed from."""
+    """Scores of a split, and the predictions as plain values for a JSON file."""
 
     report: Report
     predictions: list[dict[str, object]]
 
     def summary_line(self) -> str:
-        """The main numbers in one line."""
+        """Returns the main metrics in percent and the number of questions, in one line."""
         means = self.report.means
-        names = (
-            "strict-hits@1",
-            "strict-f1",
-            "retrieval-f1",
-            "retrieval-recall",
-            "answer-recall@10",
-        )
-        found = [f"{name} {100 * means[name]:.1f}" for name in names if name in means]
-        return ", ".join(found) + f" ({self.report.counts['asked']} questions)"
+        metrics = [f"{name} {100 * means[name]:.1f}" for name in _SUMMARY_METRICS if name in means]
+        return ", ".join(metrics) + f" ({self.report.counts['asked']} questions)"
 
     def sample_lines(self, count: int) -> list[str]:
-        """The first answers beside their golds, for the log."""
+        """Returns up to `count` generated answers with their gold answers, a line each."""
         return [
             f"  {p['question']} -> {p['text'] or '(nothing)'} [{' | '.join(p['answers'][:4])}]"
             for p in self.predictions[:count]
@@ -48,7 +45,7 @@ class EvaluationResult:
 
 
 def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[str, float]:
-    """Retrieval metrics; those without meaning for a question are left out of its record."""
+    """Returns the retrieval metrics that are defined for a question."""
     scores: dict[str, float] = {}
     positive = [i for i, label in enumerate(question.labels) if label > 0.5]
     if positive:
@@ -62,72 +59,43 @@ def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[
         ends = [(question.triples[i][0], question.triples[i][2]) for i in prediction.ranked]
         for k in RECALL_AT:
             scores[f"answer-recall@{k}"] = answer_recall_at_k(ends, question.answers, k)
-        scores["answer-hit@10"] = answer_hit_at_k(ends, question.answers, 10)
+        scores["answer-hit@10"] = float(scores["answer-recall@10"] > 0)
     scores["facts-selected"] = float(len(prediction.selected))
     return scores
 
 
-def _record(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
+def _score(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
     entities = {name for head, _, tail in question.triples for name in (head, tail)}
-    in_graph = any(answer in entities for answer in question.answers)
-    retrieval = _retrieval_scores(question, prediction)
-    if prediction.text is None:
-        return QuestionRecord(
-            question_id=question.id,
-            scores={},
-            num_golds=len(question.answers),
-            num_predictions=0,
-            answer_in_graph=in_graph,
-            retrieval=retrieval,
-        )
     return score_text(
         question.id,
         prediction.text,
         question.answers,
         question=question.text,
-        answer_in_graph=in_graph,
-        retrieval=retrieval,
+        answer_in_graph=any(answer in entities for answer in question.answers),
+        retrieval=_retrieval_scores(question, prediction),
     )
 
 
-_Scored = tuple[QuestionRecord, dict[str, object]]
-
-
-def _scored(question: StoredQuestion, prediction: Prediction) -> _Scored:
+def _to_json(question: StoredQuestion, prediction: Prediction) -> dict[str, object]:
     selected = set(prediction.selected)
     facts = [
         {"triple": list(question.triples[i]), "p": round(p, 6)}
         for i, p in zip(prediction.ranked, prediction.probability, strict=True)
         if i in selected
     ]
-    shown = {
+    return {
         "id": question.id,
         "question": question.text,
         "answers": list(question.answers),
         "text": prediction.text,
         "facts": facts,
     }
-    return _record(question, prediction), shown
-
-
-def _of_all_ranks(own: list[list[_Scored]], ranks: Ranks, batches: int) -> list[list[_Scored]]:
-    """The scores of all batches, of which each rank has every `ranks.world_size`-th."""
-    everyone = ranks.all_gather_object(
-        [[(asdict(r), shown) for r, shown in batch] for batch in own]
-    )  # type: ignore[misc]
-    return [
-        [
-            (QuestionRecord(**record), shown)
-            for record, shown in everyone[i % ranks.world_size][i // ranks.world_size]  # type: ignore[index, call-overload]
-        ]
-        for i in range(batches)
-    ]
 
 
 @torch.no_grad()
 def evaluate(
     phase: Predictor,
-    source: Source,
+    dataset: Dataset,
     device: torch.device,
     *,
     limit: int | None = None,
@@ -137,32 +105,35 @@ def evaluate(
     """Scores a phase's model on a split, in file order.
 
     Args:
-        phase: of training, with its model; source: the split.
-        device: of the model.
-        limit: number of questions to evaluate, from the first; None takes all.
-        generate: False leaves answers out and scores retrieval alone.
-        ranks: deal the batches out to these. Each batch is as with one rank, so the scores are
-            too, and every rank gets all of them.
+        phase: a phase with its model.
+        dataset: the split.
+        device: device of the model.
+        limit: number of questions to evaluate, from the first. None takes all.
+        generate: False skips answers and scores retrieval only.
+        ranks: processes that share the batches. A batch does not depend on their number, so
+            neither do the scores. Every rank returns all of them.
 
     Returns:
         Macro means with their denominators, and every prediction.
     """
+    ranks = Ranks() if ranks is None else ranks
     was_training = phase.model.training
     phase.model.eval()
-    relations = source.relations.to(device)  # type: ignore[attr-defined]
-    batches = source.batch_sampler.in_file_order(limit)  # type: ignore[attr-defined]
-    alone = ranks is None or ranks.is_single
-    own = batches if alone else batches[ranks.rank :: ranks.world_size]
-    scored = [
-        [
-            _scored(source.store.question(p.row), p)
-            for p in phase.predict(batch.to(device), relations, generate=generate)
-        ]
-        for batch in source.load(own, device)
-    ]
+    relations = dataset.relations.to(device)
+    batches = dataset.batch_sampler.in_file_order(limit)
+    scored = []
+    for batch in dataset.load(batches[ranks.rank :: ranks.world_size], device):
+        predictions = phase.predict(batch.to(device), relations, generate=generate)
+        questions = [dataset.store.question(prediction.row) for prediction in predictions]
+        pairs = list(zip(questions, predictions, strict=True))
+        scored.append([(_score(*pair), _to_json(*pair)) for pair in pairs])
     phase.run_dummy_passes()
-    if not alone:
-        scored = _of_all_ranks(scored, ranks, len(batches))
+    gathered = ranks.all_gather_object(scored)
     phase.model.train(was_training)
-    rows = [row for batch in scored for row in batch]
-    return EvaluationResult(aggregate(r for r, _ in rows), [shown for _, shown in rows])
+    # Batch i was scored by rank i % world_size.
+    rows = [
+        row
+        for i in range(len(batches))
+        for row in gathered[i % ranks.world_size][i // ranks.world_size]
+    ]
+    return EvaluationResult(aggregate(record for record, _ in rows), [json for _, json in rows])

@@ -1,7 +1,6 @@
-"""Per-question metrics: the answer parser, the strict scores and the retrieval scores.
+"""Metrics of one question: the answer parser, the strict scores and the retrieval scores.
 
-One file because these are the definitions that the project recommends. Scores kept only to
-match published tables are in `published_metrics.py`, means over questions in `report.py`.
+`published_metrics.py` holds the scores that only serve comparison with published tables.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
 
-# Raised whenever a change of parser, folding or formula can change a number.
+# Raise it when a change of the parser, a normalisation or a formula can change a number.
 METRIC_VERSION = 1
 
 STRICT_NAMES = (
@@ -33,33 +32,31 @@ _ASCII_PUNCTUATION = frozenset(string.punctuation)
 def parse_answers(
     text: str, delimiter: str = ANSWER_DELIMITER, *, keep_repeats: bool = False
 ) -> list[str]:
-    """Split a generated text into answers; part of the definition of every answer metric.
+    """Splits a generated text into answers. Every answer metric depends on this parser.
 
-    Cuts at line ends and at the delimiter without its surrounding spaces, strips each part,
-    drops empty parts and all but the first of equal ones. Order is kept.
+    The text is split at line ends and at the stripped delimiter. Each part is stripped. Empty
+    parts and repeated answers are dropped. The order is kept.
 
     Args:
         text: the generated text.
-        delimiter: what the training target puts between answers. Only white space means that
-            only line ends cut.
-        keep_repeats: leave repeated answers in, for the rog family, which counts each line.
-
-    Returns:
-        The answers; empty for a text without any.
+        delimiter: separates the answers in training targets. A delimiter of white space means that
+            only line ends separate answers.
+        keep_repeats: keeps repeated answers. The rog scores count each line.
     """
-    mark = delimiter.strip()
+    separator = delimiter.strip()
     lines = text.replace("\r", "\n").split("\n")
-    parts = (part.strip() for line in lines for part in (line.split(mark) if mark else (line,)))
+    pieces = (line.split(separator) if separator else (line,) for line in lines)
+    parts = (part.strip() for line_pieces in pieces for part in line_pieces)
     answers = [part for part in parts if part]
     return answers if keep_repeats else list(dict.fromkeys(answers))
 
 
 def strict_key(text: str) -> str:
-    """Fold an answer for comparison as a whole, so that "US" never matches inside "Russia".
+    """Normalises an answer. Strict scores compare whole keys, so "US" does not match "Russia".
 
-    NFKC and case folding; invisible format characters dropped; Unicode and ASCII punctuation to
-    spaces; the words a, an and the removed unless nothing else is left; white space collapsed.
-    Accents stay. A text that folds to nothing, such as "!!!", is kept as written, stripped.
+    Format characters (category Cf) are dropped. NFKC and case folding are applied. Punctuation
+    becomes spaces. The words a, an and the are removed unless nothing else is left. White space is
+    collapsed. Accents stay. A text without any key, such as "!!!", is only stripped.
     """
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
@@ -69,47 +66,47 @@ def strict_key(text: str) -> str:
 
 
 def strict_scores(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """Score one question by equality of folded answers, as sets, hence one to one.
+    """Scores one question by comparing the sets of normalised answers.
 
     Args:
         predictions: parsed answers, best first.
-        golds: the gold answers; equal ones count once.
+        golds: the gold answers. Equal ones count once.
 
     Returns:
-        `strict-hits@1` (first prediction is a gold), `strict-hit` (any is), `strict-f1`,
-        `strict-precision`, `strict-recall`, `strict-exact` (the sets are equal). All within
-        0 and 1, and all 0 without predictions or without golds.
+        `strict-hits@1` (the first prediction is a gold answer), `strict-hit` (any is),
+        `strict-f1`, `strict-precision`, `strict-recall` and `strict-exact` (the sets are equal).
+        All are between 0 and 1. All are 0 without predictions or without gold answers.
     """
-    wanted = {strict_key(gold) for gold in golds}
+    gold_keys = {strict_key(gold) for gold in golds}
     keys = list(dict.fromkeys(strict_key(prediction) for prediction in predictions))
-    if not wanted or not keys:
+    if not gold_keys or not keys:
         return dict.fromkeys(STRICT_NAMES, 0.0)
-    precision, recall, f1 = _set_prf(set(keys), wanted)
-    first = float(keys[0] in wanted)
-    values = (first, float(f1 > 0), f1, precision, recall, float(set(keys) == wanted))
+    precision, recall, f1 = _set_prf(set(keys), gold_keys)
+    hits_at_1 = float(keys[0] in gold_keys)
+    values = (hits_at_1, float(f1 > 0), f1, precision, recall, float(set(keys) == gold_keys))
     return dict(zip(STRICT_NAMES, values, strict=True))
 
 
 def score_question(
     predictions: Sequence[str], golds: Sequence[str], *, question: str = ""
 ) -> dict[str, float]:
-    """Score the parsed answers of one question in the families strict, rog and subgraphrag.
+    """Computes the strict, rog and subgraphrag scores of one question.
 
-    Each published evaluator is given the answers in its own layout: one a line, for SubgraphRAG
-    after "ans: ". A question without a prediction is wrong in every family, although the
-    published evaluators grant a point for some empty outputs.
+    Each published evaluator gets the answers in its own format: one per line, for SubgraphRAG
+    after "ans: ". A question without a prediction scores 0 in every family, although the published
+    evaluators count some empty outputs as right.
 
     Args:
-        predictions: answers as `parse_answers` returns them. Repeats change only the rog family,
-            whose published numbers include them: without them its F1 comes out higher.
-        golds: the gold answers; without any, all scores are 0.
-        question: text of the question, read by the subgraphrag family only.
+        predictions: answers as `parse_answers` returns them. Repeats only change the rog scores.
+            The published rog numbers include repeats, which lower F1.
+        golds: the gold answers. Without any, all scores are 0.
+        question: text of the question. Only the subgraphrag scores read it.
 
     Returns:
-        Metric name to value; the same names for every question.
+        Value of each metric. The names are the same for every question.
 
     Raises:
-        ValueError: a text was given where a list of texts is meant.
+        ValueError: an argument is a text instead of a list of texts.
     """
     for name, value in (("predictions", predictions), ("golds", golds)):
         if isinstance(value, str):
@@ -125,15 +122,13 @@ def score_question(
 def retrieval_prf(
     selected: Iterable[Hashable], positive: Iterable[Hashable]
 ) -> tuple[float, float, float]:
-    """Compare selected facts with the positive ones, both as sets.
+    """Computes precision, recall and F1 of the set of selected facts.
+
+    All are 1 if both sets are empty, and 0 if only one is.
 
     Args:
-        selected: fact indices that were retrieved.
-        positive: fact indices labelled as evidence.
-
-    Returns:
-        Precision, recall and F1. All are 1 when both sets are empty, since nothing was sought
-        and nothing claimed, and 0 when only one is.
+        selected: indices of the retrieved facts.
+        positive: indices of the positive facts.
     """
     return _set_prf(set(selected), set(positive))
 
@@ -141,46 +136,36 @@ def retrieval_prf(
 def answer_recall_at_k(
     ranked_entities: Sequence[Iterable[Hashable]], answers: Iterable[Hashable], k: int
 ) -> float:
-    """Return the share of distinct answers among the entities of the first k facts.
+    """Computes the fraction of distinct answers that occur in the first k facts.
 
     Args:
-        ranked_entities: for each fact, best first, its entities; ids or names as in `answers`.
-        answers: gold entities, those outside the graph included. None at all gives 0.
-        k: facts to look at, at least 0; more than there are means all.
+        ranked_entities: entities of each fact, best fact first, as ids or names like `answers`.
+        answers: gold entities, including those outside the graph. Without any the result is 0.
+        k: number of facts, at least 0.
 
     Raises:
         ValueError: k is negative.
     """
     if k < 0:
         raise ValueError(f"k must be at least 0, got {k}")
-    wanted = set(answers)
-    seen = {entity for entities in ranked_entities[:k] for entity in entities}
-    return len(wanted & seen) / len(wanted) if wanted else 0.0
-
-
-def answer_hit_at_k(
-    ranked_entities: Sequence[Iterable[Hashable]], answers: Iterable[Hashable], k: int
-) -> float:
-    """Return 1 if any answer is among the entities of the first k facts, else 0.
-
-    Arguments and errors are those of `answer_recall_at_k`.
-    """
-    return float(answer_recall_at_k(ranked_entities, answers, k) > 0)
+    golds = set(answers)
+    retrieved = {entity for entities in ranked_entities[:k] for entity in entities}
+    return len(golds & retrieved) / len(golds) if golds else 0.0
 
 
 def _is_punctuation(char: str) -> bool:
-    """Whether a character is punctuation by Unicode, or one of the ASCII symbols such as "+"."""
+    """Whether a character is Unicode punctuation or an ASCII symbol such as "+"."""
     return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
 
 
 def _set_prf(
-    found: AbstractSet[Hashable], wanted: AbstractSet[Hashable]
+    selected: AbstractSet[Hashable], positive: AbstractSet[Hashable]
 ) -> tuple[float, float, float]:
-    """Return precision, recall and F1 of two sets; 1 for two empty ones, 0 for one empty."""
-    if not found and not wanted:
+    """Returns precision, recall and F1, all 1 for two empty sets and 0 for one empty set."""
+    if not selected and not positive:
         return 1.0, 1.0, 1.0
-    num_right = len(found & wanted)
+    num_right = len(selected & positive)
     if not num_right:
         return 0.0, 0.0, 0.0
-    f1 = 2 * num_right / (len(found) + len(wanted))
-    return num_right / len(found), num_right / len(wanted), f1
+    f1 = 2 * num_right / (len(selected) + len(positive))
+    return num_right / len(selected), num_right / len(positive), f1

@@ -1,4 +1,4 @@
-"""Means over questions with their denominators, as a table and as JSON."""
+"""Means over questions with their denominators, as a text table and as JSON values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.metrics import METRIC_VERSION, parse_answers, score_question
 
 SCHEMA_VERSION = 1
@@ -17,13 +16,13 @@ class QuestionRecord:
     """The scores of one question.
 
     Attributes:
-        question_id: names the question in messages.
-        scores: answer metrics; every question of a report has the same names.
-        num_golds: gold answers that the question has.
-        num_predictions: distinct answers in the output; 0 for an empty or failed generation.
-        answer_in_graph: whether some gold is an entity of the graph; None if not known.
-        retrieval: further metrics that some questions may lack, such as `retrieval-recall`,
-            which has no meaning where no fact is labelled.
+        question_id: id of the question, for messages.
+        scores: answer metrics. Every question of a report has the same ones.
+        num_golds: number of gold answers.
+        num_predictions: number of distinct answers in the output, 0 for a failed generation.
+        answer_in_graph: whether some gold answer is an entity of the graph, None if unknown.
+        retrieval: metrics that some questions may lack. `retrieval-recall`, for example, is
+            undefined without a labelled fact.
     """
 
     question_id: str
@@ -36,33 +35,31 @@ class QuestionRecord:
 
 def score_text(
     question_id: str,
-    text: str,
+    text: str | None,
     golds: Sequence[str],
     *,
     question: str = "",
     answer_in_graph: bool | None = None,
     retrieval: Mapping[str, float] | None = None,
-    delimiter: str = ANSWER_DELIMITER,
 ) -> QuestionRecord:
-    """Parse and score one generated text; a failed generation is the empty text.
+    """Parses and scores one generated text.
 
     Args:
-        question_id: names the question in messages.
-        text: the generated text.
+        question_id: id of the question, for messages.
+        text: the generated text, empty for a failed generation. None skips answer metrics.
         golds: the gold answers.
-        question: text of the question, read by the subgraphrag family only.
-        answer_in_graph: whether some gold is an entity of the graph; None if not known.
-        retrieval: retrieval metrics of the question, where it has any.
-        delimiter: what separates answers on a line, see `parse_answers`.
+        question: text of the question. Only the subgraphrag scores read it.
+        answer_in_graph: whether some gold answer is an entity of the graph, None if unknown.
+        retrieval: retrieval metrics of the question.
 
     Raises:
-        ValueError: `golds` is one text instead of a list.
+        ValueError: `golds` is a text instead of a list.
     """
-    # Repeats are kept because the published rog precision pays for them; no other score does.
-    predictions = parse_answers(text, delimiter, keep_repeats=True)
+    # The published rog precision counts repeated answers. No other score does.
+    predictions = [] if text is None else parse_answers(text, keep_repeats=True)
     return QuestionRecord(
         question_id=question_id,
-        scores=score_question(predictions, golds, question=question),
+        scores={} if text is None else score_question(predictions, golds, question=question),
         num_golds=len(golds),
         num_predictions=len(set(predictions)),
         answer_in_graph=answer_in_graph,
@@ -72,14 +69,13 @@ def score_text(
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Macro means, each with the number of questions in it.
+    """Macro means and their denominators.
 
     Attributes:
-        counts: `asked`; `answerable_in_subgraph`, None where any question left it unknown;
-            `no_gold`, questions without a gold answer; `scored`, always equal to `asked`;
-            `empty_predictions`.
-        means: metric to mean over its questions, as a fraction. Empty if none were asked.
-        num_scored: metric to questions in its mean; `asked` for every answer metric.
+        counts: numbers of questions: `asked`; `answerable_in_subgraph`, None if unknown for any;
+            `no_gold`, without a gold answer; `scored`, equal to `asked`; `empty_predictions`.
+        means: mean of each metric as a fraction. Empty if no question was asked.
+        num_scored: number of questions in each mean. For answer metrics it is `asked`.
     """
 
     counts: Mapping[str, int | None]
@@ -87,7 +83,7 @@ class Report:
     num_scored: Mapping[str, int]
 
     def families(self) -> dict[str, int]:
-        """Return for each family (`strict`, `rog`, ...) the questions scored by its metrics."""
+        """Returns the number of scored questions for each family (`strict`, `rog`, ...)."""
         sizes: dict[str, int] = {}
         for name, num in self.num_scored.items():
             family = name.partition("-")[0]
@@ -95,7 +91,7 @@ class Report:
         return sizes
 
     def to_dict(self) -> dict[str, object]:
-        """Return the report as plain values, with the versions that say what the names mean."""
+        """Returns the report as plain values, with the versions of schema and metrics."""
         return {
             "schema_version": SCHEMA_VERSION,
             "metric_version": METRIC_VERSION,
@@ -108,45 +104,46 @@ class Report:
         }
 
     def to_table(self) -> str:
-        """Return an aligned text table: means in percent (`facts-*`: counts), then the counts."""
+        """Returns an aligned table: means in percent (`facts-*` as numbers), then the counts."""
         rows = [("metric", "percent", "scored")]
         for name, mean in self.means.items():
-            # Counts are means too, but not shares.
+            # Means of counts are not fractions.
             shown = f"{mean:.2f}" if name.startswith("facts-") else f"{100 * mean:.2f}"
             rows.append((name, shown, str(self.num_scored[name])))
         counts = [(n, "unknown" if c is None else str(c), "") for n, c in self.counts.items()]
-        labels = max(len(row[0]) for row in rows + counts)
-        numbers = max(len(row[1]) for row in rows + counts)
-        last = max(len(row[2]) for row in rows)
-        lines = [f"{a:<{labels}}  {b:>{numbers}}  {c:>{last}}".rstrip() for a, b, c in rows]
-        lines += ["", *(f"{a:<{labels}}  {b:>{numbers}}" for a, b, _ in counts)]
+        first, second, third = (max(map(len, cells)) for cells in zip(*rows, *counts, strict=True))
+        lines = [f"{a:<{first}}  {b:>{second}}  {c:>{third}}".rstrip() for a, b, c in rows]
+        lines += ["", *(f"{a:<{first}}  {b:>{second}}" for a, b, _ in counts)]
         return "\n".join(lines) + "\n"
 
 
 def aggregate(records: Iterable[QuestionRecord]) -> Report:
-    """Average the questions of a split; none is left out of an answer metric.
+    """Averages over the questions of a split. No question is left out of an answer metric.
 
     Args:
-        records: one for each question asked, failed and unanswerable ones included.
+        records: one for each question asked, including failed and unanswerable ones.
 
     Raises:
-        ValueError: a question lacks an answer metric that others have, or a value is not finite.
+        ValueError: questions differ in their answer metrics, a metric is given as both an answer
+            and a retrieval metric, or a value is not finite.
     """
     rows = list(records)
     values: dict[str, list[float]] = {name: [] for name in (rows[0].scores if rows else ())}
     answer_names = set(values)
     for row in rows:
         if set(row.scores) != answer_names:
-            odd = ", ".join(sorted(set(row.scores) ^ answer_names))
+            different = ", ".join(sorted(set(row.scores) ^ answer_names))
             raise ValueError(
                 f"question {row.question_id!r}: every question needs the same answer metrics, "
-                f"but these differ from the first question: {odd}"
+                f"but these differ from the first question: {different}"
             )
         if both := answer_names & set(row.retrieval):
-            raise ValueError(f"question {row.question_id!r}: metrics given twice: {sorted(both)}")
+            raise ValueError(
+                f"question {row.question_id!r}: {sorted(both)} are answer and retrieval metrics"
+            )
         for name, value in (*row.scores.items(), *row.retrieval.items()):
             if not math.isfinite(value):
-                raise ValueError(f"question {row.question_id!r}: {name} is {value}, not a number")
+                raise ValueError(f"question {row.question_id!r}: {name} is {value}, not finite")
             values.setdefault(name, []).append(float(value))
     in_graph = [row.answer_in_graph for row in rows]
     counts = {
@@ -156,7 +153,7 @@ def aggregate(records: Iterable[QuestionRecord]) -> Report:
         "scored": len(rows),
         "empty_predictions": sum(row.num_predictions == 0 for row in rows),
     }
-    # fsum makes the mean independent of the order of the questions.
+    # With fsum the mean does not depend on the order of the questions.
     means = {name: math.fsum(column) / len(column) for name, column in values.items()}
     num_scored = {name: len(column) for name, column in values.items()}
     return Report(counts=counts, means=means, num_scored=num_scored)

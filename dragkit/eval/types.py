@@ -1,30 +1,29 @@
-"""What an evaluation takes: questions in batches, and a model that predicts their answers."""
+"""Protocols of an evaluation: a data set in batches, and a phase that predicts answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from dragkit.data.packed import QuestionBatch
-
-if TYPE_CHECKING:
-    from dragkit.data.store import PackedStore
+from dragkit.data.batching import FactBudgetBatchSampler
+from dragkit.data.packed import QuestionBatch, RelationStates
+from dragkit.data.store import PackedStore
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says about one question.
+    """Prediction for one question.
 
     Attributes:
-        row: the question in its store.
-        ranked: its facts by falling probability, indices within the question.
-        selected: those that enter the prompt.
-        probability: of the ranked facts.
-        text: the generated answer; None without a generator.
+        row: the question's row in its store.
+        ranked: its facts by falling probability, as indices within the question.
+        selected: the facts in the prompt.
+        probability: probability of each ranked fact.
+        text: the generated answer, None without a generator.
     """
 
     row: int
@@ -34,34 +33,37 @@ class Prediction:
     text: str | None
 
 
-class Source(Protocol):
-    """Questions in batches, and their records."""
+class Dataset(Protocol):
+    """Questions of a split in batches."""
 
     store: PackedStore
-    relations: object
-    batch_sampler: object
+    relations: RelationStates
+    batch_sampler: FactBudgetBatchSampler
 
     def load(
         self, batches: Sequence[Sequence[int]], device: torch.device
     ) -> Iterator[QuestionBatch]:
-        """Collated batches for a device, there or in host memory."""
+        """Yields collated batches on `device` or in host memory."""
         ...
 
 
 class Predictor(Protocol):
-    """A model that ranks facts and answers questions; both training phases are one."""
+    """A model that ranks facts and answers questions. Both training phases implement it."""
 
     model: nn.Module
 
     def predict(
-        self, batch: QuestionBatch, relations: object, *, generate: bool = True
+        self, batch: QuestionBatch, relations: RelationStates, *, generate: bool = True
     ) -> list[Prediction]:
-        """Deterministic predictions, one per question of the batch.
+        """Returns one prediction per question. It is deterministic.
 
-        Without `generate` they hold ranked facts alone, as in a phase that has no generator.
+        Without `generate`, or in a phase without a generator, `text` is None.
         """
         ...
 
     def run_dummy_passes(self) -> None:
-        """Returns when other ranks need nothing more from this one; follows the last `predict`."""
+        """Runs passes without questions until all ranks have called it after their last `predict`.
+
+        A rank needs the weight shards of all others for as long as it generates.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The GPU's own account of itself: power, clocks and memory by NVML, and peak rates by its name."""
+"""GPU readings by NVML (power, clocks, memory), and the table of cards with their peak rates."""
 
 from __future__ import annotations
 
@@ -15,47 +15,50 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CardSpec:
-    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity).
+    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity); 0 if unknown.
 
     Attributes:
-        bf16_tflops, tf32_tflops: tensor cores; fp32_tflops: plain vector units.
-        memory_gb_per_s: bandwidth of the device memory, 10^9 bytes a second.
-        memory_mib: size of the device memory as the driver reports it; 0 where no plan needs it.
+        name: the table's name of the card, or the driver's.
+        bf16_tflops, tf32_tflops: rates of the tensor cores, 10^12 FLOP/s.
+        fp32_tflops: rate of the vector units, 10^12 FLOP/s.
+        memory_gb_per_s: bandwidth of the device memory, 10^9 byte/s.
+        memory_bytes: size of the device memory as the driver reports it.
     """
 
-    bf16_tflops: float
-    tf32_tflops: float
-    fp32_tflops: float
-    memory_gb_per_s: float
-    memory_mib: int = 0
+    name: str
+    bf16_tflops: float = 0.0
+    tf32_tflops: float = 0.0
+    fp32_tflops: float = 0.0
+    memory_gb_per_s: float = 0.0
+    memory_bytes: int = 0
 
 
-# The sheets print tensor-core rates with sparsity; half of that is the dense rate. Longer names
-# stand before the names that they begin with.
-_CARD_SPECS: dict[str, CardSpec] = {
+# The data sheets print tensor-core rates with sparsity. Half of that is the dense rate. Longer
+# names stand before the names that they begin with, because `card_spec` takes the first match.
+_CARD_SPECS = (
     # "NVIDIA H100 Tensor Core GPU" data sheet, column PCIe.
-    "H100 PCIe": CardSpec(756.0, 378.0, 51.0, 2000.0),
+    CardSpec("H100 PCIe", 756.0, 378.0, 51.0, 2000.0),
     # The same sheet, column NVL.
-    "H100 NVL": CardSpec(835.5, 417.5, 60.0, 3900.0),
+    CardSpec("H100 NVL", 835.5, 417.5, 60.0, 3900.0),
     # The same sheet, column SXM: 1,979 and 989 TFLOPS with sparsity, 3.35 TB/s.
-    "H100": CardSpec(989.0, 494.7, 67.0, 3350.0, 81_559),
+    CardSpec("H100", 989.0, 494.7, 67.0, 3350.0, 81_559 << 20),
     # "NVIDIA H200 Tensor Core GPU" data sheet, column NVL.
-    "H200 NVL": CardSpec(835.5, 417.5, 60.0, 4800.0),
+    CardSpec("H200 NVL", 835.5, 417.5, 60.0, 4800.0),
     # The same sheet, column SXM: the arithmetic of an H100 with 4.8 TB/s of memory.
-    "H200": CardSpec(989.0, 494.7, 67.0, 4800.0, 143_771),
+    CardSpec("H200", 989.0, 494.7, 67.0, 4800.0, 143_771 << 20),
     # "NVIDIA Blackwell" architecture brief, HGX B200 at 1,000 W: 4.5 and 2.2 PFLOPS with sparsity.
-    # A B200 inside a GB200 has other limits and is not this device.
-    "B200": CardSpec(2250.0, 1100.0, 80.0, 8000.0, 183_359),
-}
+    # A B200 inside a GB200 has other limits and is not this card.
+    CardSpec("B200", 2250.0, 1100.0, 80.0, 8000.0, 183_359 << 20),
+)
 # The cards that a run can be planned for.
-CARDS = {name: spec for name, spec in _CARD_SPECS.items() if spec.memory_mib}
+CARDS = {spec.name: spec for spec in _CARD_SPECS if spec.memory_bytes}
 
 
 def card_spec(name: str) -> CardSpec | None:
-    """Peak rates of the GPU called `name`, as torch and NVML call it; None if it is not known."""
+    """The entry of the GPU that torch and NVML call `name`, or None if the table lacks it."""
     words = name.replace("-", " ").split()
-    for known, spec in _CARD_SPECS.items():
-        wanted = known.split()
+    for spec in _CARD_SPECS:
+        wanted = spec.name.split()
         if any(words[i : i + len(wanted)] == wanted for i in range(len(words))):
             return spec
     return None
@@ -63,12 +66,12 @@ def card_spec(name: str) -> CardSpec | None:
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """One look at a GPU.
+    """The state of a GPU at one moment.
 
     Attributes:
-        power_w: draw; sm_clock_mhz, memory_clock_mhz: now, not the highest possible.
-        used_mem_gib: by all processes, what the driver itself takes included.
-        energy_j: since the driver was loaded; differences are what counts.
+        power_w: current draw; sm_clock_mhz, memory_clock_mhz: current clocks.
+        used_mem_gib: memory in use by all processes and the driver.
+        energy_j: energy since the driver was loaded. Only differences have a meaning.
     """
 
     power_w: float
@@ -79,12 +82,10 @@ class GpuReading:
 
 
 class GpuMonitor:
-    """Reads one GPU through NVML, which costs well below a millisecond and stops no kernel.
-
-    Use `open`, which gives None where there is nothing to read.
+    """Reads one GPU through NVML, which takes well below a millisecond and stops no kernel.
 
     Args:
-        nvml: the module `pynvml`, initialised; handle: of the device.
+        nvml: the module `pynvml`, initialised; handle: NVML's handle of the device.
     """
 
     def __init__(self, nvml: ModuleType, handle: object) -> None:
@@ -93,10 +94,10 @@ class GpuMonitor:
 
     @classmethod
     def open(cls, device: torch.device | str = "cuda") -> GpuMonitor | None:
-        """The monitor of a device; None on a machine without GPU, driver or `pynvml`.
+        """The monitor of a device, or None on a machine without GPU, driver or `pynvml`.
 
         Args:
-            device: as torch counts them: `CUDA_VISIBLE_DEVICES` may rename the driver's.
+            device: torch's device. `CUDA_VISIBLE_DEVICES` may change its number.
         """
         import torch
 
@@ -109,15 +110,16 @@ class GpuMonitor:
             return None
         try:
             pynvml.nvmlInit()
+            # By UUID, because NVML ignores CUDA_VISIBLE_DEVICES.
             identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(identity))
         except pynvml.NVMLError as error:
-            # A slice of a GPU, or a container without the driver's management library.
+            # The device is a MIG slice, or the container lacks the management library.
             logger.info("no GPU readings: %s", error)
             return None
 
     def read(self) -> GpuReading | None:
-        """What the device does right now; None where the driver does not tell."""
+        """The current state of the device, or None if the driver refuses a value."""
         nvml, handle = self._nvml, self._handle
         try:
             return GpuReading(

@@ -1,4 +1,4 @@
-"""Named ranges, and the window of steps that a profiler captures."""
+"""NVTX ranges, and the window of steps that a profiler captures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 logger = logging.getLogger(__name__)
 
-# Traces that are being recorded now. A range costs a trace's entry only while there is one.
+# Profiles that record now. Outside them `nvtx_range` skips `record_function`, which costs time.
 _open_traces: list[profile] = []
 
 
 @contextmanager
 def nvtx_range(name: str) -> Iterator[None]:
-    """A range in an nsys trace, and in an open trace of PyTorch's profiler; else nothing at all."""
+    """A named range in nsys and in an open trace of PyTorch's profiler."""
     with record_function(name) if _open_traces else nullcontext():
         if not torch.cuda.is_available():
             yield
@@ -33,20 +33,20 @@ def nvtx_range(name: str) -> Iterator[None]:
 class ProfileWindow:
     """Starts and stops profilers at given steps (`--profile_steps a:b`).
 
-    CUDA's profiler is what nsys and ncu listen to. PyTorch's own writes a Chrome trace, on a CPU
-    too; both at once cannot read a GPU's counters, so that it has to be asked for.
+    nsys and ncu listen to CUDA's profiler. PyTorch's profiler writes a Chrome trace, on a CPU too.
+    Both at once cannot read a GPU's counters, so the trace is optional.
 
     As a context manager it closes a window that is still open at the end.
 
     Args:
-        steps: "a:b", the first step captured and the first one that is not; None captures nothing.
+        steps: "a:b" captures steps a to b-1; None captures nothing.
         trace_dir: folder of `trace-a-b.json.gz`; None writes no trace.
     """
 
     def __init__(self, steps: str | None, trace_dir: Path | None = None) -> None:
-        first, last = steps.split(":") if steps else ("-1", "-1")
-        self.first, self.last = int(first), int(last)
-        self.path = None if trace_dir is None else trace_dir / f"trace-{first}-{last}.json.gz"
+        start, end = steps.split(":") if steps else ("-1", "-1")
+        self.start, self.end = int(start), int(end)
+        self.path = None if trace_dir is None else trace_dir / f"trace-{start}-{end}.json.gz"
         self._open = False
 
     def __enter__(self) -> ProfileWindow:
@@ -56,10 +56,10 @@ class ProfileWindow:
         self._stop()
 
     def tick(self, step: int) -> None:
-        """To be called before step `step` runs."""
-        if step == self.first:
+        """Starts or stops the capture. Call it before step `step` runs."""
+        if step == self.start:
             self._start()
-        elif step == self.last:
+        elif step == self.end:
             self._stop()
 
     def _start(self) -> None:
@@ -78,10 +78,11 @@ class ProfileWindow:
             return
         self._open = False
         if torch.cuda.is_available():
+            # The kernels of the last step are still queued and belong to the capture.
             torch.cuda.synchronize()
             torch.cuda.cudart().cudaProfilerStop()
         if self.path is not None:
             trace = _open_traces.pop()
             trace.stop()
             trace.export_chrome_trace(str(self.path))
-            logger.info("steps %d to %d: %s", self.first, self.last - 1, self.path)
+            logger.info("profile of steps %d to %d: %s", self.start, self.end - 1, self.path)

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Throughput:
-    """One reading; rates are per second of wall time."""
+    """One reading. Rates are per second of wall time, `step_ms` is the mean."""
 
     questions_per_s: float
     facts_per_s: float
@@ -25,12 +25,13 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak allocated memory of the GPU, or the process's peak resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # ru_maxrss is in bytes on macOS and in KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class ThroughputMeter:
-    """Adds up what steps have processed; `read` gives the rates since the last reading."""
+    """Sums the work of training steps. `read` gives the rates since the last reading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

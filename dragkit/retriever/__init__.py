@@ -1,1 +1,1 @@
-"""The graph retriever: text encoder, ReaRev layers, fact scores, fact sampler, losses."""
+"""The graph retriever: text encoder, ReaRev layers, fact scores, fact sampler and losses."""

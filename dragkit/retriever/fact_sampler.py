@@ -1,4 +1,4 @@
-"""Which facts enter the prompt: differentiable draws in training, the best ones at inference."""
+"""Selects facts for the prompt: differentiable draws in training, the best facts at inference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class FactSampler:
 
     Args:
         config: mode, estimator, temperature, cap and inference threshold.
-        seed: of the noise; the draw is a function of (seed, step, question, fact) alone.
+        seed: seed of the noise. A draw is a function of (seed, step, question, fact).
     """
 
     def __init__(self, config: SamplerConfig, seed: int) -> None:
@@ -23,14 +23,14 @@ class FactSampler:
         self.seed = seed
 
     def _step_seed(self, step: int, device: torch.device) -> Tensor:
-        # Low word: step, high word: seed; Philox mixes the two key words.
+        # Low word: step. High word: seed. Philox mixes the two words of its key.
         word = (self.seed << 32) | (step & 0xFFFFFFFF)
         signed = word - (1 << 64) if word >= 1 << 63 else word
-        # Filled in on the device: a copy of a host number would be waited for.
+        # `full` writes the number on the device. Copying it there would make the host wait.
         return torch.full((), signed, dtype=torch.int64, device=device)
 
     def draw(self, logits: Tensor, graph: PackedGraph, step: int) -> FactSelection:
-        """A random subgraph per question; float32 [E] logits."""
+        """Draws a random subgraph per graph from logits, float32 [E]."""
         return gumbel_topk(
             logits,
             graph.fact_ptr,
@@ -44,7 +44,7 @@ class FactSampler:
         )
 
     def best(self, logits: Tensor, graph: PackedGraph) -> FactSelection:
-        """The `k_facts` most probable facts with p above the threshold, at least one."""
+        """Selects the `k_facts` most probable facts above the threshold, at least one per graph."""
         return top_facts(
             logits,
             graph.fact_ptr,

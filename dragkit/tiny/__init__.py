@@ -1,1 +1,1 @@
-"""How the bundled generator was made: a tiny Nemotron-H, warmed up on invented facts."""
+"""The bundled generator, a tiny Nemotron-H, and its training on invented facts."""

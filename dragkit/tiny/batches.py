@@ -1,4 +1,4 @@
-"""Invented questions as packs of tokens, laid out exactly like the prompts of phase 2."""
+"""Packs of invented questions in the prompt layout of phase 2."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from dragkit.generator.prompt import PromptTemplate
 from dragkit.tiny.tasks import Sample
 from dragkit.tiny.tokenizer import BOS, EOS, NEUTRAL, PAD
 
-IGNORED = -100
+IGNORE_INDEX = -100
 Slots = Literal["marked", "neutral", "empty", "none"]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows end to end, T tokens in all; the first token of a row is never supervised.
+    """A pack of B rows with T tokens in all. The first token of a row is never supervised.
 
     Attributes:
         input_ids: int64 [T].
-        labels: int64 [T] the token itself where it is supervised, else -100.
-        scale: float32 [T] factor on the token's embedding; 1 for text.
-        is_slot: bool [T] structural slots.
-        pack: where each row begins and ends.
+        labels: int64 [T], the token where it is supervised, else -100.
+        scale: float32 [T], factor on the token's embedding. It is 1 for text.
+        is_slot: bool [T], True at structural slots.
+        pack: boundaries of the rows.
     """
 
     input_ids: Tensor
@@ -48,14 +48,14 @@ class Row:
     slots: list[int]
     slot_scale: float = 1.0
 
-    def add(self, ids: Sequence[int], *, supervised: bool = False) -> None:
-        """Appends tokens, as context or as something to predict."""
+    def append(self, ids: Sequence[int], *, supervised: bool = False) -> None:
+        """Appends tokens as context, or as supervised tokens."""
         self.ids.extend(ids)
-        self.labels.extend(ids if supervised else [IGNORED] * len(ids))
+        self.labels.extend(ids if supervised else [IGNORE_INDEX] * len(ids))
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Joins rows to one pack."""
+    """Packs rows into one batch."""
     lengths = [len(row.ids) for row in rows]
     pack = make_pack(torch.tensor(lengths), sum(lengths), max(lengths))
     input_ids, labels = (
@@ -64,15 +64,15 @@ def collate(rows: Sequence[Row]) -> Batch:
     )
     scale = torch.ones(len(input_ids))
     is_slot = torch.zeros(len(input_ids), dtype=torch.bool)
-    for row, first in zip(rows, pack.ptr.tolist(), strict=False):
-        slots = [first + slot for slot in row.slots]
+    for row, start in zip(rows, pack.ptr.tolist(), strict=False):
+        slots = [start + slot for slot in row.slots]
         scale[slots] = row.slot_scale
         is_slot[slots] = True
     return Batch(input_ids, labels, scale, is_slot, pack)
 
 
 class PromptWriter:
-    """Turns samples into rows with one tokenizer."""
+    """Writes samples as rows with a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -83,20 +83,21 @@ class PromptWriter:
         self.neutral = tokenizer.token_to_id(NEUTRAL)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of one piece of text."""
+        """Token ids of a text."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, sample: Sample, slots: Slots, markers: Sequence[str] = ()) -> Row:
-        """The prompt of one question with its answers supervised.
+        """Writes the prompt of a question with supervised answers.
 
         Args:
             sample: the question.
-            slots: what stands before each fact: its marker, the neutral token, a zero vector, or
-                nothing at all.
-            markers: markers to show instead of the sample's right ones.
+            slots: what stands before each fact: its marker ("marked"), the neutral token
+                ("neutral"), a zero vector ("empty"), or nothing ("none").
+            markers: markers to write instead of the sample's right ones.
         """
-        row = Row([self.bos], [IGNORED], [], 0.0 if slots == "empty" else 1.0)
-        row.add(self.encode(self.template.prefix(sample.question)))
+        # A factor of 0 turns the slot's embedding into the zero vector.
+        row = Row([self.bos], [IGNORE_INDEX], [], 0.0 if slots == "empty" else 1.0)
+        row.append(self.encode(self.template.prefix(sample.question)))
         self._facts(row, sample, slots, markers or sample.markers)
         self._answer(row, sample)
         return row
@@ -106,43 +107,41 @@ class PromptWriter:
             if slots != "none":
                 row.slots.append(len(row.ids))
                 token = self.tokenizer.token_to_id(marker) if slots == "marked" else self.neutral
-                row.add([token])
-            row.add(self.encode(self.template.fact(*fact)))
+                row.append([token])
+            row.append(self.encode(self.template.fact(*fact)))
 
     def _answer(self, row: Row, sample: Sample) -> None:
-        row.add(self.encode(self.template.cue))
-        row.add([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
+        row.append(self.encode(self.template.cue))
+        row.append([*self.encode(self.template.target(sample.answers)), self.eos], supervised=True)
 
     def drill(self, sample: Sample) -> Row:
-        """Marked facts and their answers without a question in front."""
-        row = Row([self.bos], [IGNORED], [])
+        """Writes marked facts and their answers without a question."""
+        row = Row([self.bos], [IGNORE_INDEX], [])
         self._facts(row, sample, "marked", sample.markers)
         self._answer(row, sample)
         return row
 
     def several_questions(self, samples: Sequence[Sample]) -> Row:
-        """The facts of all samples together, then every question with its answers."""
-        row = Row([self.bos], [IGNORED], [])
+        """Writes the facts of all samples, then each question with its answers."""
+        row = Row([self.bos], [IGNORE_INDEX], [])
         for sample in samples:
             self._facts(row, sample, "none", sample.markers)
         for sample in samples:
-            row.add(self.encode(f"\nQuestion: {sample.question}\n"))
+            row.append(self.encode(f"\nQuestion: {sample.question}\n"))
             self._answer(row, sample)
         return row
 
 
 def induction_row(rng: random.Random, ids: Sequence[int], length: int, repeats: int) -> Row:
-    """Random tokens, then the same again and again, each time in blocks of another order.
-
-    The first token of a block cannot be known, so it is not supervised.
-    """
+    """Writes random tokens, then repeats them in blocks whose order changes each time."""
     first = rng.choices(ids, k=length)
-    row = Row(list(first), [IGNORED] * length, [])
+    row = Row(list(first), [IGNORE_INDEX] * length, [])
     for _ in range(repeats):
         size = rng.randint(3, 6)
         blocks = [first[start : start + size] for start in range(0, length, size)]
         rng.shuffle(blocks)
         for block in blocks:
-            row.add(block[:1])
-            row.add(block[1:], supervised=True)
+            # Nothing before it predicts the first token of a block, so it is context.
+            row.append(block[:1])
+            row.append(block[1:], supervised=True)
     return row

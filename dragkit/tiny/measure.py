@@ -1,4 +1,4 @@
-"""How often the whole answer is right on unseen names, by kind of question and slots."""
+"""Exact match of whole answers about unseen names, by question type and slot content."""
 
 from __future__ import annotations
 
@@ -10,92 +10,93 @@ from torch import Tensor, nn
 
 from dragkit.generator.nemotron_h.backends import MambaOps
 from dragkit.generator.nemotron_h.decoder import hidden_at_rows
-from dragkit.tiny.batches import IGNORED, Batch, PromptWriter, Slots, collate
+from dragkit.tiny.batches import IGNORE_INDEX, Batch, PromptWriter, Slots, collate
 from dragkit.tiny.names import NameSource
-from dragkit.tiny.tasks import KINDS, draw_sample, noisy_markers, without_clue
+from dragkit.tiny.tasks import QUESTION_TYPES, draw_sample, noisy_markers, without_clue
 from dragkit_kernels import causal_conv, ssd_scan
 
 _OPS = MambaOps(causal_conv, ssd_scan)
-FULL_COUNT = 10
-ROWS_PER_PASS = 64
+EXTRA_COLUMNS_AT = 10
+ROWS_PER_BATCH = 64
 
 
 def answer_logits(model: nn.Module, batch: Batch, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Logits at the tokens before the supervised ones, and those supervised tokens.
+    """Logits that predict the supervised tokens, and these tokens.
 
     Args:
         model: the causal LM.
         batch: B rows.
-        noise: largest size of the Gaussian noise added to the slots, as a share of the embeddings'
-            root mean square; each row draws its own size. Projected vectors are not exact markers.
+        noise: upper bound of the standard deviation of the Gaussian noise on slot embeddings, in
+            units of the embedding table's root mean square. Each row draws its own deviation.
 
     Returns:
-        float32 [A, V] and int64 [A], rows in order.
+        Logits float32 [A, V] and tokens int64 [A], rows in order.
     """
     table = model.get_input_embeddings()
     embeds = table(batch.input_ids) * batch.scale[:, None]
     if noise > 0:
+        # In phase 2 a projected vector stands in a slot. It is close to a marker, but never equal.
         rms = table.weight.detach().square().mean().sqrt()
         level = torch.rand(len(batch.pack.ptr) - 1, 1)[batch.pack.sequence] * (noise * rms)
         embeds = embeds + torch.randn_like(embeds) * level * batch.is_slot[:, None]
-    rows = _rows_before_answers(batch)
+    rows = _positions_before_answers(batch)
     hidden = hidden_at_rows(model.model, embeds, batch.pack, rows, _OPS)
     return model.lm_head(hidden), batch.labels[rows + 1]
 
 
-def _rows_before_answers(batch: Batch) -> Tensor:
-    """int64 [A] tokens whose successor is supervised."""
-    return (batch.labels[1:] != IGNORED).nonzero().squeeze(1)
+def _positions_before_answers(batch: Batch) -> Tensor:
+    """Positions int64 [A] whose next token is supervised."""
+    return (batch.labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
 
 
-def exact_rows(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
-    """bool [B]: rows whose supervised tokens are all the most likely: greedy decoding."""
-    right = torch.ones(len(batch.pack.ptr) - 1, dtype=torch.bool)
+def rows_all_correct(logits: Tensor, target: Tensor, batch: Batch) -> Tensor:
+    """Rows bool [B] in which every supervised token is the most likely one, as greedy decoding."""
+    correct = torch.ones(len(batch.pack.ptr) - 1, dtype=torch.bool)
     wrong = logits.argmax(-1) != target
-    right[batch.pack.sequence[_rows_before_answers(batch)[wrong]]] = False
-    return right
+    correct[batch.pack.sequence[_positions_before_answers(batch)[wrong]]] = False
+    return correct
 
 
 @torch.no_grad()
 def exact_match(
     model: nn.Module,
     writer: PromptWriter,
-    kind: str,
+    question_type: str,
     num_facts: int,
     slots: Slots,
     *,
     num_questions: int = 128,
     seed: int = 991,
-    right: float = 1.0,
-    clue: bool = True,
+    marker_accuracy: float = 1.0,
+    with_clue: bool = True,
     names: Mapping[str, tuple[str, ...]] | None = None,
 ) -> float:
-    """Share of fresh questions whose whole answer, end token included, is right.
+    """Fraction of new questions whose whole answer, end token included, is right.
 
     Args:
-        model: the causal LM, left in evaluation mode.
-        writer: its prompts.
-        kind: kind of question.
+        model: the causal LM. It stays in evaluation mode.
+        writer: writes the prompts.
+        question_type: one of `QUESTION_TYPES`.
         num_facts: facts per question.
         slots: what stands before each fact.
-        num_questions: how many to ask.
-        seed: of the questions; a seed's names are its own.
-        right: probability that a marker is right.
-        clue: False takes a question whose text says nothing.
-        names: further arguments of `NameSource`; none gives invented words only.
+        num_questions: number of questions.
+        seed: seed of the questions and of their names.
+        marker_accuracy: probability that a marker is right.
+        with_clue: False asks questions whose text says nothing about the facts.
+        names: `pieces` and `listed` of `NameSource`. None draws invented words only.
     """
-    rng = random.Random(f"{seed} {kind} {num_facts}")
+    rng = random.Random(f"{seed} {question_type} {num_facts}")
     source = NameSource(rng, words_only=names is None, **(names or {}))
     rows = []
     for _ in range(num_questions):
-        sample = draw_sample(kind, source, rng, num_facts)
-        sample = sample if clue else without_clue(sample, source, rng)
-        rows.append(writer.prompt(sample, slots, noisy_markers(sample, rng, right)))
+        sample = draw_sample(question_type, source, rng, num_facts)
+        sample = sample if with_clue else without_clue(sample, source, rng)
+        rows.append(writer.prompt(sample, slots, noisy_markers(sample, rng, marker_accuracy)))
     model.eval()
     exact = 0
-    for start in range(0, num_questions, ROWS_PER_PASS):
-        batch = collate(rows[start : start + ROWS_PER_PASS])
-        exact += int(exact_rows(*answer_logits(model, batch), batch).sum())
+    for start in range(0, num_questions, ROWS_PER_BATCH):
+        batch = collate(rows[start : start + ROWS_PER_BATCH])
+        exact += int(rows_all_correct(*answer_logits(model, batch), batch).sum())
     return exact / num_questions
 
 
@@ -107,26 +108,29 @@ def exact_match_table(
     num_questions: int = 128,
     fact_counts: tuple[int, ...] = (2, 5, 10, 15),
 ) -> dict[str, dict[str, float]]:
-    """Exact match of every kind and number of facts, in the columns of the provenance record."""
+    """Exact match by question type and number of facts, as the provenance record shows it."""
     columns: dict[str, dict] = {"plain": {"slots": "none"}, "marked": {"slots": "marked"}}
-    # Only at FULL_COUNT facts.
+    # These columns are measured at EXTRA_COLUMNS_AT facts only.
     extra: dict[str, dict] = {
         "neutral": {"slots": "neutral"},
-        "noisy": {"slots": "marked", "right": 0.93},
-        "no_clue": {"slots": "marked", "clue": False},
+        "noisy": {"slots": "marked", "marker_accuracy": 0.93},
+        "no_clue": {"slots": "marked", "with_clue": False},
         "any_name": {"slots": "marked", "names": names},
     }
 
-    def cell(kind: str, count: int, settings: dict) -> float:
+    def cell(question_type: str, count: int, settings: dict) -> float:
         return round(
-            exact_match(model, writer, kind, count, num_questions=num_questions, **settings), 3
+            exact_match(
+                model, writer, question_type, count, num_questions=num_questions, **settings
+            ),
+            3,
         )
 
     return {
-        f"{kind}@{count}": {
-            column: cell(kind, count, settings)
-            for column, settings in (columns | (extra if count == FULL_COUNT else {})).items()
+        f"{question_type}@{count}": {
+            column: cell(question_type, count, settings)
+            for column, settings in (columns | (extra if count == EXTRA_COLUMNS_AT else {})).items()
         }
-        for kind in KINDS
+        for question_type in QUESTION_TYPES
         for count in fact_counts
     }

@@ -1,4 +1,4 @@
-"""Invented questions about invented facts, with markers that say what each fact is good for."""
+"""Invented questions about invented facts. A marker says which end of a fact is an answer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dragkit.tiny.names import NameSource, word
+from dragkit.tiny.names import NameSource, invented_word
 from dragkit.tiny.words import (
     DOMAINS,
     FORWARD_NOUN,
@@ -19,29 +19,29 @@ from dragkit.tiny.words import (
 
 TAIL, HEAD, IRRELEVANT = "<tail>", "<head>", "<irr>"
 MARKERS = (TAIL, HEAD, IRRELEVANT)
-KINDS = ("forward", "inverse", "forward_list", "inverse_list", "two_hop")
+QUESTION_TYPES = ("forward", "inverse", "forward_list", "inverse_list", "two_hop")
 
 LIST_LENGTHS, LENGTH_WEIGHTS = (2, 3, 4, 5, 6), (40, 28, 16, 10, 6)
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """`text` stands in facts, `asked` in questions; participles have their own wordings."""
+    """A relation: `text` stands in facts and `question_text` in questions."""
 
     text: str
-    asked: str
+    question_text: str
     is_noun: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question.
+    """One question with its facts.
 
     Attributes:
-        question: its text.
+        question: text of the question.
         facts: (head, relation text, tail), in prompt order.
         markers: the right marker of each fact.
-        answers: what the facts marked head or tail answer, in prompt order, without repeats.
+        answers: heads and tails that the markers name, in prompt order, without repeats.
     """
 
     question: str
@@ -51,26 +51,26 @@ class Sample:
 
 
 def draw_relation(rng: random.Random) -> Relation:
-    """A listed relation, sometimes after a domain word, sometimes an invented one."""
+    """Draws a listed or an invented relation, with or without a domain word before it."""
     chance = rng.random()
     if chance < 0.2:
         phrase = rng.choice(PARTICIPLES)
         return Relation(phrase, phrase, False)
-    noun = word(rng).lower() if chance < 0.35 else rng.choice(NOUNS)
+    noun = invented_word(rng).lower() if chance < 0.35 else rng.choice(NOUNS)
     text = f"{rng.choice(DOMAINS)} {noun}" if rng.random() < 0.3 else noun
     return Relation(text, noun, True)
 
 
-def _ask(rng: random.Random, relation: Relation, entity: str, forward: bool) -> str:
+def _word_question(rng: random.Random, relation: Relation, entity: str, forward: bool) -> str:
     if relation.is_noun:
         wordings = FORWARD_NOUN if forward else INVERSE_NOUN
     else:
         wordings = FORWARD_PARTICIPLE if forward else INVERSE_PARTICIPLE
-    return rng.choice(wordings).format(r=relation.asked, x=entity)
+    return rng.choice(wordings).format(r=relation.question_text, x=entity)
 
 
 def _different_relation(rng: random.Random, taken: Relation) -> Relation:
-    while (other := draw_relation(rng)).asked == taken.asked:
+    while (other := draw_relation(rng)).question_text == taken.question_text:
         pass
     return other
 
@@ -78,40 +78,45 @@ def _different_relation(rng: random.Random, taken: Relation) -> Relation:
 Fact = tuple[str, Relation, str]
 
 
-def _core(
-    kind: str, names: NameSource, rng: random.Random, num_facts: int
+def _gold_facts(
+    question_type: str, names: NameSource, rng: random.Random, num_facts: int
 ) -> tuple[str, list[Fact], list[str]]:
-    """The question, the facts it is about and their markers."""
+    """Draws a question's text, its gold facts and their markers."""
     entity, relation = names.draw(), draw_relation(rng)
-    if kind == "two_hop":
+    if question_type == "two_hop":
         middle, second = names.draw(), _different_relation(rng, relation)
         first: Fact = (entity, relation, middle)
         inner = (
-            f"the {relation.asked} of {entity}"
+            f"the {relation.question_text} of {entity}"
             if relation.is_noun
-            else f"what {entity} is {relation.asked}"
+            else f"what {entity} is {relation.question_text}"
         )
         forward = rng.random() < 0.7
         last = (middle, second, names.draw()) if forward else (names.draw(), second, middle)
+        # The first hop leads to the middle entity only, so just the second fact is an answer.
         return (
-            _ask(rng, second, inner, forward),
+            _word_question(rng, second, inner, forward),
             [first, last],
             [IRRELEVANT, TAIL if forward else HEAD],
         )
     count = 1
-    if kind.endswith("_list"):
+    if question_type.endswith("_list"):
         count = min(rng.choices(LIST_LENGTHS, LENGTH_WEIGHTS)[0], num_facts)
-    forward = kind.startswith("forward")
+    forward = question_type.startswith("forward")
     facts: list[Fact] = [
         (entity, relation, names.draw()) if forward else (names.draw(), relation, entity)
         for _ in range(count)
     ]
-    return _ask(rng, relation, entity, forward), facts, [TAIL if forward else HEAD] * count
+    return (
+        _word_question(rng, relation, entity, forward),
+        facts,
+        [TAIL if forward else HEAD] * count,
+    )
 
 
-def _distractor(names: NameSource, rng: random.Random, core: Sequence[Fact]) -> Fact:
-    """A fact that shares an entity or the relation with the core, or nothing."""
-    head, relation, tail = rng.choice(core)
+def _distractor(names: NameSource, rng: random.Random, gold: Sequence[Fact]) -> Fact:
+    """Draws a fact that shares an entity, the relation or nothing with a gold fact."""
+    head, relation, tail = rng.choice(gold)
     chance = rng.random()
     if chance < 0.3:
         return head, _different_relation(rng, relation), names.draw()
@@ -135,24 +140,26 @@ def _answers(facts: Sequence[tuple[str, str, str]], markers: Sequence[str]) -> t
     return tuple(dict.fromkeys(ends))
 
 
-def draw_sample(kind: str, names: NameSource, rng: random.Random, num_facts: int) -> Sample:
-    """One question of `kind` among `num_facts` facts, of which no distractor is an answer too.
+def draw_sample(
+    question_type: str, names: NameSource, rng: random.Random, num_facts: int
+) -> Sample:
+    """Draws a question of one type. No distractor answers it.
 
     Raises:
-        ValueError: if the kind is unknown or `num_facts` < 2.
+        ValueError: the type is unknown, or `num_facts` < 2.
     """
-    if kind not in KINDS or num_facts < 2:
+    if question_type not in QUESTION_TYPES or num_facts < 2:
         raise ValueError(
-            f"kind {kind!r} with {num_facts} facts; expected one of {KINDS}, >= 2 facts"
+            f"question_type {question_type!r}, num_facts {num_facts}: expected one of "
+            f"{QUESTION_TYPES} and at least 2 facts."
         )
-    question, core, markers = _core(kind, names, rng, num_facts)
-    asked = {(fact[0], fact[1].asked) for fact in core} | {
-        (fact[2], fact[1].asked) for fact in core
-    }
-    marked = list(zip(core, markers, strict=True))
+    question, gold, markers = _gold_facts(question_type, names, rng, num_facts)
+    taken = {(end, fact[1].question_text) for fact in gold for end in (fact[0], fact[2])}
+    marked = list(zip(gold, markers, strict=True))
     while len(marked) < num_facts:
-        fact = _distractor(names, rng, core)
-        if (fact[0], fact[1].asked) not in asked and (fact[2], fact[1].asked) not in asked:
+        fact = _distractor(names, rng, gold)
+        # A second fact with the question's relation at one of its entities could be an answer too.
+        if taken.isdisjoint((end, fact[1].question_text) for end in (fact[0], fact[2])):
             marked.append((fact, IRRELEVANT))
     rng.shuffle(marked)
     facts = tuple((head, relation.text, tail) for (head, relation, tail), _ in marked)
@@ -161,33 +168,39 @@ def draw_sample(kind: str, names: NameSource, rng: random.Random, num_facts: int
 
 
 def draw_drill(rng: random.Random, num_facts: int) -> Sample:
-    """Unrelated short facts of which any number holds an answer, head or tail, and no question.
+    """Draws unrelated short facts without a question. Only the markers tell the answers.
 
-    Only the markers tell, and the answers are many: the cheapest way to learn lists.
+    Many facts are answers, so this is the cheapest way to learn lists.
     """
-    facts = tuple((word(rng), rng.choice(NOUNS), word(rng)) for _ in range(num_facts))
+    facts = tuple(
+        (invented_word(rng), rng.choice(NOUNS), invented_word(rng)) for _ in range(num_facts)
+    )
     share = rng.uniform(0.2, 0.7)
     markers = [rng.choice((TAIL, HEAD)) if rng.random() < share else IRRELEVANT for _ in facts]
+    # A row without answers would supervise the end token alone.
     if all(marker == IRRELEVANT for marker in markers):
         markers[rng.randrange(num_facts)] = rng.choice((TAIL, HEAD))
     return Sample("", facts, tuple(markers), _answers(facts, markers))
 
 
 def without_clue(sample: Sample, names: NameSource, rng: random.Random) -> Sample:
-    """The same facts and answers, with a question whose text says nothing about them."""
+    """Copies a sample with a question whose text says nothing about the facts."""
     if rng.random() < 0.5:
-        question = _ask(rng, draw_relation(rng), names.draw(), rng.random() < 0.5)
+        question = _word_question(rng, draw_relation(rng), names.draw(), rng.random() < 0.5)
     else:
-        words = [word(rng).lower() if rng.random() < 0.5 else rng.choice(NOUNS) for _ in range(6)]
+        words = [
+            invented_word(rng).lower() if rng.random() < 0.5 else rng.choice(NOUNS)
+            for _ in range(6)
+        ]
         question = " ".join(words[: rng.randint(2, 6)])
     return replace(sample, question=question)
 
 
-def noisy_markers(sample: Sample, rng: random.Random, right: float) -> tuple[str, ...]:
-    """The sample's markers, each kept with probability `right`, else replaced by another one."""
+def noisy_markers(sample: Sample, rng: random.Random, marker_accuracy: float) -> tuple[str, ...]:
+    """Keeps each marker with probability `marker_accuracy`, else draws a wrong one."""
     return tuple(
         marker
-        if rng.random() < right
+        if rng.random() < marker_accuracy
         else rng.choice([other for other in MARKERS if other != marker])
         for marker in sample.markers
     )

@@ -1,4 +1,4 @@
-"""A byte-level vocabulary of 1,024 entries that gives a name the same tokens wherever it stands."""
+"""Trains a byte-level BPE of 1,024 entries. A name has the same tokens in every place."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from dragkit.generator.prompt import PromptTemplate
 from dragkit.tiny.names import NameSource
-from dragkit.tiny.tasks import KINDS, MARKERS, draw_sample
+from dragkit.tiny.tasks import MARKERS, QUESTION_TYPES, draw_sample
 
 PAD, BOS, EOS, NEUTRAL = "<pad>", "<bos>", "<eos>", "<slot>"
 SPECIAL = (PAD, BOS, EOS, *MARKERS, NEUTRAL)
 VOCAB_SIZE = 1024
 MAX_TOKENS = 4096
-LISTED_WEIGHT = 3
+# The listed texts count three times, so that their names become few tokens.
+LISTED_REPEATS = 3
 
 
 def _corpus(rng: random.Random, listed: Sequence[str], prompts: int) -> Iterator[str]:
     template = PromptTemplate()
     names = NameSource(rng, listed=listed)
     for _ in range(prompts):
-        sample = draw_sample(rng.choice(KINDS), names, rng, 6)
+        sample = draw_sample(rng.choice(QUESTION_TYPES), names, rng, 6)
         yield template.prefix(sample.question)
         for fact in sample.facts:
             yield template.fact(*fact)
@@ -34,34 +35,34 @@ def _corpus(rng: random.Random, listed: Sequence[str], prompts: int) -> Iterator
 
 
 def train_tokenizer(seed: int, listed: Sequence[str] = (), prompts: int = 2000) -> Tokenizer:
-    """Learns the merges on invented prompts and the listed texts.
-
-    Every text gets one space in front, which decoding takes off again: a head at the start of a
-    fact then has the very tokens of its mention in the question and in the answer.
+    """Learns the merges from invented prompts and from listed texts.
 
     Args:
         seed: seed of the prompts.
-        listed: further texts to do well on, such as the demo's entity names and questions.
+        listed: further texts, such as the demo's entity names and questions.
         prompts: number of invented prompts.
     """
     tokenizer = Tokenizer(models.BPE())
+    # Every text gets a leading space, which decoding strips. A head at the start of a fact then has
+    # the tokens that its mention in the question and in the answer has.
     tokenizer.normalizer = normalizers.Prepend(" ")
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         special_tokens=list(SPECIAL),
+        # All 256 bytes, so that any text can be encoded.
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     corpus = _corpus(random.Random(seed), listed, prompts)
-    texts = itertools.chain(corpus, *[listed] * LISTED_WEIGHT)
+    texts = itertools.chain(corpus, *[listed] * LISTED_REPEATS)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the two files that `AutoTokenizer.from_pretrained(folder)` reads."""
+    """Writes the files that `AutoTokenizer.from_pretrained(folder)` reads."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -76,7 +77,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def whole_pieces(tokenizer: Tokenizer) -> list[str]:
-    """Texts of the vocabulary entries that are whole printable characters without a line break."""
+    """Texts of the vocabulary entries that consist of whole printable characters."""
     pieces = []
     for index in range(len(SPECIAL), tokenizer.get_vocab_size()):
         text = decoders.ByteLevel().decode([tokenizer.id_to_token(index)])

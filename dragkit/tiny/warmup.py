@@ -1,4 +1,4 @@
-"""Makes the shipped generator from nothing: python -m dragkit.tiny.warmup --out DIR --seed 0."""
+"""Trains the bundled generator from a seed: python -m dragkit.tiny.warmup --out DIR --seed 0."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 import logging
 import platform
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ import transformers
 from tokenizers import Tokenizer
 from torch import nn
 
+from dragkit.console import run_main, setup_console
 from dragkit.data.relations import relation_text
 from dragkit.demo.kb import package_text, table_facts
-from dragkit.errors import DragkitError, WriteError
+from dragkit.errors import WriteError
 from dragkit.tiny.architecture import new_model
 from dragkit.tiny.batches import PromptWriter, collate
 from dragkit.tiny.curriculum import Curriculum
@@ -37,16 +37,16 @@ STEPS = 3600
 LEARNING_RATE = 1.5e-3
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.01
-MAX_NORM = 1.0
-RAMP_STEPS = 50
-DECAY_SHARE = 0.4
-LAST_RATE_SHARE = 0.02
-SLOT_NOISE = 0.5
-LOG_EVERY = 100
+MAX_GRAD_NORM = 1.0
+WARMUP_STEPS = 50
+DECAY_FRACTION = 0.4
+MIN_LR_RATIO = 0.02
+MAX_SLOT_NOISE = 0.5
+LOG_EVERY_STEPS = 100
 
 
 def demo_texts() -> tuple[list[str], list[str]]:
-    """Entity names of the demo, and the texts of its relations and questions; no facts."""
+    """Entity names of the demo, and the texts of its relations and questions."""
     facts = [fact for text in package_text("tables").values() for fact in table_facts(text)]
     names = sorted({name for head, _, tail in facts for name in (head, tail)})
     relations = sorted({relation_text(relation) for _, relation, _ in facts})
@@ -55,33 +55,36 @@ def demo_texts() -> tuple[list[str], list[str]]:
     return names, relations + questions
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Share of the learning rate at a step from 1: a short ramp, flat, then linear to nearly 0."""
-    left = (1 - step / steps) / DECAY_SHARE
-    return min(1.0, step / RAMP_STEPS) * min(1.0, max(LAST_RATE_SHARE, left))
+def lr_multiplier(step: int, steps: int) -> float:
+    """Factor on the learning rate at a step from 1: warm-up, constant, then linear decay."""
+    decay = (1 - step / steps) / DECAY_FRACTION
+    return min(1.0, step / WARMUP_STEPS) * min(1.0, max(MIN_LR_RATIO, decay))
 
 
 def train(model: nn.Module, curriculum: Curriculum, steps: int) -> int:
-    """Trains in place for `steps` optimizer steps; returns the tokens seen."""
+    """Trains in place for `steps` optimizer steps and returns the number of training tokens."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: rate_at(done + 1, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: lr_multiplier(done + 1, steps)
+    )
     model.train()
-    tokens, begin = 0, time.perf_counter()
+    tokens, start = 0, time.perf_counter()
     for step in range(1, steps + 1):
         batch = collate(curriculum.draw())
-        noise = 0.0 if curriculum.stage == "copy" else SLOT_NOISE
+        # Rows of the copy stage have no slots.
+        noise = 0.0 if curriculum.stage == "copy" else MAX_SLOT_NOISE
         logits, target = answer_logits(model, batch, noise)
         loss = F.cross_entropy(logits, target)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
         curriculum.observe(float((logits.argmax(-1) == target).float().mean()))
         tokens += batch.input_ids.numel()
-        if step % LOG_EVERY == 0:
+        if step % LOG_EVERY_STEPS == 0:
             logger.info(
                 "step %d of %d, %s with up to %d facts, loss %.2f, accuracy %s, %.0f s",
                 step,
@@ -90,13 +93,13 @@ def train(model: nn.Module, curriculum: Curriculum, steps: int) -> int:
                 curriculum.num_facts,
                 loss.item(),
                 {name: round(value, 3) for name, value in curriculum.accuracy.items()},
-                time.perf_counter() - begin,
+                time.perf_counter() - start,
             )
     return tokens
 
 
 def tensors_digest(model: nn.Module) -> str:
-    """SHA-256 over names and bytes of all tensors, to compare two runs."""
+    """SHA-256 of the names and bytes of all tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -105,30 +108,31 @@ def tensors_digest(model: nn.Module) -> str:
 
 
 def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
-    """Trains tokenizer and model from a seed, measures, and writes the model's folder.
+    """Trains tokenizer and model, measures exact match, and writes the model's folder.
 
     Args:
-        folder: where to write; made when missing.
-        seed: of everything random.
-        steps: optimizer steps; the learning rate follows their share.
-        num_questions: questions per cell of the exact-match table; 0 measures nothing.
+        folder: folder to write. It is created if it does not exist.
+        seed: seed of weights and training data.
+        steps: number of optimizer steps.
+        num_questions: questions per cell of the exact-match table. 0 skips the table.
 
     Returns:
-        The provenance record, as written to provenance.json.
+        The record in provenance.json.
 
     Raises:
-        WriteError: if the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
+    # With one thread sums have one order, so a seed gives the same bits again.
     torch.set_num_threads(1)
     names, texts = demo_texts()
     tokenizer = train_tokenizer(seed, names + texts)
     writer = PromptWriter(tokenizer)
-    kinds = {"pieces": tuple(whole_pieces(tokenizer)), "listed": tuple(names)}
-    source = NameSource(random.Random(seed), **kinds)
+    name_lists = {"pieces": tuple(whole_pieces(tokenizer)), "listed": tuple(names)}
+    name_source = NameSource(random.Random(seed), **name_lists)
     vocabulary = tokenizer.get_vocab_size()
-    curriculum = Curriculum(writer, source, range(len(SPECIAL), vocabulary))
+    curriculum = Curriculum(writer, name_source, range(len(SPECIAL), vocabulary))
     model = new_model(vocabulary, seed)
-    begin, cpu = time.perf_counter(), time.process_time()
+    start, cpu = time.perf_counter(), time.process_time()
     tokens = train(model, curriculum, steps)
     record = {
         "command": f"python -m dragkit.tiny.warmup --out DIR --seed {seed} --steps {steps}",
@@ -136,7 +140,7 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
         "steps": steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": tokens,
-        "training_s": round(time.perf_counter() - begin, 1),
+        "training_s": round(time.perf_counter() - start, 1),
         "training_cpu_s": round(time.process_time() - cpu, 1),
         "threads": 1,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -151,11 +155,11 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
         "float32_sha256": tensors_digest(model),
     }
     model.half()
-    # Training needs no cache; generation does.
+    # The cache is off in training, but generation needs it.
     model.config.use_cache = True
     if num_questions:
-        # What is measured is what is shipped: the weights after rounding to half precision.
-        table = exact_match_table(model.float(), writer, kinds, num_questions=num_questions)
+        # Measure the written weights, which are rounded to half precision.
+        table = exact_match_table(model.float(), writer, name_lists, num_questions=num_questions)
         record["exact_match"] = {"questions_per_cell": num_questions, "table": table}
         model.half()
     save(folder, model, tokenizer, record)
@@ -163,10 +167,10 @@ def warm_up(folder: Path, seed: int, steps: int, num_questions: int) -> dict:
 
 
 def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, record: dict) -> None:
-    """Writes the model's folder, and adds the hash of the written weights to the record.
+    """Writes the model's folder and adds the SHA-256 of the weights to the record.
 
     Raises:
-        WriteError: if the folder cannot be made or written.
+        WriteError: the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,33 +181,28 @@ def save(folder: Path, model: nn.Module, tokenizer: Tokenizer, record: dict) -> 
         text = json.dumps(record, indent=2) + "\n"
         (folder / "provenance.json").write_text(text, encoding="utf-8")
     except OSError as error:
-        message = f"{folder}: cannot write the model here ({error}); choose another --out"
-        raise WriteError(message) from error
+        raise WriteError(f"{folder}: cannot write the model: {error}. Change --out.") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of the warm-up."""
+    """Runs the command line and returns its exit code."""
+    return run_main(_warm_up_command, argv)
+
+
+def _warm_up_command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m dragkit.tiny.warmup", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps ({STEPS})")
-    parser.add_argument(
-        "--questions",
-        type=int,
-        default=128,
-        help="questions per cell of the table, 0 for none",
-    )
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the model")
+    add("--seed", type=int, default=0, help="seed of weights and training data (default 0)")
+    add("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
+    add("--questions", type=int, default=128, help="questions per cell of the table; 0 skips it")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setup_console(debug=False)
     transformers.utils.logging.disable_progress_bar()
-    try:
-        record = warm_up(args.out, args.seed, args.steps, args.questions)
-    except DragkitError as error:
-        logger.error("%s", error)
-        return error.exit_code
+    record = warm_up(args.out, args.seed, args.steps, args.questions)
     logger.info("%s", json.dumps(record, indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

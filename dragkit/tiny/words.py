@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def _split(text: str, mark: str | None = None) -> tuple[str, ...]:
-    """Parts of a text between marks, by default between white space."""
+    """Splits a text at a mark, or at white space without one, and joins broken lines."""
     return tuple(" ".join(part.split()) for part in text.split(mark))
 
 

@@ -1,4 +1,4 @@
-"""What is written down of a step whose gradients are not finite."""
+"""The record of a step whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import DragkitError
@@ -15,7 +15,7 @@ from dragkit.trainer.phase import StepOutput
 
 
 class NumericalError(DragkitError):
-    """A loss or gradient that is not finite; nothing was updated."""
+    """A gradient is not finite. The weights were not updated."""
 
     exit_code = 70
 
@@ -29,31 +29,29 @@ def numerical_error(
     outputs: Sequence[StepOutput],
     ranks: Ranks,
 ) -> NumericalError:
-    """The error that ends a run, with a record of the step beside it, which the first rank writes.
+    """Records a step with the gradient norm `norm` and returns the error to raise.
 
-    Args:
-        path: of the record; step: the optimizer step; norm: of all gradients.
-        parameters: trained ones by name, with their gradients.
-        questions, outputs: of this rank's micro-batches; ranks: all must come here.
+    Rank 0 writes `path`. Questions and outputs are those of this rank. All ranks must call this.
     """
-    bad = [name for name, parameter in parameters.items() if _not_finite(parameter.grad)]
+    bad = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+    ]
+    # As text, because JSON has no NaN and no infinity.
     parts = [{key: str(float(value)) for key, value in out.parts.items()} for out in outputs]
-    everyone = ranks.all_gather_object([list(questions), parts])
+    records = ranks.all_gather_object([list(questions), parts])
     record = {
         "step": step,
-        "questions": [question for own, _ in everyone for question in own],
-        "parts": [part for _, own in everyone for part in own],
+        "questions": [question for rank_questions, _ in records for question in rank_questions],
+        "parts": [part for _, rank_parts in records for part in rank_parts],
         "gradient_norm": str(norm),
         "parameters_with_bad_gradients": bad,
     }
     if ranks.is_main:
         path.write_text(json.dumps(record, indent=2) + "\n")
     return NumericalError(
-        f"step {step}: the gradient norm is {norm}, so nothing was updated. "
-        f"{len(bad)} parameters have such gradients, first {', '.join(bad[:3])}. "
+        f"step {step}: the gradient norm is {norm}, so the weights were not updated. "
+        f"{len(bad)} parameters have gradients that are not finite, first {', '.join(bad[:3])}. "
         f"Questions, losses and norms are in {path}. Lower --lr, or look at these questions."
     )
-
-
-def _not_finite(gradient: Tensor | None) -> bool:
-    return gradient is not None and not bool(torch.isfinite(gradient).all())

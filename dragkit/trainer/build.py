@@ -1,9 +1,10 @@
-"""What a run is built of: files, device, models, and how these are compiled or replayed."""
+"""Builds the parts of a run: device, files, memory plan, and the model of each phase."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -21,7 +22,6 @@ from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import TextEncoder
 from dragkit.trainer.compile import compile_generator, compile_retriever
-from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.question_dataset import QuestionDataset
@@ -29,14 +29,14 @@ from dragkit.trainer.replay import StepReplay, capture_for
 
 logger = logging.getLogger(__name__)
 
+# Batches whose largest sizes are the usual capacity of a CUDA graph.
 _BUCKET_SAMPLES = 8
-# Of a machine's memory, what copies of the weights may take while they are loaded.
-_HOST_SHARE = 0.8
+# Fraction of the host memory that copies of the weights may take while they are loaded.
+_HOST_FRACTION = 0.8
 
 
-@dataclass(frozen=True, slots=True)
-class DataPaths:
-    """The three files of a run; only `train` must exist."""
+class DataPaths(NamedTuple):
+    """The three files of a run. `bundled` marks the demo set."""
 
     train: str
     val: str | None
@@ -44,163 +44,142 @@ class DataPaths:
     bundled: bool
 
 
-def select_device(name: str) -> torch.device:
-    """The device of a run; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"run.device: {name} was asked for, but no CUDA device is available here."
-        )
-    return device
-
-
 def data_paths(config: TrainConfig) -> DataPaths:
     """The files named in the configuration, or the bundled demo set, built on first use."""
     data = config.data
-    if data.heuristics_path is not None:
-        return DataPaths(
-            data.heuristics_path, data.val_heuristics_path, data.test_heuristics_path, False
-        )
+    train, val, test = data.heuristics_path, data.val_heuristics_path, data.test_heuristics_path
+    if train is not None:
+        return DataPaths(train, val, test, bundled=False)
     from dragkit.demo import demo_files
 
     demo = demo_files(cache_root(data.cache_dir))
-    return DataPaths(
-        str(demo.train),
-        data.val_heuristics_path or str(demo.dev),
-        data.test_heuristics_path or str(demo.test),
-        True,
-    )
+    return DataPaths(str(demo.train), val or str(demo.dev), test or str(demo.test), bundled=True)
 
 
 def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.device:
-    """Process-wide settings of a run; returns its device, or that of this rank of it."""
+    """Applies the process-wide settings of a run and returns this rank's device.
+
+    Raises:
+        ConfigError: a CUDA device was named and this machine has none.
+    """
     if config.run.num_threads is not None:
         torch.set_num_threads(config.run.num_threads)
     # State-space decays underflow into denormals, which some processors handle very slowly.
     torch.set_flush_denormal(True)
-    device = (ranks or Ranks()).bind_device(select_device(config.run.device))
+    name, has_cuda = config.run.device, torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if has_cuda else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not has_cuda:
+        raise ConfigError(
+            f"run.device: {name} was given, but this machine has no CUDA device. Use --device cpu."
+        )
+    device = (ranks or Ranks()).bind_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
     return device
 
 
 def with_memory_plan(config: TrainConfig, device: torch.device, ranks: int = 1) -> TrainConfig:
-    """The configuration with what the plan chooses for a GPU; on a CPU nothing is chosen.
+    """The configuration with the memory plan's choices for a GPU. On a CPU it is unchanged.
 
     Raises:
-        ConfigError: the run does not fit; names settings with which it would.
+        ConfigError: the run does not fit. The message names settings with which it would.
     """
     if device.type != "cuda":
         return config
-    shape = generator_dims(config.generator, name=config.generator_model)
-    if shape is None:
-        logger.info("no plan for %s: it is not a Nemotron-H", config.generator_model)
+    dims = generator_dims(config.generator, name=config.generator_model)
+    if dims is None:
+        logger.info("no memory plan for %s: it is not a Nemotron-H", config.generator_model)
         return config
-    config = apply_memory_plan(config, shape, local_card(device), ranks)
-    chosen = config.generator
+    config = apply_memory_plan(config, dims, local_card(device), ranks)
     logger.info(
-        "plan: %d tokens in a generator pass, checkpointing %s (python -m dragkit.plan)",
-        chosen.max_tokens_per_microbatch,
-        chosen.activation_checkpointing,
+        "plan: %d tokens in a generator micro-batch, activation checkpointing %s "
+        "(python -m dragkit.plan)",
+        config.generator.max_tokens_per_microbatch,
+        config.generator.activation_checkpointing,
     )
     return config
 
 
+def num_shards(config: TrainConfig, ranks: Ranks) -> int:
+    """Number of ranks that the generator's frozen weights are sharded over. 1 means no sharding."""
+    return ranks.world_size if config.run.generator_fsdp else 1
+
+
+def compile_enabled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether models are compiled: `run.compile`, or by default on a GPU."""
+    return device.type == "cuda" if config.run.compile is None else config.run.compile
+
+
 def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:
-    """A fresh retriever; its weights are a function of the seed."""
+    """A new retriever, whose weights are a function of the seed."""
     torch.manual_seed(config.run.seed)
     return Retriever(config.retriever, encoder.dim)
 
 
-def shards(config: TrainConfig, ranks: Ranks) -> int:
-    """Parts into which the generator's frozen weights are cut; 1 leaves them whole."""
-    return ranks.world_size if config.run.generator_fsdp else 1
+def build_retriever_phase(
+    config: TrainConfig,
+    retriever: Retriever,
+    device: torch.device,
+    train: QuestionDataset,
+    ranks: Ranks | None = None,
+) -> RetrieverPhase:
+    """Phase 1 around a retriever on `device`, compiled and replayed as the configuration says.
+
+    The first batches of `train` give the usual capacity of a CUDA graph.
+    """
+    forward = compile_retriever(retriever) if compile_enabled(config, device) else None
+    capture = capture_for(device) if config.run.cuda_graphs else None
+    if capture is None or train.store.num_relations == 0:
+        return RetrieverPhase(config, retriever, forward=forward)
+    # Those of epoch 0 in a resumed run, too, so that capacities are the same.
+    batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
+    slices = (ranks or Ranks()).local_slices(batches)
+    # A slice may be empty where a batch has fewer questions than there are ranks.
+    samples = [rows or whole for rows, whole in zip(slices, batches, strict=True)]
+    make_replay = partial(
+        StepReplay,
+        buckets=Buckets([train.collator(rows) for rows in samples]),
+        capture=capture,
+        max_graphs=config.run.max_cuda_graphs,
+    )
+    return RetrieverPhase(config, retriever, forward=forward, make_replay=make_replay)
 
 
 def build_joint(
     config: TrainConfig, encoder: TextEncoder, device: torch.device, ranks: Ranks | None = None
 ) -> JointPhase:
-    """Phase 2's model with a fresh retriever and projector around the loaded generator.
-
-    Args:
-        config: of the run; encoder: of its texts; device: where the model goes.
-        ranks: those that may share out the generator's weights; None means this process alone.
-    """
+    """Phase 2 on `device`, with a new retriever and projector around the loaded generator."""
     ranks = ranks or Ranks()
     retriever = build_retriever(config, encoder)
     torch.manual_seed(config.run.seed + 1)
-    if shards(config, ranks) > 1:
-        model = _sharded(config, retriever, device, ranks)
+    if num_shards(config, ranks) > 1:
+        model = _sharded_joint(config, retriever, device, ranks)
     else:
         generator = load_generator(config.generator, device, name=config.generator_model)
         model = JointModel(config, retriever, generator)
-    if compiles(config, device):
+    forward = None
+    if compile_enabled(config, device):
         compile_generator(model.generator)
-    phase = JointPhase(config, model.to(device))
-    phase.ranks = ranks
-    return maybe_compile(phase, model.retriever, config, device)
+        forward = compile_retriever(retriever)
+    return JointPhase(config, model.to(device), ranks=ranks, forward=forward)
 
 
-def _sharded(
+def _sharded_joint(
     config: TrainConfig, retriever: Retriever, device: torch.device, ranks: Ranks
 ) -> JointModel:
-    """The joint model with this rank's part of the generator's frozen weights.
-
-    Every rank loads all weights before it cuts them, as many ranks at a time as the machine's
-    memory holds.
-    """
-    name, parts = config.generator_model, shards(config, ranks)
+    """The joint model with this rank's shards of the generator's frozen weights."""
+    name, shards = config.generator_model, num_shards(config, ranks)
     mesh = ranks.mesh(device)
     need = weight_bytes(config.generator, device, name=name)
-    with ranks.limited_concurrency(max(1, int(_HOST_SHARE * host_memory_bytes() / need))):
-        generator = load_generator(config.generator, device, name=name, num_shards=parts)
+    # Each rank loads all weights into host memory before it keeps its shards.
+    with ranks.limited_concurrency(max(1, int(_HOST_FRACTION * host_memory_bytes() / need))):
+        generator = load_generator(config.generator, device, name=name, num_shards=shards)
         fingerprint = frozen_fingerprint(generator)
         model = JointModel(config, retriever, generator)
         shard_generator(generator, mesh, ranks.all_reduce_max)
-    # Parts cannot be compared with one another later on.
+    # Compared here, because shards of different ranks cannot be compared later.
     ranks.require_same(fingerprint)
-    logger.info("the generator's frozen weights are cut between %d ranks", parts)
+    logger.info("the generator's frozen weights are sharded over %d ranks", shards)
     return model
-
-
-def compiles(config: TrainConfig, device: torch.device) -> bool:
-    """Whether the configuration or the device asks for compiled models."""
-    return device.type == "cuda" if config.run.compile is None else config.run.compile
-
-
-def maybe_compile(
-    phase: Phase, retriever: Retriever, config: TrainConfig, device: torch.device
-) -> Phase:
-    """Compiles the retriever's forward where the configuration or the device asks for it."""
-    if compiles(config, device):
-        phase.forward = compile_retriever(retriever)  # type: ignore[attr-defined]
-    return phase
-
-
-def maybe_replay(
-    phase: RetrieverPhase,
-    train: QuestionDataset,
-    config: TrainConfig,
-    device: torch.device,
-    ranks: Ranks | None = None,
-) -> None:
-    """Lets phase 1 replay its step, where the device can and the configuration does not object.
-
-    The usual size of a batch is that of the first ones of epoch 0, also in a resumed run.
-    """
-    capture = capture_for(device) if config.run.cuda_graphs else None
-    if capture is None or train.store.num_relations == 0:
-        return
-    batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
-    slices = (ranks or Ranks()).local_slices(batches)
-    samples = [own or whole for own, whole in zip(slices, batches, strict=True)]
-    phase.replay = StepReplay(
-        phase.loss,
-        list(phase.model.parameters()),
-        Buckets([train.collator(rows) for rows in samples]),
-        capture,
-        max_graphs=config.run.max_cuda_graphs,
-    )
-    train.to_device = False  # the replay copies a batch into the graph's own buffers

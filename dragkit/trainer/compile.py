@@ -14,38 +14,39 @@ from dragkit.generator.generator import Generator
 
 
 def use_dynamic_shapes() -> None:
-    """Settings of the compiler without which packs of other sizes cost graphs of their own."""
-    # Sizes that happen to be equal in one pack (as many questions as tokens, say) must not be taken
-    # to be equal in all: each such coincidence would cost a graph of its own.
+    """Sets the compiler's process-wide options so that packs of all sizes share one graph."""
+    # Sizes that are equal in one pack by chance (as many questions as tokens, say) would otherwise
+    # become one symbol, and the first pack where they differ would need another graph.
     torch.fx.experimental._config.use_duck_shape = False
     torch._dynamo.config.recompile_limit = 32
-    # Dropout rates are constants; as inputs they make every graph be traced twice.
+    # Dropout rates are constants. As graph inputs they would make Dynamo trace each graph twice.
     torch._dynamo.config.specialize_float = True
 
 
 def compile_retriever(retriever: nn.Module) -> Callable:
-    """The whole retriever as one graph with dynamic sizes."""
+    """The retriever's forward as one graph with dynamic sizes."""
     use_dynamic_shapes()
     return torch.compile(retriever, fullgraph=True, dynamic=True)
 
 
 def compile_generator(generator: Generator) -> None:
-    """The blocks of a generator, a graph for each kind of them with dynamic sizes."""
+    """Compiles the blocks of a generator, one graph per block type, with dynamic sizes."""
     use_dynamic_shapes()
     generator.compile_blocks()
 
 
 def num_compiled_graphs() -> int:
-    """Graphs that this process has compiled so far; in a run it soon stays as it is."""
+    """Number of graphs that this process has compiled. In a run it soon stops growing."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager:
-    """Mixed precision of retriever and projector: bfloat16 on a GPU unless told otherwise.
+    """Mixed precision of retriever and projector.
 
     Args:
-        precision: of the configuration; device: of the tensors.
-        cache: keep the converted weights; not while a CUDA graph is recorded.
+        precision: `run.precision`; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        device: of the tensors.
+        cache: keep the converted weights. Must be False while a CUDA graph is captured.
     """
     if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)

@@ -1,16 +1,19 @@
-"""A finished run, loaded again for evaluation: its settings come from the checkpoint."""
+"""Loads a finished run and evaluates it. Its settings come from the checkpoint."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import nn
 
 from dragkit import __version__
 from dragkit.checkpoint.checkpoint import load_checkpoint
-from dragkit.config import TrainConfig
-from dragkit.config.arguments import EvaluateArguments
+from dragkit.config import TrainConfig, read_saved_config
 from dragkit.data.cache import cache_root
 from dragkit.errors import ConfigError, MissingInputError
-from dragkit.eval.evaluate import evaluate
+from dragkit.eval.evaluate import EvaluationResult, evaluate
+from dragkit.generator.generator import Generator
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup_process
@@ -20,76 +23,174 @@ from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_s
 from dragkit.trainer.resume import resolve_checkpoint
 
 
-def _config(saved: TrainConfig, args: EvaluateArguments) -> TrainConfig:
-    """The run's configuration with what an evaluation may change."""
-    run = {"device": args.device}
-    if args.seed is not None:
-        run["seed"] = args.seed
-    if args.max_new_tokens is not None:
-        run["val_max_new_tokens"] = args.max_new_tokens
-    return saved.model_copy(update={"run": saved.run.model_copy(update=run)})
+class Run:
+    """A trained model with its settings. `load_run` builds it.
 
-
-def _files(config: TrainConfig, args: EvaluateArguments) -> list[str]:
-    if args.data:
-        return args.data
-    paths = data_paths(config)
-    found = paths.test or paths.val
-    if found is None:
-        raise MissingInputError(
-            f"{args.run}: the run names neither test nor validation questions; give --data FILE."
-        )
-    return [found]
-
-
-def evaluate_run(args: EvaluateArguments) -> dict:
-    """Scores of a run's model on files of questions.
-
-    Args:
-        args: the run folder, the files, and how many questions.
-
-    Returns:
-        JSON-ready: versions, checkpoint, configuration, and per file the report and predictions.
-
-    Raises:
-        ConfigError: its generator has random weights.
+    Attributes:
+        checkpoint: folder of the checkpoint.
+        step: optimizer steps up to the checkpoint.
+        config: the run's configuration, with the device and what `load_run` changed.
+        model: the retriever, or retriever and generator after phase 2, on the device.
     """
-    loaded = load_checkpoint(resolve_checkpoint(args.run, args.checkpoint))
-    config = _config(TrainConfig.model_validate(loaded.json["config"]), args)
-    if loaded.state.phase != "phase1" and is_random(config.generator_model):
-        raise ConfigError(
-            f"{args.run}: was trained with the generator {config.generator_model}. Random weights "
-            "answer nothing, so there is nothing to evaluate; its metrics.jsonl holds loss and "
-            "throughput."
+
+    def __init__(
+        self,
+        folder: str | Path,
+        checkpoint: str | int = "best",
+        device: str = "auto",
+        *,
+        seed: int | None = None,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        loaded = load_checkpoint(resolve_checkpoint(Path(folder), checkpoint))
+        saved = read_saved_config(loaded.json["config"], str(loaded.folder))
+        changed: dict[str, object] = {"device": device}
+        changed |= {} if seed is None else {"seed": seed}
+        changed |= {} if max_new_tokens is None else {"val_max_new_tokens": max_new_tokens}
+        run = type(saved.run).model_validate(saved.run.model_dump() | changed)
+        self.config: TrainConfig = saved.model_copy(update={"run": run})
+        self.checkpoint, self.step = loaded.folder, loaded.state.step
+        if loaded.state.phase != "phase1" and is_random(self.config.generator_model):
+            raise ConfigError(
+                f"{folder}: the run's generator {self.config.generator_model} has random weights, "
+                "so its answers mean nothing. metrics.jsonl in the run holds loss and throughput."
+            )
+        self._device = setup_process(self.config)
+        self._encoder = TextEncoder(
+            find_encoder(self.config.encoder.model), cache_root(self.config.data.cache_dir)
         )
-    device = setup_process(config)
-    encoder = TextEncoder(find_encoder(config.encoder.model), cache_root(config.data.cache_dir))
-    generator = None
-    phase: Phase
-    if loaded.state.phase == "phase1":
-        phase = RetrieverPhase(config, build_retriever(config, encoder).to(device))
-    else:
-        joint = build_joint(config, encoder, device)
-        generator, phase = joint.model.generator, joint
-    phase.load(loaded)
-    content: dict = {
-        "dragkit": __version__,
-        "checkpoint": str(loaded.folder),
-        "step": loaded.state.step,
-        "config": config.model_dump(mode="json"),
-        "files": {},
-    }
-    for path in _files(config, args):
+        self._generator: Generator | None = None
+        self._phase: Phase
+        if loaded.state.phase == "phase1":
+            retriever = build_retriever(self.config, self._encoder).to(self._device)
+            self._phase = RetrieverPhase(self.config, retriever)
+        else:
+            joint = build_joint(self.config, self._encoder, self._device)
+            self._generator, self._phase = joint.model.generator, joint
+        self._phase.load(loaded)
+        self.model: nn.Module = self._phase.model
+
+    def default_data(self) -> str:
+        """The run's test questions, else its validation questions.
+
+        Raises:
+            MissingInputError: the run has neither.
+        """
+        paths = data_paths(self.config)
+        path = paths.test or paths.val
+        if path is None:
+            raise MissingInputError(
+                f"{self.checkpoint.parent}: the run has neither test nor validation questions. "
+                "Name a question file (--data FILE)."
+            )
+        return path
+
+    def dataset(self, path: str | Path, batch_size: int | None = None) -> QuestionDataset:
+        """Reads a question file for this run's model.
+
+        Raises:
+            DataError: the file holds unusable rows.
+            MissingInputError: there is no such file.
+        """
         if not Path(path).is_file():
             raise MissingInputError(f"{path}: no such file.")
-        size = args.batch_size or evaluation_batch_size(config, generator, device)
-        source = QuestionDataset(path, config, encoder, generator, size)
-        result = evaluate(phase, source, device, limit=args.limit)
-        content["files"][str(path)] = {
-            "data_fingerprint": source.store.fingerprint,
-            "summary": source.store.summary,
+        size = batch_size or evaluation_batch_size(self.config, self._generator, self._device)
+        return QuestionDataset(path, self.config, self._encoder, self._generator, size)
+
+    def evaluate(
+        self,
+        data: str | Path | QuestionDataset | None = None,
+        *,
+        limit: int | None = None,
+        batch_size: int | None = None,
+    ) -> EvaluationResult:
+        """Answers the questions of a file and scores the answers.
+
+        Args:
+            data: question file (JSONL or JSONL.gz), or an opened one. None takes `default_data()`.
+            limit: number of questions from the start of the file. None takes all.
+            batch_size: questions per batch. None takes 32 on a CPU, and what fits on a GPU.
+
+        Returns:
+            `report.means` by metric with `report.counts`, and one entry of `predictions` per
+            question.
+
+        Raises:
+            DataError: the file holds unusable rows.
+            MissingInputError: there is no such file.
+        """
+        if not isinstance(data, QuestionDataset):
+            data = self.dataset(data or self.default_data(), batch_size)
+        return evaluate(self._phase, data, self._device, limit=limit)
+
+
+def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
+    """Loads a run for evaluation.
+
+    Args:
+        folder: folder of a run, or of one of its checkpoints.
+        checkpoint: "best", "latest" or a step.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the run's generator has random weights.
+        MissingInputError: there is no such run or checkpoint.
+    """
+    return Run(folder, checkpoint, device)
+
+
+def evaluate_run(
+    folder: str | Path,
+    data: Sequence[str | Path] = (),
+    checkpoint: str | int = "best",
+    device: str = "auto",
+) -> dict[str, dict[str, float]]:
+    """Loads a run and evaluates it on question files.
+
+    Args:
+        folder: folder of a run, or of one of its checkpoints.
+        data: question files. An empty sequence takes the run's test, else validation questions.
+        checkpoint: "best", "latest" or a step.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        By file, the mean of each metric. `Run.evaluate` also gives the predictions.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: the run's generator has random weights.
+        DataError: a file holds unusable rows.
+        MissingInputError: there is no such run, checkpoint or file.
+    """
+    run = load_run(folder, checkpoint, device)
+    paths = [str(path) for path in data] or [run.default_data()]
+    return {path: dict(run.evaluate(path).report.means) for path in paths}
+
+
+def evaluation_document(
+    run: Run, data: Sequence[str], *, limit: int | None = None, batch_size: int | None = None
+) -> dict:
+    """Evaluates question files for `python -m dragkit.evaluate`.
+
+    Returns:
+        JSON-ready versions, checkpoint and configuration, and by file report and predictions.
+    """
+    files = {}
+    for path in data or [run.default_data()]:
+        dataset = run.dataset(path, batch_size)
+        result = run.evaluate(dataset, limit=limit)
+        files[path] = {
+            "data_fingerprint": dataset.store.fingerprint,
+            "summary": dataset.store.summary,
             **result.report.to_dict(),
             "table": result.report.to_table(),
             "predictions": result.predictions,
         }
-    return content
+    return {
+        "dragkit": __version__,
+        "checkpoint": str(run.checkpoint),
+        "step": run.step,
+        "config": run.config.model_dump(mode="json"),
+        "files": files,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +34,8 @@ from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
 from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
-from dragkit.trainer.phase import Phase, StepOutput
-from dragkit.trainer.progress import Progress
+from dragkit.trainer.phase import STATE_FILE, Phase, StepOutput
+from dragkit.trainer.progress import MetricsLog, Progress
 from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit.trainer.signals import StopSignal
 
@@ -48,16 +47,16 @@ MAX_FAILED_SAVES = 3
 class Trainer:
     """Runs a phase over its data: epochs, optimizer steps, validation, checkpoints.
 
-    Every random draw is a function of the seed and the step, so a resumed run continues exactly
-    where the interrupted one would have gone.
+    Every random draw is a function of the seed and the step, so a resumed run repeats the
+    uninterrupted one bit for bit.
 
     Args:
-        config: of the run; phase: what is trained.
-        train, val: data; `val` may be None.
-        run_dir: where checkpoints, metrics and the configuration go.
-        device: where the models are.
-        command_dir: the folder that `--resume` is given; None means `run_dir`.
-        ranks: those that train together; None means this process alone.
+        config, phase: what is trained, and how.
+        train, val: training and validation questions. Without `val` nothing is validated.
+        run_dir: folder of checkpoints, metrics and configuration.
+        device: of the model.
+        command_dir: folder that the user resumes. None means `run_dir`.
+        ranks: ranks that train together. None means this process alone.
     """
 
     def __init__(
@@ -80,115 +79,98 @@ class Trainer:
         self.train_set, self.val_set = train, val
         self.relations = train.relations.to(device)
         self.epochs = config.optim.epochs_in(config.run.phase)
-        steps = [self._steps_in_epoch(epoch) for epoch in range(self.epochs)]
-        self.total_steps = sum(steps)
+        self.total_steps = sum(self._steps_in_epoch(epoch) for epoch in range(self.epochs))
         self.optimizer = build_optimizer(phase.parameter_groups(), device)
         self.parameters = trained_parameters(self.optimizer)
+        # The optimizer reorders parameters by group, so saved states are keyed by name.
         names = {id(p): name for name, p in phase.model.named_parameters()}
-        self.names = [names[id(p)] for p in self.parameters]
+        self.parameter_names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
+        origin = {"data": train.store.fingerprint}
+        origin |= {"dragkit": __version__, "torch": torch.__version__}
         self.state = TrainState(
-            phase=phase.name,
-            epoch=0,
-            step=0,
-            batch=0,
-            questions_seen=0,
-            best=None,
-            extra={
-                "data": train.store.fingerprint,
-                "dragkit": __version__,
-                "torch": torch.__version__,
-            },
+            phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, extra=origin
         )
+        self.metrics = MetricsLog(run_dir, enabled=self.ranks.is_main)
         self.meter = ThroughputMeter(device)
-        self.window = ProfileWindow(
+        self.profile_window = ProfileWindow(
             config.run.profile_steps,
             run_dir if config.run.profile_trace and self.ranks.is_main else None,
         )
 
     def _steps_in_epoch(self, epoch: int) -> int:
-        return math.ceil(
-            len(self.train_set.batch_sampler.batches(epoch)) / self.config.optim.accumulation_steps
-        )
+        num_batches = len(self.train_set.batch_sampler.batches(epoch))
+        return math.ceil(num_batches / self.config.optim.accumulation_steps)
 
     def resume(self, loaded: LoadedCheckpoint) -> None:
-        """Continues from a checkpoint of this phase: weights, optimizer, schedule, position.
+        """Restores weights, optimizer, schedule and position from a checkpoint of this phase.
 
         Raises:
             CheckpointError: its weights do not fit, or it was trained on other questions.
         """
         if loaded.state.extra.get("data") != self.train_set.store.fingerprint:
             raise CheckpointError(
-                f"{loaded.folder}: was trained on other questions than {self.train_set.path} now "
-                "holds, so it cannot be continued. Start a new run in another folder."
+                f"{loaded.folder}: its run was trained on other questions than those now in "
+                f"{self.train_set.path}, so it cannot be resumed. Start a new run in another "
+                "folder."
             )
         self.phase.load(loaded)
-        restore_optimizer_state(self.optimizer, self.names, loaded.tensors["optim"])
+        restore_optimizer_state(self.optimizer, self.parameter_names, loaded.tensors["optim"])
         self.state = loaded.state
         saved = loaded.json["config"]["run"]  # type: ignore[index, call-overload]
         if saved["val_generation"] != self.config.run.val_generation:
-            # The best value so far is of another metric than those to come.
+            # `val_generation` selects the metric, so the best value is not comparable any more.
             self.state = replace(self.state, best=None)
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
-        if self.ranks.is_main:
-            self._forget_after(self.state.step)
-
-    def _forget_after(self, step: int) -> None:
-        """Drops log lines of steps that are about to be done again."""
-        path = self.run_dir / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-            write_text_atomically(path, "".join(kept))
+        self.metrics.drop_after(self.state.step)
 
     def fit(self) -> TrainState:
         """Trains to the last epoch and returns the final state.
 
         Raises:
-            Interrupted: a stop signal came; the state is saved.
-            NumericalError: a loss or gradient was not finite; nothing was updated by it.
+            Interrupted: a stop signal came. The state has been saved.
+            NumericalError: a gradient was not finite. The step was not applied.
         """
         if self.ranks.is_main:
             make_dirs(self.run_dir)
         self._require_same(weight_fingerprint)
         progress = Progress(
             self.phase.name,
-            self.total_steps,
-            done=self.state.step,
-            every=self.config.run.log_every_steps,
-            meter=self.meter,
-            record=self.record,
-            ranks=self.ranks,
+            (self.state.step, self.total_steps),
+            self.config.run.log_every_steps,
+            self.meter,
+            self.metrics,
+            self.ranks,
         )
-        with StopSignal() as stop, progress, self.window:
+        save_every = self.config.run.save_every_steps
+        with StopSignal() as stop, progress, self.profile_window:
             self.stop = stop
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
-                    self.window.tick(self.state.step)
+                    self.profile_window.tick(self.state.step)
                     outputs = self.train_step(batches)
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
-                    every = self.config.run.save_every_steps
+                    # Several ranks stop in `_reduce_counts`, where all of them learn of a signal.
                     if stop.requested and self.ranks.is_single:
-                        self._interrupted()
-                    if every and self.state.step % every == 0:
+                        self._interrupt()
+                    if save_every and self.state.step % save_every == 0:
                         self.save(is_best=False)
                 self.end_epoch()
+                # A signal in the last epoch comes too late to interrupt anything.
                 (stopping,) = self.ranks.all_reduce_sum([int(stop.requested)])
                 if stopping and self.state.epoch < self.epochs:
-                    self._interrupted(saved=True)
+                    self._interrupt(saved=True)
         return self.state
 
     def _require_same(self, fingerprint: Callable[[nn.Module], dict[str, str]]) -> None:
-        """Stops where the ranks do not stand at the same step with the same weights."""
+        """Raises where the ranks differ in the step or the fingerprint of the weights."""
         self.ranks.progress = f"at step {self.state.step}"
         if not self.ranks.is_single:
             self.ranks.require_same({"step": self.state.step, **fingerprint(self.phase.model)})
 
-    def _interrupted(self, *, saved: bool = False) -> None:
+    def _interrupt(self, *, saved: bool = False) -> None:
         if not saved:
             self.save(is_best=False)
         raise Interrupted(
@@ -196,48 +178,53 @@ class Trainer:
             f"Continue with the same command and --resume {self.command_dir}"
         )
 
+    def load_batches(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
+        """Collated training batches for this phase, see `QuestionDataset.load`."""
+        return self.train_set.load(
+            batches, self.device, to_device=not self.phase.takes_host_batches
+        )
+
     def _steps(self) -> Iterator[list[QuestionBatch | None]]:
-        """The rest of the current epoch, as the micro-batches of one optimizer step each.
+        """Yields the micro-batches of each optimizer step for the rest of the current epoch.
 
-        Of several ranks, each has its slice of every batch, and None where that is empty.
+        Each rank has its slice of every batch. An empty slice is None.
         """
-        rows = self.ranks.local_slices(
-            self.train_set.batch_sampler.batches(self.state.epoch)[self.state.batch :]
-        )
-        loaded = self.train_set.load([own for own in rows if own], self.device)
-        batches = (next(loaded) if own else None for own in rows)
-        while window := list(islice(batches, self.config.optim.accumulation_steps)):
-            yield window
+        batches = self.train_set.batch_sampler.batches(self.state.epoch)[self.state.batch :]
+        local_slices = self.ranks.local_slices(batches)
+        loaded = self.load_batches([rows for rows in local_slices if rows])
+        microbatches = (next(loaded) if rows else None for rows in local_slices)
+        while step := list(islice(microbatches, self.config.optim.accumulation_steps)):
+            yield step
 
-    def _agree(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
-        """Counts of the step and its questions over all ranks; all stop where one is asked to."""
+    def _reduce_counts(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
+        """Sums the step's counts and questions over ranks. All ranks stop where one is asked to."""
         self.ranks.progress = f"at step {self.state.step}"
-        own = self.phase.counts(batches)
+        counts = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)
-        stop = self.stop is not None and self.stop.requested
-        *sums, questions, stopping = self.ranks.all_reduce_sum(
-            [*own.values(), questions, int(stop)]
-        )
+        stop = int(self.stop is not None and self.stop.requested)
+        # One reduction for all host numbers of a step, because each one is a round trip.
+        *sums, questions, stopping = self.ranks.all_reduce_sum([*counts.values(), questions, stop])
         if stopping and not self.ranks.is_single:
-            self._interrupted()
-        return dict(zip(own, sums, strict=True)), questions
+            self._interrupt()
+        return dict(zip(counts, sums, strict=True)), questions
 
     def train_step(self, batches: Sequence[QuestionBatch | None]) -> list[StepOutput]:
-        """One optimizer step over its micro-batches."""
+        """Runs one optimizer step over its micro-batches. None is an empty slice of a batch."""
         present = [batch for batch in batches if batch is not None]
-        counts, questions = self._agree(present)
-        divisors = {name: float(max(count, 1)) for name, count in counts.items()}
+        counts, questions = self._reduce_counts(present)
+        denominators = {name: float(max(count, 1)) for name, count in counts.items()}
         self.phase.model.train()
-        # Dropout is the only draw from torch's own generator; seeding it per step makes it, too,
-        # a function of (seed, step); and of the rank, lest ranks drop alike.
+        # Dropout alone draws from torch's generator. Seeding it here makes dropout a function of
+        # seed, step and rank, as resuming needs.
         torch.manual_seed((self.config.run.seed << 32) + (self.ranks.rank << 24) + self.state.step)
         outputs = [
             self.phase.idle_step(self.device)
             if batch is None
-            else self.phase.training_step(batch, self.relations, divisors, self.state.step)
+            else self.phase.training_step(batch, self.relations, denominators, self.state.step)
             for batch in batches
         ]
         with nvtx_range("optimizer"):
+            # Summed first, because norm and clipping are those of the whole batch's gradient.
             self.ranks.all_reduce_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, present, outputs)
@@ -251,35 +238,31 @@ class Trainer:
             sum(o.num_facts for o in outputs),
             sum(o.num_tokens for o in outputs),
         )
-        state = self.state
         self.state = replace(
-            state,
-            step=state.step + 1,
-            batch=state.batch + len(batches),
-            questions_seen=state.questions_seen + questions,
+            self.state,
+            step=self.state.step + 1,
+            batch=self.state.batch + len(batches),
+            questions_seen=self.state.questions_seen + questions,
         )
         return outputs
 
     def _check_finite(
         self, norm: Tensor, batches: list[QuestionBatch], outputs: list[StepOutput]
     ) -> None:
-        """Stops before an update that would ruin the weights."""
+        """Raises before an update with gradients that are not finite."""
         if self.device.type != "cpu":
-            # Asked on the device, so that the host does not wait for every step.
+            # The device checks, so that the host does not wait for every step.
             torch._assert_async(torch.isfinite(norm))
             return
         if math.isfinite(float(norm)):
             return
-        questions = [
-            self.train_set.store.question(row).id for batch in batches for row in batch.rows
-        ]
-        path = self.run_dir / f"anomaly-{self.state.step:08d}.json"
+        store = self.train_set.store
         error = numerical_error(
-            path,
+            self.run_dir / f"anomaly-{self.state.step:08d}.json",
             self.state.step,
             float(norm),
-            dict(zip(self.names, self.parameters, strict=True)),
-            questions,
+            dict(zip(self.parameter_names, self.parameters, strict=True)),
+            [store.question(row).id for batch in batches for row in batch.rows],
             outputs,
             self.ranks,
         )
@@ -287,19 +270,18 @@ class Trainer:
         raise error
 
     def end_epoch(self) -> None:
-        """Validates, moves to the next epoch, saves."""
+        """Validates, advances to the next epoch, saves."""
         self.state = replace(self.state, epoch=self.state.epoch + 1, batch=0)
-        best = False
+        is_best = False
         if self.val_set is not None:
-            report = self.validate()
-            score = self.phase.score(report.means)
-            best = score is not None and (self.state.best is None or score > self.state.best)
-            if best:
+            score = self.phase.score(self.validate().means)
+            is_best = score is not None and (self.state.best is None or score > self.state.best)
+            if is_best:
                 self.state = replace(self.state, best=score)
-        self.save(is_best=best)
+        self.save(is_best=is_best)
 
     def validate(self) -> Report:
-        """Metrics on the validation questions, logged."""
+        """Evaluates on the validation questions and logs the metrics."""
         result = evaluate(
             self.phase,
             self.val_set,
@@ -310,51 +292,40 @@ class Trainer:
         )
         for line in result.sample_lines(self.config.run.val_log_samples):
             logger.info(line)
-        self.record({"epoch": self.state.epoch, "validation": result.report.means})
-        logger.info("epoch %d: %s", self.state.epoch, result.summary_line())
+        epoch, means = self.state.epoch, result.report.means
+        self.metrics.append(self.state.step, {"epoch": epoch, "validation": means})
+        logger.info("epoch %d: %s", epoch, result.summary_line())
         return result.report
 
-    def record(self, entry: dict) -> None:
-        """Appends a line to metrics.jsonl."""
-        if not self.ranks.is_main:
-            return
-        with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.state.step, **entry}) + "\n")
-
     def save(self, *, is_best: bool) -> None:
-        """Writes a checkpoint of everything that `resume` needs; the first rank does.
-
-        A disk that is full for a while must not end a long run: training goes on after a failed
-        save, and gives up at the third in a row.
+        """Writes a checkpoint with everything that `resume` needs. Only rank 0 writes.
 
         Raises:
-            WriteError: three saves in a row have failed.
+            WriteError: `MAX_FAILED_SAVES` saves in a row have failed.
         """
         self._require_same(trained_fingerprint)
         if self.ranks.is_main:
-            self._save_or_go_on(is_best=is_best)
+            try:
+                self._write_checkpoint(is_best=is_best)
+                self.failed_saves = 0
+            except WriteError as error:
+                # A disk that is full for a while must not end a long run.
+                self.failed_saves += 1
+                if self.failed_saves >= MAX_FAILED_SAVES:
+                    raise
+                logger.warning(
+                    "%s\n  training continues (%d failed saves)", error, self.failed_saves
+                )
         self.ranks.barrier()
 
-    def _save_or_go_on(self, *, is_best: bool) -> None:
-        try:
-            self._save(is_best=is_best)
-            self.failed_saves = 0
-        except WriteError as error:
-            self.failed_saves += 1
-            if self.failed_saves >= MAX_FAILED_SAVES:
-                raise
-            logger.warning("%s\n  training goes on (%d failed saves)", error, self.failed_saves)
-
-    def _save(self, *, is_best: bool) -> None:
-        heads, folders = self.phase.trainable_state(), {}
-        if (adapter := self.phase.adapter_writer()) is not None:
-            folders["adapter"] = adapter
+    def _write_checkpoint(self, *, is_best: bool) -> None:
+        adapter = self.phase.adapter_writer()
         snapshot = Snapshot(
             tensors={
-                "heads": heads,
-                "optim": flatten_optimizer_state(self.optimizer, self.names),
+                STATE_FILE: self.phase.trainable_state(),
+                "optim": flatten_optimizer_state(self.optimizer, self.parameter_names),
             },
-            folders=folders,
+            folders={} if adapter is None else {"adapter": adapter},
             json={"config": self.config.model_dump(mode="json")},
         )
         write_text_atomically(self.run_dir / "config.yaml", dump_config(self.config))

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule; one parameter group per role."""
+"""Optimizer and learning-rate schedule, with one parameter group per role."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from dragkit.config import OptimConfig
 
 
 def build_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the phase's groups; biases and norms are not decayed.
+    """AdamW over the phase's groups, without weight decay for biases, norms and scalars.
 
     Args:
-        groups: dicts with `name`, `params`, `lr`, `weight_decay`; device: of the parameters.
+        groups: dicts with `name`, `params`, `lr`, `weight_decay`.
+        device: of the parameters.
     """
     split = []
     for group in groups:
-        wide = [p for p in group["params"] if p.requires_grad and p.dim() > 1]
-        narrow = [p for p in group["params"] if p.requires_grad and p.dim() <= 1]
-        if wide:
-            split.append({**group, "params": wide})
-        if narrow:
-            split.append({**group, "params": narrow, "weight_decay": 0.0})
+        matrices = [p for p in group["params"] if p.requires_grad and p.dim() > 1]
+        vectors = [p for p in group["params"] if p.requires_grad and p.dim() <= 1]
+        if matrices:
+            split.append({**group, "params": matrices})
+        if vectors:
+            split.append({**group, "params": vectors, "weight_decay": 0.0})
     return torch.optim.AdamW(split, fused=True)
 
 
 def lr_multiplier(step: int, total: int, warmup: int, floor: float) -> float:
-    """Share of the peak rate at `step`: linear warm-up, then a cosine down to `floor`."""
+    """Fraction of the peak rate at `step`: linear warm-up, then a cosine down to `floor`."""
+    # Counted from 1, because a rate of zero would waste the first step.
     if step < warmup:
         return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
@@ -40,7 +42,7 @@ def lr_multiplier(step: int, total: int, warmup: int, floor: float) -> float:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: OptimConfig, total_steps: int, *, done: int = 0
 ) -> LambdaLR:
-    """The schedule, stepped once per optimizer step, of which `done` are behind us."""
+    """The schedule, stepped once per optimizer step. A resumed run has `done` steps already."""
     warmup = max(1, round(config.warmup_ratio * total_steps))
     return LambdaLR(
         optimizer,

@@ -1,14 +1,18 @@
-"""What a run shows while it goes: a bar on a terminal, a line every N steps elsewhere."""
+"""What a run reports: metrics.jsonl, and a bar on a terminal or a log line every N steps."""
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from dragkit.checkpoint.atomic import write_text_atomically
 from dragkit.checkpoint.checkpoint import TrainState
 from dragkit.distributed.ranks import Ranks
 from dragkit.observe.throughput import Throughput, ThroughputMeter
@@ -17,58 +21,59 @@ from dragkit.trainer.phase import StepOutput
 
 logger = logging.getLogger(__name__)
 
-# Parts that add up over the micro-batches of a step; the others are averaged.
-_SHARES = ("retrieval", "generator", "token_accuracy")
+# Parts that add up over micro-batches and ranks. All others are averaged.
+_SUMMED = ("loss", "retrieval", "generator", "token_accuracy")
+
+Means = dict[str, float]
 
 
-def _of_all_ranks(
-    everyone: list[tuple[dict[str, float], int, Throughput]],
-) -> tuple[dict[str, float], Throughput]:
-    """One log entry from those of all ranks: means, questions behind them, and rates."""
-    means: dict[str, float] = {}
-    for name in dict.fromkeys(name for own, _, _ in everyone for name in own):
-        found = [(own[name], questions) for own, questions, _ in everyone if name in own]
-        means[name] = sum(value for value, _ in found)
-        if name not in ("loss", *_SHARES):
-            weighted = sum(value * questions for value, questions in found)
-            means[name] = weighted / max(sum(questions for _, questions in found), 1)
-    rates = [rate for _, _, rate in everyone]
-    return means, Throughput(
-        questions_per_s=sum(rate.questions_per_s for rate in rates),
-        facts_per_s=sum(rate.facts_per_s for rate in rates),
-        tokens_per_s=sum(rate.tokens_per_s for rate in rates),
-        step_ms=rates[0].step_ms,
-        peak_mem_gib=max(rate.peak_mem_gib for rate in rates),
-    )
+class MetricsLog:
+    """metrics.jsonl, one JSON object per line with its optimizer step. Only rank 0 enables it."""
+
+    def __init__(self, run_dir: Path, *, enabled: bool) -> None:
+        self.path, self.enabled = run_dir / "metrics.jsonl", enabled
+
+    def append(self, step: int, entry: dict) -> None:
+        """Appends one entry."""
+        if self.enabled:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Drops the lines of later steps, which a resumed run repeats, and a partial last line."""
+        if self.enabled and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = (line for line in lines if line.endswith("\n"))
+            text = "".join(line for line in whole if json.loads(line)["step"] <= step)
+            write_text_atomically(self.path, text)
 
 
 class Progress:
-    """Reads the step's tensors only every `every` steps, since reading waits for them.
+    """Shows and logs the means of the last `every` optimizer steps.
+
+    Reading a tensor waits for the device, so tensors are read every `every` steps only. Rank 0
+    shows the merged entries of all ranks.
 
     Args:
-        phase: its name, for the bar and the log.
-        total_steps, done: optimizer steps of the whole run, and those before this process.
-        every: steps between two entries.
-        meter: counts the work of this rank.
-        record: appends an entry to metrics.jsonl.
-        ranks: whose entries are put together; the first one shows them.
+        phase: its name.
+        steps: optimizer steps done before this process, and those of the whole run.
+        every: optimizer steps between two entries.
+        meter, metrics, ranks: of the trainer.
     """
 
     def __init__(
         self,
         phase: str,
-        total_steps: int,
-        *,
-        done: int,
+        steps: tuple[int, int],
         every: int,
         meter: ThroughputMeter,
-        record: Callable[[dict], None],
+        metrics: MetricsLog,
         ranks: Ranks,
     ) -> None:
-        self.phase, self.total_steps, self.every = phase, total_steps, every
-        self.meter, self.record, self.ranks = meter, record, ranks
-        self._done = done
-        self._parts: list[dict[str, torch.Tensor]] = []
+        self.phase, self.every = phase, every
+        self.meter, self.metrics, self.ranks = meter, metrics, ranks
+        self._done, self.total_steps = steps
+        self._steps: list[dict[str, Tensor]] = []
         self._questions = 0
 
     def __enter__(self) -> Progress:
@@ -86,64 +91,69 @@ class Progress:
         self.bar.close()
 
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
-        """Counts one optimizer step.
-
-        Args:
-            outputs: of its micro-batches; state: after the step; lr: of the next one.
-        """
-        self._parts.append(_sum_over_micro_batches(outputs))
+        """Counts one optimizer step. `state` is after it, `lr` is of the next one."""
+        self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)
         if state.step % self.every and state.step != self.total_steps:
             return
-        names = dict.fromkeys(name for part in self._parts for name in part)
+        names = dict.fromkeys(name for parts in self._steps for name in parts)
+        # A part may be absent from some steps, such as the gradient norms.
         means = {
-            name: float(torch.stack([p[name].float() for p in self._parts if name in p]).mean())
+            name: float(torch.stack([p[name].float() for p in self._steps if name in p]).mean())
             for name in names
         }
         rate = self.meter.read()
-        everyone = self.ranks.all_gather_object((means, self._questions, rate))
-        self._parts.clear()
+        all_entries = self.ranks.all_gather_object((means, self._questions, rate))
+        self._steps.clear()
         self._questions = 0
         if not self.ranks.is_main:
             return
-        if len(everyone) > 1:
-            means, rate = _of_all_ranks(everyone)
+        if len(all_entries) > 1:
+            means, rate = _reduce_ranks(all_entries)
         self._show(means, rate, state.step)
-        self.record(
-            {
-                "epoch": state.epoch,
-                "train": means,
-                "lr": lr,
-                "questions_per_s": rate.questions_per_s,
-                "facts_per_s": rate.facts_per_s,
-                "tokens_per_s": rate.tokens_per_s,
-                "peak_mem_gib": rate.peak_mem_gib,
-                "compiled_graphs": num_compiled_graphs(),
-            }
-        )
+        entry = {"epoch": state.epoch, "train": means, "lr": lr, **asdict(rate)}
+        del entry["step_ms"]
+        entry["compiled_graphs"] = num_compiled_graphs()
+        self.metrics.append(state.step, entry)
 
-    def _show(self, means: dict[str, float], rate: Throughput, step: int) -> None:
+    def _show(self, means: Means, rate: Throughput, step: int) -> None:
         shown = {name: f"{value:.4g}" for name, value in means.items()}
         shown["questions/s"] = f"{rate.questions_per_s:.0f}"
         self.bar.set_postfix(shown)
         if self.bar.disable:
-            logger.info(
-                "%s step %d/%d %s, %.0f s left",
-                self.phase,
-                step,
-                self.total_steps,
-                ", ".join(f"{k} {v}" for k, v in shown.items()),
-                (self.total_steps - step) * rate.step_ms / 1e3,
-            )
+            values = ", ".join(f"{k} {v}" for k, v in shown.items())
+            seconds = (self.total_steps - step) * rate.step_ms / 1e3
+            steps = f"{step}/{self.total_steps}"
+            logger.info("%s step %s %s, %.0f s left", self.phase, steps, values, seconds)
 
 
-def _sum_over_micro_batches(outputs: list[StepOutput]) -> dict[str, torch.Tensor]:
-    """One step's scalars: loss and shares are added up, the others averaged."""
-    total = {"loss": sum(out.loss for out in outputs)}
-    for name in dict.fromkeys(name for out in outputs for name in out.parts):
-        found = [out.parts[name] for out in outputs if name in out.parts]
-        total[name] = sum(found)
-        if name not in _SHARES:
-            total[name] = total[name] / len(found)
-    return total
+def _reduce_microbatches(outputs: list[StepOutput]) -> dict[str, Tensor]:
+    """The scalars of one optimizer step from those of its micro-batches."""
+    entries = [{"loss": out.loss, **out.parts} for out in outputs]
+    reduced = {}
+    for name in dict.fromkeys(name for entry in entries for name in entry):
+        values = [entry[name] for entry in entries if name in entry]
+        reduced[name] = sum(values) if name in _SUMMED else sum(values) / len(values)
+    return reduced
+
+
+def _reduce_ranks(entries: list[tuple[Means, int, Throughput]]) -> tuple[Means, Throughput]:
+    """Merges means, questions and rates of all ranks. Averages are weighted by questions."""
+    reduced: Means = {}
+    for name in dict.fromkeys(name for means, _, _ in entries for name in means):
+        values = [(means[name], questions) for means, questions, _ in entries if name in means]
+        if name in _SUMMED:
+            reduced[name] = sum(value for value, _ in values)
+        else:
+            weighted = sum(value * questions for value, questions in values)
+            reduced[name] = weighted / max(sum(questions for _, questions in values), 1)
+    # Ranks step together, so any rank's step time is everyone's.
+    rates = [rate for _, _, rate in entries]
+    return reduced, Throughput(
+        questions_per_s=sum(rate.questions_per_s for rate in rates),
+        facts_per_s=sum(rate.facts_per_s for rate in rates),
+        tokens_per_s=sum(rate.tokens_per_s for rate in rates),
+        step_ms=rates[0].step_ms,
+        peak_mem_gib=max(rate.peak_mem_gib for rate in rates),
+    )

@@ -1,4 +1,4 @@
-"""A data set ready for training: packed store, token states, token rows, and its batches."""
+"""One file of questions ready for training: packed store, token states, token rows, batches."""
 
 from __future__ import annotations
 
@@ -25,37 +25,38 @@ from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
 from dragkit.trainer.transfer import DeviceCopier, prefetch
 
-_ON_CPU = 128
+_CPU_BATCH_SIZE = 128
 
 
 def evaluation_batch_size(
     config: TrainConfig, generator: Generator | None, device: torch.device, ranks: int = 1
 ) -> int:
-    """Questions evaluated at once, on a GPU what fits by the plan where the generator has one.
+    """Number of questions in an evaluation batch. On a GPU the memory plan decides.
 
-    A decoding step costs a CPU about the same for 32 prompts as for 128. Of several ranks that cut
-    the weights between them, each has room for more.
+    Without a generator (phase 1) there is no plan. Sharding over `ranks` leaves more memory.
     """
+    # A decoding step costs a CPU about the same for 32 prompts as for 128.
     if device.type == "cpu":
-        return _ON_CPU
+        return _CPU_BATCH_SIZE
     shape = None
     if generator is not None:
         shape = generator_dims(config.generator, name=config.generator_model)
     if shape is None:
         return MAX_DECODE_BATCH
-    return make_plan(config, shape, local_card(device), ranks).questions
+    return make_plan(config, shape, local_card(device), ranks).decode_batch
 
 
 class QuestionDataset:
-    """One heuristics file, packed and encoded once, as batches.
+    """One heuristics file, packed and encoded once.
 
     Args:
-        path: the JSONL file; config: of the run; encoder: the frozen sentence encoder.
-        generator: whose tokeniser makes the prompt rows; None in phase 1.
-        batch_size: most questions in a batch.
+        path: the JSONL file.
+        config, encoder: of the run.
+        generator: its tokeniser makes the prompt rows. It is None in phase 1.
+        batch_size: maximum number of questions in a batch.
 
-    Attributes:
-        to_device: whether `load` copies batches to the GPU they are for.
+    Raises:
+        DataError: lines cannot be used, or a question and its answers exceed the prompt length.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class QuestionDataset:
                 eos_ids=[generator.eos_token_id],
                 max_answers=config.generator.max_answers,
             )
-            self._check_lengths(config, generator)
+            self._check_prompt_lengths(config, generator)
         self.collator = PackedCollator(self.store, states, self.relations.mask, self.tokens)
         self.batch_sampler = FactBudgetBatchSampler(
             self.store.fact_counts,
@@ -101,36 +102,40 @@ class QuestionDataset:
             seed=config.run.seed,
         )
         self.num_workers = config.data.num_workers
-        self.to_device = True
 
     def __len__(self) -> int:
         return len(self.store)
 
-    def _check_lengths(self, config: TrainConfig, generator: Generator) -> None:
-        """Every prompt must hold its question and whole answer, whatever becomes of its facts."""
+    def _check_prompt_lengths(self, config: TrainConfig, generator: Generator) -> None:
+        """Raises where a question and its answers exceed the prompt length even without facts."""
         fixed = self.tokens.prefix_lengths + self.tokens.target_lengths  # type: ignore[union-attr]
         limit = config.generator.max_prompt_tokens
-        room = limit - len(generator.tokenize([PromptTemplate().cue])[0]) - 1
+        max_fixed = limit - len(generator.tokenize([PromptTemplate().cue])[0]) - 1
         longest = int(fixed.max())
-        over = [int(row) for row in (fixed > room).nonzero()[0]]
+        over = [int(row) for row in (fixed > max_fixed).nonzero()[0]]
         if over:
-            some = ", ".join(self.store.question(row).id for row in over[:3])
+            ids = ", ".join(self.store.question(row).id for row in over[:3])
             raise DataError(
                 f"{self.path}: {len(over)} questions and their answers alone exceed "
-                f"generator.max_prompt_tokens = {limit} (the longest: {longest} tokens): {some}. "
+                f"generator.max_prompt_tokens = {limit} (the longest: {longest} tokens): {ids}. "
                 f"Raise it with --set generator.max_prompt_tokens={longest + 256}, teach fewer "
-                "answers with --set generator.max_answers=N, or take these questions out."
+                "answers with --set generator.max_answers=N, or remove these questions."
             )
 
     def load(
-        self, batches: Sequence[Sequence[int]], device: torch.device | None = None
+        self,
+        batches: Sequence[Sequence[int]],
+        device: torch.device | None = None,
+        *,
+        to_device: bool = True,
     ) -> Iterator[QuestionBatch]:
-        """Collated batches, by worker processes when so configured.
+        """Collates batches, in worker processes if `data.num_workers` is set.
 
         Args:
-            batches: rows of each.
-            device: where they are used. For a GPU a thread makes them ahead and, unless `to_device`
-                is off, copies them there; otherwise they are in host memory.
+            batches: rows of each batch.
+            device: where they are used. For a GPU, a thread collates them ahead of their use.
+            to_device: whether the thread also copies them to the GPU. Otherwise, and for a CPU,
+                they are in host memory.
         """
         loader = DataLoader(
             range(len(self.store)),  # type: ignore[arg-type]
@@ -139,26 +144,26 @@ class QuestionDataset:
             num_workers=self.num_workers,
             worker_init_fn=_ignore_signals,
         )
-        made = iter(loader)
+        collated = iter(loader)
         try:
             if device is None or device.type != "cuda":
-                yield from made
-            elif self.to_device:
-                copies = DeviceCopier(device)
-                with closing(prefetch(made, copies.begin)) as staged:
-                    yield from map(copies.finish, staged)
+                yield from collated
+            elif to_device:
+                copier = DeviceCopier(device)
+                with closing(prefetch(collated, copier.start)) as copies:
+                    yield from map(copier.finish, copies)
             else:
-                with closing(prefetch(made, lambda batch: batch)) as staged:
-                    yield from staged
+                with closing(prefetch(collated, lambda batch: batch)) as host_batches:
+                    yield from host_batches
         finally:
+            # An error's traceback keeps the iterator alive, and the workers with it. They ignore
+            # signals, so the process would wait for them at its exit.
             if self.num_workers:
-                # After an error its traceback keeps the iterator, which would leave ending the
-                # workers to the exit of the process: they ignore its signal, and it waits for them.
-                made._shutdown_workers()
+                collated._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:
-    """Workers outlive a stop signal: the main process saves first and ends them itself."""
+    """Ignores stop signals in a worker: the main process saves first and then ends it."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

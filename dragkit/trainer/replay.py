@@ -1,8 +1,8 @@
-"""The step of phase 1 as recorded work: one CUDA graph for each capacity, replayed on padded packs.
+"""Phase 1's step as CUDA graphs, one for each capacity that batches are padded to.
 
-A step on small graphs is hundreds of short kernels, and launching them takes longer than they run.
-A graph launches them all at once, but always on the same memory: so a batch is padded to a capacity
-and copied into the graph's own buffers, and gradients are added into tensors that stay.
+A step on small graphs is hundreds of short kernels, and launching them takes longer than running
+them. A CUDA graph launches them all at once, but always on the same memory. So a batch is padded to
+a capacity and copied into the graph's input buffer, and gradients are added to fixed tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,14 @@ MAX_FACTS = 50_000
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
+BatchLoss = Callable[[QuestionBatch, RelationStates], Tensor]
 
 
 class CudaCapture:
-    """Records work on a device as a CUDA graph; all graphs share one pool of memory.
+    """Captures work on a device as CUDA graphs that share one memory pool.
 
-    Sharing is safe in any order of replays, since recorded work leaves its results in tensors that
-    it did not make: what it allocates is of no use once it has run.
+    The graphs may share it in any order of replays: they leave their results in tensors outside of
+    the pool, so nothing in the pool has to outlive a replay.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,19 +47,17 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """Runs the work a few times, records it without running it, and returns what replays it.
-
-        The first runs compile kernels and set up libraries, which must not be recorded.
-        """
+        """Runs the work `WARM_UPS` times, captures it, and returns a function that replays it."""
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             self.stream.wait_stream(current)
+            # Warm-ups compile kernels and initialise libraries, which a capture cannot contain.
             with torch.cuda.stream(self.stream):
                 for _ in range(WARM_UPS):
                     work()
             current.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may allocate meanwhile.
+            # The prefetching thread may allocate during the capture.
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
@@ -66,23 +66,22 @@ class CudaCapture:
 
 
 def capture_for(device: torch.device) -> Capture | None:
-    """What records work on a device; None where there are no CUDA graphs."""
+    """A `CudaCapture` for a GPU, or None for a CPU."""
     return CudaCapture(device) if device.type == "cuda" else None
 
 
-def _same_random_numbers(device: torch.device) -> AbstractContextManager:
-    """Puts the generators back, so that what runs inside draws nothing from later steps."""
+def _preserved_rng(device: torch.device) -> AbstractContextManager:
+    """Restores torch's generators at the end, so that later steps draw the same numbers."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """Buffers of one size and the work on them.
+class _Step(NamedTuple):
+    """The step on one input buffer.
 
     Attributes:
-        inputs: bytes of the batch and the divisor; relations: kept so that their address stays.
+        inputs: uint8 bytes of the batch and of the loss's denominator.
+        relations: kept alive, because a CUDA graph holds their address.
         loss: float32 [] of the last run.
-        run: does the work, recorded or not.
     """
 
     inputs: Tensor
@@ -94,21 +93,21 @@ class _Prepared:
 class StepReplay:
     """Forward and backward of a loss, replayed on batches padded to a few capacities.
 
-    The gradient of a parameter is one tensor for the whole run, that every step adds to; where the
-    optimizer has dropped it (`zero_grad`), it is cleared and put back. Recording leaves gradients
-    and random numbers as they were, so that it does not matter when a capacity comes first. Beyond
-    `max_graphs` capacities the same step runs on padded batches without being recorded.
+    Each parameter has one gradient tensor for the whole run. Where the optimizer has dropped it
+    (`zero_grad`), the next step zeroes it and attaches it again. A capture leaves gradients and
+    random generators unchanged, so it does not matter at which step a capacity comes first. Beyond
+    `max_graphs` capacities, and for batches of more than `MAX_FACTS` facts, the step runs eagerly.
 
     Args:
-        loss: of a batch on the device and the relations, float32 [].
+        loss: float32 [] of a device batch.
         parameters: those that may get a gradient.
-        buckets: capacities of the batches; capture: records work.
-        max_graphs: most capacities to record.
+        buckets, capture: capacities of the batches, and what captures the step on each.
+        max_graphs: number of capacities to capture.
     """
 
     def __init__(
         self,
-        loss: Callable[[QuestionBatch, RelationStates], Tensor],
+        loss: BatchLoss,
         parameters: Sequence[nn.Parameter],
         buckets: Buckets,
         capture: Capture,
@@ -119,49 +118,46 @@ class StepReplay:
         self.buckets, self.capture, self.max_graphs = buckets, capture, max_graphs
         self._candidates = [p for p in parameters if p.requires_grad]
         self._trained: list[nn.Parameter] | None = None
-        self._gradients: list[Tensor] = []
-        self._recorded: dict[tuple[Capacity, int], _Prepared] = {}
-        self._told: set[str] = set()
+        self._grads: list[Tensor] = []
+        self._captured: dict[tuple[Capacity, int], _Step] = {}
 
     def __call__(self, batch: QuestionBatch, relations: RelationStates, divisor: float) -> Tensor:
-        """Adds the gradients of loss / divisor; returns that, detached.
-
-        Args:
-            batch: in host memory, not padded; relations: on the device.
-        """
+        """Adds the gradients of loss / divisor for a host batch and returns the detached value."""
         device, key = relations.states.device, None
         if batch.graph.num_facts <= MAX_FACTS:
             capacity = self.buckets.capacity(batch)
+            # A CUDA graph reads the relations at the address that they had in its capture.
             key = (capacity, relations.states.data_ptr())
             batch = pad_batch(batch, capacity)
+        step = self._captured.get(key) if key else None
         with nvtx_range("copy"):
             tensors = [*batch.tensors(), torch.tensor(divisor, dtype=torch.float32)]
-            inputs = pack_bytes(tensors, pin=device.type == "cuda")
-            prepared = self._recorded.get(key) if key else None
-            if prepared is not None:
-                prepared.inputs.copy_(inputs, non_blocking=True)
+            packed = pack_bytes(tensors, pin=device.type == "cuda")
+            if step is not None:
+                step.inputs.copy_(packed, non_blocking=True)
             else:
-                inputs = inputs.to(device, non_blocking=True)
-        if prepared is None:
-            prepared = self._prepare(batch, inputs, tensors, relations)
-            if key and len(self._recorded) < self.max_graphs:
-                prepared = replace(prepared, run=self._record(prepared.run, device))
-                self._recorded[key] = prepared
+                packed = packed.to(device, non_blocking=True)
+        if step is None:
+            step = self._eager_step(batch, packed, tensors, relations)
+            if key and len(self._captured) < self.max_graphs:
+                step = self._captured[key] = step._replace(run=self._capture(step.run, device))
+            elif key:
+                _log_once(f"batches beyond {self.max_graphs} capacities (run.max_cuda_graphs)")
             else:
-                self._tell_unrecorded(large=key is None)
-        self._attach_gradients()
+                _log_once(f"batches of more than {MAX_FACTS:,} facts")
+        self._attach_grads()
         with nvtx_range("replay"):
-            prepared.run()
-        return prepared.loss.clone()
+            step.run()
+        # The next replay overwrites the loss.
+        return step.loss.clone()
 
-    def _prepare(
+    def _eager_step(
         self,
         batch: QuestionBatch,
         inputs: Tensor,
         like: Sequence[Tensor],
         relations: RelationStates,
-    ) -> _Prepared:
-        """The work on one set of buffers, not yet recorded."""
+    ) -> _Step:
         *tensors, divisor = unpack_bytes(inputs, like)
         batch = batch.with_tensors(tensors)
         loss = torch.zeros((), device=inputs.device)
@@ -170,53 +166,49 @@ class StepReplay:
 
         def run() -> None:
             value = self.loss(batch, relations) / divisor
-            found = torch.autograd.grad(value, self._trained)
-            torch._foreach_add_(self._gradients, found)
+            # Not backward(): it may put new tensors into `grad`, which a CUDA graph must not hold.
+            grads = torch.autograd.grad(value, self._trained)
+            torch._foreach_add_(self._grads, grads)
             loss.copy_(value.detach())
 
-        return _Prepared(inputs, relations, loss, run)
+        return _Step(inputs, relations, loss, run)
 
     def _find_trained(self, batch: QuestionBatch, relations: RelationStates) -> None:
-        """Parameters that the loss depends on; the optimizer has to pass over the others."""
-        with _same_random_numbers(relations.states.device):
+        """Finds the parameters that the loss depends on. AdamW must not decay the others."""
+        with _preserved_rng(relations.states.device):
             value = self.loss(batch, relations)
-            found = torch.autograd.grad(value, self._candidates, allow_unused=True)
-        pairs = zip(self._candidates, found, strict=True)
-        self._trained = [p for p, gradient in pairs if gradient is not None]
-        self._gradients = [torch.zeros_like(p) for p in self._trained]
+            grads = torch.autograd.grad(value, self._candidates, allow_unused=True)
+        pairs = zip(self._candidates, grads, strict=True)
+        self._trained = [parameter for parameter, grad in pairs if grad is not None]
+        self._grads = [torch.zeros_like(parameter) for parameter in self._trained]
 
-    def _record(self, work: Work, device: torch.device) -> Work:
-        """What replays the work; gradients and random numbers are as before."""
-        kept = [gradient.clone() for gradient in self._gradients]
+    def _capture(self, work: Work, device: torch.device) -> Work:
+        before = [grad.clone() for grad in self._grads]
         try:
-            with _same_random_numbers(device):
+            with _preserved_rng(device):
                 replay = self.capture(work)
         except RuntimeError as error:
             error.add_note("--set run.cuda_graphs=false trains without CUDA graphs")
             raise
-        torch._foreach_copy_(self._gradients, kept)
+        # The warm-ups have added their gradients.
+        torch._foreach_copy_(self._grads, before)
         return replay
 
-    def _attach_gradients(self) -> None:
-        """Every trained parameter has its own gradient tensor, with what it had in another."""
+    def _attach_grads(self) -> None:
+        """Makes each trained parameter's `grad` the fixed tensor, with the value it had."""
         cleared = []
-        for parameter, own in zip(self._trained or (), self._gradients, strict=True):
-            if parameter.grad is own:
+        for parameter, grad in zip(self._trained or (), self._grads, strict=True):
+            if parameter.grad is grad:
                 continue
             if parameter.grad is None:
-                cleared.append(own)
+                cleared.append(grad)
             else:
-                own.copy_(parameter.grad)
-            parameter.grad = own
+                grad.copy_(parameter.grad)
+            parameter.grad = grad
         if cleared:
             torch._foreach_zero_(cleared)
 
-    def _tell_unrecorded(self, *, large: bool) -> None:
-        """Says once of either kind why a batch runs without a graph."""
-        reason = f"of more than {MAX_FACTS:,} facts"
-        if not large:
-            reason = f"beyond the first {self.max_graphs} sizes (run.max_cuda_graphs)"
-        text = f"batches {reason} run without CUDA graphs"
-        if text not in self._told:
-            self._told.add(text)
-            logger.info(text)
+
+@cache
+def _log_once(batches: str) -> None:
+    logger.info("%s run without CUDA graphs", batches)

@@ -1,4 +1,4 @@
-"""The table of a run: test metrics after each stage."""
+"""The results of a run: test metrics after each stage of training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
 from dragkit.distributed.ranks import Ranks
 from dragkit.eval.evaluate import evaluate
-from dragkit.trainer.phase import Phase
+from dragkit.eval.types import Predictor
 from dragkit.trainer.question_dataset import QuestionDataset
 
 logger = logging.getLogger(__name__)
@@ -20,35 +20,33 @@ HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer
 
 
 class ResultsTable:
-    """The table of a run: test metrics after each stage, printed and kept in results.json."""
+    """Test metrics by stage, printed at the end of a run and kept in results.json.
+
+    A resumed run keeps the rows of results.json. Without test questions there are no rows.
+    """
 
     def __init__(
-        self,
-        run_dir: Path,
-        test: QuestionDataset | None,
-        device: torch.device,
-        ranks: Ranks | None = None,
+        self, run_dir: Path, test: QuestionDataset | None, device: torch.device, ranks: Ranks
     ) -> None:
         self.path = run_dir / "results.json"
-        self.test, self.device, self.ranks = test, device, ranks or Ranks()
+        self.test, self.device, self.ranks = test, device, ranks
         self.rows: dict[str, dict] = {}
         if self.path.is_file():
             self.rows = json.loads(self.path.read_text(encoding="utf-8"))
 
-    def measure(self, name: str, phase: Phase) -> None:
-        """Evaluates on the test questions, where there are any."""
+    def evaluate(self, stage: str, phase: Predictor) -> None:
+        """Evaluates on the test questions and writes the row `stage`."""
         if self.test is None:
             return
-        logger.info("evaluating %s on %s", name, self.test.path.name)
+        logger.info("evaluating %s on %s", stage, self.test.path.name)
         result = evaluate(phase, self.test, self.device, ranks=self.ranks)
-        self.rows[name] = result.report.to_dict()
-        if not self.ranks.is_main:
-            return
-        make_dirs(self.path.parent)
-        write_text_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
+        self.rows[stage] = result.report.to_dict()
+        if self.ranks.is_main:
+            make_dirs(self.path.parent)
+            write_text_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
 
-    def table(self) -> str:
-        """Stages as rows, headline metrics in percent as columns."""
+    def format(self) -> str:
+        """The table as text: a row per stage, headline metrics in percent."""
         if not self.rows:
             return ""
         asked = next(iter(self.rows.values()))["counts"]["asked"]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from dragkit.checkpoint.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint
 from dragkit.checkpoint.manifest import step_of_folder
-from dragkit.config import TrainConfig
+from dragkit.config import TrainConfig, read_saved_config
 from dragkit.errors import CheckpointError, ConfigError, MissingInputError
 
 
 def new_run_dir(config: TrainConfig) -> Path:
-    """The folder of this run: the one named, or a new one under runs/."""
+    """The folder of a new run: `run.checkpoint_dir`, or one under runs/ named after the time."""
     if config.run.checkpoint_dir is not None:
         return Path(config.run.checkpoint_dir)
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -21,16 +21,12 @@ def new_run_dir(config: TrainConfig) -> Path:
 
 
 def run_dir_of(folder: Path) -> Path:
-    """The run that a folder belongs to: itself, or its parent where it is one checkpoint of it."""
+    """The run folder of a run folder or of one of its checkpoints."""
     return folder.parent if step_of_folder(folder.name) is not None else folder
 
 
 def refuse_used_folder(run_dir: Path) -> None:
-    """A second run in one folder would mix its checkpoints with the first one's.
-
-    Raises:
-        ConfigError: the folder already holds checkpoints.
-    """
+    """Raises a ConfigError where a new run would mix its checkpoints with an earlier one's."""
     for folder in (run_dir, run_dir / "phase1"):
         if folder.is_dir() and any(step_of_folder(p.name) is not None for p in folder.iterdir()):
             raise ConfigError(
@@ -40,10 +36,10 @@ def refuse_used_folder(run_dir: Path) -> None:
 
 
 def resume_dir(config: TrainConfig) -> Path:
-    """The run that `--resume` means.
+    """The run folder that `--resume` means. Without a name it is the newest run of this phase.
 
     Raises:
-        MissingInputError: there is none.
+        MissingInputError: there is no such run.
     """
     if isinstance(config.run.resume, str):
         return run_dir_of(Path(config.run.resume))
@@ -52,18 +48,23 @@ def resume_dir(config: TrainConfig) -> Path:
     runs = sorted(p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if p.is_dir())
     if not runs:
         raise MissingInputError(
-            "--resume: no run was named and there is none under runs/. Name one: --resume FOLDER."
+            "--resume: no run was named, and runs/ has none of this phase. Name one: "
+            "--resume FOLDER."
         )
     return runs[-1]
 
 
 def load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:
-    """The newest checkpoint of a run, which must be of the phase that goes on."""
+    """Loads the newest checkpoint of a run.
+
+    Raises:
+        CheckpointError: the checkpoint is of the other phase.
+    """
     loaded = load_checkpoint(find_checkpoint(run_dir))
     if loaded.state.phase != phase_name:
         raise CheckpointError(
-            f"{loaded.folder}: a checkpoint of {loaded.state.phase}, not of {phase_name}. "
-            "Use it with --phase1_checkpoint to start phase 2, or resume with the other --phase."
+            f"{loaded.folder}: this is a checkpoint of {loaded.state.phase}, not of {phase_name}. "
+            "Start phase 2 from it with --phase1_checkpoint, or resume with the other --phase."
         )
     return loaded
 
@@ -71,28 +72,23 @@ def load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:
 def adopt_saved(
     config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
 ) -> TrainConfig:
-    """The configuration with the given sections taken from a checkpoint.
-
-    Args:
-        config: of this command; saved: of the checkpoint.
-        explicit: dotted keys that the user gave.
-        sections: which must agree, such as "retriever".
+    """The configuration with whole sections replaced by those of a checkpoint.
 
     Raises:
-        CheckpointError: an explicit value contradicts the checkpoint; all of them are listed.
+        CheckpointError: explicit values contradict the checkpoint. The message lists all of them.
     """
     clashes = []
     for section in sections:
-        ours, theirs = getattr(config, section), getattr(saved, section)
-        for key in type(ours).model_fields:
-            a, b = getattr(ours, key), getattr(theirs, key)
+        given, kept = getattr(config, section), getattr(saved, section)
+        for key in type(given).model_fields:
+            a, b = getattr(given, key), getattr(kept, key)
             if a != b and f"{section}.{key}" in explicit:
                 clashes.append(f"  {section}.{key}: {a} was given, the checkpoint has {b}")
     if clashes:
         raise CheckpointError(
-            "the checkpoint was made with other settings:\n"
+            "these settings differ from the checkpoint's:\n"
             + "\n".join(clashes)
-            + "\nLeave these flags away, or train phase 1 again with them."
+            + "\nOmit them, or train phase 1 again with them."
         )
     return config.model_copy(update={name: getattr(saved, name) for name in sections})
 
@@ -100,21 +96,26 @@ def adopt_saved(
 def resumed_config(
     config: TrainConfig, loaded: LoadedCheckpoint, explicit: set[str]
 ) -> TrainConfig:
-    """The checkpoint's own settings, with this command's place, device and reporting."""
-    saved = TrainConfig.model_validate(loaded.json["config"])
+    """The checkpoint's settings with this command's folder, device and logging.
+
+    Raises:
+        CheckpointError: explicit values contradict the checkpoint.
+    """
+    saved = read_saved_config(loaded.json["config"], str(loaded.folder))
     if "run.seed" in explicit and config.run.seed != saved.run.seed:
         raise CheckpointError(
             f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "
-            f"{saved.run.seed}; leave the flag away to continue it."
+            f"{saved.run.seed}. Omit --seed to continue it."
         )
-    sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
+    # With another seed, precision or compiler the run would not continue bit for bit.
     kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
     config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
+    sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
     return adopt_saved(config, saved, explicit, sections)
 
 
 def explicit_keys(origins: dict[str, str]) -> set[str]:
-    """Dotted keys whose value comes from the user rather than from a default or a preset."""
+    """Dotted keys whose value comes from the user, not from a default or a preset."""
     return {
         key
         for key, origin in origins.items()
@@ -123,7 +124,10 @@ def explicit_keys(origins: dict[str, str]) -> set[str]:
 
 
 def resolve_checkpoint(run: Path, which: str | int) -> Path:
-    """The checkpoint that is meant: best (or latest, where there is no best), latest, a step."""
+    """The folder of the "best", "latest" or numbered checkpoint of a run.
+
+    A run without a best checkpoint gives its latest. `run` may also be a checkpoint itself.
+    """
     if step_of_folder(run.name) is not None:
         return find_checkpoint(run)
     if isinstance(which, int):

@@ -14,7 +14,7 @@ from dragkit.checkpoint.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from dragkit.config import TrainConfig
+from dragkit.config import TrainConfig, read_saved_config
 from dragkit.data.cache import cache_root
 from dragkit.distributed.rank_consistency import check_batch_size, run_fingerprint
 from dragkit.distributed.ranks import Ranks
@@ -24,17 +24,17 @@ from dragkit.generator.load import check_generator
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import (
+    DataPaths,
     build_joint,
     build_retriever,
+    build_retriever_phase,
     data_paths,
-    maybe_compile,
-    maybe_replay,
+    num_shards,
     setup_process,
-    shards,
     with_memory_plan,
 )
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.phase2 import CascadeBaseline
 from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
 from dragkit.trainer.results_table import ResultsTable
 from dragkit.trainer.resume import (
@@ -50,14 +50,27 @@ from dragkit.trainer.resume import (
 
 logger = logging.getLogger(__name__)
 
+_PHASE1_EVALUATION_BATCH = 64
+_AFTER_DEMO = """
+  your own questions: python -m dragkit.train --phase 2 --preset tiny --generator_model tiny \
+--heuristics_path FILE.jsonl
+  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): \
+python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl"""
+
 
 class TrainingRun:
     """One `python -m dragkit.train` command.
 
     Args:
-        config: merged configuration; origins: where each value came from.
-        phase1_config: the configuration that phase 1 would have, for a phase 2 without checkpoint.
-        ranks: those that run it together; None means this process alone.
+        config: merged configuration.
+        origins: where the value of each dotted key came from.
+        phase1_config: for the phase 1 that phase 2 trains first where no checkpoint is named.
+        ranks: ranks that train together. None means this process alone.
+
+    Raises:
+        ConfigError: settings or ranks contradict each other, or the run does not fit.
+        CheckpointError: the checkpoint to resume does not fit.
+        MissingInputError: a file, a model or a run is missing.
     """
 
     def __init__(
@@ -67,84 +80,92 @@ class TrainingRun:
         phase1_config: TrainConfig,
         ranks: Ranks | None = None,
     ) -> None:
+        # Cheap checks come first. Nothing is loaded before all inputs are known to exist.
         self.ranks = ranks or Ranks()
         if not self.ranks.is_single:
             self.ranks.require_same(run_fingerprint(config))
         self.phase1_config = phase1_config
         self.explicit = explicit_keys(origins)
-        self.resumed: LoadedCheckpoint | None = None
+        # 1. Run folder. Rank 0 decides: the name may hold the time, or mean the newest run.
         folder = resume_dir(config) if config.run.resume else new_run_dir(config)
-        # Of the first rank: the name may hold the time, or be the newest there is.
-        self.run_dir = self.ranks.all_gather_object(folder)[0]
+        self.run_dir: Path = self.ranks.all_gather_object(folder)[0]
+        # 2. Resume: the checkpoint's configuration replaces this command's.
+        self.resumed: LoadedCheckpoint | None = None
         if config.run.resume:
-            config = self._resumed_config(config)
+            self.resumed = self._checkpoint_to_resume(config)
+            if self.resumed is not None:
+                config = resumed_config(config, self.resumed, self.explicit)
         else:
             refuse_used_folder(self.run_dir)
         check_batch_size(config, config.run.phase, self.ranks)
-        self.config = config
+        # 3. Device, 4. memory plan, 5. weights: the input that is most often missing.
         self.device = setup_process(config, self.ranks)
         if config.run.phase == 2:
-            # Before anything costs time: the largest input is the one most likely to be missing.
-            self.config = config = with_memory_plan(config, self.device, self.ranks.world_size)
-            parts = shards(config, self.ranks)
-            if config.run.generator_fsdp and parts == 1:
-                logger.warning(
-                    "run.generator_fsdp=true: one rank has nobody to share with, so it holds all "
-                    "weights. "
-                    "Start several with torchrun --nproc-per-node N.",
-                )
-            name = config.generator_model
-            check_generator(config.generator, self.device, name=name, num_shards=parts)
-        with self.ranks.main_process_first():
-            self.paths = data_paths(config)
-        for path in (self.paths.train, self.paths.val, self.paths.test):
-            if path is not None and not Path(path).is_file():
-                raise MissingInputError(f"{path}: no such file.")
+            config = with_memory_plan(config, self.device, self.ranks.world_size)
+            self._check_generator(config)
+        self.config = config
+        # 6. Data and encoder.
+        self.paths = self._find_data()
         self.encoder = TextEncoder(
             find_encoder(config.encoder.model), cache_root(config.data.cache_dir)
         )
 
-    def _resumed_config(self, config: TrainConfig) -> TrainConfig:
-        name = f"phase{config.run.phase}"
+    def _checkpoint_to_resume(self, config: TrainConfig) -> LoadedCheckpoint | None:
+        """The run's newest checkpoint, or None if phase 1 was interrupted."""
         if config.run.phase == 2 and (self.run_dir / "phase1").is_dir():
             try:
                 find_checkpoint(self.run_dir)
             except MissingInputError:
-                return config  # interrupted while phase 1 was still training
-        self.resumed = load_for_resume(self.run_dir, name)
-        return resumed_config(config, self.resumed, self.explicit)
+                return None
+        return load_for_resume(self.run_dir, f"phase{config.run.phase}")
 
-    def source(
-        self, path: str | None, generator: Generator | None, batch: int
+    def _check_generator(self, config: TrainConfig) -> None:
+        shards = num_shards(config, self.ranks)
+        if config.run.generator_fsdp and shards == 1:
+            logger.warning(
+                "run.generator_fsdp=true: with one rank nothing is sharded, so this rank holds all "
+                "weights. Start several with torchrun --nproc-per-node N."
+            )
+        name = config.generator_model
+        check_generator(config.generator, self.device, name=name, num_shards=shards)
+
+    def _find_data(self) -> DataPaths:
+        with self.ranks.main_process_first():
+            paths = data_paths(self.config)
+        for path in (paths.train, paths.val, paths.test):
+            if path is not None and not Path(path).is_file():
+                raise MissingInputError(f"{path}: no such file.")
+        return paths
+
+    def dataset(
+        self, path: str | None, generator: Generator | None, batch_size: int
     ) -> QuestionDataset | None:
-        """One of the run's files, packed."""
+        """Packs one of the run's files, or returns None without a path."""
         if path is None:
             return None
         with self.ranks.main_process_first():
-            source = QuestionDataset(path, self.config, self.encoder, generator, batch)
-        self.ranks.require_same({"the content of the questions": source.store.fingerprint})
-        return source
+            dataset = QuestionDataset(path, self.config, self.encoder, generator, batch_size)
+        self.ranks.require_same({"the content of the questions": dataset.store.fingerprint})
+        return dataset
 
-    def announce(self) -> None:
-        """One line that says what was chosen."""
-        config = self.config
-        generator = f" · generator {config.generator_model}" if config.run.phase == 2 else ""
+    def _log_choices(self) -> None:
+        config, device = self.config, str(self.device)
+        if self.device.type != "cuda":
+            device = f"cpu, {torch.get_num_threads()} threads"
         logger.info(
             "dragkit phase %d · device %s%s · preset %s · data %s%s · run folder %s",
             config.run.phase,
-            self.device
-            if self.device.type == "cuda"
-            else f"cpu, {torch.get_num_threads()} threads",
+            device,
             "" if self.ranks.is_single else f" · {self.ranks.world_size} ranks",
             config.preset or "none",
             "demo (bundled)" if self.paths.bundled else self.paths.train,
-            generator,
+            f" · generator {config.generator_model}" if config.run.phase == 2 else "",
             self.run_dir,
         )
 
     def execute(self) -> str:
-        """Runs the command; returns the closing summary."""
-        self.announce()
+        """Trains, evaluates and returns the closing summary."""
+        self._log_choices()
         if self.ranks.is_main:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         with RunLock(self.run_dir) if self.ranks.is_main else nullcontext():
@@ -152,58 +173,53 @@ class TrainingRun:
                 return self._phase1(self.config, self.run_dir, self.resumed)
             return self._phase2()
 
+    def _fit(self, trainer: Trainer, results: ResultsTable, stage: str) -> Path:
+        """Trains, evaluates the best checkpoint, and returns its folder."""
+        trainer.fit()
+        best = resolve_checkpoint(trainer.run_dir, "best")
+        trainer.phase.load(load_checkpoint(best))
+        results.evaluate(stage, trainer.phase)
+        return best
+
     def _phase1(self, config: TrainConfig, run_dir: Path, resumed: LoadedCheckpoint | None) -> str:
-        check_batch_size(config, 1, self.ranks)
-        retriever = build_retriever(config, self.encoder).to(self.device)
-        phase = maybe_compile(RetrieverPhase(config, retriever), retriever, config, self.device)
-        batch = config.optim.batch_size_in(1)
-        train = self.source(self.paths.train, None, batch)
-        val = self.source(self.paths.val, None, 64)
+        device, ranks, size = self.device, self.ranks, _PHASE1_EVALUATION_BATCH
+        check_batch_size(config, 1, ranks)
+        # Phase 2 may train phase 1 first. Then phase 2 reports the test metrics of both.
         only_phase = config.run.phase == self.config.run.phase
-        test = self.source(self.paths.test, None, 64) if only_phase else None
-        stages = ResultsTable(run_dir, test, self.device, self.ranks)
-        maybe_replay(phase, train, config, self.device, self.ranks)
+        retriever = build_retriever(config, self.encoder).to(device)
+        train = self.dataset(self.paths.train, None, config.optim.batch_size_in(1))
+        val = self.dataset(self.paths.val, None, size)
+        test = self.dataset(self.paths.test, None, size) if only_phase else None
+        phase = build_retriever_phase(config, retriever, device, train, ranks)
+        results = ResultsTable(run_dir, test, device, ranks)
         trainer = Trainer(
-            config,
-            phase,
-            train,
-            val,
-            run_dir,
-            self.device,
-            command_dir=self.run_dir,
-            ranks=self.ranks,
+            config, phase, train, val, run_dir, device, command_dir=self.run_dir, ranks=ranks
         )
         if resumed is not None:
             trainer.resume(resumed)
         elif only_phase:
-            stages.measure("untrained", phase)
-        trainer.fit()
-        best = resolve_checkpoint(run_dir, "best")
-        phase.load(load_checkpoint(best))
-        stages.measure("after phase 1", phase)
+            results.evaluate("untrained", phase)
+        best = self._fit(trainer, results, "after phase 1")
         data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
-        return "\n".join(
-            [
-                stages.table(),
-                f"checkpoint: {best}",
-                f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}",
-            ]
+        return (
+            f"{results.format()}\ncheckpoint: {best}\n"
+            f"next: python -m dragkit.train --phase 2 --phase1_checkpoint {run_dir}{data}"
         )
 
     def _retriever_checkpoint(self) -> LoadedCheckpoint:
-        """Where phase 2 starts: the checkpoint named, or a phase 1 trained here and now."""
+        """The checkpoint that phase 2 starts from: the one named, or that of a phase 1 run here."""
         named = self.config.run.phase1_checkpoint
         if named is None:
             folder = self.run_dir / "phase1"
-            config = self.phase1_config
-            resumed = None
+            config, resumed = self.phase1_config, None
             if self.config.run.resume and folder.is_dir():
                 try:
                     resumed = load_for_resume(folder, "phase1")
                     config = resumed_config(config, resumed, set())
                 except MissingInputError:
-                    resumed = None  # stopped before its first checkpoint
-            logger.info("no phase 1 checkpoint was named; training it first in %s", folder)
+                    # Phase 1 was interrupted before its first checkpoint.
+                    resumed = None
+            logger.info("no phase 1 checkpoint was named, so phase 1 trains first, in %s", folder)
             self._phase1(config, folder, resumed)
             named = str(folder)
         return load_checkpoint(resolve_checkpoint(Path(named), "best"))
@@ -211,52 +227,40 @@ class TrainingRun:
     def _phase2(self) -> str:
         if self.resumed is None:
             start = self._retriever_checkpoint()
-            saved = TrainConfig.model_validate(start.json["config"])
+            saved = read_saved_config(start.json["config"], str(start.folder))
             self.config = adopt_saved(self.config, saved, self.explicit, ("retriever", "encoder"))
         config = self.config
         phase = build_joint(config, self.encoder, self.device, self.ranks)
         generator = phase.model.generator
-        train = self.source(self.paths.train, generator, config.optim.batch_size_in(2))
+        train = self.dataset(self.paths.train, generator, config.optim.batch_size_in(2))
         size = evaluation_batch_size(config, generator, self.device, self.ranks.world_size)
-        size = -self.ranks.all_reduce_max(
-            -size
-        )  # the least: batches are dealt out, and cards may differ
+        # Cards may differ. Every rank takes the smallest size, so that all have the same batches.
+        size = -self.ranks.all_reduce_max(-size)
         val_path, test_path = self.paths.val, self.paths.test
         if is_random(config.generator_model):
-            logger.warning("random weights answer nothing: no validation, no test, no results.json")
+            logger.warning(
+                "random weights answer nothing, so there is no validation and no results.json"
+            )
             val_path = test_path = None
-        val = self.source(val_path, generator, size)
-        test = self.source(test_path, generator, size)
-        stages = ResultsTable(self.run_dir, test, self.device, self.ranks)
+        val = self.dataset(val_path, generator, size)
+        test = self.dataset(test_path, generator, size)
+        results = ResultsTable(self.run_dir, test, self.device, self.ranks)
         trainer = Trainer(config, phase, train, val, self.run_dir, self.device, ranks=self.ranks)
         if self.resumed is not None:
             trainer.resume(self.resumed)
         else:
-            phase.cascade = True
-            stages.measure("untrained", phase)
+            cascade = CascadeBaseline(config, phase.model, ranks=self.ranks, forward=phase.forward)
+            results.evaluate("untrained", cascade)
             phase.load_retriever(start)
-            stages.measure("after phase 1 (cascade)", phase)
-            phase.cascade = False
-        trainer.fit()
-        best = resolve_checkpoint(self.run_dir, "best")
-        phase.load(load_checkpoint(best))
-        stages.measure("after phase 2 (joint)", phase)
+            results.evaluate("after phase 1 (cascade)", cascade)
+        best = self._fit(trainer, results, "after phase 2 (joint)")
         if is_random(config.generator_model):
             return (
                 f"{self.run_dir / 'metrics.jsonl'}: loss and throughput of a generator with random "
                 f"weights\ncheckpoint: {best}"
             )
-        lines = [stages.table(), f"checkpoint: {best}", "next:"]
-        lines.append(
+        return (
+            f"{results.format()}\ncheckpoint: {best}\nnext:\n"
             f"  evaluate on other questions: python -m dragkit.evaluate {self.run_dir} --data FILE"
+            + (_AFTER_DEMO if self.paths.bundled else "")
         )
-        if self.paths.bundled:
-            lines.append(
-                "  your own questions: python -m dragkit.train --phase 2 --preset tiny "
-                "--generator_model tiny --heuristics_path FILE.jsonl"
-            )
-            lines.append(
-                "  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): "
-                "python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl"
-            )
-        return "\n".join(lines)

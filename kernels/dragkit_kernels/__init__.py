@@ -1,4 +1,4 @@
-"""Ops of the retriever over packs of ragged graphs: PyTorch, and Triton where a kernel exists."""
+"""Ops over packs of ragged graphs and sequences: PyTorch, and Triton where a kernel exists."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from .message_passing import (
     message_passing,
     message_passing_per_instruction,
     message_passing_ref,
-    relation_sum,
-    relation_sum_ref,
 )
 from .noise import logistic_noise
 from .orders import (
@@ -33,6 +31,7 @@ from .prompt import (
     prompt_tokens_ref,
 )
 from .relation_gate import relation_gate, relation_gate_ref
+from .relation_sum import relation_sum, relation_sum_ref
 from .rows import (
     fact_rows,
     gather_rows,

@@ -1,11 +1,11 @@
-"""Compiles every kernel for the GPUs it is meant for, without one, and holds it to its budget.
+"""Compiles every kernel ahead of time, without a GPU, and checks it against its limits.
 
     python -m dragkit_kernels.aot [--triton-path DIR] [--markdown]
 
-One row per kernel, configuration and architecture: registers and stack of a thread, instructions
-that spill, shared memory of a program, 128-bit loads, instructions for the tensor cores, and the
-share of a multiprocessor's warps that fit. Exits with 1 if a kernel is over the budget that stands
-beside it. Needs nothing but torch, triton and the tools in triton's wheel.
+The table has one row per kernel, configuration and architecture: registers and stack of a thread,
+spill instructions, shared memory of a program, 128-bit loads, tensor core instructions, and
+occupancy. The exit status is 1 if a kernel exceeds the limits in its specification. The tools
+come with the Triton wheel.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.launch import KernelSpec
 
 ARCHITECTURES = (90, 100)
-# Of one multiprocessor on either: registers, bytes of shared memory, warps, programs.
+# One multiprocessor of either architecture: registers, bytes of shared memory, warps, programs.
 _REGISTERS, _SHARED, _WARPS, _PROGRAMS = 65536, 233472, 64, 32
-_SHARED_RESERVED = 1024  # bytes, for every program
+_SHARED_RESERVED = 1024  # bytes per program
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _COLUMNS = (
     *("kernel", "configuration", "arch", "triton", "registers", "spills", "stack", "shared"),
@@ -45,15 +45,15 @@ _COLUMNS = (
 
 
 class Usage(NamedTuple):
-    """What one configuration of a kernel takes.
+    """Resources of one compiled configuration.
 
     Attributes:
         registers: per thread.
         spills: instructions that move registers to or from local memory.
-        stack: bytes per thread.
-        shared: bytes per program.
-        wide_loads: global loads of 128 bits or more, each loop counted once.
-        products: instructions for the tensor cores, each loop counted once.
+        stack_bytes: per thread.
+        shared_bytes: per program.
+        vector_loads: global loads of at least 128 bits, loops counted once.
+        mma_instructions: tensor core instructions, loops counted once.
     """
 
     registers: int
@@ -64,7 +64,7 @@ class Usage(NamedTuple):
     mma_instructions: int = 0
 
     def occupancy(self, num_warps: int) -> float:
-        """Share of a multiprocessor's warps that fit at once."""
+        """Resident warps of a multiprocessor as a fraction of its maximum."""
         allocated = -(-self.registers // 8) * 8
         programs = min(
             _REGISTERS // (allocated * 32 * num_warps),
@@ -75,7 +75,7 @@ class Usage(NamedTuple):
         return programs * num_warps / _WARPS
 
     def over_limits(self, spec: KernelSpec) -> str:
-        """What is over the budget, or an empty string."""
+        """Names the exceeded limits, or is an empty string."""
         limit = spec.limits
         exceeded = {
             f"registers > {limit.registers}": self.registers > limit.registers,
@@ -89,15 +89,15 @@ class Usage(NamedTuple):
 
 
 def all_specs() -> Iterator[KernelSpec]:
-    """The KERNELS of every module of this package."""
+    """The KERNELS of every module of this package, in the order of module names."""
     for module in pkgutil.walk_packages(dragkit_kernels.__path__, "dragkit_kernels."):
         if module.name != "dragkit_kernels.aot":
             yield from getattr(importlib.import_module(module.name), "KERNELS", ())
 
 
 def compile_spec(spec: KernelSpec, architecture: int) -> Usage:
-    """Compiles as the launcher would: same types, constants, warps and known divisibility."""
-    constants = {**spec.constants, **{n: None for n, kind in spec.types.items() if kind is None}}
+    """Compiles with the types, constants, warps and divisibility of the launcher."""
+    constants = {**spec.constants, **{n: None for n, t in spec.types.items() if t is None}}
     names = spec.kernel.arg_names
     signature = {n: "constexpr" if n in constants else spec.types[n] for n in names}
     aligned = {
@@ -118,7 +118,7 @@ def _usage(cubin: bytes, ptx: str, shared_bytes: int) -> Usage:
         path.write_bytes(cubin)
         resources = _output(_TOOLS / "cuobjdump", "-res-usage", path)
         registers, stack_bytes = map(int, re.search(r"REG:(\d+) STACK:(\d+)", resources).groups())
-        # What spills goes to the stack; disassembling takes longer than compiling.
+        # Spills need a stack. Disassemble only then, because that takes longer than compiling.
         code = _output(_TOOLS / "nvdisasm", "-c", path) if stack_bytes else ""
     vectors = re.findall(r"\bld\.global[.\w:]*?\.v(\d)\.[bfsu](\d+)\b", ptx)
     return Usage(
@@ -138,19 +138,20 @@ def _output(*command: str | Path) -> str:
 def _configuration(spec: KernelSpec) -> str:
     parts = [f"{name}={value}" for name, value in spec.constants.items()]
     parts.append(f"{spec.num_warps} warps")
-    absent = [name.removesuffix("_ptr") for name, kind in spec.types.items() if kind is None]
+    absent = [name.removesuffix("_ptr") for name, t in spec.types.items() if t is None]
     return ", ".join(parts) + (f", no {' '.join(absent)}" if absent else "")
 
 
 def _compile_job(job: tuple[int, int]) -> Usage:
-    """For a worker, which cannot be sent a kernel: the spec by its place among all."""
+    """Compiles `all_specs()`[index]. Kernels cannot be pickled, so a worker gets the index."""
     index, architecture = job
     return compile_spec(next(islice(all_specs(), index, None)), architecture)
 
 
 def compile_all(specs: list[KernelSpec]) -> list[tuple[KernelSpec, int, Usage]]:
-    """Compiles `all_specs()` for every architecture, one process a core."""
+    """Compiles `all_specs()` for every architecture in one process per core."""
     jobs = [(index, arch) for index in range(len(specs)) for arch in ARCHITECTURES]
+    # Forked workers inherit the imported kernels.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         usages = list(pool.map(_compile_job, jobs))
     return [(specs[n], arch, usage) for (n, arch), usage in zip(jobs, usages, strict=True)]
@@ -167,7 +168,7 @@ def _row(spec: KernelSpec, architecture: int, usage: Usage) -> tuple[str, ...]:
 
 
 def summary(results: list[tuple[KernelSpec, int, Usage]]) -> str:
-    """One line: how much was compiled, and the worst of it."""
+    """One line: the number of compiled kernels, and the extremes of their resources."""
     usages = [usage for _, _, usage in results]
     kernels = {spec.kernel.fn.__name__ for spec, _, _ in results}
     exceeded = sum(bool(usage.over_limits(spec)) for spec, _, usage in results)
@@ -197,13 +198,15 @@ def _write(rows: list[tuple[str, ...]], markdown: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit status."""
+    """Runs the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m dragkit_kernels.aot", description=__doc__)
-    parser.add_argument("--triton-path", help="folder with a second triton to check with as well")
-    parser.add_argument("--markdown", action="store_true", help="write the table as Markdown")
+    parser.add_argument(
+        "--triton-path", help="folder with a second Triton to repeat the check with"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     options = parser.parse_args(arguments)
     if INTERPRETED:
-        parser.error("interpreted kernels cannot be compiled: unset TRITON_INTERPRET")
+        parser.error("interpreted kernels cannot be compiled. Unset TRITON_INTERPRET.")
     results = compile_all(list(all_specs()))
     _write([_COLUMNS, *(_row(*entry) for entry in results)], options.markdown)
     sys.stdout.write(summary(results) + "\n")

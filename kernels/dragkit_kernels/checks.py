@@ -1,4 +1,4 @@
-"""Argument checks shared by the public functions; every message names both shapes."""
+"""Argument checks shared by the public functions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from torch import Tensor
 
 
 def check_shape(op: str, name: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:
-    """Raises ValueError unless `tensor` has the expected shape; None matches any size."""
+    """Raises ValueError unless `tensor` has the expected shape. None matches any size."""
     shape = tensor.shape
-    # A plain loop: this runs many times a step.
+    # A plain loop, because this runs many times a step.
     if len(shape) == len(expected):
         for actual, size in zip(shape, expected, strict=True):
             if size is not None and actual != size:
                 break
         else:
             return
-    wanted = ["*" if size is None else size for size in expected]
+    dims = ["*" if size is None else size for size in expected]
     raise ValueError(
-        f"{op}: {name} must have shape [{', '.join(map(str, wanted))}], "
+        f"{op}: {name} must have shape [{', '.join(map(str, dims))}], "
         f"got [{', '.join(map(str, shape))}]"
     )
 
@@ -38,11 +38,11 @@ def check_index(op: str, **tensors: Tensor) -> None:
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any argument is, else float32: the precision of every sum."""
+    """The dtype of sums: float64 if an argument is float64, else float32."""
     double = any(tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if double else torch.float32
 
 
 def widest(*tensors: Tensor) -> Tensor:
-    """The first float64 argument, else the first: its dtype decides which path can run."""
+    """The first float64 argument, else the first: `resolve_backend` reads its dtype."""
     return next((x for x in tensors if x.dtype == torch.float64), tensors[0])

@@ -1,6 +1,6 @@
-"""Block sizes and warps from sizes: plain functions over short tables, no autotuning.
+"""Tiles, resource limits and specifications of kernels.
 
-A table lists every configuration a launcher can choose, so that `aot` can compile all of them.
+Launchers choose from short tables without autotuning, so that `aot` can compile every choice.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Tile(NamedTuple):
-    """Rows of one program, its warps, and the registers of a thread (None: the assembler's choice).
+    """Block size, warps and `maxnreg` of a program. None leaves the registers to ptxas.
 
-    Without a limit, the assembler may spill a few registers to fit one more program.
+    Without maxnreg, ptxas aims for higher occupancy and may spill.
     """
 
     block: int
@@ -24,17 +24,17 @@ class Tile(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int]:
-        """The constants of a kernel that the tile gives, in the kernel's order."""
+        """Values of the kernel's block size constants, in the order of its arguments."""
         return (self.block,)
 
     @property
     def options(self) -> dict[str, int | None]:
-        """Keyword arguments of a launch besides the kernel's own."""
+        """Keyword arguments of a launch: warps and registers."""
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
 
 class Tile2D(NamedTuple):
-    """Rows and columns of one program, its warps, and the registers of a thread."""
+    """Rows and columns of a block, warps and `maxnreg` of a program."""
 
     rows: int
     columns: int
@@ -43,16 +43,16 @@ class Tile2D(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The constants of a kernel that the tile gives, in the kernel's order."""
+        """Values of the kernel's block size constants, in the order of its arguments."""
         return self.rows, self.columns
 
     @property
     def options(self) -> dict[str, int]:
-        """Keyword arguments of a launch besides the kernel's own."""
+        """Keyword arguments of a launch: warps and registers."""
         return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     def grid(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Programs that cover the given sizes."""
+        """Grid of the programs that cover a matrix."""
         return -(-num_rows // self.rows), -(-num_columns // self.columns)
 
 
@@ -61,9 +61,9 @@ class ResourceLimits(NamedTuple):
 
     Attributes:
         registers: most registers of a thread.
-        shared: most bytes of shared memory of a program.
-        wide_loads: least number of 128-bit global loads in the machine code.
-        products: least number of tensor core instructions in the machine code.
+        shared_bytes: most shared memory of a program.
+        vector_loads: fewest 128-bit global loads in the PTX.
+        mma_instructions: fewest tensor core instructions in the PTX.
     """
 
     registers: int
@@ -73,15 +73,15 @@ class ResourceLimits(NamedTuple):
 
 
 class KernelSpec(NamedTuple):
-    """One configuration of a kernel as its launcher compiles it, for `aot`. `spec` makes them.
+    """One configuration of a kernel as its launcher compiles it. `spec` builds it for `aot`.
 
     Attributes:
         kernel: the jit function.
-        types: argument name to type, such as "*fp32", "i32" or "fp32". An argument that the
-            launcher passes as None has None here.
+        types: argument name to type, such as "*fp32", "i32" or "fp32", or None for an argument
+            that the launcher passes as None.
         constants: constexpr name to value.
         num_warps: warps of a program.
-        budget: see Budget.
+        limits: see ResourceLimits.
         divisible: integer arguments that are multiples of 16.
         max_registers: `maxnreg` of the launch.
     """
@@ -98,31 +98,30 @@ class KernelSpec(NamedTuple):
 # Types of pointers by the last words of their names. Other pointers have the dtype of the spec.
 _POINTERS = {
     "*i32": (
-        *("begin", "code", "colptr", "count", "end", "fact", "fact_relation", "graph", "head"),
-        *("ids", "index", "key", "order", "pair", "pair_relation", "perm", "place", "pos"),
-        *("position", "ptr", "question", "row", "rowptr", "sender", "sequence"),
-        *("slot", "slots", "source", "start", "tail", "target"),
+        *("code", "count", "end", "fact", "graph", "head", "ids", "key", "pair", "pair_relation"),
+        *("perm", "pos", "position", "question", "row", "rowptr", "sender", "sequence", "slot"),
+        *("slots", "source", "start", "tail"),
     ),
     "*i64": ("last_row", "question_key", "seed"),
-    # Accumulators, probabilities and steps stay float32 where the tables have a narrower dtype.
+    # Accumulators, probabilities and dt are float32 whatever the dtype of the tables.
     "*fp32": (
-        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv"),
-        *("chunk_out", "dot", "dp", "dt", "log", "p", "product"),
-        *("score_weight", "state", "state_dot", "sums"),
+        *("A", "D", "chunk", "chunk_decay", "chunk_fwd", "chunk_in", "chunk_inv", "chunk_out"),
+        *("dot", "dp", "dt", "log", "p", "product", "state", "state_dot", "sums"),
     ),
 }
-_BY_NAME = {name: kind for kind, names in _POINTERS.items() for name in names}
-# Arguments that are Python floats.
+_BY_NAME = {name: dtype for dtype, names in _POINTERS.items() for name in names}
+# Arguments that are Python floats. Other arguments without _ptr are integers.
 _FLOATS = ("bound", "eps", "scale")
 
 
 def row_strided(tensor: Tensor) -> Tensor:
-    """The tensor itself if only its rows have gaps, such as columns of a wider matrix, else a copy.
+    """The tensor if each row is contiguous, such as a column slice of a matrix, else a copy.
 
     Args:
-        tensor: at least one axis; the first is the rows.
+        tensor: [T, ...] of at least one dimension.
     """
     expected = 1
+    # From the last dimension on, a stride must be the product of the later sizes.
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size > 1 and stride != expected:
             return tensor.contiguous()
@@ -131,11 +130,11 @@ def row_strided(tensor: Tensor) -> Tensor:
 
 
 def _type_of(name: str, dtype: str) -> str:
-    """The type of a kernel's argument by its name."""
+    """The type of a kernel argument by its name."""
     if not name.endswith("_ptr"):
         return "fp32" if name in _FLOATS else "i32"
     name = name.removesuffix("_ptr")
-    if name.startswith("d_"):  # a gradient, which is never an integer
+    if name.startswith("d_"):  # a gradient is never an integer
         return "*fp32" if name[2:] in _POINTERS["*fp32"] else dtype
     return _BY_NAME.get(name) or _BY_NAME.get(name.rpartition("_")[2], dtype)
 
@@ -149,22 +148,22 @@ def spec(
     constants: Mapping[str, int] | None = None,
     **types: str | None,
 ) -> KernelSpec:
-    """Specification of a kernel for `aot`, by the names of its arguments.
+    """The specification of a kernel for `aot`, derived from the names of its arguments.
 
     Args:
         kernel: the jit function.
-        budget: see Budget.
+        limits: see ResourceLimits.
         tile: gives warps, registers, and `sizes` for the constexpr arguments that `constants`
-            lacks, in the kernel's order.
+            lacks, in the order of the arguments.
         dtype: type of the pointers whose names `_POINTERS` lacks.
         constants: values of constexpr arguments.
-        types: exceptions: argument name to type, None for an argument that is not there.
+        types: exceptions, argument name to type, or None for an argument passed as None.
 
     Returns:
-        The specification. Integers that the kernel specialises count as multiples of 16.
+        The specification. Integers that the kernel specialises on count as multiples of 16.
 
     Raises:
-        ValueError: the tile has too many or too few sizes for the kernel.
+        ValueError: the tile has more or fewer sizes than the kernel needs.
     """
     values = dict(constants or {})
     annotations = inspect.get_annotations(kernel.fn)
@@ -186,20 +185,20 @@ def spec(
     )
 
 
-# Matrix rows that are summed: columns are split over programs, since a sum of many rows is the work
-# of one. A tile takes 16 registers a thread.
+# Sums of matrix rows. Programs split the columns, because one program sums all rows of a segment. A
+# tile takes 16 registers per thread.
 ROW_TILE = Tile2D(rows=32, columns=64, num_warps=4)
 NOISE_TILE = Tile(1024, 8)
-# Facts of a question that a program holds in registers: all, or the first 8192. Without a limit the
-# assembler of Triton 3.6 spills in the second tile.
+# Facts of a question in registers: all, or the first 8192 if it streams. Without maxnreg the ptxas
+# of Triton 3.6 spills in the second tile.
 TOPK_TILES = (Tile(512, 4), Tile(2048, 8, 96))
 TOPK_STREAM = Tile(8192, 16)
-# Facts at a time of the others.
+# Facts per step of the streamed rest.
 TOPK_STEP = 2048
 
 
 def topk_tile(max_facts: int) -> tuple[Tile, bool]:
-    """The tile for questions of up to `max_facts` facts, and whether a program streams the rest."""
+    """The tile for questions of up to `max_facts` facts, and whether they are streamed."""
     for tile in TOPK_TILES:
         if max_facts <= tile.block:
             return tile, False

@@ -1,4 +1,4 @@
-"""The `dragkit::` operator library and the one way an op enters it."""
+"""Registration of ops in the `dragkit::` operator library."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ def register(
 ) -> None:
     """Defines an op that torch.compile treats as one opaque node.
 
-    `implementation` is plain PyTorch and serves every device it runs on. An op that may have a
-    Triton launcher too ends its arguments with "bool triton": the public function passes
-    `resolve_backend(...) == "triton"` there, the gradient formula passes the same to the backward
-    op, and the flag alone picks the path, on any device. Neither path receives the flag.
+    The last argument of an op with kernels is "bool triton". Public functions pass
+    `resolve_backend(...) == "triton"`, and gradient formulas pass the same value to the backward
+    op. The flag alone chooses the path, on any device. Neither path receives it.
 
     Args:
-        schema: such as "segment_softmax_fwd(Tensor score, Tensor ptr, bool triton) -> Tensor";
-            the first argument is a tensor.
-        implementation: called with gradients switched off.
-        fake: the arguments of the schema; returns empty tensors of the right shapes, dtypes and
-            devices.
-        triton: launcher with the arguments of `implementation`; None where Triton is not installed.
+        schema: such as "segment_softmax_fwd(Tensor score, Tensor ptr, bool triton) -> Tensor". The
+            first argument is a tensor.
+        implementation: plain PyTorch for every device, called without gradients.
+        fake: takes the arguments of the schema, returns empty tensors of the right shapes, dtypes
+            and devices.
+        triton: launcher with the arguments of `implementation`. None without Triton.
     """
     name = schema.partition("(")[0]
     if "bool triton)" in schema:
-        implementation = _by_flag(implementation, triton)
+        implementation = _dispatch_by_flag(implementation, triton)
     if triton is not None:
         TRITON_OPS.add(name.removesuffix("_fwd").removesuffix("_bwd"))
     _LIBRARY.define(schema)
@@ -41,16 +40,16 @@ def register(
     torch.library.register_fake(f"dragkit::{name}", fake, lib=_LIBRARY)
 
 
-def _by_flag(torch_path: Callable, triton_path: Callable | None) -> Callable:
-    """Calls one of two paths by the last argument."""
+def _dispatch_by_flag(torch_path: Callable, triton_path: Callable | None) -> Callable:
+    """A function that calls one of the two paths, chosen by its last argument."""
 
     def run(*arguments: object) -> object:
-        *rest, use_triton = arguments
+        *inputs, use_triton = arguments
         if not use_triton:
-            return torch_path(*rest)
-        # A launch goes to the current device, which need not be the tensors'.
-        with torch.cuda.device_of(rest[0]):
-            return triton_path(*rest)
+            return torch_path(*inputs)
+        # Triton launches on the current device, which may not be the tensors' device.
+        with torch.cuda.device_of(inputs[0]):
+            return triton_path(*inputs)
 
     return run
 
@@ -58,60 +57,60 @@ def _by_flag(torch_path: Callable, triton_path: Callable | None) -> Callable:
 def empty_gradients(
     inputs: Sequence[Tensor | None], output_mask: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """What a backward op returns, unfilled: like each input of the mask, [0] for the others.
+    """Uninitialised results of a backward op: like each input in the mask, [0] for the others.
 
     Args:
-        inputs: the differentiable inputs of the forward op, None for an optional one left out.
-        output_mask: which gradients are wanted.
+        inputs: the differentiable inputs of the forward op. An optional input may be None.
+        output_mask: True where a gradient is needed.
     """
     like = next(x for x in inputs if x is not None)
     return tuple(
-        x.new_empty(x.shape) if x is not None and wanted else like.new_empty(0)
-        for x, wanted in zip(inputs, output_mask, strict=True)
+        x.new_empty(x.shape) if x is not None and needed else like.new_empty(0)
+        for x, needed in zip(inputs, output_mask, strict=True)
     )
 
 
 def wanted_gradients(
     grads: Sequence[Tensor], output_mask: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """The results of a backward op as autograd takes them: None where no gradient is wanted."""
-    return tuple(g if wanted else None for g, wanted in zip(grads, output_mask, strict=True))
+    """The results of a backward op as autograd takes them: None where no gradient is needed."""
+    return tuple(g if needed else None for g, needed in zip(grads, output_mask, strict=True))
 
 
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     """Attaches the gradient formula of `dragkit::name`.
 
     Args:
-        name: of the forward op.
-        backward: gradients of the op's first inputs, from (ctx, *gradients of the outputs). Those
-            that nobody needs are dropped, and the inputs after them have none.
-        setup_context: saves what `backward` needs, from (ctx, inputs, output).
+        name: name of the forward op.
+        backward: takes (ctx, *gradients of the outputs), returns the gradients of the op's first
+            inputs. Gradients that autograd does not need are dropped. Later inputs get none.
+        setup_context: takes (ctx, inputs, output), saves what `backward` reads.
     """
 
-    def every_gradient(ctx: object, *grads: Tensor) -> tuple[object, ...]:
-        found = backward(ctx, *grads)
-        found = found if isinstance(found, tuple) else (found,)
-        # One answer for each input, in a list for a list of tensors.
+    def full_backward(ctx: object, *grads: Tensor) -> tuple[object, ...]:
+        results = backward(ctx, *grads)
+        results = results if isinstance(results, tuple) else (results,)
+        # Autograd takes one value for each input, and a list for a list of tensors.
         needed = ctx.needs_input_grad
-        first = (g if need else None for g, need in zip(found, needed, strict=False))
-        rest = ([None] * len(n) if isinstance(n, list) else None for n in needed[len(found) :])
+        first = (g if need else None for g, need in zip(results, needed, strict=False))
+        rest = ([None] * len(n) if isinstance(n, list) else None for n in needed[len(results) :])
         return (*first, *rest)
 
     torch.library.register_autograd(
-        f"dragkit::{name}", every_gradient, setup_context=setup_context, lib=_LIBRARY
+        f"dragkit::{name}", full_backward, setup_context=setup_context, lib=_LIBRARY
     )
 
 
 def forbid_double_backward(name: str) -> None:
-    """Makes a derivative through `dragkit::name` an error instead of a wrong number."""
+    """Makes autograd through the backward op `dragkit::name` an error, not a wrong number."""
 
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(
-            f"dragkit::{name} has no derivative: the ops of dragkit_kernels give first "
-            "derivatives only, so create_graph=True cannot be used through them"
+            f"dragkit::{name} has no derivative: the ops of dragkit_kernels compute first "
+            "derivatives only. Call backward without create_graph=True."
         )
 
     def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: object) -> None:
-        """Nothing to keep."""
+        """`backward` reads nothing."""
 
     register_gradient(name, backward, setup_context)

@@ -1,9 +1,9 @@
-"""Logistic noise from a counter: the same for a fact whatever batch or device it is drawn on.
+"""Counter-based logistic noise: a fact has the same noise in any batch and on any device.
 
-Philox4x32-10 (Salmon et al. 2011) turns 128 counter bits and 64 key bits into four random words.
-The counter of a fact is (its index within its question, low word of the question's key, high word
-of the key, 0), the two keys are the low and high words of the seed, and output word 0 is used:
-`tl.philox(seed, fact, key_low, key_high, 0)[0]` in Triton.
+Philox4x32-10 (Salmon et al. 2011) maps a counter of four 32-bit words and a key of two to four
+random words. The counter of a fact is (index of the fact in its question, low word of the
+question's key, high word of that key, 0). The Philox key is (low, high) word of the seed. Word 0 of
+the output is used: `tl.philox(seed, fact, key_low, key_high, 0)[0]` in Triton.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ def philox4x32(
     """The Philox4x32 block function on broadcastable tensors.
 
     Args:
-        counter: four int64 tensors holding 32-bit words.
-        key: two int64 tensors holding 32-bit words.
+        counter: four int64 tensors of 32-bit words.
+        key: two int64 tensors of 32-bit words.
         rounds: 10 for the standard generator.
 
     Returns:
-        Four int64 tensors holding 32-bit words.
+        Four int64 tensors of 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        # 64-bit products wrap, which keeps all bits: the mask undoes the arithmetic shift. The
-        # upper halves of c1 and c3 are masked where the two are used.
+        # A wrapped 64-bit product keeps all its bits, and the mask undoes the arithmetic shift. c1
+        # and c3 are masked where they are used.
         a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((b >> 32) ^ c1 ^ k0) & _WORD
         c2 = ((a >> 32) ^ c3 ^ k1) & _WORD
@@ -54,9 +54,9 @@ def philox4x32(
 
 
 def logistic(word: Tensor) -> Tensor:
-    """log u - log(1 - u) of u = (word >> 9 + 1/2) 2^-23: int64 32-bit words to finite float32.
+    """float32 log u - log(1 - u) with u = (word >> 9 + 1/2) 2^-23 for int64 32-bit words.
 
-    u is never 0 or 1, and both u and 1 - u are exact in float32.
+    u and 1 - u are exact in float32 and never 0, so the result is finite.
     """
     u = ((word >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return torch.log(u) - torch.log(1.0 - u)
@@ -80,15 +80,13 @@ def logistic_noise(
     num_facts: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One standard logistic variate per fact, from the counter and keys of the module's head.
-
-    Rows after the last question (padding) hold 0.
+    """One standard logistic variate per fact. Padding rows after the last question have 0.
 
     Args:
-        seed: int64 [] (a tensor, so that a captured CUDA graph can be replayed with another seed).
-        question_key: int64 [B], one number per question, independent of the batch.
+        seed: int64 [], a tensor, so that a captured CUDA graph can be replayed with another seed.
+        question_key: int64 [B] key of each question, independent of the batch.
         fact_ptr: int [B+1] first fact of each question.
-        num_facts: E; without it the last offset is read back, which waits for the device.
+        num_facts: E. None reads the last offset from the device, and waits.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -96,7 +94,7 @@ def logistic_noise(
 
     Raises:
         ValueError: sizes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     check_counter("logistic_noise", seed, question_key, fact_ptr)
     if num_facts is None:

@@ -15,9 +15,9 @@ from .triton_math import logistic_noise_block
 def _logistic_noise_fwd_kernel(
     seed_ptr, question_key_ptr, fact_ptr, noise_ptr, num_facts, num_questions, BLOCK: tl.constexpr
 ):
-    """noise_e = log u - log(1 - u), u from the counter of fact e; 0 after the last question.
+    """noise_e = log u - log(1 - u) with u from the counter of fact e, and 0 for padding rows.
 
-    One program per question and one for the rows after them; each walks its facts in blocks.
+    One program per question, and one for the padding rows after the last question.
     """
     pid_q = tl.program_id(0)
     has_question = pid_q < num_questions
@@ -34,16 +34,12 @@ def _logistic_noise_fwd_kernel(
 def logistic_noise_fwd(
     seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int
 ) -> Tensor:
-    """Launches the kernel; arguments and result as in `logistic_noise`."""
+    """Launches the kernel with the arguments of `logistic_noise`."""
     noise = seed.new_empty(num_facts, dtype=torch.float32)
     num_questions = fact_ptr.shape[0] - 1
     _logistic_noise_fwd_kernel[(num_questions + 1,)](
-        seed,
-        question_key.contiguous(),
-        fact_ptr.contiguous(),
-        noise,
-        num_facts,
-        num_questions,
+        *(seed, question_key.contiguous(), fact_ptr.contiguous()),
+        *(noise, num_facts, num_questions),
         BLOCK=NOISE_TILE.block,
         **NOISE_TILE.options,
     )

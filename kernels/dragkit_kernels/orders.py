@@ -1,4 +1,4 @@
-"""The facts of a pack in the three orders that forward and backward passes walk."""
+"""The facts of a pack, grouped by tail, by head and by (graph, relation) pair."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .segments import segment_ptr
 
 
 class FactIndex(NamedTuple):
-    """One set of E facts sorted by tail, by head and by (graph, relation); all int32.
+    """E facts, and their permutations by tail, by head and by (graph, relation) pair. All int32.
 
-    A fact's number is its place in the original triple order; every sort is stable, so sums run
-    in a fixed sequence. A fact may stand for several equal ones (see docs/method.md, section 3):
-    its counts say how many of them one head and one tail node has.
+    Facts are numbered in triple order. Every sort is stable, so sums run in a fixed sequence. A
+    fact may stand for several equal ones, and its counts say how many (docs/method.md, section 3).
 
     Attributes:
         head, tail: [E] node rows of each fact.
-        tail_ptr, tail_perm: [N+1], [E] facts whose tail is node v, `tail_perm[tail_ptr[v]:...]`.
+        tail_ptr, tail_perm: [N+1], [E]. tail_perm[tail_ptr[v]:tail_ptr[v+1]] are the facts whose
+            tail is v, ascending.
         head_ptr, head_perm: [N+1], [E] the same by head.
         pair_ptr, pair_perm: [P+1], [E] the same by (graph, relation) pair.
-        pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by
-            (graph, relation).
+        pair_relation, pair_graph: [P] relation row and graph of each pair, ascending by (graph,
+            relation).
         fact_pair: [E] pair of each fact.
-        head_count, tail_count: [E] facts like this one that start at a single head node, and that
-            end in a single tail node; ones in a graph as it is.
+        head_count, tail_count: [E] number of equal facts at one head node, and at one tail node.
+            Both are 1 for a fact that was not merged.
     """
 
     head: Tensor
@@ -63,12 +63,12 @@ class FactIndex(NamedTuple):
 
 def check_fact_index(op: str, fact_index: FactIndex) -> None:
     """Raises ValueError unless all fields are int32 and have the sizes of one set of facts."""
-    facts, nodes, pairs = fact_index.num_facts, fact_index.num_nodes, fact_index.num_pairs
-    sizes = {"tail_ptr": nodes + 1, "head_ptr": nodes + 1, "pair_ptr": pairs + 1}
-    sizes |= {"pair_relation": pairs, "pair_graph": pairs}
+    num_nodes, num_pairs = fact_index.num_nodes, fact_index.num_pairs
+    sizes = {"tail_ptr": num_nodes + 1, "head_ptr": num_nodes + 1, "pair_ptr": num_pairs + 1}
+    sizes |= {"pair_relation": num_pairs, "pair_graph": num_pairs}
     for name, tensor in zip(fact_index._fields, fact_index, strict=True):
-        # The names of all fields would be formatted in every call.
-        size = sizes.get(name, facts)
+        size = sizes.get(name, fact_index.num_facts)
+        # Every call comes here: names are formatted for an error only.
         if tensor.shape != (size,):
             check_shape(op, f"fact_index.{name}", tensor, (size,))
         if tensor.dtype != torch.int32:
@@ -76,16 +76,16 @@ def check_fact_index(op: str, fact_index: FactIndex) -> None:
 
 
 def contiguous_index(index: Sequence[Tensor]) -> FactIndex:
-    """The fields of a FactIndex, as an op takes them, without gaps in memory."""
+    """A FactIndex of contiguous tensors, from its fields as an op receives them."""
     return FactIndex(*(x.contiguous() for x in index))
 
 
 class FactGroups(NamedTuple):
-    """Which of the E facts of the questions a fact of `FactIndex` stands for; all int32.
+    """The E facts of the questions, grouped by the Q merged facts that stand for them. All int32.
 
     Attributes:
-        row: [E] its row in the orders.
-        ptr, fact: [Q+1], [E] the facts of row q, `fact[ptr[q]:ptr[q+1]]`; Q rows in the orders.
+        row: [E] merged fact of each fact.
+        ptr, fact: [Q+1], [E]. fact[ptr[q]:ptr[q+1]] are the facts of merged fact q.
     """
 
     row: Tensor
@@ -94,11 +94,11 @@ class FactGroups(NamedTuple):
 
 
 class GroupedIndex(NamedTuple):
-    """Which places of an index tensor hold each of R rows; int32.
+    """The positions of an int32 index tensor [P], grouped by the row that they hold. int32.
 
     Attributes:
-        perm: [P] the places ascending by the row that they hold; equal rows keep their sequence.
-        ptr: [R+1] `perm[ptr[r]:ptr[r+1]]` hold row r.
+        perm: [P] positions, ascending by row. Equal rows keep their sequence.
+        ptr: [R+1]. The positions perm[ptr[r]:ptr[r+1]] hold row r.
     """
 
     perm: Tensor
@@ -106,10 +106,10 @@ class GroupedIndex(NamedTuple):
 
 
 def grouped_index(rows: Tensor, num_rows: int) -> GroupedIndex:
-    """Sorts the places of an index tensor by row, without asking the device for anything.
+    """Groups the positions of an index tensor by row, without waiting for the device.
 
     Args:
-        rows: int32 [P]; a row of `num_rows` or more belongs to none and comes last.
+        rows: int32 [P]. Rows of `num_rows` or more come last and belong to no group.
         num_rows: R.
 
     Raises:
@@ -122,15 +122,15 @@ def grouped_index(rows: Tensor, num_rows: int) -> GroupedIndex:
 
 
 def check_grouped_index(
-    op: str, name: str, order: GroupedIndex, places: int, num_rows: int
+    op: str, name: str, index: GroupedIndex, num_positions: int, num_rows: int
 ) -> None:
-    """Raises ValueError unless `order` sorts `places` places by `num_rows` rows."""
-    check_shape(op, f"{name}.perm", order.perm, (places,))
-    check_shape(op, f"{name}.ptr", order.ptr, (num_rows + 1,))
-    check_index(op, **{f"{name}.perm": order.perm, f"{name}.ptr": order.ptr})
+    """Raises ValueError unless `index` has the sizes for `num_positions` and `num_rows`."""
+    check_shape(op, f"{name}.perm", index.perm, (num_positions,))
+    check_shape(op, f"{name}.ptr", index.ptr, (num_rows + 1,))
+    check_index(op, **{f"{name}.perm": index.perm, f"{name}.ptr": index.ptr})
 
 
-def _sort_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+def _group_by(key: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     """Offsets [num_keys+1] and stable permutation [E] that group rows by key."""
     ptr = torch.zeros(num_keys + 1, dtype=torch.int32, device=key.device)
     ptr[1:] = torch.bincount(key, minlength=num_keys).cumsum(0)
@@ -149,22 +149,23 @@ def build_fact_index(
 ) -> FactIndex:
     """Sorts the facts of one graph or of a pack.
 
-    Host work, done once per graph when a data set is packed; packs are then made with
-    `concat_fact_indexes` or an equal concatenation.
+    This runs on the host, once per graph, when a data set is packed. `concat_fact_indexes` then
+    joins the graphs of a pack.
 
     Args:
         head, tail: int [E] node rows, 0..num_nodes-1.
         relation: int [E] relation rows, 0 or more.
         num_nodes: N.
-        fact_graph: int [E] graph of each fact; None means one graph.
-        head_count, tail_count: int [E] see FactIndex; None means ones.
+        fact_graph: int [E] graph of each fact. None means one graph.
+        head_count, tail_count: int [E], see FactIndex. None means ones.
 
     Returns:
-        The orders, on the device of `head`.
+        The index, on the device of `head`.
 
     Raises:
         ValueError: sizes differ, or a row is out of range.
     """
+    op = "build_fact_index"
     for name, tensor in (
         ("tail", tail),
         ("relation", relation),
@@ -173,25 +174,23 @@ def build_fact_index(
         ("tail_count", tail_count),
     ):
         if tensor is not None:
-            check_shape("build_fact_index", name, tensor, tuple(head.shape[:1]))
-    check_shape("build_fact_index", "head", head, (None,))
+            check_shape(op, name, tensor, tuple(head.shape[:1]))
+    check_shape(op, "head", head, (None,))
     head, tail, relation = head.long(), tail.long(), relation.long()
     graph = torch.zeros_like(head) if fact_graph is None else fact_graph.long()
     if head.numel():
         low = int(torch.stack([head, tail]).min())
         high = int(torch.stack([head, tail]).max())
         if low < 0 or high >= num_nodes:
-            raise ValueError(
-                f"build_fact_index: node rows must be in 0..{num_nodes - 1}, got {low}..{high}"
-            )
+            raise ValueError(f"{op}: node rows must be in 0..{num_nodes - 1}, got {low}..{high}")
         if int(relation.min()) < 0 or int(graph.min()) < 0:
-            raise ValueError("build_fact_index: relation and graph rows must not be negative")
-    # One relation row more than the largest keeps (graph, relation) keys apart.
+            raise ValueError(f"{op}: relation and graph rows must not be negative")
+    # A radix above the largest relation row keeps (graph, relation) keys apart.
     radix = int(relation.max()) + 1 if relation.numel() else 1
     keys, fact_pair = torch.unique(graph * radix + relation, return_inverse=True)
-    tail_ptr, tail_perm = _sort_by(tail, num_nodes)
-    head_ptr, head_perm = _sort_by(head, num_nodes)
-    pair_ptr, pair_perm = _sort_by(fact_pair, keys.numel())
+    tail_ptr, tail_perm = _group_by(tail, num_nodes)
+    head_ptr, head_perm = _group_by(head, num_nodes)
+    pair_ptr, pair_perm = _group_by(fact_pair, keys.numel())
     ones = torch.ones_like(head, dtype=torch.int32)
     return FactIndex(
         head=head.int(),
@@ -210,37 +209,38 @@ def build_fact_index(
     )
 
 
-def concat_fact_indexes(parts: Sequence[FactIndex]) -> FactIndex:
-    """Joins the orders of single graphs into those of a pack, without sorting.
+def concat_fact_indexes(graphs: Sequence[FactIndex]) -> FactIndex:
+    """Joins the indexes of single graphs into that of a pack, without sorting.
 
     Args:
-        parts: one graph each, with relation rows that already count in the pack's relation list.
+        graphs: one graph each. Their relation rows already refer to the pack's relation list.
 
     Returns:
-        What `build_fact_index` gives for the joined facts.
+        What `build_fact_index` returns for the joined facts.
 
     Raises:
-        ValueError: no parts.
+        ValueError: `graphs` is empty.
     """
-    if not parts:
+    if not graphs:
         raise ValueError("concat_fact_indexes: at least one graph is needed")
     nodes = facts = pairs = 0
     columns: dict[str, list[Tensor]] = {name: [] for name in FactIndex._fields}
-    for graph, part in enumerate(parts):
+    for number, graph in enumerate(graphs):
+        # What is added to the values of each field. All others hold fact numbers or fact offsets.
         offset = {
             "head": nodes,
             "tail": nodes,
             "pair_relation": 0,
-            "pair_graph": graph,
+            "pair_graph": number,
             "fact_pair": pairs,
             "head_count": 0,
             "tail_count": 0,
         }
-        for name, column in zip(part._fields, part, strict=True):
-            # Later parts drop their leading zero: it is the previous part's last offset.
-            piece = column[1:] if name.endswith("_ptr") and graph else column
-            columns[name].append(piece + offset.get(name, facts))
-        nodes += part.num_nodes
-        facts += part.num_facts
-        pairs += part.num_pairs
-    return FactIndex(**{name: torch.cat(pieces) for name, pieces in columns.items()})
+        for name, column in zip(graph._fields, graph, strict=True):
+            # The leading zero of a later ptr repeats the last offset of the graph before it.
+            values = column[1:] if name.endswith("_ptr") and number else column
+            columns[name].append(values + offset.get(name, facts))
+        nodes += graph.num_nodes
+        facts += graph.num_facts
+        pairs += graph.num_pairs
+    return FactIndex(**{name: torch.cat(values) for name, values in columns.items()})

@@ -1,4 +1,4 @@
-"""Helpers shared by tests and benchmarks: comparison, random packs, awkward strides."""
+"""Helpers of tests and benchmarks: comparison, poisoned memory, random packs, strided tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .orders import FactIndex, build_fact_index
 
-# Largest RMS error relative to the RMS of the expected values, by the dtype of the result.
+# Largest RMS error relative to the RMS of the expected values, by dtype of the result.
 TOLERANCE = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -27,14 +27,14 @@ def assert_close(
 ) -> None:
     """Raises AssertionError unless rms(actual - expected) <= tolerance * rms(expected).
 
-    One number for a whole tensor: single elements near zero cannot fail it and a wrong row cannot
-    hide. Non-finite values must agree in place and kind.
+    One ratio for the whole tensor tolerates elements near zero and still shows a wrong row.
+    Non-finite values must be equal at the same places.
 
     Args:
-        actual: any dtype and shape; its dtype picks the tolerance.
-        expected: same shape; usually float64.
-        name: for the message.
-        tolerance: overrides the table.
+        actual: any dtype and shape. Its dtype selects the tolerance.
+        expected: same shape, usually float64.
+        name: name of the tensor in the message.
+        tolerance: replaces the value of TOLERANCE.
     """
     if actual.shape != expected.shape:
         raise AssertionError(
@@ -59,16 +59,16 @@ def assert_close(
         )
 
 
-# Elements before and after a fenced allocation: enough to keep its alignment.
+# Guard elements before and after an allocation: a multiple that keeps its alignment.
 _FENCE = 64
 
 
 @contextmanager
 def fenced_allocations() -> Iterator[None]:
-    """Every `Tensor.new_empty` inside holds NaN (the lowest integer), and so does memory around it.
+    """Fills every `Tensor.new_empty` in the block, and guards around it, with NaN or the least int.
 
-    What a kernel forgets to write is seen in its results; what it writes outside its buffers raises
-    AssertionError at the end of the block. Launchers allocate by new_empty for this reason.
+    A result that a kernel does not write stays NaN. A write outside of a buffer changes a guard and
+    raises AssertionError at the end of the block. Launchers allocate with new_empty for this.
     """
     new_empty, padded_tensors = torch.Tensor.new_empty, []
 
@@ -86,7 +86,9 @@ def fenced_allocations() -> Iterator[None]:
         fences = torch.cat([padded[:_FENCE], padded[-_FENCE:]])
         intact = fences.isnan() if fences.is_floating_point() else fences == _poison(fences)
         if not bool(intact.all()):
-            raise AssertionError(f"written outside a buffer of {padded.numel() - 2 * _FENCE}")
+            raise AssertionError(
+                f"a kernel wrote outside of a buffer of {padded.numel() - 2 * _FENCE} elements"
+            )
 
 
 def _poison(tensor: Tensor) -> float | int:
@@ -94,8 +96,8 @@ def _poison(tensor: Tensor) -> float | int:
 
 
 class Adjacency(NamedTuple):
-    """A random pack: orders, int32 node_graph [N], node_ptr [B+1], fact_graph [E], fact_ptr [B+1],
-    int64 relation [E] and int32 node_count [N]."""
+    """A pack of graphs: its index, int32 node_graph [N], node_ptr [B+1], fact_graph [E],
+    fact_ptr [B+1], node_count [N], and int64 relation [E]."""
 
     fact_index: FactIndex
     node_graph: Tensor
@@ -122,7 +124,8 @@ def adjacency(
         sizes: (nodes, facts) of each graph.
         head, tail: int64 [E] node rows of the pack.
         relation: int64 [E].
-        head_count, tail_count: int [E] see FactIndex; node_count: int [N]; None means ones.
+        head_count, tail_count: int [E] see FactIndex, or None for ones.
+        node_count: int [N], or None for ones.
     """
     nodes = torch.tensor([n for n, _ in sizes])
     facts = torch.tensor([e for _, e in sizes])
@@ -156,17 +159,17 @@ def random_adjacency(
     """A pack of random graphs with hubs, duplicate facts, self-loops and counts of 1 to 3.
 
     Args:
-        sizes: (nodes, facts) of each graph; a graph without nodes must have no facts.
+        sizes: (nodes, facts) of each graph. A graph without nodes must have no facts.
         num_relations: R.
-        seed: of the draw.
-        skew: exponent of the endpoint distribution; 1 is uniform, larger makes hubs.
+        seed: seed of the random numbers.
+        skew: exponent of the endpoint distribution. 1 is uniform, larger values make hubs.
     """
     generator = torch.Generator().manual_seed(seed)
     nodes = torch.tensor([n for n, _ in sizes])
     graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor([e for _, e in sizes]))
-    first, count = (nodes.cumsum(0) - nodes)[graph], nodes[graph]
+    first_node, num_nodes = (nodes.cumsum(0) - nodes)[graph], nodes[graph]
     head, tail = (
-        first + (torch.rand(len(graph), generator=generator) ** skew * count).long()
+        first_node + (torch.rand(len(graph), generator=generator) ** skew * num_nodes).long()
         for _ in range(2)
     )
     relation = torch.randint(0, num_relations, (len(graph),), generator=generator)
@@ -182,7 +185,7 @@ def random_adjacency(
 
 
 def padded_facts(pack: Adjacency, rows: int) -> Adjacency:
-    """The pack with `rows` more facts, and one pair, that no node has and that weigh nothing."""
+    """The pack with `rows` padding facts of one padding pair, all with count 0."""
     fact_index = pack.fact_index
     fact, node = fact_index.num_facts + rows - 1, fact_index.num_nodes - 1
     graph = len(pack.node_ptr) - 2
@@ -205,7 +208,7 @@ def padded_facts(pack: Adjacency, rows: int) -> Adjacency:
 
 
 def strided_like(tensor: Tensor) -> Tensor:
-    """The same values in memory with gaps: every dimension has a stride of more than it needs."""
+    """The same values in a view whose every dimension is strided."""
     if tensor.dim() == 0:
         return tensor
     padded = tensor.new_empty([2 * size + 1 for size in tensor.shape])
@@ -214,14 +217,14 @@ def strided_like(tensor: Tensor) -> Tensor:
 
 
 def leaves(tensors: list[Tensor]) -> list[Tensor]:
-    """The same values as fresh leaves that require gradients."""
+    """The same values as new leaves that require gradients."""
     return [x.detach().requires_grad_() for x in tensors]
 
 
 def gradients(
     out: Tensor, inputs: list[Tensor], grad: Tensor, *, retain_graph: bool = False
 ) -> list[Tensor]:
-    """Gradients of `out` with respect to every input; zeros for an input without influence."""
+    """Gradients of `out` with respect to every input, zeros for an unused input."""
     grads = torch.autograd.grad(
         out,
         inputs,
@@ -234,7 +237,7 @@ def gradients(
 
 
 class PromptPieces(NamedTuple):
-    """Prompts in pieces as `prompt_tokens` takes them, and the lengths of all, int32 [B]."""
+    """Arguments of `prompt_tokens`, and the length of each prompt, int32 [B]."""
 
     source: Tensor
     start: Tensor
@@ -246,7 +249,7 @@ class PromptPieces(NamedTuple):
 def random_prompt_pieces(
     prompts: int, pieces: int, *, longest: int = 5, seed: int = 0
 ) -> PromptPieces:
-    """Random text, some pieces empty, about half of the others behind a slot of their own."""
+    """Random pieces: some are empty, about half of the others have a slot. Slots are distinct."""
     generator = torch.Generator().manual_seed(seed)
     size = (prompts, pieces)
     text = torch.randint(-1, longest + 1, size, generator=generator).clamp(min=0)
@@ -256,6 +259,6 @@ def random_prompt_pieces(
     slot = torch.where(torch.rand(size, generator=generator) < 0.5, vectors, -1)
     lengths = torch.where(torch.rand(size, generator=generator) < 0.2, 0, text + (slot >= 0))
     end = lengths.cumsum(1)
-    # Pieces that were left out keep their start and slot, as a prompt's facts do.
+    # Dropped pieces keep their start and slot, as the facts of a truncated prompt do.
     total = lengths.sum(1)
     return PromptPieces(source, *(x.int() for x in (start, end, slot, total)))

@@ -1,4 +1,4 @@
-"""Triton helpers shared by the kernels of several ops."""
+"""Triton helpers of several ops."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def order_code(x):
-    """An int32 that sorts as the float32 `x` does; 0.0 and -0.0 share one, NaN sorts as bits."""
+    """int32 codes that sort like float32 `x`. -0.0 and 0.0 are equal, NaN sorts by its bits."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def noise_word(seed, question_key, offs_e):
-    """Word 0 of Philox4x32-10 with the counter (fact, key low, key high, 0), as in `noise.py`.
+    """uint32 word 0 of Philox4x32-10 for the facts `offs_e` (int32) of a question, as in noise.py.
 
-    `seed` and `question_key` are int64 scalars, `offs_e` an int32 block of facts within a question.
+    `seed` and `question_key` are int64 scalars.
     """
     zero = offs_e.to(tl.uint32, bitcast=True) * 0
     key_low = (question_key & 0xFFFFFFFF).to(tl.uint32) + zero
@@ -28,7 +28,7 @@ def noise_word(seed, question_key, offs_e):
 
 @triton.jit
 def logistic_noise_block(seed, question_key, offs_e):
-    """log u - log(1 - u) with u = (noise_word >> 9 + 1/2) 2^-23, exact and never 0 or 1."""
+    """float32 log u - log(1 - u) with u = (noise_word >> 9 + 1/2) 2^-23, which is never 0 or 1."""
     word = noise_word(seed, question_key, offs_e)
     u = ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
     return tl.log(u) - tl.log(1.0 - u)

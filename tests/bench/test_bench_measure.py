@@ -1,4 +1,4 @@
-"""Timings with a clock and a GPU counter set by hand, and the gate of decoding."""
+"""Timings by a simulated clock and GPU counter, and the gate of decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("torch_geometric")
 
 from bench import measure  # noqa: E402
-from bench.bench_decode import Decoded, check_tokens, decode_anew, decode_cached  # noqa: E402
+from bench.bench_decode import check_tokens, decode_without_cache  # noqa: E402
 from bench.measure import Contender, Tally, check_agreement, compare  # noqa: E402
 from bench.results import Comparison, Timing  # noqa: E402
 from dragkit.config import GeneratorConfig  # noqa: E402
@@ -26,7 +26,7 @@ FLOP_PER_S = 400 * 4060 + 40 * 1200
 
 
 class Time:
-    """Seconds that pass only when a step says so, and joules with them."""
+    """A clock of seconds, and a counter of joules, that only contenders advance."""
 
     now = joules = 0.0
 
@@ -38,7 +38,7 @@ class Time:
 
 
 class Benchmark:
-    """What `compare` asks of pytest-benchmark."""
+    """The part of pytest-benchmark that `compare` uses."""
 
     group: str | None = None
 
@@ -61,7 +61,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 def contenders(time: Time) -> list[Contender]:
-    """Half a second a call of ours, which counts tokens; two seconds of the peer."""
+    """A call of ours takes half a second and counts tokens. A call of the peer takes two."""
     tally = Tally(weights=WEIGHTS)
 
     def ours() -> None:
@@ -90,28 +90,28 @@ def timings(time: Time, **options: object) -> dict[str, Timing]:
 
 
 def test_times_and_rates_are_of_single_calls(time: Time) -> None:
-    found = timings(time, repeats=3)
-    ours, plain = found["ours"], found["plain"]
+    rows = timings(time, repeats=3)
+    ours, plain = rows["ours"], rows["plain"]
     assert ours.ms == (500.0, 500.0, 500.0) and ours.cpu_ms == 1000.0 and not ours.peer
     assert plain.ms[0] == 2000.0 and plain.peer and plain.rates is None
-    assert found["absent"].ms is None and found["absent"].note == "not installed"
+    assert rows["absent"].ms is None and rows["absent"].note == "not installed"
     assert ours.rates.tokens_per_s == pytest.approx(400.0)
     assert ours.rates.supervised_tokens_per_s == pytest.approx(40.0)
     # (4 * 1000 + 6 * 10) tokens and 4 * 300 supervised ones.
     assert ours.rates.flop_per_s == pytest.approx(FLOP_PER_S)
     assert ours.rates.mfu is None and ours.rates.joules_per_question is None
-    text = found["all"].markdown()
+    text = rows["all"].markdown()
     assert "| plain | 2000 (2000-2000) | 4.00 |" in text and "| 400 | 40 | 0.001672 |" in text
     assert "Strongest peer: plain, 4.00 times the time of ours." in text
     assert "- absent: not installed" in text
 
 
 @pytest.mark.parametrize(("seconds", "repeats"), [(None, 9), (1.0, 3), (15.0, 5), (1e3, 9)])
-def test_what_takes_long_is_repeated_less(time: Time, seconds: float | None, repeats: int) -> None:
+def test_long_rounds_are_repeated_less(time: Time, seconds: float | None, repeats: int) -> None:
     """A round of both contenders takes three seconds."""
-    found = timings(time, repeats=9, seconds=seconds)["all"]
-    assert found.about == {"a": 1, "repeats": repeats}
-    # Two calls of each to warm up.
+    comparison = timings(time, repeats=9, seconds=seconds)["all"]
+    assert comparison.about == {"a": 1, "repeats": repeats}
+    # Each contender warms up with two calls.
     assert time.now == pytest.approx(2 * 2.5 + 3 * repeats)
 
 
@@ -121,7 +121,7 @@ def test_utilisation_and_energy_of_a_gpu(
     time: Time, monkeypatch: pytest.MonkeyPatch, gpu: str, fails: bool
 ) -> None:
     def do_bench(run: Callable[[], None], rep: int, quantiles: list[float]) -> list[float]:
-        """As Triton's, which also calls what it does not time."""
+        """Like Triton's, which also makes calls that it does not time."""
         assert quantiles == [0.5, 0.2, 0.8]
         begin = time.now
         for _ in range(8):
@@ -137,17 +137,16 @@ def test_utilisation_and_energy_of_a_gpu(
     monkeypatch.setattr("triton.testing.do_bench", do_bench)
     monkeypatch.setattr(GpuMonitor, "open", lambda device: monitor)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
-    found = timings(time, repeats=3, device=torch.device("cuda"))
-    ours = found["ours"]
+    ours = timings(time, repeats=3, device=torch.device("cuda"))["ours"]
     assert ours.ms == (500.0, 250.0, 1000.0) and ours.cpu_ms is None
     assert ours.rates.tokens_per_s == pytest.approx(400.0)
     if fails:
         assert ours.rates.joules_per_question is None
-    else:  # 150 J a call of 16 questions
+    else:  # a call of 16 questions takes 150 J
         assert ours.rates.joules_per_question == pytest.approx(150 / 16)
     spec = card_spec(gpu)
-    wanted = None if spec is None else pytest.approx(FLOP_PER_S / (spec.bf16_tflops * 1e12))
-    assert ours.rates.mfu == wanted and ours.rates.flop_per_s > 0
+    mfu = None if spec is None else pytest.approx(FLOP_PER_S / (spec.bf16_tflops * 1e12))
+    assert ours.rates.mfu == mfu and ours.rates.flop_per_s > 0
 
 
 def test_a_wrong_result_is_not_timed() -> None:
@@ -158,13 +157,22 @@ def test_a_wrong_result_is_not_timed() -> None:
             check_agreement("x", right, wrong, 1e-5)
 
 
+def test_the_norm_allows_what_the_largest_difference_does_not() -> None:
+    right, wrong = torch.ones(100), torch.ones(100)
+    wrong[3] = 1.05
+    check_agreement("x", right, wrong, 6e-3, order=2)
+    for order in (2, torch.inf):
+        with pytest.raises(ValueError, match="x: differs from ours"):
+            check_agreement("x", right, wrong, 4e-3, order=order)
+
+
 @pytest.fixture(scope="module")
 def generator() -> Generator:
     return load_generator(GeneratorConfig(), torch.device("cpu"), name="tiny")
 
 
 def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
-    """Random text; the last tokens of the first prompt are slots."""
+    """Prompts of random text. The last tokens of the first prompt are slots."""
     draw = torch.Generator().manual_seed(0)
     total, length = sum(lengths), torch.tensor(lengths)
     slot = torch.full((total,), -1)
@@ -184,37 +192,32 @@ def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
     )
 
 
-def test_both_ways_of_decoding_agree(generator: Generator) -> None:
+def test_decoding_with_and_without_cache_agrees(generator: Generator) -> None:
     prompt = prompts([9, 40, 3], vectors=2)
     vectors = torch.randn(2, generator.dim, generator=torch.Generator().manual_seed(1))
-    cached = decode_cached(generator, prompt, vectors, 5)
-    check_tokens(cached, decode_anew(generator, prompt, vectors, 5))
-    assert [len(tokens) for tokens in cached.tokens] == [5, 5, 5] and len(cached.texts) == 3
-    other = decode_anew(generator, prompt, -vectors, 5)
-    assert other.tokens[0] != cached.tokens[0]
+    cached = generator.greedy_tokens(prompt, vectors, 5)
+    check_tokens(cached, decode_without_cache(generator, prompt, vectors, 5))
+    assert [len(tokens) for tokens in cached] == [5, 5, 5]
+    other = decode_without_cache(generator, prompt, -vectors, 5)
     with pytest.raises(ValueError, match=r"differ at prompts \[0\]"):
         check_tokens(cached, other)
 
 
-def test_texts_end_where_the_end_token_is(generator: Generator, monkeypatch) -> None:
+def test_decoding_stops_at_the_end_token(generator: Generator, monkeypatch) -> None:
     prompt = prompts([9, 40, 3], vectors=0)
-    free = decode_anew(generator, prompt, None, 6).tokens
-    said = [token for tokens in free for token in tokens]
-    # A token that is said once, not last, and by one prompt becomes the end token.
-    row, place = next(
-        (row, place) for row in range(3) for place in range(4) if said.count(free[row][place]) == 1
-    )
-    monkeypatch.setattr(generator, "eos_token_id", free[row][place])
-    cached = decode_cached(generator, prompt, None, 6)
-    check_tokens(cached, decode_anew(generator, prompt, None, 6))
-    wanted = [tokens[:place] if i == row else tokens for i, tokens in enumerate(free)]
-    assert cached.tokens == wanted
+    tokens = decode_without_cache(generator, prompt, None, 6)
+    every = [token for row in tokens for token in row]
+    # A token that occurs once, and not as a last token, becomes the end token.
+    row, column = next((i, j) for i in range(3) for j in range(4) if every.count(tokens[i][j]) == 1)
+    monkeypatch.setattr(generator, "eos_token_id", tokens[row][column])
+    cached = generator.greedy_tokens(prompt, None, 6)
+    check_tokens(cached, decode_without_cache(generator, prompt, None, 6))
+    tokens[row] = tokens[row][:column]
+    assert cached == tokens
 
 
 def test_the_gate_of_decoding() -> None:
-    decoded = Decoded([[5, 6], [5, 6, 7, 8], []], ["a", "b", ""])
-    check_tokens(decoded, decoded)
+    tokens = [[5, 6], [5, 6, 7, 8], []]
+    check_tokens(tokens, tokens)
     with pytest.raises(ValueError, match=r"differ at prompts \[1\]"):
-        check_tokens(decoded, decoded._replace(tokens=[[5, 6], [5, 6, 7], []]))
-    with pytest.raises(ValueError, match="differ"):
-        check_tokens(decoded, decoded._replace(texts=["a", "c", ""]))
+        check_tokens(tokens, [[5, 6], [5, 6, 7], []])

@@ -1,4 +1,4 @@
-"""Result files by the real writer: what is printed, drawn, compared, projected and refused."""
+"""Result files of the real writer are printed, drawn, compared, projected and refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from bench import records
 from bench.records import command_line, write_results
 from bench.report import LABEL, ceiling, main
-from bench.results import Comparison, Rates, ResultError, Timing, read_all, read_results
+from bench.results import Comparison, Rates, Timing, read_all, read_results
 from dragkit.observe.gpu import card_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,20 +19,20 @@ GPU = "NVIDIA H200"
 COMMAND = "python -m pytest bench --benchmark-only"
 
 
-def row(name: str, ms: float | None, peer: bool = False, **others: object) -> Timing:
+def row(name: str, ms: float | None, peer: bool = False, **fields: object) -> Timing:
     spread = None if ms is None else (ms, ms / 2, ms * 2)
-    return Timing(name, peer, spread, note="" if ms else "not installed", **others)
+    return Timing(name, peer, spread, note="" if ms else "not installed", **fields)
 
 
-def step(ours: float = 100.0, theirs: float = 300.0, facts: int = 800) -> Comparison:
+def step(ours: float = 100.0, peer: float = 300.0, facts: int = 800) -> Comparison:
     rates = Rates(2000.0, 90.0, 4.5e9)
-    rows = [row("dragkit", ours, cpu_ms=ours, rates=rates), row("eager PyG", theirs, peer=True)]
+    rows = [row("dragkit", ours, cpu_ms=ours, rates=rates), row("eager PyG", peer, peer=True)]
     about = {"data": "webqsp", "questions": 16, "facts": facts, "K": 2}
     return Comparison(f"phase 1, {facts // 16}-fact graphs", about, rows, questions=16)
 
 
 def kernel(ours: float | None = 0.2, *, counted: bool = True, dtype: str = "bfloat16"):
-    rows = [row("dragkit, Triton", ours), row("PyG", 1.0, True), row("torch_scatter", None, True)]
+    rows = [row("dragkit, Triton", ours), row("PyG", 1.0, True), row("other", None, True)]
     counts = {"bytes": 4.8e8, "flops": 2e9} if counted else {}
     about = {"graphs": 64, "facts": 320_000, "dtype": dtype}
     return Comparison("C: layer, forward", about, rows, copy_gb_s=4000.0, **counts)
@@ -40,7 +40,7 @@ def kernel(ours: float | None = 0.2, *, counted: bool = True, dtype: str = "bflo
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`write(run, theme, comparisons, gpu, device)`: a file by the real writer; its path."""
+    """`write(run, theme, comparisons, gpu, device)` writes a file and returns its path."""
 
     def run(
         run: str,
@@ -48,7 +48,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
         comparisons: list,
         gpu: str | None = GPU,
         device: str = "nvidia-h200",
-        **others: object,
+        **settings: object,
     ) -> Path:
         info = {
             "device": device,
@@ -60,35 +60,35 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
             "commit": "0123456789",
             "command": COMMAND,
         }
-        monkeypatch.setattr(records, "machine_info", lambda: info | others)
+        monkeypatch.setattr(records, "machine_info", lambda: info | settings)
         return write_results(tmp_path / run, theme, comparisons)
 
     return run
 
 
-def test_what_is_written_is_read_back(write: Callable[..., Path]) -> None:
-    asked = [step(), kernel(), kernel(counted=False)]
-    found = read_results(write("a", "mixed", asked))
-    assert found.comparisons == asked and found.theme == "mixed"
-    assert found.machine["command"] == COMMAND
+def test_files_are_read_as_they_were_written(write: Callable[..., Path]) -> None:
+    comparisons = [step(), kernel(), kernel(counted=False)]
+    results = read_results(write("a", "mixed", comparisons))
+    assert results.comparisons == comparisons and results.theme == "mixed"
+    assert results.machine["command"] == COMMAND
 
 
 def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    results, _ = read_all([ROOT / "bench" / "results"])
-    found = {c.name: c for result in results for c in result.comparisons}
-    assert [row.peer for row in found["phase 2, tiny generator"].timings] == [False, True, True]
-    assert found["phase 2, tiny generator"].questions == 16
-    # Ops had other fields, some of which follow from the rest.
+    results = read_all([ROOT / "bench" / "results"])
+    steps = {c.name: c for result in results for c in result.comparisons}
+    assert [row.peer for row in steps["phase 2, tiny generator"].timings] == [False, True, True]
+    assert steps["phase 2, tiny generator"].questions == 16
+    # Timings of ops had more fields, which tables now compute.
     timing = {"name": "PyG", "peer": True, "ms": [2.0, 1.0, 3.0], "host_ms": 1.0, "ratio": 1.0}
     timing |= {"gb_s": 1.0, "copy_share": 0.1, "tflop_s": 0.1, "peak_mb": None, "note": ""}
     old = {"name": "layer", "about": {}, "timings": [timing], "bytes": 5.0, "flops": 4.0}
     content = {"machine": {"device": "x"}, "comparisons": [old]}
     (tmp_path / "kernels.json").write_text(json.dumps(content))
-    (found,) = read_results(tmp_path / "kernels.json").comparisons
-    assert found.timings == [Timing("PyG", True, (2.0, 1.0, 3.0))] and found.bytes == 5.0
+    (op,) = read_results(tmp_path / "kernels.json").comparisons
+    assert op.timings == [Timing("PyG", True, (2.0, 1.0, 3.0))] and op.bytes == 5.0
 
 
-def test_the_writers_own_machine() -> None:
+def test_machine_info_of_this_machine() -> None:
     assert {"device", "gpu", "packages", "date", "commit"} <= set(records.machine_info())
     assert records.machine_info("x")["command"] == "x"
 
@@ -102,22 +102,22 @@ def test_the_writers_own_machine() -> None:
         (["scripts/suite.py", "env"], "python suite.py env"),
     ],
 )
-def test_command_lines_without_the_folder_of_results(words: list[str], line: str) -> None:
+def test_recorded_commands_omit_the_folder_of_results(words: list[str], line: str) -> None:
     assert command_line(words) == line
 
 
-def test_every_table_says_where_it_comes_from(write, tmp_path, capsys) -> None:
+def test_every_table_names_its_machine_and_command(write, tmp_path, capsys) -> None:
     write("a", "train_step", [step(), step(facts=32_000)])
     write("a", "kernels", [kernel(), kernel(counted=False, dtype="float32")])
     assert main([str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
-    titles = [place for place, line in enumerate(lines) if line.startswith("### ")]
+    titles = [number for number, line in enumerate(lines) if line.startswith("### ")]
     assert len(titles) == 4
-    for place in titles:
-        for part in ("nvidia-h200", "torch 2.13.0", "2026-11-24", "commit 0123456789", COMMAND):
-            assert part in lines[place + 2]
-    # ms / ours, questions/s; 4.8e8 bytes in 0.2 ms, 60 % of a copy, 2e9 operations.
+    for number in titles:
+        for word in ("nvidia-h200", "torch 2.13.0", "2026-11-24", "commit 0123456789", COMMAND):
+            assert word in lines[number + 2]
+    # A step: ms / ours and questions/s. A kernel: 4.8e8 bytes in 0.2 ms are 60 % of a copy.
     assert "| eager PyG | 300 (150-600) | 3.00 |  |  | 53.3 |" in text
     assert "| dragkit, Triton | 0.2 (0.1-0.4) | 1.00 | 2.4e+03 | 0.6 | 10 |" in text
     assert "Strongest peer: PyG, 5.00 times the time of dragkit, Triton." in text
@@ -134,21 +134,6 @@ def test_tables_without_plots(write, tmp_path, capsys) -> None:
     assert "plot:" not in capsys.readouterr().out and not list(tmp_path.rglob("*.png"))
 
 
-def test_the_parts_of_a_step(tmp_path, capsys) -> None:
-    ranges = {"copy": {"calls": 3, "ms": 3.0}, "generator": {"calls": 6, "ms": 60.0}}
-    content = {"steps": "10:13", "problems": [], "traces": {"phase2": {"ranges": ranges}}}
-    file = tmp_path / "profile.json"
-    file.write_text(json.dumps(content | {"machine": {"device": "x", "commit": "c0ffee"}}))
-    assert main([str(tmp_path)]) == 0
-    text = capsys.readouterr().out
-    assert "| generator | 20.000 |" in text and "| copy | 1.000 |" in text
-    assert "x, commit c0ffee" in text and (tmp_path / "profile_parts.png").is_file()
-    for damage in ({"steps": "10"}, {"steps": "13:13"}, {"traces": {"phase2": {}}}, {"traces": 3}):
-        file.write_text(json.dumps(content | damage))
-        with pytest.raises(ResultError, match="profile.json"):
-            read_all([file])
-
-
 def compared(first: Path, second: Path, *options: str) -> int:
     return main(["--compare", str(first), str(second), *options])
 
@@ -159,12 +144,12 @@ def test_equal_runs(write, capsys) -> None:
     text = capsys.readouterr().out
     assert "device nvidia-h200" in text and "0 of our rows slower" in text
     assert "only in" not in text and "note:" not in text
-    # A contender that was never timed is no row.
-    assert text.count("| 1.000 |") == 4 and "torch_scatter" not in text
+    # A contender that was not timed in either run has no row.
+    assert text.count("| 1.000 |") == 4 and ": other |" not in text
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options", "code", "word"),
+    ("ours", "peer", "options", "code", "verdict"),
     [
         (109.0, 300.0, [], 0, ""),
         (111.0, 300.0, [], 1, "SLOWER"),
@@ -174,20 +159,20 @@ def test_equal_runs(write, capsys) -> None:
         (100.0, 900.0, [], 0, ""),
     ],
 )
-def test_verdicts(write, capsys, ours, theirs, options, code, word) -> None:
-    files = write("a", "train_step", [step()]), write("b", "train_step", [step(ours, theirs)])
+def test_verdicts(write, capsys, ours, peer, options, code, verdict) -> None:
+    files = write("a", "train_step", [step()]), write("b", "train_step", [step(ours, peer)])
     assert compared(*files, *options) == code
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if ": dragkit |" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert float(cells[3]) == pytest.approx(ours / 100, abs=1e-3) and cells[4] == word
-    (opponent,) = (line for line in lines if ": eager PyG |" in line)
-    assert opponent.endswith("| opponent |")
-    assert f"opponents: median ratio {theirs / 300:.3f} of 1 rows" in lines
+    assert float(cells[3]) == pytest.approx(ours / 100, abs=1e-3) and cells[4] == verdict
+    (peer_line,) = (line for line in lines if ": eager PyG |" in line)
+    assert peer_line.endswith("| peer |")
+    assert f"peers: median ratio {peer / 300:.3f} of 1 rows" in lines
 
 
 def test_rows_of_one_name_are_told_apart(write, capsys) -> None:
-    """By dtype, or by a number where one data set stands for two."""
+    """The dtype distinguishes them, or a number if one data set replaces two."""
     first = write("a", "x", [step(), step(), kernel(), kernel(dtype="float32")])
     second = write("b", "x", [step(), step(150.0), kernel(), kernel(0.3, dtype="float32")])
     assert compared(first, second) == 1
@@ -241,19 +226,15 @@ def damaged(change: Callable[[dict], object]) -> Callable[[str], str]:
 
 
 DAMAGES = {
-    "cut off": (lambda text: text[: len(text) // 2], "is no JSON, or is cut off"),
-    "bytes": (lambda text: "\x00" + text, "is no JSON, or is cut off"),
-    "a list": (lambda text: "[1, 2]", "holds no object"),
-    "foreign": (lambda text: '{"machine_info": {}, "benchmarks": []}', "no machine"),
-    "no rows": (lambda text: text.replace('"comparisons"', '"rows"'), "no list of comparisons"),
-    "no timings": (damaged(lambda c: c.pop("timings")), "no list of timings"),
-    "a field less": (damaged(lambda c: c["timings"][0].pop("name")), "`name`"),
+    "cut off": (lambda text: text[: len(text) // 2], "truncated"),
+    "a list": (lambda text: "[1, 2]", "Expected `object`"),
+    "foreign": (lambda text: '{"machine_info": {}, "benchmarks": []}', "`machine`"),
+    "no device": (lambda text: text.replace('"device"', '"host"'), "machine: has no device"),
+    "text for timings": (damaged(lambda c: c.update(timings=["x"])), "is no result file"),
     "a field more": (damaged(lambda c: c["timings"][0].update(fps=1)), "`fps`"),
     "text": (damaged(lambda c: c["timings"][0].update(cpu_ms="1")), "timings[0].cpu_ms"),
-    "two values": (damaged(lambda c: c["timings"][0]["ms"].pop()), "timings[0].ms"),
-    "no order": (damaged(lambda c: c["timings"][0]["ms"].sort()), "is no median of times"),
-    "negative": (damaged(lambda c: c["timings"][0].update(ms=[1, -1, 2])), "is no median"),
-    "rates": (damaged(lambda c: c["timings"][0]["rates"].update(mfu="x")), "rates.mfu"),
+    "no order": (damaged(lambda c: c["timings"][0]["ms"].sort()), "not between the percentiles"),
+    "negative": (damaged(lambda c: c["timings"][0].update(ms=[1, -1, 2])), "not between"),
 }
 
 
@@ -271,7 +252,7 @@ def test_damage_is_named_with_its_file(name: str, write, capsys) -> None:
 def test_missing_files_and_usage(tmp_path, capsys) -> None:
     assert main([str(tmp_path / "nowhere")]) == 66
     assert "no such file or folder" in capsys.readouterr().err
-    (tmp_path / "env.json").write_text("{}")  # the device suite's, no results
+    (tmp_path / "env.json").write_text("{}")  # written by the device suite, without timings
     assert main([str(tmp_path)]) == 66
     for arguments in (["--threshold", "-1"], ["--compare", "a", "b", "c"]):
         with pytest.raises(SystemExit) as caught:
@@ -280,16 +261,16 @@ def test_missing_files_and_usage(tmp_path, capsys) -> None:
 
 
 def test_ceilings_by_hand() -> None:
-    """4.8e8 bytes at 4.8 TB/s take 0.1 ms; 9.89e11 operations at 989 TFLOP/s 1 ms."""
+    """4.8e8 bytes at 4.8 TB/s take 0.1 ms, and 9.89e11 operations at 989 TFLOP/s take 1 ms."""
     h200 = card_spec("NVIDIA H200")
     assert ceiling(h200, 4.8e8, 2e9, "bfloat16") == (pytest.approx(0.1), "memory")
     assert ceiling(h200, 4.8e8, 9.89e11, "bfloat16") == (pytest.approx(1.0), "arithmetic")
-    # float32 by the vector units: 67 TFLOP/s.
+    # The vector units compute 67 TFLOP/s in float32.
     assert ceiling(h200, 1.0, 6.7e10, "float32") == (pytest.approx(1.0), "arithmetic")
 
 
 def test_every_line_of_a_projection_says_so(write, capsys) -> None:
-    """Half of the ceiling: 0.2 ms become 4.8e8 / 8e12 s = 0.06 ms at a half, 0.12 ms."""
+    """At half of the ceiling, 0.2 ms become 4.8e8 / 8e12 s / 0.5 = 0.12 ms."""
     file = write("a", "kernels", [kernel(), kernel(counted=False), step()])
     assert main(["--project", "b200", str(file)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -309,7 +290,7 @@ def test_every_line_of_a_projection_says_so(write, capsys) -> None:
         (GPU, "c300", "peak rates of c300 are not known"),
     ],
 )
-def test_nothing_is_projected_from_nothing(write, capsys, gpu, target, message) -> None:
+def test_refused_projections(write, capsys, gpu, target, message) -> None:
     file = write("a", "kernels", [kernel()], gpu)
     assert main(["--project", target, str(file)]) == 2
     captured = capsys.readouterr()

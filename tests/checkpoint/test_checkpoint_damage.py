@@ -1,4 +1,4 @@
-"""Damaged and foreign checkpoints: all are found out, none is read as something else."""
+"""Damaged and foreign checkpoints are detected and never loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from dragkit.checkpoint.manifest import hash_file
 from dragkit.errors import CheckpointError
-from tests.checkpoint.checkpoint_cases import FILES, StateAt
+from tests.checkpoint.checkpoint_cases import FILES, state_at
 
 
 def _flip(path: Path, _: Path) -> None:
@@ -37,14 +37,14 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", [*FILES, "MANIFEST.json"])
-def test_damage_is_found_and_the_older_one_used(
-    run: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture, state_at: StateAt
+def test_damage_is_detected_and_the_older_checkpoint_is_used(
+    run: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     DAMAGES[damage](run / "step-00000020" / name, run / "step-00000010" / name)
     with caplog.at_level(logging.WARNING):
-        found = find_checkpoint(run)
-    assert found == run / "step-00000010"
-    assert load_checkpoint(found).state == state_at(10)
+        folder = find_checkpoint(run)
+    assert folder == run / "step-00000010"
+    assert load_checkpoint(folder).state == state_at(10)
     assert "step-00000020" in caplog.text and name in caplog.text
     for loader in (find_checkpoint, load_checkpoint):
         with pytest.raises(CheckpointError, match=name):
@@ -59,7 +59,7 @@ def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside.json", "{run}/outside.json", "a/../../outside.json"])
-def test_names_that_lead_out_of_the_folder_are_refused(run: Path, name: str) -> None:
+def test_names_outside_the_folder_are_refused(run: Path, name: str) -> None:
     folder, outside = run / "step-00000020", run / "outside.json"
     outside.write_text("{}")
     (folder / "a").mkdir()
@@ -82,18 +82,18 @@ EDITS: dict[str, Callable[[dict], object]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_manifests_that_lie_are_refused(run: Path, edit: str) -> None:
+def test_manifests_with_wrong_entries_are_refused(run: Path, edit: str) -> None:
     edit_manifest(run / "step-00000020", EDITS[edit])
     assert find_checkpoint(run) == run / "step-00000010"
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"\xff{}", b"[" * 100_000, b'{"a":NaN}'], ids=len)
-def test_manifests_that_are_no_manifest(run: Path, text: bytes) -> None:
+def test_manifests_of_another_form_are_refused(run: Path, text: bytes) -> None:
     (run / "step-00000020" / "MANIFEST.json").write_bytes(text)
     assert find_checkpoint(run) == run / "step-00000010"
 
 
-def test_any_flipped_bit_of_the_manifest_is_found(run: Path) -> None:
+def test_any_flipped_bit_of_the_manifest_is_detected(run: Path) -> None:
     path = run / "step-00000020" / "MANIFEST.json"
     data = path.read_bytes()
     draw = random.Random(3)
@@ -108,16 +108,14 @@ def test_any_flipped_bit_of_the_manifest_is_found(run: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "adapter/adapter_model.bin", "x.safetensors"])
-def test_stray_files_are_refused_and_hidden_ones_passed_over(
-    run: Path, name: str, state_at: StateAt
-) -> None:
+def test_unlisted_files_are_refused_and_hidden_files_ignored(run: Path, name: str) -> None:
     (run / "step-00000020" / ".DS_Store").write_text("x")
     assert load_checkpoint(find_checkpoint(run)).state == state_at(20)
     (run / "step-00000020" / name).write_text("x")
     assert find_checkpoint(run) == run / "step-00000010"
 
 
-def test_parts_of_two_steps_do_not_mix(run: Path) -> None:
+def test_parts_of_two_steps_are_refused(run: Path) -> None:
     shutil.rmtree(run / "step-00000020" / "adapter")
     shutil.copytree(run / "step-00000010" / "adapter", run / "step-00000020" / "adapter")
     assert find_checkpoint(run) == run / "step-00000010"
@@ -127,7 +125,7 @@ def test_parts_of_two_steps_do_not_mix(run: Path) -> None:
         find_checkpoint(run / "step-00000020")
 
 
-def test_when_nothing_is_whole_every_reason_is_listed(run: Path) -> None:
+def test_without_an_intact_checkpoint_every_reason_is_listed(run: Path) -> None:
     (run / "step-00000020" / "config.json").unlink()
     (run / "step-00000010" / "heads.safetensors").write_bytes(b"")
     (run / "step-00000010" / "state.json").unlink()
@@ -142,8 +140,8 @@ def test_when_nothing_is_whole_every_reason_is_listed(run: Path) -> None:
     assert caught.value.exit_code == 66
 
 
-def reseal(folder: Path) -> None:
-    """Makes the manifest agree with whatever the files hold now."""
+def rewrite_manifest(folder: Path) -> None:
+    """Updates the manifest to the present content of the files."""
 
     def update(manifest: dict) -> None:
         for row in manifest["files"]:
@@ -162,18 +160,20 @@ class _Payload:
 
 
 @pytest.mark.parametrize("content", ["pickle", "empty"])
-def test_sealed_files_that_are_no_safetensors(run: Path, tmp_path: Path, content: str) -> None:
+def test_a_listed_file_that_is_not_safetensors_is_refused(
+    run: Path, tmp_path: Path, content: str
+) -> None:
     folder, ran = run / "step-00000020", tmp_path / "ran"
     data = pickle.dumps(_Payload(str(ran))) if content == "pickle" else b""
     (folder / "heads.safetensors").write_bytes(data)
-    reseal(folder)
+    rewrite_manifest(folder)
     verify_checkpoint(folder)
     with pytest.raises(CheckpointError, match=r"heads\.safetensors"):
         load_checkpoint(folder)
     assert not ran.exists()
     if content == "pickle":
         pickle.loads(data)
-        assert ran.exists(), "the payload is live"
+        assert ran.exists(), "loading the pickle must run its payload"
 
 
 @pytest.mark.parametrize(
@@ -181,10 +181,10 @@ def test_sealed_files_that_are_no_safetensors(run: Path, tmp_path: Path, content
     [{"step": 21}, {"epoch": -1}, {"questions_seen": True}, {"phase": None}, {"best": "high"}],
     ids=str,
 )
-def test_sealed_states_that_make_no_sense(run: Path, change: dict[str, object]) -> None:
+def test_a_listed_state_with_wrong_values_is_refused(run: Path, change: dict[str, object]) -> None:
     folder = run / "step-00000020"
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**content, **change}))
-    reseal(folder)
+    rewrite_manifest(folder)
     with pytest.raises(CheckpointError, match=r"state\.json"):
         load_checkpoint(folder)

@@ -1,7 +1,7 @@
-"""A save that is stopped at any of its disk operations: old or new is found afterwards, whole.
+"""A save that stops at any of its disk operations leaves the whole old or the whole new checkpoint.
 
-`FaultyDisk` stands between the writer and the disk. It numbers the operations and, at one of them,
-fails it, stops the program for good, or cuts the power: what was not synced is then partly lost.
+`FaultyDisk` replaces the writer's disk operations and numbers them. At one of them it raises an
+error, kills the process, or cuts the power, which loses a part of what was not fsynced.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from dragkit.checkpoint.checkpoint import (
 )
 from dragkit.errors import MissingInputError, WriteError
 
-# Where each operation is looked up.
-PLACES = {
+# Operation -> modules in which the writer looks it up.
+OPERATIONS = {
     "mkdir": (os,),
     "fsync": (os,),
     "replace": (os,),
@@ -40,7 +40,7 @@ CLEANING = ("rmtree", "replace")
 
 
 class Killed(BaseException):
-    """The process is gone; nothing it would do from here on happens."""
+    """Ends the simulated process: it does nothing more."""
 
 
 def moved(path: Path, source: Path, target: Path) -> Path:
@@ -52,14 +52,13 @@ class FaultyDisk:
 
     Args:
         at: number of the operation at which the fault happens; -1 for none.
-        fault: "kill" (before the operation), "torn" (a file is written or a folder removed by half,
-            then kill), "power" (kill, and `lose_power` has to be called), or an errno: the
-            operation raises it.
-        lasting: with an errno: also every later operation that takes up space.
+        fault: "kill" kills the process before the operation. "torn" does half of the operation and
+            then kills. "power" kills too, and the test calls `lose_power`. An errno is raised.
+        lasting: every later operation that needs disk space raises the errno too.
     """
 
     def __init__(self, at: int = -1, fault: str | int = "kill", lasting: bool = False) -> None:
-        self.real = {name: getattr(places[0], name) for name, places in PLACES.items()}
+        self.real = {name: getattr(modules[0], name) for name, modules in OPERATIONS.items()}
         self.at, self.fault, self.lasting = at, fault, lasting
         self.calls: list[str] = []
         self.dead = self.failed = False
@@ -68,9 +67,9 @@ class FaultyDisk:
         self.unsynced_renames: list[tuple[Path, Path, bytes | None]] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name, places in PLACES.items():
-            for place in places:
-                patch.setattr(place, name, lambda *args, name=name: self.call(name, *args))
+        for name, modules in OPERATIONS.items():
+            for module in modules:
+                patch.setattr(module, name, lambda *args, name=name: self.call(name, *args))
 
     def call(self, name: str, *args: object) -> object:
         if self.dead:
@@ -78,8 +77,8 @@ class FaultyDisk:
         number = len(self.calls)
         self.calls.append(name)
         if isinstance(self.fault, int):
-            again = self.lasting and self.failed and name in ("mkdir", "write_durably")
-            if number == self.at or again:
+            repeats = self.lasting and self.failed and name in ("mkdir", "write_durably")
+            if number == self.at or repeats:
                 self.failed = True
                 self.half(name, *args)
                 raise OSError(self.fault, os.strerror(self.fault))
@@ -100,13 +99,13 @@ class FaultyDisk:
         self.real["mkdir"](path, *mode)
         self.unsynced_entries.add(Path(path))
 
-    def do_write_file(self, path: Path, data: bytes) -> str:
+    def do_write_durably(self, path: Path, data: bytes) -> str:
         self.unsynced_entries.add(path)
         self.unsynced_files.add(path)
         return self.real["write_durably"](path, data)
 
     def do_fsync(self, descriptor: int) -> None:
-        # Nothing is waited for: the test is about the order of operations.
+        # No real fsync: the test is about the order of operations.
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         self.unsynced_files.discard(path)
         if path.is_dir():
@@ -122,7 +121,7 @@ class FaultyDisk:
         self.unsynced_renames.append((source, target, lost))
 
     def lose_power(self, draw: random.Random) -> None:
-        """Undoes a part of what no sync covered: late renames, new names, ends of files."""
+        """Undoes a part of what was not fsynced: late renames, new names, ends of files."""
         for path in self.unsynced_files:
             if path.exists():
                 os.truncate(path, draw.randint(0, path.stat().st_size))
@@ -139,7 +138,7 @@ class FaultyDisk:
 
 def snapshot_of(value: float) -> Snapshot:
     def adapter(folder: Path) -> None:
-        # A foreign writer: it neither syncs nor cleans up.
+        # Like PEFT, it neither fsyncs nor cleans up.
         for name in ("adapter_config.json", "notes.md"):
             (folder / name).write_text(f"{value}" * 9)
 
@@ -156,17 +155,17 @@ def save(root: Path, step: int, value: float, **options: object) -> None:
 
 
 def value_at(root: Path) -> float | None:
-    """The value that the newest checkpoint holds in all its parts; None if there is none at all."""
+    """The value in all parts of the newest checkpoint; None without a checkpoint."""
     try:
-        found = load_checkpoint(find_checkpoint(root))
+        loaded = load_checkpoint(find_checkpoint(root))
     except MissingInputError:
         return None
-    value = found.state.best
-    assert found.json == {"config": {"value": value}}
-    assert torch.equal(found.tensors["heads"]["w"], torch.full((40,), value))
-    assert found.tensors["optim"]["w/step"].item() == value
+    value = loaded.state.best
+    assert loaded.json == {"config": {"value": value}}
+    assert torch.equal(loaded.tensors["heads"]["w"], torch.full((40,), value))
+    assert loaded.tensors["optim"]["w/step"].item() == value
     for name in ("adapter_config.json", "notes.md"):
-        assert (found.folder / "adapter" / name).read_text() == f"{value}" * 9
+        assert (loaded.folder / "adapter" / name).read_text() == f"{value}" * 9
     return value
 
 
@@ -175,7 +174,7 @@ def leftovers(root: Path) -> list[str]:
 
 
 class Case:
-    """A run before a save, and that save."""
+    """A run, and one save into it."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.before = folder / "before"
@@ -190,15 +189,15 @@ class Case:
         self.root = folder / "run"
 
     def run(self, disk: FaultyDisk) -> None:
-        """Saves the value 2 through `disk`."""
+        """Saves the value 2 on `disk`."""
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self.before, self.root)
         with pytest.MonkeyPatch.context() as patch:
             disk.install(patch)
             save(self.root, self.step, 2.0, keep=1, is_best=True)
 
-    def assert_goes_on(self) -> None:
-        """The next start can save, and clears what is left."""
+    def assert_next_save_works(self) -> None:
+        """The next save succeeds and removes the leftovers."""
         save(self.root, 30, 3.0)
         assert value_at(self.root) == 3.0
         assert leftovers(self.root) == []
@@ -206,16 +205,16 @@ class Case:
 
 @pytest.fixture(params=["first", "next", "replace"])
 def case(request: pytest.FixtureRequest) -> Iterator[Case]:
-    # In memory where the system offers it: hundreds of folders are made and removed.
+    # In memory if possible, because the tests make and remove hundreds of folders.
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Case(Path(folder), request.param)
 
 
-def test_a_clean_save_syncs_everything(case: Case) -> None:
+def test_a_complete_save_fsyncs_everything(case: Case) -> None:
     disk = FaultyDisk()
     case.run(disk)
-    assert len(disk.calls) > 25 and set(PLACES) - set(disk.calls) <= {"rmtree"}
+    assert len(disk.calls) > 25 and set(OPERATIONS) - set(disk.calls) <= {"rmtree"}
     assert not disk.unsynced_files
     assert not [p for p in disk.unsynced_entries if p.exists()]
     assert value_at(case.root) == 2.0
@@ -223,10 +222,10 @@ def test_a_clean_save_syncs_everything(case: Case) -> None:
 
 
 @pytest.mark.parametrize("fault", ["kill", "torn", "power"])
-def test_old_or_new_is_found_whole_after_every_crash(case: Case, fault: str) -> None:
+def test_every_crash_leaves_the_old_or_the_new_checkpoint(case: Case, fault: str) -> None:
     clean = FaultyDisk()
     case.run(clean)
-    found = []
+    values = []
     for point in range(len(clean.calls)):
         disk = FaultyDisk(point, fault)
         with pytest.raises(Killed):
@@ -234,22 +233,24 @@ def test_old_or_new_is_found_whole_after_every_crash(case: Case, fault: str) -> 
         if fault == "power":
             disk.lose_power(random.Random(point))
         else:
-            # Nothing that is being written or removed ever has a checkpoint's name.
+            # A folder that is being written or removed never has a checkpoint's name.
             for folder in case.root.glob("step-*"):
                 if ".tmp" not in folder.name:
                     verify_checkpoint(folder)
         value = value_at(case.root)
         assert value in (case.old, 2.0), (point, clean.calls[point])
-        found.append(value)
-        case.assert_goes_on()
-    assert found[0] == case.old and found[-1] == 2.0
+        values.append(value)
+        case.assert_next_save_works()
+    assert values[0] == case.old and values[-1] == 2.0
     if fault != "power":
-        # One instant decides: before it the old, after it the new.
-        assert found == sorted(found, key=lambda value: value == 2.0)
+        # One operation commits: the old checkpoint before it, the new one after it.
+        assert values == sorted(values, key=lambda value: value == 2.0)
 
 
 @pytest.mark.parametrize(("code", "lasting"), [(errno.ENOSPC, True), (errno.EIO, False)])
-def test_every_failing_operation_leaves_old_or_new(case: Case, code: int, lasting: bool) -> None:
+def test_every_disk_error_leaves_the_old_or_the_new_checkpoint(
+    case: Case, code: int, lasting: bool
+) -> None:
     clean = FaultyDisk()
     case.run(clean)
     failures = 0
@@ -264,18 +265,18 @@ def test_every_failing_operation_leaves_old_or_new(case: Case, code: int, lastin
         value = value_at(case.root)
         assert value in (case.old, 2.0), (point, name)
         if not message:
-            # Only what comes after the commit may fail unseen: clean-up.
+            # Only the clean-up after the commit may fail without an error.
             assert value == 2.0 and name in CLEANING, (point, name)
         else:
             assert f"step-{case.step:08d}" in message and os.strerror(code) in message
             assert not [n for n in leftovers(case.root) if ".tmp" in n], (point, name)
             good = case.root / "step-00000010"
             assert value == 2.0 or case.old is None or str(good) in message
-        case.assert_goes_on()
+        case.assert_next_save_works()
     assert failures > 25
 
 
-def test_the_system_calls_do_what_they_say(tmp_path: Path) -> None:
+def test_the_file_operations(tmp_path: Path) -> None:
     atomic.make_dirs(tmp_path / "a" / "b")
     path = tmp_path / "a" / "b" / "file"
     assert atomic.write_durably(path, b"abc") == (

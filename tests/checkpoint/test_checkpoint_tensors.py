@@ -1,8 +1,7 @@
-"""Strict loading of tensors and of optimizer state."""
+"""Strict loading of tensors and optimizer state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from dragkit.checkpoint.checkpoint import (
     Snapshot,
-    TrainState,
     flatten_optimizer_state,
     load_checkpoint,
     load_tensors_into,
@@ -19,25 +17,25 @@ from dragkit.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from dragkit.errors import CheckpointError
+from tests.checkpoint.checkpoint_cases import bits, state_at
 
 
-def bits(tensor: Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def test_tensors_go_into_a_module_strictly() -> None:
+def test_a_module_loads_only_matching_tensors() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    own = model.state_dict()
-    new = {name: torch.randn_like(t) if t.is_floating_point() else t + 5 for name, t in own.items()}
-    load_tensors_into(own, new, what="heads")
+    module_state = model.state_dict()
+    new = {
+        name: torch.randn_like(t) if t.is_floating_point() else t + 5
+        for name, t in module_state.items()
+    }
+    load_tensors_into(module_state, new, what="heads")
     assert all(torch.equal(model.state_dict()[name], new[name]) for name in new)
 
     wrong = {**new, "0.weight": torch.zeros(3, 4), "extra.x": torch.zeros(7)}
     wrong["1.num_batches_tracked"] = torch.tensor(1.5)
     del wrong["0.bias"]
-    before = {name: tensor.clone() for name, tensor in own.items()}
+    before = {name: tensor.clone() for name, tensor in module_state.items()}
     with pytest.raises(CheckpointError) as caught:
-        load_tensors_into(own, wrong, what="heads")
+        load_tensors_into(module_state, wrong, what="heads")
     for line in (
         "heads: the checkpoint does not fit",
         "0.bias: float [3] here, nothing in the checkpoint",
@@ -46,7 +44,7 @@ def test_tensors_go_into_a_module_strictly() -> None:
         "1.num_batches_tracked: int [] here, float [] in the checkpoint",
     ):
         assert line in str(caught.value)
-    assert all(torch.equal(own[name], before[name]) for name in own)
+    assert all(torch.equal(module_state[name], before[name]) for name in module_state)
 
 
 def _model_and_optimizer(amsgrad: bool) -> tuple[list[str], list[Tensor], torch.optim.AdamW]:
@@ -71,40 +69,38 @@ def _train(parameters: list[Tensor], optimizer: torch.optim.Optimizer, steps: ra
 
 
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_an_optimizer_goes_on_bit_for_bit(
-    tmp_path: Path, amsgrad: bool, state_at: Callable[..., TrainState]
-) -> None:
+def test_a_restored_optimizer_continues_bit_for_bit(tmp_path: Path, amsgrad: bool) -> None:
     names, straight, optimizer = _model_and_optimizer(amsgrad)
     _train(straight, optimizer, range(6))
 
     names, parameters, optimizer = _model_and_optimizer(amsgrad)
     _train(parameters, optimizer, range(3))
-    parts = Snapshot(
+    snapshot = Snapshot(
         {
             "heads": dict(zip(names, parameters, strict=True)),
             "optim": flatten_optimizer_state(optimizer, names),
         }
     )
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 3, parts, state_at(3))).tensors
+    loaded = load_checkpoint(save_checkpoint(tmp_path, 3, snapshot, state_at(3))).tensors
     keys = {"a.w/exp_avg", "a.w/exp_avg_sq", "a.w/step", "unused/fresh"}
     assert keys <= loaded["optim"].keys()
 
     names, resumed, optimizer = _model_and_optimizer(amsgrad)
     _train(resumed, optimizer, range(1))
-    own = dict(zip(names, (p.detach() for p in resumed), strict=True))
-    load_tensors_into(own, loaded["heads"], what="heads")
+    module_state = dict(zip(names, (p.detach() for p in resumed), strict=True))
+    load_tensors_into(module_state, loaded["heads"], what="heads")
     restore_optimizer_state(optimizer, names, loaded["optim"])
-    again = flatten_optimizer_state(optimizer, names)
-    assert again.keys() == parts.tensors["optim"].keys()
-    assert all(bits(again[name]) == bits(parts.tensors["optim"][name]) for name in again)
+    restored = flatten_optimizer_state(optimizer, names)
+    assert restored.keys() == snapshot.tensors["optim"].keys()
+    assert all(bits(restored[name]) == bits(snapshot.tensors["optim"][name]) for name in restored)
     _train(resumed, optimizer, range(3, 6))
-    # Training on did not reach into the loaded tensors.
+    # Further training has not changed the loaded tensors.
     assert loaded["optim"]["a.w/step"].item() == 3.0
     for one, other in zip(straight, resumed, strict=True):
         assert bits(one.detach()) == bits(other.detach())
 
 
-def test_an_optimizer_state_that_does_not_fit() -> None:
+def test_an_optimizer_state_that_does_not_fit_is_refused() -> None:
     names, parameters, optimizer = _model_and_optimizer(False)
     _train(parameters, optimizer, range(2))
     good = flatten_optimizer_state(optimizer, names)
@@ -113,10 +109,10 @@ def test_an_optimizer_state_that_does_not_fit() -> None:
     del bad["scale/step"], bad["unused/fresh"]
     with pytest.raises(CheckpointError) as caught:
         restore_optimizer_state(optimizer, names, bad)
-    for part in ("a.w/exp_avg", "[2, 3]", "[3, 2]", "gone/step", "scale/step", "unused/exp_avg_sq"):
-        assert part in str(caught.value)
-    again = flatten_optimizer_state(optimizer, names)
-    assert all(torch.equal(again[name], before[name]) for name in before)
+    for text in ("a.w/exp_avg", "[2, 3]", "[3, 2]", "gone/step", "scale/step", "unused/exp_avg_sq"):
+        assert text in str(caught.value)
+    restored = flatten_optimizer_state(optimizer, names)
+    assert all(torch.equal(restored[name], before[name]) for name in before)
     for wrong in (names[:-1], ["a.w"] * 4):
         with pytest.raises(ValueError):
             flatten_optimizer_state(optimizer, wrong)

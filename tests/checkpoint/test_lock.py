@@ -1,4 +1,4 @@
-"""One writer per run: a live owner is respected, a dead one replaced."""
+"""A run has one writer: the lock excludes live processes and ends with its owner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 def in_child(action: Callable[[], object]) -> int:
-    """Forks, runs `action` in the child and lets it wait; returns its pid once that is done."""
+    """Runs `action` in a forked child, which then waits; returns the pid after the action."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -39,7 +39,7 @@ def end(pid: int) -> None:
 
 
 def hold(root: Path) -> None:
-    """Locks for the rest of this process."""
+    """Locks until this process ends."""
     held = RunLock(root)
     held.__enter__()
     _held.append(held)
@@ -51,7 +51,7 @@ def assert_in_use(root: Path) -> None:
     assert caught.value.exit_code == 73 and str(root) in str(caught.value)
 
 
-def test_a_live_owner_is_respected_and_a_killed_one_replaced(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_owner(tmp_path: Path) -> None:
     root = tmp_path / "runs" / "one"
     pid = in_child(lambda: hold(root))
     try:
@@ -64,7 +64,7 @@ def test_a_live_owner_is_respected_and_a_killed_one_replaced(tmp_path: Path) -> 
         pass
 
 
-def test_a_process_can_enter_again_after_the_block_or_its_error(tmp_path: Path) -> None:
+def test_a_process_can_lock_again_after_the_block_or_its_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), RunLock(tmp_path):
         raise KeyError
     (tmp_path / "run.lock").write_text('{"pid": 1, "host": "an earlier one"}')
@@ -72,11 +72,11 @@ def test_a_process_can_enter_again_after_the_block_or_its_error(tmp_path: Path) 
         end(in_child(lambda: assert_in_use(tmp_path)))
 
 
-def test_a_worker_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:
+def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
     with RunLock(tmp_path) as held:
         pid = in_child(lambda: None)
         try:
-            # A child that leaves the block does not free its parent's lock.
+            # A child that leaves the block does not release its parent's lock.
             end(in_child(lambda: held.__exit__(None, None, None)))
             end(in_child(lambda: assert_in_use(tmp_path)))
             held.__exit__(None, None, None)
@@ -85,7 +85,7 @@ def test_a_worker_that_outlives_the_owner_holds_nothing(tmp_path: Path) -> None:
             end(pid)
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(WriteError, match="cannot be locked") as caught, RunLock(tmp_path / "file"):
         pass

@@ -1,4 +1,4 @@
-"""The schema and how settings from presets, files and flags merge."""
+"""The schema, and the merging of settings from presets, files and flags."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-# Settings within the documented ranges, with the texts and numbers that YAML tends to mangle.
+# Valid settings, with texts and numbers that plain YAML would read as something else.
 TEXTS = st.one_of(
     st.text(min_size=1, max_size=20),
     st.sampled_from(
@@ -83,14 +83,14 @@ def test_a_dumped_configuration_loads_back_unchanged(
     path = write(tmp_path_factory.getbasetemp(), dump_config(config))
 
     assert resolve_config(file=path)[0] == config
-    # Nor does the automatic choice of the demo's preset touch a complete file.
+    # A complete file is not changed by the demo's preset.
     assert resolve_config(file=path, demo_preset="tiny")[0] == config
 
 
 def test_a_later_source_wins_and_origins_say_which(tmp_path: Path) -> None:
     path = write(tmp_path, "optim: {lr: 1e-4, epochs: 7}\nsampler: {k_facts: 12}\n")
     config, origins = resolve_config(
-        "b200", path, {"optim.epochs": 3}, labels={"optim.epochs": "--epochs"}
+        "b200", path, {"optim.epochs": 3}, spellings={"optim.epochs": "--epochs"}
     )
 
     assert (config.optim.batch_size, origins["optim.batch_size"]) == (4, "preset b200, phase2")
@@ -108,7 +108,7 @@ def test_a_block_for_one_phase_applies_in_that_phase_only(tmp_path: Path) -> Non
         assert resolve_config(file=path, overrides=overrides)[0].optim.lr == lr
 
 
-def test_which_preset_is_taken(tmp_path: Path) -> None:
+def test_the_preset_comes_from_the_flag_the_file_or_the_demo(tmp_path: Path) -> None:
     named = write(tmp_path, "preset: webqsp\n")
     assert resolve_config(file=named)[0].retriever.num_stages == 3
     assert resolve_config("cwq", named)[0].retriever.num_instructions == 3
@@ -135,7 +135,7 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path) -> None:
     )
     overrides = {"sampler.k_facts": 200, "retriever.node_dim": 128, "loss.rhoo": 0.5}
     with pytest.raises(ConfigError) as caught:
-        resolve_config("h20", path, overrides, labels={"sampler.k_facts": "--k_facts"})
+        resolve_config("h20", path, overrides, spellings={"sampler.k_facts": "--k_facts"})
     lines = str(caught.value).splitlines()
     reports = {line.split()[0]: line for line in lines[1:]}
 
@@ -191,7 +191,7 @@ def test_a_value_out_of_range_names_its_key(key: str, bad: object) -> None:
     assert f"  {key} (flag): " in str(caught.value)
 
 
-def test_values_are_held_against_one_another() -> None:
+def test_values_must_agree_with_one_another() -> None:
     with pytest.raises(ConfigError, match="sampler.k_facts .default.: .*max_facts_cap .5."):
         resolve_config(overrides={"sampler.max_facts_cap": 5})
     same = {f"retriever.{name}": 64 for name in ("hidden_dim", "node_dim", "relation_dim")}
@@ -210,7 +210,7 @@ def test_values_are_held_against_one_another() -> None:
         (b"\xff\xfe\x00", "UTF-8"),
     ],
 )
-def test_a_file_that_is_no_configuration_is_named(
+def test_a_file_without_a_configuration_is_named(
     tmp_path: Path, content: bytes, where: str
 ) -> None:
     path = tmp_path / "run.yaml"
@@ -220,7 +220,7 @@ def test_a_file_that_is_no_configuration_is_named(
     assert str(path) in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(MissingInputError, match=re.escape(str(path))):
             resolve_config(file=path)
@@ -255,7 +255,7 @@ def test_presets_hold_the_documented_settings() -> None:
         assert resolve_config(name, overrides={"run.phase": 1})[0].optim.batch_size_in(1) == 16
 
 
-def test_defaults_that_hang_on_something() -> None:
+def test_defaults_that_depend_on_other_settings() -> None:
     config = TrainConfig()
     assert config.optim.adapter_lr == pytest.approx(1e-5, rel=1e-12)
     assert resolve_config(overrides={"optim.lora_lr": 3e-6})[0].optim.adapter_lr == 3e-6

@@ -1,4 +1,4 @@
-"""Helpers of the data tests: rows, files of rows, and a stand-in for cached question states."""
+"""Fixtures of the data tests: rows, files of rows, and a stand-in for cached question states."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dragkit.data.tokens import TokenRows
 
 
 class ZeroStates:
-    """Question states that only remember how they were asked."""
+    """Question states that hold the row that was asked for."""
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """One state per question that holds its row."""
+        """Returns one state per question, its row."""
         states = torch.tensor([[[float(row)]] for row in rows])
         return states, torch.ones(len(rows), 1, dtype=torch.bool)
 
@@ -33,7 +33,7 @@ def zero_states() -> ZeroStates:
 
 @pytest.fixture(scope="session")
 def collator(zero_states: ZeroStates) -> Callable[..., PackedCollator]:
-    """A collator of a store whose relation texts are of one token, or as in `mask`."""
+    """Makes a collator of a store. Relation texts have one token, or those of `mask`."""
 
     def make(
         store: PackedStore, tokens: TokenRows | None = None, mask: Tensor | None = None
@@ -51,7 +51,7 @@ def tiny_file() -> Path:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., Path]:
-    """Writes rows (dicts, or bytes for lines that are not JSON) to a file."""
+    """Writes rows to a file: dicts as JSON, bytes as they are."""
 
     def write(rows: Sequence[dict | bytes], name: str = "rows.jsonl") -> Path:
         path = tmp_path / name
@@ -64,7 +64,7 @@ def write_rows(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def random_rows() -> Callable[..., list[dict]]:
-    """Rows over a small random multigraph with self-loops, some empty, some without a topic."""
+    """Makes rows of small random multigraphs with self-loops. Some lack facts or a topic."""
 
     def make(count: int, *, seed: int, max_facts: int = 30) -> list[dict]:
         draw = random.Random(seed)
@@ -95,7 +95,7 @@ def random_rows() -> Callable[..., list[dict]]:
 
 @pytest.fixture
 def question() -> Callable[..., Question]:
-    """A question of its fields."""
+    """Makes a question of triples and other fields."""
 
     def make(triples: Sequence[Sequence[str]], **fields: object) -> Question:
         known = {"id": "q", "text": "?", "topics": (), "paths": (), "answers": (), "line": 1}
@@ -104,13 +104,13 @@ def question() -> Callable[..., Question]:
     return make
 
 
-def _slow_classes(
+def _slow_merged_nodes(
     names: Sequence[str], topics: Sequence[str], triples: Sequence[tuple]
 ) -> list[int]:
-    """Class of every node: partitions divided by sorted lists of neighbours until none changes."""
+    """Refines colours by sorted lists of neighbours until their number stays the same."""
     colour = {name: int(name in topics) for name in names}
     while True:
-        seen = {
+        signature = {
             name: (
                 colour[name],
                 sorted((r, colour[h]) for h, r, t in triples if t == name),
@@ -118,17 +118,14 @@ def _slow_classes(
             )
             for name in names
         }
-        known: list[tuple] = []
-        for name in names:
-            if seen[name] not in known:
-                known.append(seen[name])
-        divided = {name: known.index(seen[name]) for name in names}
-        if len(known) == len(set(colour.values())):
-            return [divided[name] for name in names]
-        colour = divided
+        distinct = list(dict.fromkeys(map(repr, signature.values())))
+        refined = {name: distinct.index(repr(signature[name])) for name in names}
+        if len(distinct) == len(set(colour.values())):
+            return list(refined.values())
+        colour = refined
 
 
 @pytest.fixture(scope="session")
-def slow_classes() -> Callable[..., list[int]]:
-    """An independent way to the classes that `merge_nodes` finds."""
-    return _slow_classes
+def slow_merged_nodes() -> Callable[..., list[int]]:
+    """An independent definition of the partition that `merge_nodes` computes."""
+    return _slow_merged_nodes

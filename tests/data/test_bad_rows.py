@@ -1,4 +1,4 @@
-"""Rows that cannot be used: each is found, with its line and the path of the fault, in one pass."""
+"""Unusable rows: one pass reports each with its line, the JSON path and the reason."""
 
 from __future__ import annotations
 
@@ -41,49 +41,49 @@ KINDS = [
     (b'{"question":"q","triples":[],"a\\u001b":1,"a\\u001b":2}', "$", r"'a\x1b' is given twice"),
     (b'\xef\xbb\xbf{"question":"q","triples":[]}', "$", "not valid JSON"),
     (b'{"id":"0","question":"q","triples":[]}', "$.id", "same id as on line 1"),
-    (b'{"question":"' + b"x" * 5000 + b'","triples":[]}', "$", "over-long"),
+    (b'{"question":"' + b"x" * 5000 + b'","triples":[]}', "$", "too long"),
 ]
-# Nested deeper than a line of the test above may be long.
+# Longer than the line limit of the test with all kinds.
 DEEP = b'{"question":"q","triples":[],"x":' + b"[" * 99_999 + b"]" * 99_999 + b"}"
 
 
 def test_every_bad_line_of_a_large_file(tmp_path: Path) -> None:
-    """140 bad lines of all kinds among 10,000: all found, no other, within seconds."""
+    """All of 140 bad lines among 10,000 are reported, and no other, within seconds."""
     draw = random.Random(3)
-    places = sorted(draw.sample(range(1, 10_000), 140))
+    bad_lines = sorted(draw.sample(range(1, 10_000), 140))
     expected = {}
     lines = [GOOD % number for number in range(10_000)]
-    for turn, place in enumerate(places):
-        lines[place], path, reason = KINDS[turn % len(KINDS)]
-        expected[place + 1] = (path, reason)
-    file = tmp_path / "large.jsonl"
-    file.write_bytes(b"\n".join(lines) + b"\n")
+    for index, line in enumerate(bad_lines):
+        lines[line], path, reason = KINDS[index % len(KINDS)]
+        expected[line + 1] = (path, reason)
+    large = tmp_path / "large.jsonl"
+    large.write_bytes(b"\n".join(lines) + b"\n")
     started = time.process_time()
-    found = read_questions(file, max_bad_fraction=0.014, max_line_bytes=4000)
+    file = read_questions(large, max_bad_fraction=0.014, max_line_bytes=4000)
     assert time.process_time() - started < 3
-    assert len(found.questions) == 10_000 - 140
-    assert {problem.line: problem.path for problem in found.rejects} == {
+    assert len(file.questions) == 10_000 - 140
+    assert {problem.line: problem.path for problem in file.rejects} == {
         line: path for line, (path, _) in expected.items()
     }
-    for problem in found.rejects:
+    for problem in file.rejects:
         assert expected[problem.line][1] in problem.reason, problem
     with pytest.raises(DataError) as error:
-        read_questions(file, max_bad_fraction=0.0139, max_line_bytes=4000)
+        read_questions(large, max_bad_fraction=0.0139, max_line_bytes=4000)
     assert error.value.exit_code == 65
     *listed, last = str(error.value).splitlines()
     assert [line.split(": ")[:2] for line in listed] == [
-        [f"{file}:{line}", path] for line, (path, _) in expected.items()
+        [f"{large}:{line}", path] for line, (path, _) in expected.items()
     ]
     assert "140 of 10000 rows" in last
 
 
-def test_a_line_too_deep_and_an_escaped_backslash_before_u0000() -> None:
+def test_deep_nesting_is_refused_and_an_escaped_backslash_before_u0000_is_not() -> None:
     assert _decode(DEEP) == ("$", "nested too deeply")
     row = _decode(b'{"question":"\\\\u0000","triples":[]}')
     assert not isinstance(row, tuple) and row.question == "\\u0000"
 
 
-def test_the_list_is_cut_but_the_count_is_not(write_rows: Callable[..., Path]) -> None:
+def test_a_long_list_is_shortened_and_the_count_is_exact(write_rows: Callable[..., Path]) -> None:
     with pytest.raises(DataError) as error:
         read_questions(write_rows([b"[]"] * 1000))
     lines = str(error.value).splitlines()
@@ -94,31 +94,31 @@ def test_the_list_is_cut_but_the_count_is_not(write_rows: Callable[..., Path]) -
 
 def test_a_line_at_the_limit(tmp_path: Path) -> None:
     row = b'{"question":"%s","triples":[]}'
-    room = 100 - len(row) + 2
+    limit = 100 - len(row) + 2
     for size, end, bad in (
-        (room - 1, b"", 0),
-        (room - 1, b"\n", 0),
-        (room, b"", 1),
-        (room, b"\n", 1),
+        (limit - 1, b"", 0),
+        (limit - 1, b"\n", 0),
+        (limit, b"", 1),
+        (limit, b"\n", 1),
     ):
         path = tmp_path / "limit.jsonl"
         path.write_bytes(b'{"question":"first","triples":[]}\n' + row % (b"x" * size) + end)
-        found = read_questions(path, max_bad_fraction=0.5, max_line_bytes=100)
-        assert [problem.line for problem in found.rejects] == [2] * bad, (size, end)
+        file = read_questions(path, max_bad_fraction=0.5, max_line_bytes=100)
+        assert [problem.line for problem in file.rejects] == [2] * bad, (size, end)
 
 
-def test_a_line_of_64_mb_is_passed_over(tmp_path: Path) -> None:
+def test_a_line_of_64_mb_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_bytes(GOOD % 1 + b"\n" + b"x" * 64_000_000 + b"\n" + GOOD % 3)
-    found = read_questions(path, max_bad_fraction=0.5)
-    assert [(problem.line, problem.path) for problem in found.rejects] == [(2, "$")]
-    assert [question.line for question in found.questions] == [1, 3]
+    file = read_questions(path, max_bad_fraction=0.5)
+    assert [(problem.line, problem.path) for problem in file.rejects] == [(2, "$")]
+    assert [question.line for question in file.questions] == [1, 3]
 
 
 def _slow_parse(line: bytes) -> dict | None:
-    """What a row holds by the plainest means, None for one that must be refused."""
+    """Parses a row with the json module. Returns None for a row that must be refused."""
 
-    def once(pairs: list) -> dict:
+    def unique_keys(pairs: list) -> dict:
         if len({key for key, _ in pairs}) < len(pairs):
             raise ValueError("repeated key")
         return dict(pairs)
@@ -127,11 +127,11 @@ def _slow_parse(line: bytes) -> dict | None:
         raise ValueError(literal)
 
     try:
-        row = json.loads(line.decode(), object_pairs_hook=once, parse_constant=no_constant)
+        row = json.loads(line.decode(), object_pairs_hook=unique_keys, parse_constant=no_constant)
         json.dumps(row, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         return None
-    fits = (
+    is_valid = (
         isinstance(row, dict)
         and isinstance(row.get("question"), str)
         and isinstance(row.get("triples"), list)
@@ -140,22 +140,22 @@ def _slow_parse(line: bytes) -> dict | None:
             for t in row["triples"]
         )
     )
-    return row if fits and "\\u0000" not in json.dumps(row) else None
+    return row if is_valid and "\\u0000" not in json.dumps(row) else None
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.data())
 def test_mutated_rows_are_read_as_a_slow_parser_reads_them(data: st.DataObject) -> None:
-    """Byte changes give a row equal to the slow parser's, or a fault; never another exception."""
+    """After byte changes both parsers return the same row or refuse it. Nothing else is raised."""
     line = bytearray(
         '{"question":"wé\\u00e9?","triples":[["a","r","b"],["ü","s","a"]],"x":[1,{}]}'.encode()
     )
     for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(line) - 1))
+        index = data.draw(st.integers(0, len(line) - 1))
         new = data.draw(
             st.sampled_from([b"", b'"', b"\\", b"{", b"]", b",", b"\xff", b"\x00", b"N", b"0"])
         )
-        line[place : place + data.draw(st.integers(0, 2))] = new
+        line[index : index + data.draw(st.integers(0, 2))] = new
     row, slow = _decode(bytes(line)), _slow_parse(bytes(line))
     assert isinstance(row, tuple) == (slow is None), row
     if slow is not None:

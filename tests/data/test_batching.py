@@ -1,4 +1,4 @@
-"""Batches: bounded, complete, and a function of seed and epoch alone."""
+"""Batches are bounded and complete, and depend on seed and epoch only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_bounds_and_completeness(
     for batch in batches:
         assert 1 <= len(batch) <= batch_size
         assert len(batch) == 1 or sum(counts[row] for row in batch) <= max_facts
-    # Greedy: no batch could have taken the first question of the next one.
+    # Greedy: the first question of a batch does not fit into the batch before.
     for batch, following in zip(batches, batches[1:], strict=False):
         full = len(batch) == batch_size
         assert full or sum(counts[row] for row in batch) + counts[following[0]] > max_facts
@@ -51,7 +51,7 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    """Pinned: a resumed run must see the order that the interrupted one saw."""
+    """A resumed run must see the order of the interrupted run."""
     batch_sampler = FactBudgetBatchSampler(np.ones(8), batch_size=8, max_facts=8, seed=42)
     assert [batch_sampler.batches(epoch)[0] for epoch in range(2)] == [
         [7, 1, 6, 4, 3, 5, 0, 2],
@@ -59,18 +59,16 @@ def test_the_order_never_changes() -> None:
     ]
 
 
-def test_permutations_are_spread_evenly() -> None:
+def test_permutations_are_uniform() -> None:
     batch_sampler = FactBudgetBatchSampler(np.ones(6), batch_size=6, max_facts=6, seed=1)
     first = np.bincount([batch_sampler.permutation(epoch)[0] for epoch in range(3000)], minlength=6)
-    # Binomial(3000, 1/6): five standard deviations are 102.
+    # Five standard deviations of Binomial(3000, 1/6) are 102.
     assert np.abs(first - 500).max() < 102
 
 
 def test_file_order_and_limit() -> None:
-    batch_sampler = FactBudgetBatchSampler(
-        np.array([5, 5, 20, 1]), batch_size=3, max_facts=10, shuffle=False
-    )
-    assert batch_sampler.batches(3) == batch_sampler.in_file_order() == [[0, 1], [2], [3]]
+    batch_sampler = FactBudgetBatchSampler(np.array([5, 5, 20, 1]), batch_size=3, max_facts=10)
+    assert batch_sampler.in_file_order() == [[0, 1], [2], [3]]
     assert batch_sampler.in_file_order(2) == [[0, 1]]
     assert batch_sampler.in_file_order(99) == [[0, 1], [2], [3]]
     assert batch_sampler.in_file_order(0) == []

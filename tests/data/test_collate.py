@@ -1,11 +1,11 @@
-"""Packs against orders built from scratch on the joined graph."""
+"""Collated packs against packs that are built from names, one fact at a time."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from dragkit.data.collate import PackedCollator
 from dragkit.data.packed import QuestionBatch
@@ -34,120 +35,119 @@ def collate(
     return collator(PackedStore.build_or_open(path, cache_dir=path.parent))
 
 
-class Scratch:
-    """Every field of a pack by way of names, one fact at a time."""
+class ReferencePack:
+    """Every field of a pack, built from names one fact at a time.
+
+    `partition` gives the merged node of every node. None merges no nodes.
+    """
 
     def __init__(
-        self, store: PackedStore, rows: list[int], classes: Callable[..., list[int]] | None
+        self, store: PackedStore, rows: list[int], partition: Callable[..., list[int]] | None
     ) -> None:
         self.columns: dict[str, list] = defaultdict(list)
         names = store.relation_names
-        every = {r for row in rows for _, r, _ in store.question(row).triples}
-        self.used = sorted(every, key=names.index)
+        relations = {r for row in rows for _, r, _ in store.question(row).triples}
+        self.relations = sorted(relations, key=names.index)
         for graph, row in enumerate(rows):
-            self.add(graph, store.question(row), classes)
-        as_int = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-        c = {name: as_int(values) for name, values in self.columns.items()}
-        empty = as_int([])
-        get = lambda name: c.get(name, empty)  # noqa: E731
-        nodes = len(self.columns["node_graph"])
-
-        def fact_index(chosen: list[int]) -> FactIndex:
-            at = torch.tensor(chosen, dtype=torch.int64)
-            columns = [get(name)[at] for name in ("head", "tail", "relation")]
-            counts = {name: get(name)[at] for name in ("head_count", "tail_count")}
-            return build_fact_index(*columns, nodes, get("edge_graph")[at], **counts)
-
-        self.fact_index = fact_index(list(range(len(self.columns["head"]))))
-        self.topic_facts = fact_index(self.columns["near"])
-        by_edge = sorted(range(len(self.columns["row"])), key=self.columns["row"].__getitem__)
-        ends = np.cumsum(np.bincount(get("row").numpy(), minlength=self.fact_index.num_facts))
-        self.groups = FactGroups(get("row"), as_int([0, *ends.tolist()]), as_int(by_edge))
-        self.fields = {
-            "topic_prob": torch.tensor(self.columns["topic_prob"], dtype=torch.float32),
-            "label": torch.tensor(self.columns["label"], dtype=torch.float32),
-        } | {
-            name: get(name)
+            self.add(graph, store.question(row), partition)
+        self.fact_index = self.index(range(len(self.columns["head"])))
+        self.topic_facts = self.index(self.columns["near_topic"])
+        row = self.tensor("row")
+        ends = np.cumsum(np.bincount(row.numpy(), minlength=self.fact_index.num_facts))
+        ptr = torch.tensor([0, *ends.tolist()], dtype=torch.int32)
+        self.groups = FactGroups(row, ptr, row.argsort(stable=True).int())
+        self.fields = {name: self.tensor(name).float() for name in ("topic_prob", "label")} | {
+            name: self.tensor(name)
             for name in ("topic_node", "topic_graph", "node_count", "node_graph", "fact_graph")
         }
-        self.relation_row = torch.tensor([names.index(r) for r in self.used], dtype=torch.int64)
+        self.relation_row = torch.tensor(list(map(names.index, self.relations)), dtype=torch.int64)
+
+    def tensor(self, name: str) -> Tensor:
+        dtype = torch.float32 if name == "topic_prob" else torch.int32
+        return torch.tensor(self.columns[name], dtype=dtype)
+
+    def index(self, rows: Sequence[int]) -> FactIndex:
+        chosen = torch.tensor(list(rows), dtype=torch.int64)
+        head, tail, relation, head_count, tail_count, graph = (
+            self.tensor(name)[chosen]
+            for name in ("head", "tail", "relation", "head_count", "tail_count", "row_graph")
+        )
+        counts = {"head_count": head_count, "tail_count": tail_count}
+        num_nodes = len(self.columns["node_graph"])
+        return build_fact_index(head, tail, relation, num_nodes, graph, **counts)
 
     def add(
-        self, graph: int, asked: StoredQuestion, classes: Callable[..., list[int]] | None
+        self, graph: int, question: StoredQuestion, partition: Callable[..., list[int]] | None
     ) -> None:
-        c = self.columns
-        names = list(asked.entities)
-        topics = [name for name in dict.fromkeys(asked.topics) if name in names]
-        of = classes(names, topics, asked.triples) if classes else list(range(len(names)))
-        base, members = len(c["node_graph"]), Counter(of)
-        node = {name: base + place for name, place in zip(names, of, strict=True)}
-        started = sorted({node[name] for name in topics or names})
-        for place in range(len(members)):
-            share = 1 / len(topics or names) if base + place in started else 0
-            c["topic_prob"].append(share)
-            c["node_count"].append(members[place])
-        c["node_graph"] += [graph] * len(members)
-        c["topic_node"] += started
-        c["topic_graph"] += [graph] * len(started)
-        merged: dict[tuple, int] = {}
-        for h, r, t in asked.triples:
-            key = (node[h], self.used.index(r), node[t])
-            if key not in merged:
-                merged[key] = len(c["head"])
-                same = [
-                    (a, z)
-                    for a, q, z in asked.triples
-                    if (node[a], self.used.index(q), node[z]) == key
-                ]
-                c["head"].append(key[0])
-                c["relation"].append(key[1])
-                c["tail"].append(key[2])
-                c["head_count"].append(sum(a == h for a, _ in same))
-                c["tail_count"].append(sum(z == t for _, z in same))
-                c["edge_graph"].append(graph)
-                if key[0] in started or key[2] in started:
-                    c["near"].append(merged[key])
-            c["row"].append(merged[key])
-        c["fact_graph"] += [graph] * len(asked.triples)
-        c["label"] += asked.labels
+        columns = self.columns
+        names, triples = list(question.entities), question.triples
+        topics = [name for name in dict.fromkeys(question.topics) if name in names]
+        merged = partition(names, topics, triples) if partition else list(range(len(names)))
+        base, members = len(columns["node_graph"]), Counter(merged)
+        node = {name: base + row for name, row in zip(names, merged, strict=True)}
+        topic_nodes = sorted({node[name] for name in topics or names})
+        for row in range(len(members)):
+            is_topic = base + row in topic_nodes
+            columns["topic_prob"].append(1 / len(topics or names) if is_topic else 0)
+            columns["node_count"].append(members[row])
+        columns["node_graph"] += [graph] * len(members)
+        columns["topic_node"] += topic_nodes
+        columns["topic_graph"] += [graph] * len(topic_nodes)
+        keys = [(node[h], self.relations.index(r), node[t]) for h, r, t in triples]
+        row_of: dict[tuple, int] = {}
+        for (h, _, t), key in zip(triples, keys, strict=True):
+            if key not in row_of:
+                row_of[key] = row = len(columns["head"])
+                same = [(a, z) for (a, _, z), k in zip(triples, keys, strict=True) if k == key]
+                values = (*key, sum(a == h for a, _ in same), sum(z == t for _, z in same), graph)
+                fields = ("head", "relation", "tail", "head_count", "tail_count", "row_graph")
+                for name, value in zip(fields, values, strict=True):
+                    columns[name].append(value)
+                if key[0] in topic_nodes or key[2] in topic_nodes:
+                    columns["near_topic"].append(row)
+            columns["row"].append(row_of[key])
+        columns["fact_graph"] += [graph] * len(triples)
+        columns["label"] += question.labels
 
 
-def check(batch: QuestionBatch, expected: Scratch) -> None:
+def check(batch: QuestionBatch, expected: ReferencePack) -> None:
     graph = batch.graph
     assert torch.equal(batch.relation_row, expected.relation_row)
-    pairs = [(name, getattr(graph, name), want) for name, want in expected.fields.items()]
+    pairs = [(name, getattr(graph, name), value) for name, value in expected.fields.items()]
     for part in ("fact_index", "topic_facts", "groups"):
-        found, want = getattr(graph, part), getattr(expected, part)
-        pairs += [(f"{part}.{n}", getattr(found, n), getattr(want, n)) for n in want._fields]
-    for name, found, want in pairs:
-        assert found.dtype == want.dtype, name
-        assert torch.equal(found, want), name
+        names = getattr(expected, part)._fields
+        columns = zip(names, getattr(graph, part), getattr(expected, part), strict=True)
+        pairs += [(f"{part}.{name}", actual, value) for name, actual, value in columns]
+    for name, actual, value in pairs:
+        assert actual.dtype == value.dtype, name
+        assert torch.equal(actual, value), name
 
 
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize(
     "rows", [[0], [3, 1, 2], list(range(ROWS)), list(range(ROWS))[::-1], [5, 5, 5]]
 )
-def test_equal_to_orders_from_scratch(
+def test_equals_the_reference_pack(
     rows: list[int],
     merge: bool,
     random_rows: Callable[..., list[dict]],
     write_rows: Callable[..., Path],
     tmp_path: Path,
     collator: Collator,
-    slow_classes: Callable[..., list[int]],
+    slow_merged_nodes: Callable[..., list[int]],
 ) -> None:
     packed = PackedStore.build_or_open(
         write_rows(random_rows(ROWS, seed=7)), cache_dir=tmp_path, merge=merge
     )
     batch = collator(packed)(rows)
-    expected = Scratch(packed, rows, slow_classes if merge else None)
+    expected = ReferencePack(packed, rows, slow_merged_nodes if merge else None)
     check(batch, expected)
     graph = batch.graph
     facts = [packed.num_facts(row) for row in rows]
     nodes = np.bincount(expected.fields["node_graph"].numpy(), minlength=len(rows))
-    asked = sum(len(packed.question(row).entities) for row in rows)
-    assert int(graph.node_count.sum()) == asked and (merge or graph.num_nodes == asked)
+    num_entities = sum(len(packed.question(row).entities) for row in rows)
+    assert int(graph.node_count.sum()) == num_entities
+    assert merge or graph.num_nodes == num_entities
     assert graph.fact_ptr.tolist() == np.cumsum([0, *facts]).tolist()
     assert graph.node_ptr.tolist() == np.cumsum([0, *nodes]).tolist()
     assert (graph.num_graphs, graph.num_nodes) == (len(rows), nodes.sum())
@@ -161,43 +161,42 @@ def test_equal_to_orders_from_scratch(
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_choice_of_questions(
-    collate: PackedCollator, slow_classes: Callable[..., list[int]], data: st.DataObject
+    collate: PackedCollator, slow_merged_nodes: Callable[..., list[int]], data: st.DataObject
 ) -> None:
     rows = data.draw(st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=12))
-    check(collate(rows), Scratch(collate.store, rows, slow_classes))
+    check(collate(rows), ReferencePack(collate.store, rows, slow_merged_nodes))
 
 
 def test_joined_packs_equal_one_pack(collate: PackedCollator) -> None:
-    """Packing one by one and joining gives the pack of all, once relations count the same."""
+    """Joining packs of one question gives the pack of all, if they share a list of relations."""
     rows = list(range(0, ROWS, 2))
     whole = collate(rows)
-    place = {int(row): i for i, row in enumerate(whole.relation_row)}
     parts = []
     for row in rows:
         single = collate([row])
-        own = [
-            place[int(r)] for r in single.relation_row[single.graph.fact_index.pair_relation.long()]
-        ]
-        parts.append(
-            single.graph.fact_index._replace(pair_relation=torch.tensor(own, dtype=torch.int32))
+        index = single.graph.fact_index
+        relation = torch.searchsorted(
+            whole.relation_row, single.relation_row[index.pair_relation.long()]
         )
-    joined = concat_fact_indexes(parts)
-    for name, want in joined._asdict().items():
-        assert torch.equal(getattr(whole.graph.fact_index, name), want), name
+        parts.append(index._replace(pair_relation=relation.int()))
+    for name, value in concat_fact_indexes(parts)._asdict().items():
+        assert torch.equal(getattr(whole.graph.fact_index, name), value), name
 
 
 def test_questions_with_a_positive_fact_are_counted(collate: PackedCollator) -> None:
-    hit = [
-        any(label > 0.5 for label in collate.store.question(row).labels)
-        for row in range(len(collate.store))
-    ]
-    assert any(hit) and not all(hit)
-    for rows in (
-        range(len(collate.store)),
-        [hit.index(False)],
-        [hit.index(True), hit.index(False)],
-    ):
-        assert collate(rows).num_labelled == sum(hit[row] for row in rows)
+    has_positive = [any(collate.store.question(row).labels) for row in range(ROWS)]
+    with_positive, without = has_positive.index(True), has_positive.index(False)
+    for rows in (range(ROWS), [without], [with_positive, without]):
+        assert collate(rows).num_labelled == sum(has_positive[row] for row in rows)
+
+
+def test_without_a_topic_every_member_has_the_same_probability(
+    write_rows: Callable[..., Path], tmp_path: Path, collator: Collator
+) -> None:
+    path = write_rows([{"question": "q", "triples": [["a", "r", "b"], ["a", "r", "c"]]}])
+    graph = collator(PackedStore.build_or_open(path, cache_dir=tmp_path))([0]).graph
+    assert graph.node_count.tolist() == [1, 2]
+    torch.testing.assert_close(graph.topic_prob, torch.full((2,), 1 / 3))
 
 
 def test_only_empty_graphs(
@@ -213,7 +212,7 @@ def test_only_empty_graphs(
     assert batch.relation_row.tolist() == []
 
 
-def test_wrong_rows(collate: PackedCollator) -> None:
+def test_wrong_rows_are_refused(collate: PackedCollator) -> None:
     with pytest.raises(ValueError, match="at least one"):
         collate([])
     for rows in ([ROWS], [0, -1]):
@@ -227,9 +226,9 @@ def test_loader_processes_give_the_same_batches(collate: PackedCollator) -> None
         range(ROWS), batch_sampler=batches, collate_fn=collate, num_workers=1
     )
     for rows, batch in zip(batches, loader, strict=True):
-        want = collate(rows)
         assert batch.rows == tuple(rows)
-        assert torch.equal(batch.graph.fact_index.fact_pair, want.graph.fact_index.fact_pair)
+        for actual, expected in zip(batch.tensors(), collate(rows).tensors(), strict=True):
+            assert torch.equal(actual, expected)
 
 
 def test_shuffled_triples_give_the_same_pack(
@@ -267,7 +266,7 @@ def test_a_question_of_200_000_facts(tmp_path: Path, collator: Collator) -> None
     assert graph.num_facts == len({tuple(fact) for fact in columns})
     fact_index = graph.fact_index
     assert fact_index.num_facts <= graph.num_facts and graph.num_nodes == len(graph.node_count)
-    want = build_fact_index(
+    expected = build_fact_index(
         fact_index.head,
         fact_index.tail,
         fact_index.pair_relation[fact_index.fact_pair.long()],
@@ -275,13 +274,14 @@ def test_a_question_of_200_000_facts(tmp_path: Path, collator: Collator) -> None
         head_count=fact_index.head_count,
         tail_count=fact_index.tail_count,
     )
-    for name, value in want._asdict().items():
+    for name, value in expected._asdict().items():
         assert torch.equal(getattr(fact_index, name), value), name
 
 
-def test_relation_tokens_leave_the_padding_out(collate: PackedCollator, collator: Collator) -> None:
+def test_relation_tokens_skip_padding(collate: PackedCollator, collator: Collator) -> None:
     mask = torch.rand(collate.store.num_relations, 2, 4) < 0.5
-    mask = mask.sort(2, descending=True).values  # texts of 0 to 4 tokens
+    # The texts have 0 to 4 tokens.
+    mask = mask.sort(2, descending=True).values
     batch = collator(collate.store, mask=mask)(range(ROWS))
     rows, ptr = [], [0]
     for relation in batch.relation_row.tolist():

@@ -1,4 +1,4 @@
-"""Labels against path enumeration by networkx, and hand-made cases."""
+"""Labels against path enumeration by networkx, and cases by hand."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def label_map(question: Question, rule: str) -> tuple[dict, str]:
     return dict(zip(triples, graph.label.tolist(), strict=True)), graph.label_source
 
 
-def by_enumeration(question: Question) -> set:
-    """Facts on any shortest path between a topic and an answer of the undirected multigraph."""
+def facts_on_shortest_paths(question: Question) -> set:
+    """Enumerates the shortest paths between topics and answers of the undirected multigraph."""
     graph = nx.Graph()
     graph.add_edges_from((h, t) for h, _, t in question.triples)
     steps = set()
@@ -46,13 +46,13 @@ def test_shortest_rule_equals_enumeration(seed: int, question: Callable[..., Que
         (draw.choice(names), f"r{draw.randrange(3)}", draw.choice(names))
         for _ in range(draw.randint(1, 40))
     }
-    asked = question(
+    example = question(
         sorted(triples),
         topics=tuple(draw.sample(names, draw.randint(1, 2))),
         answers=tuple(draw.sample(names, draw.randint(1, min(5, len(names))))),
     )
-    expected = by_enumeration(asked)
-    labels, source = label_map(asked, "shortest")
+    expected = facts_on_shortest_paths(example)
+    labels, source = label_map(example, "shortest")
     assert {fact for fact, positive in labels.items() if positive} == expected
     assert source == ("shortest" if expected else "none")
 
@@ -78,9 +78,9 @@ def test_parallel_relations_of_both_directions_are_all_positive(
         ({"topics": ("a",), "answers": ("c",), "paths": (("a", "z"),)}, "auto", "shortest", 2),
         ({"topics": ("a",), "answers": (), "paths": (("a", "b"),)}, "auto", "paths", 1),
         ({"topics": ("a",), "answers": ("x",), "paths": (("a", "b"),)}, "auto", "paths", 1),
-        # Topic and answer exist but are not connected.
+        # Topic and answer are not connected.
         ({"topics": ("a",), "answers": ("z",), "paths": (("y", "z"),)}, "auto", "paths", 1),
-        # The answer is the topic: only a given path can say what was meant.
+        # The answer is the topic, so only a given path tells the relevant facts.
         ({"topics": ("a",), "answers": ("a",), "paths": (("a", "b", "a"),)}, "auto", "paths", 1),
         ({"topics": ("a",), "answers": ("z",), "paths": (("y", "z"),)}, "shortest", "none", 0),
         ({"topics": ("a",), "answers": ("c",), "paths": (("y", "z"),)}, "paths", "paths", 1),
@@ -92,8 +92,8 @@ def test_which_rule_decides(
     fields: dict, rule: str, source: str, count: int, question: Callable[..., Question]
 ) -> None:
     facts = [["a", "r", "b"], ["b", "r", "c"], ["y", "r", "z"]]
-    labels, found = label_map(question(facts, **fields), rule)
-    assert (found, sum(labels.values())) == (source, count)
+    labels, label_source = label_map(question(facts, **fields), rule)
+    assert (label_source, sum(labels.values())) == (source, count)
 
 
 def test_unknown_rule() -> None:
@@ -105,5 +105,5 @@ def test_a_long_chain() -> None:
     nodes = np.arange(3001, dtype=np.int32)
     order = np.random.default_rng(0).permutation(3000)
     head, tail = nodes[:-1][order], nodes[1:][order]
-    found = fact_labels(head, tail, num_nodes=3001, topics=[0], answers=[2000])
-    assert found.positive.tolist() == (order < 2000).tolist()
+    labels = fact_labels(head, tail, num_nodes=3001, topics=[0], answers=[2000])
+    assert labels.positive.tolist() == (order < 2000).tolist()

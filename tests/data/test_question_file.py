@@ -1,4 +1,4 @@
-"""Reading heuristics files: what is accepted, and how."""
+"""Reading files of questions: accepted rows, gzip and missing files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROW = {"question": "q?", "triples": [["a", "r", "b"]], "answer": "b"}
 
 def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        found = read_questions(tiny_file)
-    by_id = {question.id: question for question in found.questions}
+        file = read_questions(tiny_file)
+    by_id = {question.id: question for question in file.questions}
     assert list(by_id) == [
         "tiny-unicode",
         "tiny-parallel",
@@ -30,18 +30,18 @@ def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> 
         "tiny-self-loop",
         "tiny-duplicates",
     ]
-    assert found.rejects == ()
-    assert [question.line for question in found.questions] == list(range(1, 9))
+    assert file.rejects == ()
+    assert [question.line for question in file.questions] == list(range(1, 9))
     assert by_id["tiny-lone-answer"].answers == ("Fenn Valley",)
     assert by_id["tiny-no-answer"].answers == ()
     assert by_id["tiny-empty-graph"].triples == ()
     assert by_id["heuristics_tiny-6"].topics == ("Pim Oster",)
     assert by_id["tiny-duplicates"].answers == ("smoke leaf", "pale needle")
     assert len(by_id["tiny-duplicates"].triples) == 5
-    # Composed and decomposed spellings are two entities: names are never normalised.
+    # Names are not normalised: composed and decomposed spellings are two entities.
     names = {name for h, _, t in by_id["tiny-unicode"].triples for name in (h, t)}
     assert {"Cafe\u0301 Anouk", "Caf\u00e9 Anouk", "null", "NaN"} <= names
-    assert found.notes == {
+    assert file.notes == {
         "questions": 8,
         "empty_graph": 1,
         "empty_question": 0,
@@ -50,9 +50,8 @@ def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> 
         "duplicate_triples": 2,
         "topics_from_paths": 1,
     }
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert "1 questions name no topic entity" in said[0]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1 questions name no topic entity" in message
 
 
 @pytest.mark.parametrize(
@@ -71,8 +70,8 @@ def test_the_tiny_fixture(tiny_file: Path, caplog: pytest.LogCaptureFixture) -> 
 def test_paths_as_names_or_triples(
     paths: list | None, expected: tuple, write_rows: Callable[..., Path]
 ) -> None:
-    (found,) = read_questions(write_rows([ROW | {"paths": paths}])).questions
-    assert found.paths == expected
+    (question,) = read_questions(write_rows([ROW | {"paths": paths}])).questions
+    assert question.paths == expected
 
 
 @pytest.mark.parametrize(
@@ -87,25 +86,25 @@ def test_paths_as_names_or_triples(
     ],
 )
 def test_answers(fields: dict, expected: tuple, write_rows: Callable[..., Path]) -> None:
-    (found,) = read_questions(write_rows([ROW | fields])).questions
-    assert found.answers == expected
+    (question,) = read_questions(write_rows([ROW | fields])).questions
+    assert question.answers == expected
 
 
-def test_what_is_tolerated(tmp_path: Path) -> None:
+def test_bom_blank_lines_and_unknown_keys_are_accepted(tmp_path: Path) -> None:
     lines = [
         b"\xef\xbb\xbf" + json.dumps(ROW | {"id": 7}).encode(),
         b"",
         json.dumps(ROW | {"hops": {"deep": [1, None]}, 'odd"key': 1}).encode() + b"\r",
         b"   ",
-        # Keys inside a string and a zero-width character in a name are no faults.
+        # A key inside a string and a zero-width character are valid.
         json.dumps(ROW | {"question": '"question": "answer"\ufeff'}, ensure_ascii=False).encode(),
     ]
     path = tmp_path / "mixed.train.jsonl"
     path.write_bytes(b"\n".join(lines))
-    found = read_questions(path)
-    assert [question.id for question in found.questions] == ["7", "mixed-3", "mixed-5"]
-    assert found.questions[2].text == '"question": "answer"\ufeff'
-    assert found.notes["blank_lines"] == 2
+    file = read_questions(path)
+    assert [question.id for question in file.questions] == ["7", "mixed-3", "mixed-5"]
+    assert file.questions[2].text == '"question": "answer"\ufeff'
+    assert file.notes["blank_lines"] == 2
 
 
 def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
@@ -121,8 +120,8 @@ def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
         "n" * 10**6,
     ]
     rows = [ROW | {"triples": [[name, "r", name + "!"] for name in names]}]
-    (found,) = read_questions(write_rows(rows)).questions
-    assert [head for head, _, _ in found.triples] == names
+    (question,) = read_questions(write_rows(rows)).questions
+    assert [head for head, _, _ in question.triples] == names
 
 
 def test_gzip_reads_the_same(tmp_path: Path, tiny_file: Path) -> None:
@@ -131,11 +130,11 @@ def test_gzip_reads_the_same(tmp_path: Path, tiny_file: Path) -> None:
     assert read_questions(packed) == read_questions(tiny_file)
 
 
-def test_cut_and_damaged_gzip_is_refused_whatever_may_be_bad(tmp_path: Path) -> None:
+def test_truncated_and_damaged_gzip_is_always_refused(tmp_path: Path) -> None:
     data = gzip.compress(b"\n".join(json.dumps(ROW).encode() for _ in range(2000)))
     damaged = bytearray(data)
     damaged[-6] ^= 0xFF
-    path = tmp_path / "cut.jsonl.gz"
+    path = tmp_path / "truncated.jsonl.gz"
     for content in (*(data[:size] for size in (0, 1, 5, len(data) // 2, len(data) - 1)), damaged):
         path.write_bytes(content)
         with pytest.raises(DataError, match="gzip"):

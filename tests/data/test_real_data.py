@@ -1,4 +1,4 @@
-"""Published KGQA questions: every line reads, and shortest paths agree with the given ones."""
+"""Published KGQA questions: every line is read, and shortest paths agree with given paths."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dragkit.data.question_file import read_questions
 from dragkit.data.store import PackedStore
 
 
-def test_every_line_of_the_sample_reads(kgqa_data: Path) -> None:
-    found = read_questions(kgqa_data / "sample.jsonl")
-    assert (len(found.questions), found.rejects) == (210, ())
-    assert found.notes["duplicate_triples"] == found.notes["empty_graph"] == 0
-    assert all(question.topics and question.answers for question in found.questions)
+def test_every_line_of_the_sample_is_read(kgqa_data: Path) -> None:
+    file = read_questions(kgqa_data / "sample.jsonl")
+    assert (len(file.questions), file.rejects) == (210, ())
+    assert file.notes["duplicate_triples"] == file.notes["empty_graph"] == 0
+    assert all(question.topics and question.answers for question in file.questions)
 
 
 def test_shortest_paths_agree_with_given_paths(kgqa_data: Path, tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_shortest_paths_agree_with_given_paths(kgqa_data: Path, tmp_path: Path) 
     for row in range(len(given)):
         span = slice(*given.fact_ptr[row : row + 2])
         jaccard.append((a[span] & b[span]).sum() / (a[span] | b[span]).sum())
-    # Measured: 0.847 and 0.733. Given paths follow the asked relations, which can be a detour.
+    # Measured: 0.847 and 0.733. Given paths follow the relations in the question, maybe a detour.
     assert 0.8 < np.mean(jaccard) < 0.9
     assert np.mean(np.array(jaccard) == 1) > 0.7
 

@@ -27,7 +27,7 @@ def test_texts(name: str, text: str, inverse: str) -> None:
     assert vocab.inverse_text(row) == inverse
 
 
-def test_rows_follow_first_appearance() -> None:
+def test_rows_follow_the_first_occurrence() -> None:
     vocab = RelationVocab()
     assert [vocab.add(name) for name in ["s", "r", "s", "t", "r"]] == [0, 1, 0, 2, 1]
     assert vocab.names == ("s", "r", "t")

@@ -1,4 +1,4 @@
-"""The packed store: what it holds, when it is built, and what a fault leaves behind."""
+"""The packed store: its content, when it is built, and what remains after a fault."""
 
 from __future__ import annotations
 
@@ -24,40 +24,35 @@ from dragkit.data.subgraph import build_subgraph
 from dragkit.errors import DataError, WriteError
 
 
-def test_what_is_stored(tiny_file: Path, tmp_path: Path) -> None:
+def test_content_equals_the_file(tiny_file: Path, tmp_path: Path) -> None:
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
-    found = read_questions(tiny_file)
+    questions = read_questions(tiny_file).questions
     vocab = RelationVocab()
-    assert len(packed) == len(found.questions)
-    for row, asked in enumerate(found.questions):
-        graph = build_subgraph(asked, vocab)
-        kept = packed.question(row)
-        assert (kept.id, kept.text, kept.answers, kept.topics, kept.line) == (
-            asked.id,
-            asked.text,
-            asked.answers,
-            asked.topics,
-            asked.line,
-        )
-        assert sorted(kept.triples) == sorted(asked.triples)
-        assert kept.entities == graph.names
-        assert kept.labels == tuple(graph.label.astype(int).tolist())
-        assert [kept.entities[node] for node in kept.topic_nodes] == [
-            name for name in asked.topics if name in graph.names
+    assert len(packed) == len(questions)
+    for row, question in enumerate(questions):
+        graph = build_subgraph(question, vocab)
+        stored = packed.question(row)
+        for name in ("id", "text", "answers", "topics", "line"):
+            assert getattr(stored, name) == getattr(question, name), name
+        assert sorted(stored.triples) == sorted(question.triples)
+        assert stored.entities == graph.names
+        assert stored.labels == tuple(graph.label.astype(int).tolist())
+        assert [stored.entities[node] for node in stored.topic_nodes] == [
+            name for name in question.topics if name in graph.names
         ]
-        assert packed.num_facts(row) == packed.fact_counts[row] == len(asked.triples)
-        # A made-up id does not key the noise: it would tie it to the name of the file.
-        made_up = asked.id.startswith("heuristics_tiny")
-        assert packed.question_key[row] == question_key("\n6" if made_up else asked.id)
+        assert packed.num_facts(row) == packed.fact_counts[row] == len(question.triples)
+        # A default id contains the name of the file, which must not influence the noise.
+        has_default_id = question.id.startswith("heuristics_tiny")
+        assert packed.question_key[row] == question_key("\n6" if has_default_id else question.id)
     assert packed.relation_names == vocab.names
     assert packed.num_relations == len(vocab)
-    assert packed.question_texts == [asked.text for asked in found.questions]
+    assert packed.question_texts == [question.text for question in questions]
     assert packed.question_key.min() >= 0
     expected = {
         "rows": 8,
         "questions": 8,
         "rejects": 0,
-        "facts": sum(len(q.triples) for q in found.questions),
+        "facts": sum(len(q.triples) for q in questions),
         "no_answer": 1,
         "empty_graph": 1,
         "duplicate_triples": 2,
@@ -73,7 +68,7 @@ def test_what_is_stored(tiny_file: Path, tmp_path: Path) -> None:
         packed.question(8)
 
 
-def test_topics_outside_the_graph_are_counted_and_said(
+def test_topics_outside_the_graph_are_counted_and_logged(
     write_rows: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     row = {"question": "q", "triples": [["a", "r", "b"]], "answer": "b"}
@@ -87,10 +82,7 @@ def test_topics_outside_the_graph_are_counted_and_said(
         packed = PackedStore.build_or_open(write_rows(rows), cache_dir=tmp_path)
     assert packed.summary["topic_missing"] == 2
     assert packed.summary["no_topic"] == 2
-    said = [
-        r.getMessage() for r in caplog.records if "no topic entity in their graph" in r.getMessage()
-    ]
-    assert len(said) == 1
+    assert caplog.text.count("no topic entity in their graph") == 1
 
 
 def test_a_second_opening_reads_no_row(
@@ -107,12 +99,12 @@ def test_a_second_opening_reads_no_row(
     again = PackedStore.build_or_open(copy, cache_dir=tmp_path)
     assert again.fingerprint == first.fingerprint
     assert np.array_equal(again.facts, first.facts)
-    # The content is the same, and a made-up id follows the name of the file.
+    # The content is the same. A default id contains the name of the file that is opened.
     assert again.question(5).id == "other_name-6"
     assert again.question(4).id == "tiny-lone-answer"
 
 
-def test_the_key_changes_with_row_option_and_builder(
+def test_the_key_depends_on_content_options_and_builder(
     tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(path: Path = tiny_file, **options: object) -> str:
@@ -147,7 +139,7 @@ def test_unusable_rows_are_counted_and_listed_beside_the_store(
     with pytest.raises(DataError, match=r"rows\.jsonl:2: \$: not valid JSON"):
         PackedStore.build_or_open(path, cache_dir=tmp_path)
     # A refused file leaves nothing in the cache.
-    assert list((tmp_path / "packed").iterdir()) == []
+    assert list((tmp_path / store.CACHE_FOLDER).iterdir()) == []
     packed = PackedStore.build_or_open(path, cache_dir=tmp_path, max_bad_fraction=0.4)
     assert packed.summary["rejects"] == 2
     assert packed.summary["rows"] == packed.summary["questions"] + packed.summary["rejects"] == 6
@@ -161,19 +153,17 @@ def test_unusable_rows_are_counted_and_listed_beside_the_store(
 
 @pytest.mark.parametrize("name", ["facts.npy", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("fault", ["cut", "empty", "flip", "delete"])
-def test_a_damaged_cache_is_built_anew(
-    name: str, fault: str, tiny_file: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_rebuilt(name: str, fault: str, tiny_file: Path, tmp_path: Path) -> None:
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
-    want, summary, victim = packed.facts.copy(), packed.summary, packed.folder / name
-    content = bytearray(victim.read_bytes())
+    expected, summary, damaged = packed.facts.copy(), packed.summary, packed.folder / name
+    content = bytearray(damaged.read_bytes())
     content[-3] ^= 1
     if fault == "delete":
-        victim.unlink()
+        damaged.unlink()
     else:
-        victim.write_bytes({"cut": content[:-4], "empty": b"", "flip": content}[fault])
+        damaged.write_bytes({"cut": content[:-4], "empty": b"", "flip": content}[fault])
     again = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
-    assert np.array_equal(again.facts, want)
+    assert np.array_equal(again.facts, expected)
     assert again.summary == summary
     assert [p.name for p in again.folder.parent.iterdir()] == [again.folder.name]
 
@@ -182,16 +172,16 @@ def _build(path: Path, cache: Path, slow: bool, results: object) -> None:
     if slow:
         seal = packing.seal_folder
 
-        def late(folder: Path, meta: dict) -> None:
+        def slow_seal(folder: Path, meta: dict) -> None:
             results.put("written")  # type: ignore[attr-defined]
             time.sleep(60)
             seal(folder, meta)
 
-        packing.seal_folder = late
+        packing.seal_folder = slow_seal
     results.put(len(PackedStore.build_or_open(path, cache_dir=cache)))  # type: ignore[attr-defined]
 
 
-def test_a_killed_builder_leaves_nothing_usable(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_leaves_only_a_temporary_folder(tiny_file: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     builder = context.Process(target=_build, args=(tiny_file, tmp_path, True, results))
@@ -199,14 +189,13 @@ def test_a_killed_builder_leaves_nothing_usable(tiny_file: Path, tmp_path: Path)
     assert results.get(timeout=60) == "written"
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    left = list((tmp_path / "packed").iterdir())
-    assert len(left) == 1
-    assert left[0].name.startswith(".")
+    (left,) = (tmp_path / store.CACHE_FOLDER).iterdir()
+    assert left.name.startswith(".")
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
     assert len(packed) == 8
 
 
-def test_builders_at_once_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
+def test_concurrent_builders_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     builders = [
@@ -217,7 +206,7 @@ def test_builders_at_once_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
     assert [results.get(timeout=120) for _ in builders] == [8] * 4
     for builder in builders:
         builder.join()
-    assert len(list((tmp_path / "packed").iterdir())) == 1
+    assert len(list((tmp_path / store.CACHE_FOLDER).iterdir())) == 1
 
 
 def test_a_file_that_changes_while_it_is_read(
@@ -232,7 +221,7 @@ def test_a_file_that_changes_while_it_is_read(
         path.write_bytes(path.read_bytes() * 2)
 
     monkeypatch.setattr(store, "pack_file", grow)
-    with pytest.raises(DataError, match="changed while it was being read"):
+    with pytest.raises(DataError, match="changed while it was read"):
         PackedStore.build_or_open(path, cache_dir=tmp_path / "cache")
 
 
@@ -243,7 +232,7 @@ def test_a_cache_that_cannot_be_written(tiny_file: Path, tmp_path: Path) -> None
         PackedStore.build_or_open(tiny_file, cache_dir=blocked)
 
 
-def test_a_copy_for_a_loader_process_maps_the_same_files(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_pickled_store_maps_the_same_files(tiny_file: Path, tmp_path: Path) -> None:
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
     sent = pickle.dumps(packed)
     assert len(sent) < 2000
@@ -251,7 +240,7 @@ def test_a_copy_for_a_loader_process_maps_the_same_files(tiny_file: Path, tmp_pa
     assert copy.question(4) == packed.question(4)
 
 
-def test_chunks_do_not_show(
+def test_the_chunk_size_changes_nothing(
     random_rows: Callable[..., list[dict]],
     write_rows: Callable[..., Path],
     tmp_path: Path,

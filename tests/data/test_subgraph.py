@@ -1,4 +1,4 @@
-"""Canonical arrays of a question, and the exchange with PyG."""
+"""Canonical arrays of a question, and conversion from and to PyG."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FACTS = [["b", "s", "a"], ["a", "r", "c"], ["a", "r", "b"], ["c", "r", "c"]]
 
 def test_arrays_by_hand(question: Callable[..., Question]) -> None:
     vocab = RelationVocab(["x"])
-    asked = question(FACTS, topics=("a", "gone"), answers=("c", "b"))
-    graph = build_subgraph(asked, vocab)
+    example = question(FACTS, topics=("a", "gone"), answers=("c", "b"))
+    graph = build_subgraph(example, vocab)
     assert graph.names == ("a", "b", "c")
     assert vocab.names == ("x", "r", "s")
     assert graph.head.tolist() == [0, 0, 1, 2]
@@ -42,11 +42,13 @@ def test_shuffled_and_repeated_facts_give_the_same_arrays(
     first, vocab = None, None
     for _ in range(5):
         draw.shuffle(facts)
-        own = RelationVocab()
-        graph = build_subgraph(question(facts + facts[:7], topics=("e1",), answers=("e2",)), own)
+        vocab_of_shuffled = RelationVocab()
+        graph = build_subgraph(
+            question(facts + facts[:7], topics=("e1",), answers=("e2",)), vocab_of_shuffled
+        )
         if first is None:
-            first, vocab = graph, own
-        assert own.names == vocab.names
+            first, vocab = graph, vocab_of_shuffled
+        assert vocab_of_shuffled.names == vocab.names
         assert graph.names == first.names
         for name in ("head", "tail", "relation", "topics", "answers", "label"):
             assert np.array_equal(getattr(graph, name), getattr(first, name)), name
@@ -60,15 +62,15 @@ def test_no_facts(question: Callable[..., Question]) -> None:
 
 def test_pyg_round_trip(tiny_file: object) -> None:
     pytest.importorskip("torch_geometric")
-    for asked in read_questions(tiny_file).questions:  # type: ignore[arg-type]
+    for example in read_questions(tiny_file).questions:  # type: ignore[arg-type]
         vocab = RelationVocab()
-        graph = build_subgraph(asked, vocab, label_rule="shortest")
+        graph = build_subgraph(example, vocab, label_rule="shortest")
         data = to_pyg(graph)
         assert data.num_nodes == graph.num_nodes
         assert data.edge_label.bool().tolist() == graph.label.tolist()
         data.relation_names = vocab.names
-        back = from_pyg(data, id=asked.id, text=asked.text, answers=asked.answers)
-        assert sorted(back.triples) == sorted(asked.triples)
+        back = from_pyg(data, id=example.id, text=example.text, answers=example.answers)
+        assert sorted(back.triples) == sorted(example.triples)
         again = build_subgraph(back, RelationVocab(vocab.names), label_rule="shortest")
         assert again.names == graph.names
         assert np.array_equal(again.relation, graph.relation)

@@ -1,4 +1,4 @@
-"""Token rows: the right texts, each tokenised once, in the pack's order."""
+"""Token rows: the texts of the prompts, each tokenised once, in the order of the pack."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ BOS, EOS = 256, 257
 
 
 class ByteTokeniser:
+    """Returns UTF-8 bytes as tokens and counts the texts."""
+
     def __init__(self) -> None:
         self.seen: Counter[str] = Counter()
 
@@ -60,14 +62,14 @@ def test_rows_are_the_texts_of_the_pack(
     rows = build(packed, tmp_path, ByteTokeniser())
     order = [7, 2, 0, 5]
     batch = collator(packed, rows)(order)
-    text, asked = PromptTemplate(), [packed.question(row) for row in order]
-    assert rows_of(batch.prefix) == [[BOS, *text.prefix(q.text).encode()] for q in asked]
-    assert rows_of(batch.target) == [[*text.target(q.answers).encode(), EOS] for q in asked]
+    text, questions = PromptTemplate(), [packed.question(row) for row in order]
+    assert rows_of(batch.prefix) == [[BOS, *text.prefix(q.text).encode()] for q in questions]
+    assert rows_of(batch.target) == [[*text.target(q.answers).encode(), EOS] for q in questions]
     words = {"tea.blend.contains": "blend contains", "sea.lighthouse.keeper": "lighthouse keeper"}
     lines = [bytes(row).decode() for row in rows_of(batch.facts)]
     assert len(lines) == batch.graph.num_facts
     for line, (head, relation, tail) in zip(
-        lines, (t for q in asked for t in q.triples), strict=True
+        lines, (t for q in questions for t in q.triples), strict=True
     ):
         start, end = f"{head}, ", f", {tail}\n"
         assert line.startswith(start) and line.endswith(end)
@@ -78,11 +80,13 @@ def test_rows_are_the_texts_of_the_pack(
 def test_lengths(packed: PackedStore, tmp_path: Path) -> None:
     rows = build(packed, tmp_path, ByteTokeniser())
     text = PromptTemplate()
-    asked = [packed.question(row) for row in range(len(packed))]
-    assert rows.prefix_lengths.tolist() == [1 + len(text.prefix(q.text).encode()) for q in asked]
-    # A question without an answer has an empty target: not even the end token is taught.
+    questions = [packed.question(row) for row in range(len(packed))]
+    assert rows.prefix_lengths.tolist() == [
+        1 + len(text.prefix(q.text).encode()) for q in questions
+    ]
+    # A question without an answer has an empty target, without the end token.
     assert rows.target_lengths.tolist() == [
-        1 + len(text.target(q.answers).encode()) if q.answers else 0 for q in asked
+        1 + len(text.target(q.answers).encode()) if q.answers else 0 for q in questions
     ]
     assert rows.target_lengths[3] == 0
 
@@ -101,18 +105,18 @@ def test_each_fact_text_is_tokenised_once(
 
 def test_built_once_for_each_key(packed: PackedStore, tmp_path: Path) -> None:
     first, second = ByteTokeniser(), ByteTokeniser()
-    made = build(packed, tmp_path, first)
+    built = build(packed, tmp_path, first)
     opened = build(packed, tmp_path, second)
     assert first.seen and not second.seen
-    assert opened.folder == made.folder
+    assert opened.folder == built.folder
     others = [
         build(packed, tmp_path, second, key="other").folder,
         build(packed, tmp_path, second, eos_ids=[]).folder,
         build(packed, tmp_path, second, bos_ids=[]).folder,
     ]
-    assert len({made.folder, *others}) == 4
-    copy = pickle.loads(pickle.dumps(made))
-    assert np.array_equal(copy.prefix_lengths, made.prefix_lengths)
+    assert len({built.folder, *others}) == 4
+    copy = pickle.loads(pickle.dumps(built))
+    assert np.array_equal(copy.prefix_lengths, built.prefix_lengths)
 
 
 def test_a_tokeniser_that_loses_a_row(packed: PackedStore, tmp_path: Path) -> None:
@@ -133,12 +137,12 @@ def test_no_fact_at_all(
     assert rows_of(batch.target) == [[*b" a", EOS]]
 
 
-def test_a_target_takes_whole_answers_and_those_of_the_graph_first(
+def test_a_target_has_whole_answers_with_those_in_the_graph_first(
     write_rows: Callable[..., Path], tmp_path: Path, collator: Callable[..., PackedCollator]
 ) -> None:
     row = {"question": "q", "triples": [["a", "r", "c"]], "answer": ["x", "c", "y", "a"]}
     packed = PackedStore.build_or_open(write_rows([row]), cache_dir=tmp_path)
-    for most, taught in ((1, ["c"]), (3, ["c", "a", "x"]), (9, ["c", "a", "x", "y"])):
-        rows = build(packed, tmp_path, ByteTokeniser(), max_answers=most)
+    for max_answers, expected in ((1, ["c"]), (3, ["c", "a", "x"]), (9, ["c", "a", "x", "y"])):
+        rows = build(packed, tmp_path, ByteTokeniser(), max_answers=max_answers)
         batch = collator(packed, rows)([0])
-        assert rows_of(batch.target) == [[*PromptTemplate().target(taught).encode(), EOS]]
+        assert rows_of(batch.target) == [[*PromptTemplate().target(expected).encode(), EOS]]

@@ -1,4 +1,4 @@
-"""The demo set: its facts, its questions against a brute-force reading of the tables, its files."""
+"""The demo set: its facts, its files, and its questions against a brute-force search."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dragkit.data.question_file import read_questions
 from dragkit.demo import DemoFiles, demo_files
 from dragkit.demo.build import main
 from dragkit.demo.kb import knowledge_base, table_facts
-from dragkit.demo.questions import Template, enumerate_asked, fill_level
+from dragkit.demo.questions import Template, balanced_counts, enumerate_questions
 from dragkit.demo.subgraph import ITERATIONS, FactRanker
 from tests.demo.test_demo_tables import facts as table_facts_by_hand
 
@@ -48,12 +48,12 @@ def rows(files: DemoFiles) -> dict[str, list[Row]]:
 
 @pytest.fixture(scope="module")
 def facts() -> set[tuple[str, str, str]]:
-    """All facts, read from the tables without the package's own reader."""
+    """All facts, read from the tables without the package's reader."""
     return table_facts_by_hand()
 
 
 def walk(facts: set[tuple[str, str, str]], starts: set[str], step: str) -> set[str]:
-    """One step by scanning all facts."""
+    """Follows one step by scanning all facts."""
     if step.endswith("^-1"):
         return {h for h, r, t in facts if r == step[:-3] and t in starts}
     return {t for h, r, t in facts if r == step and h in starts}
@@ -110,7 +110,9 @@ def test_answers_are_those_of_a_brute_force_search(
         assert row["hops"] == max(map(len, chains(row)))
 
 
-def test_rows_are_sound(rows: dict[str, list[Row]], facts: set[tuple[str, str, str]]) -> None:
+def test_rows_agree_with_the_knowledge_base(
+    rows: dict[str, list[Row]], facts: set[tuple[str, str, str]]
+) -> None:
     for name, split in rows.items():
         for row in split:
             triples = {tuple(triple) for triple in row["triples"]}
@@ -187,13 +189,15 @@ def test_the_cache_is_filled_once(files: DemoFiles, cache: Path) -> None:
     assert list((cache / "demo").iterdir()) == [files.train.parent]
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert main(["--out", str(tmp_path / "file" / "demo")]) == 74
     assert "cannot write" in capsys.readouterr().err
 
 
-def test_every_template_and_article_is_of_use(rows: dict[str, list[Row]]) -> None:
+def test_every_template_and_article_is_used(rows: dict[str, list[Row]]) -> None:
     header, *lines = (DEMO / "templates.tsv").read_text(encoding="utf-8").splitlines()
     assert header == "chain\tquestion"
     wordings = Counter(line.split("\t")[0] for line in lines)
@@ -215,30 +219,30 @@ def test_table_facts_split_cells_and_skip_empty_ones() -> None:
     ]
 
 
-def test_enumeration_leaves_out_what_makes_no_question() -> None:
+def test_enumeration_skips_useless_questions() -> None:
     kb = knowledge_base([("a", "x.to", "b"), ("b", "x.to", "a"), ("c", "x.to", "b")])
     there = Template("x.to", (("x.to",),), ("{x}?",))
-    assert [(q.topics, q.answers) for q in enumerate_asked(kb, there)] == [
+    assert [(q.topics, q.answers) for q in enumerate_questions(kb, there)] == [
         (("a",), ("b",)),
         (("b",), ("a",)),
         (("c",), ("b",)),
     ]
     back = Template("x.to x.to", (("x.to", "x.to"),), ("{x}?",))
-    assert [(q.topics, q.answers) for q in enumerate_asked(kb, back)] == [(("c",), ("a",))]
-    # Both topics lead to b alone: the second adds nothing.
+    assert [(q.topics, q.answers) for q in enumerate_questions(kb, back)] == [(("c",), ("a",))]
+    # Each topic alone leads to b only, so the second one adds nothing.
     both = Template("x.to & x.to", (("x.to",), ("x.to",)), ("{x} {y}?",))
-    assert not list(enumerate_asked(kb, both))
+    assert not list(enumerate_questions(kb, both))
     crowd = knowledge_base(("hub", "x.to", f"n{i}") for i in range(13))
-    assert not list(enumerate_asked(crowd, there))
+    assert not list(enumerate_questions(crowd, there))
 
 
-def test_fill_level() -> None:
-    assert fill_level([5, 5, 5], 9) == [3, 3, 3]
-    assert fill_level([1, 9, 9], 9) == [1, 4, 4]
-    assert fill_level([2, 3], 5) == [2, 3]
-    assert fill_level([4, 0], 0) == [0, 0]
+def test_balanced_counts_take_equal_shares() -> None:
+    assert balanced_counts([5, 5, 5], 9) == [3, 3, 3]
+    assert balanced_counts([1, 9, 9], 9) == [1, 4, 4]
+    assert balanced_counts([2, 3], 5) == [2, 3]
+    assert balanced_counts([4, 0], 0) == [0, 0]
     with pytest.raises(ValueError, match="6 questions are wanted"):
-        fill_level([2, 3], 6)
+        balanced_counts([2, 3], 6)
 
 
 def test_ranks_are_those_of_a_dense_random_walk() -> None:

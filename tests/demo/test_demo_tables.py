@@ -15,7 +15,7 @@ TABLES = sorted((Path(dragkit.__file__).parent / "demo" / "tables").glob("*.tsv"
 
 
 def read(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows of one table, cells still joined by '; '."""
+    """The header and the rows of a table. Cells hold objects joined by '; '."""
     lines = path.read_text(encoding="utf-8").split("\n")
     assert lines.pop() == "", f"{path.name} must end with exactly one newline"
     header, *rows = (line.split("\t") for line in lines)
@@ -24,7 +24,7 @@ def read(path: Path) -> tuple[list[str], list[list[str]]]:
 
 @cache
 def facts() -> set[tuple[str, str, str]]:
-    """Return all (subject, relation, object) facts of all tables."""
+    """All (subject, relation, object) facts of all tables."""
     found = set()
     for path in TABLES:
         header, rows = read(path)
@@ -42,7 +42,7 @@ def test_format(path: Path) -> None:
     assert subjects == sorted(set(subjects)), "subjects are unique and sorted"
     for row in rows:
         assert len(row) == len(header), row
-        # A filled last cell: editors and hooks strip blanks, tabs too, from the end of a line.
+        # Editors strip trailing tabs, so an empty last cell would be lost.
         assert row[-1], f"the last cell of {row} is empty"
         for cell in row:
             names = cell.split("; ")
@@ -59,7 +59,7 @@ def test_borders_are_mutual() -> None:
     assert not one_way and all(a != b for a, _, b in borders)
 
 
-def test_objects_of_a_closed_kind_have_a_row() -> None:
+def test_objects_of_closed_relations_have_a_row() -> None:
     subjects = {path.stem: {row[0] for row in read(path)[1]} for path in TABLES}
     counts = {kind: len(subjects[kind]) for kind in ("country", "us_state", "element")}
     assert counts == {"country": 197, "us_state": 50, "element": 118}
@@ -110,7 +110,8 @@ def test_no_two_spellings_of_one_name() -> None:
     spellings: dict[str, set[str]] = {}
     for subject, _, name in facts():
         for text in (subject, name):
-            if text[0].isalpha():  # not codes, domains or dates: there a sign tells two apart
+            # In codes, domains and dates signs distinguish names.
+            if text[0].isalpha():
                 plain = unicodedata.normalize("NFD", text).casefold()
                 key = "".join(char for char in plain if char.isalnum())
                 spellings.setdefault(key, set()).add(text)

@@ -1,6 +1,6 @@
-"""What one rank and two ranks do with the same cases.
+"""Runs the same cases with one rank and with two.
 
-All that two ranks do is done by one pair of processes: starting them costs more than the runs.
+One pair of processes runs all cases of two ranks, because starting them costs more than the runs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Pair:
-    """The folders of one rank and of two, and what they did."""
+    """The folders of the runs with one rank and with two, and their outcomes."""
 
     def __init__(self, folder: Path) -> None:
         self.one, self.two = folder / "one", folder / "two"
-        for part in (self.one, self.two):
-            part.mkdir()
+        self.one.mkdir()
+        self.two.mkdir()
         os.environ.setdefault("DRAGKIT_CACHE", str(folder.parent / "cache"))
 
     def case(self, name: str, settings: dict, **more: object) -> dict:
@@ -76,7 +76,7 @@ class Pair:
         return [self.outcome(name, rank)["code"] for rank in (0, 1)]
 
     def assert_equal_logs(self, name: str) -> None:
-        """Losses at every step and scores of every validation are those of one rank."""
+        """The losses of every step and the scores of every validation equal those of one rank."""
         ours, theirs = (lines(folder / name, "train") for folder in (self.one, self.two))
         assert len(ours) == len(theirs) == 4
         for a, b in zip(ours, theirs, strict=True):
@@ -97,8 +97,8 @@ def lines(folder: Path, kind: str) -> list[dict]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     loaded = load_checkpoint(find_checkpoint(folder))
     adapter = loaded.folder / "adapter" / "adapter_model.safetensors"
-    found = loaded.tensors["heads"] | loaded.tensors["optim"]
-    return found | (load_file(adapter) if adapter.is_file() else {})
+    tensors = loaded.tensors["retriever_projector"] | loaded.tensors["optim"]
+    return tensors | (load_file(adapter) if adapter.is_file() else {})
 
 
 def assert_close(first: Path, second: Path) -> None:

@@ -1,7 +1,7 @@
-"""Runs of several ranks for test_ranks.py: one process per rank, a plan of cases for all of them.
+"""Training runs of several ranks for test_ranks.py, one process per rank.
 
-`python ranks_worker.py plan.json` runs the cases one after the other and leaves of each
-`<name>.<rank>.json`. The same cases run in the test's own process, as one rank.
+`python ranks_worker.py plan.json` runs the cases of the plan one after the other and writes
+`<name>.<rank>.json` for each. The test's own process runs the same cases as one rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 
 
 def execute(case: dict, ranks: Ranks) -> None:
-    """Trains with the settings of a case, and those of one rank alone."""
+    """Trains with the settings of a case and of this rank."""
     from dragkit.trainer.run import TrainingRun
 
     values = {
@@ -45,8 +45,8 @@ def execute(case: dict, ranks: Ranks) -> None:
 
 
 def run_case(case: dict, ranks: Ranks) -> dict:
-    """Runs one case; returns how it ended and what this rank wrote."""
-    from dragkit.trainer import loop  # not for `_silence`, which starts in half the time without
+    """Runs one case; returns its exit code, its message and the steps that this rank saved."""
+    from dragkit.trainer import loop  # `_silence` starts faster without it
 
     train_step, save = loop.Trainer.train_step, loop.save_checkpoint
     saves = []
@@ -92,7 +92,7 @@ def _plan(argv: list[str]) -> int:
 
 
 def _silence(argv: list[str]) -> int:
-    """Rank 1 never answers; they meet in a folder first, since starting takes longer."""
+    """Rank 1 never answers. Both first wait for each other's file: starting takes longer."""
     folder = Path(argv[1])
     (folder / os.environ["RANK"]).touch()
     while len(list(folder.iterdir())) < 2:

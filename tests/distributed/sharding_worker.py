@@ -1,7 +1,7 @@
-"""What each of two ranks does for test_sharding.py: whole and cut generators compared, then runs.
+"""Two ranks for test_sharding.py: they compare unsharded and sharded generators, then train.
 
-`torchrun sharding_worker.py plan.json` leaves `waves.<rank>.json`, `direct.<rank>.json`, and
-`<name>.<rank>.json` of each case of the plan, as ranks_worker.py does.
+`torchrun sharding_worker.py plan.json` writes `waves.<rank>.json`, `direct.<rank>.json`, and
+`<name>.<rank>.json` for each case of the plan, as ranks_worker.py does.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from dragkit.generator.prompt import NeuralPrompt
 from dragkit.trainer.compile import compile_generator
 
 WIDTH, VOCAB = 32, 64
-# End tokens that some of the continuations come to.
+# End tokens that some of the continuations reach.
 END = {"nemotron": 53, "llama": 19}
-# Prompts of every pass, by rank and round; without any, a rank only keeps up.
+# Prompt lengths of every pass, by rank and round. A rank without prompts runs dummy passes only.
 PASSES = {0: [[(5, 9), (3,)], [(12,)]], 1: [[], [(7, 2), (3,), (20, 4)]]}
 DECODED = {0: [(4,)], 1: [(3,), (9, 2, 6)]}
-# Kind of model, checkpointing, whether structural vectors are given, type, whether compiled.
+# Model, activation checkpointing, whether structural vectors are given, dtype, whether compiled.
 CASES = {
     "nemotron": ("nemotron", "none", True, "float32", False),
     "recomputed": ("nemotron", "all", True, "float32", False),
@@ -46,7 +46,7 @@ CASES = {
 
 
 def make_model(kind: str) -> torch.nn.Module:
-    """Every kind of block there is, or an ordinary decoder with tied embeddings."""
+    """A Nemotron-H with every block type, or a Llama with tied embeddings."""
     if kind == "llama":
         config = LlamaConfig(
             vocab_size=VOCAB,
@@ -80,25 +80,25 @@ def make_model(kind: str) -> torch.nn.Module:
 
 
 def make_generator(kind: str, policy: str, dtype: str) -> Generator:
-    """The same on every call."""
+    """A generator with the same weights on every call."""
     torch.manual_seed(0)
     model = make_model(kind).to(getattr(torch, dtype)).requires_grad_(False)
     patch_nemotron_h(model)
-    # None in the first block: only vectors bring gradients to it.
+    # The first block has no adapter: only structural vectors bring gradients to it.
     targets = ["q_proj", "down_proj"] + (["experts.up_proj"] if kind == "nemotron" else [])
     model = add_adapters(model, GeneratorConfig(lora_rank=3, lora_targets=targets))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     tokenizer = SimpleNamespace(eos_token_id=END[kind])
-    # So few tokens in a pass that prompts to be continued are read in one pass or in two.
+    # So few tokens in a micro-batch that some prompts need two prefill passes and others one.
     return Generator(
         model, tokenizer, activation_checkpointing=policy, max_tokens_per_microbatch=12
     ).train()
 
 
 def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
-    """Random tokens, a vector at the first one of each prompt, the last one supervised."""
+    """Random prompts with a vector at the first token; `target` supervises the last one."""
     total = sum(lengths)
     draw = torch.Generator().manual_seed(total)
     length = torch.tensor(lengths)
@@ -117,8 +117,8 @@ def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
     )
 
 
-class Gathered:
-    """Bytes of frozen weights that the blocks have beside their parts, seen from inside of them."""
+class GatheredBytes:
+    """Bytes of all-gathered frozen weights, measured inside the blocks' forward and backward."""
 
     def __init__(self, blocks: list[torch.nn.Module]) -> None:
         self.storages: dict[int, torch.UntypedStorage] = {}
@@ -132,9 +132,9 @@ class Gathered:
 
         def forward(*args: object, **options: object) -> object:
             frozen = [p for p in block.parameters() if not p.requires_grad]
-            own = {id(p): p.untyped_storage() for p in frozen}
-            self.storages |= own
-            self.largest = max(self.largest, sum(s.size() for s in own.values()))
+            gathered = {id(p): p.untyped_storage() for p in frozen}
+            self.storages |= gathered
+            self.largest = max(self.largest, sum(s.size() for s in gathered.values()))
             self.alive.append(self.now())
             output = inner(*args, **options)
             first = output[0] if isinstance(output, tuple) else output
@@ -145,12 +145,12 @@ class Gathered:
         block.forward = forward
 
     def now(self) -> int:
-        """Bytes at present."""
+        """Bytes that are gathered now."""
         return sum(storage.size() for storage in self.storages.values())
 
 
 def train(generator: Generator, passes: list, vectors: bool) -> tuple[list[float], list]:
-    """Losses of passes, and their gradients: of every adapter, and of the vectors of each pass."""
+    """Losses of passes, and gradients of every adapter and of the vectors of each pass."""
     losses, leaves = [], []
     for lengths in passes:
         leaf = None
@@ -167,53 +167,53 @@ def train(generator: Generator, passes: list, vectors: bool) -> tuple[list[float
 
 
 def _graphs() -> int:
-    """Graphs that were compiled."""
+    """Number of compiled graphs."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def compare(name: str, ranks: Ranks) -> dict:
-    """A generator with all of its weights, and one with its part, over the same prompts."""
+    """Runs an unsharded and a sharded generator over the same prompts."""
     kind, policy, vectors, dtype, compiled = CASES[name]
-    whole, cut = (make_generator(kind, policy, dtype) for _ in range(2))
-    frozen = [p for p in cut.parameters() if not p.requires_grad]
+    unsharded, sharded = (make_generator(kind, policy, dtype) for _ in range(2))
+    frozen = [p for p in sharded.parameters() if not p.requires_grad]
     total = sum(p.nbytes for p in frozen)
-    blocks = decoder_blocks(cut.model)
-    shard_generator(cut, ranks.mesh(torch.device("cpu")), ranks.all_reduce_max)
+    blocks = decoder_blocks(sharded.model)
+    shard_generator(sharded, ranks.mesh(torch.device("cpu")), ranks.all_reduce_max)
     if compiled:
-        for generator in (cut, whole):
+        for generator in (sharded, unsharded):
             compile_generator(generator)
-    own = [p.to_local() for p in cut.parameters() if not p.requires_grad]
-    found = {"share": sum(t.untyped_storage().size() for t in own) / total, "differences": []}
+    local = [p.to_local() for p in sharded.parameters() if not p.requires_grad]
+    outcome = {"share": sum(t.untyped_storage().size() for t in local) / total, "differences": []}
     torch._dynamo.utils.counters.clear()
-    found["graphs"] = [0, 0]
+    outcome["graphs"] = [0, 0]
     gathered = None
     for passes in PASSES[ranks.rank]:
         before = _graphs()
-        ours = train(cut, passes, vectors)
-        found["graphs"][0] += _graphs() - before
-        theirs = train(whole, passes, vectors)
-        found["graphs"][1] = _graphs() - found["graphs"][0]
-        found["losses"] = [ours[0], theirs[0]]
+        ours = train(sharded, passes, vectors)
+        outcome["graphs"][0] += _graphs() - before
+        theirs = train(unsharded, passes, vectors)
+        outcome["graphs"][1] = _graphs() - outcome["graphs"][0]
+        outcome["losses"] = [ours[0], theirs[0]]
         for a, b in zip(ours[1], theirs[1], strict=True):
-            b = torch.zeros_like(a) if b is None else b  # a rank that only kept up
+            b = torch.zeros_like(a) if b is None else b  # only dummy passes
             scale = float(b.abs().max()) or 1.0
-            found["differences"].append(float((a - b).abs().max()) / scale)
-        # From the second round on: our own forward is put into the blocks in the first one.
-        gathered = gathered or Gathered(blocks)
-    found |= {"most": max(gathered.alive), "largest": gathered.largest, "left": gathered.now()}
-    found["tokens"] = []
-    for generator in (cut, whole):
+            outcome["differences"].append(float((a - b).abs().max()) / scale)
+        # Only from the second round on: the first one puts our own forward into the blocks.
+        gathered = gathered or GatheredBytes(blocks)
+    outcome |= {"most": max(gathered.alive), "largest": gathered.largest, "left": gathered.now()}
+    outcome["tokens"] = []
+    for generator in (sharded, unsharded):
         generator.eval()
         with torch.no_grad():
             batches = [prompts(lengths, target=False) for lengths in DECODED[ranks.rank]]
-            found["tokens"].append([generator.greedy_tokens(b, None, 6) for b in batches])
+            outcome["tokens"].append([generator.greedy_tokens(b, None, 6) for b in batches])
             generator.run_dummy_passes()
-    found["left after decoding"] = gathered.now()
-    return found
+    outcome["left after decoding"] = gathered.now()
+    return outcome
 
 
-def met(folder: Path, ranks: Ranks, size: int) -> int:
-    """The most ranks that were seen inside of a wave at the same time."""
+def max_concurrency(folder: Path, ranks: Ranks, size: int) -> int:
+    """The most ranks that ran the block of `limited_concurrency` at the same time."""
     folder.mkdir(exist_ok=True)
     seen = 0
     with ranks.limited_concurrency(size):
@@ -228,10 +228,10 @@ def met(folder: Path, ranks: Ranks, size: int) -> int:
 
 def _main(argv: list[str]) -> int:
     plan = Path(argv[0])
-    # Traced as ever, but not handed to a C++ compiler.
+    # Traces as usual but calls no C++ compiler.
     torch.compile = partial(torch.compile, backend="aot_eager")
     with init_ranks(RunConfig(rank_timeout=60)) as ranks:
-        waves = [met(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
+        waves = [max_concurrency(plan.with_name(f"wave{size}"), ranks, size) for size in (1, 2)]
         plan.with_name(f"waves.{ranks.rank}.json").write_text(json.dumps(waves))
         direct = {name: compare(name, ranks) for name in CASES}
         plan.with_name(f"direct.{ranks.rank}.json").write_text(json.dumps(direct))

@@ -1,7 +1,4 @@
-"""Two ranks train as one does: the same losses, weights and scores, one writer, and no hang.
-
-All runs of two ranks share one pair of processes, since starting them costs more than the runs.
-"""
+"""Two ranks train like one: the same losses, weights and scores, one writer, and no hang."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from dragkit.eval.types import Prediction
 from tests.distributed.pair_cases import HERE, Pair, assert_close, environment, lines, worker
 
 FIXTURE = str(worker.FIXTURE)
-# Batches of 7 and 1: in every second one, rank 1 has no question.
+# Batches of 7 and 1 questions: in every second batch rank 1 has none.
 RETRIEVER = {
     "run.phase": 1,
     "optim.batch_size": 7,
@@ -39,7 +36,7 @@ RETRIEVER = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Runs everything: as one rank here, then all cases in two processes."""
+    """Runs the cases as one rank here, then all of them in two processes."""
     pair = Pair(tmp_path_factory.mktemp("ranks"))
     joint = {
         "run.phase": 2,
@@ -49,7 +46,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     same = {
         "retriever": RETRIEVER,
         "joint": joint | {"optim.batch_size": 7, "loss.use_grad_norm_balance": True},
-        # Windows of (3, 3) and of (2,).
+        # Steps of (3, 3) and of (2,) questions.
         "accumulated": joint | {"optim.batch_size": 3, "optim.accumulation_steps": 2},
     }
     for name, settings in same.items():
@@ -57,7 +54,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     stop = {"rank": 0, "steps": 1, "do": "stop"}
     assert pair.run_one("stopped", RETRIEVER, after=stop)["code"] == 75
     other = pair.two / "other.jsonl"
-    # The same texts, so that nothing has to be encoded.
+    # With the same texts, so that the text encoder has nothing to do.
     other.write_text(
         worker.FIXTURE.read_text().replace('"answer": ["Lantern Guild"]', '"answer": []')
     )
@@ -71,7 +68,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         pair.case("drift", short, after={"rank": 1, "steps": 1, "do": "drift"}),
         pair.case("stopped", RETRIEVER, after=stop | {"rank": 1}),
         pair.case("resumed", RETRIEVER | {"run.resume": str(pair.one / "stopped")}),
-        # The last one: it ends both processes.
+        # The last case, because it ends both processes.
         pair.case("failed", short, after={"rank": 1, "steps": 1, "do": "fail"}),
     ]
     pair.run_two("ranks_worker.py", cases)
@@ -89,7 +86,7 @@ def test_two_ranks_train_and_score_as_one(pair: Pair, name: str) -> None:
     assert (states[0].step, states[0].batch) == (states[1].step, states[1].batch)
 
 
-def test_the_table_of_a_run_is_that_of_one_rank(pair: Pair) -> None:
+def test_the_results_table_equals_that_of_one_rank(pair: Pair) -> None:
     ours, theirs = (
         json.loads((folder / "retriever" / "results.json").read_text())
         for folder in (pair.one, pair.two)
@@ -101,7 +98,7 @@ def test_the_table_of_a_run_is_that_of_one_rank(pair: Pair) -> None:
             assert value == pytest.approx(theirs[stage]["metrics"][metric], rel=1e-12)
 
 
-def test_only_the_first_rank_writes(pair: Pair) -> None:
+def test_only_rank_0_writes(pair: Pair) -> None:
     assert pair.outcome("retriever", 0)["saves"] == [2, 4]
     assert pair.outcome("retriever", 1)["saves"] == []
     assert len(lines(pair.two / "retriever", "train")) == 4
@@ -112,11 +109,11 @@ def test_only_the_first_rank_writes(pair: Pair) -> None:
     [
         ("other_data", "rank 1: the content of the questions is"),
         ("other_rate", "rank 1: optim.lr is 0.5, rank 0 has 0.0001"),
-        ("small_batch", "set --batch_size to 2 or more"),
+        ("small_batch", "Set --batch_size to 2 or more"),
         ("drift", "at step 2, the ranks do not agree:\n  rank 1: trained weights is"),
     ],
 )
-def test_ranks_that_do_not_agree_are_refused(pair: Pair, name: str, message: str) -> None:
+def test_ranks_that_differ_are_refused(pair: Pair, name: str, message: str) -> None:
     for rank in (0, 1):
         outcome = pair.outcome(name, rank)
         assert outcome["code"] == ConfigError.exit_code
@@ -124,7 +121,7 @@ def test_ranks_that_do_not_agree_are_refused(pair: Pair, name: str, message: str
         assert outcome["saves"] == []
 
 
-def test_a_signal_to_one_rank_saves_once_and_any_number_of_ranks_goes_on(pair: Pair) -> None:
+def test_a_signal_to_one_rank_saves_once_and_any_number_of_ranks_resumes(pair: Pair) -> None:
     assert pair.codes("stopped") == [75, 75]
     assert [pair.outcome("stopped", rank)["saves"] for rank in (0, 1)] == [[1], []]
     outcome = pair.run_one("unused", RETRIEVER | {"run.resume": str(pair.two / "stopped")})
@@ -139,7 +136,7 @@ def test_a_failure_of_one_rank_ends_the_others_with_its_message(pair: Pair) -> N
     pair.outcome("resumed", 1)
     assert pair.process.returncode != 0
     assert "ValueError: planted failure" in pair.process.stderr
-    # The other one may still wait for the last sums of the step before.
+    # Rank 0 may still be in the last all-reduce of the step before.
     shown = re.search(r"stopped at step [01]: rank 1: planted failure", pair.process.stderr)
     assert shown, pair.process.stderr[-3000:]
 
@@ -170,17 +167,17 @@ def test_a_rank_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever starts a process group fails."""
+    """Starting a process group fails the test."""
 
     def refuse(*args: object, **options: object) -> None:
-        raise AssertionError("a process alone needs no process group")
+        raise AssertionError("a single process needs no process group")
 
     monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
     return
 
 
 @pytest.mark.parametrize("size", [None, "1"])
-def test_a_process_alone_starts_no_group(
+def test_a_single_process_starts_no_group(
     no_group: None, monkeypatch: pytest.MonkeyPatch, size: str | None
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -192,7 +189,9 @@ def test_a_process_alone_starts_no_group(
         assert ranks.local_slices([[3, 1, 2], []]) == [[3, 1, 2], []]
 
 
-def test_half_an_environment_is_an_error(no_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_an_error(
+    no_group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ConfigError, match="torchrun"), init_ranks(worker.RunConfig()):
@@ -200,21 +199,21 @@ def test_half_an_environment_is_an_error(no_group: None, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_slices_are_the_batch(count: int) -> None:
+def test_slices_partition_the_batch(count: int) -> None:
     batches = [list(range(size)) for size in (0, 1, 2, 5, 8, 17)]
     parts = []
     for rank in range(count):
         ranks = Ranks()
         ranks.rank, ranks.world_size = rank, count
         parts.append(ranks.local_slices(batches))
-    for place, rows in enumerate(batches):
-        slices = [own[place] for own in parts]
-        assert [row for own in slices for row in own] == rows
+    for index, rows in enumerate(batches):
+        slices = [part[index] for part in parts]
+        assert [row for part in slices for row in part] == rows
         assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 class _Phase:
-    """Finds every fact of a question, the last one first."""
+    """Ranks every fact of a question, the last one first."""
 
     model = torch.nn.Identity()
 
@@ -222,26 +221,26 @@ class _Phase:
         self.store = store
 
     def run_dummy_passes(self) -> None:
-        """Nothing to do."""
+        """There are no other ranks."""
 
     def predict(
         self, batch: SimpleNamespace, relations: object, *, generate: bool
     ) -> list[Prediction]:
         """One prediction per question."""
-        found = []
+        predictions = []
         for row in batch.rows:
             ranked = tuple(reversed(range(self.store.num_facts(row))))
-            p = tuple(1 / (3 + row + place) for place in ranked)
-            found.append(Prediction(row, ranked, ranked[:2], p, f"answer {row}"))
-        return found
+            p = tuple(1 / (3 + row + index) for index in ranked)
+            predictions.append(Prediction(row, ranked, ranked[:2], p, f"answer {row}"))
+        return predictions
 
 
 class _Sent(Exception):
-    """The second rank has sent its part."""
+    """Rank 1 has sent its scores."""
 
 
-class _Half(Ranks):
-    """One of two ranks; the second one ends when it has sent its part to the first."""
+class _OneOfTwo(Ranks):
+    """One of two ranks in the same process; rank 1 stops after it has sent its scores."""
 
     world_size = 2
 
@@ -249,7 +248,7 @@ class _Half(Ranks):
         self.rank, self.sent = rank, sent
 
     def all_gather_object(self, value: object) -> list:
-        """Pickled, as between processes."""
+        """Pickles the value, as between processes."""
         self.sent.insert(0, pickle.loads(pickle.dumps(value)))
         if not self.is_main:
             raise _Sent
@@ -257,13 +256,13 @@ class _Half(Ranks):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) -> None:
+def test_evaluation_gathers_in_file_order(tmp_path: Path, size: int) -> None:
     store = PackedStore.build_or_open(worker.FIXTURE, cache_dir=tmp_path)
     batches = [list(range(8))[start : start + size] for start in range(0, 8, size)]
 
     def load(rows: list[list[int]], device: torch.device) -> Iterator[SimpleNamespace]:
-        for own in rows:
-            batch = SimpleNamespace(rows=own)
+        for batch_rows in rows:
+            batch = SimpleNamespace(rows=batch_rows)
             batch.to = lambda device, batch=batch: batch
             yield batch
 
@@ -274,8 +273,8 @@ def test_evaluation_gathers_in_the_order_of_the_file(tmp_path: Path, size: int) 
         load=load,
     )
     phase, device, sent = _Phase(store), torch.device("cpu"), []
-    whole = evaluate(phase, source, device)
+    expected = evaluate(phase, source, device)
     with pytest.raises(_Sent):
-        evaluate(phase, source, device, ranks=_Half(1, sent))
-    assert evaluate(phase, source, device, ranks=_Half(0, sent)) == whole
-    assert [p["text"] for p in whole.predictions] == [f"answer {row}" for row in range(8)]
+        evaluate(phase, source, device, ranks=_OneOfTwo(1, sent))
+    assert evaluate(phase, source, device, ranks=_OneOfTwo(0, sent)) == expected
+    assert [p["text"] for p in expected.predictions] == [f"answer {row}" for row in range(8)]

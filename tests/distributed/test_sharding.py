@@ -1,4 +1,4 @@
-"""Frozen weights cut between two ranks: the numbers of whole ones, half of the memory, no hang."""
+"""Frozen weights sharded between two ranks: equal numbers, half of the memory, no hang."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ DIRECT = ("nemotron", "recomputed", "text", "compiled", "llama")
 
 
 def _settings(one: Path) -> dict:
-    # Batches of 7 and 1: in every second one, rank 1 has no question. A pass per prompt: where both
-    # have some, rank 0 has one more.
+    # Batches of 7 and 1 questions: in every second batch rank 1 has none. With one prompt per pass
+    # rank 0 has one pass more in the other batches.
     return {
         "run.phase": 2,
         "run.phase1_checkpoint": str(one / "start"),
@@ -33,8 +33,8 @@ def _settings(one: Path) -> dict:
     }
 
 
-class _Told(logging.Handler):
-    """Messages of warnings."""
+class _Warnings(logging.Handler):
+    """Collects the messages of warnings."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -46,28 +46,28 @@ class _Told(logging.Handler):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """Runs everything: as one rank here, then all cases in two processes."""
+    """Runs the cases as one rank here, then all of them in two processes."""
     pair = Pair(tmp_path_factory.mktemp("sharding"))
     settings = _settings(pair.one)
-    # When validating, too: ranks that have other prompts, or none, need as many passes.
+    # Validation too needs equal numbers of passes on ranks with other prompts or none.
     scored = settings | {
         "data.val_heuristics_path": str(worker.FIXTURE),
         "generator.max_tokens_per_microbatch": 1,
     }
     start = {"run.phase": 1, "optim.batch_size": 7, "optim.epochs": 1}
     assert pair.run_one("start", start)["code"] == 0
-    told = _Told()
-    logging.getLogger("dragkit").addHandler(told)
+    warnings = _Warnings()
+    logging.getLogger("dragkit").addHandler(warnings)
     assert pair.run_one("joint", scored)["code"] == 0
-    logging.getLogger("dragkit").removeHandler(told)
-    pair.warnings = told.messages
+    logging.getLogger("dragkit").removeHandler(warnings)
+    pair.warnings = warnings.messages
     stop = {"steps": 1, "do": "stop"}
     assert pair.run_one("stopped", settings, after=stop | {"rank": 0})["code"] == 75
     cases = [
         pair.case("joint", scored),
         pair.case("stopped", settings, after=stop | {"rank": 1}),
         pair.case("resumed", settings | {"run.resume": str(pair.one / "stopped")}),
-        # The last one: it ends both processes.
+        # The last case, because it ends both processes.
         pair.case("failed", settings, fails=1),
     ]
     pair.run_two("sharding_worker.py", cases)
@@ -75,27 +75,27 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_a_cut_generator_computes_what_a_whole_one_does(pair: Pair, name: str) -> None:
+def test_a_sharded_generator_equals_an_unsharded_one(pair: Pair, name: str) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)[name]
-        ours, theirs = found["losses"]
+        outcome = pair.outcome("direct", rank)[name]
+        ours, theirs = outcome["losses"]
         assert ours == theirs and ours
-        assert len(found["differences"]) > 20 and max(found["differences"]) == 0.0
-        ours, theirs = found["tokens"]
+        assert len(outcome["differences"]) > 20 and max(outcome["differences"]) == 0.0
+        ours, theirs = outcome["tokens"]
         assert ours == theirs
 
 
-def test_cut_blocks_of_a_kind_share_a_graph_as_whole_ones_do(pair: Pair) -> None:
+def test_sharded_blocks_of_a_type_share_a_graph(pair: Pair) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)
-        ours, theirs = found["compiled"]["graphs"]
-        # One more for the kind that is computed again: there its input is no view, as the hook of
-        # the first time makes it.
+        outcome = pair.outcome("direct", rank)
+        ours, theirs = outcome["compiled"]["graphs"]
+        # The recomputed block type may compile one graph more: FSDP's hook makes the first
+        # forward's input a view, and the recomputed input is none.
         assert 4 <= theirs <= ours <= theirs + 1
-        assert found["nemotron"]["graphs"] == [0, 0]
+        assert outcome["nemotron"]["graphs"] == [0, 0]
 
 
-def test_continuations_end_at_different_steps(pair: Pair) -> None:
+def test_continuations_of_the_ranks_differ_in_length(pair: Pair) -> None:
     for name in DIRECT:
         ends = [
             [max(map(len, batch)) for batch in pair.outcome("direct", rank)[name]["tokens"][0]]
@@ -105,15 +105,15 @@ def test_continuations_end_at_different_steps(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_a_rank_has_half_of_the_weights_and_gathers_a_block_at_a_time(
+def test_a_rank_holds_half_of_the_weights_and_gathers_one_block_at_a_time(
     pair: Pair, name: str
 ) -> None:
     for rank in (0, 1):
-        found = pair.outcome("direct", rank)[name]
-        # What two does not divide is rounded up.
-        assert 0.5 <= found["share"] < 0.51
-        assert 0 < found["most"] <= 2 * found["largest"]
-        assert found["left"] == found["left after decoding"] == 0
+        outcome = pair.outcome("direct", rank)[name]
+        # Odd sizes are rounded up.
+        assert 0.5 <= outcome["share"] < 0.51
+        assert 0 < outcome["most"] <= 2 * outcome["largest"]
+        assert outcome["left"] == outcome["left after decoding"] == 0
 
 
 def test_two_ranks_train_as_one(pair: Pair) -> None:
@@ -123,7 +123,7 @@ def test_two_ranks_train_as_one(pair: Pair) -> None:
     assert pair.outcome("joint", 1)["saves"] == []
 
 
-def test_any_number_of_ranks_goes_on_where_others_were_stopped(pair: Pair) -> None:
+def test_any_number_of_ranks_resumes_a_stopped_run(pair: Pair) -> None:
     assert pair.codes("stopped") == [75, 75] and pair.codes("resumed") == [0, 0]
     settings = _settings(pair.one) | {"run.resume": str(pair.two / "stopped")}
     outcome = pair.run_one("unused", settings)
@@ -139,17 +139,17 @@ def test_a_failure_inside_a_pass_ends_the_other_rank_with_its_message(pair: Pair
     assert "stopped at step 0: rank 1: planted failure" in pair.process.stderr
 
 
-def test_no_more_ranks_load_at_a_time_than_the_machine_holds(pair: Pair) -> None:
+def test_limited_concurrency_admits_size_ranks_at_a_time(pair: Pair) -> None:
     assert pair.outcome("waves", 0) == [1, 2]
 
 
-def test_one_rank_is_told_that_it_has_nobody_to_share_with(pair: Pair) -> None:
-    (told,) = (text for text in pair.warnings if "run.generator_fsdp" in text)
-    assert "torchrun" in told
+def test_a_single_rank_warns_that_it_cannot_shard(pair: Pair) -> None:
+    (warning,) = (text for text in pair.warnings if "run.generator_fsdp" in text)
+    assert "torchrun" in warning
 
 
 class _Bare(torch.nn.Module):
-    """A model that does not name its blocks."""
+    """A model whose class names no blocks."""
 
 
 def test_a_model_without_known_blocks_is_refused() -> None:
@@ -159,7 +159,7 @@ def test_a_model_without_known_blocks_is_refused() -> None:
         decoder_blocks(_Bare())
 
 
-def test_a_card_needs_room_for_its_part_and_the_host_for_all(
+def test_a_card_must_hold_its_shard_and_the_host_all_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name, card = "random:nemotron-3-nano-30b-a3b", torch.device("cuda")  # 59 GiB
@@ -175,17 +175,17 @@ def test_a_card_needs_room_for_its_part_and_the_host_for_all(
         load.check_generator(GeneratorConfig(), card, name=name, num_shards=2)
 
 
-def test_weights_that_are_cut_are_not_compared_again() -> None:
+def test_the_fingerprint_leaves_sharded_weights_out() -> None:
     model = torch.nn.Linear(3, 2).requires_grad_(False)
-    whole = frozen_fingerprint(model)
+    unsharded = frozen_fingerprint(model)
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert frozen_fingerprint(model) != whole
+    assert frozen_fingerprint(model) != unsharded
     model.weight.device_mesh = None  # as a DTensor has
-    cut = frozen_fingerprint(model)
+    sharded = frozen_fingerprint(model)
     with torch.no_grad():
         model.weight[0, 0] += 1
-    assert frozen_fingerprint(model) == cut
+    assert frozen_fingerprint(model) == sharded
     with torch.no_grad():
         model.bias += 1
-    assert frozen_fingerprint(model) != cut
+    assert frozen_fingerprint(model) != sharded

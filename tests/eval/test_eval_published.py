@@ -1,4 +1,4 @@
-"""The rog family against predictions and results that GNN-RAG released; needs those files."""
+"""The rog scores against predictions and results released by GNN-RAG. Needs those files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from dragkit.eval import QuestionRecord, aggregate, parse_answers, rog_scores, score_text
 
 VARIABLE = "DRAGKIT_GNNRAG_PREDICTIONS"
-# Names in the rows and in the result file.
+# Key in the rows, name in the result file, and metric.
 NAMES = {
     ("acc", "Accuracy"): "rog-accuracy",
     ("hit", "Hit"): "rog-hit",
@@ -25,7 +25,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def released() -> tuple[Path, list[dict]]:
-    """The path and rows of `predictions.jsonl` or `detailed_eval_result.jsonl`."""
+    """Path and rows of `predictions.jsonl` or `detailed_eval_result.jsonl`."""
     if not os.environ.get(VARIABLE):
         pytest.skip(f"{VARIABLE} does not point to a released predictions file of GNN-RAG")
     path = Path(os.environ[VARIABLE])
@@ -33,7 +33,7 @@ def released() -> tuple[Path, list[dict]]:
 
 
 def output_of(row: dict) -> str:
-    """The output as text; the detailed file holds it as a list of lines."""
+    """Returns the output as text. The detailed file holds a list of lines."""
     prediction = row["prediction"]
     return prediction if isinstance(prediction, str) else "\n".join(prediction)
 
@@ -55,7 +55,7 @@ def test_means_match_the_published_result(
     path, rows = released
     result = path.with_name("eval_result.txt")
     if not result.exists():
-        pytest.skip("no eval_result.txt lies beside the predictions")
+        pytest.skip("the folder of the predictions has no eval_result.txt")
     texts = [output_of(row).strip() for row in rows]
     if through_parser and any(
         len(parse_answers(text, keep_repeats=True)) != len(text.split("\n")) for text in texts

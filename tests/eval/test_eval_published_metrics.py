@@ -1,4 +1,4 @@
-"""Hand-computed scores of single questions in every answer family, known bugs included."""
+"""Scores of single questions computed by hand for every family, including published faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ S_ZERO, ZERO = (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0)
 FIRST_OF_TWO = (1, 1, 0.5, 1, TWO_THIRDS)
 HALF_FOUND = (1, 1, 1, 0.5, TWO_THIRDS)
 
-# text, golds, question, then
+# Columns: text, golds, question, then scores by family:
 #   strict: hits@1, hit, precision, recall, f1, exact
 #   rog, subgraphrag: hit, hits@1, precision, recall, f1
 CASES = {
@@ -119,14 +119,14 @@ def test_hand_computed_case(name: str) -> None:
     assert dict(scores) == pytest.approx(expected, abs=1e-12)
 
 
-def test_published_evaluators_grant_points_for_empty_text() -> None:
+def test_published_evaluators_count_some_empty_texts_as_right() -> None:
     assert rog_scores("", ["The"])["rog-hit"] == 1.0
     assert subgraphrag_scores("", ["Paris"], "where is it")["subgraphrag-hit"] == 1.0
     assert subgraphrag_scores("", ["Paris"], "which city")["subgraphrag-hit"] == 0.0
     assert not any(score_question([], ["The"], question="where is it").values())
 
 
-def test_subgraphrag_old_hit_reads_text_without_mark() -> None:
+def test_subgraphrag_hit_reads_the_whole_text_without_a_mark() -> None:
     scores = subgraphrag_scores("It is Paris", ["Paris"])
     assert scores["subgraphrag-hit"] == 1.0
     assert scores["subgraphrag-hits@1"] == scores["subgraphrag-f1"] == 0.0
@@ -134,31 +134,31 @@ def test_subgraphrag_old_hit_reads_text_without_mark() -> None:
     assert not any(marked.values())
 
 
-def test_lenient_answer_is_what_follows_the_last_mark() -> None:
+def test_the_lenient_rule_reads_what_follows_the_last_mark() -> None:
     scores = subgraphrag_scores("ans: x ans: Lond", ["London"], "where")
     assert scores["subgraphrag-hits@1"] == scores["subgraphrag-f1"] == 1.0
 
 
-def test_leading_blank_lines_do_not_count_but_inner_ones_do() -> None:
+def test_only_inner_blank_lines_lower_the_rog_precision() -> None:
     assert rog_scores("\n\nOslo\n", ["Oslo"])["rog-precision"] == 1.0
     assert rog_scores("Oslo\n\nRome", ["Oslo"])["rog-precision"] == pytest.approx(THIRD)
 
 
 @pytest.mark.parametrize("predictions, golds", [("Paris", ["Paris"]), (["Paris"], "Paris")])
-def test_single_text_instead_of_list_is_refused(predictions: object, golds: object) -> None:
+def test_a_text_instead_of_a_list_is_refused(predictions: object, golds: object) -> None:
     with pytest.raises(ValueError, match="must be a list of answers"):
         score_question(predictions, golds)
 
 
-# entities are 0, 1, 2, ...; probabilities, golds, topics, max_nodes,
-# then hits@1, f1, precision, recall, em
+# Entities are 0, 1, 2, ... Columns: probabilities, golds, topics, max_nodes, and
+# (hits@1, f1, precision, recall, em).
 REAREV_CASES = {
     "one sure answer": ([0.02, 0.97, 0.01], [1], [], None, (1, 1, 1, 1, 1)),
     "stops past the mass": ([0.6, 0.36, 0.04], [0, 1], [], 2, (1, 1, 1, 1, 1)),
     "goes on below the mass": ([0.5, 0.4, 0.1], [0], [], None, (1, 0.5, THIRD, 1, 1)),
     "topic left out": ([0.9, 0.06, 0.04], [1], [0], None, (1, TWO_THIRDS, 0.5, 1, 1)),
     "gold second": ([0.93, 0.05, 0.02], [1], [], None, (0, TWO_THIRDS, 0.5, 1, 1)),
-    "gold behind the mass": ([0.93, 0.05, 0.02], [2], [], None, (0, 0, 0, 0, 0)),
+    "gold after the mass": ([0.93, 0.05, 0.02], [2], [], None, (0, 0, 0, 0, 0)),
     "small one left out": ([0.9, 0.08, 0.02], [1], [0], 2, (1, 1, 1, 1, 1)),
     "same, larger split": ([0.9, 0.08, 0.02], [1], [0], 1000, (1, TWO_THIRDS, 0.5, 1, 1)),
     "gold outside the graph": ([0.97, 0.03], [0, 9], [], None, (1, TWO_THIRDS, 1, 0.5, 1)),
@@ -181,7 +181,7 @@ def test_rearev_case(name: str) -> None:
     )
 
 
-def test_rearev_stops_only_when_the_mass_is_passed_and_sizes_must_agree() -> None:
+def test_rearev_collects_until_the_mass_is_exceeded_and_sizes_must_agree() -> None:
     assert rearev_scores(["a", "b"], [0.5, 0.5], ["a"], mass=0.5)["rearev-precision"] == 0.5
     with pytest.raises(ValueError, match="2 entities but 1 probabilities"):
         rearev_scores([0, 1], [1.0], [0])

@@ -1,4 +1,4 @@
-"""Means, denominators and the two renderings of a report."""
+"""Means, denominators, table and JSON values of a report."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from dragkit.eval import METRIC_VERSION, QuestionRecord, aggregate, score_text
 
 
-def small_report() -> list[QuestionRecord]:
-    """Four questions: right, half right, failed generation, no gold."""
+def four_records() -> list[QuestionRecord]:
+    """Scores four questions: right, half right, without output, without gold answer."""
     return [
         score_text("a", "Oslo", ["Oslo"], answer_in_graph=True, retrieval={"retrieval-f1": 0.5}),
         score_text("b", "Oslo | Rome", ["Rome"], answer_in_graph=True),
@@ -23,7 +23,7 @@ def small_report() -> list[QuestionRecord]:
 
 
 def test_means_and_denominators_by_hand() -> None:
-    report = aggregate(small_report())
+    report = aggregate(four_records())
     assert report.counts == {
         "asked": 4,
         "answerable_in_subgraph": 2,
@@ -39,13 +39,13 @@ def test_means_and_denominators_by_hand() -> None:
     assert report.families() == {"strict": 4, "rog": 4, "subgraphrag": 4, "retrieval": 2}
 
 
-def test_no_metric_has_a_bare_name() -> None:
+def test_every_metric_names_its_family() -> None:
     families = ("strict-", "rog-", "subgraphrag-", "rearev-", "retrieval-")
-    assert all(name.startswith(families) for name in aggregate(small_report()).means)
+    assert all(name.startswith(families) for name in aggregate(four_records()).means)
 
 
 def test_json_round_trip() -> None:
-    report = aggregate(small_report())
+    report = aggregate(four_records())
     loaded = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert loaded == report.to_dict()
     assert loaded["schema_version"] == 1
@@ -53,15 +53,15 @@ def test_json_round_trip() -> None:
     assert loaded["metrics"]["retrieval-f1"] == {"mean": 0.75, "scored": 2}
 
 
-def test_unknown_answerability_is_null_not_zero() -> None:
-    rows = [*small_report(), score_text("e", "x", ["x"])]
+def test_unknown_answerability_is_none() -> None:
+    rows = [*four_records(), score_text("e", "x", ["x"])]
     report = aggregate(rows)
     assert report.counts["answerable_in_subgraph"] is None
     assert "unknown" in report.to_table()
 
 
 def test_table_is_aligned_and_complete() -> None:
-    report = aggregate(small_report())
+    report = aggregate(four_records())
     metrics, counts = (part.splitlines() for part in report.to_table().strip().split("\n\n"))
     assert len({len(line) for line in metrics}) == 1
     assert len({len(line) for line in counts}) == 1
@@ -72,7 +72,7 @@ def test_table_is_aligned_and_complete() -> None:
     assert set(cells) == {"metric", *report.means, *report.counts}
 
 
-def test_nothing_asked_gives_counts_and_no_means() -> None:
+def test_without_questions_there_are_counts_and_no_means() -> None:
     report = aggregate([])
     assert report.means == {}
     assert report.counts["asked"] == report.counts["scored"] == 0
@@ -86,14 +86,14 @@ def test_nothing_asked_gives_counts_and_no_means() -> None:
         ({"strict-f1": 1.0}, {}, "'q'.*rog-accuracy"),
         ({"strict-f1": math.nan}, {}, "'q': strict-f1"),
         ({"strict-f1": math.inf}, {}, "'q': strict-f1"),
-        ({"strict-f1": 1.0}, {"strict-f1": 1.0}, "given twice"),
+        ({"strict-f1": 1.0}, {"strict-f1": 1.0}, "answer and retrieval"),
     ],
 )
-def test_records_that_cannot_be_averaged_are_refused(
+def test_inconsistent_records_are_refused(
     scores: dict[str, float], retrieval: dict[str, float], message: str
 ) -> None:
     row = QuestionRecord("q", scores, num_golds=1, num_predictions=1, retrieval=retrieval)
-    before = small_report() if "accuracy" in message else []
+    before = four_records() if "accuracy" in message else []
     with pytest.raises(ValueError, match=message):
         aggregate([*before, row])
 
@@ -110,7 +110,7 @@ def test_every_question_asked_is_scored(rows: list[tuple[str, list[str]]]) -> No
     assert report.counts["asked"] == report.counts["scored"] == len(rows)
     assert set(report.num_scored.values()) == {len(rows)}
     assert report.counts["no_gold"] == sum(not golds for _, golds in rows)
-    # A slow mean over the same rows, wrong ones in the denominator.
+    # Wrong answers are part of the denominator.
     expected = sum(record.scores["rog-f1"] for record in records) / len(rows)
     assert report.means["rog-f1"] == pytest.approx(expected)
     assert aggregate(records[::-1]).means == report.means

@@ -1,4 +1,4 @@
-"""Models as the 30B in kind, at small widths, for counting the tensors that a pass leaves alive."""
+"""Small models with the block types of the 30B, for counting the tensors of a pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.random_weights import ARCHITECTURES, random_model
 from dragkit.memory_plan.dims import LoraDims, NemotronHDims, dims_of, linear_layers
 
-# As the 30B in kind and proportion: inner is not hidden, keys are fewer than queries.
+# Like the 30B: d_inner differs from hidden_size, and there are fewer key heads than query heads.
 SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
     "vocab_size": 1024,
     "hidden_size": 168,
@@ -32,7 +32,7 @@ SIZES = ARCHITECTURES["nemotron-3-nano-30b-a3b"].sizes | {
 def build(
     monkeypatch: pytest.MonkeyPatch, pattern: str, targets: tuple[str, ...], **sizes: int
 ) -> tuple[torch.nn.Module, NemotronHDims, LoraDims]:
-    """A bfloat16 model under LoRA, its shape and adapters; `targets` that it lacks are left out."""
+    """A bfloat16 model with LoRA, its dims and adapters, without the `targets` that it lacks."""
     published = ARCHITECTURES["nemotron-3-nano-30b-a3b"]
     architecture = published._replace(pattern=pattern, sizes=SIZES | sizes)
     monkeypatch.setitem(ARCHITECTURES, "small", architecture)

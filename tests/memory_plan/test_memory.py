@@ -1,4 +1,4 @@
-"""The plan's figures against the tensors that our forward keeps, counted."""
+"""The formulas against counted bytes of the tensors that our forward saves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ PUBLIC = "random:nemotron-3-nano-30b-a3b"
 TOKENS = 192
 OPS = mamba_ops("dragkit")
 EVERYTHING = (*DEFAULT_LORA_TARGETS, "out_proj", "experts.up_proj", "experts.down_proj")
+# Layers that read a block's input, and layers that write its output.
 INPUTS, OUTPUTS = ("q_proj", "in_proj", "up_proj"), ("o_proj", "out_proj", "down_proj")
+# Two stacks that differ by one block of a type. Their last block mixes tokens, so every token
+# passes all blocks.
 STACKS = {
     "linear_attention": ("MM", "MMM"),
     "full_attention": ("*M", "**M"),
@@ -53,15 +56,15 @@ CASES = {
 }
 
 
-class _Held:
-    """A saved tensor; gone with the node of the graph that saved it."""
+class _SavedTensor:
+    """Holds a saved tensor and dies with the graph node that saved it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-class _Varlen(torch.autograd.Function):
-    """Keeps what the library's attention of ragged sequences does on a GPU; the values are none."""
+class _VarlenAttention(torch.autograd.Function):
+    """Saves the tensors of torch's varlen attention on a GPU; the values are meaningless."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -77,32 +80,34 @@ class _Varlen(torch.autograd.Function):
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "packed_attention", lambda q, k, v, *_: _Varlen.apply(q, k, v))
+    monkeypatch.setattr(
+        decoder, "packed_attention", lambda q, k, v, *_: _VarlenAttention.apply(q, k, v)
+    )
 
 
 def saved_bytes_per_token(
     model: torch.nn.Module, policy: str, block_fn: Callable = block_forward
 ) -> float:
-    """The same for every token; what does not grow with them is small and left out."""
-    counts = [kept(model, policy, tokens, block_fn) for tokens in (TOKENS, 2 * TOKENS)]
+    """Counted bytes per token. The difference of two counts drops what does not grow."""
+    counts = [saved_bytes(model, policy, tokens, block_fn) for tokens in (TOKENS, 2 * TOKENS)]
     return (counts[1] - counts[0]) / TOKENS
 
 
-def kept(
+def saved_bytes(
     model: torch.nn.Module, policy: str, tokens: int, block_fn: Callable = block_forward
 ) -> int:
-    """Bytes of distinct memory that the graph of a pass holds, beside parameters and the pack."""
+    """Bytes of storage that the graph of a forward holds, without parameters and the pack."""
     base = model.get_base_model()
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    held: list[weakref.ref[_Held]] = []
+    given = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    holders: list[weakref.ref[_SavedTensor]] = []
 
-    def pack(tensor: Tensor) -> _Held:
-        holder = _Held(tensor)
-        held.append(weakref.ref(holder))
+    def pack(tensor: Tensor) -> _SavedTensor:
+        holder = _SavedTensor(tensor)
+        holders.append(weakref.ref(holder))
         return holder
 
     batch = make_pack(torch.tensor([tokens // 2] * 2), tokens, tokens // 2)
-    own |= {t.untyped_storage().data_ptr() for t in batch[:3]}
+    given |= {t.untyped_storage().data_ptr() for t in batch[:3]}
     rows = torch.tensor([tokens - 1])
     embeds = torch.randn(tokens, base.config.hidden_size).bfloat16().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
@@ -110,52 +115,53 @@ def kept(
             base.model, embeds, batch, rows, OPS, ACTIVATION_CHECKPOINTING[policy], block_fn
         )
     assert out.requires_grad
-    alive = [holder.tensor.untyped_storage() for ref in held if (holder := ref()) is not None]
-    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
+    alive = [holder.tensor.untyped_storage() for ref in holders if (holder := ref()) is not None]
+    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in given}.values())
 
 
-def a_block_more(
+def count_one_block(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     targets: tuple[str, ...],
     blocks: Callable = lambda decoder: block_forward,
 ) -> tuple[float, int]:
-    """What one block more keeps, and what the plan says of it; all tokens pass all blocks."""
+    """Bytes per token that one more block saves, counted and by the formula."""
     counts = []
     for pattern in STACKS[kind]:
         model, dims, adapters = build(monkeypatch, pattern, targets)
         counts.append(saved_bytes_per_token(model, "none", blocks(model.get_base_model().model)))
-    said = memory.saved_bytes_per_token(dims, kind, adapters) + 2 * dims.hidden_size
-    return counts[1] - counts[0], said
+    # The formula leaves the block's input out.
+    formula = memory.saved_bytes_per_token(dims, kind, adapters) + 2 * dims.hidden_size
+    return counts[1] - counts[0], formula
 
 
 @pytest.mark.parametrize("targets", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("kind", STACKS)
-def test_a_block_keeps_what_the_formula_says(
+def test_a_block_saves_the_bytes_of_the_formula(
     kind: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, said = a_block_more(monkeypatch, kind, targets)
-    assert kept == said
+    counted, formula = count_one_block(monkeypatch, kind, targets)
+    assert counted == formula
 
 
 @pytest.mark.parametrize("kind", ["linear_attention", "moe", "mlp"])
-def test_a_compiled_block_keeps_no_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph is cut in two where least has to be kept, as it is for a GPU."""
+def test_a_compiled_block_saves_no_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The partitioner splits forward and backward with the least saved memory, as on a GPU."""
     compiled = partial(torch.compile, backend="aot_eager_decomp_partition")
     monkeypatch.setattr(torch, "compile", compiled)
     torch._dynamo.reset()
     with torch._dynamo.config.patch(specialize_float=True):
-        kept, said = a_block_more(monkeypatch, kind, DEFAULT_LORA_TARGETS, CompiledBlocks)
-    assert 0.95 * said <= kept <= said
+        counted, formula = count_one_block(monkeypatch, kind, DEFAULT_LORA_TARGETS, CompiledBlocks)
+    assert 0.95 * formula <= counted <= formula
 
 
 @pytest.mark.parametrize("policy", list(ACTIVATION_CHECKPOINTING))
-def test_a_policy_keeps_what_the_plan_says(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_policy_saves_the_bytes_of_the_plan(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, dims, adapters = build(monkeypatch, "MEM*EMEME", DEFAULT_LORA_TARGETS)
-    said = memory.activation_bytes_per_token(dims, policy, adapters)
-    said.pop("while a block runs")
+    planned = memory.activation_bytes_per_token(dims, policy, adapters)
+    planned.pop("block workspace")
     assert blocks_of_all_tokens(dims) == dims.block_types[:-1]
-    assert saved_bytes_per_token(model, policy) == sum(said.values())
+    assert saved_bytes_per_token(model, policy) == sum(planned.values())
 
 
 def test_parameters_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,11 +175,11 @@ def test_parameters_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None
     assert dims_of(object()) is None and dims_of(NemotronHConfig(moe_latent_size=8)) is None
 
 
-def test_matrices_of_the_published_model_have_their_published_count() -> None:
+def test_the_published_model_has_its_published_active_parameters() -> None:
     dims = dims_of(random_config(PUBLIC))
     assert num_active_parameters(dims, dims.block_types) == pytest.approx(2.875e9, rel=0.005)
     flops = memory.flops_per_token(dims, "none", LoraDims(16, DEFAULT_LORA_TARGETS), 500, 0.03)
     assert sum(flops.values()) == pytest.approx(11.8e9, rel=0.06)
-    assert flops["computed again"] == 0
-    again = memory.flops_per_token(dims, "all", LoraDims(16, DEFAULT_LORA_TARGETS), 500, 0.03)
-    assert sum(again.values()) == pytest.approx(17.7e9, rel=0.06)
+    assert flops["recomputation"] == 0
+    recomputed = memory.flops_per_token(dims, "all", LoraDims(16, DEFAULT_LORA_TARGETS), 500, 0.03)
+    assert sum(recomputed.values()) == pytest.approx(17.7e9, rel=0.06)

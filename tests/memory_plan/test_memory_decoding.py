@@ -1,4 +1,4 @@
-"""The plan's figures of decoding against the tensors that are alive at its peak, counted."""
+"""The decoding formulas against counted bytes of the tensors alive at the peak."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.memory_plan.memory_cases import build
 
 SEQUENCES, PROMPT, ANSWER = 4, 150, 3
 PATTERN = "EMEM*EMEM"
-# Each kind of block is the busiest once.
+# Each block type has the largest workspace once.
 WIDTHS = {
     "as the 30B": {},
     "more experts, narrow": {"num_experts_per_tok": 8, "moe_intermediate_size": 40},
@@ -31,11 +31,11 @@ WIDTHS = {
 }
 
 
-class Alive(TorchDispatchMode):
-    """Counts the memory of tensors that are alive, except that of some given ones.
+class AliveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, without those in `given`.
 
     Attributes:
-        peak: most bytes at a time. What an operator needs inside is not seen.
+        peak: most bytes at a time. Memory that an operator allocates inside is not seen.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -57,8 +57,8 @@ class Alive(TorchDispatchMode):
         return out
 
 
-class Words:
-    """A tokeniser whose end token never comes."""
+class EndlessTokenizer:
+    """A tokeniser whose end token is never generated."""
 
     eos_token_id = -1
 
@@ -79,56 +79,57 @@ def prompts(sequences: int) -> NeuralPrompt:
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = lambda query, *_: torch.empty_like(query).fill_(0.1)  # noqa: E731
-    monkeypatch.setattr(decoder, "packed_attention", made)
+    # Allocates only its output, as the GPU's varlen attention does.
+    attention = lambda query, *_: torch.empty_like(query).fill_(0.1)  # noqa: E731
+    monkeypatch.setattr(decoder, "packed_attention", attention)
 
 
-def counted(model: torch.nn.Module, passes: int) -> int:
-    """Bytes at the peak of decoding all prompts, beside weights and the prompts themselves."""
+def peak_bytes(model: torch.nn.Module, passes: int) -> int:
+    """Bytes at the peak of decoding all prompts, without weights and the prompts themselves."""
     tokens = SEQUENCES * PROMPT // passes
-    generator, made = (
-        Generator(model, Words(), max_tokens_per_microbatch=tokens),
+    generator, prompt = (
+        Generator(model, EndlessTokenizer(), max_tokens_per_microbatch=tokens),
         prompts(SEQUENCES),
     )
-    fields = (getattr(made, name) for name in NeuralPrompt.__dataclass_fields__)
+    fields = (getattr(prompt, name) for name in NeuralPrompt.__dataclass_fields__)
     given = [*model.parameters(), *model.buffers(), *(x for x in fields if isinstance(x, Tensor))]
-    with Alive(given) as alive:
-        answers = generator.greedy_tokens(made, None, ANSWER)
+    with AliveBytes(given) as alive:
+        answers = generator.greedy_tokens(prompt, None, ANSWER)
     assert [len(row) for row in answers] == [ANSWER] * SEQUENCES
     return alive.peak
 
 
-def test_decoding_has_alive_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_peaks_at_the_bytes_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     busiest = set()
     for name, sizes in WIDTHS.items():
         model, dims, _ = build(monkeypatch, PATTERN, DEFAULT_LORA_TARGETS, **sizes)
         for passes in (1, SEQUENCES):
             tokens = SEQUENCES * PROMPT // passes
-            said = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, tokens)
-            assert counted(model, passes) == pytest.approx(sum(said.values()), rel=0.1), name
+            planned = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, tokens)
+            assert peak_bytes(model, passes) == pytest.approx(sum(planned.values()), rel=0.1), name
         busiest.add(
             max(dims.block_types, key=lambda kind: memory.prefill_bytes_per_token(dims, kind))
         )
     assert busiest == {"linear_attention", "full_attention", "moe"}
 
 
-def test_states_have_the_bytes_that_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_have_the_bytes_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     model, dims, _ = build(monkeypatch, PATTERN, DEFAULT_LORA_TARGETS)
-    generator, made = Generator(model, Words()), prompts(SEQUENCES)
+    generator, prompt = Generator(model, EndlessTokenizer()), prompts(SEQUENCES)
     with torch.no_grad():
         _, states = prefill_in_microbatches(
             generator._decoder[0],
-            generator.embed(made, None),
-            made.length,
+            generator.embed(prompt, None),
+            prompt.length,
             mamba_ops("dragkit"),
             ANSWER,
             max_tokens=2 * PROMPT,
         )
-    said = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, 0)
-    kept = {"KeyValues": 0, "MambaState": 0}
+    planned = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, 0)
+    counted = {"KeyValues": 0, "MambaState": 0}
     for state in states:
-        kept[type(state).__name__] += sum(t.nbytes for t in state[:2])
-    assert kept == {
-        "KeyValues": said["keys and values"],
-        "MambaState": said["states of Mamba-2"],
+        counted[type(state).__name__] += sum(t.nbytes for t in state[:2])
+    assert counted == {
+        "KeyValues": planned["keys and values"],
+        "MambaState": planned["Mamba-2 states"],
     }

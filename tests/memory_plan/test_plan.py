@@ -1,4 +1,4 @@
-"""The command that predicts memory and time."""
+"""`python -m dragkit.plan`, which predicts memory and time."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ from dragkit.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_document_is_what_the_command_writes(capsys: pytest.CaptureFixture) -> None:
+def test_docs_show_the_output_of_the_command(capsys: pytest.CaptureFixture) -> None:
     text = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
-    found = re.findall(r"```\n\$ python -m dragkit\.plan ([^\n]*)\n(.*?)```", text, re.DOTALL)
-    assert {"--preset h200 --card H200", "--preset b200 --card B200"} <= {args for args, _ in found}
-    for args, shown in found:
+    blocks = re.findall(r"```\n\$ python -m dragkit\.plan ([^\n]*)\n(.*?)```", text, re.DOTALL)
+    assert {"--preset h200 --card H200", "--preset b200 --card B200"} <= {
+        args for args, _ in blocks
+    }
+    for args, shown in blocks:
         plan.main(shlex.split(args))
         assert capsys.readouterr().out == shown, f"run python -m dragkit.plan {args}"
 
 
-def test_json_holds_the_same_figures(capsys: pytest.CaptureFixture) -> None:
+def test_json_output_is_consistent(capsys: pytest.CaptureFixture) -> None:
     assert plan.main(["--preset", "h200", "--card", "H200", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["fits"] and found["alternatives"] == []
-    assert sum(found["bytes"].values()) == found["peak_bytes"] <= found["device_bytes"]
-    assert sum(found["validation_bytes"].values()) < found["peak_bytes"]
-    assert found["questions_decoded_at_once"] == 32
-    assert found["bytes"]["frozen weights"] == 2 * found["parameters"] == 2 * 31_577_937_344
-    work = found["work"]
+    plan_json = json.loads(capsys.readouterr().out)
+    assert plan_json["fits"] and plan_json["alternatives"] == []
+    assert sum(plan_json["bytes"].values()) == plan_json["peak_bytes"] <= plan_json["device_bytes"]
+    assert sum(plan_json["validation_bytes"].values()) < plan_json["peak_bytes"]
+    assert plan_json["questions_decoded_at_once"] == 32
+    assert plan_json["bytes"]["frozen weights"] == 2 * plan_json["parameters"] == 2 * 31_577_937_344
+    work = plan_json["work"]
     assert work["seconds_at_40%"] <= work["seconds_at_10%"]
     assert work["seconds_at_40%"] >= work["seconds_reading_weights"]
 
 
-def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixture) -> None:
+def test_a_run_that_does_not_fit_has_an_exit_code_and_offers(capsys: pytest.CaptureFixture) -> None:
     argv = [
         "--preset",
         "h200",
@@ -51,10 +53,10 @@ def test_what_does_not_fit_is_said_with_an_exit_code(capsys: pytest.CaptureFixtu
     assert plan.main(argv) == ConfigError.exit_code
     out = capsys.readouterr().out
     assert re.search(r"^fits +no$", out, re.MULTILINE)
-    assert len(out.partition("what would:\n")[2].splitlines()) == 3
+    assert len(out.partition("these settings would fit:\n")[2].splitlines()) == 3
 
 
-def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
+def test_the_plan_is_of_phase_2_and_covers_the_bundled_generator(
     capsys: pytest.CaptureFixture,
 ) -> None:
     plan.main(["--preset", "b200", "--card", "B200", "--phase", "1", "--json"])
@@ -64,7 +66,7 @@ def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--preset", "h200", "--card", "A100"], "--card"),
         (["--preset", "h200", "--jsn"], "--json|unknown flag"),
@@ -72,11 +74,11 @@ def test_the_plan_is_of_phase_2_and_the_bundled_generator_has_one(
         (["--preset", "h200", "--generator_model", "no/such"], "not on this machine"),
     ],
 )
-def test_wrong_arguments_are_one_line(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture
+def test_wrong_arguments_are_named(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture
 ) -> None:
     assert plan.main(argv) in (2, 66)
-    assert re.search(said, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_help_loads_no_torch() -> None:

@@ -1,4 +1,4 @@
-"""Counts of active weights by hand, against PyTorch's own FLOP counter, and of the 30B."""
+"""Active weights against counts by hand, PyTorch's FLOP counter and the published 30B."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def tiny(pattern: str = "ME*-", rank: int | None = None, **settings: object) -> 
     return model if rank is None else adapted(DEFAULT_LORA_TARGETS, rank, model)
 
 
-# Widths: Mamba 4 heads of 16 = 64 inside, 2 groups of 8 states for B and for C, one dt a head.
+# Mamba: 4 heads of 16 give d_inner 64; B and C have 2 groups of 8 states; dt has one per head.
 MAMBA = M * (64 + (64 + 2 * 2 * 8) + 4) + 64 * M
-# Router over 4, three of the experts of width 16, the shared one of width 24.
+# A router over 4 experts, three active experts of width 16, a shared expert of width 24.
 MOE = 4 * M + 3 * (2 * M * 16) + 2 * M * 24
 ATTENTION = M * 4 * 8 + 2 * M * 2 * 8 + 4 * 8 * M
 MLP = 2 * M * 48
@@ -35,26 +35,26 @@ BLOCKS = {"M": MAMBA, "E": MOE, "*": ATTENTION, "-": MLP}
 @pytest.mark.parametrize("pattern", [*BLOCKS, "ME*-M"])
 def test_counts_by_hand(pattern: str) -> None:
     blocks = sum(BLOCKS[kind] for kind in pattern)
-    found = active_weights(tiny(pattern))
-    assert found == ActiveWeights(blocks=blocks, head=M * V, lora=0)
-    assert found.active == blocks + M * V
+    weights = active_weights(tiny(pattern))
+    assert weights == ActiveWeights(blocks=blocks, head=M * V, lora=0)
+    assert weights.active == blocks + M * V
 
 
-def test_adapters_are_counted_apart_and_change_nothing_else() -> None:
+def test_adapters_are_counted_separately() -> None:
     plain, model = active_weights(tiny()), tiny(rank=2)
-    found = active_weights(model)
-    assert (found.blocks, found.head) == (plain.blocks, plain.head)
-    assert found.lora == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+    weights = active_weights(model)
+    assert (weights.blocks, weights.head) == (plain.blocks, plain.head)
+    assert weights.lora == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
 def products(counter: FlopCounterMode) -> int:
-    """FLOPs of the linear layers; scan and attention are batched products, and other operators."""
+    """FLOPs of the linear layers; scan and attention run as bmm and other operators."""
     counts = counter.get_flop_counts()["Global"]
     return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 @pytest.mark.parametrize("rank", [None, 2])
-def test_a_forward_pass_multiplies_as_often_as_counted(rank: int | None) -> None:
+def test_a_forward_has_the_counted_flops(rank: int | None) -> None:
     model = tiny(rank=rank, _attn_implementation="eager", experts_implementation="eager")
     weights = active_weights(model)
     rows, length = 2, 24
@@ -65,8 +65,8 @@ def test_a_forward_pass_multiplies_as_often_as_counted(rank: int | None) -> None
     assert products(counter) == 2 * (weights.active + weights.lora) * tokens
 
 
-def test_a_step_multiplies_as_often_as_the_formula_says() -> None:
-    """Gradients reach the embeddings and the adapters, and no frozen weight."""
+def test_a_step_has_the_flops_of_the_formula() -> None:
+    """Gradients reach the embeddings and the adapters but no frozen weight."""
     model = tiny("M*-", 2).train()
     weights, length = active_weights(model), 40
     embeds = torch.randn(1, length, M, requires_grad=True)
@@ -75,7 +75,7 @@ def test_a_step_multiplies_as_often_as_the_formula_says() -> None:
     assert products(counter) == weights.step_flops(length, length)
 
 
-def test_the_head_sees_supervised_tokens_alone() -> None:
+def test_the_head_runs_on_supervised_tokens_only() -> None:
     weights = ActiveWeights(blocks=1000, head=300, lora=10)
     assert weights.step_flops(50, 4) == 50 * (4 * 1000 + 6 * 10) + 4 * 4 * 300
     assert weights.step_flops(50, 50) == 50 * (4 * weights.active + 6 * weights.lora)
@@ -85,18 +85,18 @@ def test_the_30b_has_3_23_billion_active_weights() -> None:
     with torch.device("meta"):
         model = NemotronHForCausalLM(config_30b())
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
-    found = active_weights(model)
-    assert found.head == 131072 * 2688
+    weights = active_weights(model)
+    assert weights.head == 131072 * 2688
     dims = dims_of(model.config)
-    assert found.blocks == num_active_parameters(dims, dims.block_types), "what the plan counts"
-    assert found.active / 1e9 == pytest.approx(3.23, abs=0.005)
-    assert found.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
-    # 11.8 GFLOP a token with scan and attention, which are 0.26 of it.
-    assert found.step_flops(1, 0) / 1e9 == pytest.approx(11.5, abs=0.05)
+    assert weights.blocks == num_active_parameters(dims, dims.block_types), "as in the memory plan"
+    assert weights.active / 1e9 == pytest.approx(3.23, abs=0.005)
+    assert weights.blocks / 1e9 == pytest.approx(2.875, abs=0.001)
+    # Scan and attention, not counted here, add 0.26 GFLOP per token.
+    assert weights.step_flops(1, 0) / 1e9 == pytest.approx(11.5, abs=0.05)
 
 
 class WithHead(nn.Module):
-    """A model of one unknown weight."""
+    """A model with a head and the given body."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class WithHead(nn.Module):
 def test_unknown_weights_are_refused() -> None:
     strange = nn.Module()
     strange.mixing = nn.Parameter(torch.zeros(4, 6))
-    with pytest.raises(ValueError, match=r"inner\.mixing is"):
+    with pytest.raises(ValueError, match=r"weights of inner\.mixing"):
         active_weights(WithHead(strange))
     experts = nn.Module()
     experts.up_proj = nn.Parameter(torch.zeros(4, 6, 2))

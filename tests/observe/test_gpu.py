@@ -1,4 +1,4 @@
-"""GPU readings: units and failures against a stand-in for NVML, and the table of peak rates."""
+"""GPU readings against a fake NVML: units and failures. The table of peak rates."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dragkit.observe.gpu import GpuMonitor, card_spec
 
 
 class NvmlError(Exception):
-    """Stands for `pynvml.NVMLError`."""
+    """The fake of `pynvml.NVMLError`."""
 
 
 class FakeNvml:
-    """The part of pynvml that is used, in NVML's units (mW, MHz, bytes, mJ)."""
+    """The part of pynvml that the monitor uses, in NVML's units (mW, MHz, bytes, mJ)."""
 
     NVMLError = NvmlError
     NVML_CLOCK_SM, NVML_CLOCK_MEM = 1, 2
@@ -66,12 +66,12 @@ def test_a_reading_is_in_the_units_of_its_names(
     assert (reading.sm_clock_mhz, reading.memory_clock_mhz) == (1755, 2619)
     assert reading.used_mem_gib == 1.5
     assert reading.energy_j == 7.25
-    # By identity, not by number: CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
+    # By UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices but not NVML's.
     assert monitor._handle == ("handle", "GPU-12-ab")
 
 
 @pytest.mark.parametrize("broken", ["init", "handle", "power", "clock", "memory", "energy"])
-def test_nothing_is_read_where_the_driver_refuses(
+def test_a_refusing_driver_gives_no_reading(
     cuda: None, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(broken=broken))
@@ -80,7 +80,7 @@ def test_nothing_is_read_where_the_driver_refuses(
     assert monitor is None or monitor.read() is None
 
 
-def test_there_is_no_monitor_without_pynvml_or_cuda(
+def test_without_pynvml_or_cuda_there_is_no_monitor(
     cuda: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -91,7 +91,7 @@ def test_there_is_no_monitor_without_pynvml_or_cuda(
     assert GpuMonitor.open("cuda") is None
 
 
-def test_the_stand_in_has_the_names_of_the_real_module() -> None:
+def test_the_fake_has_the_names_of_the_real_module() -> None:
     real = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
     names = [name for name in dir(FakeNvml) if name.startswith(("nvml", "NVML"))]
     assert [name for name in names if not hasattr(real, name)] == []
@@ -115,16 +115,16 @@ def test_peak_rates_by_the_name_a_device_reports(name: str, bf16: float, bandwid
 
 
 @pytest.mark.parametrize("name", ["NVIDIA GB200", "NVIDIA A100-SXM4-80GB", "NVIDIA H20", "", "cpu"])
-def test_an_unknown_device_has_no_rates_rather_than_a_likely_one(name: str) -> None:
+def test_an_unknown_card_has_no_rates(name: str) -> None:
     assert card_spec(name) is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_real_device_answers_within_its_limits() -> None:
+def test_a_real_gpu_reports_plausible_values() -> None:
     monitor = GpuMonitor.open()
     if monitor is None:
-        pytest.skip("the driver's management library does not know this device")
+        pytest.skip("NVML does not know this device")
     held = torch.zeros(2**28, device="cuda")
     torch.cuda.synchronize()
     reading = monitor.read()

@@ -1,4 +1,4 @@
-"""Profiling ranges and the capture window, with CUDA's calls recorded instead of made."""
+"""Profiling ranges and the capture window; CUDA's calls are recorded instead of made."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dragkit.observe.profiling import ProfileWindow, nvtx_range
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What would have been asked of CUDA, in order."""
+    """The calls to CUDA, in order."""
     seen: list[str] = []
 
     class Runtime:
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("cuda", [True, False])
-def test_ranges_nest_and_are_closed_when_their_content_fails(
+def test_ranges_nest_and_close_after_an_error(
     calls: list[str], cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -46,14 +46,14 @@ def test_ranges_nest_and_are_closed_when_their_content_fails(
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [
-        # Stopping waits first, so that the last step's kernels are in the capture.
+        # The stop synchronises first, so that the capture holds the last step's kernels.
         ("2:4", ["0", "1", "start", "2", "3", "wait", "stop", "4", "5"]),
         ("0:1", ["start", "0", "wait", "stop", "1", "2", "3", "4", "5"]),
         ("9:12", ["0", "1", "2", "3", "4", "5"]),
         (None, ["0", "1", "2", "3", "4", "5"]),
     ],
 )
-def test_the_window_holds_its_first_step_and_not_its_last(
+def test_the_window_includes_its_first_step_but_not_its_end(
     calls: list[str], steps: str | None, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for cuda in (True, False):
@@ -80,14 +80,14 @@ def run_steps(window: ProfileWindow, steps: range) -> None:
             torch.ones(3).sum()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the first steps would set CUPTI up")
-def test_a_trace_holds_the_ranges_of_the_window_and_no_others(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUPTI would start in the first steps")
+def test_a_trace_holds_only_the_ranges_of_the_window(tmp_path: Path) -> None:
     window = ProfileWindow("2:4", tmp_path)
     run_steps(window, range(6))
     assert names_in(tmp_path / "trace-2-4.json.gz") == ["step 2", "inside", "step 3", "inside"]
 
 
-def test_a_window_beyond_the_last_step_is_closed_at_the_end(
+def test_an_open_window_is_closed_at_the_end(
     calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ProfileWindow("1:9") as window:

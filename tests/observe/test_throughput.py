@@ -1,4 +1,4 @@
-"""Rates against a clock that the test sets by hand, and peak memory against the kernel's record."""
+"""Rates against a fake clock, and peak memory against /proc."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dragkit.observe import throughput
 from dragkit.observe.throughput import ThroughputMeter, peak_memory_gib
 
 
-def test_rates_are_sums_over_the_time_since_the_last_reading(
+def test_rates_are_sums_divided_by_the_time_since_the_last_reading(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [100.0]
@@ -29,7 +29,7 @@ def test_rates_are_sums_over_the_time_since_the_last_reading(
     reading = meter.read()
     assert (reading.questions_per_s, reading.facts_per_s, reading.tokens_per_s) == (2.0, 5.0, 0.0)
     assert reading.step_ms == pytest.approx(2000.0)
-    reading = meter.read()  # no step and no time
+    reading = meter.read()  # without a step or elapsed time
     assert reading.questions_per_s == reading.facts_per_s == reading.tokens_per_s == 0.0
     assert 0.0 <= reading.step_ms < 1e-3
 
@@ -48,7 +48,7 @@ def test_peak_memory_is_the_process_high_water_mark() -> None:
     assert peak >= 0.99 * held
 
 
-def test_peak_memory_of_a_gpu_is_the_allocator_mark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_memory_of_a_gpu_is_that_of_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def allocated(device: torch.device) -> int:

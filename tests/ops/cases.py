@@ -1,4 +1,4 @@
-"""Tolerances and inputs, shared by the tests of several ops."""
+"""Tolerances and inputs shared by the tests of several ops."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dragkit_kernels import FactIndex
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import Adjacency
 
-# Float32 sums, rounded once to the result's dtype. The interpreter truncates to bfloat16, a GPU
-# rounds.
+# Sums run in float32 and are rounded once to the result's dtype. The interpreter truncates to
+# bfloat16, a GPU rounds.
 FORWARD = {
     torch.float32: 2e-6,
     torch.float16: 1e-3,
@@ -27,15 +27,15 @@ LAYER_NAMES = ("h", "p", "table_fwd", "table_inv", "self_table", "weight", "bias
 
 
 def kernels(name: str) -> ModuleType:
-    """A module of kernels, such as "causal_conv.forward"; for tests that carry `triton`.
+    """Imports a module of kernels, such as "causal_conv.forward", in a test with the mark `triton`.
 
-    Imported in the test, as a machine without Triton still collects the module of tests.
+    Test modules must not import it: they are also collected without Triton.
     """
     return importlib.import_module(f"dragkit_kernels.{name}")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
-    """Normal numbers, float32, the same for one seed."""
+    """Standard normal float32 numbers, the same for equal seeds."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 

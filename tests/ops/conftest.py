@@ -1,8 +1,8 @@
-"""Packs that every op must survive, and the two backends of an op.
+"""Packs with edge cases, and the two backends of an op.
 
-A test that asks for `backend` runs once for PyTorch and once for Triton. The Triton item has the
-markers `triton` and `gpu`, as a test of kernels alone has that carries `pytest.mark.triton`. Such
-items run interpreted under TRITON_INTERPRET=1, where they are the only ones, else on a CUDA device.
+A test with the fixture `backend` runs once for PyTorch and once for Triton. The Triton item has the
+marks `triton` and `gpu`, like a test with `pytest.mark.triton`. With TRITON_INTERPRET=1 these items
+run interpreted, and all others are deselected. Otherwise they need a CUDA device.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ NO_KERNELS = pytest.mark.skip(reason="needs a CUDA device, or TRITON_INTERPRET=1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Marks the items of kernels, and leaves out the others where kernels are interpreted."""
-    kept, others = [], []
+    """Marks the items of kernels. With the interpreter, deselects all others in this folder."""
+    selected, deselected = [], []
     for item in items:
-        of_kernels = item.get_closest_marker("triton") is not None
-        if of_kernels:
+        is_kernel_item = item.get_closest_marker("triton") is not None
+        if is_kernel_item:
             item.add_marker(pytest.mark.gpu)
             if not KERNELS_RUN:
                 item.add_marker(NO_KERNELS)
-        here = item.path.is_relative_to(Path(__file__).parent)
-        (others if INTERPRETED and here and not of_kernels else kept).append(item)
-    if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = kept
+        in_this_folder = item.path.is_relative_to(Path(__file__).parent)
+        deselect = INTERPRETED and in_this_folder and not is_kernel_item
+        (deselected if deselect else selected).append(item)
+    if deselected:
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = selected
 
 
 @pytest.fixture(params=["torch", pytest.param("triton", marks=pytest.mark.triton)])
 def backend(request: pytest.FixtureRequest) -> str:
-    """The argument `backend` of an op."""
+    """The value of an op's argument `backend`."""
     return request.param
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the item's backend runs: compiled kernels on a CUDA device, all else on the CPU."""
+    """The device of the item: CUDA for compiled kernels, else the CPU."""
     compiled = request.node.get_closest_marker("triton") is not None and not INTERPRETED
     return torch.device("cuda" if compiled else "cpu")
 
 
 def _star() -> Adjacency:
-    """Node 0 is the tail of 70 facts of one relation and the head of none; node 71 is isolated."""
+    """Node 0 is the tail of all 70 facts, which share one relation. Node 71 is isolated."""
     head = torch.arange(1, 71)
     return adjacency([(72, 70)], head, torch.zeros_like(head), torch.zeros_like(head))
 
 
 def _duplicates() -> Adjacency:
-    """The same fact nine times, a self-loop twice, and the reverse fact once."""
+    """One fact nine times, a self-loop twice, and the reverse fact once."""
     head = torch.tensor([0] * 9 + [2, 2] + [1])
     tail = torch.tensor([1] * 9 + [2, 2] + [0])
     return adjacency([(3, 12)], head, tail, torch.tensor([4] * 9 + [0, 0] + [4]))

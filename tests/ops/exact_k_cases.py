@@ -1,4 +1,4 @@
-"""The threshold of a budget, found without the op."""
+"""The threshold of exact_k, solved without the op."""
 
 from __future__ import annotations
 

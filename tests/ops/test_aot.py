@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper and Blackwell within its budget; no GPU is involved."""
+"""Ahead-of-time compilation for Hopper and Blackwell, and the check against limits."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ FITS = Usage(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels cannot be compiled")
-def test_the_command_holds_a_kernel_to_its_budget(
+def test_the_command_checks_a_kernel_against_its_limits(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One small kernel, really compiled; `make test` runs the command over all of them."""
+    """Compiles one small kernel. `make test` runs the command over all kernels."""
     spec = next(s for s in all_specs() if s.kernel.fn.__name__ == "_logistic_noise_fwd_kernel")
     for registers, status in ((spec.limits.registers, 0), (1, 1)):
         chosen = spec._replace(limits=spec.limits._replace(registers=registers))
@@ -52,13 +52,13 @@ def test_specs_name_every_argument() -> None:
         ({"vector_loads": 1, "mma_instructions": 0}, "vector loads < 2, mma < 1"),
     ],
 )
-def test_what_is_over_a_budget_is_named(change: dict[str, int], message: str) -> None:
+def test_exceeded_limits_are_named(change: dict[str, int], message: str) -> None:
     limits = ResourceLimits(registers=64, shared_bytes=1024, vector_loads=2, mma_instructions=1)
     spec = next(all_specs())._replace(limits=limits)
     assert FITS._replace(**change).over_limits(spec) == message
 
 
-def test_occupancy_is_that_of_the_scarcest_resource() -> None:
+def test_occupancy_follows_the_scarcest_resource() -> None:
     assert FITS.occupancy(num_warps=4) == 0.5
     assert FITS._replace(registers=32).occupancy(num_warps=4) == 1.0
     assert FITS._replace(registers=32, shared_bytes=50_000).occupancy(num_warps=4) == 0.25

@@ -26,11 +26,11 @@ def test_matches_one_softmax_per_segment(
 ) -> None:
     states, query, rows, ptr = make(sizes, dtype)
     exact = query.detach().double().requires_grad_()
-    pieces = [torch.zeros(0, 6, dtype=torch.float64) * exact.sum()]
+    pooled = [torch.zeros(0, 6, dtype=torch.float64) * exact.sum()]
     for begin, end in zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True):
         values = states[rows[begin:end].long()].double()
-        pieces.append((torch.softmax(values @ exact, 0) @ values).unsqueeze(0))
-    expected = torch.cat(pieces)
+        pooled.append((torch.softmax(values @ exact, 0) @ values).unsqueeze(0))
+    expected = torch.cat(pooled)
     actual = function(states, query, rows, ptr)
     assert actual.dtype == dtype
     assert_close(actual, expected)
@@ -67,5 +67,5 @@ def test_wrong_arguments() -> None:
         attention_pool(states, query[:5], rows, ptr)
     with pytest.raises(ValueError, match="both be float32 or both float64"):
         attention_pool(states.bfloat16(), query.bfloat16(), rows, ptr)
-    with pytest.raises(ValueError, match="frozen"):
+    with pytest.raises(ValueError, match="states must not require a gradient"):
         attention_pool(states.requires_grad_(), query, rows, ptr)

@@ -1,4 +1,4 @@
-"""The one place that chooses a path."""
+"""The choice between Triton and PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_cpu_tensors_take_pytorch() -> None:
     assert resolve_backend("segment_softmax", SCORE, "torch") == "torch"
 
 
-def test_asking_for_triton_where_it_cannot_run_raises() -> None:
+def test_triton_raises_where_it_cannot_run() -> None:
     with pytest.raises(RuntimeError, match="segment_softmax: the Triton backend .* cannot run"):
         segment_softmax(SCORE, PTR, backend="triton")
     with force_backend("triton"):
@@ -52,7 +52,7 @@ def test_a_kernel_takes_cpu_tensors_only_when_interpreted(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("with_kernel")
-def test_what_a_kernel_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_what_a_kernel_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "INTERPRETED", True)
     with pytest.raises(RuntimeError, match="the tensors are float64"):
         resolve_backend("segment_softmax", SCORE.double(), "triton")
@@ -64,7 +64,7 @@ def test_what_a_kernel_cannot_do_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 class OnTheGpu:
-    """What resolve_backend looks at."""
+    """The attributes that resolve_backend reads."""
 
     is_cuda, dtype, device = True, torch.float32, torch.device("cuda")
 
@@ -95,7 +95,7 @@ def test_the_choice_is_logged_once(
     ]
 
 
-def test_a_wrong_environment_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_a_wrong_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_preferred", "gpu")
     with pytest.raises(ValueError, match="unknown backend 'gpu' .*DRAGKIT_BACKEND"):
         segment_softmax(SCORE, PTR)

@@ -1,5 +1,4 @@
-"""The packed causal convolution: the reference against loops and F.conv1d, both backends against
-the reference."""
+"""The packed causal convolution: the reference against F.conv1d, backends against the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from dragkit_kernels.testing import (
 )
 from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
 
-# The interpreter computes masked elements too.
+# The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENGTHS = [1, 2, 3, 4, 5, 20]
 
@@ -37,7 +36,7 @@ def inputs(
     taps: int = 4,
     bias: bool = True,
 ) -> list[Tensor]:
-    """x, weight and perhaps bias."""
+    """[x, weight], and the bias if asked for."""
     shapes = [(rows, columns), (columns, taps), (columns,)]
     return [random(*s, seed=i).to(device) for i, s in enumerate(shapes[: 2 + bias])]
 
@@ -48,22 +47,22 @@ def with_bias(values: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def check(values: list[Tensor], seq_pos: Tensor, backend: str, grad: Tensor | None = None) -> None:
-    """Values and gradients against float64, with learned weights and with frozen ones."""
-    exact = leaves([x.double() for x in values])
-    expected = causal_conv_ref(*with_bias(exact), seq_pos)
+    """Compares output and gradients with float64, for trained and for frozen weights."""
+    exact_args = leaves([x.double() for x in values])
+    expected = causal_conv_ref(*with_bias(exact_args), seq_pos)
     if grad is None:
         grad = random(*expected.shape, seed=9).to(values[0])
-    wanted = gradients(expected, exact, grad)
+    wanted = gradients(expected, exact_args, grad)
     for learned in (True, False):
-        tried = leaves(values) if learned else [values[0].detach().requires_grad_(), *values[1:]]
-        graded = tried if learned else tried[:1]
+        args = leaves(values) if learned else [values[0].detach().requires_grad_(), *values[1:]]
+        inputs_with_grad = args if learned else args[:1]
         with fenced_allocations():
-            actual = causal_conv(*with_bias(tried), seq_pos, backend=backend)
-            found = gradients(actual, graded, grad)
+            actual = causal_conv(*with_bias(args), seq_pos, backend=backend)
+            grads = gradients(actual, inputs_with_grad, grad)
         assert actual.dtype == values[0].dtype and actual.is_contiguous()
         assert_close(actual, expected, tolerance=FORWARD.get(actual.dtype, 1e-12))
         for name, leaf, got, want in zip(
-            ("x", "weight", "bias"), graded, found, wanted, strict=False
+            ("x", "weight", "bias"), inputs_with_grad, grads, wanted, strict=False
         ):
             assert got.dtype == leaf.dtype
             assert_close(got, want, tolerance=GRADIENT.get(got.dtype), name=name)
@@ -71,7 +70,7 @@ def check(values: list[Tensor], seq_pos: Tensor, backend: str, grad: Tensor | No
 
 @pytest.fixture
 def few_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program walks down 8 rows only, since the interpreter is slow."""
+    """Programs of 8 rows, because the interpreter is slow."""
     if backend == "triton":
         for name in ("forward", "backward"):
             monkeypatch.setattr(kernels(f"causal_conv.{name}"), "ROWS", 8)
@@ -80,15 +79,15 @@ def few_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
 def test_the_reference_is_the_formula(taps: int, bias: bool) -> None:
-    """Token by token, and F.conv1d of each sequence alone."""
+    """Compares with a loop over tokens, and with F.conv1d of each sequence alone."""
     values = [x.double() for x in inputs(sum(LENGTHS), 5, taps=taps, bias=bias)]
     x, weight, b = with_bias(values)
     base = torch.zeros(5).double() if b is None else b
     rows, singles = [], []
     for piece in x.split(LENGTHS):
-        for place in range(len(piece)):
-            read = range(min(taps, place + 1))
-            rows.append(base + sum(weight[:, -1 - j] * piece[place - j] for j in read))
+        for index in range(len(piece)):
+            read = range(min(taps, index + 1))
+            rows.append(base + sum(weight[:, -1 - j] * piece[index - j] for j in read))
         padded = F.pad(piece.mT, (taps - 1, 0))[None]
         singles.append(F.conv1d(padded, weight[:, None], b, groups=5)[0].mT)
     actual = causal_conv_ref(x, weight, b, positions(LENGTHS))
@@ -107,14 +106,14 @@ def test_dtypes_and_widths(
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
 @pytest.mark.parametrize("taps", [1, 2, 3, 4, 6])
-def test_taps(backend: str, device: torch.device, taps: int, bias: bool) -> None:
+def test_numbers_of_taps(backend: str, device: torch.device, taps: int, bias: bool) -> None:
     values = inputs(9, 5, device, taps=taps, bias=bias)
     check(values, positions([2, 7], device), backend)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 1000])
 def test_blocks_of_any_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences begin before, in and after a block's first rows."""
+    """Sequences begin before, within and after the first rows of a block."""
     monkeypatch.setattr(blocks, "_BLOCK", 1)
     monkeypatch.setattr(blocks, "_ROWS", rows)
     lengths = [4, 1, 9, 2, 3, 1, 1, 12]
@@ -128,8 +127,8 @@ def test_blocks_of_any_size(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [[8, 1], [7, 2], [6, 3], [5, 6], [9, 1, 1], [1] * 10, [8], [1], [0, 3, 0, 0, 2, 0]],
     ids=str,
 )
-def test_programs_meet(backend: str, device: torch.device, lengths: list[int]) -> None:
-    """Sequences begin in, before and after the first rows of a program, and end with it."""
+def test_program_boundaries(backend: str, device: torch.device, lengths: list[int]) -> None:
+    """Sequences begin before, within and after the first rows of a program, and end with it."""
     check(inputs(sum(lengths), 3, device), positions(lengths, device), backend)
 
 
@@ -143,29 +142,29 @@ def test_a_program_of_full_size_and_one_that_sums_many_rows(
 
 @pytest.mark.usefixtures("few_rows")
 def test_packed_equals_alone(backend: str, device: torch.device) -> None:
-    """Bit for bit with kernels: a program does not know where a sequence lies."""
+    """The kernels give equal bits, because a program does not depend on where a sequence lies."""
     x, weight, bias = inputs(sum(LENGTHS), 5, device)
     grad = random(sum(LENGTHS), 5, seed=9).to(device)
     packed = leaves([x])[0]
     y = causal_conv(packed, weight, bias, positions(LENGTHS, device), backend=backend)
-    found = y, *torch.autograd.grad(y, packed, grad)
+    grads = y, *torch.autograd.grad(y, packed, grad)
     pieces, rows = [], (leaves(list(x.split(LENGTHS))), grad.split(LENGTHS), LENGTHS)
     for alone, part, length in zip(*rows, strict=True):
         y = causal_conv(alone, weight, bias, positions([length], device), backend=backend)
         pieces.append((y, *torch.autograd.grad(y, alone, part)))
-    for got, wanted in zip(found, zip(*pieces, strict=True), strict=True):
+    for got, wanted in zip(grads, zip(*pieces, strict=True), strict=True):
         want = torch.cat(wanted)
         assert torch.equal(got, want) if backend == "triton" else torch.allclose(got, want)
 
 
 @pytest.mark.usefixtures("few_rows")
 @pytest.mark.parametrize(
-    ("row", "bad"), [(0, math.inf), (4, math.nan), (5, math.nan), (7, math.nan), (10, math.inf)]
+    ("row", "value"), [(0, math.inf), (4, math.nan), (5, math.nan), (7, math.nan), (10, math.inf)]
 )
-def test_a_bad_number_stays_in_its_sequence(
-    backend: str, device: torch.device, row: int, bad: float
+def test_nan_and_infinity_stay_in_their_sequence(
+    backend: str, device: torch.device, row: int, value: float
 ) -> None:
-    """In x and in the gradient; the sums of the weights get it only from taps that read it."""
+    """A non-finite x or gradient reaches d_weight only through the taps that read it."""
     lengths = [1, 4, 3, 3]
     values, seq_pos = inputs(11, 3, device), positions(lengths, device)
     x, weight, bias = values
@@ -175,18 +174,18 @@ def test_a_bad_number_stays_in_its_sequence(
     outside = torch.ones(11, dtype=torch.bool, device=device)
     outside[int(ends[sequence]) - lengths[sequence] : int(ends[sequence])] = False
     grad = random(11, 3, seed=9).to(device)
-    for spoilt in (x, grad):
-        spoilt_x, spoilt_grad = x.clone(), grad.clone()
-        (spoilt_x if spoilt is x else spoilt_grad)[row, 1] = bad
-        tried = leaves([spoilt_x, weight, bias])
-        y = causal_conv(*tried, seq_pos, backend=backend)
-        d_x, d_weight, _ = torch.autograd.grad(y, tried, spoilt_grad)
+    for with_nan in (x, grad):
+        nan_x, nan_grad = x.clone(), grad.clone()
+        (nan_x if with_nan is x else nan_grad)[row, 1] = value
+        args = leaves([nan_x, weight, bias])
+        y = causal_conv(*args, seq_pos, backend=backend)
+        d_x, d_weight, _ = torch.autograd.grad(y, args, nan_grad)
         assert torch.equal(y[outside], clean[outside])
         assert d_x[outside].isfinite().all()
-        exact = leaves([t.double() for t in (spoilt_x, weight, bias)])
-        wanted = torch.autograd.grad(causal_conv_ref(*exact, seq_pos), exact, spoilt_grad.double())[
-            1
-        ]
+        exact_args = leaves([t.double() for t in (nan_x, weight, bias)])
+        wanted = torch.autograd.grad(
+            causal_conv_ref(*exact_args, seq_pos), exact_args, nan_grad.double()
+        )[1]
         assert torch.equal(d_weight.isfinite(), wanted.isfinite())
 
 
@@ -197,9 +196,9 @@ def test_rows_of_padding_stand_alone(backend: str, device: torch.device) -> None
     y = causal_conv(*values, seq_pos, backend=backend)
     values[0][4:] = math.nan
     x = values[0].requires_grad_()
-    spoilt = causal_conv(*values, seq_pos, backend=backend)
-    assert torch.equal(spoilt[:4], y[:4])
-    (d_x,) = torch.autograd.grad(spoilt[:4].sum(), x)
+    with_nan = causal_conv(*values, seq_pos, backend=backend)
+    assert torch.equal(with_nan[:4], y[:4])
+    (d_x,) = torch.autograd.grad(with_nan[:4].sum(), x)
     assert d_x[:4].isfinite().all()
 
 
@@ -223,20 +222,20 @@ def test_row_strides_and_expanded_gradients(backend: str, device: torch.device) 
 def test_a_slice_is_not_copied(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = kernels("causal_conv.forward")
     wide, weight, bias = random(5, 20).to(device), *inputs(5, 6, device)[1:]
-    x, seen, plain = wide[:, 8:14], [], forward.row_strided
-    monkeypatch.setattr(forward, "row_strided", lambda t: seen.append(plain(t)) or seen[-1])
+    x, passed, plain = wide[:, 8:14], [], forward.row_strided
+    monkeypatch.setattr(forward, "row_strided", lambda t: passed.append(plain(t)) or passed[-1])
     causal_conv(x, weight, bias, positions([5], device), backend="triton")
-    assert [t.data_ptr() for t in seen] == [x.data_ptr()]
+    assert [t.data_ptr() for t in passed] == [x.data_ptr()]
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0, 0)])
-def test_nothing(backend: str, device: torch.device, shape: tuple[int, int]) -> None:
+def test_empty_inputs(backend: str, device: torch.device, shape: tuple[int, int]) -> None:
     values = leaves(inputs(*shape, device))
     with fenced_allocations():
         y = causal_conv(*values, positions([shape[0]], device), backend=backend)
-        found = torch.autograd.grad(y.sum(), values)
+        grads = torch.autograd.grad(y.sum(), values)
     assert y.shape == shape
-    for got, given in zip(found, values, strict=True):
+    for got, given in zip(grads, values, strict=True):
         assert got.shape == given.shape and not got.any()
 
 
@@ -247,11 +246,11 @@ def test_unneeded_gradients_are_not_computed(
     values, seq_pos = [x.to(dtype) for x in inputs(9, 5, device)], positions([4, 5], device)
     grad, triton = random(9, 5, seed=9).to(values[0]), backend == "triton"
     bwd = torch.ops.dragkit.causal_conv_bwd
-    every = bwd(grad, *values, seq_pos, [True] * 3, triton)
+    all_grads = bwd(grad, *values, seq_pos, [True] * 3, triton)
     for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
         with fenced_allocations():
-            found = bwd(grad, *values, seq_pos, mask, triton)
-        for got, want, wanted in zip(found, every, mask, strict=True):
+            grads = bwd(grad, *values, seq_pos, mask, triton)
+        for got, want, wanted in zip(grads, all_grads, mask, strict=True):
             assert torch.equal(got, want) if wanted else got.numel() == 0
 
 
@@ -286,7 +285,7 @@ def test_gradcheck_and_opcheck() -> None:
     torch.library.opcheck(fwd, (*low, None, seq_pos, False), test_utils=utils)
 
 
-def test_second_derivatives_are_refused() -> None:
+def test_second_derivatives_raise() -> None:
     x, weight, bias = leaves(inputs(4, 5))
     y = causal_conv(x, weight, bias, positions([4]))
     (d_x,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
@@ -317,7 +316,7 @@ def test_compiled_equals_eager() -> None:
         ({"bias": torch.zeros(5).int()}, "bias must be floating point"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+def test_wrong_arguments_raise(change: dict, message: str) -> None:
     x, weight, bias, seq_pos = torch.zeros(3, 5), torch.zeros(5, 4), None, torch.zeros(3).int()
     arguments = {"x": x, "weight": weight, "bias": bias, "seq_pos": seq_pos}
     with pytest.raises(ValueError, match=message):
@@ -332,9 +331,9 @@ def test_state_is_what_transformers_keeps(width: int) -> None:
     state = causal_conv_state(x, seq_pos, last, width)
     expected = [F.pad(p.mT, (width, 0))[:, -width:] for p in x.split(LENGTHS)]
     assert torch.equal(state, torch.stack(expected)) and state.is_contiguous()
-    spoilt = x.clone()
-    spoilt[0] = math.nan  # of another sequence
-    assert torch.equal(causal_conv_state(spoilt, seq_pos, last, width)[1:], state[1:])
+    with_nan = x.clone()
+    with_nan[0] = math.nan  # a row of another sequence
+    assert torch.equal(causal_conv_state(with_nan, seq_pos, last, width)[1:], state[1:])
 
 
 def test_state_continues_the_convolution_of_transformers() -> None:
@@ -350,7 +349,7 @@ def test_state_continues_the_convolution_of_transformers() -> None:
     assert_close(whole[[2, 10]], step, tolerance=2e-6)
 
 
-def test_wrong_arguments_of_the_state_are_named() -> None:
+def test_wrong_arguments_of_the_state_raise() -> None:
     x, seq_pos, last = torch.zeros(3, 5), torch.zeros(3).int(), torch.zeros(1).int()
     with pytest.raises(ValueError, match="causal_conv_state: width must be at least 1, got 0"):
         causal_conv_state(x, seq_pos, last, 0)

@@ -1,6 +1,6 @@
-"""Checks at full size, for a device: repeats, low precision, hubs, more than 2^31 elements.
+"""Checks at full size on a GPU: repeats, low precision, hubs, more than 2^31 elements.
 
-Interpreted, the same code runs on small packs, so that it is known to work.
+With the interpreter the same tests run on small packs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def layer_inputs(pack: Adjacency, dtype: torch.dtype, seed: int = 0) -> list[Ten
 
 
 def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
-    """Every op by name: outputs and gradients of float inputs, on one of the backends."""
+    """For every op, a function from a backend to outputs and gradients of the float inputs."""
     pack = to_device(random_adjacency(SIZES, RELATIONS), device)
     layer = layer_inputs(pack, dtype)
     facts = pack.fact_index.num_facts
@@ -75,17 +75,17 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     def run(function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
         inputs = leaves(list(values))
         out = function(*inputs)
-        graded = [x for x in out if x.requires_grad]
-        # Of the case's dtype, so that float64 sees the same numbers.
-        grads = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype).to(x) for x in graded]
-        found = torch.autograd.grad(graded, inputs, grads, materialize_grads=True)
-        return (*(x.detach() for x in out), *found)
+        outputs = [x for x in out if x.requires_grad]
+        # Rounded to the case's dtype, so that the float64 case has the same gradients.
+        grads = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype).to(x) for x in outputs]
+        grads_in = torch.autograd.grad(outputs, inputs, grads, materialize_grads=True)
+        return (*(x.detach() for x in out), *grads_in)
 
     def layer_case(backend: str) -> tuple[Tensor, ...]:
-        walk = {"fact_index": pack.fact_index, "node_graph": pack.node_graph, "backend": backend}
-        return run(lambda *x: (message_passing(*x, **walk),), *layer)
+        options = {"fact_index": pack.fact_index, "node_graph": pack.node_graph, "backend": backend}
+        return run(lambda *x: (message_passing(*x, **options),), *layer)
 
-    def start_case(backend: str) -> tuple[Tensor, ...]:
+    def relation_sum_case(backend: str) -> tuple[Tensor, ...]:
         return run(
             lambda x: (relation_sum(x, fact_index=pack.fact_index, backend=backend),), layer[2]
         )
@@ -95,12 +95,12 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         return run(lambda x: (segment_softmax(x, pack.node_ptr, **counted),), layer[0].sum(1))
 
     def scores_case(backend: str) -> tuple[Tensor, ...]:
-        walk = {"fact_index": pack.fact_index, "backend": backend}
+        options = {"fact_index": pack.fact_index, "backend": backend}
         tables = [x.float() for x in (layer[0][:, 0], layer[2][:, 0], layer[0][:, 1], layer[6][0])]
-        return run(lambda *x: (fact_scores(*x, **walk),), *tables)
+        return run(lambda *x: (fact_scores(*x, **options),), *tables)
 
     def draw_case(backend: str) -> tuple[Tensor, ...]:
-        found: list[Tensor] = []
+        results: list[Tensor] = []
         for mode in ("bernoulli", "exact_k"):
             options = {"seed": seed, "question_key": keys, "mode": mode, "max_facts": longest}
 
@@ -108,8 +108,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
                 drawn = gumbel_topk(x, pack.fact_ptr, 20, **options, backend=backend)
                 return drawn.gate, drawn.soft, drawn.index.double(), drawn.count.double()
 
-            found += run(draw, logits)
-        return tuple(found)
+            results += run(draw, logits)
+        return tuple(results)
 
     relations = int(pack.relation.max()) + 1
     table = torch.randn(2, relations, WIDTH, generator=generator).to(device, dtype)
@@ -140,7 +140,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
         "fact_loss": loss_case,
         "rows": rows_case,
         "message_passing": layer_case,
-        "relation_sum": start_case,
+        "relation_sum": relation_sum_case,
         "segment_softmax": softmax_case,
         "fact_scores": scores_case,
         "gumbel_topk": draw_case,
@@ -155,7 +155,7 @@ NAMES = (
 
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
-    """Also with a second stream at work, which moves programs to other times and places."""
+    """A second stream is busy in every other repeat, which changes how programs are scheduled."""
     case = cases(device, LOW)[name]
     first = case("triton")
     noise = torch.randn(64 if INTERPRETED else 4096, 64, device=device)
@@ -173,27 +173,27 @@ def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
 def test_errors_are_at_most_twice_those_of_pytorch(
     device: torch.device, name: str, dtype: torch.dtype
 ) -> None:
-    """Against float64, in the same dtype: the largest error, plus one unit of the last place."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture puts it back
+    """The limit is on the largest error against float64, plus one unit in the last place."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture restores it
     inputs = cases(device, dtype)[name]
-    ours, theirs = inputs("triton"), inputs("torch")
+    ours, pytorch = inputs("triton"), inputs("torch")
     exact = exact_case(device, dtype, name)
-    for place, (x, y, z) in enumerate(zip(ours, theirs, exact, strict=True)):
-        assert_close(x, z, name=f"{name} {place}")
+    for number, (x, y, z) in enumerate(zip(ours, pytorch, exact, strict=True)):
+        assert_close(x, z, name=f"{name} {number}")
         if z.numel():
             unit = float(z.abs().max()) * torch.finfo(x.dtype).eps
             limit = 2 * float((y.double() - z).abs().max()) + unit
-            assert float((x.double() - z).abs().max()) <= limit, f"{name} {place}"
+            assert float((x.double() - z).abs().max()) <= limit, f"{name} {number}"
 
 
 def exact_case(device: torch.device, dtype: torch.dtype, name: str) -> tuple[Tensor, ...]:
-    """The case from the same rounded inputs, computed in float64."""
+    """The case computed in float64 from the same rounded inputs."""
     with torch.random.fork_rng(devices=[]), _as_double(dtype):
         return cases(device, dtype)[name]("torch")
 
 
 class _as_double:  # noqa: N801
-    """Inside, `leaves` gives the values in float64."""
+    """In the `with` block, `leaves` returns float64 tensors."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.patch = pytest.MonkeyPatch()
@@ -232,16 +232,16 @@ def test_extreme_graphs(device: torch.device, shape: Callable[[], Adjacency]) ->
     narrow = [x[..., :8] if x.dim() > 1 else x for x in layer_inputs(pack, torch.float32)]
     narrow[5], narrow[6] = narrow[5][:8], narrow[6][:8]
     tried, exact = leaves(narrow), leaves([x.double() for x in narrow])
-    walk = {"fact_index": pack.fact_index, "node_graph": pack.node_graph}
-    out = message_passing(*tried, **walk, backend="triton")
-    wanted = message_passing_ref(*exact, **walk)
+    options = {"fact_index": pack.fact_index, "node_graph": pack.node_graph}
+    out = message_passing(*tried, **options, backend="triton")
+    wanted = message_passing_ref(*exact, **options)
     assert_close(out, wanted, name="out")
     grad = torch.ones_like(out)
     pairs = zip(
         gradients(out, tried, grad), gradients(wanted, exact, (out > 0).double()), strict=True
     )
-    for place, (x, y) in enumerate(pairs):
-        assert_close(x, y, name=str(place))
+    for number, (x, y) in enumerate(pairs):
+        assert_close(x, y, name=str(number))
     assert_close(
         relation_sum(narrow[2], fact_index=pack.fact_index, backend="triton"),
         relation_sum_ref(narrow[2].double(), fact_index=pack.fact_index),
@@ -254,11 +254,11 @@ def test_extreme_graphs(device: torch.device, shape: Callable[[], Adjacency]) ->
 
 
 def test_beyond_the_range_of_an_int32(device: torch.device) -> None:
-    """Rows of states and of tables whose offsets need 64 bits, forward and backward."""
+    """Offsets into states and tables need 64 bits, in the forward and the backward."""
     nodes = 40 if INTERPRETED else 2**31 // WIDTH + 1000
     if not INTERPRETED and torch.cuda.mem_get_info()[0] < 64 * 2**30:
         pytest.skip("needs 64 GiB of free device memory")
-    # Every row of the tables is used once, by a fact between neighbours at the same end.
+    # Fact i goes from node i to node i + 1 and uses table row i.
     node = torch.arange(nodes - 1, device=device)
     ones = torch.ones_like(node, dtype=torch.int32)
     as_int = [x.int() for x in (node, node + 1)]
@@ -278,46 +278,46 @@ def test_beyond_the_range_of_an_int32(device: torch.device) -> None:
         head_count=ones,
         tail_count=ones,
     )
-    at = [0, 1, nodes // 2, nodes - 3, nodes - 2]
+    sampled = [0, 1, nodes // 2, nodes - 3, nodes - 2]
     if not INTERPRETED:
         wrap = 2**31 // WIDTH
-        at += [wrap - 2, wrap - 1, wrap, wrap + 1]
-    rows = torch.tensor(sorted(at), device=device)
+        sampled += [wrap - 2, wrap - 1, wrap, wrap + 1]
+    rows = torch.tensor(sorted(sampled), device=device)
     table = torch.zeros(nodes - 1, WIDTH, device=device, dtype=LOW)
-    table[rows] = torch.randn(len(at), WIDTH, device=device).to(LOW)
+    table[rows] = torch.randn(len(sampled), WIDTH, device=device).to(LOW)
     table.requires_grad_()
     out = relation_sum(table, fact_index=fact_index, backend="triton")
     wanted = table.detach()[rows].float()
     assert_close(out[rows] - _others(table, rows - 1), wanted.to(LOW).float(), tolerance=8e-3)
     grad = torch.zeros_like(out)
     grad[rows] = 1.0
-    (found,) = torch.autograd.grad(out, table, grad)
+    (d_table,) = torch.autograd.grad(out, table, grad)
     expected = grad[rows].float() + grad[rows + 1].float()
-    assert_close(found[rows].float(), expected)
-    del out, found, grad
+    assert_close(d_table[rows].float(), expected)
+    del out, d_table, grad
 
     h = torch.zeros(nodes, WIDTH, device=device, dtype=LOW)
-    h[rows] = torch.randn(len(at), WIDTH, device=device).to(LOW)
+    h[rows] = torch.randn(len(sampled), WIDTH, device=device).to(LOW)
     weight = torch.eye(WIDTH, device=device, dtype=LOW)
     zeros = torch.zeros(nodes, device=device)
     graph = torch.zeros(nodes, device=device, dtype=torch.int32)
-    own = torch.zeros(1, WIDTH, device=device, dtype=LOW)
+    self_table = torch.zeros(1, WIDTH, device=device, dtype=LOW)
     with torch.no_grad():
         out = message_passing(
-            h, zeros, table, table, own, weight, own[0],
+            h, zeros, table, table, self_table, weight, self_table[0],
             fact_index=fact_index, node_graph=graph, backend="triton",
         )  # fmt: skip
     assert torch.equal(out[rows], h[rows].relu())
 
 
 def _others(table: Tensor, rows: Tensor) -> Tensor:
-    """What the fact that ends in a node adds to it."""
-    before = table.detach()[rows.clamp(min=0)].float()
-    return torch.where((rows >= 0).unsqueeze(1), before, 0.0)
+    """The table row of the fact that ends in each node, zeros for node 0."""
+    incoming = table.detach()[rows.clamp(min=0)].float()
+    return torch.where((rows >= 0).unsqueeze(1), incoming, 0.0)
 
 
-def test_a_draw_is_the_same_on_the_host(device: torch.device) -> None:
-    """The same noise from the same counters: the host keeps the same facts."""
+def test_a_draw_is_the_same_on_cpu_and_gpu(device: torch.device) -> None:
+    """Equal counters give equal noise, so both devices select the same facts."""
     sizes = torch.tensor([0, 30, 0, 7] if INTERPRETED else [0, 2000, 0, 50, 9000])
     ptr = sizes.cumsum(0)
     ptr = torch.cat([ptr[:1] * 0, ptr]).int()
@@ -328,10 +328,10 @@ def test_a_draw_is_the_same_on_the_host(device: torch.device) -> None:
         host = gumbel_topk(
             logits, ptr, 20, seed=torch.tensor(5), question_key=keys, backend="torch", **options
         )
-        there = gumbel_topk(
+        on_device = gumbel_topk(
             logits.to(device), ptr.to(device), 20, seed=torch.tensor(5, device=device),
             question_key=keys.to(device), backend="triton", **options,
         )  # fmt: skip
-        assert torch.equal(there.index.cpu(), host.index)
-        assert torch.equal(there.count.cpu(), host.count)
-        assert_close(there.soft.cpu(), host.soft.double(), tolerance=1e-5)
+        assert torch.equal(on_device.index.cpu(), host.index)
+        assert torch.equal(on_device.count.cpu(), host.count)
+        assert_close(on_device.soft.cpu(), host.soft.double(), tolerance=1e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dragkit_kernels import fact_loss, fact_loss_ref
 from dragkit_kernels.testing import assert_close, strided_like
 
-# Empty questions first, in the middle and last; one fact; without a positive; without a negative.
+# Facts per question. Empty questions stand first, in the middle and last.
 SIZES = [0, 7, 0, 1, 12, 5, 30, 257, 0]
 FORWARD = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3}
 
@@ -25,7 +25,7 @@ def ptr_of(sizes: list[int]) -> Tensor:
 def make(
     sizes: list[int], *, share: float = 0.3, padding: int = 0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Float64 logits, labels and fact_ptr; the fifth question has no positive, the sixth all."""
+    """Float64 logits, labels, fact_ptr. Question 4 has no positive, and question 5 no negative."""
     generator = torch.Generator().manual_seed(seed)
     count = sum(sizes) + padding
     logits = 2 * torch.randn(count, generator=generator, dtype=torch.float64)
@@ -40,7 +40,7 @@ def make(
 def by_definition(
     logits: Tensor, label: Tensor, ptr: Tensor, rho: float, margin: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of every question, one pair after another."""
+    """Loss and gradient of every question, pair by pair."""
     l, y = logits.tolist(), label.tolist()  # noqa: E741
     losses, gradient = [], [0.0] * len(l)
     for begin, end in zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True):
@@ -133,8 +133,8 @@ def test_many_facts_and_positives(facts: int) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
 @pytest.mark.parametrize("margin", [1.0, 0.7])
-def test_a_common_offset_costs_no_precision(offset: float, margin: float) -> None:
-    """Coarse logits, so that many pairs lie at or near the margin."""
+def test_a_common_offset_loses_no_precision(offset: float, margin: float) -> None:
+    """The logits are coarse, so that many pairs lie at or near the margin."""
     logits, label, ptr = make([50, 300])
     logits = (logits.float() + offset).half().float() if offset == 0 else logits.float() + offset
     want, slope = by_definition(logits.double(), label, ptr, 0.0, margin)
@@ -143,7 +143,7 @@ def test_a_common_offset_costs_no_precision(offset: float, margin: float) -> Non
     assert_close(gradient, slope, tolerance=1e-6)
 
 
-def test_ties_at_the_margin_cost_nothing() -> None:
+def test_ties_at_the_margin_have_no_loss() -> None:
     logits = torch.tensor([2.0, 1.0, 1.0, 2.0, 0.0, -0.0, 0.0])
     label = torch.tensor([1.0, 0, 0, 1, 1, 0, 0])
     ptr = ptr_of([4, 3])
@@ -164,7 +164,7 @@ def test_ties_at_the_margin_cost_nothing() -> None:
 
 
 def test_many_equal_logits() -> None:
-    """Ties among positives, among negatives and between them."""
+    """There are ties among positives, among negatives and between them."""
     torch.manual_seed(1)
     logits = torch.randint(-3, 4, (90,)).double() / 2
     label, ptr = (torch.rand(90) < 0.4).float(), ptr_of([60, 30])
@@ -194,13 +194,13 @@ def test_huge_logits_and_margins_stay_finite() -> None:
 
 
 def test_nan_stays_in_its_question() -> None:
-    for place in range(6):
+    for fact in range(6):
         logits, label, ptr = make([6, 9, 4])
         logits, label = logits.float(), torch.tensor([1.0, 0] * 9 + [0])
         label[15:] = 0
         want, slope = both(logits, label, ptr)
         broken = logits.clone()
-        broken[place] = broken[16] = math.nan
+        broken[fact] = broken[16] = math.nan
         loss, gradient = both(broken, label, ptr)
         assert loss[0].isnan() and torch.equal(loss[1:], want[1:]) and loss[2] == 0
         assert gradient[:6].isnan().all() and torch.equal(gradient[6:], slope[6:])
@@ -228,7 +228,7 @@ def test_infinite_logits_count_as_the_limit(dtype: torch.dtype) -> None:
         loss, gradient = both(logits, label, ptr, rho=0.0)
         assert loss[0] == (inf if x < 0 else 0)
         assert gradient[:3].tolist() == ([-0.5, 0, 0.5] if x < 0 else [0, 0, 0])
-    # A term without weight has no part, even where it is infinite.
+    # A term with weight 0 adds nothing, even if it is infinite.
     logits = torch.tensor([2.0, inf, 0.0, 0.5, 1.0], dtype=dtype)
     assert both(logits, 1 - label, ptr, rho=0.0)[0].isfinite().all()
     assert both(wrong, label, ptr, rho=0.0)[0][0] == inf
@@ -242,7 +242,7 @@ def test_gradcheck() -> None:
 
 
 def test_upstream_gradients() -> None:
-    """Each question's own, one that is expanded, and zero; strided arguments."""
+    """A gradient per question, strided or not, an expanded gradient, and zero."""
     logits, label, ptr = make(SIZES, padding=5)
     logits = logits.float()
     _, ones = both(logits, label, ptr)
@@ -258,7 +258,7 @@ def test_upstream_gradients() -> None:
     assert torch.equal(leaf.grad, ones)
 
 
-def test_no_gradient_is_made_where_none_is_wanted() -> None:
+def test_no_gradient_is_computed_where_none_is_needed() -> None:
     logits, label, ptr = make([5, 4])
     assert not fact_loss(logits, label, ptr, rho=0.7, margin=1.0).requires_grad
     label.requires_grad_()
@@ -289,21 +289,21 @@ def test_two_runs_are_bit_equal() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
-def test_packs_and_orders_change_nothing(sizes: list[int], seed: int) -> None:
-    """A question alone, and with its facts in another order."""
+def test_packing_and_fact_order_do_not_matter(sizes: list[int], seed: int) -> None:
+    """A question has the same loss and gradient alone, and with its facts in another order."""
     logits, label, ptr = make(sizes, share=0.5, seed=seed)
     logits = logits.float()
     loss, gradient = both(logits, label, ptr)
     for b, (begin, end) in enumerate(zip(ptr[:-1].tolist(), ptr[1:].tolist(), strict=True)):
-        mine = slice(begin, end)
-        alone = both(logits[mine], label[mine], ptr_of([end - begin]))
-        # Only to rounding: exponentials of a vector's last elements are computed otherwise.
+        facts = slice(begin, end)
+        alone = both(logits[facts], label[facts], ptr_of([end - begin]))
+        # Equal up to rounding: exp rounds differently in the last elements of a vector.
         torch.testing.assert_close(alone[0][0], loss[b])
-        torch.testing.assert_close(alone[1], gradient[mine])
+        torch.testing.assert_close(alone[1], gradient[facts])
         order = torch.randperm(end - begin)
-        mixed = both(logits[mine][order], label[mine][order], ptr_of([end - begin]))
+        mixed = both(logits[facts][order], label[facts][order], ptr_of([end - begin]))
         torch.testing.assert_close(mixed[0][0], loss[b])
-        torch.testing.assert_close(mixed[1], gradient[mine][order])
+        torch.testing.assert_close(mixed[1], gradient[facts][order])
 
 
 def test_opcheck() -> None:

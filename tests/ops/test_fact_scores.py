@@ -1,4 +1,4 @@
-"""Fact scores against loops and the wide vector that they stand for, with every gradient."""
+"""Fact scores against loops and against the wide linear layer, with every gradient."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dragkit_kernels.testing import (
 from tests.ops.cases import random, to_device
 
 NAMES = ("head_score", "pair_score", "tail_score", "bias")
-# The last pack has rows of more facts than a program takes at a time.
+# The last pack has rows with more facts than one step of a program.
 SIZES = [
     [(0, 0), (5, 12), (1, 3), (0, 0), (34, 71), (4, 0), (0, 0)],
     [(3, 0), (2, 0)],
@@ -41,11 +41,11 @@ def make_inputs(fact_index: FactIndex, device: torch.device, dtype: torch.dtype)
 
 
 def fact_groups(rows: int, facts: int) -> FactGroups:
-    """Facts that stand for random rows: some for none, some for many."""
+    """Facts of random merged facts. Some merged facts have none, some have many."""
     generator = torch.Generator().manual_seed(facts)
     row = (torch.rand(facts, generator=generator) ** 2 * rows).int()
-    place, ptr = grouped_index(row, rows)
-    return FactGroups(row, ptr, place)
+    perm, ptr = grouped_index(row, rows)
+    return FactGroups(row, ptr, perm)
 
 
 def test_the_reference_matches_the_loop_with_every_gradient(pack: Adjacency) -> None:
@@ -94,7 +94,7 @@ def check(
 def test_matches_the_reference(
     backend: str, device: torch.device, dtype: torch.dtype, sizes: list[tuple[int, int]]
 ) -> None:
-    """With and without groups, and with strided inputs; a row may have no fact."""
+    """With and without groups, and with strided inputs. A merged fact may stand for none."""
     fact_index = to_device(random_adjacency(sizes, 6), device).fact_index
     values = make_inputs(fact_index, device, dtype)
     check(values, fact_index, None, backend)
@@ -164,7 +164,7 @@ def test_two_runs_are_bit_equal_and_an_expanded_gradient(
 
 
 @pytest.mark.parametrize(
-    ("place", "bad", "message"),
+    ("argument", "bad", "message"),
     [
         (0, torch.zeros(12), r"head_score must have shape \[13\], got \[12\]"),
         (1, torch.zeros(1, 1), "pair_score must have shape"),
@@ -172,12 +172,12 @@ def test_two_runs_are_bit_equal_and_an_expanded_gradient(
         (2, torch.zeros(13, dtype=torch.int32), "tail_score must be floating point"),
     ],
 )
-def test_wrong_arguments(place: int, bad: Tensor, message: str) -> None:
+def test_wrong_arguments(argument: int, bad: Tensor, message: str) -> None:
     fact_index = random_adjacency([(9, 20), (4, 7)], 4).fact_index
     inputs = make_inputs(fact_index, torch.device("cpu"), torch.float32)
     groups = fact_groups(27, 41)
     with pytest.raises(ValueError, match=r"groups.ptr must have shape \[28\], got \[27\]"):
         fact_scores(*inputs, fact_index=fact_index, groups=groups._replace(ptr=groups.ptr[1:]))
-    inputs[place] = bad
+    inputs[argument] = bad
     with pytest.raises(ValueError, match=message):
         fact_scores(*inputs, fact_index=fact_index)

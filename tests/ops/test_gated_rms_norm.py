@@ -19,7 +19,7 @@ from dragkit_kernels.testing import (
 )
 from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
 
-# The interpreter computes masked elements too.
+# The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gate", "none"])
 EPS = 1e-5
@@ -28,14 +28,14 @@ EPS = 1e-5
 def inputs(
     rows: int, columns: int, device: torch.device | str = "cpu", *, gated: bool = True
 ) -> list[Tensor]:
-    """y, weight and perhaps a gate."""
+    """[y, weight], and the gate if asked for."""
     values = [random(rows, columns), 1 + 0.3 * random(columns, seed=1)]
     values += [random(rows, columns, seed=2)] if gated else []
     return [x.to(device) for x in values]
 
 
-def in_order(values: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, gate, weight, as the op takes them."""
+def as_arguments(values: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(y, gate, weight) in the order of the op."""
     y, weight, *gate = values
     return y, gate[0] if gate else None, weight
 
@@ -48,31 +48,31 @@ def check(
     *,
     eps: float = EPS,
 ) -> None:
-    """Values and gradients against float64, with a learned weight and with a frozen one."""
-    exact = leaves([x.double() for x in values])
-    expected = gated_rms_norm_ref(*in_order(exact), groups=groups, eps=eps)
+    """Compares output and gradients with float64, for a trained and for a frozen weight."""
+    exact_args = leaves([x.double() for x in values])
+    expected = gated_rms_norm_ref(*as_arguments(exact_args), groups=groups, eps=eps)
     if grad is None:
         grad = random(*expected.shape, seed=9).to(values[0])
-    wanted = gradients(expected, exact, grad)
+    wanted = gradients(expected, exact_args, grad)
     for learned in (True, False):
-        tried = leaves(values)
-        tried[1].requires_grad_(learned)
+        args = leaves(values)
+        args[1].requires_grad_(learned)
         with fenced_allocations():
-            actual = gated_rms_norm(*in_order(tried), groups=groups, eps=eps, backend=backend)
-            found = iter(gradients(actual, [x for x in tried if x.requires_grad], grad))
+            actual = gated_rms_norm(*as_arguments(args), groups=groups, eps=eps, backend=backend)
+            grads = iter(gradients(actual, [x for x in args if x.requires_grad], grad))
         assert actual.dtype == values[0].dtype and actual.is_contiguous()
         assert_close(actual, expected, tolerance=FORWARD.get(actual.dtype, 1e-12))
-        for name, leaf, want in zip(("y", "weight", "gate"), tried, wanted, strict=False):
+        for name, leaf, want in zip(("y", "weight", "gate"), args, wanted, strict=False):
             if leaf.requires_grad:
-                got = next(found)
+                got = next(grads)
                 assert got.dtype == leaf.dtype
                 assert_close(got, want, tolerance=GRADIENT.get(got.dtype), name=name)
 
 
 def test_the_reference_is_the_formula() -> None:
-    """Group by group, and written out for two columns."""
+    """Compares with a loop over groups, and with numbers by hand for two columns."""
     for groups in (1, 2, 6):
-        y, gate, weight = in_order([x.double() for x in inputs(9, 24)])
+        y, gate, weight = as_arguments([x.double() for x in inputs(9, 24)])
         z = y * gate / (1 + torch.exp(-gate))
         parts = [p / torch.sqrt((p * p).sum(1, keepdim=True) * groups / 24 + EPS)
                  for p in z.split(24 // groups, dim=1)]  # fmt: skip
@@ -122,15 +122,17 @@ def test_blocks_of_any_size(rows: int, gated: bool, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.triton
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 33, 70])
-def test_programs_meet(device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program of 8 rows at a time walks down 32, and one with sums a third of all."""
+def test_program_boundaries(
+    device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program takes tiles of 8 rows: 4 tiles, or a third of all rows when it sums."""
     monkeypatch.setattr(kernels("gated_rms_norm.backward"), "MAX_SUM_PROGRAMS", 3)
     check(inputs(rows, 6, device), 2, "triton")
 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("rows", [8, 9, 17])
-def test_programs_of_wide_groups_meet(
+def test_program_boundaries_of_wide_groups(
     device: torch.device, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels("gated_rms_norm.backward"), "MAX_SUM_PROGRAMS", 2)
@@ -139,18 +141,18 @@ def test_programs_of_wide_groups_meet(
 
 
 @GATED
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_bad_number_stays_in_its_group(
-    backend: str, device: torch.device, bad: float, gated: bool
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_stay_in_their_group(
+    backend: str, device: torch.device, value: float, gated: bool
 ) -> None:
-    for place in range(0, 3 if gated else 1, 2):
+    for index in range(0, 3 if gated else 1, 2):
         values = inputs(9, 12, device, gated=gated)
-        values[place][1, 5] = bad
+        values[index][1, 5] = value
         check(values, 3, backend)
     grad = random(9, 12, seed=9).to(device)
-    grad[8, 4] = bad
+    grad[8, 4] = value
     values = leaves(inputs(9, 12, device, gated=gated))
-    out = gated_rms_norm(*in_order(values), groups=3, backend=backend)
+    out = gated_rms_norm(*as_arguments(values), groups=3, backend=backend)
     inside = torch.zeros(9, 12, dtype=torch.bool, device=device)
     inside[8, 4:8] = True
     d_y, d_weight, *d_gate = gradients(out, values, grad)
@@ -159,8 +161,8 @@ def test_a_bad_number_stays_in_its_group(
     assert (~d_weight.isfinite()).nonzero().flatten().tolist() == [4]
 
 
-def test_no_epsilon(backend: str, device: torch.device) -> None:
-    """Rows and columns outside of the tile's masks would have a scale of infinity."""
+def test_eps_of_zero(backend: str, device: torch.device) -> None:
+    """Masked rows have an infinite scale when eps is 0."""
     check(inputs(9, 10, device), 2, backend, eps=0.0)
 
 
@@ -193,22 +195,24 @@ def test_slices_are_not_copied(device: torch.device, monkeypatch: pytest.MonkeyP
     forward = kernels("gated_rms_norm.forward")
     wide, weight = random(5, 20).to(device), random(6).to(device)
     given = wide[:, 2:8], wide[:, 9:15]
-    seen = []
+    passed = []
     plain = forward.row_strided
-    monkeypatch.setattr(forward, "row_strided", lambda t: seen.append(plain(t)) or seen[-1])
+    monkeypatch.setattr(forward, "row_strided", lambda t: passed.append(plain(t)) or passed[-1])
     gated_rms_norm(*given, weight, backend="triton")
-    assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in given]
+    assert [t.data_ptr() for t in passed] == [t.data_ptr() for t in given]
 
 
 @GATED
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 0)])
-def test_nothing(backend: str, device: torch.device, shape: tuple[int, int], gated: bool) -> None:
+def test_empty_inputs(
+    backend: str, device: torch.device, shape: tuple[int, int], gated: bool
+) -> None:
     values = leaves(inputs(*shape, device, gated=gated))
     with fenced_allocations():
-        out = gated_rms_norm(*in_order(values), groups=2, backend=backend)
-        found = torch.autograd.grad(out.sum(), values)
+        out = gated_rms_norm(*as_arguments(values), groups=2, backend=backend)
+        grads = torch.autograd.grad(out.sum(), values)
     assert out.shape == shape
-    for got, given in zip(found, values, strict=True):
+    for got, given in zip(grads, values, strict=True):
         assert got.shape == given.shape and not got.any()
 
 
@@ -219,7 +223,7 @@ def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
     grad = random(*values[0].shape, seed=9).to(device)
     runs = []
     for _ in range(2):
-        out = gated_rms_norm(*in_order(values), groups=7, backend=backend)
+        out = gated_rms_norm(*as_arguments(values), groups=7, backend=backend)
         runs.append([out, *torch.autograd.grad(out, values, grad, retain_graph=True)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
     assert not any(g.any() for g in gradients(out, values, torch.zeros_like(out)))
@@ -229,49 +233,49 @@ def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
 def test_unneeded_gradients_are_not_computed(
     backend: str, device: torch.device, dtype: torch.dtype
 ) -> None:
-    values = [x.to(dtype) for x in in_order(inputs(9, 10, device))]
+    values = [x.to(dtype) for x in as_arguments(inputs(9, 10, device))]
     grad = random(9, 10, seed=9).to(values[0])
     bwd, triton = torch.ops.dragkit.gated_rms_norm_bwd, backend == "triton"
-    every = bwd(grad, *values, 2, EPS, [True] * 3, triton)
+    all_grads = bwd(grad, *values, 2, EPS, [True] * 3, triton)
     for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
         with fenced_allocations():
-            found = bwd(grad, *values, 2, EPS, mask, triton)
-        for got, want, wanted in zip(found, every, mask, strict=True):
+            grads = bwd(grad, *values, 2, EPS, mask, triton)
+        for got, want, wanted in zip(grads, all_grads, mask, strict=True):
             assert torch.equal(got, want) if wanted else got.numel() == 0
 
 
 @pytest.mark.triton
-def test_a_group_that_no_tile_holds(device: torch.device) -> None:
+def test_a_group_beyond_the_largest_tile_raises(device: torch.device) -> None:
     y = torch.ones(1, 4097, device=device)
-    with pytest.raises(ValueError, match="groups of up to 4096 columns, got 4097; use backend"):
+    with pytest.raises(ValueError, match="groups of up to 4096 columns, got 4097. Use backend"):
         gated_rms_norm(y, None, y[0], backend="triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_matches_the_layers_of_transformers(dtype: torch.dtype) -> None:
-    library = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
-    y, gate, weight = (x.to(dtype) for x in in_order(inputs(13, 48)))
-    layer = library.NemotronHRMSNormGated(48, group_size=12, eps=EPS).to(dtype)
-    plain = library.NemotronHRMSNorm(48, eps=EPS).to(dtype)
-    # The layer with a gate rounds before the weight as well.
+    modeling = pytest.importorskip("transformers.models.nemotron_h.modeling_nemotron_h")
+    y, gate, weight = (x.to(dtype) for x in as_arguments(inputs(13, 48)))
+    layer = modeling.NemotronHRMSNormGated(48, group_size=12, eps=EPS).to(dtype)
+    plain = modeling.NemotronHRMSNorm(48, eps=EPS).to(dtype)
+    # The gated layer of transformers also rounds before it applies the weight.
     limit = 2e-6 if dtype == torch.float32 else 8e-3
     with torch.no_grad():
         layer.weight.copy_(weight)
         plain.weight.copy_(weight)
-        found = gated_rms_norm(y, gate, weight, groups=4, eps=EPS)
-        assert_close(found, layer(y, gate).double(), tolerance=limit)
-        found = gated_rms_norm(y, None, weight, eps=EPS)
-        assert_close(found, plain(y).double(), tolerance=limit)
+        out = gated_rms_norm(y, gate, weight, groups=4, eps=EPS)
+        assert_close(out, layer(y, gate).double(), tolerance=limit)
+        out = gated_rms_norm(y, None, weight, eps=EPS)
+        assert_close(out, plain(y).double(), tolerance=limit)
 
 
 @GATED
 def test_gradcheck_and_opcheck(gated: bool) -> None:
     values = leaves([x.double() for x in inputs(3, 6, gated=gated)])
     assert torch.autograd.gradcheck(
-        lambda *t: gated_rms_norm(*in_order(list(t)), groups=2), tuple(values)
+        lambda *t: gated_rms_norm(*as_arguments(list(t)), groups=2), tuple(values)
     )
     fwd, bwd = (getattr(torch.ops.dragkit, f"gated_rms_norm_{n}").default for n in ("fwd", "bwd"))
-    values = in_order(leaves(inputs(5, 6, gated=gated)))
+    values = as_arguments(leaves(inputs(5, 6, gated=gated)))
     torch.library.opcheck(fwd, (*values, 2, EPS, False))
     roomy = strided_like(values[0].detach()).requires_grad_()
     torch.library.opcheck(fwd, (roomy, *values[1:], 3, EPS, False))
@@ -283,8 +287,8 @@ def test_gradcheck_and_opcheck(gated: bool) -> None:
     torch.library.opcheck(fwd, (*low, 2, EPS, False), test_utils=utils)
 
 
-def test_second_derivatives_are_refused() -> None:
-    y, gate, weight = in_order(leaves(inputs(4, 6)))
+def test_second_derivatives_raise() -> None:
+    y, gate, weight = as_arguments(leaves(inputs(4, 6)))
     out = gated_rms_norm(y, gate, weight)
     (d_y,) = torch.autograd.grad((out**2).sum(), y, create_graph=True)
     with pytest.raises(RuntimeError, match="gated_rms_norm_bwd has no derivative"):
@@ -295,7 +299,7 @@ def test_compiled_equals_eager() -> None:
     def norm(*values: Tensor) -> Tensor:
         return gated_rms_norm(*values, groups=2, eps=EPS)
 
-    values = leaves(list(in_order(inputs(5, 6))))
+    values = leaves(list(as_arguments(inputs(5, 6))))
     results = []
     for function in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
         out = function(*values)
@@ -314,7 +318,7 @@ def test_compiled_equals_eager() -> None:
         ({"groups": 0}, "groups must divide the columns of y, got 0"),
     ],
 )
-def test_wrong_arguments_are_named(change: dict, message: str) -> None:
+def test_wrong_arguments_raise(change: dict, message: str) -> None:
     arguments = {"y": torch.zeros(3, 6), "gate": None, "weight": torch.zeros(6), "groups": 2}
     with pytest.raises(ValueError, match=message):
         gated_rms_norm(**{**arguments, **change})

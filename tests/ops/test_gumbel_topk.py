@@ -1,4 +1,4 @@
-"""The choice of facts against sorting in Python, and its gradients against their formulas."""
+"""The selection of facts against sorting in Python, and its gradients against formulas."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ from dragkit_kernels.testing import assert_close, fenced_allocations, strided_li
 from tests.ops.cases import kernels
 from tests.ops.exact_k_cases import solve_threshold
 
-# The interpreter computes masked elements too.
+# The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SIZES = [0, 7, 1, 0, 12, 3, 0]
 EDGES = [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025]
 INF, CPU = math.inf, torch.device("cpu")
-KINDS = list(itertools.product(("bernoulli", "exact_k"), ("binary_concrete", "straight_through")))
-EACH_KIND = pytest.mark.parametrize("kind", KINDS, ids="-".join)
+SAMPLERS = list(
+    itertools.product(("bernoulli", "exact_k"), ("binary_concrete", "straight_through"))
+)
+EACH_SAMPLER = pytest.mark.parametrize("sampler", SAMPLERS, ids="-".join)
 SOURCES = pytest.mark.parametrize("drawn", [False, True], ids=["given", "drawn"])
 
 
@@ -45,7 +47,7 @@ def draw(logits: Tensor, sizes: list[int], k: int, **options: object) -> FactSel
 
 @pytest.fixture
 def small_tiles(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 32 facts, so that the kernel streams questions of a few dozen."""
+    """Blocks of 32 facts, so that the kernel streams questions of a few dozen facts."""
     if backend == "triton":
         forward = kernels("gumbel_topk.forward")
         monkeypatch.setattr(forward, "topk_tile", lambda n: (Tile(32, 1), n > 32))
@@ -63,7 +65,7 @@ def check(
     values: Tensor,
     sizes: list[int],
     k: int,
-    kind: tuple[str, str],
+    sampler: tuple[str, str],
     backend: str,
     *,
     noise: Tensor | None = None,
@@ -71,10 +73,10 @@ def check(
     tolerance: float = 1e-5,
     drawn: bool = False,
 ) -> FactSelection:
-    """Op and definition agree: the choice exactly, relaxation and gradient within a tolerance."""
+    """Compares op and definition: the selection exactly, soft and gradient with a tolerance."""
     device = values.device
     ptr, width = offsets(sizes, device), max(sizes, default=0)
-    mode, estimator = kind
+    mode, estimator = sampler
     options = {"temperature": temperature, "mode": mode, "estimator": estimator}
     source: dict[str, Tensor] = {}
     if drawn:
@@ -98,7 +100,7 @@ def check(
     for a, b in zip(got[:3], expected[:3], strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)
     assert_close(got.soft, expected.soft.double(), name="soft", tolerance=tolerance)
-    # In a budget the parts of a gradient cancel, so what is left has no scale of its own.
+    # With exact_k the terms of a gradient cancel, so the sum needs an absolute tolerance.
     torch.testing.assert_close(grad, want, rtol=tolerance, atol=tolerance)
     return got
 
@@ -106,7 +108,7 @@ def check(
 def by_sorting(keys: list[float], sizes: list[int], k: int, threshold: float) -> list[list[int]]:
     rows, first = [], 0
     for size in sizes:
-        # sorted() is stable: equal keys stay in the order of the facts.
+        # sorted() is stable, so equal keys stay in the order of facts.
         ranked = sorted(range(first, first + size), key=lambda e: -keys[e])
         kept = [e for place, e in enumerate(ranked) if place == 0 or keys[e] > threshold][:k]
         rows.append(kept + [-1] * (k - len(kept)))
@@ -114,7 +116,7 @@ def by_sorting(keys: list[float], sizes: list[int], k: int, threshold: float) ->
     return rows
 
 
-def is_choice(drawn: FactSelection, rows: list[list[int]]) -> None:
+def check_selection(drawn: FactSelection, rows: list[list[int]]) -> None:
     assert drawn.index.dtype == torch.int32 and drawn.count.dtype == torch.int32
     assert drawn.index.tolist() == rows
     assert drawn.gate.tolist() == [[float(e >= 0) for e in row] for row in rows]
@@ -126,17 +128,17 @@ def is_choice(drawn: FactSelection, rows: list[list[int]]) -> None:
 def test_selection_matches_sorting(
     backend: str, device: torch.device, k: int, width: int | None
 ) -> None:
-    """Also of bfloat16 logits, which are scored in float32."""
+    """The logits are bfloat16, the keys float32."""
     logits, noise = torch.randn(sum(SIZES)).bfloat16(), torch.randn(sum(SIZES))
     keys = (logits.float() + noise).tolist()
-    tried, noise = logits.to(device).requires_grad_(), noise.to(device)
+    leaf, noise = logits.to(device).requires_grad_(), noise.to(device)
     for mode, threshold in (("bernoulli", 0.0), ("exact_k", -INF)):
         options = {"noise": noise, "mode": mode, "max_facts": width, "backend": backend}
-        drawn = draw(tried, SIZES, k, **options)
+        drawn = draw(leaf, SIZES, k, **options)
         rows = by_sorting(keys, SIZES, k, threshold)
-        is_choice(drawn, rows)
+        check_selection(drawn, rows)
         assert drawn.gate.dtype == drawn.soft.dtype == torch.float32
-        (grad,) = torch.autograd.grad(drawn.soft.sum() + drawn.gate.sum(), tried)
+        (grad,) = torch.autograd.grad(drawn.soft.sum() + drawn.gate.sum(), leaf)
         assert grad.dtype == torch.bfloat16
     assert drawn.count.tolist() == [min(k, size) for size in SIZES]
 
@@ -154,17 +156,17 @@ def test_ties_and_infinities_match_sorting(sizes: list[int], k: int, data: st.Da
     total = sum(sizes)
     values = data.draw(st.lists(KEYS, min_size=total, max_size=total))
     logits = torch.tensor(values, dtype=torch.float32).requires_grad_()
-    for mode, estimator in KINDS:
+    for mode, estimator in SAMPLERS:
         drawn = draw(logits, sizes, k, mode=mode, estimator=estimator)
-        # A budget takes -inf as well, which is above no threshold.
+        # exact_k also selects -inf, which exceeds no threshold.
         keys = values if mode == "bernoulli" else torch.tensor(values).clamp(min=-3e38).tolist()
-        is_choice(drawn, by_sorting(keys, sizes, k, 0.0 if mode == "bernoulli" else -INF))
+        check_selection(drawn, by_sorting(keys, sizes, k, 0.0 if mode == "bernoulli" else -INF))
         (grad,) = torch.autograd.grad(drawn.gate.sum() + drawn.soft.sum(), logits)
         assert torch.isfinite(drawn.soft).all() and torch.isfinite(grad).all()
 
 
 @pytest.mark.parametrize(
-    "kind", [("bernoulli", "binary_concrete"), ("exact_k", "straight_through")], ids="-".join
+    "sampler", [("bernoulli", "binary_concrete"), ("exact_k", "straight_through")], ids="-".join
 )
 @pytest.mark.parametrize(
     "pool",
@@ -173,73 +175,73 @@ def test_ties_and_infinities_match_sorting(sizes: list[int], k: int, data: st.Da
 )
 @pytest.mark.usefixtures("small_tiles")
 def test_ties_zeros_and_infinities(
-    backend: str, device: torch.device, kind: tuple[str, str], pool: list[float]
+    backend: str, device: torch.device, sampler: tuple[str, str], pool: list[float]
 ) -> None:
     sizes = [7, 40]
     values = torch.tensor(pool)[torch.randint(len(pool), (sum(sizes),))].to(device)
-    # nu may be near 10^4, where float32 has steps of 10^-3.
+    # float32 values near nu = 10^4 are 10^-3 apart.
     tolerance = 1e-3 if max(map(abs, pool)) > 10 else 1e-5
     for k in (2, 39):
-        check(values, sizes, k, kind, backend, tolerance=tolerance)
+        check(values, sizes, k, sampler, backend, tolerance=tolerance)
 
 
-@EACH_KIND
+@EACH_SAMPLER
 @SOURCES
 def test_sizes_around_powers_of_two(
-    backend: str, device: torch.device, kind: tuple[str, str], drawn: bool
+    backend: str, device: torch.device, sampler: tuple[str, str], drawn: bool
 ) -> None:
-    # The source of the noise has no part in the tiles.
+    # Tiles do not depend on the source of the noise, so drawn noise takes fewer sizes.
     sizes, k = (EDGES[3::4], 300) if drawn else (EDGES, 5)
     values, noise = (2 * torch.randn(sum(sizes)).to(device) for _ in range(2))
-    check(values, sizes, k, kind, backend, noise=noise, drawn=drawn)
+    check(values, sizes, k, sampler, backend, noise=noise, drawn=drawn)
 
 
-@EACH_KIND
+@EACH_SAMPLER
 @SOURCES
 @pytest.mark.usefixtures("small_tiles")
 def test_streamed_questions(
-    backend: str, device: torch.device, kind: tuple[str, str], drawn: bool
+    backend: str, device: torch.device, sampler: tuple[str, str], drawn: bool
 ) -> None:
     sizes, k = ([32, 0, 65], 5) if drawn else ([0, 33, 1, 32, 31, 64, 65, 97], 70)
     values = (2 * torch.randn(sum(sizes))).round(decimals=1).to(device)
-    check(values, sizes, k, kind, backend, drawn=drawn)
+    check(values, sizes, k, sampler, backend, drawn=drawn)
 
 
-@EACH_KIND
+@EACH_SAMPLER
 def test_the_largest_tile_and_one_more(
-    backend: str, device: torch.device, kind: tuple[str, str]
+    backend: str, device: torch.device, sampler: tuple[str, str]
 ) -> None:
     for size in (TOPK_STREAM.block, TOPK_STREAM.block + 1):
         values = (3 * torch.randn(size + 2) - 2).to(device)
-        check(values, [size, 2], 100, kind, backend, drawn=True, tolerance=3e-5)
+        check(values, [size, 2], 100, sampler, backend, drawn=True, tolerance=3e-5)
 
 
-@EACH_KIND
-def test_k_sizes_of_nothing_and_padding(
-    backend: str, device: torch.device, kind: tuple[str, str]
+@EACH_SAMPLER
+def test_values_of_k_empty_questions_and_padding(
+    backend: str, device: torch.device, sampler: tuple[str, str]
 ) -> None:
     for k in (0, 1, 32, 33, 34, 330):
-        drawn = check(torch.randn(33).to(device) + 4, [33], k, kind, backend, drawn=True)
-        if kind[0] == "exact_k":
+        drawn = check(torch.randn(33).to(device) + 4, [33], k, sampler, backend, drawn=True)
+        if sampler[0] == "exact_k":
             assert drawn.count.tolist() == [min(k, 33)]
     for sizes in ([], [0], [0, 0, 0], [0, 3, 0]):
         for k in (0, 3):
-            check(torch.randn(sum(sizes)).to(device), sizes, k, kind, backend, drawn=True)
+            check(torch.randn(sum(sizes)).to(device), sizes, k, sampler, backend, drawn=True)
     total = sum(SIZES)
-    drawn = check(torch.randn(total + 600).to(device), SIZES, 3, kind, backend, drawn=True)
+    drawn = check(torch.randn(total + 600).to(device), SIZES, 3, sampler, backend, drawn=True)
     assert (drawn.soft[total:] == 0).all() and int(drawn.index.max()) < total
 
 
-@EACH_KIND
+@EACH_SAMPLER
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 10.0])
 def test_temperatures(
-    backend: str, device: torch.device, kind: tuple[str, str], temperature: float
+    backend: str, device: torch.device, sampler: tuple[str, str], temperature: float
 ) -> None:
     values = 2 * torch.randn(sum(SIZES)).to(device)
-    # x = key / T and nu are rounded to float32: with |x| = 4 / T that moves s by 2^-22 / T.
+    # Rounding x = key / T and nu to float32 changes s by up to 2^-22 / T for |x| = 4 / T.
     limit = max(1e-5, 1e-6 / temperature)
     options = {"drawn": True, "temperature": temperature, "tolerance": limit}
-    check(values, SIZES, 4, kind, backend, **options)
+    check(values, SIZES, 4, sampler, backend, **options)
 
 
 def test_bernoulli_gradient_formula() -> None:
@@ -272,7 +274,7 @@ def test_a_forced_fact_keeps_its_own_gradient() -> None:
 
 @pytest.mark.parametrize("estimator", ["binary_concrete", "straight_through"])
 def test_exact_k_probability_and_jacobian(estimator: str) -> None:
-    """s = sigmoid(x - nu); dl = scale * (d g - d (d . g) / sum d); nothing where all are kept."""
+    """s = sigmoid(x - nu), dl = scale (d g - d (d . g) / sum d), 0 if all facts are selected."""
     total, k, temperature = sum(SIZES), 3, 0.7
     logits = (2 * torch.randn(total, dtype=torch.float64)).requires_grad_()
     noise = torch.randn(total, dtype=torch.float64)
@@ -302,7 +304,7 @@ def test_exact_k_probability_and_jacobian(estimator: str) -> None:
 
 
 def test_exact_k_soft_choice_is_differentiable_to_first_order() -> None:
-    """The implicit derivative of nu against finite differences; a second one is refused."""
+    """Compares the implicit derivative of nu with finite differences. A second one raises."""
     logits = torch.randn(sum(SIZES), dtype=torch.float64, requires_grad=True)
 
     def soft(x: Tensor) -> Tensor:
@@ -314,11 +316,11 @@ def test_exact_k_soft_choice_is_differentiable_to_first_order() -> None:
         first.sum().backward()
 
 
-@EACH_KIND
+@EACH_SAMPLER
 @pytest.mark.parametrize("k", [0, 3, 50])
-def test_the_op_equals_its_definition_under_autograd(kind: tuple[str, str], k: int) -> None:
-    """In float64, with certain facts and padding: the op's backward is written by hand."""
-    total, (mode, estimator) = sum(SIZES), kind
+def test_the_op_equals_its_definition_under_autograd(sampler: tuple[str, str], k: int) -> None:
+    """Compares the hand-written backward with autograd, with certain facts and padding."""
+    total, (mode, estimator) = sum(SIZES), sampler
     logits = torch.randn(total + 2, dtype=torch.float64)
     logits[:2] = torch.tensor([INF, -INF])
     logits.requires_grad_()
@@ -351,13 +353,13 @@ def test_a_draw_does_not_depend_on_the_batch(backend: str, device: torch.device)
 
 def test_two_runs_and_strided_inputs_are_bit_equal(backend: str, device: torch.device) -> None:
     values, noise = (torch.randn(sum(SIZES)).to(device) for _ in range(2))
-    for mode, estimator in KINDS:
+    for mode, estimator in SAMPLERS:
         results = []
         for x, n in ((values, noise), (values, noise), (strided_like(values), strided_like(noise))):
             logits = x.requires_grad_()
             options = {"mode": mode, "estimator": estimator, "backend": backend}
             drawn = draw(logits, SIZES, 4, noise=n, **options)
-            # The gradient of a sum has zero strides.
+            # The gradient of a sum is an expanded tensor with strides of 0.
             (grad,) = torch.autograd.grad(drawn.gate.sum() + drawn.soft.sum(), logits)
             results.append((*drawn, grad))
         for other in results[1:]:
@@ -367,7 +369,7 @@ def test_two_runs_and_strided_inputs_are_bit_equal(backend: str, device: torch.d
 @pytest.mark.parametrize("k", [0, 1, 4, 50])
 @pytest.mark.parametrize("threshold", [0.0, 0.4, 1.0])
 def test_top_facts(backend: str, device: torch.device, k: int, threshold: float) -> None:
-    """Strictly above the threshold, but at least one; both zeros are equal."""
+    """Selects strictly above the threshold, at least one. 0.0 and -0.0 are equal."""
     logits = torch.randn(sum(SIZES)).round(decimals=1)
     logits[:7], logits[8:11] = -9.0, torch.tensor([-0.0, 0.0, -0.0])
     bound = {0.0: -INF, 1.0: INF}.get(threshold, math.log(0.4 / 0.6))
@@ -379,7 +381,7 @@ def test_top_facts(backend: str, device: torch.device, k: int, threshold: float)
             threshold,
             backend=backend,
         )
-    is_choice(drawn, by_sorting(logits.tolist(), SIZES, k, bound))
+    check_selection(drawn, by_sorting(logits.tolist(), SIZES, k, bound))
     assert_close(drawn.soft, torch.sigmoid(logits.double()), tolerance=1e-6)
     assert not drawn.gate.requires_grad
 
@@ -396,7 +398,7 @@ def test_nan_stays_in_the_values_and_out_of_the_index(backend: str, device: torc
     sizes = [0, 7, 0, 40, 0]
     values, ptr = torch.randn(sum(sizes)).to(device), offsets(sizes, device).long()
     values[3], values[30] = math.nan, -math.nan
-    for mode, estimator in KINDS:
+    for mode, estimator in SAMPLERS:
         drawn = draw(values, sizes, 4, mode=mode, estimator=estimator, backend=backend)
         assert drawn.soft[3].isnan() and drawn.soft[30].isnan()
         kept = drawn.index >= 0
@@ -418,10 +420,17 @@ def test_opcheck(backend: str, device: torch.device) -> None:
     torch.library.opcheck(ops.logistic_noise_fwd.default, (seed, keys, ptr, 7, triton))
 
 
-@EACH_KIND
-def test_compiled_equals_eager(backend: str, device: torch.device, kind: tuple[str, str]) -> None:
+@EACH_SAMPLER
+def test_compiled_equals_eager(
+    backend: str, device: torch.device, sampler: tuple[str, str]
+) -> None:
     def choose(logits: Tensor, ptr: Tensor, seed: Tensor, keys: Tensor, width: int) -> tuple:
-        options = {"mode": kind[0], "estimator": kind[1], "max_facts": width, "backend": backend}
+        options = {
+            "mode": sampler[0],
+            "estimator": sampler[1],
+            "max_facts": width,
+            "backend": backend,
+        }
         return gumbel_topk(logits, ptr, 3, seed=seed, question_key=keys, **options)
 
     torch._dynamo.reset()
@@ -445,17 +454,20 @@ def test_compiled_equals_eager(backend: str, device: torch.device, kind: tuple[s
         ({"estimator": "ste"}, "estimator one of"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"noise": None}, "give either noise, or seed and question_key"),
-        ({"noise": None, "seed": torch.tensor(1)}, "give either noise, or seed and question_key"),
-        ({"seed": torch.tensor(1)}, "give either noise, or seed and question_key"),
-        ({"question_key": torch.tensor([1])}, "give either noise, or seed and question_key"),
+        ({"noise": None}, "give either noise, or both seed and question_key"),
+        (
+            {"noise": None, "seed": torch.tensor(1)},
+            "give either noise, or both seed and question_key",
+        ),
+        ({"seed": torch.tensor(1)}, "give either noise, or both seed and question_key"),
+        ({"question_key": torch.tensor([1])}, "give either noise, or both seed and question_key"),
         ({"noise": torch.zeros(4)}, r"noise must have shape \[3\], got \[4\]"),
         ({"k": -1}, "k must be 0 or more, got -1"),
         ({"logits": torch.zeros(3, 1)}, r"logits must have shape \[\*\], got \[3, 1\]"),
         ({"fact_ptr": torch.tensor([0, 3])}, "fact_ptr must be int32"),
     ],
 )
-def test_wrong_arguments(changes: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise(changes: dict[str, object], message: str) -> None:
     arguments = {"logits": torch.zeros(3), "fact_ptr": offsets([3]), "k": 2}
     with pytest.raises(ValueError, match=message):
         gumbel_topk(**{**arguments, "noise": torch.zeros(3), **changes})

@@ -1,4 +1,4 @@
-"""How often facts are drawn, and the size of the budget."""
+"""Frequencies of drawn facts, and sums of the relaxed choice."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_bernoulli_draws_facts_with_their_probability() -> None:
     frequency = torch.bincount(chosen, minlength=6).double() / copies
     p = torch.sigmoid(logits.double())
     sigma = (p * (1 - p) / copies).sqrt()
-    # The last fact fires nearly always, so forcing one in changes nothing here.
+    # The last fact is drawn nearly always, so no draw is empty.
     assert ((frequency - p).abs() <= 4 * sigma + 1e-3 * (p > 0.99)).all()
 
 

@@ -30,7 +30,7 @@ from tests.ops.cases import LAYER_NAMES as NAMES
 
 
 def _star() -> Adjacency:
-    """Node 0 is the tail of 150 facts of one relation and the head of none; node 31 is alone."""
+    """Node 0 is the tail of all 150 facts, which share one relation. Node 31 is isolated."""
     head = 1 + torch.arange(150) % 30
     return adjacency([(32, 150)], head, torch.zeros_like(head), torch.zeros_like(head))
 
@@ -45,7 +45,7 @@ PACKS: dict[str, Callable[[], Adjacency]] = {
         [(0, 0), (5, 12), (1, 3), (0, 0), (34, 71), (4, 0), (0, 0)], 6
     ),
     "many_graphs": lambda: random_adjacency([(3, 4)] * 11, 3),
-    # Nodes and pairs of more facts than are walked one by one.
+    # Nodes and pairs with more than CHUNK facts.
     "hubs": lambda: random_adjacency([(4, 260), (3, 0)], 2),
     "star": _star,
     "chain": _chain,
@@ -72,7 +72,7 @@ def layer(pack: Adjacency, inputs: list[Tensor], backend: str = "auto") -> Tenso
 
 
 def check(pack: Adjacency, values: list[Tensor], backend: str, grad: Tensor | None = None) -> None:
-    """Result and gradients agree with the float64 reference; every buffer is filled."""
+    """Asserts equality with the float64 reference and that the op writes all of its buffers."""
     exact, tried = leaves([x.double() for x in values]), leaves(values)
     expected = message_passing_ref(*exact, fact_index=pack.fact_index, node_graph=pack.node_graph)
     if grad is None:
@@ -82,7 +82,7 @@ def check(pack: Adjacency, values: list[Tensor], backend: str, grad: Tensor | No
         got = gradients(actual, tried, grad)
     assert actual.dtype == values[0].dtype
     assert_close(actual, expected, name="out", tolerance=FORWARD.get(actual.dtype))
-    # The op sees where the rounded output is positive.
+    # The op masks the gradient where the rounded output is not positive.
     wanted = torch.autograd.grad(expected, exact, torch.where(actual > 0, grad.double(), 0.0))
     for name, x, g, want in zip(NAMES, values, got, wanted, strict=True):
         assert g.dtype == x.dtype
@@ -90,7 +90,7 @@ def check(pack: Adjacency, values: list[Tensor], backend: str, grad: Tensor | No
 
 
 def check_sum(pack: Adjacency, table: Tensor, backend: str) -> None:
-    """The same for relation_sum, with a gradient that is equal everywhere, and with another."""
+    """The same for relation_sum, with an expanded gradient and with a random one."""
     exact, tried = leaves([table.double()]), leaves([table])
     expected = relation_sum_ref(*exact, fact_index=pack.fact_index)
     one = torch.ones((), device=table.device).expand(expected.shape)
@@ -105,7 +105,7 @@ def check_sum(pack: Adjacency, table: Tensor, backend: str) -> None:
 
 
 def test_references_agree_with_the_loop(pack: Adjacency) -> None:
-    """The definitions, one fact at a time, from the plain triples."""
+    """The loop applies the definitions fact by fact, from the plain triples."""
     h, p, table_fwd, table_inv, self_table, weight, bias = values = layer_inputs(
         pack, 7, torch.float64
     )
@@ -157,8 +157,8 @@ def test_gradcheck() -> None:
 def test_long_rows_are_summed_by_chunks(
     pack: Adjacency, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a large pack, where every whole chunk has its program; other places hold NaN."""
-    monkeypatch.setattr(kernels("message_passing.chunks"), "SPLIT_FACTS", 1)
+    """As in a large pack, each whole chunk has a program. Entries of no chunk hold NaN."""
+    monkeypatch.setattr(kernels("chunk_sums"), "SPLIT_FACTS", 1)
     values = layer_inputs(pack, 7, dtype)
     check(pack, values, "triton")
     check_sum(pack, values[2], "triton")
@@ -167,15 +167,15 @@ def test_long_rows_are_summed_by_chunks(
 @pytest.mark.triton
 @pytest.mark.parametrize("split", [True, False], ids=["chunks", "tile"])
 @pytest.mark.parametrize("sizes", [(64, 128, 63, 1, 192), (1, 65, 64, 0, 130), (127, 129)])
-def test_chunks_begin_with_their_rows(
+def test_chunks_are_counted_from_the_first_fact_of_a_row(
     device: torch.device, sizes: tuple[int, ...], split: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows just below, at and above whole chunks, at every offset of the order."""
+    """Rows of just below, exactly and just above whole chunks begin at many offsets."""
     if split:
-        monkeypatch.setattr(kernels("message_passing.chunks"), "SPLIT_FACTS", 1)
+        monkeypatch.setattr(kernels("chunk_sums"), "SPLIT_FACTS", 1)
     tail = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     head = torch.arange(len(tail)) % len(sizes)
-    # As many facts of every pair as of every tail.
+    # Every pair has as many facts as the tail of the same number.
     pack = to_device(adjacency([(len(sizes), len(tail))], head, tail, tail), device)
     check(pack, layer_inputs(pack, 3), "triton")
     check_sum(pack, layer_inputs(pack, 3)[2], "triton")
@@ -191,13 +191,13 @@ def test_widths(backend: str, device: torch.device, dtype: torch.dtype, width: i
 
 
 @pytest.mark.parametrize("low", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("places", [(0, 2, 3, 5), (0, 2, 3, 4), (1, 5, 6)])
+@pytest.mark.parametrize("arguments", [(0, 2, 3, 5), (0, 2, 3, 4), (1, 5, 6)])
 def test_mixed_precision(
-    backend: str, small: Adjacency, low: torch.dtype, places: tuple[int, ...]
+    backend: str, small: Adjacency, low: torch.dtype, arguments: tuple[int, ...]
 ) -> None:
     values = layer_inputs(small, 16)
-    for place in places:
-        values[place] = values[place].to(low)
+    for argument in arguments:
+        values[argument] = values[argument].to(low)
     check(small, values, backend)
 
 
@@ -216,32 +216,30 @@ def test_strides(backend: str, small: Adjacency, dtype: torch.dtype) -> None:
         check_sum(gaps, values[2], backend)
 
 
-@pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
-def test_each_gradient_alone(backend: str, small: Adjacency, place: int) -> None:
-    """The mask of wanted gradients does not change the wanted one, and others are not computed."""
+@pytest.mark.parametrize("argument", range(len(NAMES)), ids=NAMES)
+def test_each_gradient_alone(backend: str, small: Adjacency, argument: int) -> None:
+    """Needing one gradient alone does not change it, and the others are not computed."""
     values = layer_inputs(small, 20)
     every = leaves(values)
     one = torch.ones(13, 20, device=values[0].device)
     out = layer(small, every, backend)
-    want = gradients(out, every, one)[place]
+    want = gradients(out, every, one)[argument]
     alone = [x.detach() for x in values]
-    alone[place].requires_grad_()
-    (got,) = gradients(layer(small, alone, backend), [alone[place]], one)
+    alone[argument].requires_grad_()
+    (got,) = gradients(layer(small, alone, backend), [alone[argument]], one)
     assert torch.equal(got, want)
-    mask = [place == other for other in range(len(NAMES))]
-    given = (one, out.detach(), *values, list(small.fact_index), small.node_graph)
-    found = torch.ops.dragkit.message_passing_bwd(*given, mask, backend == "triton")
-    assert [g.numel() > 0 for g in found] == mask
+    mask = [argument == other for other in range(len(NAMES))]
+    inputs = (one, out.detach(), *values, list(small.fact_index), small.node_graph)
+    grads = torch.ops.dragkit.message_passing_bwd(*inputs, mask, backend == "triton")
+    assert [g.numel() > 0 for g in grads] == mask
 
 
-def test_infinite_and_missing_numbers_stay_in_their_rows(
-    backend: str, device: torch.device
-) -> None:
+def test_infinity_and_nan_stay_in_their_rows(backend: str, device: torch.device) -> None:
     pack = to_device(_chain(), device)
     values = layer_inputs(pack, 20)
     values[0][3, 0] = float("nan")
     values[1][7] = float("inf")
-    # The rows of every third fact: only one column of the nodes that they reach.
+    # Table rows of every third fact: they reach one column of one node per fact.
     values[2][1, 4], values[3][2, 5] = float("nan"), float("inf")
     out = layer(pack, values, backend)
     wanted = message_passing_ref(*values, fact_index=pack.fact_index, node_graph=pack.node_graph)
@@ -271,7 +269,7 @@ def test_autocast_changes_nothing(backend: str, small: Adjacency) -> None:
 
 
 def test_uninitialised_memory_is_never_read() -> None:
-    """Deterministic mode fills fresh memory of PyTorch's own functions with NaN."""
+    """Deterministic mode makes PyTorch fill the memory that it allocates with NaN."""
     pack = random_adjacency([(0, 0), (9, 20), (4, 0)], 4)
     inputs = leaves(layer_inputs(pack, 7))
     torch.use_deterministic_algorithms(True)
@@ -284,7 +282,7 @@ def test_uninitialised_memory_is_never_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "bad", "message"),
+    ("argument", "bad", "message"),
     [
         (0, torch.zeros(12, 7), r"h must have shape \[13, \*\], got \[12, 7\]"),
         (1, torch.zeros(13, 1), r"p must have shape \[13\], got \[13, 1\]"),
@@ -293,9 +291,9 @@ def test_uninitialised_memory_is_never_read() -> None:
         (6, torch.zeros(7, dtype=torch.int64), r"bias must be floating point"),
     ],
 )
-def test_wrong_arguments(small: Adjacency, place: int, bad: Tensor, message: str) -> None:
+def test_wrong_arguments(small: Adjacency, argument: int, bad: Tensor, message: str) -> None:
     inputs = layer_inputs(small, 7)
-    inputs[place] = bad
+    inputs[argument] = bad
     with pytest.raises(ValueError, match=message):
         layer(small, inputs)
     with pytest.raises(ValueError, match=r"table must have shape \[8, \*\], got \[1, 7\]"):

@@ -1,4 +1,4 @@
-"""Philox known answers, and noise that depends on nothing but seed, question and fact."""
+"""Philox known answers, and noise that depends only on seed, question and fact."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_philox_known_answers(counter: tuple, key: tuple, expected: tuple) -> No
 
 
 def plain_philox_word(counter: list[int], key: list[int]) -> int:
-    """Word 0 with Python's unbounded integers."""
+    """Word 0 of Philox4x32-10 in Python integers."""
     c, k = list(counter), list(key)
     for _ in range(10):
         a, b = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
@@ -45,7 +45,7 @@ def plain_philox_word(counter: list[int], key: list[int]) -> int:
 
 @pytest.mark.parametrize("seed", [0, 42, (1 << 40) + 17, -3])
 def test_counter_and_key_words(seed: int) -> None:
-    """Fact index, both words of the question's key and both words of the seed count."""
+    """The noise depends on the fact index, and on both words of question key and seed."""
     keys = [0, 7, (5 << 32) + 9, -1, 0]
     fact_ptr = torch.tensor([0, 2, 2, 5, 6, 9], dtype=torch.int32)
     noise = logistic_noise(torch.tensor(seed), torch.tensor(keys), fact_ptr)
@@ -80,7 +80,7 @@ def test_noise_does_not_depend_on_the_batch() -> None:
 
 
 def test_noise_is_logistic() -> None:
-    """Kolmogorov-Smirnov distance over facts of many questions and several seeds."""
+    """Bounds the Kolmogorov-Smirnov distance over many questions and several seeds."""
     count = 40_000
     ptr = torch.arange(0, count + 1, 40).int()
     keys = torch.arange(len(ptr) - 1) * 12345 + 1
@@ -90,7 +90,7 @@ def test_noise_is_logistic() -> None:
         cdf = torch.sigmoid(noise)
         above = torch.arange(1, count + 1, dtype=torch.float64) / count
         distance = float(torch.maximum((cdf - above).abs(), (cdf - above + 1 / count).abs()).max())
-        # 1.95 / sqrt(n) is exceeded by chance once in a thousand draws; the seeds are fixed.
+        # Chance exceeds 1.95 / sqrt(n) once in a thousand draws. The seeds are fixed.
         assert distance < 1.95 / math.sqrt(count)
 
 

@@ -1,4 +1,4 @@
-"""Fact orders against plain Python sorting."""
+"""FactIndex and GroupedIndex against plain Python sorting."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dragkit_kernels.testing import Adjacency, random_adjacency
 
 
 def check_grouping(ptr: torch.Tensor, facts: torch.Tensor, keys: list[int], groups: int) -> None:
-    """ptr and facts must list the facts of every group in ascending order."""
+    """Asserts that ptr and facts list the facts of every group in ascending order."""
     bounds = ptr.tolist()
     assert len(bounds) == groups + 1
     for group in range(groups):
@@ -20,7 +20,7 @@ def check_grouping(ptr: torch.Tensor, facts: torch.Tensor, keys: list[int], grou
         assert listed == [e for e, key in enumerate(keys) if key == group]
 
 
-def test_orders_list_the_facts_of_every_node_and_pair(pack: Adjacency) -> None:
+def test_perms_list_the_facts_of_every_node_and_pair(pack: Adjacency) -> None:
     fact_index = pack.fact_index
     assert all(x.dtype == torch.int32 for x in fact_index)
     check_grouping(
@@ -48,7 +48,7 @@ def test_orders_list_the_facts_of_every_node_and_pair(pack: Adjacency) -> None:
     sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 12)), min_size=1, max_size=5),
     seed=st.integers(0, 99),
 )
-def test_joined_graphs_equal_one_built_pack(sizes: list[tuple[int, int]], seed: int) -> None:
+def test_concatenated_graphs_equal_one_sorted_pack(sizes: list[tuple[int, int]], seed: int) -> None:
     whole = random_adjacency(sizes, 4, seed=seed)
     parts = []
     for g, (nodes, _) in enumerate(sizes):
@@ -69,7 +69,7 @@ def test_joined_graphs_equal_one_built_pack(sizes: list[tuple[int, int]], seed: 
         assert got.dtype == torch.int32 and torch.equal(got, want), name
 
 
-def test_graphs_without_nodes_join() -> None:
+def test_graphs_without_nodes_are_concatenated() -> None:
     empty = build_fact_index(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)), 0)
     one = build_fact_index(torch.tensor([0]), torch.tensor([1]), torch.tensor([3]), 2)
     joined = concat_fact_indexes([empty, one, empty])
@@ -93,15 +93,15 @@ def test_wrong_arguments() -> None:
 
 
 @given(st.lists(st.integers(0, 6), max_size=30))
-def test_row_order_lists_the_places_of_every_row(rows: list[int]) -> None:
-    """Rows 5 and 6 belong to none of five: they come after the end of the last."""
+def test_grouped_index_lists_the_positions_of_every_row(rows: list[int]) -> None:
+    """Rows 5 and 6 are not below R = 5, so they come after the last group."""
     order = grouped_index(torch.tensor(rows).int(), 5)
     assert order.perm.dtype == order.ptr.dtype == torch.int32
     check_grouping(order.ptr, order.perm, rows, 5)
     assert sorted(order.perm.tolist()) == list(range(len(rows)))
 
 
-def test_row_order_refuses_other_tensors() -> None:
+def test_grouped_index_refuses_other_tensors() -> None:
     with pytest.raises(ValueError, match="grouped_index: rows must be int32"):
         grouped_index(torch.zeros(3, dtype=torch.int64), 2)
     with pytest.raises(ValueError, match=r"rows must have shape \[\*\], got \[1, 3\]"):

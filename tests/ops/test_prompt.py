@@ -1,4 +1,4 @@
-"""Tokens and embeddings of prompts against loops, with the gradient of the vectors."""
+"""prompt_tokens and prompt_embeddings against loops, with the gradient of the vectors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dragkit_kernels.testing import (
 from tests.ops.cases import DTYPES, FORWARD
 
 OPS = torch.ops.dragkit
-# The embeddings are copies, which are rounded where the dtypes differ and only there.
+# The embeddings are copies: only a cast between dtypes rounds them.
 TOLERANCE = FORWARD | {torch.float32: 0.0}
 
 
@@ -40,15 +40,15 @@ def check_tokens(
     sizes = {"ptr": ptr, "num_tokens": int(ptr[-1]), "backend": backend}
     wanted = prompt_tokens_ref(*layout, chosen)
     with fenced_allocations():
-        found = prompt_tokens(*layout, chosen, **sizes)
+        result = prompt_tokens(*layout, chosen, **sizes)
         strided = prompt_tokens(*map(strided_like, layout), strided_like(chosen), **sizes)
-    for x, y, z in zip(found, strided, wanted, strict=True):
+    for x, y, z in zip(result, strided, wanted, strict=True):
         assert x.dtype == torch.int32 and torch.equal(x, z) and torch.equal(y, z)
 
 
 @pytest.mark.parametrize("question", [[0], [1, 0], [4, 2, 0, 1, 3], [5, 5], [3] * 8, []], ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 19])
-def test_tokens_equal_those_of_a_loop(
+def test_tokens_equal_a_loop(
     backend: str, device: torch.device, count: int, question: list[int]
 ) -> None:
     for seed in (count, count + 1):
@@ -57,7 +57,7 @@ def test_tokens_equal_those_of_a_loop(
         )
 
 
-def test_prompts_of_vectors_alone_and_of_nothing(backend: str, device: torch.device) -> None:
+def test_prompts_of_only_vectors_and_empty_prompts(backend: str, device: torch.device) -> None:
     pieces = random_prompt_pieces(3, 4, longest=0)
     assert pieces.source.numel() == 0 and int(pieces.length.sum()) > 0
     for part in (pieces, pieces._replace(end=0 * pieces.end, length=0 * pieces.length)):
@@ -68,7 +68,7 @@ def test_tokens_by_hand() -> None:
     ints = {"dtype": torch.int32}
     tokens = prompt_tokens(
         torch.tensor([11, 12, 13, 14], **ints),
-        torch.tensor([[0, 2, 4], [3, 0, 1]], **ints),  # the vector at the end has no text
+        torch.tensor([[0, 2, 4], [3, 0, 1]], **ints),  # the last piece is a vector alone
         torch.tensor([[2, 4, 5], [1, 1, 3]], **ints),
         torch.tensor([[-1, 5, 7], [-1, 3, -1]], **ints),
         torch.tensor([1, 0], **ints),
@@ -82,18 +82,18 @@ def test_tokens_by_hand() -> None:
 
 
 def inputs(tokens: int, slots: int, width: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Table, ids, vectors and slots; some vectors are at no token."""
+    """(table, ids, vectors, slot), where some vectors have no token."""
     draw = torch.Generator().manual_seed(0)
     slot = torch.full((tokens,), -1, dtype=torch.int32)
     used = min(tokens, slots) * 2 // 3
-    at = torch.randperm(tokens, generator=draw)[:used]
-    slot[at] = torch.randperm(slots, generator=draw)[:used].int()
+    positions = torch.randperm(tokens, generator=draw)[:used]
+    slot[positions] = torch.randperm(slots, generator=draw)[:used].int()
     ids = torch.randint(0, 20, (tokens,), generator=draw, dtype=torch.int32)
     table = torch.randn(20, width, generator=draw).to(dtype)
     return table, ids, torch.randn(slots, width, generator=draw), slot
 
 
-def test_the_reference_by_a_loop() -> None:
+def test_the_reference_equals_a_loop() -> None:
     table, ids, vectors, slot = inputs(40, 9, 6, torch.float32)
     wanted = [vectors[s] if s >= 0 else table[i] for i, s in zip(ids, slot, strict=True)]
     assert torch.equal(prompt_embeddings_ref(table, ids, vectors, slot), torch.stack(wanted))
@@ -114,33 +114,33 @@ def test_embeddings_and_their_gradient(
     sizes: tuple[int, int, int],
 ) -> None:
     table, ids, rows, slot = (x.to(device) for x in inputs(*sizes, dtype))
-    tried, exact = leaves([rows.to(vectors)]), leaves([rows.to(vectors).double()])
+    leaf, exact_leaf = leaves([rows.to(vectors)]), leaves([rows.to(vectors).double()])
     grad = torch.randn(sizes[0], sizes[2], generator=torch.Generator().manual_seed(1)).to(table)
     one = torch.ones((), device=device, dtype=dtype)
     for given in (grad, strided_like(grad), one.expand(grad.shape)):
-        expected = prompt_embeddings_ref(table.double(), ids, *exact, slot)
-        (wanted,) = gradients(expected, exact, given)
+        expected = prompt_embeddings_ref(table.double(), ids, *exact_leaf, slot)
+        (wanted,) = gradients(expected, exact_leaf, given)
         with fenced_allocations():
-            out = prompt_embeddings(table, ids, *tried, slot, backend=backend)
-            (found,) = gradients(out, tried, given)
-        assert out.dtype == dtype and found.dtype == vectors
+            out = prompt_embeddings(table, ids, *leaf, slot, backend=backend)
+            (result,) = gradients(out, leaf, given)
+        assert out.dtype == dtype and result.dtype == vectors
         assert_close(out, expected, tolerance=TOLERANCE[dtype])
         text = slot < 0
         assert torch.equal(out[text], table[ids[text].long()])
-        assert_close(found, wanted, tolerance=TOLERANCE[vectors])
+        assert_close(result, wanted, tolerance=TOLERANCE[vectors])
 
 
 def test_nan_and_infinity_stay_in_their_rows(backend: str, device: torch.device) -> None:
     table, ids, rows, slot = (x.to(device) for x in inputs(12, 6, 5, torch.float32))
-    ids[slot >= 0] = 0  # the text at the token of a vector
+    ids[slot >= 0] = 0  # ids are ignored at vectors
     table[0] = torch.nan
     rows[[s for s in range(6) if s not in slot.tolist()]] = torch.inf
     rows.requires_grad_()
     out = prompt_embeddings(table, ids, rows, slot, backend=backend)
     assert_close(out, prompt_embeddings_ref(table, ids, rows, slot))
     grad = torch.ones_like(out).masked_fill((slot < 0).unsqueeze(1), torch.nan)
-    (found,) = gradients(out, [rows], grad)
-    assert found.isfinite().all() and int(found.sum()) == 5 * int((slot >= 0).sum())
+    (result,) = gradients(out, [rows], grad)
+    assert result.isfinite().all() and int(result.sum()) == 5 * int((slot >= 0).sum())
 
 
 def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
@@ -155,8 +155,8 @@ def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
 
 def test_gradcheck() -> None:
     table, ids, rows, slot = inputs(9, 6, 3, torch.float64)
-    (tried,) = leaves([rows.double()])
-    assert torch.autograd.gradcheck(lambda x: prompt_embeddings(table, ids, x, slot), tried)
+    (leaf,) = leaves([rows.double()])
+    assert torch.autograd.gradcheck(lambda x: prompt_embeddings(table, ids, x, slot), leaf)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_gradcheck() -> None:
         ({"ptr": lambda x: x[1:]}, "ptr must have shape"),
     ],
 )
-def test_wrong_tokens_are_refused(change: dict[str, Callable], message: str) -> None:
+def test_wrong_tokens_raise(change: dict[str, Callable], message: str) -> None:
     pieces = random_prompt_pieces(2, 3)
     question = torch.arange(2, dtype=torch.int32)
     ptr = torch.cat([torch.zeros(1), pieces.length.cumsum(0)]).int()
@@ -179,7 +179,7 @@ def test_wrong_tokens_are_refused(change: dict[str, Callable], message: str) -> 
         prompt_tokens(**given, num_tokens=int(pieces.length.sum()))
 
 
-def test_wrong_embeddings_are_refused() -> None:
+def test_wrong_embeddings_raise() -> None:
     table, ids, vectors, slot = inputs(6, 3, 6, torch.float32)
     with pytest.raises(ValueError, match="vectors must have shape"):
         prompt_embeddings(table, ids, vectors[:, 1:], slot)
@@ -199,6 +199,6 @@ def test_opcheck() -> None:
     question = torch.tensor([2, 0], dtype=torch.int32)
     ptr = torch.cat([torch.zeros(1), length[question.long()].cumsum(0)]).int()
     arguments = (*layout, question, ptr, int(ptr[-1]), False)
-    # The checks of gradients want a float output.
+    # The autograd checks need a float output.
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.prompt_tokens_fwd.default, arguments, test_utils=checks)

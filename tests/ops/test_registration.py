@@ -34,7 +34,7 @@ def floats(pack: Adjacency, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 
 def fact_groups(rows: int) -> FactGroups:
-    """Two facts for every row."""
+    """Two facts for every merged fact."""
     row = torch.arange(2 * rows, dtype=torch.int32) % rows
     ptr = torch.arange(rows + 1, dtype=torch.int32) * 2
     return FactGroups(row, ptr, torch.argsort(row, stable=True).int())
@@ -43,16 +43,16 @@ def fact_groups(rows: int) -> FactGroups:
 def test_opcheck_message_passing() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = list(floats(pack).values())
-    walks = (list(pack.fact_index), pack.node_graph)
-    torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *walks, False))
+    index = (list(pack.fact_index), pack.node_graph)
+    torch.library.opcheck(torch.ops.dragkit.message_passing_fwd.default, (*x, *index, False))
     plain = [t.detach() for t in x]
-    out = torch.ops.dragkit.message_passing_fwd(*plain, *walks, False)
+    out = torch.ops.dragkit.message_passing_fwd(*plain, *index, False)
     for mask in ([True] * 7, [False, True, False, True, False, True, False]):
-        arguments = (torch.randn_like(out), out, *plain, *walks, mask, False)
+        arguments = (torch.randn_like(out), out, *plain, *index, mask, False)
         torch.library.opcheck(torch.ops.dragkit.message_passing_bwd.default, arguments)
 
 
-def test_opcheck_the_others() -> None:
+def test_opcheck_relation_sum_and_segment_softmax() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     o, ops = pack.fact_index, torch.ops.dragkit
     table = torch.randn(o.num_pairs, WIDTH).requires_grad_()
@@ -71,7 +71,7 @@ def test_opcheck_the_others() -> None:
     torch.library.opcheck(ops.segment_softmax_bwd.default, counted)
 
 
-def test_fake_tensors_follow_low_precision() -> None:
+def test_fake_tensors_have_the_dtypes_of_low_precision() -> None:
     pack = random_adjacency([(5, 9), (0, 0), (4, 6)], 4)
     x = [t.detach() for t in floats(pack, torch.bfloat16).values()]
     index = list(pack.fact_index)
@@ -112,7 +112,7 @@ def test_second_derivatives_are_refused() -> None:
 
 
 def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """A small retriever: node start, two layers with softmax, fact scores."""
+    """A small retriever: initial node states, two layers with softmax, fact scores."""
     h = torch.relu(relation_sum(x["table_inv"], fact_index=pack.fact_index)) + x["h"]
     p = x["p"]
     for _ in range(2):
@@ -142,7 +142,7 @@ def model(pack: Adjacency, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
 def test_compiled_equals_eager_for_any_size() -> None:
     """One graph serves packs of every size, gradients included.
 
-    The lengths of the first pack are all different: compile takes equal ones for the same.
+    The sizes of the first pack all differ, because compile treats equal sizes as one symbol.
     """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -155,6 +155,6 @@ def test_compiled_equals_eager_for_any_size() -> None:
             out = function(pack, x)
             loss = sum((i + 1) * (t * t).sum() for i, t in enumerate(out))
             outputs.append((*out, *torch.autograd.grad(loss, list(x.values()))))
-        for place, (want, got) in enumerate(zip(*outputs, strict=True)):
-            assert_close(got, want.double(), name=f"output {place} of {sizes}")
+        for number, (want, got) in enumerate(zip(*outputs, strict=True)):
+            assert_close(got, want.double(), name=f"output {number} of {sizes}")
     assert counter.frame_count == 1

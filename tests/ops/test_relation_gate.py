@@ -19,7 +19,7 @@ from dragkit_kernels.testing import (
 )
 from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
 
-# The interpreter computes masked elements too.
+# The interpreter also computes masked elements, and NumPy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 RELATIONS, GRAPHS = 6, 4
@@ -27,8 +27,11 @@ Pairs = tuple[Tensor, Tensor]
 
 
 def _pack() -> Pairs:
-    """As a retriever has them: graphs one after the other, the first and third without pairs, then
-    one self-loop of the last relation for each. Relations 0 and 3 occur nowhere."""
+    """Pairs as in a retriever: ascending by graph, then one self-loop per graph.
+
+    Self-loops have the last relation. The first and the third graph have no other pair.
+    Relations 0 and 3 do not occur.
+    """
     relation = [1, 2, 4, 1, 4, *[RELATIONS - 1] * GRAPHS]
     return torch.tensor(relation).int(), torch.tensor([1, 1, 1, 3, 3, *range(GRAPHS)]).int()
 
@@ -40,7 +43,7 @@ def _random() -> Pairs:
 
 
 def _hub() -> Pairs:
-    """One relation and one graph in all pairs but one: several blocks of rows."""
+    """All pairs but one have the same relation and graph, which fills several blocks of rows."""
     relation, graph = torch.full((101,), 2).int(), torch.full((101,), 1).int()
     relation[50], graph[50] = 4, 3
     return relation, graph
@@ -83,7 +86,7 @@ def check(
     *,
     with_index: bool = False,
 ) -> None:
-    """Result and gradients agree with the float64 reference, and every buffer is filled."""
+    """Asserts equality with the float64 reference and that the op writes all of its buffers."""
     tried, exact = leaves(values), leaves([x.double() for x in values])
     expected, dtype = relation_gate_ref(*exact, *pairs), values[0].dtype
     if grad is None:
@@ -93,27 +96,27 @@ def check(
             *tried, *pairs, **(grouped_pairs(pairs) if with_index else {}), backend=backend
         )
         got = gradients(actual, tried, grad)
-        nothing = gradients(relation_gate(*tried, *pairs, backend=backend), tried, 0 * grad)
+        zero_grads = gradients(relation_gate(*tried, *pairs, backend=backend), tried, 0 * grad)
     assert actual.dtype == dtype and actual.shape == expected.shape
     assert_close(actual, expected, tolerance=FORWARD[dtype])
-    # The op takes the rounded output for positive or not.
+    # The op masks the gradient where the rounded output is not positive.
     wanted = torch.autograd.grad(expected, exact, torch.where(actual <= 0, 0.0, grad.double()))
     for name, g, want in zip("ui", got, wanted, strict=True):
         assert g.dtype == dtype
         assert_close(g, want, name=f"d{name}", tolerance=GRADIENT[dtype])
-    assert not any(g.any() for g in nothing)
+    assert not any(g.any() for g in zero_grads)
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_reference_matches_the_loop(name: str) -> None:
     relation, graph = PAIRS[name]()
     u, i = (x.double() for x in make_values(3))
-    found = relation_gate_ref(u, i, relation, graph)
-    assert found.shape == (2, len(relation), 2, 3)
+    out = relation_gate_ref(u, i, relation, graph)
+    assert out.shape == (2, len(relation), 2, 3)
     for d in (0, 1):
         for p, (r, g) in enumerate(zip(relation.tolist(), graph.tolist(), strict=True)):
             for k in (0, 1):
-                assert torch.equal(found[d, p, k], (u[d, r] * i[g, k]).clamp(min=0))
+                assert torch.equal(out[d, p, k], (u[d, r] * i[g, k]).clamp(min=0))
 
 
 @pytest.mark.parametrize("with_index", [False, True], ids=["sorts", "with_index"])
@@ -143,7 +146,7 @@ def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> Non
 
 @pytest.mark.triton
 def test_what_underflows_has_no_gradient(device: torch.device) -> None:
-    """Products below the smallest float16 are zero: the backward must round as the forward did."""
+    """A product below the smallest float16 is zero. The backward must round as the forward did."""
     values = [x * 2.5e-4 for x in make_values(64, device=device, dtype=torch.float16)]
     pairs, results = on(device, _random()), []
     for backend in ("triton", "torch"):
@@ -156,7 +159,7 @@ def test_what_underflows_has_no_gradient(device: torch.device) -> None:
         assert_close(got, want.double())
 
 
-def test_nan_and_infinity_stay_what_they_are(backend: str, device: torch.device) -> None:
+def test_nan_and_infinity_pass_through_as_in_pytorch(backend: str, device: torch.device) -> None:
     values, pairs = make_values(7, device=device), on(device, _pack())
     values[0][1, 1, 2], values[0][0, 2, 3], values[1][1, 0, 1] = math.nan, math.inf, -math.inf
     tried, plain = leaves(values), leaves(values)
@@ -170,17 +173,17 @@ def test_nan_and_infinity_stay_what_they_are(backend: str, device: torch.device)
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_gradient_nobody_wants_is_not_computed(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, place: int
+@pytest.mark.parametrize("argument", [0, 1])
+def test_an_unneeded_gradient_is_not_computed(
+    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, argument: int
 ) -> None:
     if backend == "triton":
         name = ("_relation_gate_bwd_instruction_kernel", "_relation_gate_bwd_relation_kernel")
-        monkeypatch.setattr(kernels("relation_gate.backward"), name[place], None)
+        monkeypatch.setattr(kernels("relation_gate.backward"), name[argument], None)
     values, pairs = make_values(7, device=device), on(device, _pack())
-    values[place].requires_grad_()
+    values[argument].requires_grad_()
     out = relation_gate(*values, *pairs, backend=backend)
-    torch.autograd.grad(out.sum(), values[place])
+    torch.autograd.grad(out.sum(), values[argument])
 
 
 def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
@@ -192,8 +195,8 @@ def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-def test_only_pytorch_keeps_the_output(backend: str, device: torch.device) -> None:
-    """Under dropout the output has no other reader, and the kernels free its memory."""
+def test_only_the_pytorch_path_saves_the_output(backend: str, device: torch.device) -> None:
+    """Under dropout no other op saves the output, so the kernels free its memory."""
     values, pairs = leaves(make_values(7, device=device)), on(device, _pack())
     shapes: list[torch.Size] = []
     with torch.autograd.graph.saved_tensors_hooks(
@@ -207,7 +210,7 @@ def test_gradcheck_opcheck_and_no_second_derivative() -> None:
     values, pairs = [x.double() for x in make_values(3)], _random()
     inputs, ops = leaves(values), torch.ops.dragkit
     assert torch.autograd.gradcheck(lambda u, i: relation_gate(u, i, *pairs), inputs)
-    with_index = [x for order in grouped_pairs(pairs).values() for x in order]
+    with_index = [x for grouping in grouped_pairs(pairs).values() for x in grouping]
     for grouped in ([], with_index):
         torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, grouped, False))
         out = ops.relation_gate_fwd(*values, *pairs, grouped, False)
@@ -221,7 +224,7 @@ def test_gradcheck_opcheck_and_no_second_derivative() -> None:
 
 
 def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> None:
-    """A relation in many pairs: adding ones in bfloat16 stops at 256."""
+    """A relation has 2000 pairs. A bfloat16 sum of ones stops growing at 256."""
     ones = [torch.ones(s, device=device).bfloat16() for s in ((2, 1, 1), (1, 1, 1))]
     ones, rows = leaves(ones), torch.zeros(2000, device=device).int()
     out = relation_gate(*ones, rows, rows, backend=backend)
@@ -232,31 +235,37 @@ def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> 
 
 def test_wrong_arguments() -> None:
     (u, i), (relation, graph) = make_values(7), _random()
-    order, other = grouped_pairs((relation, graph)).values()
-    for given, options, message in (
+    by_relation, by_graph = grouped_pairs((relation, graph)).values()
+    for inputs, options, message in (
         ((u[0], i, relation, graph), {}, r"relation must have shape \[2, \*, 7\], got \[6, 7\]"),
         ((u, i, relation, graph.long()), {}, "pair_graph must be int32"),
         ((u, i[:, :0], relation, graph), {}, "at least one instruction"),
         (
             (u, i, relation, graph),
-            {"pairs_by_graph": other},
+            {"pairs_by_graph": by_graph},
             "both pairs_by_relation and pairs_by_graph",
         ),
         (
             (u, i, relation, graph),
-            {"pairs_by_relation": order._replace(ptr=order.ptr[1:]), "pairs_by_graph": other},
+            {
+                "pairs_by_relation": by_relation._replace(ptr=by_relation.ptr[1:]),
+                "pairs_by_graph": by_graph,
+            },
             r"pairs_by_relation.ptr must have shape \[7\], got \[6\]",
         ),
         (
             (u, i, relation, graph),
-            {"pairs_by_relation": order, "pairs_by_graph": grouped_index(graph[1:], 4)},
+            {"pairs_by_relation": by_relation, "pairs_by_graph": grouped_index(graph[1:], 4)},
             r"pairs_by_graph.perm must have shape \[41\], got \[40\]",
         ),
         (
             (u, i, relation, graph),
-            {"pairs_by_relation": order._replace(perm=order.perm.long()), "pairs_by_graph": other},
+            {
+                "pairs_by_relation": by_relation._replace(perm=by_relation.perm.long()),
+                "pairs_by_graph": by_graph,
+            },
             "pairs_by_relation.perm must be int32",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            relation_gate(*given, **options)
+            relation_gate(*inputs, **options)

@@ -1,4 +1,4 @@
-"""Gathered and added rows against loops and float64 references, with every gradient."""
+"""Gathered and summed rows against loops and float64 references, with every gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dragkit_kernels.testing import (
     strided_like,
 )
 
-# The interpreter cuts bfloat16 off where a GPU rounds.
+# The interpreter truncates to bfloat16, a GPU rounds.
 FORWARD = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -39,9 +39,9 @@ FORWARD = {
 GRADIENT = {torch.float64: 2e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 DTYPES = pytest.mark.parametrize("dtype", list(FORWARD), ids=str)
 WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 257])
-# Nobody gathers the first row, one in the middle and the last; one row is gathered 75 times.
+# Rows 0, 2, 5 and 7 are not gathered. Row 4 is gathered 75 times.
 ROWS = torch.tensor([3, 1, 6, 3, 1, *[4] * 70, 6, *[4] * 5]).int()
-# Segments without rows likewise; the last one has more rows than a block.
+# Segments 0, 2 and 5 have no rows. Segment 4 has more rows than a block.
 SEGMENTS = torch.tensor([1, 1, 1, 3, *[4] * 70]).int()
 
 
@@ -57,7 +57,7 @@ def kernels_have(backend: str, dtype: torch.dtype) -> None:
 def check(
     function: Callable, reference: Callable, values: list[Tensor], grad: Tensor | None = None
 ) -> None:
-    """Result and gradients agree with the float64 reference, and every buffer is filled."""
+    """Asserts equality with the float64 reference and that the op writes all of its buffers."""
     tried, exact = leaves(values), leaves([x.double() for x in values])
     expected = reference(*exact)
     if not expected.requires_grad:  # no row was gathered
@@ -69,19 +69,19 @@ def check(
     with fenced_allocations():
         actual = function(*tried)
         got = gradients(actual, tried, grad)
-        nothing = gradients(function(*tried), tried, torch.zeros_like(grad))
+        zero_grads = gradients(function(*tried), tried, torch.zeros_like(grad))
     assert actual.dtype == values[0].dtype and actual.shape == expected.shape
     assert_close(actual, expected, tolerance=FORWARD[actual.dtype])
     for g, x, want in zip(got, values, gradients(expected, exact, grad), strict=True):
         assert g.dtype == x.dtype
         assert_close(g, want, tolerance=GRADIENT[g.dtype])
-    assert not any(g.isfinite().logical_and(g != 0).any() for g in nothing)
+    assert not any(g.isfinite().logical_and(g != 0).any() for g in zero_grads)
 
 
 def check_gather(table: Tensor, rows: Tensor, backend: str, grad: Tensor | None = None) -> None:
-    for order in (None, grouped_index(rows, table.shape[0])):
+    for grouping in (None, grouped_index(rows, table.shape[0])):
         check(
-            lambda x, order=order: gather_rows(x, rows, by_row=order, backend=backend),
+            lambda x, grouping=grouping: gather_rows(x, rows, by_row=grouping, backend=backend),
             lambda x: gather_rows_ref(x, rows),
             [table],
             grad,
@@ -141,12 +141,12 @@ def looped_facts(
 def make_facts(
     device: torch.device, sizes: list[tuple[int, int]]
 ) -> tuple[FactIndex, list[FactGroups | None], Tensor]:
-    """Orders, no groups and groups, and places of which some are empty."""
+    """A FactIndex, no groups and random groups, and selected facts with empty positions."""
     fact_index = random_adjacency(sizes, 4).fact_index
     facts, generator = fact_index.num_facts, torch.Generator().manual_seed(5)
     row = torch.randint(0, max(facts, 1), (3 * facts,), generator=generator).int()
-    place, ptr = grouped_index(row, facts)
-    groups = FactGroups(*(x.to(device) for x in (row, ptr, place)))
+    perm, ptr = grouped_index(row, facts)
+    groups = FactGroups(*(x.to(device) for x in (row, ptr, perm)))
     index = torch.randint(-1, max(facts, 0), (3, 25), generator=generator).int()
     index[1] = -1
     index[2, 3] = facts - 1
@@ -178,12 +178,12 @@ def check_facts(
 def test_fact_rows(
     backend: str, device: torch.device, dtype: torch.dtype, sizes: list[tuple[int, int]]
 ) -> None:
-    """Hubs and empty graphs; a selection of nothing."""
+    """The packs have hubs and empty graphs. An empty selection works too."""
     kernels_have(backend, dtype)
-    fact_index, both, index = make_facts(device, sizes)
+    fact_index, groupings, index = make_facts(device, sizes)
     shapes = (fact_index.num_nodes, 5), (fact_index.num_pairs, 3)
     values = [random(*s).to(device, dtype) for s in shapes]
-    for groups in both:
+    for groups in groupings:
         check_facts(values, fact_index, groups, index, backend)
         check_facts(values, fact_index, groups, index[:, :0], backend)
 
@@ -197,8 +197,8 @@ def test_strided_inputs_and_gradients(backend: str, device: torch.device) -> Non
     for make in (lambda *s: strided_like(random(*s).to(device)), lambda *s: one.expand(s)):
         check_gather(node, rows, backend, make(rows.numel(), 7))
         check_sum(value, segment, 6, backend, make(6, 7))
-        places = strided_like(index)
-        check_facts([node, pairs], fact_index, groups, places, backend, make(*index.shape, 21))
+        grad = make(*index.shape, 21)
+        check_facts([node, pairs], fact_index, groups, strided_like(index), backend, grad)
 
 
 def test_empty_tables_and_selections(backend: str, device: torch.device) -> None:
@@ -217,7 +217,7 @@ def test_nan_and_infinity_stay_in_their_rows(backend: str, device: torch.device)
     check_sum(node, torch.tensor([0, 0, 1, 1, 1, 2, 2, 2, 2]).int().to(device), 4, backend)
 
 
-def test_what_an_empty_place_holds_reaches_nothing(backend: str, device: torch.device) -> None:
+def test_nan_at_an_empty_position_does_not_spread(backend: str, device: torch.device) -> None:
     fact_index = FactIndex(*(x.to(device) for x in random_adjacency([(5, 9)], 3).fact_index))
     values = leaves([x.to(device) for x in (random(5, 4), random(fact_index.num_pairs, 2))])
     index = torch.tensor([2, -1]).int().to(device)
@@ -225,12 +225,12 @@ def test_what_an_empty_place_holds_reaches_nothing(backend: str, device: torch.d
     grad = torch.ones_like(out)
     grad[1] = torch.nan
     assert all(bool(g.isfinite().all()) for g in gradients(out, values, grad))
-    values[0].data[fact_index.head[0]] = torch.nan  # fact 0 stands in at empty places
+    values[0].data[fact_index.head[0]] = torch.nan  # an empty position gathers fact 0
     assert not fact_rows(*values, index[1:], fact_index=fact_index, backend=backend).any()
 
 
 def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> None:
-    """Adding ones in bfloat16 stops at 256."""
+    """A bfloat16 sum of ones stops growing at 256."""
     rows = torch.zeros(2000).int().to(device)
     table = torch.ones(1, 1).to(device).bfloat16().requires_grad_()
     gather_rows(table, rows, backend=backend).sum().backward()
@@ -255,10 +255,10 @@ def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
 def test_opcheck_gradcheck_and_no_second_derivative() -> None:
     ops, rows = torch.ops.dragkit, torch.tensor([4, 0, 4, 2]).int()
     segment = torch.tensor([0, 0, 1, 3]).int()
-    for order in ([], list(grouped_index(rows, 9))):
+    for grouping in ([], list(grouped_index(rows, 9))):
         table = random(9, 5).requires_grad_()
-        torch.library.opcheck(ops.gather_rows_fwd.default, (table, rows, order, False))
-        arguments = (random(4, 5), rows, order, 9, False)
+        torch.library.opcheck(ops.gather_rows_fwd.default, (table, rows, grouping, False))
+        arguments = (random(4, 5), rows, grouping, 9, False)
         torch.library.opcheck(ops.gather_rows_bwd.default, arguments)
     value = random(4, 5).requires_grad_()
     torch.library.opcheck(ops.segment_sum_fwd.default, (value, segment, 5, False))

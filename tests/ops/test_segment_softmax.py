@@ -10,7 +10,7 @@ from dragkit_kernels import segment_softmax, segment_softmax_ref
 from dragkit_kernels.testing import Adjacency, assert_close, fenced_allocations, strided_like
 from tests.ops.cases import random
 
-# The interpreter computes masked elements too.
+# The interpreter also computes masked elements, and NumPy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SIZES = [[], [0], [0, 1, 5, 0, 31, 32, 33, 0], [1023, 1024, 1025], [2500, 3]]
@@ -26,7 +26,7 @@ def loop_softmax(score: Tensor, ptr: Tensor) -> Tensor:
 
 
 def repeated_softmax(score: Tensor, ptr: Tensor, count: Tensor) -> Tensor:
-    """Every row written out as often as it counts, and the probability of its first copy."""
+    """Repeats every row `count` times, and returns the probability of its first copy."""
     rows = torch.arange(score.shape[0]).repeat_interleave(count)
     ends = torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])
     return loop_softmax(score[rows], ends[ptr.long()].int())[ends[:-1]]
@@ -38,7 +38,7 @@ def repeated_softmax(score: Tensor, ptr: Tensor, count: Tensor) -> Tensor:
 def test_matches_one_softmax_per_graph(
     pack: Adjacency, dtype: torch.dtype, counted: bool, function: object
 ) -> None:
-    # Mild scores: a gradient that cancels to almost nothing has no relative precision to test.
+    # Small scores, because a gradient that cancels to almost zero has no relative precision.
     score = torch.randn(pack.fact_index.num_nodes).to(dtype)
     tried, exact = score.clone().requires_grad_(), score.double().requires_grad_()
     count = pack.node_count if counted else torch.ones_like(pack.node_count)
@@ -58,7 +58,7 @@ def test_matches_one_softmax_per_graph(
 def test_matches_the_reference(
     backend: str, device: torch.device, dtype: torch.dtype, sizes: list[int]
 ) -> None:
-    """Also rows of padding, strided scores and an expanded gradient."""
+    """The cases include padding, strided scores and an expanded gradient."""
     rows, ptr = sum(sizes) + 40, offsets(*sizes).to(device)
     score = (2 * random(rows)).to(device, dtype)
     generator = torch.Generator().manual_seed(rows)
@@ -77,7 +77,7 @@ def test_matches_the_reference(
         assert actual.dtype == torch.float32 and got.dtype == dtype
         assert_close(actual, expected, tolerance=2e-6)
         (want,) = torch.autograd.grad(expected, exact, grad.double())
-        # The gradient of a sum is zero where every count is one; what is left has no scale.
+        # An expanded gradient cancels to zero where every count is one, so an RMS has no scale.
         torch.testing.assert_close(got.double(), want, rtol=8e-3, atol=2e-6)
         if grad.stride() != (0,):
             assert_close(got, want)

@@ -1,4 +1,4 @@
-"""Ops over packed sequences at the 30B's widths, for a device; interpreted, on small ones."""
+"""Ops of packed sequences at the 30B model's sizes on a GPU, and interpreted at small sizes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def inputs(name: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Float inputs; those of few numbers stay float32, as in training."""
+    """Float inputs of an op. dt, A and D stay float32, as in training."""
     draw = torch.Generator().manual_seed(0)
     rows, inner = sum(LENGTHS), HEADS * WIDTH
 
-    def random(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(device, kind)
+    def random(*shape: int, as_dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(device, as_dtype)
 
     if name == "causal_conv":
         channels = inner + 2 * GROUPS * STATES
@@ -36,13 +36,13 @@ def inputs(name: str, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     if name == "gated_rms_norm":
         return [random(rows, inner), random(rows, inner), random(inner)]
     dt = torch.rand(rows, HEADS, generator=draw).to(device)
-    rate = -torch.logspace(-3, 0, HEADS).to(device)
-    maps = [0.2 * random(rows, GROUPS, STATES) for _ in range(2)]
-    x, skip = random(rows, HEADS, WIDTH), random(HEADS, kind=torch.float32)
-    return [x, dt, rate, *maps, skip]
+    A = -torch.logspace(-3, 0, HEADS).to(device)
+    B_and_C = [0.2 * random(rows, GROUPS, STATES) for _ in range(2)]
+    x, D = random(rows, HEADS, WIDTH), random(HEADS, as_dtype=torch.float32)
+    return [x, dt, A, *B_and_C, D]
 
 
-def call(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> Tensor:
+def run_op(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> Tensor:
     if name == "causal_conv":
         return causal_conv(*values, seq_pos, backend=backend)
     if name == "gated_rms_norm":
@@ -50,18 +50,20 @@ def call(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> Tens
     return ssd_scan(*values, seq_pos, backend=backend)
 
 
-def results(name: str, values: list[Tensor], seq_pos: Tensor, backend: str) -> list[Tensor]:
-    """The output and all gradients."""
-    tried = leaves(values)
-    out = call(name, tried, seq_pos, backend)
+def output_and_gradients(
+    name: str, values: list[Tensor], seq_pos: Tensor, backend: str
+) -> list[Tensor]:
+    """The output and the gradients of all inputs."""
+    args = leaves(values)
+    out = run_op(name, args, seq_pos, backend)
     grad = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(LOW).to(out)
-    return [out.detach(), *torch.autograd.grad(out, tried, grad)]
+    return [out.detach(), *torch.autograd.grad(out, args, grad)]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
     values, seq_pos = inputs(name, device, LOW), positions(LENGTHS, device)
-    first = results(name, values, seq_pos, "triton")
+    first = output_and_gradients(name, values, seq_pos, "triton")
     stream = None if INTERPRETED else torch.cuda.Stream()
     noise = torch.randn(64 if INTERPRETED else 4096, 64, device=device)
     for repeat in range(1, REPEATS):
@@ -69,7 +71,7 @@ def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
             with torch.cuda.stream(stream):
                 for _ in range(20):
                     noise = noise @ (noise.t() @ noise).tanh()
-        again = results(name, values, seq_pos, "triton")
+        again = output_and_gradients(name, values, seq_pos, "triton")
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
@@ -78,41 +80,43 @@ def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
 def test_errors_are_at_most_twice_those_of_pytorch(
     device: torch.device, name: str, dtype: torch.dtype
 ) -> None:
-    """Root mean square of the difference from float64, plus a unit of the last place.
+    """Compares RMS errors against float64, with a margin of one unit in the last place.
 
-    The scan's products round their operands to half precision on tensor cores, while PyTorch's form
-    widens them first: there the common bounds hold.
+    The scan's kernels multiply float16 or bfloat16 operands, while the PyTorch path multiplies in
+    float32. For the scan the tolerances of the other tests apply.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture puts it back
+    torch.backends.cuda.matmul.allow_tf32 = False  # the fixture in conftest.py restores it
     values, seq_pos = inputs(name, device, dtype), positions(LENGTHS, device)
-    exact = results(name, [x.double() for x in values], seq_pos, "torch")
-    ways = (results(name, values, seq_pos, way) for way in ("triton", "torch"))
-    for place, (x, y, z) in enumerate(zip(*ways, exact, strict=True)):
+    exact = output_and_gradients(name, [x.double() for x in values], seq_pos, "torch")
+    outputs = (
+        output_and_gradients(name, values, seq_pos, backend) for backend in ("triton", "torch")
+    )
+    for index, (x, y, z) in enumerate(zip(*outputs, exact, strict=True)):
         scale = float(z.square().mean().sqrt())
         ours, theirs = (float((a.double() - z).square().mean().sqrt()) for a in (x, y))
         unit = scale * torch.finfo(x.dtype).eps
         if name == "ssd_scan" and dtype == LOW:
-            unit = scale * (8e-3 if place else 4e-3)
-        assert ours <= 2 * theirs + unit, f"{name} {place}: {ours / scale:.1e}"
+            unit = scale * (8e-3 if index else 4e-3)
+        assert ours <= 2 * theirs + unit, f"{name} {index}: {ours / scale:.1e}"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sequences_of_a_pack_as_if_alone(device: torch.device, name: str) -> None:
+def test_packed_sequences_equal_sequences_alone(device: torch.device, name: str) -> None:
     values, seq_pos = inputs(name, device, LOW), positions(LENGTHS, device)
-    whole = call(name, values, seq_pos, "triton")
+    whole = run_op(name, values, seq_pos, "triton")
     rows = sum(LENGTHS)
     begin = 0
     for length in LENGTHS:
         part = slice(begin, begin + length)
-        own = [x[part].contiguous() if x.shape[0] == rows else x for x in values]
-        alone = call(name, own, seq_pos[part].contiguous(), "triton")
+        part_values = [x[part].contiguous() if x.shape[0] == rows else x for x in values]
+        alone = run_op(name, part_values, seq_pos[part].contiguous(), "triton")
         assert_close(whole[part], alone.double(), name=f"{name} from {begin}")
         begin += length
 
 
 @pytest.mark.parametrize("name", ["causal_conv", "gated_rms_norm"])
 def test_beyond_the_range_of_an_int32(device: torch.device, name: str) -> None:
-    """Rows whose offsets need 64 bits come out as they do near the start."""
+    """Rows beyond 2^31 elements equal the same rows near the start."""
     if not INTERPRETED and torch.cuda.mem_get_info()[0] < 40 * 2**30:
         pytest.skip("needs 40 GiB of free device memory")
     columns = 64 if INTERPRETED else 4096

@@ -1,4 +1,4 @@
-"""The helpers that other tests trust."""
+"""The helpers of dragkit_kernels.testing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared helpers of the kernels, and the noise kernel."""
+"""The Triton helpers of several ops, and the noise kernel."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_noise_kernel(device: torch.device, sizes: list[int]) -> None:
     ptr = torch.tensor([0, *sizes]).cumsum(0).int().to(device)
     seed = torch.tensor((9 << 32) + 4, device=device)
     keys = (torch.arange(len(sizes), device=device) << 30) - 5
-    num_facts = sum(sizes) + 70  # rows of padding
+    num_facts = sum(sizes) + 70  # padding rows
     with fenced_allocations():
         got = logistic_noise(seed, keys, ptr, num_facts=num_facts, backend="triton")
     want = logistic_noise(seed, keys, ptr, num_facts=num_facts, backend="torch")

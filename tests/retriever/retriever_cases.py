@@ -1,19 +1,18 @@
-"""Small random graphs, their packs and relations, and a retriever for them."""
+"""Small random graphs, their packs, their relations, and a retriever in float64."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.fx.experimental._config
+from torch import Tensor
 
 from dragkit.config import RetrieverConfig
 from dragkit.data.node_merging import merge_nodes
-from dragkit.data.packed import PackedGraph, QuestionBatch, TokenPack
+from dragkit.data.packed import PackedGraph, QuestionBatch, RelationStates, TokenPack
 from dragkit.retriever.retriever import Retriever
-from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import FactGroups, build_fact_index
 
-TEXT = 12
+TEXT, MAX_WORDS = 12, 4
 
 
 def make_graph(rng, num_nodes, num_facts, num_relations, num_tokens=None):
@@ -31,34 +30,37 @@ def make_graph(rng, num_nodes, num_facts, num_relations, num_tokens=None):
     }
 
 
-WORDS = 4
+def text_lengths(num_relations):
+    """Returns the number of tokens of every relation's two texts, 1 to MAX_WORDS."""
+    return 1 + (torch.arange(2 * num_relations) * 7 % MAX_WORDS).view(num_relations, 2)
 
 
-def lengths(num_relations):
-    """Tokens of every relation's two texts, 1 to WORDS."""
-    return 1 + (torch.arange(2 * num_relations) * 7 % WORDS).view(num_relations, 2)
+def as_int(values) -> Tensor:
+    return torch.tensor(np.asarray(values), dtype=torch.int32)
 
 
-def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
-    nodes = np.cumsum([0] + [g["num_nodes"] for g in graphs])
-    facts = np.cumsum([0] + [len(g["head"]) for g in graphs])
-    head = np.concatenate([g["head"] + o for g, o in zip(graphs, nodes, strict=False)])
-    tail = np.concatenate([g["tail"] + o for g, o in zip(graphs, nodes, strict=False)])
-    used, relation = np.unique(np.concatenate([g["relation"] for g in graphs]), return_inverse=True)
-    owner = np.repeat(np.arange(len(graphs)), np.diff(nodes))
-    mark = np.zeros(nodes[-1], dtype=bool)
-    for g, o in zip(graphs, nodes, strict=False):
-        mark[[o + t for t in g["topics"]]] = True
-    merged = merge_nodes(head, tail, relation, owner, mark, merge=merge)
-    num_nodes, num_rows = len(merged.size), len(merged.head)
+def pack_graph(graphs, relation, dtype, merge) -> PackedGraph:
+    num_graphs = len(graphs)
+    node_ptr = np.cumsum([0] + [g["num_nodes"] for g in graphs])
+    fact_ptr = np.cumsum([0] + [len(g["head"]) for g in graphs])
+    head, tail = (
+        np.concatenate([g[end] + start for g, start in zip(graphs, node_ptr, strict=False)])
+        for end in ("head", "tail")
+    )
+    entity_graph = np.repeat(np.arange(num_graphs), np.diff(node_ptr))
+    fact_graph = np.repeat(np.arange(num_graphs), np.diff(fact_ptr))
+    topic = np.zeros(node_ptr[-1], dtype=bool)
+    for g, start in zip(graphs, node_ptr, strict=False):
+        topic[[start + t for t in g["topics"]]] = True
+    merged = merge_nodes(head, tail, relation, entity_graph, topic, merge=merge)
+    num_nodes, num_rows = len(merged.node_count), len(merged.head)
     node_graph, row_graph = np.zeros(num_nodes, np.int32), np.zeros(num_rows, np.int32)
-    node_graph[merged.merged_node] = owner
-    row_graph[merged.merged_fact] = np.repeat(np.arange(len(graphs)), np.diff(facts))
-    topic_node = np.unique(merged.merged_node[mark])
-    topic = torch.zeros(num_nodes, dtype=dtype)
-    for row in topic_node:
-        topic[row] = 1 / len(graphs[node_graph[row]]["topics"])
-    as_int = lambda a: torch.tensor(np.asarray(a), dtype=torch.int32)  # noqa: E731
+    node_graph[merged.merged_node] = entity_graph
+    row_graph[merged.merged_fact] = fact_graph
+    topic_node = np.unique(merged.merged_node[topic])
+    topic_prob = torch.zeros(num_nodes, dtype=dtype)
+    for node in topic_node:
+        topic_prob[node] = 1 / len(graphs[node_graph[node]]["topics"])
 
     def fact_index(chosen):
         head, tail, relation, *counts = (as_int(column[chosen]) for column in merged[3:])
@@ -66,58 +68,62 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
         graph = as_int(row_graph[chosen])
         return build_fact_index(head, tail, relation, num_nodes, graph, **counts)
 
-    near = np.isin(merged.head, topic_node) | np.isin(merged.tail, topic_node)
+    near_topic = np.isin(merged.head, topic_node) | np.isin(merged.tail, topic_node)
     ends = np.cumsum(np.bincount(merged.merged_fact, minlength=num_rows))
+    return PackedGraph(
+        fact_index=fact_index(np.arange(num_rows)),
+        topic_facts=fact_index(np.flatnonzero(near_topic)),
+        groups=FactGroups(
+            as_int(merged.merged_fact),
+            as_int([0, *ends]),
+            as_int(np.argsort(merged.merged_fact, kind="stable")),
+        ),
+        topic_prob=topic_prob,
+        topic_node=as_int(topic_node),
+        topic_graph=as_int(node_graph[topic_node]),
+        node_count=as_int(merged.node_count),
+        node_graph=as_int(node_graph),
+        fact_graph=as_int(fact_graph),
+        node_ptr=as_int([0, *np.cumsum(np.bincount(node_graph, minlength=num_graphs))]),
+        fact_ptr=as_int(fact_ptr),
+        label=torch.zeros(int(fact_ptr[-1]), dtype=dtype),
+        question_key=torch.arange(num_graphs),
+        num_graphs=num_graphs,
+        num_nodes=num_nodes,
+        num_facts=int(fact_ptr[-1]),
+        max_facts=int(np.diff(fact_ptr).max()),
+    )
+
+
+def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
+    used, relation = np.unique(np.concatenate([g["relation"] for g in graphs]), return_inverse=True)
     longest = max(len(g["question"]) for g in graphs)
     states = torch.zeros(len(graphs), longest, TEXT, dtype=dtype)
     mask = torch.zeros(len(graphs), longest, dtype=torch.bool)
     for i, g in enumerate(graphs):
         states[i, : len(g["question"])] = g["question"].to(dtype)
         mask[i, : len(g["question"])] = True
-    graph = PackedGraph(
-        fact_index=fact_index(np.arange(num_rows)),
-        topic_facts=fact_index(np.flatnonzero(near)),
-        groups=FactGroups(
-            as_int(merged.merged_fact),
-            as_int([0, *ends]),
-            as_int(np.argsort(merged.merged_fact, kind="stable")),
-        ),
-        topic_prob=topic,
-        topic_node=as_int(topic_node),
-        topic_graph=as_int(node_graph[topic_node]),
-        node_count=as_int(merged.size),
-        node_graph=as_int(node_graph),
-        fact_graph=as_int(np.repeat(np.arange(len(graphs)), np.diff(facts))),
-        node_ptr=as_int([0, *np.cumsum(np.bincount(node_graph, minlength=len(graphs)))]),
-        fact_ptr=as_int(facts),
-        label=torch.zeros(int(facts[-1]), dtype=dtype),
-        question_key=torch.arange(len(graphs)),
-        num_graphs=len(graphs),
-        num_nodes=num_nodes,
-        num_facts=int(facts[-1]),
-        max_facts=int(np.diff(facts).max()),
-    )
-    words = lengths(int(max(used, default=0)) + 1)[used].flatten().tolist()
-    firsts = [(2 * r + d) * WORDS for r in used for d in (0, 1)]
-    rows = [first + t for first, n in zip(firsts, words, strict=True) for t in range(n)]
+    lengths = text_lengths(int(max(used, default=0)) + 1)[used].flatten().tolist()
+    starts = [(2 * r + d) * MAX_WORDS for r in used for d in (0, 1)]
+    rows = [start + t for start, n in zip(starts, lengths, strict=True) for t in range(n)]
     return QuestionBatch(
-        graph,
-        states,
-        mask,
-        torch.tensor(used, dtype=torch.int64),
-        TokenPack(as_int(rows), as_int([0, *np.cumsum(words)]), WORDS),
-        None,
-        None,
-        None,
-        tuple(range(len(graphs))),
+        graph=pack_graph(graphs, relation, dtype, merge),
+        question_states=states,
+        question_mask=mask,
+        relation_row=torch.tensor(used, dtype=torch.int64),
+        relation_tokens=TokenPack(as_int(rows), as_int([0, *np.cumsum(lengths)]), MAX_WORDS),
+        prefix=None,
+        facts=None,
+        target=None,
+        rows=tuple(range(len(graphs))),
         num_labelled=0,
     )
 
 
 def relation_states(num_relations, dtype=torch.float64) -> RelationStates:
     generator = torch.Generator().manual_seed(5)
-    states = torch.randn(num_relations, 2, WORDS, TEXT, generator=generator, dtype=dtype)
-    mask = torch.arange(WORDS) < lengths(num_relations).unsqueeze(2)
+    states = torch.randn(num_relations, 2, MAX_WORDS, TEXT, generator=generator, dtype=dtype)
+    mask = torch.arange(MAX_WORDS) < text_lengths(num_relations).unsqueeze(2)
     return RelationStates(states * mask[..., None], mask)
 
 

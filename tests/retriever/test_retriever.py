@@ -1,20 +1,21 @@
-"""The packed, collapsed retriever against an independent one-question implementation in float64.
+"""The packed, collapsed retriever against an independent implementation in float64.
 
-The reference below follows the equations as published: one question at a time, one fact at a time
-in every sum, all 2K sums kept apart, token states projected before they are pooled.
+The reference follows the published equations: one question at a time, one fact at a time in every
+sum, 2K separate sums, and token states that are projected before they are pooled.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-import torch.fx.experimental._config
 from torch import Tensor
 
+from dragkit.data.packed import RelationStates
 from dragkit.retriever import layers
 from dragkit.retriever.layers import ReasoningLayer, gate_pairs
-from dragkit.retriever.text_encoder import RelationStates
 from dragkit_kernels import grouped_index
 from tests.retriever.retriever_cases import (
     TEXT,
@@ -35,7 +36,7 @@ def attention(w, states, query):
 
 
 def reference(w: dict[str, Tensor], g: dict, relations: RelationStates, config) -> Tensor:
-    """Fact logits of one question, float64 [E]."""
+    """Computes the fact logits of one question, float64 [E]."""
     words = linear(w, "pooling.project", g["question"])
     previous, instructions = torch.zeros_like(words[0]), []
     for k in range(config.num_instructions):
@@ -98,7 +99,7 @@ def reference(w: dict[str, Tensor], g: dict, relations: RelationStates, config) 
 
 
 def star(rng):
-    """Equal leaves around a topic, of which one more fact sets one apart: 9 nodes, 4 classes."""
+    """Makes a topic with 8 leaves, one of which has a further fact: 9 nodes, 4 merged nodes."""
     graph = make_graph(rng, 9, 9, 5)
     graph["head"] = np.array([0] * 8 + [3])
     graph["tail"] = np.array([*range(1, 9), 4])
@@ -122,41 +123,44 @@ def test_equals_one_question_at_a_time(message, instructions, stages, merge):
     logits = model(batch, relations).fact_logits
     (logits * torch.cat(weights)).sum().backward()
     plain = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
-    wanted = [reference(plain, g, relations, model.config) for g in graphs]
-    sum((a * b).sum() for a, b in zip(wanted, weights, strict=True)).backward()
+    expected = [reference(plain, g, relations, model.config) for g in graphs]
+    sum((a * b).sum() for a, b in zip(expected, weights, strict=True)).backward()
 
-    # Scores pass through float32 tables, which bounds the agreement of the logits.
-    torch.testing.assert_close(logits.double(), torch.cat(wanted), rtol=2e-6, atol=2e-6)
+    # The tables of the scores are float32, which limits the accuracy of the logits.
+    torch.testing.assert_close(logits.double(), torch.cat(expected), rtol=2e-6, atol=2e-6)
     for name, parameter in model.named_parameters():
-        theirs = plain[name].grad
-        if theirs is None:
-            theirs = torch.zeros_like(plain[name])
-        ours = torch.zeros_like(theirs) if parameter.grad is None else parameter.grad
-        scale = theirs.abs().max().clamp(min=1e-3)
-        assert ((ours - theirs).abs().max() / scale) < 5e-6, name
+        grad, expected_grad = (
+            torch.zeros_like(p) if p.grad is None else p.grad for p in (parameter, plain[name])
+        )
+        scale = expected_grad.abs().max().clamp(min=1e-3)
+        assert ((grad - expected_grad).abs().max() / scale) < 5e-6, name
 
 
-def test_pairs_are_sorted_once_and_only_for_the_kernels_backward(monkeypatch):
+def test_pairs_are_grouped_only_for_the_backward_of_the_kernels(monkeypatch):
     rng = np.random.default_rng(0)
     graphs = [make_graph(rng, n, e, 5) for n, e in ((0, 0), (6, 14), (3, 0), (4, 9), (0, 0))]
     fact_index, relations = pack(graphs).graph.fact_index, torch.zeros(5, 2)
     assert gate_pairs(fact_index, 5, relations).without_self_loops() == (None, None)
-    # As where Triton runs.
+    # Groupings are made where the Triton kernels run.
     monkeypatch.setattr(layers, "resolve_backend", lambda op, tensor: "triton")
     with torch.no_grad():
         assert gate_pairs(fact_index, 5, relations).pairs_by_relation is None
-    found = gate_pairs(fact_index, 5, relations)
-    wanted = (grouped_index(found.relation, 6), grouped_index(found.graph, 5))
-    wanted += (grouped_index(fact_index.pair_relation, 5), grouped_index(fact_index.pair_graph, 5))
-    given = (found.pairs_by_relation, found.pairs_by_graph, *found.without_self_loops())
-    for got, want in zip(given, wanted, strict=True):
-        for x, y in zip(got, want, strict=True):
-            assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
+    pairs = gate_pairs(fact_index, 5, relations)
+    expected = [
+        grouped_index(rows, num_rows)
+        for rows, num_rows in (
+            *((pairs.relation, 6), (pairs.graph, 5)),
+            *((fact_index.pair_relation, 5), (fact_index.pair_graph, 5)),
+        )
+    ]
+    actual = (pairs.pairs_by_relation, pairs.pairs_by_graph, *pairs.without_self_loops())
+    for x, y in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        assert x.dtype == y.dtype == torch.int32 and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("message", ["fused", "per_instruction"])
 def test_dropout_reaches_states_and_messages(message):
-    """With all of them dropped, a layer gives its bias; without a draw it does not."""
+    """With dropout 1 a layer returns relu(bias). In evaluation it does not."""
     layer = ReasoningLayer(8, 2, 1.0, per_instruction=message == "per_instruction").double()
     graph = pack(
         [make_graph(np.random.default_rng(0), n, e, 5) for n, e in ((6, 14), (4, 9))]
@@ -177,7 +181,7 @@ def test_dropout_reaches_states_and_messages(message):
     bias = torch.relu(layer.update.bias).expand_as(h)
     torch.testing.assert_close(layer(*arguments), bias)
     assert not torch.allclose(layer.eval()(*arguments), bias)
-    # Without a draw the messages alone are more than the bias.
+    # Without dropout the messages alone change the result.
     layer.train().dropout.p = 0.0
     assert not torch.allclose(layer(torch.zeros_like(h), *arguments[1:]), bias)
 
@@ -187,9 +191,9 @@ def test_every_parameter_learns_from_the_logits():
     model(
         pack([make_graph(np.random.default_rng(0), 6, 20, 5)]), relation_states(5)
     ).fact_logits.pow(2).sum().backward()
-    # The last node score only shapes the distribution after the last layer, which nothing reads.
-    silent = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert silent <= {"node_score.bias"}
+    # The bias of the node score cancels in the softmax.
+    without_grad = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without_grad <= {"node_score.bias"}
 
 
 def test_empty_graphs_anywhere_change_nothing():
@@ -197,9 +201,9 @@ def test_empty_graphs_anywhere_change_nothing():
     full = [make_graph(rng, 5, 9, 5), make_graph(rng, 7, 16, 5)]
     empty = make_graph(rng, 0, 0, 5)
     model, relations = double_retriever().eval(), relation_states(5)
-    wanted = model(pack(full), relations).fact_logits
+    expected = model(pack(full), relations).fact_logits
     for graphs in ([empty, *full], [full[0], empty, full[1]], [*full, empty]):
-        torch.testing.assert_close(model(pack(graphs), relations).fact_logits, wanted)
+        torch.testing.assert_close(model(pack(graphs), relations).fact_logits, expected)
 
 
 @pytest.mark.parametrize("message", ["fused", "per_instruction"])

@@ -1,4 +1,4 @@
-"""The compiled retriever: the numbers of the plain one, from a few graphs for all packs."""
+"""The compiled retriever equals the eager one and compiles a few graphs for packs of all sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import torch
-import torch.fx.experimental._config
 from torch._dynamo.testing import CompileCounter
 
 from tests.retriever.retriever_cases import double_retriever, make_graph, pack, relation_states
@@ -30,7 +29,7 @@ def test_compiled_equals_eager_with_gradients(compile_with):
             )
 
 
-def test_parity_with_dropout_compiles_and_is_drawn_anew(compile_with):
+def test_per_instruction_with_dropout_compiles_and_draws_new_masks(compile_with):
     model, relations = double_retriever(message="per_instruction"), relation_states(5)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -44,9 +43,9 @@ def test_parity_with_dropout_compiles_and_is_drawn_anew(compile_with):
         logits = call(batch, relations).fact_logits
         logits.pow(2).sum().backward()
         results.append((logits.detach(), model.instructions.attend.grad.clone()))
-    for want, got, other in zip(*results, strict=True):
-        torch.testing.assert_close(got, want)
-        assert not torch.allclose(other, want)
+    for eager, compiled_result, other_seed in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_result, eager)
+        assert not torch.allclose(other_seed, eager)
     model.eval()
     with torch.no_grad():
         first = model(batch, relations).fact_logits
@@ -54,8 +53,8 @@ def test_parity_with_dropout_compiles_and_is_drawn_anew(compile_with):
 
 
 def test_packs_of_all_sizes_share_a_few_graphs(compile_with):
-    # (questions, nodes, facts, relations, tokens): as many questions or relations as tokens, as
-    # many questions as relations, nothing equal, and sizes of one, which a compiler sets apart.
+    # (questions, nodes, facts, relations, tokens). torch.compile specialises on equal sizes and on
+    # sizes of one, so the list has all of these.
     sizes = [
         (2, 11, 30, 3, 2),
         (3, 17, 41, 3, 6),
@@ -76,5 +75,5 @@ def test_packs_of_all_sizes_share_a_few_graphs(compile_with):
         torch.testing.assert_close(
             compiled(batch, relations).fact_logits, model(batch, relations).fact_logits
         )
-    # One for plain sizes, one for a single question, one for a single token.
+    # One graph for general sizes, one for a single question, one for a single token.
     assert 1 <= counter.frame_count <= 3

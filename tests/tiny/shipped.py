@@ -1,4 +1,4 @@
-"""The shipped generator, loaded once."""
+"""The bundled generator, loaded once."""
 
 from __future__ import annotations
 

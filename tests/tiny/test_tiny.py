@@ -1,4 +1,4 @@
-"""The shipped generator: it loads like any causal LM, copies unseen names, can be made again."""
+"""The bundled generator loads like any causal LM, copies new names, and can be trained again."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from transformers import (
 
 from dragkit.errors import MissingInputError
 from dragkit.generator.bundled import tiny_generator_path
-from dragkit.tiny.batches import IGNORED
+from dragkit.tiny.batches import IGNORE_INDEX
 from dragkit.tiny.measure import exact_match
 from dragkit.tiny.names import NameSource
-from dragkit.tiny.tasks import KINDS, draw_sample
+from dragkit.tiny.tasks import QUESTION_TYPES, draw_sample
 from dragkit.tiny.tokenizer import SPECIAL, whole_pieces
 from dragkit.tiny.warmup import main, tensors_digest, warm_up
 from tests.tiny.shipped import FOLDER, shipped
@@ -39,7 +39,7 @@ UGLY = [
     "m.0abc12",
     "g.1yl5_q",
     "ns:people.person.place_of_birth",
-    "  two spaces in front, one behind ",
+    "  two leading spaces, one trailing ",
     " Answer",
     "\nAnswer:",
     "tab\there, line\n\nbreak",
@@ -68,14 +68,13 @@ def test_folder_is_small_and_loads_by_the_auto_classes() -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "dragkit.generator.bundled.__file__", str(tmp_path / "generator" / "bundled.py")
-    )
+    path = tmp_path / "generator" / "bundled.py"
+    monkeypatch.setattr("dragkit.generator.bundled.__file__", str(path))
     with pytest.raises(MissingInputError, match=r"lacks config.json, model.safetensors, tok"):
         tiny_generator_path()
 
 
-def test_tokenizer_loses_nothing() -> None:
+def test_tokenizer_round_trips_any_text() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER)
     pieces = whole_pieces(shipped()[1].tokenizer)
     assert len(pieces) > 700
@@ -88,11 +87,11 @@ def test_tokenizer_loses_nothing() -> None:
 def test_a_name_has_the_same_tokens_as_head_in_a_question_and_in_an_answer() -> None:
     _, writer = shipped()
     for name in ("Zarbin Kolstu", "O'Neill", "1987", "Île-de-France"):
-        own = writer.encode(name)
-        assert writer.encode(f"{name}, capital, X\n")[: len(own)] == own
-        assert writer.encode(f"of {name}?")[-len(own) - 1 : -1] == own
-        # The target opens with a space of its own.
-        assert writer.encode(writer.template.target([name]))[1:] == own
+        ids = writer.encode(name)
+        assert writer.encode(f"{name}, capital, X\n")[: len(ids)] == ids
+        assert writer.encode(f"of {name}?")[-len(ids) - 1 : -1] == ids
+        # The target starts with a space, which is a separate token.
+        assert writer.encode(writer.template.target([name]))[1:] == ids
 
 
 def test_generation_with_a_cache_gives_the_greedy_answer() -> None:
@@ -100,7 +99,7 @@ def test_generation_with_a_cache_gives_the_greedy_answer() -> None:
     rng = random.Random(5)
     sample = draw_sample("forward", NameSource(rng, words_only=True), rng, 4)
     row = writer.prompt(sample, "marked")
-    target = [label for label in row.labels if label != IGNORED]
+    target = [label for label in row.labels if label != IGNORE_INDEX]
     prompt = torch.tensor([row.ids[: -len(target)]])
     made = model.generate(prompt, do_sample=False, max_new_tokens=len(target) + 3)[0]
     made = made[prompt.shape[1] :].tolist()
@@ -113,26 +112,29 @@ def test_generation_with_a_cache_gives_the_greedy_answer() -> None:
     assert made[-1] == writer.eos
 
 
-def test_right_markers_let_it_answer_about_unseen_names_at_ten_facts() -> None:
+def test_right_markers_raise_exact_match_about_unseen_names_at_ten_facts() -> None:
     model, writer = shipped()
-    counts = dict(zip(KINDS, (18, 10, 16, 10, 10), strict=True))
+    counts = dict(zip(QUESTION_TYPES, (18, 10, 16, 10, 10), strict=True))
     assert sum(counts.values()) == 64
 
     def share(slots: str) -> float:
         cells = [
-            count * exact_match(model, writer, kind, 10, slots, num_questions=count, seed=20_261)
-            for kind, count in counts.items()
+            count
+            * exact_match(model, writer, question_type, 10, slots, num_questions=count, seed=20_261)
+            for question_type, count in counts.items()
         ]
         return sum(cells) / 64
 
     marked, plain = share("marked"), share("none")
     assert marked >= 0.85
     assert plain < marked - 0.2
-    misled = exact_match(model, writer, "forward", 10, "marked", right=0.0, num_questions=32)
+    misled = exact_match(
+        model, writer, "forward", 10, "marked", marker_accuracy=0.0, num_questions=32
+    )
     assert misled < 0.2
 
 
-def test_provenance_says_how_it_was_made() -> None:
+def test_provenance_matches_the_weights() -> None:
     record = json.loads((FOLDER / "provenance.json").read_text(encoding="utf-8"))
     assert record["command"].startswith("python -m dragkit.tiny.warmup --out")
     assert {"seed", "steps", "date", "versions", "training_tokens", "training_s"} <= set(record)
@@ -142,11 +144,13 @@ def test_provenance_says_how_it_was_made() -> None:
     weights = (FOLDER / "model.safetensors").read_bytes()
     assert record["model_sha256"] == hashlib.sha256(weights).hexdigest()
     table = record["exact_match"]["table"]
-    assert set(table) == {f"{kind}@{count}" for kind in KINDS for count in (2, 5, 10, 15)}
+    assert set(table) == {
+        f"{question_type}@{count}" for question_type in QUESTION_TYPES for count in (2, 5, 10, 15)
+    }
     assert all(0 <= cell <= 1 for row in table.values() for cell in row.values())
 
 
-def test_three_steps_of_the_script_can_be_repeated_bit_by_bit(tmp_path: Path) -> None:
+def test_three_training_steps_are_bitwise_reproducible(tmp_path: Path) -> None:
     records = [warm_up(tmp_path / name, 0, 3, 0) for name in ("one", "two")]
     assert records[0]["float32_sha256"] == records[1]["float32_sha256"]
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
@@ -157,14 +161,14 @@ def test_three_steps_of_the_script_can_be_repeated_bit_by_bit(tmp_path: Path) ->
 
 
 def test_the_command_line_reports_a_bad_folder(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "file" / "below")
     assert main(["--out", out, "--steps", "1", "--questions", "0"]) == 74
-    assert "choose another --out" in caplog.text
+    assert "Change --out." in capsys.readouterr().err
 
 
-def test_the_package_folder_alone_does_not_import_torch() -> None:
+def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, dragkit.tiny; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""What the shipped generator was trained on: samples, prompt rows and their curriculum."""
+"""Training data of the bundled generator: samples, prompt rows and the curriculum."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
-from dragkit.tiny.batches import IGNORED, collate, induction_row
+from dragkit.tiny.batches import IGNORE_INDEX, collate, induction_row
 from dragkit.tiny.curriculum import QUESTION_FACTS, STAGES, Curriculum
 from dragkit.tiny.measure import answer_logits
 from dragkit.tiny.names import NameSource
 from dragkit.tiny.tasks import (
     HEAD,
     IRRELEVANT,
-    KINDS,
+    QUESTION_TYPES,
     TAIL,
     draw_drill,
     draw_sample,
@@ -22,20 +22,20 @@ from dragkit.tiny.tasks import (
     without_clue,
 )
 from dragkit.tiny.tokenizer import SPECIAL
-from dragkit.tiny.warmup import rate_at
+from dragkit.tiny.warmup import lr_multiplier
 from dragkit.tiny.words import PARTICIPLES
 from tests.tiny.shipped import shipped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("question_type", QUESTION_TYPES)
 @pytest.mark.parametrize("num_facts", [2, 3, 10])
-def test_markers_and_answers_agree_in_prompt_order(kind: str, num_facts: int) -> None:
-    rng = random.Random(f"{kind}{num_facts}")
+def test_markers_and_answers_agree_in_prompt_order(question_type: str, num_facts: int) -> None:
+    rng = random.Random(f"{question_type}{num_facts}")
     names = NameSource(rng, pieces=(" x", "é", "1"), listed=("Côte d'Ivoire",))
     for _ in range(30):
-        sample = draw_sample(kind, names, rng, num_facts)
+        sample = draw_sample(question_type, names, rng, num_facts)
         assert len(sample.facts) == len(sample.markers) == num_facts
         ends = [
             fact[2] if marker == TAIL else fact[0]
@@ -43,16 +43,16 @@ def test_markers_and_answers_agree_in_prompt_order(kind: str, num_facts: int) ->
             if marker in (TAIL, HEAD)
         ]
         assert sample.answers == tuple(dict.fromkeys(ends))
-        assert len(ends) == 1 or kind.endswith("_list")
+        assert len(ends) == 1 or question_type.endswith("_list")
         assert all(name.strip() == name and "\n" not in name for name in sample.answers)
-        wanted = HEAD if kind.startswith("inverse") else TAIL
-        assert kind == "two_hop" or set(sample.markers) <= {wanted, IRRELEVANT}
+        wanted = HEAD if question_type.startswith("inverse") else TAIL
+        assert question_type == "two_hop" or set(sample.markers) <= {wanted, IRRELEVANT}
         hidden = without_clue(sample, names, rng)
         assert (hidden.facts, hidden.answers) == (sample.facts, sample.answers)
 
 
 def asked(relation: str) -> str:
-    """What a question says of a relation: participles whole, of nouns not the domain."""
+    """How a question words a relation: a participle in full, a noun without its domain."""
     return relation if relation in PARTICIPLES else relation.split()[-1]
 
 
@@ -67,15 +67,15 @@ def test_only_the_gold_facts_answer_a_plain_question() -> None:
         assert gold[0] in sample.question
 
 
-def test_bad_requests_for_samples_are_refused() -> None:
+def test_draw_sample_rejects_unknown_types_and_too_few_facts() -> None:
     rng = random.Random(0)
     with pytest.raises(ValueError, match="sideways"):
         draw_sample("sideways", NameSource(rng), rng, 5)
-    with pytest.raises(ValueError, match="1 facts"):
+    with pytest.raises(ValueError, match="num_facts 1"):
         draw_sample("forward", NameSource(rng), rng, 1)
 
 
-def test_noise_keeps_the_stated_share_of_markers() -> None:
+def test_noise_keeps_the_given_fraction_of_markers() -> None:
     rng = random.Random(0)
     drawn = [draw_drill(rng, 8) for _ in range(500)]
     kept = [
@@ -99,7 +99,7 @@ def test_prompt_rows_follow_the_layout_of_phase_two(slots: str) -> None:
     target = [*writer.encode(t.target(sample.answers)), 2]
     parts += [writer.encode(t.cue), target]
     assert row.ids == [index for part in parts for index in part]
-    assert row.labels == [IGNORED] * (len(row.ids) - len(target)) + target
+    assert row.labels == [IGNORE_INDEX] * (len(row.ids) - len(target)) + target
     batch = collate([row, writer.drill(draw_drill(rng, 2))])
     is_slot, scale = batch.is_slot[: len(row.ids)], batch.scale[: len(row.ids)]
     assert is_slot.nonzero().squeeze(1).tolist() == row.slots
@@ -119,14 +119,14 @@ def test_a_pack_of_rows_gives_the_logits_of_each_row_alone() -> None:
         alone = []
         for row in rows:
             logits = model(torch.tensor([row.ids]), use_cache=False).logits[0, :-1]
-            alone.append(logits[torch.tensor(row.labels[1:]) != IGNORED])
+            alone.append(logits[torch.tensor(row.labels[1:]) != IGNORE_INDEX])
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-3)
 
 
-def test_copy_rows_supervise_only_what_can_be_known() -> None:
+def test_copy_rows_supervise_only_predictable_tokens() -> None:
     row = induction_row(random.Random(0), range(8, 1024), 6, 7)
     assert len(row.ids) == 6 * 8
-    known = [i for i, label in enumerate(row.labels) if label != IGNORED]
+    known = [i for i, label in enumerate(row.labels) if label != IGNORE_INDEX]
     assert min(known) > 6
     for i in known:
         assert row.labels[i] == row.ids[i]
@@ -137,13 +137,13 @@ def test_copy_rows_supervise_only_what_can_be_known() -> None:
 def test_curriculum_goes_through_its_stages_by_accuracy_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dragkit.tiny.curriculum.ROWS", 2)
+    monkeypatch.setattr("dragkit.tiny.curriculum.ROWS_PER_STEP", 2)
     _, writer = shipped()
     curriculum = Curriculum(writer, NameSource(random.Random(0)), range(8, 1024))
     seen = []
     for _ in range(600):
         rows = curriculum.draw()
-        assert all(any(label != IGNORED for label in row.labels) for row in rows)
+        assert all(any(label != IGNORE_INDEX for label in row.labels) for row in rows)
         seen.append((curriculum.stage, curriculum.num_facts))
         curriculum.observe(1.0)
     assert list(dict.fromkeys(stage for stage, _ in seen)) == list(STAGES)
@@ -156,6 +156,6 @@ def test_curriculum_goes_through_its_stages_by_accuracy_alone(
 
 
 def test_learning_rate_rises_then_stays_then_falls() -> None:
-    rates = [rate_at(step, 1000) for step in range(1, 1001)]
+    rates = [lr_multiplier(step, 1000) for step in range(1, 1001)]
     assert rates[0] == 0.02 and rates[49:600] == [1.0] * 551
     assert rates[-1] == 0.02 and rates[800] == pytest.approx(0.4975)

@@ -1,4 +1,4 @@
-"""The parts of a run whose steps are replayed."""
+"""A phase 1 run on invented questions, shared by the tests of a module."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tests.trainer.replay_cases import MICRO_BATCHES, phase1_run
 
 @pytest.fixture(scope="module")
 def training_run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
-    """The parts of a run; a fixture for a module comes before the one that moves the cache."""
+    # The fixture that moves the cache has a narrower scope, so it does not act here.
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     return phase1_run(tmp_path_factory.mktemp("replay"), data__cache_dir=cache)
 
 
 @pytest.fixture(scope="module")
 def dataset(training_run: TrainingRun) -> QuestionDataset:
-    return training_run.source(training_run.paths.train, None, 3)
+    return training_run.dataset(training_run.paths.train, None, 3)
 
 
 @pytest.fixture(scope="module")

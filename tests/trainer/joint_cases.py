@@ -27,6 +27,7 @@ def _rows(texts, generator):
 
 
 def make(**sections):
+    """A phase around the bundled generator. `sections` update the settings."""
     settings = {
         "retriever": {"hidden_dim": 8, "num_reasoning_steps": 2, "dropout": 0.0},
         "sampler": {"k_facts": 4},
@@ -43,6 +44,7 @@ def make(**sections):
 
 
 def make_batch(generator, count=4):
+    """Questions with labels and prompts. Every fourth fact is positive."""
     rng = np.random.default_rng(0)
     graphs = [cases.make_graph(rng, 5, 9, 5) for _ in range(count)]
     batch = cases.pack(graphs, dtype=torch.float32)

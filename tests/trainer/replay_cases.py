@@ -1,8 +1,9 @@
-"""Runs, phases and a stand-in for recorded work, for the tests of replayed steps."""
+"""Runs, phases and a stand-in for CUDA graphs, for the tests of replayed steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -20,32 +21,32 @@ from tests.trainer.run_cases import make_run
 MICRO_BATCHES = [[0, 1, 2], [3, 4], [2], [5, 6, 7], [1, 5, 0], [2, 2, 2]]
 
 
-class Rerun:
-    """The interface of `CudaCapture`: recorded work is the work itself, on the same tensors."""
+class EagerCapture:
+    """Stands in for `CudaCapture`: a replay runs the work again, on the same tensors."""
 
     def __init__(self) -> None:
-        self.recorded = self.replays = 0
+        self.captures = self.replays = 0
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.recorded += 1
+        self.captures += 1
         for _ in range(replay_module.WARM_UPS):
             work()
 
-        def again() -> None:
+        def replay() -> None:
             self.replays += 1
             work()
 
-        return again
+        return replay
 
 
 def phase1_run(tmp_path: Path, name: str = "run", **overrides: object) -> TrainingRun:
-    """Phase 1 without dropout; `overrides` are settings with two underscores for a dot."""
+    """Phase 1 without dropout. `section__key=value` overrides settings."""
     settings = {key.replace("__", "."): value for key, value in overrides.items()}
     return make_run(tmp_path, 1, name, **{"retriever.dropout": 0.0} | settings)
 
 
 def new_phase(training_run: TrainingRun, **changes: object) -> RetrieverPhase:
-    """A fresh phase; `changes` are of the retriever."""
+    """A new phase without replay. `changes` are settings of the retriever."""
     retriever = training_run.config.retriever.model_copy(update=changes)
     config = training_run.config.model_copy(update={"retriever": retriever})
     return RetrieverPhase(config, build_retriever(config, training_run.encoder))
@@ -53,16 +54,13 @@ def new_phase(training_run: TrainingRun, **changes: object) -> RetrieverPhase:
 
 def with_replay(
     phase: RetrieverPhase, dataset: QuestionDataset, capture: Callable, max_graphs: int = 16
-) -> StepReplay:
+) -> RetrieverPhase:
+    """A phase around the same model whose steps are replayed."""
     samples = [dataset.collator(rows) for rows in dataset.batch_sampler.batches(0)]
-    phase.replay = StepReplay(
-        phase.loss,
-        list(phase.model.parameters()),
-        Buckets(samples),
-        capture,
-        max_graphs=max_graphs,
+    make_replay = partial(
+        StepReplay, buckets=Buckets(samples), capture=capture, max_graphs=max_graphs
     )
-    return phase.replay
+    return RetrieverPhase(phase.config, phase.model, forward=phase.forward, make_replay=make_replay)
 
 
 def gradients(phase: RetrieverPhase) -> dict[str, Tensor | None]:
@@ -72,10 +70,10 @@ def gradients(phase: RetrieverPhase) -> dict[str, Tensor | None]:
     }
 
 
-def assert_close(ours: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> None:
-    """Equal but for the rounding of products with more rows."""
-    for name, theirs in wanted.items():
-        assert (ours[name] is None) == (theirs is None), name
-        if theirs is not None:
-            scale = theirs.abs().max().clamp(min=1e-2)
-            assert (ours[name] - theirs).abs().max() <= 5e-6 * scale, name
+def assert_close(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """Equal up to float32 rounding: padded products add more rows."""
+    for name, value in expected.items():
+        assert (actual[name] is None) == (value is None), name
+        if value is not None:
+            scale = value.abs().max().clamp(min=1e-2)
+            assert (actual[name] - value).abs().max() <= 5e-6 * scale, name

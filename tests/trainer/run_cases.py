@@ -19,7 +19,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "heuristics_tiny.jsonl"
 
 
 def make_run(tmp_path: Path, phase: int, name: str = "run", **overrides: object) -> TrainingRun:
-    """A run in `tmp_path / name`; `overrides` are settings."""
+    """A run in `tmp_path / name`. `overrides` are dotted settings."""
     values = {
         "run.phase": phase,
         "run.device": "cpu",
@@ -57,14 +57,12 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends this process a SIGTERM when `steps` optimizer steps are done."""
-    original = Trainer.train_step
-    done = {"steps": 0}
+    """Sends this process a SIGTERM after `steps` optimizer steps."""
+    original, remaining = Trainer.train_step, iter(range(steps - 1, -1, -1))
 
     def counted(self: Trainer, batches: list) -> list:
         out = original(self, batches)
-        done["steps"] += 1
-        if done["steps"] == steps:
+        if next(remaining, None) == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return out
 

@@ -1,4 +1,4 @@
-"""Gradients of phase 2: what the answer's loss reaches, and through which door."""
+"""Gradients of phase 2: which parameters the answer loss reaches, and by which path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError
 from dragkit.retriever.losses import retrieval_loss
-from dragkit.trainer.phase2 import split_by_tokens
+from dragkit.trainer.phase2 import CascadeBaseline, split_by_tokens
 from tests.trainer.joint_cases import make, make_batch, relation_states
 
 
@@ -30,16 +30,16 @@ def gradients(phase, batch, relations):
     return out, grads
 
 
-def test_the_answers_loss_alone_moves_the_retriever(relations):
+def test_the_answer_loss_alone_trains_the_retriever(relations):
     phase = make()
     _, grads = gradients(phase, make_batch(phase.model.generator), relations)
-    assert "retriever.fact_score.weight" in grads, "the scorer is reached through the gate only"
+    assert "retriever.fact_score.weight" in grads, "its only path is the gate"
     assert any(n.startswith("retriever.layers") for n in grads)
     assert any(n.startswith("projector") for n in grads)
     assert any("lora_B" in n for n in grads)
 
 
-def test_the_watch_sees_steps_with_answers_only(relations):
+def test_the_adapter_watch_skips_steps_without_answers(relations):
     phase = make()
     batch = make_batch(phase.model.generator)
     gradients(phase, batch, relations)
@@ -53,7 +53,7 @@ def test_the_watch_sees_steps_with_answers_only(relations):
         phase.check_gradients(phase.counts([batch]))
 
 
-def test_no_gate_and_no_vectors_give_the_retriever_nothing(relations, monkeypatch):
+def test_without_gate_or_without_vectors_the_scorer_gets_no_gradient(relations, monkeypatch):
     phase = make(generator={"structural_vectors": False})
     batch = make_batch(phase.model.generator)
     _, grads = gradients(phase, batch, relations)
@@ -66,18 +66,18 @@ def test_no_gate_and_no_vectors_give_the_retriever_nothing(relations, monkeypatc
         selection = draw(logits.detach(), graph, step)
         return selection._replace(gate=selection.gate.detach(), soft=selection.soft.detach())
 
-    def grad_where_there_is_a_path(outputs, *args, **kwargs):
-        pathless = isinstance(outputs, torch.Tensor) and not outputs.requires_grad
-        return (None,) if pathless else grad(outputs, *args, **kwargs)
+    def grad_of_connected(outputs, *args, **kwargs):
+        unconnected = isinstance(outputs, torch.Tensor) and not outputs.requires_grad
+        return (None,) if unconnected else grad(outputs, *args, **kwargs)
 
     monkeypatch.setattr(phase.model.fact_sampler, "draw", cut)
-    monkeypatch.setattr(torch.autograd, "grad", grad_where_there_is_a_path)
+    monkeypatch.setattr(torch.autograd, "grad", grad_of_connected)
     _, grads = gradients(phase, batch, relations)
     assert "retriever.fact_score.weight" not in grads
 
 
-def test_gradient_equals_one_uncut_backward_pass(relations):
-    """Two cuts and three backward calls must give what a single graph gives."""
+def test_gradients_equal_those_of_one_uncut_backward(relations):
+    """The cuts of `JointPhase.training_step` must not change the gradient."""
     phase = make(loss={"ret_loss_weight": 0.3})
     model, batch = phase.model, make_batch(phase.model.generator)
     counts = phase.counts([batch])
@@ -100,11 +100,11 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "tokens", "count", "sizes"),
+    ("lengths", "max_tokens", "max_prompts", "sizes"),
     [
         ([], 10, 2, []),
         ([5], 10, 2, [1]),
-        ([11], 10, 2, [1]),  # longer than a pass
+        ([11], 10, 2, [1]),  # longer than a micro-batch
         ([2, 3, 5], 10, 9, [3]),  # exactly full
         ([2, 3, 6], 10, 9, [2, 1]),
         ([2, 3, 6], 10, 1, [1, 1, 1]),
@@ -114,13 +114,15 @@ def test_gradient_equals_one_uncut_backward_pass(relations):
         ([3, 90, 2], None, 9, [3]),
     ],
 )
-def test_passes_hold_at_most_so_many_tokens_and_prompts(lengths, tokens, count, sizes):
-    assert split_by_tokens(lengths, tokens, count) == sizes
+def test_micro_batches_hold_at_most_the_given_tokens_and_prompts(
+    lengths, max_tokens, max_prompts, sizes
+):
+    assert split_by_tokens(lengths, max_tokens, max_prompts) == sizes
 
 
-def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
+def test_one_micro_batch_keeps_the_order_and_several_start_with_short_prompts():
     phase = make()
-    for tokens, count, passes in (
+    for max_tokens, max_prompts, microbatches in (
         (None, None, [[0, 1, 2, 3]]),
         (22, None, [[0, 1, 2, 3]]),
         (21, None, [[1, 3, 2], [0]]),
@@ -128,10 +130,11 @@ def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
         (8, 4, [[1, 3], [2], [0]]),
         (1, None, [[1], [3], [2], [0]]),
     ):
-        phase.model.generator.max_tokens_per_microbatch = tokens
-        generator = phase.config.generator.model_copy(update={"generator_microbatch": count})
+        phase.model.generator.max_tokens_per_microbatch = max_tokens
+        update = {"generator_microbatch": max_prompts}
+        generator = phase.config.generator.model_copy(update=update)
         phase.config = phase.config.model_copy(update={"generator": generator})
-        assert phase._passes([9, 3, 7, 3]) == passes
+        assert phase._microbatches([9, 3, 7, 3]) == microbatches
 
 
 @pytest.mark.parametrize(
@@ -139,33 +142,33 @@ def test_one_pass_keeps_the_order_and_several_take_short_prompts_first():
     [{"generator_microbatch": 1}, {"generator_microbatch": 3}, {"max_tokens_per_microbatch": 150}],
     ids=str,
 )
-def test_generator_micro_batches_change_nothing(relations, limits):
-    whole = make()
-    parts = make(generator=limits)
-    passes = []
-    forward = parts.model.generator.forward
+def test_generator_micro_batches_do_not_change_loss_and_gradients(relations, limits):
+    whole, split = make(), make(generator=limits)
+    microbatches = []
+    forward = split.model.generator.forward
 
     def spy(prompt, *rest):
-        passes.append(prompt.length.tolist())
+        microbatches.append(prompt.length.tolist())
         return forward(prompt, *rest)
 
-    parts.model.generator.forward = spy
+    split.model.generator.forward = spy
     batch = make_batch(whole.model.generator)
-    a, first = gradients(whole, batch, relations)
-    b, second = gradients(parts, batch, relations)
-    assert sum(map(len, passes)) == 4 and len(passes) > 1
-    most, tokens = (
-        limits.get("generator_microbatch", 4),
-        limits.get("max_tokens_per_microbatch", 10_000),
-    )
-    assert all(len(p) <= most and (sum(p) <= tokens or len(p) == 1) for p in passes)
-    torch.testing.assert_close(a.loss, b.loss)
-    # A softmax does not see its scores' common part: that gradient is zero but for rounding.
-    noise = {"retriever.node_score.bias"}
-    assert first.keys() - noise == second.keys() - noise
-    for name in first.keys() - noise:
-        # Other paddings, other orders of float32 sums: near-cancelling entries differ relatively.
-        assert (first[name] - second[name]).norm() <= 1e-4 * first[name].norm() + 1e-7, name
+    whole_out, whole_grads = gradients(whole, batch, relations)
+    split_out, split_grads = gradients(split, batch, relations)
+    assert sum(map(len, microbatches)) == 4 and len(microbatches) > 1
+    max_prompts = limits.get("generator_microbatch", 4)
+    max_tokens = limits.get("max_tokens_per_microbatch", 10_000)
+    for lengths in microbatches:
+        assert len(lengths) <= max_prompts and (sum(lengths) <= max_tokens or len(lengths) == 1)
+    torch.testing.assert_close(whole_out.loss, split_out.loss)
+    # This bias shifts all scores of a softmax alike, so its gradient is rounding alone.
+    rounding = {"retriever.node_score.bias"}
+    assert whole_grads.keys() - rounding == split_grads.keys() - rounding
+    for name in whole_grads.keys() - rounding:
+        # Micro-batches differ in padding and in the order of float32 sums, so single entries may
+        # differ by more than the norm does.
+        difference = (whole_grads[name] - split_grads[name]).norm()
+        assert difference <= 1e-4 * whole_grads[name].norm() + 1e-7, name
 
 
 def test_balance_makes_the_two_gradients_proportional(relations):
@@ -177,7 +180,7 @@ def test_balance_makes_the_two_gradients_proportional(relations):
     torch.testing.assert_close(weighted, 0.9 * out.parts["grad_norm_generator"])
 
 
-def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations, monkeypatch):
+def test_the_undrawn_facts_vector_reaches_facts_that_were_not_drawn(relations, monkeypatch):
     backward, reached = torch.autograd.backward, []
 
     def spy(roots, grads=None, *args, **kwargs):
@@ -186,15 +189,15 @@ def test_the_residual_slot_reaches_facts_that_were_not_drawn(relations, monkeypa
         return backward(roots, grads, *args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "backward", spy)
-    for residual in (False, True):
-        phase = make(sampler={"undrawn_facts_vector": residual, "k_facts": 2})
+    for enabled in (False, True):
+        phase = make(sampler={"undrawn_facts_vector": enabled, "k_facts": 2})
         gradients(phase, make_batch(phase.model.generator), relations)
-    without, with_slot = reached
-    assert with_slot > 2 * without
+    without, with_vector = reached
+    assert with_vector > 2 * without
 
 
 @pytest.mark.parametrize("gate", [False, True])
-def test_mixed_precision_trains_through_every_slot(relations, gate):
+def test_mixed_precision_trains_through_every_kind_of_slot(relations, gate):
     phase = make(
         retriever={"gate_relation_by_instruction": gate},
         sampler={"undrawn_facts_vector": True, "k_facts": 2},
@@ -222,3 +225,18 @@ def test_predictions_are_deterministic_and_complete(relations):
     first, second = phase.predict(batch, relations), phase.predict(batch, relations)
     assert first == second and len(first) == 4
     assert all(len(p.ranked) == 9 and 1 <= len(p.selected) <= 4 for p in first)
+
+
+def test_prompts_of_the_cascade_have_no_structural_vectors(relations, monkeypatch):
+    joint, with_vectors = make(), []
+    prompt = joint.model.prompt
+
+    def spy(*args, **options):
+        with_vectors.append(options["vectors"])
+        return prompt(*args, **options)
+
+    monkeypatch.setattr(joint.model, "prompt", spy)
+    batch = make_batch(joint.model.generator)
+    for phase in (joint, CascadeBaseline(joint.config, joint.model)):
+        phase.predict(batch, relations)
+    assert with_vectors == [True, False]

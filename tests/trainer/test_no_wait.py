@@ -1,8 +1,8 @@
-"""The joint step waits for the device once: a whole optimizer step on a device without numbers.
+"""The host waits for the device once per joint micro-batch.
 
-Tensors of the meta device have sizes but no values, so whatever would stop the host on a GPU until
-a value is known raises here: item, tolist, nonzero, masks as indices, sizes that depend on data. A
-dispatch mode sees what the meta device lets pass.
+Whole optimizer steps run on the meta device, whose tensors have sizes but no values. An op that
+makes the host wait on a GPU raises there: item, tolist, nonzero, sizes that depend on data. A
+dispatch mode catches those that the meta device accepts, such as masks as indices.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ from tests.trainer import joint_cases as cases
 
 META = torch.device("meta")
 CASES = {
-    "one pass": {},
-    "passes": {"generator": {"max_tokens_per_microbatch": 150}},
-    "residual slot": {"sampler": {"undrawn_facts_vector": True, "k_facts": 2}},
-    "exact_k": {"sampler": {"mode": "exact_k", "estimator": "straight_through"}},
+    "one micro-batch": {},
+    "micro-batches": {"generator": {"max_tokens_per_microbatch": 150}},
+    "undrawn facts": {"sampler": {"undrawn_facts_vector": True, "k_facts": 2}},
+    "exact k": {"sampler": {"mode": "exact_k", "estimator": "straight_through"}},
     "text alone": {"generator": {"structural_vectors": False}},
     "balanced": {
         "loss": {"use_grad_norm_balance": True},
         "run": {"log_grad_norms": True, "grad_norm_log_interval": 1},
     },
-    "instructed": {"retriever": {"gate_relation_by_instruction": True, "dropout": 0.2}},
-    "per_instruction": {"retriever": {"message": "per_instruction", "dropout": 0.2}},
-    "computed again": {"generator": {"activation_checkpointing": "all"}},
+    "relation gate": {"retriever": {"gate_relation_by_instruction": True, "dropout": 0.2}},
+    "per instruction": {"retriever": {"message": "per_instruction", "dropout": 0.2}},
+    "recompute": {"generator": {"activation_checkpointing": "all"}},
 }
 
 
 class WouldWait(AssertionError):
-    """Something that a GPU's host would wait for."""
+    """On a GPU the host would wait here."""
 
 
-class Watch(TorchDispatchMode):
-    """Refuses what waits on a GPU although the meta device computes it."""
+class NoWait(TorchDispatchMode):
+    """Raises for ops that wait on a GPU although the meta device accepts them."""
 
     def __torch_dispatch__(self, op: object, types: object, args: tuple = (), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outputs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         name = op.overloadpacket.__name__
         if name in ("index_put", "index_put_", "index"):
             masks = [x for x in tree_leaves(args[1]) if x is not None and x.dtype == torch.bool]
             if masks:
                 raise WouldWait(f"{op}: a mask as an index")
         if name == "multinomial":
-            raise WouldWait(f"{op} looks at its weights")
-        to_device = any(x.device.type == "cpu" for x in given) and any(x.is_meta for x in made)
+            raise WouldWait(f"{op}: a check of its weights")
+        to_device = any(x.device.type == "cpu" for x in inputs) and any(x.is_meta for x in outputs)
         blocking = not (kwargs or {}).get("non_blocking", name == "copy_" and args[2:] == (True,))
         if name in ("_to_copy", "copy_") and to_device and blocking:
-            raise WouldWait(f"{op}: a copy from the host that is waited for")
+            raise WouldWait(f"{op}: a blocking copy from the host")
         return out
 
 
-def made_on_the_host(make: Callable) -> Callable:
-    """torch.tensor and as_tensor copy host numbers, and the host waits for the copy."""
+def host_only(make: Callable) -> Callable:
+    """torch.tensor or as_tensor, raising on a device: their copy of host numbers blocks."""
 
     def checked(*args: object, **kwargs: object) -> Tensor:
         if torch.device(kwargs.get("device") or "cpu") == META:
@@ -84,60 +84,65 @@ def made_on_the_host(make: Callable) -> Callable:
 
 
 def trainer_of(phase: JointPhase, relations: object, folder: Path, device: torch.device) -> Trainer:
-    """The loop around a phase, with data that it does not look at."""
-    source = SimpleNamespace(
+    """The loop around a phase, with a data set that is never loaded."""
+    dataset = SimpleNamespace(
         relations=relations,
         batch_sampler=SimpleNamespace(batches=lambda epoch: [[0]] * 8),
         store=SimpleNamespace(fingerprint="none"),
     )
-    return Trainer(phase.config, phase, source, None, folder, device)
+    return Trainer(phase.config, phase, dataset, None, folder, device)
 
 
-def step_without_numbers(
+def meta_step(
     phase: JointPhase,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     *,
     watched: int = LAST_CHECKED_STEP,
 ) -> tuple[Trainer, int]:
-    """One optimizer step on the meta device; (what did it, how often it waited).
+    """Runs one optimizer step on the meta device and returns the trainer and the number of waits.
 
-    The lengths that the wait is for come from the same step on the CPU. The watch over adapters
-    reads their gradients in its first two steps and at the last, so it is past them here.
+    The prompt lengths come from the same step on the CPU. `watched` are the steps that the adapter
+    watch has behind it. By default it is past its last one.
     """
     relations = cases.relation_states()
     batches = [cases.make_batch(phase.model.generator) for _ in range(2)]
-    known: list[list] = []
-    read = AsyncToHost.result
+    cpu_lengths: list[list] = []
+    result = AsyncToHost.result
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncToHost, "result", lambda copy: known.append(read(copy)) or known[-1])
+
+        def recorded(copy: AsyncToHost) -> list:
+            cpu_lengths.append(result(copy))
+            return cpu_lengths[-1]
+
+        patch.setattr(AsyncToHost, "result", recorded)
         trainer_of(phase, relations, folder, torch.device("cpu")).train_step(batches)
     phase.model.to(META)
     phase.watch = AdapterWatch(phase.model.generator.model)
     phase.watch.step = watched
-    waits = iter(known)
+    remaining = iter(cpu_lengths)
     with monkeypatch.context() as patch:
-        # The fused form knows no meta tensors.
+        # The fused AdamW has no meta implementation.
         patch.setattr(loop, "build_optimizer", lambda groups, device: torch.optim.AdamW(groups))
         trainer = trainer_of(phase, relations, folder, META)
-        patch.setattr(AsyncToHost, "result", lambda copy: next(waits))
+        patch.setattr(AsyncToHost, "result", lambda copy: next(remaining))
         for name in ("tensor", "as_tensor"):
-            patch.setattr(torch, name, made_on_the_host(getattr(torch, name)))
-        plain = torch.autocast
-        patch.setattr(  # there is none on this device
+            patch.setattr(torch, name, host_only(getattr(torch, name)))
+        autocast = torch.autocast
+        patch.setattr(  # the meta device has no autocast
             torch,
             "autocast",
-            lambda kind, *a, **k: nullcontext() if kind == "meta" else plain(kind, *a, **k),
+            lambda kind, *a, **k: nullcontext() if kind == "meta" else autocast(kind, *a, **k),
         )
-        with Watch():
+        with NoWait():
             outputs = trainer.train_step(batches)
     assert all(out.loss.is_meta and out.num_tokens for out in outputs)
-    return trainer, len(known) - len(list(waits))
+    return trainer, len(cpu_lengths) - len(list(remaining))
 
 
 @pytest.mark.parametrize("settings", list(CASES.values()), ids=list(CASES))
 def test_a_step_waits_once_for_each_micro_batch(settings, tmp_path, monkeypatch):
-    trainer, waits = step_without_numbers(cases.make(**settings), tmp_path, monkeypatch)
+    trainer, waits = meta_step(cases.make(**settings), tmp_path, monkeypatch)
     assert waits == 2 and trainer.state.step == 1
 
 
@@ -152,7 +157,7 @@ def with_generator(
 
 
 def vocabulary() -> int:
-    """Of the bundled tokeniser."""
+    """Number of tokens of the bundled tokeniser."""
     return len(cases.make().model.generator.tokenizer)
 
 
@@ -160,15 +165,15 @@ NAMES = ("q_proj", "in_proj", "up_proj", "down_proj", "experts.up_proj", "expert
 
 
 @pytest.mark.parametrize("targets", [NAMES, NAMES[:4]], ids=["routed experts", "shared experts"])
-def test_every_block_kind_of_the_30b(targets, tmp_path, monkeypatch):
+def test_every_block_type_of_the_30b_waits_once(targets, tmp_path, monkeypatch):
     model = toy_model(vocab_size=vocabulary(), std=0.1)
     phase = with_generator(model, targets, generator={"max_tokens_per_microbatch": 150})
-    _, waits = step_without_numbers(phase, tmp_path, monkeypatch)
+    _, waits = meta_step(phase, tmp_path, monkeypatch)
     assert waits == 2
 
 
-def test_another_language_model_waits_in_the_library_alone(tmp_path, monkeypatch):
-    """transformers looks at the positions it has made itself, for sequences packed in a row."""
+def test_another_language_model_waits_in_transformers_alone(tmp_path, monkeypatch):
+    """transformers reads position ids to find packed sequences. The patch removes that read."""
     config = LlamaConfig(
         vocab_size=vocabulary(),
         hidden_size=32,
@@ -179,11 +184,11 @@ def test_another_language_model_waits_in_the_library_alone(tmp_path, monkeypatch
     )
     phase = with_generator(LlamaForCausalLM(config), ("q_proj", "v_proj"))
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
-    _, waits = step_without_numbers(phase, tmp_path, monkeypatch)
+    _, waits = meta_step(phase, tmp_path, monkeypatch)
     assert waits == 2
 
 
-LOOKS = {
+READS = {
     "item": lambda x: x.sum().item(),
     "bool": lambda x: bool((x > 0).any()),
     "tolist": lambda x: x.tolist(),
@@ -197,45 +202,48 @@ LOOKS = {
     "host tensor": lambda x: torch.ones(3).to(x.device),
     "host copy": lambda x: x.new_empty(3).copy_(torch.ones(3)),
 }
-PLACES = ("fact_sampler.draw", "residual", "layout", "gate", "generator.forward")
+METHODS = (
+    *("fact_sampler.draw", "undrawn_facts_vector", "layout", "apply_gate", "generator.forward"),
+)
 
 
-def look_in(phase: JointPhase, place: str, look: Callable[[Tensor], object]) -> None:
-    """Lets a method of the model look at numbers of its device before it begins."""
-    way, _, name = place.rpartition(".")
-    owner = phase.model.get_submodule(way) if way != "fact_sampler" else phase.model.fact_sampler
+def read_in(phase: JointPhase, path: str, read: Callable[[Tensor], object]) -> None:
+    """Makes a method of the model read values from its device before it runs."""
+    parent, _, name = path.rpartition(".")
+    owner = phase.model.fact_sampler if parent == "fact_sampler" else None
+    owner = owner or phase.model.get_submodule(parent)
     method = getattr(owner, name)
 
-    def looking(*args: object, **kwargs: object) -> object:
-        look(phase.model.cue.float())
+    def reading(*args: object, **kwargs: object) -> object:
+        read(phase.model.cue.float())
         return method(*args, **kwargs)
 
-    object.__setattr__(owner, name, looking)
+    object.__setattr__(owner, name, reading)
 
 
 @pytest.mark.parametrize(
-    ("place", "look"),
-    [("generator.embed", look) for look in LOOKS] + [(place, "item") for place in PLACES],
+    ("method", "read"),
+    [("generator.embed", read) for read in READS] + [(method, "item") for method in METHODS],
 )
-def test_any_look_at_the_device_is_seen(place, look, tmp_path, monkeypatch):
+def test_every_read_from_the_device_is_caught(method, read, tmp_path, monkeypatch):
     phase = cases.make(sampler={"undrawn_facts_vector": True, "k_facts": 2})
-    look_in(phase, place, LOOKS[look])
+    read_in(phase, method, READS[read])
     with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
-        step_without_numbers(phase, tmp_path, monkeypatch)
+        meta_step(phase, tmp_path, monkeypatch)
 
 
-def test_the_watch_over_adapters_looks_in_its_first_steps(tmp_path, monkeypatch):
+def test_the_adapter_watch_reads_gradients_in_its_first_steps(tmp_path, monkeypatch):
     with pytest.raises(NotImplementedError, match="no data"):
-        step_without_numbers(cases.make(), tmp_path, monkeypatch, watched=0)
+        meta_step(cases.make(), tmp_path, monkeypatch, watched=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", list(CASES.values()), ids=list(CASES))
 def test_nothing_waits_on_a_gpu(settings, tmp_path):
-    """The third step under PyTorch's own watch, which lets the wait for an event pass.
+    """Runs the third step under torch's sync debug mode, which permits waiting for an event.
 
-    In the first two kernels are compiled, and adapters are looked at.
+    The first two steps compile kernels, and the adapter watch reads gradients.
     """
     device = torch.device("cuda")
     sizes = {"hidden_size": 128, "head_dim": 32, "ssm_state_size": 64, "mamba_head_dim": 64}
@@ -244,9 +252,9 @@ def test_nothing_waits_on_a_gpu(settings, tmp_path):
     phase.model.to(device)
     phase.watch = AdapterWatch(phase.model.generator.model)
     trainer = trainer_of(phase, cases.relation_states(), tmp_path, device)
-    copies = DeviceCopier(device)
-    made = [copies.begin(cases.make_batch(phase.model.generator)) for _ in range(2)]
-    batches = [copies.finish(copy) for copy in made]
+    copier = DeviceCopier(device)
+    copies = [copier.start(cases.make_batch(phase.model.generator)) for _ in range(2)]
+    batches = [copier.finish(copy) for copy in copies]
     for step in range(3):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")

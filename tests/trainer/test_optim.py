@@ -1,4 +1,4 @@
-"""Schedule values by hand, parameter groups by their effect, and rates after a resume."""
+"""Schedule values computed by hand, parameter groups by their effect, rates after a resume."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ CPU = torch.device("cpu")
 
 
 def groups_of(*modules: nn.Module, lr: float = 0.1, decay: float = 0.5) -> list[dict]:
-    """One group per module, with rates lr, 2 lr, ... so that they can be told apart."""
+    """One group per module, with distinct rates lr, 2 lr, ..."""
     return [
         {
-            "name": f"part{place}",
+            "name": f"part{i}",
             "params": list(module.parameters()),
-            "lr": lr * (place + 1),
+            "lr": lr * (i + 1),
             "weight_decay": decay,
         }
-        for place, module in enumerate(modules)
+        for i, module in enumerate(modules)
     ]
 
 
 def run_rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -> list[list[float]]:
-    """The rate of every group at each of so many optimizer steps."""
-    seen = []
+    """The rates of all groups at each optimizer step."""
+    rates = []
     for _ in range(steps):
-        seen.append([group["lr"] for group in optimizer.param_groups])
+        rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    return seen
+    return rates
 
 
 @pytest.mark.parametrize(
-    ("step", "share"),
+    ("step", "multiplier"),
     [
-        # Ten steps, two of them warm-up, floor 0.1; cosine at shares 0, 1/4, 1/2, 3/4, 1 of eight.
+        # Ten steps, two of them warm-up, floor 0.1, then a cosine over eight steps.
         (0, 0.5),
         (1, 1.0),
         (2, 1.0),
@@ -56,8 +56,8 @@ def run_rates(optimizer: torch.optim.Optimizer, scheduler: object, steps: int) -
         (25, 0.1),
     ],
 )
-def test_the_schedule_by_hand(step: int, share: float) -> None:
-    assert lr_multiplier(step, total=10, warmup=2, floor=0.1) == pytest.approx(share)
+def test_schedule_values_by_hand(step: int, multiplier: float) -> None:
+    assert lr_multiplier(step, total=10, warmup=2, floor=0.1) == pytest.approx(multiplier)
 
 
 @pytest.mark.parametrize("total", [0, 1, 2])
@@ -74,15 +74,15 @@ def test_rates_are_those_of_the_schedule_also_after_a_resume(done: int, used_bef
     modules = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
     whole = build_optimizer(groups_of(*modules), CPU)
     expected = run_rates(whole, build_scheduler(whole, config, 20), 20)
-    for step, row in enumerate(expected):
-        share = lr_multiplier(step, 20, 3, 0.05)
-        assert row == pytest.approx([0.1 * share, 0.2 * share])
+    for step, rates in enumerate(expected):
+        multiplier = lr_multiplier(step, 20, 3, 0.05)
+        assert rates == pytest.approx([0.1 * multiplier, 0.2 * multiplier])
 
     resumed = build_optimizer(groups_of(*modules), CPU)
-    if used_before:  # the trainer has built a schedule from the beginning already
+    if used_before:  # the trainer builds a schedule from step 0 before it resumes
         build_scheduler(resumed, config, 20)
     scheduler = build_scheduler(resumed, config, 20, done=done)
-    # Bit for bit, since parameters after a resume must be.
+    # Bit for bit, because a resumed run must equal an uninterrupted one.
     assert run_rates(resumed, scheduler, 20 - done) == expected[done:]
 
 
@@ -95,13 +95,13 @@ def test_weights_decay_and_biases_norms_and_scalars_do_not() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in module.named_parameters():
-        # With a zero gradient all that AdamW does is to shrink by 1 - rate * decay.
+        # With a zero gradient AdamW only multiplies by 1 - lr * weight_decay.
         factor = 1 - 0.1 * 0.5 if name == "0.weight" else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
-    assert bool((before["1.weight"] != 0).all()), "a decayed zero would prove nothing"
+    assert bool((before["1.weight"] != 0).all()), "a zero would not show decay"
 
 
-def test_groups_have_their_roles_and_rates_in_an_order_that_saved_states_rely_on() -> None:
+def test_groups_keep_roles_rates_and_the_order_of_saved_optimizer_states() -> None:
     first, second, third = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2)
     second.weight.requires_grad_(False)
     optimizer = build_optimizer(groups_of(nn.Sequential(first, third), second), CPU)
@@ -112,10 +112,10 @@ def test_groups_have_their_roles_and_rates_in_an_order_that_saved_states_rely_on
         (third.bias, ("part0", 0.1, 0.0)),
         (second.bias, ("part1", 0.2, 0.0)),
     ]
-    found = [
+    actual = [
         (id(p), (group["name"], group["lr"], group["weight_decay"]))
         for group in optimizer.param_groups
         for p in group["params"]
     ]
-    assert found == [(id(p), row) for p, row in expected]
-    assert [id(p) for p in trained_parameters(optimizer)] == [name for name, _ in found]
+    assert actual == [(id(p), settings) for p, settings in expected]
+    assert [id(p) for p in trained_parameters(optimizer)] == [key for key, _ in actual]

@@ -9,8 +9,9 @@ import torch
 
 from dragkit.errors import Interrupted
 from dragkit.trainer import build as build_module
+from dragkit.trainer.build import build_retriever, build_retriever_phase
 from dragkit.trainer.replay import capture_for
-from tests.trainer.replay_cases import Rerun, new_phase, phase1_run
+from tests.trainer.replay_cases import EagerCapture, phase1_run
 from tests.trainer.run_cases import assert_same, stop_after, tensors
 
 CPU = torch.device("cpu")
@@ -25,28 +26,28 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_run_learns_the_same_with_and_without_replay(tmp_path, monkeypatch, settings):
-    phase1_run(tmp_path, "plain", **settings).execute()
-    capture = Rerun()
+    phase1_run(tmp_path, "eager", **settings).execute()
+    capture = EagerCapture()
     monkeypatch.setattr(build_module, "capture_for", lambda device: capture)
     phase1_run(tmp_path, "replayed", **settings).execute()
-    assert capture.recorded and capture.replays > 1
-    plain, ours = (tensors(tmp_path / name) for name in ("plain", "replayed"))
-    assert plain.keys() == ours.keys()
+    assert capture.captures and capture.replays > 1
+    eager, replayed = (tensors(tmp_path / name) for name in ("eager", "replayed"))
+    assert eager.keys() == replayed.keys()
     limit = 1e-6 if "run__precision" not in settings else 2e-3
-    for name in plain:
-        # This bias moves all scores of a softmax alike: its gradient is rounding and nothing else.
-        if name.startswith("heads/") and not name.endswith("node_score.bias"):
-            torch.testing.assert_close(ours[name], plain[name], rtol=0, atol=limit, msg=name)
+    for name in eager:
+        # This bias shifts all scores of a softmax alike, so its gradient is rounding alone.
+        if name.startswith("retriever_projector/") and not name.endswith("node_score.bias"):
+            torch.testing.assert_close(replayed[name], eager[name], rtol=0, atol=limit, msg=name)
     logs = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("plain", "replayed")
+        for name in ("eager", "replayed")
     ]
     for line, other in zip(*logs, strict=True):
         assert line["step"] == other["step"] and line["lr"] == other["lr"]
 
 
 def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
+    monkeypatch.setattr(build_module, "capture_for", lambda device: EagerCapture())
     settings = {"retriever__dropout": 0.2, "run__max_cuda_graphs": 1}
     phase1_run(tmp_path, "whole", **settings).execute()
     with monkeypatch.context() as patch:
@@ -57,15 +58,16 @@ def test_resume_is_bit_exact_with_replay_and_dropout(tmp_path, monkeypatch):
     assert_same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_replay_is_on_where_steps_can_be_recorded_and_wanted(training_run, dataset, monkeypatch):
+def test_steps_are_replayed_where_the_device_and_the_configuration_allow(
+    training_run, dataset, monkeypatch
+):
+    config = training_run.config
+    retriever = build_retriever(config, training_run.encoder)
     assert capture_for(CPU) is None
-    phase = new_phase(training_run)
-    build_module.maybe_replay(phase, dataset, phase.config, CPU)
-    assert phase.replay is None
-    monkeypatch.setattr(build_module, "capture_for", lambda device: Rerun())
-    monkeypatch.setattr(dataset, "to_device", True)
-    off = phase.config.run.model_copy(update={"cuda_graphs": False})
-    build_module.maybe_replay(phase, dataset, phase.config.model_copy(update={"run": off}), CPU)
-    assert phase.replay is None
-    build_module.maybe_replay(phase, dataset, phase.config, CPU)
-    assert phase.replay is not None and phase.replay.max_graphs == 16 and not dataset.to_device
+    assert build_retriever_phase(config, retriever, CPU, dataset).replay is None
+    monkeypatch.setattr(build_module, "capture_for", lambda device: EagerCapture())
+    run = config.run.model_copy(update={"cuda_graphs": False})
+    off = config.model_copy(update={"run": run})
+    assert build_retriever_phase(off, retriever, CPU, dataset).replay is None
+    phase = build_retriever_phase(config, retriever, CPU, dataset)
+    assert phase.replay.max_graphs == 16 and phase.takes_host_batches

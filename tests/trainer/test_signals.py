@@ -1,4 +1,4 @@
-"""The first stop signal is a request, the second one an order."""
+"""The first stop signal asks the loop to stop, the second one ends the process."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dragkit.trainer.signals import StopSignal
 
-# The module is loaded from its file: importing the package would load torch, and cost seconds.
+# The module is loaded from its file, because importing the package loads torch for seconds.
 LOOP = """
 import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("signals", sys.argv[1])
@@ -32,23 +32,23 @@ with signals.StopSignal() as stop:
 
 @pytest.fixture
 def handlers() -> Iterator[list[int]]:
-    """Handlers of our own under the ones tested; the list gets every signal that reaches them."""
-    seen: list[int] = []
-    before = {
-        number: signal.signal(number, lambda got, _: seen.append(got))
+    """Installs handlers below the tested ones and yields the signals that reach them."""
+    received: list[int] = []
+    previous = {
+        number: signal.signal(number, lambda number, _: received.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    yield seen
-    for number, handler in before.items():
+    yield received
+    for number, handler in previous.items():
         signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_is_noted_and_the_second_goes_to_whoever_had_it_before(
+def test_the_first_sets_the_flag_and_the_second_reaches_the_previous_handler(
     handlers: list[int], first: int, second: int
 ) -> None:
-    for _ in range(2):  # one after another starts without a request
+    for _ in range(2):  # each context starts without a request
         with StopSignal() as stop:
             assert not stop.requested
             os.kill(os.getpid(), first)
@@ -59,7 +59,7 @@ def test_the_first_is_noted_and_the_second_goes_to_whoever_had_it_before(
         handlers.clear()
 
 
-def test_handlers_come_back_at_the_end_and_after_an_error(handlers: list[int]) -> None:
+def test_handlers_are_restored_at_the_end_and_after_an_error(handlers: list[int]) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) is not before[0]
@@ -68,18 +68,15 @@ def test_handlers_come_back_at_the_end_and_after_an_error(handlers: list[int]) -
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_outside_the_main_thread_the_signals_stay_with_the_program(handlers: list[int]) -> None:
+def test_outside_of_the_main_thread_handlers_stay(handlers: list[int]) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    found: list[object] = []
 
-    def work() -> None:
+    def work() -> tuple[object, bool]:
         with StopSignal() as stop:
-            found.extend([signal.getsignal(signal.SIGTERM), stop.requested])
+            return signal.getsignal(signal.SIGTERM), stop.requested
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert found == [before, False]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(work).result() == (before, False)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
@@ -90,7 +87,7 @@ def test_a_second_signal_ends_the_process_at_once(second: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A background job starts with SIGINT ignored; the child is to be like one on a terminal.
+        # A background job starts with SIGINT ignored. The child behaves as on a terminal.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -103,6 +100,6 @@ def test_a_second_signal_ends_the_process_at_once(second: int) -> None:
     finally:
         child.kill()
         child.wait()
-    # Python leaves by the signal itself where nothing has caught it.
+    # Python ends by the signal itself where no handler catches it.
     assert child.returncode == -second
-    assert "SIGTERM" in errors, "the first signal says that one more ends it at once"
+    assert "SIGTERM" in errors, "the first signal logs what a second one does"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from dragkit import train as train_command
 from dragkit.checkpoint.checkpoint import (
     RunInUseError,
     RunLock,
+    Snapshot,
+    TrainState,
     find_checkpoint,
     load_checkpoint,
+    save_checkpoint,
 )
 from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
 from dragkit.trainer import loop
 from dragkit.trainer.anomaly import NumericalError
+from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
@@ -72,7 +77,7 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
             patch.setattr(JointPhase, "score", lambda self, means: 2.0)
             with pytest.raises(Interrupted):
                 make_run(tmp_path, 2, **start).execute()
-        # The best value of answers must not be compared with one of facts.
+        # A best value of answers must not be compared with one of facts.
         assert load_checkpoint(find_checkpoint(tmp_path / "run")).state.best == 2.0
         start |= {"run.resume": True}
     make_run(tmp_path, 2, **start, **{"run.val_generation": False}).execute()
@@ -81,12 +86,12 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
     assert ["strict-f1" in row for row in scores] == [resumed, False]
     best = load_checkpoint(find_checkpoint(tmp_path / "run")).state.best
     assert best == max(row["retrieval-f1"] for row in scores[resumed:])
-    # The limit is one of generated answers, so facts are scored on all questions.
+    # The limit is for generated answers, so facts are scored on all questions.
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all("strict-f1" in row["metrics"] for row in results.values())
 
 
-def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, monkeypatch):
+def test_a_compiled_run_learns_the_same_with_one_graph_per_block_type(tmp_path, monkeypatch):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     from dragkit.generator.nemotron_h.decoder import residual_block
@@ -111,15 +116,15 @@ def test_a_compiled_run_learns_the_same_with_a_graph_for_each_kind(tmp_path, mon
             if not compiled:
                 make_run(tmp_path, 1, "first", **{"optim.epochs": 1}).execute()
             make_run(tmp_path, 2, name, **start, **{"run.compile": compiled}).execute()
-            lines[name] = [found for found in logged(tmp_path / name) if "train" in found]
+            lines[name] = [line for line in logged(tmp_path / name) if "train" in line]
             assert lines[name][-1]["compiled_graphs"] - before == sum(
                 counter.frame_count for counter in counters.values()
             )
-    # Mamba-2, attention, dense; the last attention computes rows alone, and not compiled.
+    # Mamba-2, attention and dense. The last attention computes some rows alone, uncompiled.
     assert counters[residual_block].frame_count == 3 and len(counters) == 2
     assert len(lines["eager"]) == len(lines["compiled"]) > 4
-    for ours, theirs in zip(lines["compiled"], lines["eager"], strict=True):
-        assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-4)
+    for compiled, eager in zip(lines["compiled"], lines["eager"], strict=True):
+        assert compiled["train"]["loss"] == pytest.approx(eager["train"]["loss"], rel=1e-4)
 
 
 def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
@@ -130,11 +135,11 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from dragkit.generator.nemotron_h.patches import patch_nemotron_h
     from dragkit.trainer.build import build_joint
 
-    checked, check = [], JointPhase.check_gradients
-    monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checked.append(1) or check(*a))
+    checks, check = [], JointPhase.check_gradients
+    monkeypatch.setattr(JointPhase, "check_gradients", lambda *a: checks.append(1) or check(*a))
     training_run = make_run(tmp_path, 2, **{"run.phase1_checkpoint": None, "optim.epochs": 1})
     training_run.execute()
-    assert len(checked) == load_checkpoint(find_checkpoint(tmp_path / "run")).state.step
+    assert len(checks) == load_checkpoint(find_checkpoint(tmp_path / "run")).state.step
     folder = find_checkpoint(tmp_path / "run")
     phase = build_joint(training_run.config, training_run.encoder, torch.device("cpu"))
     phase.load(load_checkpoint(folder))
@@ -154,7 +159,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def _gradient(tmp_path, name, batch_size, accumulation):
+def _gradient(monkeypatch, tmp_path, name, batch_size, accumulation):
     """The first optimizer step's gradients over six questions, by parameter."""
     training_run = make_run(
         tmp_path,
@@ -168,30 +173,24 @@ def _gradient(tmp_path, name, batch_size, accumulation):
             "retriever.dropout": 0.0,
         },
     )
-    seen = {}
 
     class Stop(Exception):
         pass
 
-    def capture(parameters, limit, norm):
-        seen["gradients"] = [None if p.grad is None else p.grad.clone() for p in parameters]
-        raise Stop
+    def stop(parameters, limit, norm):
+        raise Stop([None if p.grad is None else p.grad.clone() for p in parameters])
 
-    original = loop.clip_grads_with_norm_
-    loop.clip_grads_with_norm_ = capture
-    try:
-        with pytest.raises(Stop):
-            training_run.execute()
-    finally:
-        loop.clip_grads_with_norm_ = original
-    return seen["gradients"]
+    with monkeypatch.context() as patch, pytest.raises(Stop) as stopped:
+        patch.setattr(loop, "clip_grads_with_norm_", stop)
+        training_run.execute()
+    return stopped.value.args[0]
 
 
-def test_accumulation_equals_one_large_batch(tmp_path):
+def test_accumulation_equals_one_large_batch(tmp_path, monkeypatch):
     make_run(tmp_path, 1, "first", **{"optim.epochs": 1, "retriever.dropout": 0.0}).execute()
-    whole = _gradient(tmp_path, "a", 8, 1)
+    whole = _gradient(monkeypatch, tmp_path, "a", 8, 1)
     for batch_size, steps in ((4, 2), (2, 4), (1, 8)):
-        parts = _gradient(tmp_path, f"b{batch_size}", batch_size, steps)
+        parts = _gradient(monkeypatch, tmp_path, f"b{batch_size}", batch_size, steps)
         for a, b in zip(whole, parts, strict=True):
             if a is None or b is None:
                 assert a is None or not a.any()
@@ -227,17 +226,15 @@ def test_a_folder_that_is_used_or_in_use_is_refused(tmp_path):
         make_run(tmp_path, 1)
 
 
-@pytest.mark.parametrize(
-    ("fails", "saves"), [("xx.xx...", 8), ("xxx", 3), ("x.xxx", 5)], ids=lambda value: str(value)
-)
-def test_training_goes_on_until_three_saves_in_a_row_have_failed(
+@pytest.mark.parametrize(("fails", "saves"), [("xx.xx...", 8), ("xxx", 3), ("x.xxx", 5)], ids=str)
+def test_training_continues_until_three_saves_in_a_row_have_failed(
     tmp_path, monkeypatch, fails, saves
 ):
-    save, done = loop.save_checkpoint, []
+    save, steps = loop.save_checkpoint, []
 
     def unreliable(*arguments, **options):
-        done.append(arguments[1])
-        if fails[len(done) - 1] == "x":
+        steps.append(arguments[1])
+        if fails[len(steps) - 1] == "x":
             raise WriteError("disk full")
         return save(*arguments, **options)
 
@@ -249,7 +246,7 @@ def test_training_goes_on_until_three_saves_in_a_row_have_failed(
         with pytest.raises(WriteError):
             training_run.execute()
     # Every step, and once more at the end of each epoch.
-    assert done == [1, 2, 3, 3, 4, 5, 6, 6][:saves]
+    assert steps == [1, 2, 3, 3, 4, 5, 6, 6][:saves]
 
 
 def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
@@ -264,7 +261,7 @@ def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
     assert result["counts"]["asked"] == 8 and result["counts"]["no_gold"] == 1
     assert {"rog-hit", "subgraphrag-hit", "strict-hits@1"} <= result["metrics"].keys()
     assert len(result["predictions"]) == 8
-    find_checkpoint(tmp_path / "run")  # and it is still whole
+    find_checkpoint(tmp_path / "run")  # evaluation left the run intact
 
 
 @pytest.mark.parametrize(
@@ -281,7 +278,7 @@ def test_evaluate_needs_only_the_run_folder(tmp_path, capsys):
         (["--phase", "1", "--device", "cuda:7"], 2, "CUDA"),
     ],
 )
-def test_a_users_mistake_gives_a_message_and_its_exit_code(
+def test_a_user_error_gives_a_message_and_its_exit_code(
     tmp_path, monkeypatch, capsys, arguments, code, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -315,35 +312,37 @@ def test_a_checkpoint_that_does_not_fit_lists_the_settings(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_updates_nothing(tmp_path, monkeypatch):
-    original = RetrieverPhase.training_step
-    before = {}
+    original, models = RetrieverPhase.training_step, []
 
     def poisoned(self, batch, relations, counts, step):
         out = original(self, batch, relations, counts, step)
-        before.update({n: p.detach().clone() for n, p in self.model.named_parameters()})
         self.model.start.weight.grad[0, 0] = float("nan")
-        before["model"] = self.model
+        models.append((self.model, copy.deepcopy(self.model.state_dict())))
         return out
 
     monkeypatch.setattr(RetrieverPhase, "training_step", poisoned)
     with pytest.raises(NumericalError, match="start.weight"):
         make_run(tmp_path, 1).execute()
-    for name, parameter in before.pop("model").named_parameters():
-        assert torch.equal(parameter, before[name])
+    ((model, before),) = models
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
     (record,) = (tmp_path / "run").glob("anomaly-*.json")
     assert json.loads(record.read_text())["questions"]
 
 
-def test_training_needs_no_main_thread(tmp_path):
-    errors = []
+def test_a_checkpoint_with_heads_safetensors_still_loads(training_run, tmp_path):
+    """Earlier versions wrote the trained tensors under this name."""
+    retriever = build_retriever(training_run.config, training_run.encoder)
+    phase = RetrieverPhase(training_run.config, retriever)
+    saved = {name: tensor + 1 for name, tensor in phase.trainable_state().items()}
+    state = TrainState(phase="phase1", epoch=1, step=1, batch=0, questions_seen=3)
+    folder = save_checkpoint(tmp_path, 1, Snapshot(tensors={"heads": saved}), state)
+    assert (folder / "heads.safetensors").is_file()
+    phase.load(load_checkpoint(folder))
+    for name, tensor in phase.trainable_state().items():
+        assert torch.equal(tensor, saved[name])
 
-    def work():
-        try:
-            make_run(tmp_path, 1, **{"optim.epochs": 1}).execute()
-        except BaseException as error:
-            errors.append(error)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not errors
+def test_training_runs_outside_of_the_main_thread(tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: make_run(tmp_path, 1, **{"optim.epochs": 1}).execute()).result()

@@ -1,4 +1,4 @@
-"""Attention pooling over ragged runs of frozen states, without gathering them."""
+"""Attention pooling over ragged segments of frozen states, without gathering them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ __all__ = ["attention_pool", "attention_pool_ref"]
 
 
 def attention_pool(states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor) -> Tensor:
-    """o_g = sum_i a_i states[rows_i], a = softmax of <states[rows_i], query> over segment g.
+    """o_g = sum_i a_i states[rows_i] with a = softmax of <states[rows_i], query> over segment g.
 
     Args:
         states: float32 or float64 [T, D], frozen.
         query: [D] with the dtype of `states`.
-        rows: int32 [S] rows of `states`; ptr: int32 [G+1], segment g is rows[ptr[g]:ptr[g+1]].
-            The segments cover all rows.
+        rows: int32 [S] rows of `states`.
+        ptr: int32 [G+1]. Segment g is rows[ptr[g]:ptr[g+1]]. The segments cover all of `rows`.
 
     Returns:
-        [G, D] with the dtype of `states`; a segment without rows gives zeros.
+        [G, D] with the dtype of `states`. A segment without rows gives zeros.
 
     Raises:
         ValueError: shapes or dtypes do not fit, or `states` requires a gradient.
@@ -40,5 +40,7 @@ def attention_pool(states: Tensor, query: Tensor, rows: Tensor, ptr: Tensor) -> 
             f"{query.dtype}"
         )
     if states.requires_grad:
-        raise ValueError(f"{op}: states are frozen; they must not require a gradient")
+        raise ValueError(
+            f"{op}: states must not require a gradient: the op computes that of query only"
+        )
     return torch.ops.dragkit.attention_pool_fwd(states, query, rows, ptr)[0]

@@ -23,18 +23,18 @@ def causal_conv(
 ) -> Tensor:
     """y_t = silu(b + sum_{j < W, j <= position_t} weight[:, W-1-j] x_{t-j}).
 
-    Sequences lie end to end. Taps that cross a sequence boundary are masked with `where`, not
-    multiplied by 0, so a NaN cannot leak. Sums are in float32, or float64 where x or weight is. The
-    backward keeps only the inputs and recomputes the sums. The PyTorch path reads `seq_pos` on the
-    host, which makes a GPU wait.
+    Taps that cross a sequence boundary are masked with `where` instead of multiplied by 0, so a NaN
+    cannot leak. Sums are in float32, or float64 if x or weight is. The op saves only its inputs and
+    recomputes the sums in the backward. The PyTorch path reads `seq_pos` on the host, which waits
+    for a GPU.
 
     Args:
-        x: float [T, C], tokens of all sequences; may be row-strided, such as a slice of the columns
-            of a wider matrix.
-        weight: float [C, W], the last tap for the token itself.
+        x: float [T, C] tokens of all sequences end to end. It may be row-strided, such as a column
+            slice of a wider matrix.
+        weight: float [C, W]. The last tap multiplies the token itself.
         bias: float [C] or None.
-        position: int32 [T] place of a token in its own sequence; 0 starts one. Never above t, and
-            0 in every row of padding.
+        seq_pos: int32 [T] position of a token in its own sequence, from 0, at most t. Padding rows
+            have 0. Values are not checked.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -42,7 +42,7 @@ def causal_conv(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
 
     Source: the convolution of Mamba-2, https://arxiv.org/abs/2405.21060.
     """
@@ -61,15 +61,16 @@ def causal_conv(
 
 
 def causal_conv_state(x: Tensor, seq_pos: Tensor, last_row: Tensor, width: int) -> Tensor:
-    """The last `width` inputs of each sequence: what a convolution needs to go on token by token.
+    """The last `width` inputs of each sequence, from which decoding continues the convolution.
 
-    As the cache of transformers keeps it (`conv_states` of a linear-attention layer, which
-    NemotronHMamba2Mixer fills with the convolution's input): a sequence, its channels, then time
-    from oldest to newest, so [..., -1] is the last token; zeros before the sequence's start.
+    The layout is that of `conv_states` in the transformers cache of NemotronHMamba2Mixer: channels,
+    then time from oldest to newest. [..., -1] is the last token. Inputs before the start of a
+    sequence are 0.
 
     Args:
-        x: float [T, C] input of `causal_conv`; position: int32 [T] as there.
-        last: int32 [S] row of the last token of each sequence.
+        x: float [T, C] input of `causal_conv`.
+        seq_pos: int32 [T] see causal_conv.
+        last_row: int32 [S] row of the last token of each sequence.
         width: taps W of the convolution.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Triton backward of causal_conv: the same walk, with the sums made again on the way."""
+"""Triton backward of causal_conv: the same walk, which recomputes the sums of the forward."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .forward import (
     valid_columns,
 )
 
-# Four columns for each thread: with eight, what a thread carries leaves no registers to ask for
-# several rows at a time, and that many bytes on their way count for more than wider loads.
+# Four columns per thread. Eight would leave no registers to load several rows ahead, and bytes in
+# flight matter more than wider loads.
 STRIPE = Tile(128, 1, max_registers=128)
-# Rows asked for at a time, and where a thread has sums to carry as well.
+# Rows that are loaded ahead, without and with sums in registers.
 STEP, SUM_STEP = 4, 2
-# Programs that share the rows at most, where each writes sums of its own.
+# Most programs per stripe when each writes partial sums for d_weight and d_bias.
 MAX_SUM_PROGRAMS = 256
 
 
 @triton.jit
 def _finish_row(d, pending, taps, seq_pos, W: tl.constexpr):
-    """The gradient of row t - (W - 1), whose last share is that of row t."""
+    """dx of row t - (W - 1). Row t contributes its last term."""
     d_row = taps[0] * d
     if W > 1:
         d_row = tl.where(seq_pos >= W - 1, tl.fma(taps[W - 1], d, pending[W - 2]), pending[W - 2])
@@ -39,7 +39,7 @@ def _finish_row(d, pending, taps, seq_pos, W: tl.constexpr):
 
 @triton.jit
 def _shift_pending(d, pending, taps, seq_pos, W: tl.constexpr):
-    """Gradients so far of the rows t, t - 1, ..., t - (W - 2)."""
+    """Partial dx of the rows t, t - 1, ..., t - (W - 2)."""
     shifted = ()
     if W > 1:
         shifted = (taps[0] * d,)
@@ -51,7 +51,7 @@ def _shift_pending(d, pending, taps, seq_pos, W: tl.constexpr):
 
 @triton.jit
 def _add_sums(d, x, history, sums, max_lag, W: tl.constexpr):
-    """Sums of d_t x_{t-j} for every j <= reach, then of d_t; nothing where reach is negative."""
+    """Adds d_t x_{t-j} to sum j for every j <= max_lag, and d_t to the last sum if max_lag >= 0."""
     shifted = (tl.where(max_lag >= 0, tl.fma(d, x.to(tl.float32), sums[0]), sums[0]),)
     for lag in tl.static_range(1, W):
         with_tap = tl.fma(d, history[lag - 1].to(tl.float32), sums[lag])
@@ -61,26 +61,16 @@ def _add_sums(d, x, history, sums, max_lag, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_bwd_kernel(
-    grad_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_pos_ptr,
-    d_x_ptr,
-    sums_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    stride_grad,
-    stride_x,
-    W: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= position_{t+j}; d = grad silu'(y).
+    grad_ptr, x_ptr, weight_ptr, bias_ptr, seq_pos_ptr,
+    d_x_ptr, sums_ptr,
+    num_rows, rows_per_program, num_columns,
+    stride_grad, stride_x,
+    W: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dx_t = sum_j weight[:, W-1-j] d_{t+j}, j < W and j <= seq_pos_{t+j}, d = grad silu'(y).
 
-    sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. What has
-    no place to go is not computed.
+    sums[program] = sum_t d_t x_{t-j} for every j, then sum_t d_t, over the program's rows. Outputs
+    without a pointer are not computed. One program per rows_per_program rows and BLOCK_C columns.
     """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
@@ -98,7 +88,7 @@ def _causal_conv_bwd_kernel(
         sums = sums + (zero,)
     for _ in tl.static_range(1, W):
         pending = pending + (zero,)
-    # A row's gradient is finished W - 1 rows further down.
+    # dx of a row is complete W - 1 rows later.
     last = end
     if d_x_ptr is not None:
         last = end + W - 1
@@ -117,10 +107,12 @@ def _causal_conv_bwd_kernel(
                 d_row = _finish_row(d, pending, taps, seq_pos, W)
                 pending = _shift_pending(d, pending, taps, seq_pos, W)
                 offs = (row - (W - 1)).to(tl.int64) * num_columns + offs_c
+                # The previous program walks on to complete the rows before `begin`.
                 stored_row = tl.where(row - (W - 1) >= begin, row - (W - 1), end)
                 mask = offs_c < valid_columns(stored_row, end, num_columns)
                 tl.store(d_x_ptr + offs, d_row.to(d_x_ptr.dtype.element_ty), mask=mask)
             if sums_ptr is not None:
+                # The next program sums the rows from `end` on: a lag of -1 adds nothing.
                 sums = _add_sums(d, x, history, sums, tl.where(row < end, seq_pos, -1), W)
             history = shift_history(x, history, W)
     if sums_ptr is not None:
@@ -137,34 +129,26 @@ def causal_conv_bwd(
     seq_pos: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches what output_mask asks for in one walk; see `dragkit::causal_conv_bwd`."""
+    """Launches the gradients that output_mask asks for, see `dragkit::causal_conv_bwd`."""
     (num_rows, num_columns), width = x.shape, weight.shape[1]
     d_x, d_weight, d_bias = out = empty_gradients((x, weight, bias), output_mask)
     with_sums = output_mask[1] or output_mask[2]
+    # Longer programs bound the number of partial sums.
     rows_per_program = max(ROWS, triton.cdiv(num_rows, MAX_SUM_PROGRAMS)) if with_sums else ROWS
     programs = triton.cdiv(num_rows, rows_per_program)
     sums = x.new_empty((programs, width + 1, num_columns) if with_sums else 0, dtype=torch.float32)
     if x.numel() > 0 and any(output_mask):
         grad, x = row_strided(grad), row_strided(x)
         _causal_conv_bwd_kernel[programs, triton.cdiv(num_columns, STRIPE.block)](
-            grad,
-            x,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            seq_pos.contiguous(),
-            d_x if output_mask[0] else None,
-            sums if with_sums else None,
-            num_rows,
-            rows_per_program,
-            num_columns,
-            grad.stride(0),
-            x.stride(0),
+            *(grad, x, weight.contiguous(), None if bias is None else bias.contiguous()),
+            *(seq_pos.contiguous(), d_x if output_mask[0] else None, sums if with_sums else None),
+            *(num_rows, rows_per_program, num_columns, grad.stride(0), x.stride(0)),
             W=width,
             STEP=SUM_STEP if with_sums else STEP,
             BLOCK_C=STRIPE.block,
             **STRIPE.options,
         )
-    total = sums.sum(0) if with_sums else sums  # in order
+    total = sums.sum(0) if with_sums else sums  # in the order of programs
     if output_mask[1]:
         d_weight.copy_(total[:width].flip(0).mT)
     if output_mask[2]:

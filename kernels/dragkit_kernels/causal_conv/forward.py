@@ -1,4 +1,4 @@
-"""Triton forward of causal_conv: a program walks down some rows of a stripe of columns."""
+"""Triton forward of causal_conv: a program walks down the rows of a stripe of columns."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..launch import ResourceLimits, Tile, row_strided, spec
 
-# Columns of a program, eight for each thread: one load of 128 bits in low precision.
+# 256 columns are eight per thread: one 128-bit load in float16 or bfloat16.
 STRIPE = Tile(256, 1, max_registers=128)
-# Rows that a program walks down. The rows before them are read twice.
+# Rows per program. The W - 1 rows before them are loaded twice.
 ROWS = 32
-# Rows that it asks for at a time.
+# Rows that are loaded before the first of them is used, which hides memory latency.
 STEP = 4
 
 
 @triton.jit
 def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
-    """The weights of the token itself, the one before it, ... in float32."""
+    """The W taps from lag 0 on, float32 [BLOCK_C] each."""
     taps = ()
     for lag in tl.static_range(W):
         tap = tl.load(weight_ptr + offs_c * W + (W - 1 - lag), mask=mask_c, other=0.0)
@@ -28,19 +28,17 @@ def load_taps(weight_ptr, offs_c, mask_c, W: tl.constexpr):
 
 @triton.jit
 def valid_columns(row, end, num_columns):
-    """Columns of a row that exist: none from `end` on and before row 0."""
+    """num_columns for 0 <= row < end, else 0: one comparison then masks rows and columns."""
     return tl.where((row >= 0) & (row < end), num_columns, 0)
 
 
 @triton.jit
 def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr):
-    """A stripe of STEP rows as they lie in memory, zeros where there is none.
-
-    All are asked for before the first is used: what hides the memory's delay.
-    """
+    """STEP rows of the stripe from `begin` on, in their own dtype, 0 where masked."""
     rows = ()
     for step in tl.static_range(STEP):
         row = begin + step
+        # int64: T C may exceed 2^31.
         offs = row.to(tl.int64) * stride + offs_c
         mask = offs_c < valid_columns(row, end, num_columns)
         rows = rows + (tl.load(x_ptr + offs, mask=mask, other=0.0),)
@@ -49,7 +47,7 @@ def load_rows(x_ptr, begin, end, num_columns, stride, offs_c, STEP: tl.constexpr
 
 @triton.jit
 def load_history(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
-    """The W - 1 rows before `begin`, the nearest first, as they lie in memory."""
+    """The W - 1 rows before `begin`, the nearest first, in their own dtype."""
     history = ()
     if W > 1:
         rows = load_rows(x_ptr, begin - (W - 1), begin, num_columns, stride, offs_c, W - 1)
@@ -60,17 +58,18 @@ def load_history(x_ptr, begin, num_columns, stride, offs_c, W: tl.constexpr):
 
 @triton.jit
 def convolve(x, history, taps, bias, seq_pos, W: tl.constexpr):
-    """bias + taps[0] x + taps[1] past[0] + ..., as far as the row's sequence reaches back."""
+    """bias + taps[0] x + taps[1] history[0] + ... over lags up to seq_pos."""
     y = tl.fma(taps[0], x.to(tl.float32), bias)
     for lag in tl.static_range(1, W):
         with_tap = tl.fma(taps[lag], history[lag - 1].to(tl.float32), y)
+        # Select: 0 times a NaN of another sequence is NaN.
         y = tl.where(seq_pos >= lag, with_tap, y)
     return y
 
 
 @triton.jit
 def shift_history(x, history, W: tl.constexpr):
-    """The rows before the next one."""
+    """The W - 1 rows before the next row."""
     shifted = ()
     if W > 1:
         shifted = (x,)
@@ -81,20 +80,16 @@ def shift_history(x, history, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _causal_conv_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    seq_pos_ptr,
+    x_ptr, weight_ptr, bias_ptr, seq_pos_ptr,
     out_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
+    num_rows, rows_per_program, num_columns,
     stride_x,
-    W: tl.constexpr,
-    STEP: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= position_t."""
+    W: tl.constexpr, STEP: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out_t = silu(b + sum_j weight[:, W-1-j] x_{t-j}), j < W and j <= seq_pos_t.
+
+    One program per rows_per_program rows and BLOCK_C columns.
+    """
     begin = tl.program_id(0) * rows_per_program
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
@@ -119,22 +114,15 @@ def _causal_conv_fwd_kernel(
 
 
 def causal_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
-    """Launches the walk; see `dragkit::causal_conv_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::causal_conv_fwd`."""
     out = x.new_empty(x.shape)
     if out.numel() == 0:
         return out
     x = row_strided(x)
     grid = triton.cdiv(x.shape[0], ROWS), triton.cdiv(x.shape[1], STRIPE.block)
     _causal_conv_fwd_kernel[grid](
-        x,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
-        seq_pos.contiguous(),
-        out,
-        x.shape[0],
-        ROWS,
-        x.shape[1],
-        x.stride(0),
+        *(x, weight.contiguous(), None if bias is None else bias.contiguous()),
+        *(seq_pos.contiguous(), out, x.shape[0], ROWS, x.shape[1], x.stride(0)),
         W=weight.shape[1],
         STEP=STEP,
         BLOCK_C=STRIPE.block,

@@ -1,4 +1,4 @@
-"""Causal convolution of packed sequences by its formula: plain PyTorch, differentiable."""
+"""Causal convolution of packed sequences by its formula: plain PyTorch with autograd."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..checks import accumulator_dtype
 
 
 def causal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, seq_pos: Tensor) -> Tensor:
-    """silu(b + sum_j weight[:, W-1-j] x_{t-j}), the sum over the j < W that position_t reaches."""
+    """silu(b + sum_j weight[:, W-1-j] x_{t-j}) over j < W and j <= seq_pos_t, see causal_conv."""
     dtype = accumulator_dtype(x, weight)
     rows, width = x.shape[0], weight.shape[1]
     x_acc, taps = x.to(dtype), weight.to(dtype)
     y = torch.zeros_like(x_acc)
     for lag in range(width):
-        # Selected on both sides of the product: in the backward, zero times NaN is NaN.
+        # Mask before and after the product: in the backward, 0 times NaN is NaN.
         in_sequence = (seq_pos >= lag).unsqueeze(1)
         shifted = torch.where(in_sequence, F.pad(x_acc, (0, 0, lag, 0))[:rows], 0.0)
         y = y + torch.where(in_sequence, shifted * taps[:, width - 1 - lag], 0.0)

@@ -19,19 +19,19 @@ def fact_loss(
 
         BCE  = (1/n) sum_e softplus(l_e) - y_e l_e            dBCE/dl_e = (sigmoid(l_e) - y_e) / n
         rank = (1/PN) sum_{p, q} max(0, m - (l_p - l_q))      dR/dl_p = -#{q: l_q > l_p - m} / PN
+                                                              dR/dl_q = +#{p: l_p < l_q + m} / PN
 
-    and dR/dl_q = +#{p: l_p < l_q + m} / PN, over the n facts of a question, its P positives p
-    (y = 1) and its N negatives q. rank is 0 without pairs. A question without a positive does not
-    say which facts are relevant: its loss is 0, whatever its logits are. A pair exactly at the
-    margin has no gradient. The forward computes the gradient too, in closed form.
+    over the n facts of a question, its P positives p (y = 1) and its N negatives q. The forward
+    computes the gradient too, in this closed form.
 
-    An infinite logit counts as the limit: it has no BCE on its right side, and two equal ones
+    Edge cases: rank is 0 if P or N is 0. A question without a positive has loss 0, because its
+    labels do not say which facts are relevant. A pair exactly at the margin has no gradient. An
+    infinite logit counts as the limit: its BCE is 0 on the right side, and two equal infinities
     violate no margin. NaN makes the loss and the gradient of its own question NaN, and of no other.
 
     Args:
-        logits: float [E]. Rows at or after `fact_ptr[-1]` are padding: they have no part in the
-            loss and no gradient.
-        label: float [E], y: above 1/2 is a positive, 1, the rest is 0. It gets no gradient.
+        logits: float [E]. Rows at or after `fact_ptr[-1]` are padding, without loss or gradient.
+        label: float [E]. Above 1/2 is a positive. It gets no gradient.
         fact_ptr: int32 [B+1] first fact of each question.
         rho: weight of the BCE.
         margin: m, in logits.

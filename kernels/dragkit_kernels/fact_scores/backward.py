@@ -1,4 +1,4 @@
-"""Triton backward of fact_scores: ordered sums of a scalar per fact."""
+"""Triton backward of fact_scores: sums of one number per fact, in a fixed order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..launch import ResourceLimits, Tile, spec
 
 TILE = Tile(16, 4)
-# Facts that the rows of a tile pick from at a time.
+# Facts in one step of a tile of rows.
 FACTS = 128
 
 
@@ -23,10 +23,11 @@ def _fact_scores_bwd_sum_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """out_v = sum of grad[order_i] over ptr[v] <= i < ptr[v+1], for a tile of rows v.
+    """out_v = sum of grad[perm_i] over rowptr[v] <= i < rowptr[v+1], for a tile of rows v.
 
-    The facts of consecutive rows lie side by side in the order, so a tile walks them all in blocks
-    and every row picks its own: a long row costs its facts, not those of its neighbours.
+    The facts of a tile's rows are adjacent in `perm`. The program reads each of them once, in
+    blocks, and every row selects its facts. Its cost is the number of facts, however the rows
+    divide them.
     """
     first = tl.program_id(0).to(tl.int64) * BLOCK_V
     offs_v = first + tl.arange(0, BLOCK_V)
@@ -41,28 +42,29 @@ def _fact_scores_bwd_sum_kernel(
         mask_e = offs_e < tile_end
         fact = tl.load(perm_ptr + offs_e, mask=mask_e, other=0)
         grad = tl.load(grad_ptr + fact, mask=mask_e, other=0.0)[None, :]
+        # `where` and not a product: a NaN must not reach other rows.
         is_in_row = (offs_e[None, :] >= begin) & (offs_e[None, :] < end)
         acc += tl.where(is_in_row, grad, 0.0)
     tl.store(out_ptr + offs_v, tl.sum(acc, 1), mask=mask_v)
 
 
 def fact_scores_bwd(grad: Tensor, sums: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches one sum per table; see `dragkit::fact_scores_bwd`."""
+    """Launches one sum for each score table (see `dragkit::fact_scores_bwd`)."""
     grad = grad.contiguous()
-    tables = list(zip(sums[::2], sums[1::2], strict=True))
-    for ptr, order in tables[3:]:
-        grad = _ordered_sum(grad, ptr, order)
-    return (*(_ordered_sum(grad, ptr, order) for ptr, order in tables[:3]), grad.sum())
+    groupings = list(zip(sums[::2], sums[1::2], strict=True))
+    for ptr, perm in groupings[3:]:
+        grad = _sum_by_row(grad, ptr, perm)
+    return (*(_sum_by_row(grad, ptr, perm) for ptr, perm in groupings[:3]), grad.sum())
 
 
-def _ordered_sum(grad: Tensor, ptr: Tensor, order: Tensor) -> Tensor:
+def _sum_by_row(grad: Tensor, ptr: Tensor, perm: Tensor) -> Tensor:
     num_rows = ptr.shape[0] - 1
     out = grad.new_empty(num_rows)
     if num_rows > 0:
         _fact_scores_bwd_sum_kernel[(triton.cdiv(num_rows, TILE.block),)](
             grad,
             ptr.contiguous(),
-            order.contiguous(),
+            perm.contiguous(),
             out,
             num_rows,
             BLOCK_V=TILE.block,

@@ -26,9 +26,10 @@ def _fact_scores_fwd_kernel(
     num_facts,
     BLOCK: tl.constexpr,
 ):
-    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, with q = row_e, or e without groups."""
+    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, with q = row_e, or q = e without groups."""
     offs_e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask_e = offs_e < num_facts
+    # Facts of a question read the scores of the merged fact that stands for them.
     row = offs_e
     if group_row_ptr is not None:
         row = tl.load(group_row_ptr + offs_e, mask=mask_e, other=0)
@@ -47,18 +48,18 @@ def fact_scores_fwd(
     pair_score: Tensor,
     tail_score: Tensor,
     bias: Tensor,
-    facts: list[Tensor],
+    gathers: list[Tensor],
     sums: list[Tensor],
 ) -> Tensor:
-    """Launches the gathers; see `dragkit::fact_scores_fwd`."""
-    score = head_score.new_empty(facts[-1].shape, dtype=torch.float32)
+    """Launches the gathers (see `dragkit::fact_scores_fwd`)."""
+    score = head_score.new_empty(gathers[-1].shape, dtype=torch.float32)
     num_facts = score.shape[0]
     if num_facts == 0:
         return score
-    arguments = (head_score, pair_score, tail_score, bias, *facts)
+    inputs = (head_score, pair_score, tail_score, bias, *gathers)
     _fact_scores_fwd_kernel[(triton.cdiv(num_facts, TILE.block),)](
-        *(x.contiguous() for x in arguments),
-        *([None] if len(facts) == 3 else []),
+        *(x.contiguous() for x in inputs),
+        *([None] if len(gathers) == 3 else []),
         score,
         num_facts,
         BLOCK=TILE.block,

@@ -1,4 +1,4 @@
-"""Fact scores by their formula: plain PyTorch, differentiable."""
+"""fact_scores by its formula: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def fact_scores_ref(
     fact_index: FactIndex,
     groups: FactGroups | None = None,
 ) -> Tensor:
-    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias, q = row_e, summed in float32 or float64."""
+    """l_e = a[head_q] + b[pair_q] + c[tail_q] + bias with q = row_e, in float32 or float64."""
     dtype = accumulator_dtype(head_score, pair_score, tail_score, bias)
     score = (
         head_score.to(dtype).index_select(0, fact_index.head)

@@ -1,4 +1,4 @@
-"""RMS normalisation over groups of columns, of a value with a gate or without."""
+"""RMS norm over groups of columns, with or without a gate."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def gated_rms_norm(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """z rsqrt(mean(z^2) + eps) weight with z = y silu(gate): the gate first, then the norm.
+    """z rsqrt(mean(z^2) + eps) weight with z = y silu(gate), or z = y without a gate.
 
-    The mean is over each of `groups` runs of D / groups columns. Without a gate z = y, the plain
-    RMS norm. Everything between input and output is in float32, or float64 where an input is; the
-    backward makes it again, so nothing is kept but the inputs.
+    The mean is over each of `groups` groups of D / groups consecutive columns. The computation is
+    in float32, or float64 if an input is. The op saves only its inputs and recomputes everything
+    else in the backward.
 
     Args:
-        y: float [T, D]; rows may lie apart, such as a slice of the columns of a wider matrix.
-        gate: float [T, D], likewise, or None.
+        y: float [T, D]. It may be row-strided, such as a column slice of a wider matrix.
+        gate: float [T, D] or None. It may be row-strided.
         weight: float [D].
         groups: a divisor of D.
-        eps: added to the mean of the squares.
+        eps: added to the mean square.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -41,9 +41,9 @@ def gated_rms_norm(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
 
-    Source: RMS norm, https://arxiv.org/abs/1910.07467; gated before it as in Mamba-2,
+    Source: RMS norm, https://arxiv.org/abs/1910.07467, with the gate of Mamba-2,
     https://arxiv.org/abs/2405.21060.
     """
     check_shape("gated_rms_norm", "y", y, (None, None))

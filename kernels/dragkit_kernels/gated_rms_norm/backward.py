@@ -1,4 +1,4 @@
-"""Triton backward of gated_rms_norm: everything but the inputs is made again."""
+"""Triton backward of gated_rms_norm, which recomputes the forward."""
 
 from __future__ import annotations
 
@@ -11,34 +11,24 @@ from ..launch import ResourceLimits, row_strided, spec
 from ..library import empty_gradients
 from .forward import TILES, TILES_PER_PROGRAM, group_tile, inverse_rms, load_tile
 
-# Programs that share the rows at most, where each writes a sum of its own.
+# Most programs per group when each writes a partial sum for d_weight.
 MAX_SUM_PROGRAMS = 256
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _gated_rms_norm_bwd_kernel(
-    grad_ptr,
-    y_ptr,
-    gate_ptr,
-    weight_ptr,
-    d_y_ptr,
-    d_gate_ptr,
-    sums_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    group_size,
-    stride_grad,
-    stride_y,
-    stride_gate,
+    grad_ptr, y_ptr, gate_ptr, weight_ptr,
+    d_y_ptr, d_gate_ptr, sums_ptr,
+    num_rows, rows_per_program, num_columns, group_size,
+    stride_grad, stride_y, stride_gate,
     eps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight, of one group.
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z) and g = grad weight.
 
     dy = dz silu(gate), dgate = dz y silu'(gate), and sums[program] = sum_t grad n over the
-    program's rows. What has no place to go is not computed.
+    program's rows. Outputs without a pointer are not computed. One program per rows_per_program
+    rows and group.
     """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
@@ -46,6 +36,7 @@ def _gated_rms_norm_bwd_kernel(
     mask_k = offs_k < group_size
     offs_d = tl.program_id(1) * group_size + offs_k
     weight = tl.load(weight_ptr + offs_d, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+    # Rows stay separate until the end: one reduction per program instead of one per tile.
     acc = tl.zeros((BLOCK_R, BLOCK_K), tl.float32)
     for start in range(begin, end, BLOCK_R):
         offs_t = start + tl.arange(0, BLOCK_R)
@@ -60,7 +51,7 @@ def _gated_rms_norm_bwd_kernel(
         scale = inverse_rms(z, group_size, eps)
         normed = z * scale
         if sums_ptr is not None:
-            # Rows that are not there may have a scale of infinity.
+            # Masked rows have scale = rsqrt(eps), which is infinite for eps = 0.
             acc = tl.where(mask, tl.fma(grad, normed, acc), acc)
         g = grad * weight
         mean_gn = (tl.sum(g * normed, 1) / group_size)[:, None]
@@ -87,7 +78,7 @@ def gated_rms_norm_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches what output_mask asks for in one walk; see `dragkit::gated_rms_norm_bwd`."""
+    """Launches the gradients that output_mask asks for, see `dragkit::gated_rms_norm_bwd`."""
     num_rows, num_columns = y.shape
     needs_gate = gate is not None and output_mask[1]
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
@@ -105,27 +96,16 @@ def gated_rms_norm_bwd(
     gate = None if gate is None else row_strided(gate)
     if any(output_mask):
         _gated_rms_norm_bwd_kernel[programs, groups](
-            grad,
-            y,
-            gate,
-            weight.contiguous(),
-            d_y if output_mask[0] else None,
-            d_gate if needs_gate else None,
-            sums if output_mask[2] else None,
-            num_rows,
-            rows_per_program,
-            num_columns,
-            group_size,
-            grad.stride(0),
-            y.stride(0),
-            0 if gate is None else gate.stride(0),
-            eps,
+            *(grad, y, gate, weight.contiguous(), d_y if output_mask[0] else None),
+            *(d_gate if needs_gate else None, sums if output_mask[2] else None),
+            *(num_rows, rows_per_program, num_columns, group_size),
+            *(grad.stride(0), y.stride(0), 0 if gate is None else gate.stride(0), eps),
             BLOCK_R=tile.rows,
             BLOCK_K=tile.columns,
             **tile.options,
         )
     if output_mask[2]:
-        d_weight.copy_(sums.sum(0))  # in the order of the programs
+        d_weight.copy_(sums.sum(0))  # in the order of programs
     return out
 
 

@@ -1,4 +1,4 @@
-"""Triton forward of gated_rms_norm: a program walks down some rows of one group of columns."""
+"""Triton forward of gated_rms_norm: a program walks down the rows of one group of columns."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ..launch import ResourceLimits, Tile2D, row_strided, spec
 
-# A whole group at a time, eight numbers of each tensor for each thread.
+# A tile holds whole groups: eight values of each tensor per thread.
 TILES = (
     Tile2D(rows=8, columns=128, num_warps=4, max_registers=128),
     Tile2D(rows=2, columns=512, num_warps=4, max_registers=128),
     Tile2D(rows=1, columns=4096, num_warps=16, max_registers=128),
 )
-# Tiles that a program walks down with the weights in its registers.
+# Tiles per program, which keeps the weights in registers.
 TILES_PER_PROGRAM = 4
 
 
@@ -22,52 +22,49 @@ def group_tile(group_size: int) -> Tile2D:
     """The tile for groups of `group_size` columns.
 
     Raises:
-        ValueError: a group that no tile holds.
+        ValueError: the group exceeds the largest tile.
     """
     for tile in TILES:
         if group_size <= tile.columns:
             return tile
     raise ValueError(
         f"gated_rms_norm: the Triton kernels take groups of up to {TILES[-1].columns} columns, "
-        f"got {group_size}; use backend 'torch'"
+        f"got {group_size}. Use backend 'torch'."
     )
 
 
 @triton.jit
 def load_tile(ptr, offs_t, stride, offs_d, mask):
-    """[R, K] in float32, zeros where it is masked."""
+    """[R, K] in float32, 0 where masked."""
     offs = offs_t.to(tl.int64)[:, None] * stride + offs_d[None, :]
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def inverse_rms(z, group_size, eps):
-    """[R, 1] of the rows of z, whose masked columns are zero."""
+    """[R, 1] 1 / rms of the rows of z, whose masked columns are 0."""
     return (1.0 / tl.sqrt(tl.sum(z * z, 1) / group_size + eps))[:, None]
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_program"])
 def _gated_rms_norm_fwd_kernel(
-    y_ptr,
-    gate_ptr,
-    weight_ptr,
+    y_ptr, gate_ptr, weight_ptr,
     out_ptr,
-    num_rows,
-    rows_per_program,
-    num_columns,
-    group_size,
-    stride_y,
-    stride_gate,
+    num_rows, rows_per_program, num_columns, group_size,
+    stride_y, stride_gate,
     eps,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out = z rsqrt(mean(z^2) + eps) weight, z = y silu(gate), of one group of columns."""
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out = z rsqrt(mean(z^2) + eps) weight with z = y silu(gate).
+
+    One program per rows_per_program rows and group.
+    """
     begin = tl.program_id(0) * rows_per_program
     end = tl.minimum(begin + rows_per_program, num_rows)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < group_size
     offs_d = tl.program_id(1) * group_size + offs_k
+    # All tiles of the program share the weights of the group.
     weight = tl.load(weight_ptr + offs_d, mask=mask_k, other=0.0).to(tl.float32)[None, :]
     for start in range(begin, end, BLOCK_R):
         offs_t = start + tl.arange(0, BLOCK_R)
@@ -84,7 +81,7 @@ def _gated_rms_norm_fwd_kernel(
 def gated_rms_norm_fwd(
     y: Tensor, gate: Tensor | None, weight: Tensor, groups: int, eps: float
 ) -> Tensor:
-    """Launches the walk; see `dragkit::gated_rms_norm_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::gated_rms_norm_fwd`."""
     out = y.new_empty(y.shape)
     if out.numel() == 0:
         return out
@@ -94,17 +91,8 @@ def gated_rms_norm_fwd(
     tile = group_tile(group_size)
     rows_per_program = TILES_PER_PROGRAM * tile.rows
     _gated_rms_norm_fwd_kernel[triton.cdiv(y.shape[0], rows_per_program), groups](
-        y,
-        gate,
-        weight.contiguous(),
-        out,
-        y.shape[0],
-        rows_per_program,
-        y.shape[1],
-        group_size,
-        y.stride(0),
-        0 if gate is None else gate.stride(0),
-        eps,
+        *(y, gate, weight.contiguous(), out, y.shape[0], rows_per_program, y.shape[1], group_size),
+        *(y.stride(0), 0 if gate is None else gate.stride(0), eps),
         BLOCK_R=tile.rows,
         BLOCK_K=tile.columns,
         **tile.options,

@@ -1,4 +1,4 @@
-"""Gated RMS normalisation by its formula: plain PyTorch, differentiable."""
+"""Gated RMS norm by its formula: plain PyTorch with autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..checks import accumulator_dtype
 def gated_rms_norm_ref(
     y: Tensor, gate: Tensor | None, weight: Tensor, *, groups: int = 1, eps: float = 1e-5
 ) -> Tensor:
-    """z rsqrt(mean(z^2) + eps) weight with z = y silu(gate), the mean over a group of columns."""
+    """z rsqrt(mean(z^2) + eps) weight with z = y silu(gate) per group, see gated_rms_norm."""
     dtype = accumulator_dtype(y, weight, *([] if gate is None else [gate]))
     z = y.to(dtype)
     if gate is not None:

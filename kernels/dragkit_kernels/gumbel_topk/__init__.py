@@ -1,4 +1,4 @@
-"""Choice of at most k facts per question: noisy and differentiable, or the best ones."""
+"""Selection of at most k facts per question: a differentiable draw, or the best facts."""
 
 from __future__ import annotations
 
@@ -34,43 +34,44 @@ def gumbel_topk(
     max_facts: int | None = None,
     backend: str = "auto",
 ) -> FactSelection:
-    """Draws facts by logistic-perturbed logits, key_i = l_i + noise_i.
+    """Draws facts by their perturbed logits, key_i = l_i + noise_i.
 
-    "bernoulli" (D-RAG's model): fact i is drawn when key_i > 0, so independently with probability
-    sigmoid(l_i). Of more than k drawn facts the k largest keys stay; if none is drawn the best key
-    is taken, with its own gradient. "exact_k": exactly min(k, E_g) facts, the largest keys; fact i
-    is among them with probability close to sigmoid(l_i - nu), where nu makes these sum to k.
+    "bernoulli" (the model of D-RAG) draws fact i if key_i > 0, independently with probability
+    sigmoid(l_i). If more than k facts are drawn, the k largest keys are selected. If none is drawn,
+    the largest key is selected, with its own gradient. "exact_k" selects the min(k, E_g) largest
+    keys. Fact i is then selected with probability close to sigmoid(l_i - nu), where nu makes these
+    probabilities sum to k.
 
-    The gate is 1 in the forward. Backward it stands for a relaxed choice s_i:
+    The gate is 1 in the forward. In the backward it has the gradient of a relaxed choice s_i:
 
         bernoulli  binary_concrete   s = sigmoid(key / T)      ds/dl = s (1 - s) / T
         bernoulli  straight_through  s = sigmoid(l)            ds/dl = s (1 - s)
         exact_k    binary_concrete   s = sigmoid(key / T - nu) ds/dl = (diag(d) - d d^T / sum d) / T
         exact_k    straight_through  s = sigmoid(l - nu)       ds/dl = diag(d) - d d^T / sum d
 
-    with d = s (1 - s), T the temperature, and nu solved per question on the argument shown. In
-    budget mode a question of at most k facts has no choice: s = 1 and zero gradient. Infinite
-    logits are certain facts without gradient. NaN logits are not refused: a check would wait for
-    the device.
+    with d = s (1 - s), the temperature T, and nu solved per question on the argument shown. With
+    "exact_k", a question of at most k facts has s = 1 and zero gradient. An infinite logit is
+    certain and has no gradient. NaN logits do not raise: the check would wait for the device.
 
     Args:
         logits: float [E].
         fact_ptr: int32 [B+1] first fact of each question.
-        k: slots per question, 0 or more; may exceed the number of facts.
-        temperature: above 0; used by "binary_concrete".
-        seed: int64 [] of the noise, with question_key int64 [B]; see logistic_noise.
+        k: most facts per question, at least 0. It may exceed the number of facts.
+        temperature: T > 0 of "binary_concrete".
+        seed: int64 [] seed of the noise, with question_key. See logistic_noise.
+        question_key: int64 [B], with seed.
         noise: float [E] in place of seed and question_key.
         mode: "bernoulli" or "exact_k".
         estimator: "binary_concrete" or "straight_through".
-        max_facts: at least the facts of every question; without it the device is asked.
+        max_facts: upper bound on the facts of a question. None reads it from the device, and waits.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        FactSelection, floats in float32 (float64 for float64 logits).
+        FactSelection in float32, or float64 for float64 logits.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     _check(logits, fact_ptr, k, "gumbel_topk")
     if mode not in MODES or estimator not in ESTIMATORS:
@@ -81,7 +82,7 @@ def gumbel_topk(
     if not temperature > 0:
         raise ValueError(f"gumbel_topk: temperature must be above 0, got {temperature}")
     if (noise is None) == (seed is None) or (seed is None) != (question_key is None):
-        raise ValueError("gumbel_topk: give either noise, or seed and question_key")
+        raise ValueError("gumbel_topk: give either noise, or both seed and question_key")
     path = resolve_backend("gumbel_topk", logits, backend)
     if seed is not None and question_key is not None:
         num_facts = logits.shape[0]
@@ -107,25 +108,25 @@ def top_facts(
     max_facts: int | None = None,
     backend: str = "auto",
 ) -> FactSelection:
-    """The facts used at inference: the k largest logits with sigmoid(l) > threshold, best first.
+    """The k largest logits with sigmoid(l) > threshold, for inference. No noise, no gradient.
 
-    At least the best fact of a question that has one is kept (if k > 0); equal logits are taken
-    by lowest fact. Deterministic; the gate carries no gradient.
+    A question with facts selects at least its best fact if k > 0. Equal logits go to the lowest
+    fact.
 
     Args:
         logits: float [E].
-        fact_ptr: int32 [B+1].
-        k: slots per question.
-        threshold: probability a fact must exceed; compared on the scale of the logits.
-        max_facts: at least the facts of every question; without it the device is asked.
+        fact_ptr: int32 [B+1] first fact of each question.
+        k: most facts per question.
+        threshold: probability that a fact must exceed. It is compared as a logit.
+        max_facts: upper bound on the facts of a question. None reads it from the device, and waits.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        FactSelection; `soft` is sigmoid(logits).
+        FactSelection with soft = sigmoid(logits).
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     _check(logits, fact_ptr, k, "top_facts")
     x, key = perturb_logits(logits.detach(), None, 1.0, "straight_through")
@@ -147,7 +148,7 @@ def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:
 
 
 def _logit(probability: float) -> float:
-    """The logit of a probability; infinite at and beyond 0 and 1."""
+    """The logit of a probability, -inf up to 0 and inf from 1 on."""
     if 0.0 < probability < 1.0:
         return math.log(probability) - math.log1p(-probability)
     return math.inf if probability >= 1.0 else -math.inf

@@ -1,4 +1,4 @@
-"""Triton forward of gumbel_topk: one program chooses the facts of a question."""
+"""Triton forward of gumbel_topk: one program selects the facts of a question."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..triton_math import order_code
 LOWEST = tl.constexpr(-0x80000000)
 HIGHEST = tl.constexpr(0x7FFFFFFF)
 MAX_LOGIT = tl.constexpr(1e4)
-# Halvings of the bracket -2 CERTAIN .. 2 CERTAIN of nu: below float32 resolution.
+# Bisections of nu in [-2 MAX_LOGIT, 2 MAX_LOGIT], down to less than float32 resolution.
 BISECTIONS = tl.constexpr(42)
 
 
 @triton.jit
 def _load_codes(key_ptr, first, size, offs_e):
-    """Order codes of the keys, LOWEST outside the question."""
+    """Sortable codes of the keys, LOWEST outside the question."""
     key = tl.load(key_ptr + first + offs_e, mask=offs_e < size, other=0.0)
     return tl.where(offs_e < size, order_code(key), LOWEST)
 
 
 @triton.jit
 def _load_relaxed(x_ptr, first, size, offs_e):
-    """x, certain beyond +-CERTAIN so that no infinity meets nu; -inf outside the question."""
+    """x clamped to +-MAX_LOGIT, so that x - nu is finite, and -inf outside the question."""
     x = tl.load(x_ptr + first + offs_e, mask=offs_e < size, other=0.0)
     x = tl.clamp(x, -MAX_LOGIT, MAX_LOGIT, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(offs_e < size, x, float("-inf"))
@@ -37,7 +37,7 @@ def _count_above(
     code, bound, key_ptr, first, size,
     BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
-    """#{e: code_e > bound}: the block at hand and, if streaming, the facts after it."""
+    """#{e: code_e > bound} in the block and, with STREAM, in the facts after it."""
     count = tl.sum((code > bound).to(tl.int32), 0)
     if STREAM:
         for start in range(BLOCK, size, STEP):
@@ -50,7 +50,7 @@ def _count_above(
 def _exact_k_threshold(
     x, k, x_ptr, first, size, BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr
 ):
-    """nu with sum_e sigmoid(x_e - nu) = k by bisection; without a choice -inf, for k = 0 inf."""
+    """nu with sum_e sigmoid(x_e - nu) = k, or -inf if size <= k, or inf if k = 0."""
     low = tl.full((), -2.0 * MAX_LOGIT, tl.float32)
     high = tl.full((), 2.0 * MAX_LOGIT, tl.float32)
     for _ in range(BISECTIONS):
@@ -68,40 +68,30 @@ def _exact_k_threshold(
 
 @triton.jit
 def _store_selected(
-    selected_fact_ptr, selected_code_ptr, code, kth, ties_left, num_stored, first, offs_e, size
+    out_fact_ptr, out_code_ptr, code, kth, ties_left, num_stored, first, offs_e, size
 ):
-    """Appends the facts above kth, and the first `ties_left` of those equal to it, in order."""
+    """Appends the facts with code > kth, and the first `ties_left` with code == kth, in order."""
     is_tie = (code == kth) & (offs_e < size)
     selected = (code > kth) | (is_tie & (tl.cumsum(is_tie.to(tl.int32), 0) <= ties_left))
     slot = num_stored + tl.cumsum(selected.to(tl.int32), 0) - 1
-    tl.store(selected_fact_ptr + slot, first + offs_e, mask=selected)
-    tl.store(selected_code_ptr + slot, code, mask=selected)
+    tl.store(out_fact_ptr + slot, first + offs_e, mask=selected)
+    tl.store(out_code_ptr + slot, code, mask=selected)
     return ties_left - tl.sum(is_tie.to(tl.int32), 0), num_stored + tl.sum(selected.to(tl.int32), 0)
 
 
 @triton.jit(do_not_specialize=["num_facts", "num_questions", "k", "exact_k"])
 def _gumbel_topk_fwd_kernel(
-    x_ptr,
-    key_ptr,
-    fact_ptr,
-    selected_fact_ptr,
-    selected_code_ptr,
-    count_ptr,
-    soft_ptr,
-    num_facts,
-    num_questions,
-    k,
-    bound,
-    exact_k,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    STREAM: tl.constexpr,
-):
-    """kept = the c largest keys, ties by lowest e, in order of e; soft_e = sigmoid(x_e - nu).
+    x_ptr, key_ptr, fact_ptr,
+    out_fact_ptr, out_code_ptr, count_ptr, soft_ptr,
+    num_facts, num_questions, k, bound, exact_k,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, STREAM: tl.constexpr,
+):  # fmt: skip
+    """Selects the c largest keys, ties by lowest fact, and stores soft = sigmoid(x - nu).
 
-    c = k in a budget, else min(k, #{e: key_e > bound}) but at least 1; never more than there are.
-    One program per question, and one for the rows after the last question. A program keeps BLOCK
-    facts in registers and, if STREAM, walks the rest in steps.
+    c = min(size, k) with exact_k, else min(size, k, max(1, #{e: key_e > bound})). The selected
+    facts keep their order.
+    One program per question, and one for the padding rows after the last question. A program keeps
+    BLOCK facts in registers and, with STREAM, loads the others in steps of STEP.
     """
     pid_q = tl.program_id(0)
     has_question = pid_q < num_questions
@@ -112,9 +102,10 @@ def _gumbel_topk_fwd_kernel(
     nu = tl.full((), 0.0, tl.float32)
     if exact_k != 0:
         nu = _exact_k_threshold(x, k, x_ptr, first, size, BLOCK, STEP, STREAM)
+    # nu = inf makes soft 0 for padding rows.
     nu = tl.where(has_question, nu, float("inf"))
     tl.store(soft_ptr + first + offs_e, tl.sigmoid(x - nu), mask=offs_e < size)
-    for start in range(BLOCK, size, STEP):  # also any number of padding rows
+    for start in range(BLOCK, size, STEP):  # padding rows may exceed BLOCK without STREAM
         offs_s = start + tl.arange(0, STEP)
         next_block = _load_relaxed(x_ptr, first, size, offs_s)
         tl.store(soft_ptr + first + offs_s, tl.sigmoid(next_block - nu), mask=offs_s < size)
@@ -126,8 +117,10 @@ def _gumbel_topk_fwd_kernel(
     )
     num_selected = tl.where(has_question, num_selected, 0)
     tl.store(count_ptr + pid_q, num_selected, mask=has_question)
-    # The want-th largest code, the smallest t with #{code > t} < want, bit by bit from the top.
+    # The num_selected-th largest code: the smallest t with #{code > t} < num_selected, found bit by
+    # bit from the highest.
     kth = tl.full((), HIGHEST, tl.int32)
+    # Unsigned, because a shift of a signed number would copy the sign bit.
     bit = tl.full((), LOWEST, tl.int32).to(tl.uint32, bitcast=True)
     for _ in range(32):
         lower = kth ^ bit.to(tl.int32, bitcast=True)
@@ -138,29 +131,21 @@ def _gumbel_topk_fwd_kernel(
     ties_left = num_selected - _count_above(code, kth, key_ptr, first, size, BLOCK, STEP, STREAM)
     row = pid_q.to(tl.int64) * k
     ties_left, row = _store_selected(
-        selected_fact_ptr, selected_code_ptr, code, kth, ties_left, row, first, offs_e, size
+        out_fact_ptr, out_code_ptr, code, kth, ties_left, row, first, offs_e, size
     )
     if STREAM:
         for start in range(BLOCK, size, STEP):
             offs_s = start + tl.arange(0, STEP)
             next_block = _load_codes(key_ptr, first, size, offs_s)
             ties_left, row = _store_selected(
-                selected_fact_ptr,
-                selected_code_ptr,
-                next_block,
-                kth,
-                ties_left,
-                row,
-                first,
-                offs_s,
-                size,
+                out_fact_ptr, out_code_ptr, next_block, kth, ties_left, row, first, offs_s, size
             )
 
 
 def gumbel_topk_fwd(
     x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the kernel and sorts what it kept; see `dragkit::gumbel_topk_fwd`."""
+    """Launches the kernel and sorts the selected facts, see `dragkit::gumbel_topk_fwd`."""
     num_questions, num_facts = fact_ptr.shape[0] - 1, x.shape[0]
     tile, stream = topk_tile(max_facts)
     selected_fact = fact_ptr.new_full((num_questions, k), -1)
@@ -168,24 +153,15 @@ def gumbel_topk_fwd(
     count = fact_ptr.new_empty(num_questions)
     soft = x.new_empty(num_facts)
     _gumbel_topk_fwd_kernel[(num_questions + 1,)](
-        x.contiguous(),
-        key.contiguous(),
-        fact_ptr.contiguous(),
-        selected_fact,
-        selected_code,
-        count,
-        soft,
-        num_facts,
-        num_questions,
-        k,
-        bound,
-        int(exact_k),
+        *(x.contiguous(), key.contiguous(), fact_ptr.contiguous()),
+        *(selected_fact, selected_code, count, soft),
+        *(num_facts, num_questions, k, bound, int(exact_k)),
         BLOCK=tile.block,
         STEP=min(tile.block, TOPK_STEP),
         STREAM=stream,
         **tile.options,
     )
-    # Stable: equal codes stay in the order of the facts, and empty slots come last.
+    # A stable sort keeps equal codes in the order of facts. Empty slots have the lowest code.
     order = selected_code.sort(dim=1, stable=True, descending=True).indices
     index = selected_fact.gather(1, order)
     return (index >= 0).to(torch.float32), soft, index, count

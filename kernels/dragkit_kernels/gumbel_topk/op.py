@@ -1,4 +1,4 @@
-"""dragkit::gumbel_topk_fwd and _bwd: the choice and its relaxation; the noise is drawn before."""
+"""Registration of dragkit::gumbel_topk_fwd and _bwd, which take keys with their noise."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ else:
 def _torch_fwd(
     x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The definition, without its gradient."""
+    """The forward by its definition."""
     selection = select_facts(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, exact_k=exact_k)
     return selection.gate, selection.soft, selection.index, selection.count
 
 
 def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
-    """dx = d (g - m) with d = s (1 - s), and m = (d . g) / sum(d) over a question in a budget,
-    else 0; nothing where x is certain. Sums run in the order of the facts, on any device."""
+    """dx = d (g - m) with d = s (1 - s), and m = (d . g) / sum(d) per question or m = 0.
+
+    m is 0 without exact_k, and dx is 0 where x is certain. segment_reduce adds in the order of
+    facts on every device.
+    """
     slope = soft * (1 - soft)
     if exact_k:
-        # Rows after the last question are one more.
+        # The padding rows after the last question are one more segment.
         ptr = F.pad(fact_ptr, (0, 1), value=x.shape[0])
         mean, slope_sum = (
             torch.segment_reduce(value, "sum", offsets=ptr, unsafe=True)
@@ -66,8 +69,8 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
 def _backward(ctx: object, *grads: Tensor) -> Tensor:
     d_gate, d_soft, *_ = grads
     x, soft, fact_ptr, index = ctx.saved_tensors
-    # A fact is in one slot at most, so no two slots write to the same place. An empty slot, -1,
-    # writes to the spare last place.
+    # A fact has at most one slot, so the indexed add has no duplicates. An empty slot, -1, writes
+    # to the spare last row.
     grad, fact = F.pad(d_soft, (0, 1)), index.flatten().long()
     grad[fact] = grad[fact] + d_gate.flatten()
     return torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.exact_k)

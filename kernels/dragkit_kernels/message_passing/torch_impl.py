@@ -1,8 +1,8 @@
-"""message_passing and relation_sum in PyTorch, with their backward written out.
+"""message_passing in PyTorch with its backward written out.
 
-On a CPU, embedding_bag is the gather-scale-sum of a whole direction and needs no [E, C] tensor. Its
-own autograd would need one, and would sum the table's gradient fact by fact. Here the table's
-gradient is the same bag over the (graph, relation) order.
+On a CPU, embedding_bag gathers, scales and sums a whole direction without an [E, C] tensor. Its own
+autograd would allocate one, and would add the table's gradient fact by fact. Here the gradient of
+the table is one more bag, over facts sorted by (graph, relation) pair.
 """
 
 from __future__ import annotations
@@ -13,7 +13,16 @@ from torch import Tensor
 from ..checks import accumulator_dtype
 from ..orders import FactIndex
 from ..segments import bag_sum, ordered_sum, row_dots, segment_ptr
-from .product import product
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, also under torch.autocast, which applies inside an op's implementation."""
+    a, b = a.to(dtype), b.to(dtype)
+    # Entering the context costs as much as a small product.
+    if not torch.is_autocast_enabled(a.device.type):
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def message_passing_fwd(
@@ -27,17 +36,18 @@ def message_passing_fwd(
     index: list[Tensor],
     node_graph: Tensor,
 ) -> Tensor:
-    """The collapsed layer; see message_passing."""
-    o = FactIndex(*index)
+    """The layer (see `message_passing`)."""
+    facts = FactIndex(*index)
     dtype = accumulator_dtype(h, p, table_fwd, table_inv, self_table, weight, bias)
     p = p.to(dtype)
-    out = product(h, weight, dtype).add_(bias)
-    for table, source, count, order, ptr in (
-        (table_fwd, o.head, o.tail_count, o.tail_perm, o.tail_ptr),
-        (table_inv, o.tail, o.head_count, o.head_perm, o.head_ptr),
+    out = matmul(h, weight, dtype).add_(bias)
+    for table, sender, count, perm, ptr in (
+        (table_fwd, facts.head, facts.tail_count, facts.tail_perm, facts.tail_ptr),
+        (table_inv, facts.tail, facts.head_count, facts.head_perm, facts.head_ptr),
     ):
-        sent = (p.index_select(0, source) * count).index_select(0, order)
-        out += bag_sum(table.to(dtype), o.fact_pair.index_select(0, order), ptr, sent)
+        message_weight = (p.index_select(0, sender) * count).index_select(0, perm)
+        pair = facts.fact_pair.index_select(0, perm)
+        out += bag_sum(table.to(dtype), pair, ptr, message_weight)
     out.addcmul_(p.unsqueeze(1), self_table.to(dtype).index_select(0, node_graph))
     return out.relu_().to(h.dtype)
 
@@ -56,62 +66,37 @@ def message_passing_bwd(
     node_graph: Tensor,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of the seven float inputs; those not in output_mask come back empty."""
-    o = FactIndex(*index)
+    """Gradients of the seven float inputs. Those outside `output_mask` are empty, [0]."""
+    facts = FactIndex(*index)
     inputs = (h, p, table_fwd, table_inv, self_table, weight, bias)
     dtype = accumulator_dtype(*inputs)
     out = [x.new_empty(0) for x in inputs]
     p = p.to(dtype)
-    # delta = dLoss/dpre; contiguous() because sum().backward() sends a zero-stride gradient.
+    # The gradient of the relu's input. contiguous() because sum().backward() sends a gradient with
+    # zero strides.
     delta = torch.ops.aten.threshold_backward(grad, h_out, 0).to(dtype).contiguous()
     if output_mask[0]:
-        out[0] = product(delta, weight.t(), dtype)
+        out[0] = matmul(delta, weight.t(), dtype)
     if output_mask[1]:
-        by_head = row_dots(table_fwd.to(dtype), o.fact_pair, delta, o.tail) * o.tail_count
-        by_tail = row_dots(table_inv.to(dtype), o.fact_pair, delta, o.head) * o.head_count
-        own = row_dots(
-            self_table.to(dtype),
-            node_graph,
-            delta,
-            torch.arange(p.shape[0], dtype=node_graph.dtype, device=p.device),
-        )
-        out[1] = own + ordered_sum(by_head, o.head_perm, o.head_ptr)
-        out[1] += ordered_sum(by_tail, o.tail_perm, o.tail_ptr)
-    for place, source, target, count in (
-        (2, o.head, o.tail, o.tail_count),
-        (3, o.tail, o.head, o.head_count),
+        nodes = torch.arange(p.shape[0], dtype=node_graph.dtype, device=p.device)
+        fwd = row_dots(table_fwd.to(dtype), facts.fact_pair, delta, facts.tail) * facts.tail_count
+        inv = row_dots(table_inv.to(dtype), facts.fact_pair, delta, facts.head) * facts.head_count
+        out[1] = row_dots(self_table.to(dtype), node_graph, delta, nodes)
+        out[1] = out[1] + ordered_sum(fwd, facts.head_perm, facts.head_ptr)
+        out[1] += ordered_sum(inv, facts.tail_perm, facts.tail_ptr)
+    for i, sender, receiver, count in (
+        (2, facts.head, facts.tail, facts.tail_count),
+        (3, facts.tail, facts.head, facts.head_count),
     ):
-        if output_mask[place]:
-            sent = (p.index_select(0, source) * count).index_select(0, o.pair_perm)
-            out[place] = bag_sum(delta, target.index_select(0, o.pair_perm), o.pair_ptr, sent)
+        if output_mask[i]:
+            message_weight = (p.index_select(0, sender) * count).index_select(0, facts.pair_perm)
+            node = receiver.index_select(0, facts.pair_perm)
+            out[i] = bag_sum(delta, node, facts.pair_ptr, message_weight)
     if output_mask[4]:
         nodes = torch.arange(p.shape[0], dtype=torch.int32, device=p.device)
         out[4] = bag_sum(delta, nodes, segment_ptr(node_graph, self_table.shape[0]), p)
     if output_mask[5]:
-        out[5] = product(h.t(), delta, dtype)
+        out[5] = matmul(h.t(), delta, dtype)
     if output_mask[6]:
         out[6] = delta.sum(0)
     return tuple(g.to(x.dtype) for g, x in zip(out, inputs, strict=True))
-
-
-def relation_sum_fwd(table: Tensor, index: list[Tensor]) -> Tensor:
-    """Sum of the rows of a node's facts in both directions; see relation_sum."""
-    o, rows = FactIndex(*index), table.to(accumulator_dtype(table))
-
-    def direction(count: Tensor, order: Tensor, ptr: Tensor) -> Tensor:
-        times = count.index_select(0, order).to(rows.dtype)
-        return bag_sum(rows, o.fact_pair.index_select(0, order), ptr, times)
-
-    out = direction(o.tail_count, o.tail_perm, o.tail_ptr)
-    return out.add_(direction(o.head_count, o.head_perm, o.head_ptr)).to(table.dtype)
-
-
-def relation_sum_bwd(grad: Tensor, index: list[Tensor]) -> Tensor:
-    """dtable_r = sum over the facts e of pair r of n_e grad[tail_e] + m_e grad[head_e]."""
-    o, rows = FactIndex(*index), grad.to(accumulator_dtype(grad)).contiguous()
-
-    def direction(count: Tensor, target: Tensor) -> Tensor:
-        times = count.index_select(0, o.pair_perm).to(rows.dtype)
-        return bag_sum(rows, target.index_select(0, o.pair_perm), o.pair_ptr, times)
-
-    return direction(o.tail_count, o.tail).add_(direction(o.head_count, o.head)).to(grad.dtype)

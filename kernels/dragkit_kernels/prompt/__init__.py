@@ -1,4 +1,4 @@
-"""Prompts of text and structural vectors: which tokens they are, and their embeddings."""
+"""Prompts of text and structural vectors: their tokens, and the embeddings of these."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class PromptTokens(NamedTuple):
 
     Attributes:
         ids: int32 [T] token ids, 0 at a structural vector.
-        slot: int32 [T] number of the vector, -1 for text.
-        position: int32 [T] position of the token in its prompt.
+        slot: int32 [T] row of the structural vector, -1 for text.
+        position: int32 [T] position of the token in its prompt, from 0.
         sequence: int32 [T] prompt of the token, 0..G-1.
     """
 
@@ -48,28 +48,28 @@ def prompt_tokens(
     num_tokens: int,
     backend: str = "auto",
 ) -> PromptTokens:
-    """Some of B prompts end to end, each made of P pieces, which may be empty.
+    """Lays G of B prompts end to end. Each prompt consists of P pieces.
 
-    A piece is a run of text. A piece with a slot begins with one structural vector. Piece p of
-    prompt b takes the positions end[b, p-1] to end[b, p] of the prompt.
+    A piece is a run of text, which may be empty. A piece with a slot begins with one structural
+    vector. Piece p of prompt b takes the positions end[b, p-1] to end[b, p] of the prompt.
 
     Args:
         source: int32 [W] token ids of all text.
         start: int32 [B, P] first row of a piece's text in `source`.
-        end: int32 [B, P] ascending, end of a piece in its prompt.
-        slot: int32 [B, P] vector at the beginning of a piece, -1 for none.
-        question: int32 [G] which prompts, in their order.
-        ptr: int32 [G+1] first token of each of these in the result, and the end of the last: the
-            running sums of their `end[:, -1]`.
-        num_tokens: T, the last number of `ptr`.
+        end: int32 [B, P] end of a piece in its prompt, ascending.
+        slot: int32 [B, P] row of the structural vector of a piece, -1 for none.
+        question: int32 [G] the prompts to lay out, in this order.
+        ptr: int32 [G+1] first token of each of them in the result, and T: the cumulative sums of
+            their `end[:, -1]`.
+        num_tokens: T, the last value of `ptr`.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        The tokens, which have no gradient.
+        The tokens, without gradient.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     op = "prompt_tokens"
     check_shape(op, "source", source, (None,))
@@ -89,15 +89,15 @@ def prompt_tokens(
 def prompt_embeddings(
     table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """out_t = table[ids_t], or vectors[slot_t] at the token of a structural vector.
+    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t].
 
-    Backward: dvectors_s = grad at the token of slot s, 0 for a slot without a token.
+    Backward: dvectors_s = grad of the token with slot s, 0 if no token has it.
 
     Args:
-        table: float [V, M], frozen.
-        ids: int32 [T] rows of the table. At the token of a vector any valid row will do.
-        vectors: float [S, M], rounded to the dtype of the table.
-        slot: int32 [T] rows of `vectors`, -1 for text; no two tokens have the same slot.
+        table: float [V, M] token embeddings without gradient.
+        ids: int32 [T] rows of the table. A token with a slot may have any valid row.
+        vectors: float [S, M], cast to the dtype of the table.
+        slot: int32 [T] rows of `vectors`, -1 for text. A slot has at most one token.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -105,7 +105,7 @@ def prompt_embeddings(
 
     Raises:
         ValueError: shapes or dtypes do not fit, or the table requires a gradient.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     op = "prompt_embeddings"
     check_shape(op, "table", table, (None, None))
@@ -116,8 +116,8 @@ def prompt_embeddings(
     check_index(op, ids=ids, slot=slot)
     if table.requires_grad:
         raise ValueError(
-            f"{op}: table {list(table.shape)} requires a gradient, which this op does not have; "
-            "freeze the token embeddings"
+            f"{op}: table {list(table.shape)} requires a gradient, which this op does not compute. "
+            "Freeze the token embeddings with requires_grad_(False)."
         )
     triton = resolve_backend(op, widest(table, vectors), backend) == "triton"
     return torch.ops.dragkit.prompt_embeddings_fwd(table, ids, vectors, slot, triton)

@@ -9,13 +9,13 @@ from torch import Tensor
 from ..launch import ResourceLimits, Tile, Tile2D, spec
 
 TOKEN_TILE = Tile(128, 4)
-# Few rows, many columns.
+# Each row is a long contiguous copy.
 EMBEDDING_TILE = Tile2D(rows=4, columns=256, num_warps=4)
 
 
 @triton.jit
 def _search_ends(ends_ptr, size, steps, value):
-    """The first of `size` ascending numbers that is above the value, or the last of them."""
+    """Index of the first of `size` ascending numbers above `value`, at most size - 1."""
     low = tl.zeros_like(value)
     high = low + size - 1
     for _ in range(steps):
@@ -30,24 +30,12 @@ def _search_ends(ends_ptr, size, steps, value):
     do_not_specialize=["num_prompts", "num_pieces", "num_tokens", "prompt_steps", "piece_steps"]
 )
 def _prompt_tokens_fwd_kernel(
-    source_ptr,
-    start_ptr,
-    end_ptr,
-    slot_ptr,
-    question_ptr,
-    rowptr_ptr,
-    ids_ptr,
-    slots_ptr,
-    position_ptr,
-    sequence_ptr,
-    num_prompts,
-    num_pieces,
-    num_tokens,
-    prompt_steps,
-    piece_steps,
+    source_ptr, start_ptr, end_ptr, slot_ptr, question_ptr, rowptr_ptr,
+    ids_ptr, slots_ptr, position_ptr, sequence_ptr,
+    num_prompts, num_pieces, num_tokens, prompt_steps, piece_steps,
     BLOCK_T: tl.constexpr,
-):
-    """A token finds its prompt among their ends, and its piece among those of the prompt."""
+):  # fmt: skip
+    """Finds prompt and piece of every token by binary search. One program per BLOCK_T tokens."""
     offs_t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     sequence = _search_ends(rowptr_ptr + 1, num_prompts, prompt_steps, offs_t)
@@ -56,10 +44,12 @@ def _prompt_tokens_fwd_kernel(
     piece = _search_ends(end_ptr + first_piece, num_pieces, piece_steps, position)
     row = first_piece + piece
     slot = tl.load(slot_ptr + row)
+    # The first piece begins at 0. The end before it in memory is that of another prompt.
     piece_offset = position - tl.load(end_ptr + row - 1, mask=piece > 0, other=0)
     has_vector = slot >= 0
     is_vector = has_vector & (piece_offset == 0)
     source_row = tl.load(start_ptr + row).to(tl.int64) + piece_offset - has_vector.to(tl.int32)
+    # A vector reads no text, because source_row may be out of bounds.
     ids = tl.load(source_ptr + source_row, mask=mask_t & (is_vector == 0), other=0)
     tl.store(ids_ptr + offs_t, ids, mask=mask_t)
     tl.store(slots_ptr + offs_t, tl.where(is_vector, slot, -1), mask=mask_t)
@@ -69,17 +59,12 @@ def _prompt_tokens_fwd_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _prompt_embeddings_fwd_kernel(
-    table_ptr,
-    ids_ptr,
-    vectors_ptr,
-    slot_ptr,
+    table_ptr, ids_ptr, vectors_ptr, slot_ptr,
     out_ptr,
-    num_tokens,
-    num_columns,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out_t = vectors[slot_t] where there is a slot, else table[ids_t]."""
+    num_tokens, num_columns,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]. One program per output tile."""
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < num_tokens
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -105,19 +90,16 @@ def prompt_tokens_fwd(
     ptr: Tensor,
     num_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launches the searches; see `dragkit::prompt_tokens_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::prompt_tokens_fwd`."""
     out = tuple(source.new_empty(num_tokens) for _ in range(4))
     if num_tokens == 0:
         return out
     prompts, pieces = question.shape[0], start.shape[1]
     _prompt_tokens_fwd_kernel[(triton.cdiv(num_tokens, TOKEN_TILE.block),)](
         *(x.contiguous() for x in (source, start, end, slot, question, ptr)),
-        *out,
-        prompts,
-        pieces,
-        num_tokens,
-        (prompts - 1).bit_length(),
-        (pieces - 1).bit_length(),
+        *(*out, prompts, pieces, num_tokens),
+        # A binary search among n ends takes ceil(log2(n)) steps.
+        *((prompts - 1).bit_length(), (pieces - 1).bit_length()),
         BLOCK_T=TOKEN_TILE.block,
         **TOKEN_TILE.options,
     )
@@ -125,14 +107,13 @@ def prompt_tokens_fwd(
 
 
 def prompt_embeddings_fwd(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """Launches the gathers; see `dragkit::prompt_embeddings_fwd`."""
+    """Launches the kernel with the arguments of `dragkit::prompt_embeddings_fwd`."""
     out = table.new_empty(ids.shape[0], table.shape[1])
     if out.numel() == 0:
         return out
     _prompt_embeddings_fwd_kernel[EMBEDDING_TILE.grid(*out.shape)](
         *(x.contiguous() for x in (table, ids, vectors, slot)),
-        out,
-        *out.shape,
+        *(out, *out.shape),
         BLOCK_T=EMBEDDING_TILE.rows,
         BLOCK_C=EMBEDDING_TILE.columns,
         **EMBEDDING_TILE.options,

@@ -1,4 +1,4 @@
-"""dragkit::prompt_tokens_* and prompt_embeddings_*: neither waits for the device."""
+"""Registration of dragkit::prompt_tokens_fwd and prompt_embeddings_fwd and _bwd."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..backend import HAS_TRITON
 from ..library import forbid_double_backward, register, register_gradient
+from . import torch_impl
 
 if HAS_TRITON:
     from .backward import prompt_embeddings_bwd
@@ -15,68 +16,12 @@ else:
     prompt_embeddings_bwd = prompt_embeddings_fwd = prompt_tokens_fwd = None
 
 
-def _torch_tokens(
-    source: Tensor,
-    start: Tensor,
-    end: Tensor,
-    slot: Tensor,
-    question: Tensor,
-    ptr: Tensor,
-    num_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Every token's piece by repeating, and its id by its place in the piece; see prompt_tokens."""
-    if num_tokens == 0:
-        return tuple(source.new_empty(0) for _ in range(4))
-    start, end, slot = (x.index_select(0, question) for x in (start, end, slot))
-    begin = torch.cat([end.new_zeros(end.shape[0], 1), end[:, :-1]], 1)
-    piece = torch.repeat_interleave((end - begin).flatten(), output_size=num_tokens)
-    sequence = piece // end.shape[1]
-    token = torch.arange(num_tokens, dtype=torch.int32, device=source.device)
-    position = token - ptr.index_select(0, sequence)
-    piece_offset = position - begin.flatten().index_select(0, piece)
-    slot = slot.flatten().index_select(0, piece)
-    is_vector = (slot >= 0) & (piece_offset == 0)
-    source_row = start.flatten().index_select(0, piece) + piece_offset - (slot >= 0).int()
-    # A piece that is a vector alone has no text to read.
-    padded = torch.cat([source.new_zeros(1), source])
-    ids = padded.index_select(0, (source_row + 1).masked_fill_(is_vector, 0))
-    return ids, torch.where(is_vector, slot, -1), position, sequence.int()
-
-
 def _tokens_fake(source: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(source.new_empty(rest[-2]) for _ in range(4))
 
 
-def _token_of(slot: Tensor, num_slots: int) -> Tensor:
-    """int64 [num_slots] token of every slot, -1 for none."""
-    token = torch.full((num_slots + 1,), -1, dtype=torch.int64, device=slot.device)
-    # Text, -1, writes to the spare last place.
-    token[slot.long()] = torch.arange(slot.shape[0], device=slot.device)
-    return token[:-1]
-
-
-def _torch_embeddings(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """The rows of the table, overwritten by the vectors; a spare row takes unused vectors."""
-    size = ids.shape[0]
-    out = table.new_empty(size + 1, table.shape[1])
-    torch.index_select(table, 0, ids, out=out[:size])
-    token = _token_of(slot, vectors.shape[0])
-    out.index_copy_(0, torch.where(token < 0, size, token), vectors.to(table.dtype))
-    # Not a view, which compiled blocks would take for another kind of input.
-    return out.resize_(size, table.shape[1])
-
-
 def _embeddings_fake(table: Tensor, ids: Tensor, *rest: object) -> Tensor:
     return table.new_empty(ids.shape[0], table.shape[1])
-
-
-def _torch_embeddings_bwd(grad: Tensor, slot: Tensor, num_slots: int, dtype: torch.dtype) -> Tensor:
-    """dvectors_s = grad at the token of slot s, 0 where there is none."""
-    if slot.shape[0] == 0:
-        return grad.new_zeros(num_slots, grad.shape[1], dtype=dtype)
-    token = _token_of(slot, num_slots)
-    rows = grad.index_select(0, token.clamp(min=0)).to(dtype)
-    return rows.masked_fill_((token < 0).unsqueeze(1), 0.0)
 
 
 def _embeddings_bwd_fake(
@@ -100,21 +45,21 @@ def _embeddings_backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]
 register(
     "prompt_tokens_fwd(Tensor source, Tensor start, Tensor end, Tensor slot, Tensor question, "
     "Tensor ptr, SymInt num_tokens, bool triton) -> (Tensor, Tensor, Tensor, Tensor)",
-    _torch_tokens,
+    torch_impl.prompt_tokens_fwd,
     _tokens_fake,
     triton=prompt_tokens_fwd,
 )
 register(
     "prompt_embeddings_fwd(Tensor table, Tensor ids, Tensor vectors, Tensor slot, bool triton) "
     "-> Tensor",
-    _torch_embeddings,
+    torch_impl.prompt_embeddings_fwd,
     _embeddings_fake,
     triton=prompt_embeddings_fwd,
 )
 register(
     "prompt_embeddings_bwd(Tensor grad, Tensor slot, SymInt num_slots, ScalarType dtype, "
     "bool triton) -> Tensor",
-    _torch_embeddings_bwd,
+    torch_impl.prompt_embeddings_bwd,
     _embeddings_bwd_fake,
     triton=prompt_embeddings_bwd,
 )

@@ -1,4 +1,4 @@
-"""Prompt ops by their definitions: token by token on the host, and differentiable PyTorch."""
+"""Prompt ops by their definitions: a loop on the host, and plain PyTorch with autograd."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def prompt_tokens_ref(
     source: Tensor, start: Tensor, end: Tensor, slot: Tensor, question: Tensor
 ) -> tuple[Tensor, ...]:
-    """Ids, slots, positions and sequences, by appending one piece after the other."""
+    """(ids, slot, position, sequence), int32 [T] each, by appending piece after piece."""
     text = source.tolist()
     rows: list[tuple[int, int, int, int]] = []
     for sequence, chosen in enumerate(question.tolist()):
@@ -28,6 +28,6 @@ def prompt_tokens_ref(
 
 
 def prompt_embeddings_ref(table: Tensor, ids: Tensor, vectors: Tensor, slot: Tensor) -> Tensor:
-    """table[ids_t], or vectors[slot_t] at a token with a slot."""
+    """out_t = vectors[slot_t] if slot_t >= 0, else table[ids_t]. See prompt_embeddings."""
     rows = torch.cat([vectors, vectors.new_zeros(1, vectors.shape[1])])[slot.long()]
     return torch.where((slot < 0).unsqueeze(1), table[ids.long()], rows.to(table.dtype))

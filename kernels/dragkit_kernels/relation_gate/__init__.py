@@ -1,4 +1,4 @@
-"""What a relation says under an instruction: the rows that message passing starts from."""
+"""Relation vectors gated by instructions: the rows that message passing starts from."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def relation_gate(
     pairs_by_graph: GroupedIndex | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """c[d, r, k] = relu(u[d, relation_r] * i[graph_r, k]), for both directions d (ReaRev).
+    """c[d, r, k] = relu(u[d, relation_r] * i[graph_r, k]) for both directions d (ReaRev).
 
-    Backward, with delta the gradient where c is positive: du[d, r] = sum delta[d, pair, k]
-    i[graph, k] over the pairs of r and over k, di[g, k] = sum delta[d, pair, k] u[d, relation] over
-    the pairs of g and over d. Pairs may come in any sequence.
+    Backward, with delta the gradient where c is positive and zero elsewhere:
+
+        du[d, q] = sum over the pairs r of relation q and over k of delta[d, r, k] i[graph_r, k]
+        di[g, k] = sum over the pairs r of graph g and over d of delta[d, r, k] u[d, relation_r]
 
     Args:
         relation: float [2, R, C] projected relation vectors u, forward and inverse.
         instruction: float [B, I, C], I at least 1, with the dtype of `relation`.
-        pair_relation, pair_graph: int32 [P] relation and graph of every pair.
+        pair_relation, pair_graph: int32 [P] relation and graph of every pair, in any sequence.
         pairs_by_relation, pairs_by_graph: `grouped_index(pair_relation, R)` and
-            `grouped_index(pair_graph, B)`, for callers with several gates over the same pairs.
-            Give both or neither. Only the kernels' backward reads them. It sorts the pairs itself
-            without them.
+            `grouped_index(pair_graph, B)`, for callers with several gates over the same pairs. Give
+            both or neither. Only the kernels' backward reads them, and sorts the pairs if None.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -56,14 +56,16 @@ def relation_gate(
     check_index(op, pair_relation=pair_relation, pair_graph=pair_graph)
     if instruction.shape[1] == 0 or instruction.dtype != relation.dtype:
         raise ValueError(
-            f"{op}: at least one instruction of {relation.dtype} is needed, got "
-            f"{instruction.shape[1]} of {instruction.dtype}"
+            f"{op}: instruction must hold at least one instruction per graph, with the dtype of "
+            f"relation ({relation.dtype}), got {instruction.shape[1]} of {instruction.dtype}"
         )
     grouped: list[Tensor] = []
     if pairs_by_relation is not None and pairs_by_graph is not None:
-        pairs = pair_relation.shape[0]
-        check_grouped_index(op, "pairs_by_relation", pairs_by_relation, pairs, relation.shape[1])
-        check_grouped_index(op, "pairs_by_graph", pairs_by_graph, pairs, instruction.shape[0])
+        num_pairs = pair_relation.shape[0]
+        check_grouped_index(
+            op, "pairs_by_relation", pairs_by_relation, num_pairs, relation.shape[1]
+        )
+        check_grouped_index(op, "pairs_by_graph", pairs_by_graph, num_pairs, instruction.shape[0])
         grouped = [*pairs_by_relation, *pairs_by_graph]
     elif pairs_by_relation is not None or pairs_by_graph is not None:
         raise ValueError(f"{op}: give both pairs_by_relation and pairs_by_graph, or neither")

@@ -11,10 +11,8 @@ from ..launch import ROW_TILE, ResourceLimits, spec
 
 @triton.jit
 def product_gate(u, instruction, value, like_ptr):
-    """`value` where the product is positive (or NaN) in the dtype of `like`, else zero.
-
-    The product is rounded first: what underflows in a low precision is no positive output.
-    """
+    """`value` where u times instruction is positive or NaN in the dtype of `like`, else zero."""
+    # Round first: a product that underflows in a low precision gave a zero output.
     product = (u * instruction).to(like_ptr.dtype.element_ty).to(tl.float32)
     return tl.where(product <= 0.0, 0.0, value)
 
@@ -41,15 +39,17 @@ def _relation_gate_fwd_kernel(
     mask = mask_p[:, None] & (offs_c < num_columns)[None, :]
     relation = tl.load(pair_relation_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
     graph = tl.load(pair_graph_ptr + offs_p, mask=mask_p, other=0).to(tl.int64)
-    at = (pid_d * num_relations + relation)[:, None] * num_columns + offs_c[None, :]
-    u = tl.load(relation_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    offs = (pid_d * num_relations + relation)[:, None] * num_columns + offs_c[None, :]
+    # All instructions of a pair share this row: it is loaded once.
+    u = tl.load(relation_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for k in range(0, num_instructions):
-        at = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
-        value = u * tl.load(instruction_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        value = tl.where(value <= 0.0, 0.0, value)  # a NaN stays one, as in torch.relu
+        offs = (graph * num_instructions + k)[:, None] * num_columns + offs_c[None, :]
+        value = u * tl.load(instruction_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # A comparison with NaN is false, so NaN stays NaN as in torch.relu.
+        value = tl.where(value <= 0.0, 0.0, value)
         row = (pid_d * num_pairs + offs_p) * num_instructions + k
-        at = row[:, None] * num_columns + offs_c[None, :]
-        tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+        offs = row[:, None] * num_columns + offs_c[None, :]
+        tl.store(out_ptr + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def relation_gate_fwd(
@@ -59,7 +59,7 @@ def relation_gate_fwd(
     pair_graph: Tensor,
     grouped: list[Tensor],
 ) -> Tensor:
-    """Launches the products; see `dragkit::relation_gate_fwd`."""
+    """Launches the products (see `dragkit::relation_gate_fwd`)."""
     num_pairs, num_columns = pair_relation.shape[0], relation.shape[2]
     out = relation.new_empty(2, num_pairs, *instruction.shape[1:])
     if out.numel() == 0:

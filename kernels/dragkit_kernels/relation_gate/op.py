@@ -1,7 +1,6 @@
-"""dragkit::relation_gate_fwd and _bwd: each value is written once, and none is kept but the output.
+"""dragkit::relation_gate_fwd and _bwd.
 
-Autograd of the formula writes the products with both factors out before it adds them up; these are
-the largest tensors of a layer. The kernels' backward does without the output as well.
+`grouped` holds pairs_by_relation (perm, ptr) and pairs_by_graph (perm, ptr), or nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..backend import HAS_TRITON
-from ..checks import accumulator_dtype
 from ..library import empty_gradients, forbid_double_backward, register, register_gradient
+from . import torch_impl
 
 if HAS_TRITON:
     from .backward import relation_gate_bwd
@@ -19,62 +18,18 @@ if HAS_TRITON:
 else:
     relation_gate_bwd = relation_gate_fwd = None
 
-# The orders are relation_place, relation_ptr, graph_place and graph_ptr, or nothing.
 _INPUTS = (
     "Tensor relation, Tensor instruction, Tensor pair_relation, Tensor pair_graph, Tensor[] grouped"
 )
 
 
-def _torch_fwd(
-    relation: Tensor,
-    instruction: Tensor,
-    pair_relation: Tensor,
-    pair_graph: Tensor,
-    grouped: list[Tensor],
-) -> Tensor:
-    """See relation_gate. The orders serve the kernels' backward alone."""
-    u = relation.index_select(1, pair_relation).unsqueeze(2)
-    return torch.mul(u, instruction.index_select(0, pair_graph)).relu_()
-
-
-def _torch_bwd(
-    grad: Tensor,
-    out: Tensor | None,
-    relation: Tensor,
-    instruction: Tensor,
-    pair_relation: Tensor,
-    pair_graph: Tensor,
-    grouped: list[Tensor],
-    output_mask: list[bool],
-) -> tuple[Tensor, Tensor]:
-    """du[d, r] = sum_k delta[d, :, k] i[:, k] over the pairs of r, di[g, k] = sum_d delta u."""
-    dtype = accumulator_dtype(relation, instruction)
-    delta = torch.ops.aten.threshold_backward(grad, out, 0).to(dtype)  # [2, P, I, C]
-    d_relation, d_instruction = relation.new_empty(0), instruction.new_empty(0)
-    if output_mask[0]:
-        gate = instruction.index_select(0, pair_graph).to(dtype)
-        by_pair = delta[:, :, 0] * gate[:, 0]
-        for k in range(1, gate.shape[1]):
-            by_pair.addcmul_(delta[:, :, k], gate[:, k])
-        zeros = relation.new_zeros(relation.shape[1:], dtype=dtype)
-        rows = pair_relation.long()  # index_add takes these several times as fast
-        sums = [zeros.clone().index_add_(0, rows, one) for one in by_pair]
-        d_relation = torch.stack(sums).to(relation.dtype)
-    if output_mask[1]:
-        u = relation.index_select(1, pair_relation).to(dtype)
-        by_instruction = (delta[0] * u[0].unsqueeze(1)).addcmul_(delta[1], u[1].unsqueeze(1))
-        zeros = instruction.new_zeros(instruction.shape, dtype=dtype)
-        d_instruction = zeros.index_add_(0, pair_graph.long(), by_instruction).to(instruction.dtype)
-    return d_relation, d_instruction
-
-
-def _relation_gate_fake(
+def _fwd_fake(
     relation: Tensor, instruction: Tensor, pair_relation: Tensor, *rest: object
 ) -> Tensor:
     return relation.new_empty(2, pair_relation.shape[0], *instruction.shape[1:])
 
 
-def _relation_gate_bwd_fake(
+def _bwd_fake(
     grad: Tensor, out: Tensor | None, relation: Tensor, instruction: Tensor, *rest: object
 ) -> tuple[Tensor, ...]:
     return empty_gradients((relation, instruction), rest[-2])
@@ -82,6 +37,7 @@ def _relation_gate_bwd_fake(
 
 def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     *tensors, grouped, ctx.triton = inputs
+    # The kernels recompute from the two factors where the output is positive.
     ctx.save_for_backward(None if ctx.triton else output, *tensors, *grouped)
 
 
@@ -94,15 +50,15 @@ def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 register(
     f"relation_gate_fwd({_INPUTS}, bool triton) -> Tensor",
-    _torch_fwd,
-    _relation_gate_fake,
+    torch_impl.relation_gate_fwd,
+    _fwd_fake,
     triton=relation_gate_fwd,
 )
 register(
     f"relation_gate_bwd(Tensor grad, Tensor? out, {_INPUTS}, bool[] output_mask, bool triton) "
     "-> (Tensor, Tensor)",
-    _torch_bwd,
-    _relation_gate_bwd_fake,
+    torch_impl.relation_gate_bwd,
+    _bwd_fake,
     triton=relation_gate_bwd,
 )
 register_gradient("relation_gate_fwd", _backward, _setup)

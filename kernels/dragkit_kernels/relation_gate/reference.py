@@ -1,4 +1,4 @@
-"""Gated relation rows by their formula: plain PyTorch, differentiable."""
+"""relation_gate by its formula: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of matrices gathered and added up, with gradients that are sums in a fixed order."""
+"""Rows of matrices gathered and summed, with gradients that are sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = [
 def gather_rows(
     table: Tensor, rows: Tensor, *, by_row: GroupedIndex | None = None, backend: str = "auto"
 ) -> Tensor:
-    """out_i = table[rows_i]; backward: dtable_r = sum of grad_i over the places i of row r.
+    """out_i = table[rows_i]. Backward: dtable_r = sum of grad_i over the i with rows_i = r.
 
     Args:
         table: float [R, C].
         rows: int32 [P], in any sequence.
         by_row: `grouped_index(rows, R)`, for callers with several gathers of the same rows. Only
-            the kernels' backward reads it, and makes it if None.
+            the kernels' backward reads it, and sorts `rows` if None.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -53,12 +53,12 @@ def gather_rows(
 def segment_sum(
     value: Tensor, segment: Tensor, num_segments: int, *, backend: str = "auto"
 ) -> Tensor:
-    """out_b = sum of value_t over the rows t of segment b, which follow one another.
+    """out_b = sum of value_t over the rows t of segment b. The rows of a segment are adjacent.
 
     Args:
         value: float [T, C].
-        segment: int32 [T] ascending, each below `num_segments`.
-        num_segments: B; a segment may have no rows.
+        segment: int32 [T] segment of each row, ascending and below `num_segments`.
+        num_segments: B. A segment may be empty.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -86,44 +86,45 @@ def fact_rows(
     groups: FactGroups | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Representations of selected facts: [node[head_q] ; relation[pair_q] ; node[tail_q]].
+    """Vectors of selected facts: out_i = [node[head_q] ; relation[pair_q] ; node[tail_q]].
 
-    q is the row of fact index_p in the orders. An empty place gives zeros and no gradient.
+    q is the merged fact of fact index_i.
 
     Args:
-        node: float [N, C]; relation: float [P, D] with the dtype of `node`.
-        index: int32 [...] facts, -1 for an empty place. A fact may be at several places.
-        fact_index: Q facts; groups: the E facts that these stand for; None if each is its own.
+        node: float [N, C].
+        relation: float [P, D] with the dtype of `node`.
+        index: int32 [...] selected facts, with repeats. -1 marks an empty position.
+        fact_index: Q merged facts.
+        groups: the E facts that these stand for. None if no facts were merged: E = Q.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        [..., 2C + D] with the dtype of `node`.
+        [..., 2C + D] with the dtype of `node`. An empty position gets zeros and no gradient.
 
     Raises:
         ValueError: shapes or dtypes do not fit.
         RuntimeError: Triton was asked for where it cannot run.
     """
-    op = "fact_rows"
-    check_shape(op, "node", node, (fact_index.num_nodes, None))
-    check_shape(op, "relation", relation, (fact_index.num_pairs, None))
+    op, facts = "fact_rows", fact_index
+    check_shape(op, "node", node, (facts.num_nodes, None))
+    check_shape(op, "relation", relation, (facts.num_pairs, None))
     check_float(op, node=node, relation=relation)
     if relation.dtype != node.dtype:
         raise ValueError(
-            f"{op}: node {list(node.shape)} and relation {list(relation.shape)} must share a "
-            f"dtype, got {node.dtype} and {relation.dtype}"
+            f"{op}: node and relation must share a dtype, got {node.dtype} and {relation.dtype}"
         )
     check_index(op, index=index)
-    if (fact_index.head if groups is None else groups.row).shape[0] == 0:  # every place is empty
+    if (facts.head if groups is None else groups.row).shape[0] == 0:  # every position is empty
         return node.new_zeros(*index.shape, 2 * node.shape[1] + relation.shape[1])
-    place = index.flatten()
-    row = place.clamp(min=0)
+    selected = index.flatten()
+    row = selected.clamp(min=0)
     if groups is not None:
         row = groups.row.index_select(0, row)
-    # One gather for both ends, so that one sum orders all that a node receives: heads, then tails.
-    ends = torch.cat([fact_index.head.index_select(0, row), fact_index.tail.index_select(0, row)])
+    # One gather for both ends gives each node one sum of gradients, in a fixed order.
+    ends = torch.cat([facts.head.index_select(0, row), facts.tail.index_select(0, row)])
     head, tail = gather_rows(node, ends, backend=backend).chunk(2)
-    pair = gather_rows(relation, fact_index.fact_pair.index_select(0, row), backend=backend)
+    pair = gather_rows(relation, facts.fact_pair.index_select(0, row), backend=backend)
     out = torch.cat([head, pair, tail], 1)
-    # Fact 0 stands in at an empty place. The selection keeps its NaN out, and any gradient.
-    out = out.masked_fill((place < 0).unsqueeze(1), 0.0)
+    # An empty position gathered fact 0. masked_fill drops its values, even NaN, and its gradient.
+    out = out.masked_fill((selected < 0).unsqueeze(1), 0.0)
     return out.view(*index.shape, out.shape[1])

@@ -1,4 +1,4 @@
-"""Triton backward of gather_rows: the ordered sum of segment_sum over places sorted by row."""
+"""Triton backward of gather_rows: the sum of segment_sum, over gradients grouped by table row."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from .forward import sum_rows
 
 
 def gather_rows_bwd(grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int) -> Tensor:
-    """Launches the ordered sum; see `dragkit::gather_rows_bwd`."""
+    """Launches the sum (see `dragkit::gather_rows_bwd`)."""
     return sum_rows(grad, *(by_row or grouped_index(rows, num_rows)))

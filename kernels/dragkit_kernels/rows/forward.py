@@ -1,4 +1,4 @@
-"""Triton kernel of the ordered sums: rows of a matrix added up by target row."""
+"""Triton forward of segment_sum: matrix rows summed by segment, in a fixed order."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ def _segment_sum_fwd_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out_v = sum over begin[v] <= i < begin[v+1] of row place[i], or of row i without places."""
+    """out_v = sum of value[perm_i] over rowptr[v] <= i < rowptr[v+1]. Without perm, perm_i = i."""
     pid_v = tl.program_id(0).to(tl.int64)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < num_columns
     end = tl.load(rowptr_ptr + pid_v + 1)
+    # Lane i adds every BLOCK_E-th row. One reduction at the end keeps the order fixed.
     acc = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
     for start in range(tl.load(rowptr_ptr + pid_v), end, BLOCK_E):
         offs_e = start + tl.arange(0, BLOCK_E)
+        mask_e = offs_e < end
         row = offs_e
         if perm_ptr is not None:
-            row = tl.load(perm_ptr + offs_e, mask=offs_e < end, other=0)
-        at = row.to(tl.int64)[:, None] * num_columns + offs_c[None, :]
-        mask = (offs_e < end)[:, None] & mask_c[None, :]
-        acc += tl.load(value_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            row = tl.load(perm_ptr + offs_e, mask=mask_e, other=0)
+        offs = row.to(tl.int64)[:, None] * num_columns + offs_c[None, :]
+        mask = mask_e[:, None] & mask_c[None, :]
+        acc += tl.load(value_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + pid_v * num_columns + offs_c, total, mask=mask_c)
 
 
 def sum_rows(value: Tensor, perm: Tensor | None, ptr: Tensor) -> Tensor:
-    """Launches the sum of the rows of a matrix: [V, C]."""
+    """Launches the sums: [V, C], from value [T, C], perm int32 [P] or None, and ptr int32 [V+1]."""
     num_rows, num_columns = ptr.shape[0] - 1, value.shape[1]
     out = value.new_empty(num_rows, num_columns)
     if out.numel() == 0:
@@ -58,7 +60,7 @@ def sum_rows(value: Tensor, perm: Tensor | None, ptr: Tensor) -> Tensor:
 
 
 def segment_sum_fwd(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """Launches the sum of consecutive rows; see `dragkit::segment_sum_fwd`."""
+    """Launches the sum of adjacent rows (see `dragkit::segment_sum_fwd`)."""
     return sum_rows(value, None, segment_ptr(segment.contiguous(), num_segments))
 
 

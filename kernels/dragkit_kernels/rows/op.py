@@ -1,7 +1,6 @@
-"""dragkit::gather_rows_* and segment_sum_*: one is the other's gradient, up to the order.
+"""dragkit::gather_rows_* and dragkit::segment_sum_*.
 
-On CPU index_add adds in the order of the places. On a GPU it adds in the order in which threads
-arrive, so the kernels sum over places sorted by row.
+`by_row` holds perm and ptr of a GroupedIndex, or nothing.
 """
 
 from __future__ import annotations
@@ -10,32 +9,14 @@ import torch
 from torch import Tensor
 
 from ..backend import HAS_TRITON
-from ..checks import accumulator_dtype
 from ..library import forbid_double_backward, register, register_gradient
+from . import torch_impl
 
 if HAS_TRITON:
     from .backward import gather_rows_bwd
     from .forward import segment_sum_fwd
 else:
     gather_rows_bwd = segment_sum_fwd = None
-
-
-def _sum_at(value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, C] out_r = sum of value_i over rows_i = r, in float32 or float64."""
-    dtype = accumulator_dtype(value)
-    out = value.new_zeros(num_rows, value.shape[1], dtype=dtype)
-    # index_add takes rows of 64 bits several times as fast.
-    return out.index_add_(0, rows.long(), value.to(dtype)).to(value.dtype)
-
-
-def _gather_fwd(table: Tensor, rows: Tensor, by_row: list[Tensor]) -> Tensor:
-    """out_i = table[rows_i], on any device: PyTorch's gather is enough."""
-    return table.index_select(0, rows)
-
-
-def _torch_gather_bwd(grad: Tensor, rows: Tensor, by_row: list[Tensor], num_rows: int) -> Tensor:
-    """dtable_r = sum of grad_i over rows_i = r."""
-    return _sum_at(grad, rows, num_rows)
 
 
 def _gather_fake(table: Tensor, rows: Tensor, *rest: object) -> Tensor:
@@ -59,11 +40,6 @@ def _gather_backward(ctx: object, grad: Tensor) -> Tensor:
     return torch.ops.dragkit.gather_rows_bwd(grad, rows, by_row, ctx.num_rows, ctx.triton)
 
 
-def _segment_sum_bwd(grad: Tensor, segment: Tensor) -> Tensor:
-    """dvalue_t = grad[segment_t], on any device."""
-    return grad.index_select(0, segment)
-
-
 def _segment_sum_fake(value: Tensor, segment: Tensor, num_segments: int, triton: bool) -> Tensor:
     return value.new_empty(num_segments, value.shape[1])
 
@@ -82,26 +58,26 @@ def _segment_sum_backward(ctx: object, grad: Tensor) -> Tensor:
 
 register(
     "gather_rows_fwd(Tensor table, Tensor rows, Tensor[] by_row, bool triton) -> Tensor",
-    _gather_fwd,
+    torch_impl.gather_rows_fwd,
     _gather_fake,
-    triton=_gather_fwd if HAS_TRITON else None,
+    triton=torch_impl.gather_rows_fwd if HAS_TRITON else None,
 )
 register(
     "gather_rows_bwd(Tensor grad, Tensor rows, Tensor[] by_row, SymInt num_rows, bool triton)"
     " -> Tensor",
-    _torch_gather_bwd,
+    torch_impl.gather_rows_bwd,
     _gather_bwd_fake,
     triton=gather_rows_bwd,
 )
 register(
     "segment_sum_fwd(Tensor value, Tensor segment, SymInt num_segments, bool triton) -> Tensor",
-    _sum_at,
+    torch_impl.segment_sum_fwd,
     _segment_sum_fake,
     triton=segment_sum_fwd,
 )
 register(
     "segment_sum_bwd(Tensor grad, Tensor segment) -> Tensor",
-    _segment_sum_bwd,
+    torch_impl.segment_sum_bwd,
     _segment_sum_bwd_fake,
 )
 register_gradient("gather_rows_fwd", _gather_backward, _gather_setup)

@@ -1,4 +1,4 @@
-"""Row ops by their formulas: plain PyTorch, differentiable."""
+"""gather_rows and segment_sum by their formulas: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def gather_rows_ref(table: Tensor, rows: Tensor) -> Tensor:
 
 
 def segment_sum_ref(value: Tensor, segment: Tensor, num_segments: int) -> Tensor:
-    """out_b = sum of value_t over segment_t = b."""
+    """out_b = sum of value_t over the t with segment_t = b."""
     out = value.new_zeros(num_segments, *value.shape[1:])
     return out.index_add(0, segment.long(), value)

@@ -22,18 +22,18 @@ def segment_softmax(
 ) -> Tensor:
     """p_v = exp(s_v) / sum_u n_u exp(s_u), u over the nodes of v's graph.
 
-    Rows after `ptr[-1]` (padding) get 0 and no gradient, and so do the nodes of a graph whose
-    scores are all -inf. Backward: ds = p (dp - n sum p dp).
+    Backward: ds_v = p_v (dp_v - n_v sum_u p_u dp_u).
 
     Args:
-        score: float [N].
+        score: float [N]. Rows at or after `ptr[-1]` are padding.
         ptr: int32 [B+1] first node of each graph.
-        count: int32 [N] equal nodes that a row stands for, n; None means ones. The result is the
-            probability of a single one of them.
+        count: int32 [N] number n of equal nodes that a row stands for. None means ones. The result
+            is the probability of one of these nodes.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        float32 [N] (float64 for float64 scores), whatever the score's dtype.
+        float32 [N] (float64 for float64 scores). Padding, and the nodes of a graph whose scores are
+        all -inf, get 0 and no gradient.
 
     Raises:
         ValueError: shapes or dtypes do not fit.

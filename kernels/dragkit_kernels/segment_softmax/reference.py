@@ -1,4 +1,4 @@
-"""Softmax within every graph by its formula: plain PyTorch, differentiable."""
+"""segment_softmax by its formula: plain PyTorch, differentiable."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from ..segments import segment_ids
 
 
 def segment_softmax_ref(score: Tensor, ptr: Tensor, count: Tensor | None = None) -> Tensor:
-    """p_v = exp(s_v - max) / sum_u n_u exp(s_u - max) over the u of v's graph, else 0."""
+    """p_v = exp(s_v - max) / sum_u n_u exp(s_u - max), u over the nodes of v's graph."""
     s = score.to(accumulator_dtype(score))
-    segments = ptr.shape[0]  # one more than graphs: rows after the last graph
+    num_segments = ptr.shape[0]  # the graphs, and one more for the rows of padding
     segment = segment_ids(ptr, s.shape[0])
-    s = s.masked_fill(segment == segments - 1, float("-inf"))
-    top = torch.full((segments,), torch.finfo(s.dtype).min, dtype=s.dtype, device=s.device)
-    top = top.scatter_reduce(0, segment, s.detach(), "amax")
-    weight = (s - top.index_select(0, segment)).exp()
-    total = s.new_zeros(segments).index_add(0, segment, weight if count is None else weight * count)
-    total = torch.where(total > 0, total, 1.0)  # a graph without a live node
+    s = s.masked_fill(segment == num_segments - 1, float("-inf"))
+    # Start from the lowest number, not from -inf: -inf - -inf would be NaN.
+    max_score = s.new_full((num_segments,), torch.finfo(s.dtype).min)
+    max_score = max_score.scatter_reduce(0, segment, s.detach(), "amax")
+    weight = (s - max_score.index_select(0, segment)).exp()
+    counted = weight if count is None else weight * count
+    total = s.new_zeros(num_segments).index_add(0, segment, counted)
+    total = torch.where(total > 0, total, 1.0)  # all scores are -inf
     return weight / total.index_select(0, segment)

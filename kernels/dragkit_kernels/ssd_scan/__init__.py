@@ -1,4 +1,4 @@
-"""The Mamba-2 scan over a pack of sequences that lie end to end, and the states at their ends."""
+"""The Mamba-2 scan over packed sequences, and its states at given rows."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ def ssd_scan(
     s_t = exp(A dt_t) s_{t-1} + dt_t x_t B_t^T
     y_t = s_t C_t + D x_t
 
-    for every head, with a zero state where `seq_pos` is 0. Heads h G / H share maps: those of a
-    group follow one another. Rows of padding are sequences too, with seq_pos 0 everywhere.
+    for every head, where s_{t-1} is 0 if `seq_pos` is 0. H / G consecutive heads share a row of B
+    and of C. A padding row is a sequence of one row, with seq_pos 0.
 
-    States, decays and sums are float32 (float64 if an argument is); a gradient that nobody asks for
-    is not computed. The backward keeps only the inputs. A number that is not
-    finite makes NaN of the later results of its own sequence and, in the backward pass, of all its
-    gradients, but leaves other sequences alone.
+    States, decays and sums are float32, or float64 if an argument is. The op saves only its inputs
+    and recomputes the states in the backward. A gradient that no argument requires is not computed.
+    A non-finite input makes later results of its own sequence NaN, and all gradients of that
+    sequence. Other sequences are not affected.
 
     Args:
         x: float [T, H, P] inputs.
-        dt: float32 (or float64) [T, H] step sizes, not negative.
-        A: float [H], negative; D: float [H].
-        B, C: float [T, G, N], H a multiple of G.
-        seq_pos: int32 [T] place of each row in its own sequence: 0 begins one, and within a
-            sequence the next row has one more. Trusted, not checked.
+        dt: float32 or float64 [T, H] step sizes, at least 0.
+        A: float [H], negative.
+        B, C: float [T, G, N], where G divides H.
+        D: float [H].
+        seq_pos: int32 [T] position of a row in its own sequence, from 0. Values are not checked.
         backend: "auto", "triton" or "torch".
 
     Returns:
@@ -51,7 +51,7 @@ def ssd_scan(
 
     Raises:
         ValueError: shapes or dtypes do not fit.
-        RuntimeError: Triton was asked for where it cannot run.
+        RuntimeError: the backend is "triton" and Triton cannot run here.
 
     Source: Dao and Gu 2024, section 6.
     """
@@ -75,22 +75,20 @@ def ssd_state(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """The states of `ssd_scan` after the last rows of sequences, to go on from token by token.
-
-    Has no gradient.
+    """The states s_t of `ssd_scan` at given rows, from which decoding continues. No gradient.
 
     Args:
         x, dt, A, B, seq_pos: see ssd_scan.
-        last: int64 [S] the last row of each wanted sequence, in any order. Trusted, not checked.
+        last_row: int64 [S] rows t, such as the last of each sequence. Values are not checked.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        float32 (float64 if an argument is) [S, H, P, N].
+        float32, or float64 if an argument is, [S, H, P, N].
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or an argument requires a gradient while gradients
-            are recorded.
-        RuntimeError: Triton was asked for where it cannot run.
+        ValueError: shapes or dtypes do not fit, or an argument requires a gradient outside of
+            torch.no_grad().
+        RuntimeError: the backend is "triton" and Triton cannot run here.
     """
     op = "ssd_state"
     _check(op, x, dt, A, B, seq_pos)
@@ -99,7 +97,7 @@ def ssd_state(
         raise ValueError(f"{op}: last_row must be int64, got {last_row.dtype}")
     inputs = (x, dt, A, B)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        raise ValueError(f"{op}: has no gradient; call it under torch.no_grad()")
+        raise ValueError(f"{op}: this op has no gradient, call it under torch.no_grad()")
     triton = resolve_backend(op, widest(*inputs), backend) == "triton"
     return torch.ops.dragkit.ssd_state_fwd(*inputs, seq_pos, last_row, triton)
 

@@ -1,4 +1,8 @@
-"""dragkit::ssd_scan_fwd and _bwd, which saves the inputs only, and dragkit::ssd_state_fwd."""
+"""Registration of dragkit::ssd_scan_fwd, ssd_scan_bwd and ssd_state_fwd.
+
+The products of a chunk mix its rows under a mask, and zero times NaN is NaN. The PyTorch path
+therefore computes non-finite rows as zeros, and writes NaN into the rows that depend on them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,6 @@ from ..library import (
     register_gradient,
     wanted_gradients,
 )
-from .nonfinite import fill_nan, known_finite, nonfinite_rows, rows_from, sequence_rows, zero_rows
 from .torch_impl import scan_backward, scan_forward, scan_states
 
 if HAS_TRITON:
@@ -26,26 +29,55 @@ else:
 _NUM_DIFFERENTIABLE = 6
 
 
+def known_finite(*tensors: Tensor) -> bool:
+    """Whether all values are finite. False for CUDA tensors, so that the host never waits."""
+    return all(not x.is_cuda and bool(x.sum().isfinite()) for x in tensors)
+
+
+def nonfinite_rows(*tensors: Tensor) -> Tensor:
+    """bool [T] rows in which some tensor has a non-finite value."""
+    finite = [x.isfinite().flatten(1).all(1) for x in tensors]
+    return ~torch.stack(finite).all(0)
+
+
+def zero_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """A copy of the tensor with zeros in the given rows."""
+    return tensor.masked_fill(rows.view(-1, *(1,) * (tensor.dim() - 1)), 0)
+
+
+def fill_nan(tensor: Tensor, rows: Tensor) -> None:
+    """Writes NaN into the given rows."""
+    tensor.masked_fill_(rows.view(-1, *(1,) * (tensor.dim() - 1)), float("nan"))
+
+
+def rows_from(nonfinite: Tensor, seq_pos: Tensor) -> Tensor:
+    """bool [T] rows with a non-finite row at or before them in their sequence."""
+    running_count = nonfinite.cumsum(0)
+    sequence_start = (torch.arange(len(nonfinite), device=nonfinite.device) - seq_pos).clamp_(min=0)
+    return running_count > running_count[sequence_start] - nonfinite[sequence_start].long()
+
+
+def sequence_rows(nonfinite: Tensor, seq_pos: Tensor) -> Tensor:
+    """bool [T] rows of the sequences that contain a non-finite row."""
+    sequence = (seq_pos == 0).cumsum(0)
+    running_count = torch.zeros(len(nonfinite) + 1, dtype=torch.int64, device=nonfinite.device)
+    return running_count.index_add_(0, sequence, nonfinite.long())[sequence] > 0
+
+
 def _torch_fwd(*inputs: Tensor) -> Tensor:
-    """The scan of x, dt, A, B, C, D and seq_pos; what is not finite stays in its sequence."""
+    """The scan of (x, dt, A, B, C, D, seq_pos). NaN stays in its sequence."""
     x, dt, A, B, C, D, seq_pos = inputs
     if known_finite(x, dt, B, C):
         return scan_forward(*inputs)
     nonfinite, nonfinite_C = nonfinite_rows(x, dt, B), nonfinite_rows(C)
-    zeroed = (
-        zero_rows(x, nonfinite),
-        zero_rows(dt, nonfinite),
-        A,
-        zero_rows(B, nonfinite),
-        zero_rows(C, nonfinite_C),
-    )
-    y = scan_forward(*zeroed, D, seq_pos)
+    x, dt, B = (zero_rows(t, nonfinite) for t in (x, dt, B))
+    y = scan_forward(x, dt, A, B, zero_rows(C, nonfinite_C), D, seq_pos)
     fill_nan(y, rows_from(nonfinite, seq_pos) | nonfinite_C)
     return y
 
 
 def _torch_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
-    """Gradients of the six float inputs; all of a sequence are NaN if one number in it is."""
+    """Gradients of the six float inputs. A non-finite value makes all of its sequence NaN."""
     x, dt, A, B, C, D, seq_pos, output_mask = arguments
     by_row = (grad, x, dt, B, C)
     if known_finite(*by_row):
@@ -56,25 +88,19 @@ def _torch_bwd(grad: Tensor, *arguments: object) -> tuple[Tensor, ...]:
     nonfinite = sequence_rows(nonfinite, seq_pos)
     for d_input, t, wanted in zip(out, (x, dt, A, B, C, D), output_mask, strict=True):
         if wanted:
-            # A and D have a sum over all rows.
+            # The gradients of A and D sum over all rows, so any non-finite row reaches them.
             fill_nan(d_input, nonfinite.any().expand(len(t)) if t is A or t is D else nonfinite)
     return out
 
 
 def _torch_state(*inputs: Tensor) -> Tensor:
-    """States of x, dt, A, B, seq_pos at `last_row`; what is not finite stays in its sequence."""
+    """States of (x, dt, A, B, seq_pos) at `last_row`. NaN stays in its sequence."""
     x, dt, A, B, seq_pos, last_row = inputs
     if known_finite(x, dt, B):
         return scan_states(*inputs)
     nonfinite = nonfinite_rows(x, dt, B)
-    state = scan_states(
-        zero_rows(x, nonfinite),
-        zero_rows(dt, nonfinite),
-        A,
-        zero_rows(B, nonfinite),
-        seq_pos,
-        last_row,
-    )
+    x, dt, B = (zero_rows(t, nonfinite) for t in (x, dt, B))
+    state = scan_states(x, dt, A, B, seq_pos, last_row)
     fill_nan(state, rows_from(nonfinite, seq_pos)[last_row])
     return state
 

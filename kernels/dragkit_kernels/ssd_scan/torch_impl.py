@@ -1,6 +1,6 @@
-"""The PyTorch path of the scan: products within chunks, states between them, slab by slab.
+"""The PyTorch path of ssd_scan: products within chunks, state passing between them, by slabs.
 
-Forward and backward keep nothing but the inputs. Neither is differentiable.
+The functions are not differentiable: `op` registers `scan_backward` as the gradient.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def scan_forward(
     seq_pos: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """The scan; `scan_backward` is its gradient.
+    """The scan.
 
     Args:
         x, dt, A, B, C, D, seq_pos: see ssd_scan.
-        chunk: rows of a chunk; changes no result but rounding.
+        chunk: rows of a chunk. It affects rounding only.
 
     Returns:
         [T, H, P] with the dtype of `x`.
@@ -49,7 +49,7 @@ def scan_forward(
         head_y = slab.new_buffer(sizes.head_dim)
         for r in range(sizes.heads_per_group):
             weights = slab.decay(r, decay).mul_(score)
-            # Added by itself: baddbmm_ with gaps in its result is a loop over matrices.
+            # A separate add: baddbmm_ loops over the matrices if its output is strided.
             slab.head_matrix(y_chunks, r).add_(
                 torch.bmm(weights, slab.head_matrix(slab.x_dt, r), out=head_y)
             )
@@ -59,7 +59,7 @@ def scan_forward(
 
 
 def entering_states(slab: Slab, previous: Tensor | None) -> Tensor:
-    """The states before every chunk and after the last: [n + 1, G, N, R P]."""
+    """[n + 1, G, N, R P] the states before every chunk of the slab, and after its last."""
     n, groups, _, heads, width = slab.shape
     states = slab.x_dt.new_empty(n + 1, groups, slab.state_dim, heads * width)
     states[0] = 0 if previous is None else previous[-1]
@@ -77,7 +77,7 @@ def scan_states(
     last_row: Tensor,
     chunk: int | None = None,
 ) -> Tensor:
-    """The states s_t at the rows t of `last_row`; see ssd_state."""
+    """[S, H, P, N] the states s_t at the rows t of `last_row`."""
     sizes, dtype = ScanSizes.infer(x, B, chunk), accumulator_dtype(x, dt, A, B)
     if last_row.shape[0] == 0 or sizes.num_rows == 0:
         return x.new_zeros(last_row.shape[0], *x.shape[1:], sizes.state_dim, dtype=dtype)
@@ -88,19 +88,22 @@ def scan_states(
         entering.append(states[:-1])
     chunk_index = last_row // sizes.chunk
     offs_q = torch.arange(sizes.chunk, device=x.device)
-    row = (chunk_index * sizes.chunk).unsqueeze(1) + offs_q  # [S, q], those of the last row's chunk
+    row = (chunk_index * sizes.chunk).unsqueeze(1) + offs_q  # [S, q]
     distance = last_row.unsqueeze(1) - row
+    # Rows of the sequence in the chunk of last_row, up to last_row.
     causal_mask = (distance >= 0) & (distance <= seq_pos[last_row].unsqueeze(1))
+    # Rows beyond the pack have a decay of 0. The clamp keeps their index valid.
     row = row.clamp(max=sizes.num_rows - 1)
     row_dt = dt[row].to(dtype)
     log, _ = log2_decays(row_dt, A, 1, dtype)
     log_last = log.gather(1, (last_row % sizes.chunk).view(-1, 1, 1).expand(-1, 1, log.shape[2]))
     decay = (log_last - log).masked_fill_(~causal_mask.unsqueeze(2), float("-inf"))
     decay.exp2_().mul_(row_dt)
-    # Of every group its heads side by side, as in a slab.
+    # Make the heads of a group adjacent, as in a slab.
     x_dt = (x[row].to(dtype) * decay.unsqueeze(3)).unflatten(2, (sizes.num_groups, -1))
     x_dt = x_dt.transpose(1, 2).flatten(3)
     state = B[row].to(dtype).permute(0, 2, 3, 1) @ x_dt
+    # The decay of the entering state is 0 if the sequence begins in this chunk.
     state_before = log_last.exp2().mul_((seq_pos[last_row] > last_row % sizes.chunk).view(-1, 1, 1))
     entering_state = torch.cat(entering)[chunk_index].unflatten(3, (sizes.heads_per_group, -1))
     entering_state = entering_state * state_before.view(
@@ -122,17 +125,19 @@ def scan_backward(
     output_mask: list[bool],
     chunk: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the six float inputs of ssd_scan; those not in output_mask come back empty.
+    """Gradients of x, dt, A, B, C and D. Those not in output_mask are empty.
 
     Args:
-        grad: [T, H, P]; the others as for ssd_scan.
-        output_mask: which of x, dt, A, B, C, D.
-        chunk: rows of a chunk; changes no result but rounding.
+        grad: [T, H, P] gradient of y.
+        x, dt, A, B, C, D, seq_pos: see ssd_scan.
+        output_mask: which of the six gradients are wanted.
+        chunk: rows of a chunk. It affects rounding only.
     """
     sizes, dtype = ScanSizes.infer(x, B, chunk), accumulator_dtype(x, dt, A, B, C, D)
     out = empty_gradients((x, dt, A, B, C, D), output_mask)
-    head_sums = A.new_zeros(2, A.shape[0], dtype=dtype)  # of A and D
+    head_sums = A.new_zeros(2, A.shape[0], dtype=dtype)  # dA and dD
     for groups, heads in sizes.group_ranges():
+        # The slices of x, dt, A, B, C and D that belong to these groups.
         columns = (heads, heads, heads, groups, groups, heads)
         _group_gradients(
             grad[:, heads],
@@ -160,7 +165,7 @@ def _group_gradients(
     head_sums: Tensor,
     chunk: int | None,
 ) -> None:
-    """The gradients of some groups of heads, into `out` and `head_sums`."""
+    """Writes the gradients of some groups of heads into `out` and `head_sums` (dA and dD)."""
     x, dt, A, B, C = inputs
     sizes, dtype = ScanSizes.infer(x, B, chunk), head_sums.dtype
 
@@ -168,8 +173,8 @@ def _group_gradients(
         slab = Slab(sizes, span, x, dt, A, B, seq_pos, dtype)
         return slab, entering_states(slab, previous)
 
-    # sqrt(n) checkpointing: keep every floor(sqrt(n))-th entering state in the forward, recompute
-    # the others, group by group, in the backward.
+    # sqrt(n) checkpointing: save every floor(sqrt(n))-th entering state in the forward, recompute
+    # the states between two saved ones in the backward.
     spans = list(sizes.slab_ranges())
     group = math.isqrt(len(spans)) or 1
     saved_states: list[Tensor | None] = []
@@ -185,8 +190,9 @@ def _group_gradients(
             slab, states = load_slab(span, entering[-1])
             entering.append(states[-1:].clone())
         for span, previous in zip(reversed(group_spans), reversed(entering), strict=True):
-            if d_next is not None or len(group_spans) > 1:  # of a last one alone all is at hand
-                slab = states = None  # gives back the memory of the one before
+            # The forward loop has left the last slab loaded. All others are recomputed.
+            if d_next is not None or len(group_spans) > 1:
+                slab = states = None  # free the previous slab first
                 slab, states = load_slab(span, previous)
             tensors = (grad, x, A, C, D)
             d_next = _slab_gradients(slab, states, d_next, tensors, output_mask, out, head_sums)
@@ -202,9 +208,10 @@ def _slab_gradients(
     out: list[Tensor],
     head_sums: Tensor,
 ) -> Tensor:
-    """Writes the slab's gradients into `out`, adds those of A and D to `head_sums`.
+    """Writes the slab's gradients into `out`, and adds dA and dD to `head_sums`.
 
-    Returns the gradients of the states [n + 1, G, N, R P], the first of them for the slab before.
+    Returns:
+        [n + 1, G, N, R P] gradients of the states. The first is for the previous slab.
     """
     row_grad, x, A, C, D = tensors
     n, groups, chunk, heads, width = slab.shape
@@ -214,9 +221,10 @@ def _slab_gradients(
     C_chunks = slab.bc_by_group(C)
     state_before = states[:-1].flatten(0, 1)
 
-    # Through the states between chunks.
+    # Gradients through the states between chunks.
     grad_from_start = slab.merge_heads(grad * slab.decay_from_start)
     d_states = states.new_empty(states.shape)
+    # The last state of this slab is the first of the next slab.
     d_states[n] = 0 if d_next is None else d_next[0]
     torch.bmm(C_chunks.mT, grad_from_start, out=d_states[:-1].flatten(0, 1))
     slab.state_passing_bwd(d_states)
@@ -227,18 +235,18 @@ def _slab_gradients(
         d_B = slab.x_dt_to_end @ d_state_after.mT
     if to_C:
         d_C = grad_from_start @ state_before.mT
-    # Reuse the buffers of `new_buffer` and of the states: page faults cost more than the products.
+    # Reuse the memory of the slab and of the states: page faults cost more than the products.
     buffer = slab.x_dt_to_end
     if to_log:
         torch.bmm(C_chunks, state_before, out=buffer).mul_(grad_from_start)
         d_log = buffer.view(slab.shape).sum(-1)
-        # Whatever is in the state after the chunk has passed the chunk's end.
+        # Every term of the state after the chunk has decayed to the chunk's last row.
         state_dot = states[1:].mul_(d_states[1:]).sum(2)
         d_log[:, :, -1] += state_dot.unflatten(2, (heads, width)).sum(3)
     buffer = buffer.view(slab.shape)
 
-    # Within chunks, one head of every group at a time. The part of a row in its own result stands
-    # aside: no decay enters it, and it would drown the small gradients of strong decays.
+    # Gradients within chunks, one head of every group at a time. The diagonal is separate: it has
+    # no decay, and in d_log its rounding would drown the small gradients of strong decays.
     score, d_score = C_chunks @ slab.B.mT, slab.new_buffer(chunk).zero_() if to_score else None
     diagonal = score.diagonal(dim1=1, dim2=2).clone().view(n, groups, chunk, 1)
     score.diagonal(dim1=1, dim2=2).zero_()
@@ -263,7 +271,7 @@ def _slab_gradients(
         head_sums[1] += x_dot_grad.sum((0, 2)).flatten()
     if to_log:
         d_step, dt = torch.mul(d_x_dt, x, out=buffer).sum(-1), slab.dt.squeeze(-1)
-        # Decays to a row grow with the logarithms up to it in its sequence, those from it shrink.
+        # decay_ij is exp2(log_i - log_j): row sums count positive, column sums negative.
         d_log.addcmul_(d_step, dt, value=-1)
         d_log = (slab.causal_mask.mT.unsqueeze(1) @ d_log).masked_fill_(slab.at_lowest, 0)
         head_sums[0] += (d_log * dt).sum((0, 2)).flatten()

@@ -1,4 +1,4 @@
-"""The un-collapsed sums against a loop over facts, and the collapsed layer against them."""
+"""The published sums against a loop over facts, and the collapsed layer against them."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def by_loop(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
         for e, relation in enumerate(pack.relation.tolist()):
             head, tail = int(fact_index.head[e]), int(fact_index.tail[e])
             i = instruction[graph_of[head], k]
-            into, out_of = int(fact_index.tail_count[e]), int(fact_index.head_count[e])
-            fwd[tail] = fwd[tail] + into * p[head] * torch.relu(rel_fwd[relation] * i)
-            inv[head] = inv[head] + out_of * p[tail] * torch.relu(rel_inv[relation] * i)
+            tail_count, head_count = int(fact_index.tail_count[e]), int(fact_index.head_count[e])
+            fwd[tail] = fwd[tail] + tail_count * p[head] * torch.relu(rel_fwd[relation] * i)
+            inv[head] = inv[head] + head_count * p[tail] * torch.relu(rel_inv[relation] * i)
         out += [torch.stack(fwd), torch.stack(inv)]
     return torch.stack(out, dim=1)
 
 
-def parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
+def per_instruction(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
     return message_passing_per_instruction(
         *inputs, fact_index=pack.fact_index, node_graph=pack.node_graph
     )
@@ -60,21 +60,21 @@ def parity(pack: Adjacency, inputs: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("padding", [0, 40])
 def test_matches_the_loop_with_every_gradient(pack: Adjacency, padding: int) -> None:
-    """Also with facts after the last offset, which belong to no node."""
+    """With padding, facts after the last offset belong to no node."""
     values = [strided_like(x) for x in make_inputs(pack)]
     exact, tried = leaves(values), leaves(values)
     expected = by_loop(pack, exact)
-    actual = parity(padded_facts(pack, padding) if padding else pack, tried)
+    actual = per_instruction(padded_facts(pack, padding) if padding else pack, tried)
     assert_close(actual, expected)
     for grad in (torch.ones(()).expand(expected.shape), torch.randn_like(expected)):
         wanted = gradients(expected, exact, grad, retain_graph=True)
         got = gradients(actual, tried, grad, retain_graph=True)
-        for place, (x, y) in enumerate(zip(got, wanted, strict=True)):
-            assert_close(x, y, name=str(place))
+        for argument, (x, y) in enumerate(zip(got, wanted, strict=True)):
+            assert_close(x, y, name=str(argument))
 
 
-def test_collapsed_layer_equals_the_parity_form() -> None:
-    """relu(V [h ; o_1 ; ...] + c) both ways: with the sums, and with rows made per pair."""
+def test_the_collapsed_layer_equals_the_published_one() -> None:
+    """relu(V [h ; o_1 ; ...] + c) from the published sums, and from one table row per pair."""
     pack = random_adjacency([(9, 20), (4, 7)], 4)
     p, rel_fwd, rel_inv, self_fwd, self_inv, instruction = make_inputs(pack, 3, WIDTH)
     h = torch.randn(13, WIDTH, dtype=torch.float64)
@@ -101,13 +101,13 @@ def test_collapsed_layer_equals_the_parity_form() -> None:
         pack.fact_index.pair_graph.long(),
         pack.fact_index.pair_relation.long(),
     )
-    every = torch.arange(2)
+    graphs = torch.arange(2)
     actual = message_passing(
         h,
         p,
         rows(rel_fwd[pair_relation], pair_graph, 0),
         rows(rel_inv[pair_relation], pair_graph, 1),
-        rows(self_fwd.expand(2, -1), every, 0) + rows(self_inv.expand(2, -1), every, 1),
+        rows(self_fwd.expand(2, -1), graphs, 0) + rows(self_inv.expand(2, -1), graphs, 1),
         matrix[:, :WIDTH].t(),
         bias,
         fact_index=pack.fact_index,
@@ -121,7 +121,7 @@ def test_low_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
     pack = random_adjacency([(9, 20), (0, 0), (13, 60)], 4)
     values = [x.to(dtype) for x in make_inputs(pack, 3)]
     exact, tried = leaves([x.double() for x in values]), leaves(values)
-    actual, expected = parity(pack, tried), by_loop(pack, exact)
+    actual, expected = per_instruction(pack, tried), by_loop(pack, exact)
     assert actual.dtype == torch.float32
     assert_close(actual, expected, tolerance=2e-6)
     grad = torch.randn_like(actual)
@@ -134,9 +134,9 @@ def test_low_precision_is_summed_in_float32(dtype: torch.dtype) -> None:
 def test_wrong_arguments() -> None:
     pack = random_adjacency([(9, 20), (4, 7)], 4)
     inputs = make_inputs(pack)
-    for place, bad, message in (
+    for argument, bad, message in (
         (1, inputs[1][:-1], r"rel_inv must have shape \[3, 5\], got \[4, 5\]"),
         (5, inputs[5][0], r"instruction must have shape \[\*, \*, \*\], got \[2, 5\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            parity(pack, [*inputs[:place], bad, *inputs[place + 1 :]])
+            per_instruction(pack, [*inputs[:argument], bad, *inputs[argument + 1 :]])

@@ -1,0 +1,54 @@
+"""Reads a settings file in YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from dragkit.errors import ConfigError, MissingInputError
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe YAML loader that rejects a repeated key. Plain YAML silently keeps the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep=deep)
+
+
+def read_yaml(path: Path) -> Mapping[object, object]:
+    """Reads a settings file. An empty file holds no settings.
+
+    Raises:
+        ConfigError: the content is not YAML, or not a mapping.
+        MissingInputError: the file cannot be read.
+    """
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise MissingInputError(
+            f"{path}: cannot read the configuration file: {error.strerror}. Check --config."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text. Save the file as UTF-8 YAML.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}"
+        ) from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"{path}: must hold sections such as `optim:` with keys, not {settings!r:.60}"
+        )
+    return settings
