@@ -29,8 +29,8 @@ from bench.measure import DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
 from dragkit.config import GeneratorConfig
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import prepare_nemotron_h
 from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.nemotron_h.patches import patch_nemotron_h
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.generator.random_weights import ARCHITECTURES, PREFIX, Architecture, random_model
 from dragkit.observe.flops import active_weights
@@ -182,7 +182,7 @@ def test_joint_step(
         name, dtype = "small", torch.float32
         monkeypatch.setitem(ARCHITECTURES, name, _REDUCED)
     model = random_model(PREFIX + name, DEVICE, dtype).requires_grad_(False)
-    prepare_nemotron_h(model)
+    patch_nemotron_h(model)
     model = add_adapters(model, GeneratorConfig()).train()
     torch.manual_seed(0)
     for key, parameter in model.named_parameters():

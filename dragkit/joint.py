@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
-from dragkit.generator.decode import greedy_decode
 from dragkit.generator.generator import Generator
 from dragkit.generator.projector import Projector
 from dragkit.generator.prompt import NeuralPrompt, PromptLayout, PromptTemplate, layout_prompts
@@ -128,4 +127,4 @@ class JointModel(nn.Module):
         if with_vectors:
             vectors = self.structural_vectors(output, batch, selection).flatten(0, 1)
         limit = self.config.run.val_max_new_tokens or self.config.generator.max_new_tokens
-        return greedy_decode(self.generator, prompt, vectors, limit)
+        return self.generator.greedy_texts(prompt, vectors, limit)

@@ -1,4 +1,4 @@
-"""Nemotron-H models: every kind of block at toy widths, and the published 30B's shape."""
+"""Nemotron-H models at toy widths, and the configuration of the published 30B."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TOY = {
     "moe_intermediate_size": 16,
     "moe_shared_expert_intermediate_size": 24,
 }
-# 23 Mamba-2, 23 experts, 6 attention, as its published configuration has them.
+# 23 Mamba-2, 23 expert and 6 attention blocks.
 PATTERN_30B, LARGE = ARCHITECTURES["nemotron-3-nano-30b-a3b"]
 
 
 def toy_config(pattern: str, **settings: object) -> NemotronHConfig:
-    """Blocks of a pattern at toy widths; `settings` take the place of these."""
+    """Blocks of a pattern at toy widths; `settings` override `TOY`."""
     return NemotronHConfig(hybrid_override_pattern=pattern, use_cache=False, **TOY | settings)
 
 
@@ -55,7 +55,7 @@ def toy_model(
     torch.manual_seed(0)
     model = NemotronHForCausalLM(toy_config(pattern, **settings)).eval()
     for name, parameter in model.named_parameters():
-        # Sums of 52 random blocks would otherwise grow until nothing compares.
+        # The residual sum of 52 blocks would otherwise grow beyond any tolerance.
         deep = len(pattern) > 12 and any(n in name for n in ("out_proj", "o_proj", "down_proj"))
         nn.init.normal_(parameter, std=0.2 * std if deep else std)
     return model.to(dtype).requires_grad_(False)
@@ -68,7 +68,7 @@ def adapted(
     std: float = 0.0,
     **settings: object,
 ) -> nn.Module:
-    """Adapters on the targets that the model has; B has deviation `std`, 0 as in a new one."""
+    """Adapters on the targets that the model has, with B of standard deviation `std`."""
     model = toy_model(std=0.2) if model is None else model
     names = [name for name, _ in model.named_parameters()]
     targets = targets and tuple(t for t in targets if any(f".{t}" in name for name in names))
@@ -81,7 +81,7 @@ def adapted(
 
 
 def randomize_lora_b(model: nn.Module, std: float = 0.2) -> None:
-    """Every adapter at work: B is zero in a fresh one."""
+    """Draws B, which is zero in a new adapter."""
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -89,11 +89,11 @@ def randomize_lora_b(model: nn.Module, std: float = 0.2) -> None:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The blocks without the output layer, adapters or none."""
+    """The blocks without the output layer, of a model with or without adapters."""
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
 
 def relative_rms(got: Tensor, wanted: Tensor) -> float:
-    """Root mean square of a difference, as a share of the values' own."""
+    """RMS of the difference, relative to the RMS of `wanted`."""
     got, wanted = got.detach().double(), wanted.detach().double()
     return float((got - wanted).norm() / wanted.norm())

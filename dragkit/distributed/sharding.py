@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dragkit.errors import ConfigError
+from dragkit.generator.nemotron_h.patches import unmark_fsdp_modules
 from dragkit.generator.prompt import NeuralPrompt
 
 if TYPE_CHECKING:
@@ -66,12 +67,9 @@ def shard_generator(
     for block in reversed(decoder_blocks(generator.model)):
         fully_shard(block, mesh=mesh, ignored_params=trained)
     fully_shard(generator, mesh=mesh, ignored_params=trained)
-    for module in generator.modules():
-        # The mark makes torch.compile treat a module's sizes as symbols, which is meant for FSDP
-        # hooks inside a graph. Here each graph lies between all-gather and free.
-        module._is_fsdp_managed_module = False  # type: ignore[assignment]
-    register_fsdp_forward_method(generator, "greedy_tokens")
-    generator.pass_coordinator = UnevenPasses(generator, all_reduce_max)
+    unmark_fsdp_modules(generator)
+    register_fsdp_forward_method(generator, "unannounced_greedy_tokens")
+    generator.coordinate_passes(UnevenPasses(generator, all_reduce_max))
 
 
 class UnevenPasses:
@@ -87,22 +85,13 @@ class UnevenPasses:
 
     def __init__(self, generator: Generator, all_reduce_max: Callable[[int], int]) -> None:
         self.all_reduce_max = all_reduce_max
-        self._generator, self._decode = generator, generator.greedy_tokens
+        self._generator = generator
         self._is_dummy = False
-        # Prepended: the announcement must come before FSDP's hook, which all-gathers.
-        generator.register_forward_pre_hook(self._announce, prepend=True)
-        generator.greedy_tokens = self._greedy_tokens  # type: ignore[method-assign]
 
-    def _announce(self, *called: object) -> None:
-        if not self._is_dummy:
-            self.all_reduce_max(1)
-
-    def _greedy_tokens(
-        self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
-    ) -> list[list[int]]:
+    def announce_pass(self, max_new_tokens: int = 1) -> None:
+        """As `PassCoordinator.announce_pass`; dummy passes are not announced."""
         if not self._is_dummy:
             self.all_reduce_max(max_new_tokens)
-        return self._decode(prompt, vectors, max_new_tokens)
 
     def run_dummy_passes(self, *, vectors: bool) -> None:
         """See `Generator.run_dummy_passes`."""
@@ -131,7 +120,6 @@ class UnevenPasses:
             ptr=2 * torch.arange(3, dtype=torch.int32, device=index.device),
             target_row=index[::2],
             target_id=token[::2],
-            num_facts_kept=torch.zeros_like(index[:2]),
             longest=2,
         )
 

@@ -1,1 +1,1 @@
-"""The language model on neural prompts: loading, adapters, packs, projector, prompt, decoding."""
+"""The language model on neural prompts: loading, adapters, prompt, loss and decoding."""

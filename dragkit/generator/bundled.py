@@ -1,4 +1,4 @@
-"""Where the weights of the bundled generator lie; `dragkit.tiny` made them."""
+"""Folder of the bundled generator, whose weights `dragkit.tiny` has made."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from pathlib import Path
 
 from dragkit.errors import MissingInputError
 
+_FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
 
 def tiny_generator_path() -> Path:
-    """Folder of the shipped generator, in the layout of any Hugging Face causal language model.
+    """Folder of the bundled generator, in the layout of a Hugging Face causal language model.
 
     Raises:
-        MissingInputError: if the installation lacks the folder's files.
+        MissingInputError: the installation lacks a file of it.
     """
     folder = Path(__file__).resolve().parents[1] / "tiny" / "model"
-    missing = [
-        name
-        for name in ("config.json", "model.safetensors", "tokenizer.json")
-        if not (folder / name).is_file()
-    ]
+    missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise MissingInputError(
-            f"{folder}: the shipped generator lacks {', '.join(missing)}; reinstall dragkit, or "
-            f"make it again with: python -m dragkit.tiny.warmup --out {folder}"
+            f"{folder}: the bundled generator lacks {', '.join(missing)}. Reinstall dragkit, or "
+            f"train it again with: python -m dragkit.tiny.warmup --out {folder}"
         )
     return folder

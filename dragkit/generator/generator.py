@@ -1,4 +1,4 @@
-"""The language model on neural prompts, and its loss at the supervised tokens alone."""
+"""The language model on neural prompts: its loss at the supervised tokens, and greedy decoding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,26 +27,38 @@ from dragkit.generator.nemotron_h import (
 from dragkit.generator.prompt import NeuralPrompt, PromptTemplate
 from dragkit_kernels import prompt_embeddings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
-# Rows of logits that exist at the same time.
+# Rows of logits that are alive at the same time: 2 GiB in float32 at a vocabulary of 131072.
 LOGIT_ROWS = 4096
 
 
 class PassCoordinator(Protocol):
-    """Keeps ranks that gather weights together at equally many passes (`distributed.sharding`)."""
+    """Makes ranks that gather weights together run equally many passes (`UnevenPasses`)."""
+
+    def announce_pass(self, max_new_tokens: int = 1) -> None:
+        """Tells the other ranks that this rank begins a pass, or the decoding of a batch."""
+        ...
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of a number over these ranks; each of them must call it."""
+        """The largest of the numbers of these ranks; each of them must call it."""
         ...
 
     def run_dummy_passes(self, *, vectors: bool) -> None:
-        """Runs passes that change nothing until no rank announces another."""
+        """Runs passes without effect until no rank announces another."""
         ...
 
 
 class GeneratorOutput(NamedTuple):
-    """Loss of one pass: float32 [] summed over target tokens, and how many of them were right."""
+    """Sums over the target tokens of one pass.
+
+    Attributes:
+        loss_sum: float32 [] cross-entropy in nats.
+        num_correct: int64 [] tokens that are the argmax.
+    """
 
     loss_sum: Tensor
     num_correct: Tensor
@@ -55,28 +67,23 @@ class GeneratorOutput(NamedTuple):
 class Generator(nn.Module):
     """A causal language model that reads neural prompts.
 
-    A Nemotron-H runs over packs, prompts end to end, by our own forward
-    (`dragkit.generator.nemotron_h`); other models by their own, in batches padded on the right.
+    A Nemotron-H runs over packs by our own forward (`dragkit.generator.nemotron_h`). Other models
+    run their own forward, over batches padded on the right.
 
     Args:
-        model: a Hugging Face causal LM, with its adapters if any.
-        tokenizer: of that model.
-        mamba_backend: who computes Mamba-2 layers, see `GeneratorConfig.mamba_backend`.
-        pad_to_multiple_of: packs are padded to a multiple of so many tokens; None is 256 on a GPU,
-            where
-            few sizes save compiled graphs, and 1 elsewhere.
-        activation_checkpointing: which blocks of a Nemotron-H are recomputed in the backward, see
-            `GeneratorConfig.activation_checkpointing`; here "auto" is "none".
-        max_tokens_per_microbatch: see `GeneratorConfig`; None is no limit.
-
-    Attributes:
-        lockstep: with the ranks that share the weights; None where this one has all of them.
+        model: a Hugging Face causal LM, with or without adapters; tokenizer: of that model.
+        mamba_backend: see `GeneratorConfig.mamba_backend`.
+        pad_to_multiple_of: packs are padded to a multiple of this many tokens. None is 256 on a
+            GPU and 1 elsewhere.
+        activation_checkpointing: see `GeneratorConfig.activation_checkpointing`. Here "auto" is
+            "none".
+        max_tokens_per_microbatch: of a prefill. None reads all prompts at once.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: object,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         mamba_backend: str = "dragkit",
         pad_to_multiple_of: int | None = None,
@@ -84,22 +91,22 @@ class Generator(nn.Module):
         max_tokens_per_microbatch: int | None = None,
     ) -> None:
         super().__init__()
-        self.activation_checkpointing = (
-            "none" if activation_checkpointing == "auto" else activation_checkpointing
-        )
+        policy = "none" if activation_checkpointing == "auto" else activation_checkpointing
+        self._checkpointed = ACTIVATION_CHECKPOINTING[policy]
         self.max_tokens_per_microbatch = max_tokens_per_microbatch
         self.model = model
         self.tokenizer = tokenizer
-        self.eos_token_id = int(tokenizer.eos_token_id)  # type: ignore[attr-defined]
+        self.eos_token_id = int(tokenizer.eos_token_id)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # In lists, so that the modules are not registered a second time.
+        # Lists keep nn.Module from registering these modules a second time.
         self._decoder = [base.base_model, base.get_output_embeddings()]
         self._embedding = [base.get_input_embeddings()]
         self._mamba = mamba_ops(mamba_backend) if is_supported(base.config) else None
-        self._foreign = ("linear_attention",) if mamba_backend == "mamba_ssm" else ()
+        # The kernels of mamba-ssm cannot be traced.
+        self._uncompiled = ("linear_attention",) if mamba_backend == "mamba_ssm" else ()
         self._block_fn = block_forward
         self._pad_to_multiple_of = pad_to_multiple_of
-        self.pass_coordinator: PassCoordinator | None = None
+        self._passes: PassCoordinator | None = None
 
     @property
     def dim(self) -> int:
@@ -108,12 +115,12 @@ class Generator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the token embeddings are."""
+        """Device of the token embeddings."""
         return self._embedding[0].weight.device
 
     @property
     def has_adapters(self) -> bool:
-        """Whether LoRA layers are in the model."""
+        """Whether the model has LoRA layers."""
         return hasattr(self.model, "peft_config")
 
     def save_adapters(self, folder: Path) -> None:
@@ -128,16 +135,16 @@ class Generator(nn.Module):
 
     @property
     def bos_ids(self) -> list[int]:
-        """Tokens in front of every prompt."""
-        bos = self.tokenizer.bos_token_id  # type: ignore[attr-defined]
+        """Tokens before every prompt: the tokenizer's begin token, or none."""
+        bos = self.tokenizer.bos_token_id
         return [] if bos is None else [int(bos)]
 
     def tokenizer_fingerprint(self) -> str:
-        """Names everything that token rows depend on: the tokeniser and the prompt's texts."""
-        probe = PromptTemplate()
-        texts = [probe.prefix("?"), probe.fact("a", "b", "c"), probe.cue, probe.target(["x", "y"])]
+        """Digest of all that token rows depend on: the vocabulary and the prompt's texts."""
+        text = PromptTemplate()
+        texts = [text.prefix("?"), text.fact("a", "b", "c"), text.cue, text.target(["x", "y"])]
         digest = hashlib.blake2b(digest_size=16)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())  # type: ignore[attr-defined]
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest.update(repr((texts, self.tokenize(texts), vocabulary)).encode())
         return digest.hexdigest()
 
@@ -147,56 +154,76 @@ class Generator(nn.Module):
         return float(weight.pow(2).mean().sqrt())
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts, without special tokens."""
+        """Token ids of each text, without special tokens."""
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # type: ignore[operator]
+        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks of a Nemotron-H for training; other models run as they stand."""
+        """Compiles the blocks of a Nemotron-H for training; other models are not compiled."""
         if self._mamba is None:
-            logger.info("the generator is not compiled: it is not a Nemotron-H")
+            logger.info("the generator is not compiled, because it is not a Nemotron-H")
             return
-        self._block_fn = CompiledBlocks(self._decoder[0], self._foreign)
-        for kind in self._foreign:
-            logger.info("blocks of kind %s are not compiled: their kernels are foreign", kind)
+        self._block_fn = CompiledBlocks(self._decoder[0], self._uncompiled)
+        for block_type in self._uncompiled:
+            logger.info("%s blocks are not compiled: mamba_ssm cannot be traced", block_type)
 
-    def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
-        """Embeddings of packed prompts.
+    def coordinate_passes(self, passes: PassCoordinator) -> None:
+        """Announces every pass to the other ranks from now on.
+
+        Call it after FSDP has wrapped the generator: the announcement must come before FSDP's
+        all-gather, so its hook is put in front of FSDP's.
+        """
+        self._passes = passes
+        self.register_forward_pre_hook(lambda *_: passes.announce_pass(), prepend=True)
+
+    def run_dummy_passes(self, *, vectors: bool = False) -> None:
+        """Takes part in the all-gathers of ranks that still have passes to run.
+
+        Call it after the last pass of a step or of a validation. The passes are training passes
+        where gradients are enabled, and decoding otherwise. They change nothing.
 
         Args:
-            prompt: packed prompts; vectors: float [S, M] structural vectors that `slot` points at.
+            vectors: whether the training passes of this run have structural vectors.
+        """
+        if self._passes is not None:
+            self._passes.run_dummy_passes(vectors=vectors)
 
-        Returns:
-            float [L, M].
+    def embed(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Tensor:
+        """Embeddings of packed prompts, float [L, M].
+
+        Args:
+            prompt: packed prompts; vectors: float [S, M] structural vectors of their slots.
         """
         embedding, ids = self._embedding[0], prompt.input_ids.int()
         if vectors is None:
             return embedding(ids)
         table = embedding.weight
-        if type(embedding) is not nn.Embedding:  # some scale what they look up
+        # A subclass may scale what it looks up, so the looked-up rows become the table.
+        if type(embedding) is not nn.Embedding:
             table = embedding(ids)
             ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
         return prompt_embeddings(table, ids, vectors, prompt.slot.int())
 
     def pad(self, embeds: Tensor, prompt: NeuralPrompt, *, left: bool) -> tuple[Tensor, Tensor]:
-        """The same as a batch, for models that run in batches.
+        """Packed embeddings as a padded batch.
 
         Args:
-            embeds: float [L, M] of `embed`; prompt: theirs.
+            embeds: float [L, M] of `embed`; prompt: its packed prompts.
             left: pad on the left (generation) instead of the right (training).
 
         Returns:
             float [B, W, M] and the attention mask, int64 [B, W].
         """
         batch, width = prompt.length.shape[0], prompt.longest
+        # On the left, prompts of different lengths end in the same column.
         column = prompt.position
         if left:
             column = column + (width - prompt.length)[prompt.question]
-        place = prompt.question * width + column
-        padded = embeds.new_zeros(batch * width, embeds.shape[1]).index_copy(0, place, embeds)
+        index = prompt.question * width + column
+        padded = embeds.new_zeros(batch * width, embeds.shape[1]).index_copy(0, index, embeds)
         mask = torch.zeros(batch * width, dtype=torch.int64, device=embeds.device)
-        mask[place] = 1
+        mask[index] = 1
         return padded.view(batch, width, -1), mask.view(batch, width)
 
     def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
@@ -205,10 +232,11 @@ class Generator(nn.Module):
             multiple = self._pad_to_multiple_of or (256 if embeds.is_cuda else 1)
             pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
             embeds, pack = pad_to_multiple(embeds, pack, multiple)
-            again = ACTIVATION_CHECKPOINTING[self.activation_checkpointing]
-            return hidden_at_rows(decoder, embeds, pack, rows, self._mamba, again, self._block_fn)
-        # Every layer is causal, so padding on the right reaches no real token: no mask is needed,
-        # and without one attention takes its fastest path.
+            return hidden_at_rows(
+                decoder, embeds, pack, rows, self._mamba, self._checkpointed, self._block_fn
+            )
+        # No mask: every layer is causal, so padding on the right reaches no real token, and
+        # attention without a mask takes its fastest path.
         padded, _ = self.pad(embeds, prompt, left=False)
         hidden = decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
         return hidden[prompt.question[rows], prompt.position[rows]]
@@ -216,13 +244,11 @@ class Generator(nn.Module):
     def forward(
         self, prompt: NeuralPrompt, vectors: Tensor | None, eos_weight: float = 1.0
     ) -> GeneratorOutput:
-        """Cross-entropy at the answer and end tokens; logits exist at those rows only.
+        """Cross-entropy at the answer and end tokens; logits exist only there.
 
         Args:
-            prompt: with targets; vectors: float [S, M]; eos_weight: weight of the end tokens.
-
-        Returns:
-            Sums over the target tokens.
+            prompt: with targets; vectors: float [S, M] or None.
+            eos_weight: weight of the end tokens in the loss.
         """
         hidden = self._hidden_at_targets(self.embed(prompt, vectors), prompt)
         head = self._decoder[1]
@@ -231,45 +257,50 @@ class Generator(nn.Module):
         for rows, ids in zip(
             hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
         ):
+            # In half precision, the sum over the vocabulary would round small terms away.
             logits = head(rows).float()
-            each = F.cross_entropy(logits, ids, reduction="none")
+            token_loss = F.cross_entropy(logits, ids, reduction="none")
             weight = torch.where(ids == self.eos_token_id, eos_weight, 1.0)
-            loss = loss + (each * weight).sum()
+            loss = loss + (token_loss * weight).sum()
             correct = correct + (logits.argmax(-1) == ids).sum()
         return GeneratorOutput(loss, correct)
 
-    def run_dummy_passes(self, *, vectors: bool = False) -> None:
-        """Called behind the last pass of a kind; waits for ranks that share the weights with this.
-
-        It takes part in what they gather, in passes that change nothing: training passes where
-        gradients are enabled, else continuations.
-
-        Args:
-            vectors: training passes of this run have structural vectors.
-        """
-        if self.pass_coordinator is not None:
-            self.pass_coordinator.run_dummy_passes(vectors=vectors)
-
-    @torch.no_grad()
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
     ) -> list[list[int]]:
-        """The most likely continuation of every prompt, token by token, without its end token.
+        """Greedy continuation of every prompt, without its end token.
 
         Args:
-            prompt: without targets, at least one; vectors: float [S, M] or None.
-            max_new_tokens: bound on each.
+            prompt: at least one prompt, without targets; vectors: float [S, M] or None.
+            max_new_tokens: bound on each continuation.
         """
+        if self._passes is not None:
+            self._passes.announce_pass(max_new_tokens)
+        return self.unannounced_greedy_tokens(prompt, vectors, max_new_tokens)
+
+    @torch.no_grad()
+    def unannounced_greedy_tokens(
+        self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """`greedy_tokens` after its announcement; FSDP gathers weights before this call."""
         embeds = self.embed(prompt, vectors)
-        if self._mamba is None:
-            rows = self._generate(embeds, prompt, max_new_tokens)
-        else:
-            rows = self._decode(embeds, prompt, max_new_tokens)
-        cut = [row + [self.eos_token_id] for row in rows]
-        return [row[: row.index(self.eos_token_id)] for row in cut]
+        decode = self._generate if self._mamba is None else self._decode
+        # A prompt that ends early goes on in its batch, so its tokens after the end are cut off.
+        ended = [row + [self.eos_token_id] for row in decode(embeds, prompt, max_new_tokens)]
+        return [row[: row.index(self.eos_token_id)] for row in ended]
+
+    def greedy_texts(
+        self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
+    ) -> list[str]:
+        """`greedy_tokens` as stripped texts; no prompts give no texts."""
+        if len(prompt.ptr) == 1:
+            return []
+        tokens = self.greedy_tokens(prompt, vectors, max_new_tokens)
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _generate(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
-        # On the left neither attention nor a state sees the padding of a cached model.
+        # With padding on the left, the last column holds the last token of every prompt.
         padded, mask = self.pad(embeds, prompt, left=True)
         return self.model.generate(
             inputs_embeds=padded,
@@ -280,7 +311,7 @@ class Generator(nn.Module):
             use_cache=True,
             eos_token_id=self.eos_token_id,
             pad_token_id=self.eos_token_id,
-            synced_gpus=self.pass_coordinator is not None,
+            synced_gpus=self._passes is not None,
         ).tolist()
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
@@ -291,23 +322,23 @@ class Generator(nn.Module):
             prompt.length,
             self._mamba,
             max_new_tokens=limit,
-            tokens=self.max_tokens_per_microbatch,
-            all_reduce_max=None
-            if self.pass_coordinator is None
-            else self.pass_coordinator.all_reduce_max,
+            max_tokens=self.max_tokens_per_microbatch,
+            all_reduce_max=None if self._passes is None else self._passes.all_reduce_max,
         )
-        produced = []
-        going = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        tokens = []
+        unfinished = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         for _ in range(limit):
             token = head(hidden).float().argmax(-1)
-            produced.append(token)
-            going = going & (token != self.eos_token_id)
-            if len(produced) == limit:
+            tokens.append(token)
+            unfinished = unfinished & (token != self.eos_token_id)
+            if len(tokens) == limit:
                 break
-            more = int(going.any())
-            if self.pass_coordinator is not None:
-                more = self.pass_coordinator.all_reduce_max(more)
-            if not more:
+            # The only wait of a step: without it, all prompts would run to the limit.
+            go_on = int(unfinished.any())
+            # Every rank steps until the last one is done: a step gathers weights.
+            if self._passes is not None:
+                go_on = self._passes.all_reduce_max(go_on)
+            if not go_on:
                 break
             hidden = decode_step(decoder, self._embedding[0](token), states)
-        return torch.stack(produced, 1).tolist()
+        return torch.stack(tokens, 1).tolist()

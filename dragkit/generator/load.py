@@ -1,9 +1,8 @@
-"""Finding, checking and loading the language model."""
+"""Finds, checks and loads the language model."""
 
 from __future__ import annotations
 
 import os
-import types
 from pathlib import Path
 
 import torch
@@ -15,12 +14,8 @@ from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.nemotron_h.experts import uses_grouped_mm
-from dragkit.generator.random_weights import (
-    is_random,
-    meta_model,
-    random_config,
-    random_model,
-)
+from dragkit.generator.nemotron_h.patches import patch_nemotron_h
+from dragkit.generator.random_weights import is_random, meta_model, random_config, random_model
 
 
 def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
@@ -30,18 +25,18 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
         config: for the revision; name: "tiny", a folder, or a hub name.
 
     Raises:
-        MissingInputError: its weights are not there; says where it looked and what to do.
+        MissingInputError: the weights are not on this machine.
     """
     if name == TINY_GENERATOR:
         return str(tiny_generator_path())
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise MissingInputError(f"{name}: no config.json in this folder, so it holds no model.")
+            raise MissingInputError(f"{name}: this folder holds no model: config.json is missing.")
         return name
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    # Weights are never fetched behind the user's back: they can be tens of gigabytes.
+    # Weights are tens of gigabytes, so only the user starts a download.
     try:
         folder = Path(snapshot_download(name, revision=config.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError, OSError):
@@ -50,12 +45,11 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
         return str(folder)
     revision = "" if config.revision is None else f" --revision {config.revision}"
     raise MissingInputError(
-        f"the weights of the generator {name} are not on this machine. Looked at: a folder of that "
-        f"name, and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')}. Get them "
-        f"with: hf download {name}{revision}"
-        " (the 30B is about 63 GB and needs a card of 80 GB or more); or name a folder with "
-        "--generator_model FOLDER; or run the bundled tiny one on any machine: --preset tiny "
-        "--generator_model tiny."
+        f"the weights of the generator {name} are not on this machine. There is no folder of that "
+        f"name, and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')} does not "
+        f"have them. Download them with: hf download {name}{revision} (the 30B is about 63 GB and "
+        "needs a GPU of 80 GB or more). Or name a folder with --generator_model FOLDER. Or use the "
+        "bundled tiny generator: --preset tiny --generator_model tiny."
     )
 
 
@@ -64,18 +58,17 @@ def host_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _check_memory(need: int, name: str, device: torch.device) -> None:
-    """Stops before loading weights of so many bytes that cannot fit on the device."""
+def _check_memory(needed_bytes: int, name: str, device: torch.device) -> None:
     if device.type == "cuda":
-        have = torch.cuda.get_device_properties(device).total_memory
-        where = torch.cuda.get_device_name(device)
+        available = torch.cuda.get_device_properties(device).total_memory
+        holder = torch.cuda.get_device_name(device)
     else:
-        have, where = host_memory_bytes(), "this machine (without a GPU's)"
-    if need > have:
+        available, holder = host_memory_bytes(), "the host"
+    if needed_bytes > available:
         raise MissingInputError(
-            f"the generator {name} needs {need / 2**30:.0f} GiB for its weights and {where} has "
-            f"{have / 2**30:.0f} GiB. Use a larger card, a smaller model, or the bundled tiny one: "
-            "--preset tiny --generator_model tiny."
+            f"the generator {name} needs {needed_bytes / 2**30:.0f} GiB for its weights, and "
+            f"{holder} has {available / 2**30:.0f} GiB. Use a larger GPU, a smaller model, or the "
+            "bundled tiny generator: --preset tiny --generator_model tiny."
         )
 
 
@@ -86,7 +79,7 @@ def _dtype(config: GeneratorConfig, device: torch.device) -> torch.dtype:
 
 
 def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) -> int:
-    """Bytes of the generator's weights, before they are loaded.
+    """Bytes of the generator's weights, without loading them.
 
     Raises:
         MissingInputError, ConfigError: as `check_generator`.
@@ -101,61 +94,39 @@ def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) ->
 def check_generator(
     config: GeneratorConfig, device: torch.device, *, name: str, num_shards: int = 1
 ) -> str:
-    """The generator's folder, once its weights are known to be there and to fit.
+    """Checks that the weights exist and fit, and returns the generator's folder.
 
-    Random weights need none; the folder is then that of their stand-in tokeniser.
+    Random weights have no folder; theirs is that of the tiny generator, for its tokenizer.
 
     Args:
-        config: revision and type; device: where the weights go; name: as for `load_generator`.
-        shards: parts into which they are cut, on the host, so that it has to hold them, too.
+        config: revision and dtype; device: of the weights; name: as for `load_generator`.
+        num_shards: ranks that share the weights. With several, the host holds all weights once.
 
     Raises:
-        MissingInputError: no weights, or no room for them.
-        ConfigError: random weights of an architecture that does not exist.
+        MissingInputError: the weights do not exist or do not fit.
+        ConfigError: there is no such architecture for random weights.
     """
-    need = weight_bytes(config, device, name=name)
-    _check_memory(need // num_shards, name, device)
+    needed_bytes = weight_bytes(config, device, name=name)
+    _check_memory(needed_bytes // num_shards, name, device)
     if num_shards > 1:
-        _check_memory(need, name, torch.device("cpu"))
+        _check_memory(needed_bytes, name, torch.device("cpu"))
     return resolve_generator(config, name=TINY_GENERATOR if is_random(name) else name)
 
 
 def check_grouped_mm(model: nn.Module, device: torch.device) -> None:
-    """Refuses routed experts that would stop a GPU for every expert, once their weights are on it.
+    """Refuses routed experts on a GPU that would make the host wait for every expert.
 
     Raises:
-        ConfigError: their type, their widths or the card forbid it.
+        ConfigError: `F.grouped_mm` does not take their dtype or widths, or the GPU is too old.
     """
     mixers = [module for module in model.modules() if type(module).__name__ == "NemotronHMoE"]
     if device.type == "cuda" and not all(uses_grouped_mm(mixer) for mixer in mixers):
         raise ConfigError(
-            f"the generator's routed experts would run one by one on {device}: the grouped product "
-            "needs compute capability 8.0 or newer, a type of bfloat16, float16 or float32, and "
-            "widths that fill whole 16 bytes. Set generator.dtype to auto, use such a card, or "
-            "name another model."
+            f"the generator's routed experts would run one by one on {device}. Grouped products "
+            "need compute capability 8.0 or newer, bfloat16, float16 or float32, and widths that "
+            "are multiples of 16 bytes. Set generator.dtype to auto, use a newer GPU, or name "
+            "another model."
         )
-
-
-def prepare_nemotron_h(model: nn.Module) -> None:
-    """Two repairs on the instance; the class itself stays the library's."""
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM
-
-    if not isinstance(model, NemotronHForCausalLM):
-        return
-
-    # generate() reads this signature to learn whether a model takes embeddings; the class hides
-    # the argument in its keyword arguments, although its forward handles it.
-    def prepare(self, input_ids, inputs_embeds=None, **kwargs):  # noqa: ANN001, ANN003, ANN202
-        return NemotronHForCausalLM.prepare_inputs_for_generation(
-            self, input_ids, inputs_embeds=inputs_embeds, **kwargs
-        )
-
-    model.prepare_inputs_for_generation = types.MethodType(prepare, model)
-    # The mixers floor dt at the initialisation's minimum; the configuration's limit is what the
-    # checkpoint was trained with, and what the one-token path uses.
-    for module in model.modules():
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = tuple(float(x) for x in model.config.time_step_limit)
 
 
 def load_generator(
@@ -166,16 +137,17 @@ def load_generator(
     adapters: bool = True,
     num_shards: int = 1,
 ) -> Generator:
-    """Loads the model, freezes it and adds LoRA.
+    """Loads a model, freezes it and adds LoRA.
 
     Args:
-        config: revision, type and adapters; device: where the weights go.
-        name: "tiny", `random:...`, a folder, or a hub name.
-        adapters: False loads the bare model.
-        shards: parts into which the caller will cut the weights; if several, they stay on the host.
+        config: revision, dtype and adapters; device: of the weights.
+        name: "tiny", `random:NAME[:layers=N]`, a folder, or a hub name.
+        adapters: whether to add LoRA.
+        num_shards: ranks among which the caller shards the weights. With several, the weights
+            stay on the host.
 
     Raises:
-        MissingInputError: no weights, or no room for them.
+        MissingInputError: the weights do not exist, do not fit, or cannot be read.
         ConfigError: `generator_dim` or a LoRA target does not fit the model.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,11 +156,12 @@ def load_generator(
     disable_progress_bar()
     folder = check_generator(config, device, name=name, num_shards=num_shards)
     dtype = _dtype(config, device)
-    place = device if num_shards == 1 else torch.device("cpu")
+    # With FSDP, one block at a time goes to the device, and only a part of it stays there.
+    load_device = device if num_shards == 1 else torch.device("cpu")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if is_random(name):
-            model = random_model(name, place, dtype)
+            model = random_model(name, load_device, dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
@@ -198,18 +171,21 @@ def load_generator(
             f"the generator {name} in {folder} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"the tokenizer of {name} has no end token, which training needs.")
-    prepare_nemotron_h(model)
+        raise ConfigError(
+            f"the tokenizer of the generator {name} has no end token, and training needs one. Name "
+            "another model with --generator_model."
+        )
+    patch_nemotron_h(model)
     width = model.get_input_embeddings().weight.shape[1]
     if config.generator_dim not in (None, width):
         raise ConfigError(
-            f"generator.generator_dim: {config.generator_dim} was given, but {name} is {width} "
-            "wide. Leave the flag away; the width is read from the model."
+            f"generator.generator_dim is {config.generator_dim}, but the embeddings of {name} are "
+            f"{width} wide. Leave it unset: the width is read from the model."
         )
     model.requires_grad_(False)
     if adapters and not config.freeze_lm:
         model = add_adapters(model, config)
-    model = model.to(place)
+    model = model.to(load_device)
     check_grouped_mm(model, device)
     return Generator(
         model,

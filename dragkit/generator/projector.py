@@ -1,4 +1,4 @@
-"""From a fact's representation in the retriever to one vector of the generator's width."""
+"""The projector: one vector of the generator's width from a fact of the retriever."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ class Projector(nn.Module):
 
     Args:
         fact_dim: width of [h_head ; x_relation ; h_tail].
-        hidden_dim: width of the hidden layer; None is that of the generator, at least 128.
+        hidden_dim: width of the hidden layer. None is `generator_dim`, but at least 128.
         generator_dim: width M of the generator.
-        embedding_rms: root mean square of the generator's token embeddings. The last layer is
-            followed by RMS normalisation to that scale, so that a vector looks like a token to a
-            generator of any size, and stays so while the projector learns.
+        embedding_rms: root mean square of the generator's token embeddings. An RMS norm brings the
+            output to this scale, whatever the projector learns.
     """
 
     def __init__(
@@ -33,13 +32,11 @@ class Projector(nn.Module):
         nn.init.constant_(self.norm.weight, embedding_rms)
 
     def forward(self, output: RetrieverOutput, graph: PackedGraph, index: Tensor) -> Tensor:
-        """Vectors of the selected facts.
+        """Structural vectors of the selected facts, float [..., K, M].
 
         Args:
-            output: of the retriever; graph: its pack; index: int32 [..., K] facts, -1 for none.
-
-        Returns:
-            float [..., K, M]; what stands at an empty place is not used.
+            output: of the retriever; graph: its pack.
+            index: int32 [..., K] facts. -1 is none, and its vector has no meaning.
         """
         features = fact_rows(
             output.node, output.relation, index, fact_index=graph.fact_index, groups=graph.groups

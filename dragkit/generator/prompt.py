@@ -1,4 +1,4 @@
-"""The neural prompt: the text it is made of, its layout in pieces, and its assembly."""
+"""The neural prompt: its texts, its layout in pieces, and its assembly."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dragkit_kernels import prompt_tokens
 
 @dataclass(frozen=True, slots=True)
 class PromptTemplate:
-    """The pieces of text of a prompt, each tokenised on its own (D-RAG, appendix C).
+    """The texts of a prompt, each tokenised separately (D-RAG, appendix C).
 
-    A prompt is `prefix`, then one `fact` line per drawn fact, each behind one structural slot, then
-    `cue`; training appends `target`, whose end token the tokeniser's owner adds.
+    A prompt is `prefix`, one `fact` line per drawn fact, each after its structural slot, and `cue`.
+    Training appends `target` and the end token.
     """
 
     instruction: str = "Answer the question based on the provided facts."
     cue: str = "\nAnswer:"
 
     def prefix(self, question: str) -> str:
-        """Everything in front of the facts."""
+        """The text before the facts."""
         return f"{self.instruction}\n\nQuestion: {question}\n\nProvided facts:\n\n"
 
     def fact(self, head: str, relation: str, tail: str) -> str:
@@ -41,18 +41,17 @@ class PromptTemplate:
 
 @dataclass(frozen=True, slots=True)
 class NeuralPrompt:
-    """G prompts end to end, with no padding between them.
+    """G prompts of L tokens in all, one after the other.
 
     Attributes:
-        input_ids: int32 [L] token ids; 0 where a structural vector stands.
-        slot: int32 [L] row of the batch's structural vectors at this token, -1 for text.
-        position: int32 [L] index of the token within its own prompt.
+        input_ids: int32 [L] token ids; 0 at a structural slot.
+        slot: int32 [L] row of the structural vectors at this token, -1 for text.
+        position: int32 [L] index of the token in its prompt.
         question: int64 [L] prompt of the token.
-        ptr: int32 [G+1] where the prompts begin and end.
+        ptr: int32 [G+1] prompt g is the tokens ptr[g] to ptr[g+1] - 1.
         target_row: int64 [A] tokens whose successor is supervised.
         target_id: int64 [A] that successor.
-        kept: int64 [G] facts that fitted.
-        longest: tokens of a prompt at most, known without looking at the device.
+        longest: upper bound on the tokens of a prompt, known on the host without a copy.
     """
 
     input_ids: Tensor
@@ -62,7 +61,6 @@ class NeuralPrompt:
     ptr: Tensor
     target_row: Tensor
     target_id: Tensor
-    num_facts_kept: Tensor
     longest: int
 
     @property
@@ -73,55 +71,52 @@ class NeuralPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
-    """What B prompts are made of: pieces of text, some behind a structural vector.
+    """The pieces of B prompts: prefix, K facts, residual slot, cue and target.
 
-    The pieces of a prompt are its prefix, one for each of K facts, the residual slot, the cue and
-    the target; what is absent is empty. Which facts were drawn decides how long prompts are, so
-    their lengths are on the device. The host asks for them once (`copy_lengths`) to assemble them.
+    An absent piece has no tokens. The drawn facts decide the lengths, so these are on the device.
+    The host copies them once (`copy_lengths`) before it assembles prompts.
 
     Attributes:
-        source: int32 [W] token ids of all text.
-        start: int32 [B, K+4] where a piece's text begins in `source`.
-        end: int32 [B, K+4] where the piece ends in its prompt.
-        slot: int32 [B, K+4] the vector in front of its text, -1 for none.
-        kept: int64 [B] facts that fitted.
+        text_ids: int32 [W] token ids of all texts.
+        text_start: int32 [B, K+4] first token of each piece in `text_ids`.
+        end: int32 [B, K+4] end of each piece in its prompt.
+        slot: int32 [B, K+4] structural vector before the text of the piece, -1 for none.
     """
 
-    source: Tensor
-    start: Tensor
+    text_ids: Tensor
+    text_start: Tensor
     end: Tensor
     slot: Tensor
-    num_facts_kept: Tensor
 
     def copy_lengths(self) -> AsyncToHost:
-        """Begins to copy the tokens of each prompt, and how many are supervised: int32 [2, B]."""
+        """Starts a copy of int32 [2, B]: tokens, and supervised tokens, of each prompt."""
         length = self.end[:, -1]
         return AsyncToHost(torch.stack([length, length - self.end[:, -2]]))
 
     def assemble(
         self, questions: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
     ) -> NeuralPrompt:
-        """Some of the prompts end to end, without waiting for the device.
+        """Packs some of the prompts, without waiting for the device.
 
         Args:
-            questions: which, in their order; slots still point into the vectors of all.
-            lengths, supervised: of all B prompts, as `copy_lengths` has them.
+            questions: prompts to pack, in this order. Their slots index the vectors of all B.
+            lengths, supervised: result of `copy_lengths`, for all B prompts.
         """
-        device, chosen = self.source.device, np.asarray(questions, dtype=np.int64)
-        length, goal = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
+        device, chosen = self.text_ids.device, np.asarray(questions, dtype=np.int64)
+        length, num_targets = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
         ptr = np.concatenate([np.zeros(1, dtype=np.int64), length.cumsum()])
-        # The row before a supervised token predicts it.
-        shift = ptr[1:] - goal - 1 - (goal.cumsum() - goal)
-        row = np.arange(goal.sum()) + np.repeat(shift, goal)
-        index, begin, target_row = to_device(device, chosen, ptr, row)
-        begin = begin.int()
+        # The token before a supervised token predicts it.
+        shift = ptr[1:] - num_targets - 1 - (num_targets.cumsum() - num_targets)
+        row = np.arange(num_targets.sum()) + np.repeat(shift, num_targets)
+        index, device_ptr, target_row = to_device(device, chosen, ptr, row)
+        device_ptr = device_ptr.int()
         tokens = prompt_tokens(
-            self.source,
-            self.start,
+            self.text_ids,
+            self.text_start,
             self.end,
             self.slot,
             index.int(),
-            ptr=begin,
+            ptr=device_ptr,
             num_tokens=int(ptr[-1]),
         )
         return NeuralPrompt(
@@ -129,16 +124,11 @@ class PromptLayout:
             slot=tokens.slot,
             position=tokens.position,
             question=tokens.sequence.long(),
-            ptr=begin,
+            ptr=device_ptr,
             target_row=target_row,
             target_id=tokens.ids.index_select(0, target_row + 1).long(),
-            num_facts_kept=self.num_facts_kept.index_select(0, index),
             longest=int(length.max(initial=0)),
         )
-
-
-def _row_lengths(pack: TokenPack) -> Tensor:
-    return pack.ptr[1:] - pack.ptr[:-1]
 
 
 def layout_prompts(
@@ -152,39 +142,44 @@ def layout_prompts(
     vectors: bool = True,
     residual: bool = False,
 ) -> PromptLayout:
-    """Prefix, facts, cue and target of every question in their order; nothing waits.
+    """Lays out the prompts of a batch; the host does not wait for the device.
 
-    Facts that would push a prompt over `max_tokens` are left out from the last (lowest) up; prefix,
+    Facts that would push a prompt over `max_tokens` are left out, the last (lowest) first. Prefix,
     cue and target always stay whole.
 
     Args:
-        prefix: B token rows.
-        facts: E token rows, one per fact of the pack.
-        cue: int32 [Q] tokens behind the facts.
-        target: B token rows with their end token, or None when generating.
+        prefix: B token rows; facts: E token rows, one per fact of the pack.
+        cue: int32 [Q] tokens after the facts.
+        target: B token rows with their end token, or None for generation.
         index: int32 [B, K] selected facts, best first, -1 for none.
-        max_tokens: bound on the tokens of one prompt, target included.
-        vectors: put one structural slot before each fact's text: row `b * K + k` of the vectors.
-        residual: append one more slot behind the facts, row `B * K + b`, for the residual vector.
+        max_tokens: bound on the tokens of a prompt with its target.
+        vectors: whether a slot precedes the text of each fact. Fact k of prompt b has vector
+            b * K + k.
+        residual: whether another slot follows the facts. Prompt b has vector B * K + b there.
     """
     batch, capacity = index.shape
+    # Constant columns are multiples of this one, so that no constant is copied to the device.
     ones = torch.ones((batch, 1), dtype=torch.int32, device=index.device)
+    # A missing fact reads row 0, and `present` masks what it reads.
     present, row = index >= 0, index.clamp(min=0)
     if facts.ptr.shape[0] > 1:
-        fact_start, fact_length = facts.ptr[row], _row_lengths(facts)[row] + int(vectors)
+        fact_start, fact_length = facts.ptr[row], facts.ptr.diff()[row] + int(vectors)
     else:
         fact_start = fact_length = torch.zeros_like(row)
     fact_length = torch.where(present, fact_length, 0)
+    # The texts lie in `text_ids` one after the other; the offsets are of facts and of the cue.
     texts = [prefix.ids, facts.ids, cue]
-    bases = [0, prefix.ids.shape[0], prefix.ids.shape[0] + facts.ids.shape[0]]
+    fact_offset = prefix.ids.shape[0]
+    cue_offset = fact_offset + facts.ids.shape[0]
     target_start = target_length = 0 * ones
     if target is not None:
         texts.append(target.ids)
-        target_start = target.ptr[:-1, None] + (bases[2] + cue.shape[0])
-        target_length = _row_lengths(target)[:, None]
-    prefix_length = _row_lengths(prefix)[:, None]
+        target_start = target.ptr[:-1, None] + (cue_offset + cue.shape[0])
+        target_length = target.ptr.diff()[:, None]
+    prefix_length = prefix.ptr.diff()[:, None]
     fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
-    fits = present & (fact_length.cumsum(1) + fixed <= max_tokens)
+    # Facts are ordered by score, so the cut falls where the running sum passes the limit.
+    fits = fact_length.cumsum(1) + fixed <= max_tokens
     lengths = [
         prefix_length,
         torch.where(fits, fact_length, 0),
@@ -192,17 +187,22 @@ def layout_prompts(
         cue.shape[0] * ones,
         target_length,
     ]
-    starts = [prefix.ptr[:-1, None], fact_start + bases[1], 0 * ones, bases[2] * ones, target_start]
-    number = torch.arange(batch * (capacity + 1), dtype=torch.int32, device=index.device)
+    starts = [
+        prefix.ptr[:-1, None],
+        fact_start + fact_offset,
+        0 * ones,
+        cue_offset * ones,
+        target_start,
+    ]
+    vector = torch.arange(batch * (capacity + 1), dtype=torch.int32, device=index.device)
     slot = torch.full((batch, capacity + 4), -1, dtype=torch.int32, device=index.device)
     if vectors:
-        slot[:, 1 : capacity + 1] = number[: batch * capacity].view(batch, capacity)
+        slot[:, 1 : capacity + 1] = vector[: batch * capacity].view(batch, capacity)
     if residual:
-        slot[:, capacity + 1] = number[batch * capacity :]
+        slot[:, capacity + 1] = vector[batch * capacity :]
     return PromptLayout(
-        source=torch.cat(texts),
-        start=torch.cat(starts, 1),
+        text_ids=torch.cat(texts),
+        text_start=torch.cat(starts, 1),
         end=torch.cat(lengths, 1).cumsum(1, dtype=torch.int32),
         slot=slot,
-        num_facts_kept=fits.sum(1),
     )

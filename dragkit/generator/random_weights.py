@@ -1,8 +1,7 @@
-"""Generators of a true architecture with random weights: for loss, speed and memory, no answers.
+"""Published architectures with random weights, to measure loss, speed and memory.
 
-A published model of tens of gigabytes need not be on a machine to measure how fast it would train
-there: time and memory depend on shapes. Routing by random weights is nearly balanced, so experts
-look a little better than trained ones would.
+Time and memory depend on shapes, so the weights of the published model need not be there. Random
+weights route nearly balanced, so experts run a little faster than trained ones would.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ logger = logging.getLogger(__name__)
 PREFIX = "random:"
 _SEED = 20260101
 _STD = 0.02
-# Layers that add to the residual stream; each block has one such addition.
+# Layers whose output is added to the residual stream, one per block.
 _RESIDUAL = ("out_proj", "o_proj", "down_proj")
-_STEP_RANGE = (1e-3, 1e-1)
+_DT_RANGE = (1e-3, 1e-1)
 
 
 class Architecture(NamedTuple):
-    """What `random:NAME` builds.
+    """The architecture that `random:NAME` builds.
 
     Attributes:
-        pattern: one letter a block: M Mamba-2, E experts, * attention, - dense.
-        sizes: of `NemotronHConfig`; what is left out has that class's default.
+        pattern: one letter per block: M Mamba-2, E experts, * attention, - dense.
+        sizes: arguments of `NemotronHConfig`.
     """
 
     pattern: str
@@ -74,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     )
 }
-# Names of weights whose architecture stands above, so that a run is planned before they are here.
+# Hub names of published weights, so that a run can be planned before their download.
 PUBLISHED = {DEFAULT_GENERATOR: "nemotron-3-nano-30b-a3b"}
 
 
@@ -84,7 +83,7 @@ def is_random(name: str) -> bool:
 
 
 def architecture_of(name: str) -> str | None:
-    """`random:NAME` with the architecture of a generator, if it is in the table."""
+    """`random:NAME` with the architecture of a generator, or None if it is not in the table."""
     known = name.removeprefix(PREFIX).partition(":")[0] if is_random(name) else PUBLISHED.get(name)
     return PREFIX + known if known in ARCHITECTURES else None
 
@@ -93,35 +92,35 @@ def random_config(name: str) -> Any:
     """The `NemotronHConfig` of `random:NAME` or `random:NAME:layers=N`.
 
     Raises:
-        ConfigError: no such architecture, or no such number of layers.
+        ConfigError: there is no such architecture, or it has fewer layers.
     """
     from transformers import NemotronHConfig
 
     known, _, option = name.removeprefix(PREFIX).partition(":")
     if known not in ARCHITECTURES:
         raise ConfigError(
-            f"generator.model: {name}: there is no architecture {known!r}. There are: "
+            f"generator.model: {name}: there is no architecture {known!r}. The architectures are "
             f"{', '.join(ARCHITECTURES)}. Write {PREFIX}NAME, or {PREFIX}NAME:layers=N for its "
             "first N blocks."
         )
     pattern, sizes = ARCHITECTURES[known]
-    count = len(pattern)
+    num_layers = len(pattern)
     if option:
-        found = re.fullmatch(r"layers=([0-9]+)", option)
-        count = int(found[1]) if found else 0
-        if not 1 <= count <= len(pattern):
+        match = re.fullmatch(r"layers=([0-9]+)", option)
+        num_layers = int(match[1]) if match else 0
+        if not 1 <= num_layers <= len(pattern):
             raise ConfigError(
-                f"generator.model: {name}: what follows {known} must be layers=N with N from 1 to "
-                f"{len(pattern)}, got {option!r}."
+                f"generator.model: {name}: {option!r} must be layers=N with N from 1 to "
+                f"{len(pattern)}."
             )
-    config = NemotronHConfig(hybrid_override_pattern=pattern[:count], **sizes)
-    # Residual outputs are scaled for the depth of the whole, so that a part of it is its beginning.
+    config = NemotronHConfig(hybrid_override_pattern=pattern[:num_layers], **sizes)
+    # The first N blocks get the weights that they have in the whole model, whose depth scales them.
     config.random_depth = len(pattern)
     return config
 
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The causal language model of a configuration, without memory for its weights."""
+    """The causal language model of a configuration on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -129,19 +128,20 @@ def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
 
 
 def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A causal language model with random weights, the same ones every time on a kind of device.
+    """A causal language model with random weights, the same every time on a type of device.
 
-    Every tensor is drawn from a seed of its own name: `layers=N` gives the first N blocks of the
-    whole model. The host holds nothing of it where the device is a GPU.
+    The seed of a tensor is its name, so `layers=N` gives the first N blocks of the whole model. A
+    GPU's weights never exist on the host.
 
     Args:
         name: `random:NAME[:layers=N]`; device, dtype: of its weights.
 
     Raises:
-        ConfigError: no such architecture, or no such number of layers.
+        ConfigError: there is no such architecture, or it has fewer layers.
     """
     config = random_config(name)
     model = meta_model(config, dtype).to_empty(device=device).eval()
+    # As `from_pretrained` does, some buffers stay in float32 in a model of half precision.
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             if leaf in (model._keep_in_fp32_modules_strict or ()):
@@ -149,32 +149,32 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     with torch.no_grad():
         for key, tensor in (*model.named_parameters(), *model.named_buffers()):
             _fill(key, tensor, config.random_depth)
-    count = sum(p.numel() for p in model.parameters())
     logger.warning(
-        "generator %s: %d blocks, %s parameters, random weights. No tokeniser belongs to it, so "
-        "the bundled tiny one's ids stand in: use it for loss, speed and memory only.",
+        "generator %s: %d blocks, %s parameters, random weights. It has no tokenizer and takes "
+        "that of the bundled tiny generator. Use it for loss, speed and memory only.",
         name,
         len(config.layers_block_type),
-        f"{count:,}",
+        f"{sum(p.numel() for p in model.parameters()):,}",
     )
     return model
 
 
 def _fill(name: str, tensor: Tensor, depth: int) -> None:
-    """Sane values for one parameter or buffer, a function of its name, shape and type."""
+    """Draws one parameter or buffer by its name, shape and dtype."""
     path = name.split(".")
     module, leaf = path[-2] if len(path) > 1 else "", path[-1]
+    # The seed depends on the name only, not on how many tensors were drawn before.
     digest = hashlib.blake2b(f"{_SEED} {name}".encode(), digest_size=7).digest()
     generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest))
     if leaf == "A_log":
-        number = torch.arange(1, tensor.numel() + 1, dtype=torch.float32, device=tensor.device)
-        tensor.copy_(number.log())
+        head = torch.arange(1, tensor.numel() + 1, dtype=torch.float32, device=tensor.device)
+        tensor.copy_(head.log())
     elif leaf == "dt_bias":
-        low, high = (math.log(limit) for limit in _STEP_RANGE)
-        drawn = torch.rand(tensor.shape, generator=generator, device=tensor.device)
-        step = (low + (high - low) * drawn).exp()
-        # The inverse of softplus.
-        tensor.copy_(step + (-torch.expm1(-step)).log())
+        low, high = (math.log(limit) for limit in _DT_RANGE)
+        uniform = torch.rand(tensor.shape, generator=generator, device=tensor.device)
+        dt = (low + (high - low) * uniform).exp()
+        # The mixer applies softplus, so its inverse is stored.
+        tensor.copy_(dt + (-torch.expm1(-dt)).log())
     elif leaf == "D" or module.startswith("norm"):
         tensor.fill_(1.0)
     elif leaf in ("bias", "e_score_correction_bias"):

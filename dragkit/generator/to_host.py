@@ -1,4 +1,4 @@
-"""Numbers between host and device that nobody waits for before they are needed."""
+"""Copies of integers between host and device for which nobody waits until they are needed."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ from torch import Tensor
 
 
 class AsyncToHost:
-    """Integers of a device on their way to the host.
+    """An asynchronous copy of integers from a device to the host.
 
-    The copy is queued at once; `result` returns when it is done, not when the device has done all
-    that was queued after it.
+    The constructor queues the copy. `result` waits for the copy, and not for work that was queued
+    after it.
 
     Args:
-        numbers: int, any shape.
+        values: integers of any shape.
     """
 
-    def __init__(self, numbers: Tensor) -> None:
-        self._numbers, self._done = numbers, None
-        if numbers.is_cuda:
-            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-            self._numbers.copy_(numbers, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record(torch.cuda.current_stream(numbers.device))
+    def __init__(self, values: Tensor) -> None:
+        self._values, self._copied = values, None
+        if values.is_cuda:
+            # Only a copy into pinned memory is asynchronous.
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(values.device))
 
     def result(self) -> list:
-        """The integers, nested in lists like the tensor."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._numbers.tolist()
+        """The integers, in lists nested like the tensor."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
 
 
 def to_device(device: torch.device, *arrays: np.ndarray) -> tuple[Tensor, ...]:
-    """int64 arrays of one axis on the device, by one copy that the host does not wait for."""
+    """One-dimensional int64 arrays on the device, by one copy for which the host does not wait."""
     sizes = [len(array) for array in arrays]
-    joined = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
-    np.concatenate(arrays, out=joined.numpy())
-    return joined.to(device, non_blocking=True).split(sizes)
+    buffer = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda")
+    np.concatenate(arrays, out=buffer.numpy())
+    return buffer.to(device, non_blocking=True).split(sizes)

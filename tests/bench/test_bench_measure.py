@@ -188,7 +188,6 @@ def prompts(lengths: list[int], vectors: int) -> NeuralPrompt:
         ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=none,
         target_id=none,
-        num_facts_kept=none,
         longest=max(lengths),
     )
 

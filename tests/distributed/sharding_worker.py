@@ -24,8 +24,8 @@ from dragkit.distributed.ranks import Ranks
 from dragkit.distributed.sharding import decoder_blocks, shard_generator
 from dragkit.distributed.torchrun import init_ranks
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import prepare_nemotron_h
 from dragkit.generator.lora.adapters import add_adapters
+from dragkit.generator.nemotron_h.patches import patch_nemotron_h
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.trainer.compile import compile_generator
 
@@ -83,7 +83,7 @@ def make_generator(kind: str, policy: str, dtype: str) -> Generator:
     """A generator with the same weights on every call."""
     torch.manual_seed(0)
     model = make_model(kind).to(getattr(torch, dtype)).requires_grad_(False)
-    prepare_nemotron_h(model)
+    patch_nemotron_h(model)
     # The first block has no adapter: only structural vectors bring gradients to it.
     targets = ["q_proj", "down_proj"] + (["experts.up_proj"] if kind == "nemotron" else [])
     model = add_adapters(model, GeneratorConfig(lora_rank=3, lora_targets=targets))
@@ -99,7 +99,7 @@ def make_generator(kind: str, policy: str, dtype: str) -> Generator:
 
 def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
     """Random prompts with a vector at the first token; `target` supervises the last one."""
-    count, total = len(lengths), sum(lengths)
+    total = sum(lengths)
     draw = torch.Generator().manual_seed(total)
     length = torch.tensor(lengths)
     question = torch.repeat_interleave(length)
@@ -113,7 +113,6 @@ def prompts(lengths: tuple[int, ...], *, target: bool) -> NeuralPrompt:
         ptr=torch.tensor([0, *length.cumsum(0)]).int(),
         target_row=rows,
         target_id=torch.randint(2, VOCAB, (len(rows),), generator=draw),
-        num_facts_kept=torch.ones(count),
         longest=max(lengths),
     )
 

@@ -171,7 +171,7 @@ def test_a_card_must_hold_its_shard_and_the_host_all_weights(
     with pytest.raises(MissingInputError, match="needs 59 GiB .* a card has 40 GiB"):
         load.check_generator(GeneratorConfig(), card, name=name)
     monkeypatch.setattr(load, "host_memory_bytes", lambda: 50 << 30)
-    with pytest.raises(MissingInputError, match="needs 59 GiB .* this machine .* has 50 GiB"):
+    with pytest.raises(MissingInputError, match="needs 59 GiB .* the host has 50 GiB"):
         load.check_generator(GeneratorConfig(), card, name=name, num_shards=2)
 
 

@@ -1,4 +1,4 @@
-"""Linear layers side by side under LoRA, against their definition in float64."""
+"""Linear layers under LoRA that read the same rows, against their definition in float64."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
 
 def side_by_side(dtype, *, adapters=F32, targets=("a", "b", "c"), alike=False, **settings):
-    """Three frozen layers of width 64, those of `targets` under LoRA.
+    """Three frozen layers of input width 64, those of `targets` under LoRA.
 
-    `alike` gives all a bias and the same rank, so that they share the product by W + s B A.
+    `alike` gives all of them a bias and the same rank.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -33,15 +33,15 @@ def side_by_side(dtype, *, adapters=F32, targets=("a", "b", "c"), alike=False, *
 
 
 def definition(x, layers):
-    """x W^T + b + s x A^T B^T of each layer in float64, from whatever its tensors hold."""
+    """x W^T + b + s x A^T B^T of each layer in float64."""
     outputs = []
     for layer in layers:
         base = getattr(layer, "base_layer", layer)
         y = x @ base.weight.double().T
         y = y if base.bias is None else y + base.bias.double()
         if hasattr(layer, "lora_A"):
-            down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            y = y + layer.scaling["default"] * (x @ down.double().T @ up.double().T)
+            lora_a, lora_b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            y = y + layer.scaling["default"] * (x @ lora_a.double().T @ lora_b.double().T)
         outputs.append(y)
     return outputs
 
@@ -63,7 +63,7 @@ def gradients(outputs, leaves):
         (torch.float16, F32, (1e-3, 2e-3)),
     ],
 )
-def test_layers_side_by_side_in_every_type_and_mixture(dtype, adapters, limits, targets):
+def test_values_and_gradients_in_all_dtypes(dtype, adapters, limits, targets):
     model, layers = side_by_side(dtype, adapters=adapters, targets=targets)
     x = torch.randn(2, 40, 64).to(dtype).requires_grad_()
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -74,17 +74,18 @@ def test_layers_side_by_side_in_every_type_and_mixture(dtype, adapters, limits, 
     theirs = gradients(wanted, [exact, *leaves[1:]])
     for leaf, a, b in zip(leaves, gradients(got, leaves), theirs, strict=True):
         assert a.dtype == leaf.dtype and relative_rms(a, b) <= limits[1]
-    joined = adapted_linear(x, layers, [100, 67])
-    assert [y.shape for y in joined] == [(2, 40, 100), (2, 40, 67)]
-    assert torch.equal(torch.cat(joined, -1), torch.cat(got, -1))
+    parts = adapted_linear(x, layers, [100, 67])
+    assert [y.shape for y in parts] == [(2, 40, 100), (2, 40, 67)]
+    assert torch.equal(torch.cat(parts, -1), torch.cat(got, -1))
 
 
-@pytest.mark.parametrize("rows", [3, 200])  # few rows pass through the factors, many through a sum
+# 3 rows run as x W^T + s (x A^T) B^T, and 200 rows as x (W + s B A)^T.
+@pytest.mark.parametrize("rows", [3, 200])
 @pytest.mark.parametrize("sizes", [None, [96, 64, 7], [1, 166], [167]])
 @pytest.mark.parametrize(
     "settings", [{}, {"lora_bias": True}, {"use_dora": True}, {"lora_dropout": 0.5}], ids=str
 )
-def test_equals_pefts_own_layers(settings, sizes, rows):
+def test_layers_equal_those_of_peft(settings, sizes, rows):
     model, layers = side_by_side(F64, adapters=F64, alike=True, **settings)
     x = torch.randn(rows, 64, dtype=F64, requires_grad=True)
     leaves = [x, *(p for p in model.parameters() if p.requires_grad)]
@@ -103,11 +104,11 @@ def test_equals_pefts_own_layers(settings, sizes, rows):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("adapters", [F32, BF16])
-def test_half_precision_makes_no_adapted_weight_and_casts_no_rows(adapters, count, made):
+def test_half_precision_neither_merges_weights_nor_casts_rows(adapters, count, made):
     _, layers = side_by_side(BF16, adapters=adapters)
     x = torch.randn(300, 64, dtype=BF16, requires_grad=True)
     with made:
         sum(y.sum() for y in adapted_linear(x, layers[:count])).backward()
     assert ((300, 96), BF16) in made.tensors
     assert not any(shape in ((96, 64), (167, 64)) for shape, _ in made.tensors)
-    assert not any(shape[:1] == (300,) and kind == F32 for shape, kind in made.tensors)
+    assert not any(shape[:1] == (300,) and dtype == F32 for shape, dtype in made.tensors)

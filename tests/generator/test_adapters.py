@@ -1,4 +1,4 @@
-"""What adapters are put on."""
+"""The layers that get adapters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import torch
 
 from dragkit.config import resolve_config
 from dragkit.errors import ConfigError
-from dragkit.generator.lora.adapters import hidden_model_type, lora_targets
+from dragkit.generator.lora.adapters import lora_targets
+from dragkit.generator.nemotron_h.patches import hidden_model_type
 from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
 
@@ -28,11 +29,11 @@ DEFAULT = {"0": "in", "1.shared_experts": "up down", "2": "q k v o", "3": "up do
     ],
     ids=str,
 )
-def test_what_is_trained(targets, expected):
+def test_trained_layers(targets, expected):
     wanted = {
         ".".join(["layers", number, "mixer", *rest, f"{name}_proj"])
-        for place, names in expected.items()
-        for number, *rest in [place.split(".")]
+        for block, names in expected.items()
+        for number, *rest in [block.split(".")]
         for name in names.split()
     }
     assert trained_layers(adapted(targets)) == wanted
@@ -41,7 +42,7 @@ def test_what_is_trained(targets, expected):
         assert trained_layers(adapted((*targets, *ROUTED_EXPERTS))) == wanted | routed
 
 
-def test_the_guard_comes_back_whatever_happens():
+def test_the_model_type_is_restored_also_after_an_error():
     model = toy_model(std=0.2)
     with pytest.raises(RuntimeError), hidden_model_type(model):
         assert model.config.model_type != "nemotron_h"
@@ -66,11 +67,11 @@ def test_the_guard_comes_back_whatever_happens():
         ("outproj", "out_proj"),
     ],
 )
-def test_a_target_that_matches_nothing_is_named_with_its_neighbours(wanted, near):
+def test_a_target_that_matches_nothing_is_an_error_with_the_nearest_names(wanted, near):
     with pytest.raises(ConfigError, match=rf"generator\.lora_targets: '{wanted}'.*Nearest: ") as e:
         lora_targets(toy_model(), ["q_proj", wanted])
     assert near in str(e.value).partition("Nearest: ")[2]
-    with pytest.raises(ConfigError, match=r"experts\.up_proj"):  # there are no experts
+    with pytest.raises(ConfigError, match=r"experts\.up_proj"):
         lora_targets(toy_model("M*-"), ["experts.up_proj"])
 
 

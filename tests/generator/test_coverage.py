@@ -1,4 +1,4 @@
-"""What share of a model's active weights has adapters."""
+"""The coverage of a model's products by its adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, config_30b
 
 
 def large_model() -> NemotronHForCausalLM:
-    """The 30B without its weights."""
+    """The 30B on the meta device."""
     with torch.device("meta"):
         return NemotronHForCausalLM(config_30b()).requires_grad_(False)
 
@@ -28,21 +28,28 @@ def test_coverage_of_the_30b():
     assert round(sum(row.trainable for row in rows.values()) / 1e6, 1) == 11.4
     active = 23 * (2688 * 10304 + 4096 * 2688) + 6 * 2688 * (2 * 4096 + 2 * 256)
     active += 23 * (2 * 2688 * 3712 + 6 * 2 * 2688 * 1856 + 128 * 2688)
-    assert sum(row.share for row in rows.values()) == pytest.approx(1)
-    assert rows["mixer.in_proj"].share == pytest.approx(23 * 2688 * 10304 / active)
-    assert rows["experts.up_proj"].share == pytest.approx(23 * 6 * 2688 * 1856 / active)
-    assert rows["mixer.gate"].share == pytest.approx(23 * 128 * 2688 / active)
+    assert sum(row.flops for row in rows.values()) == pytest.approx(1)
+    assert rows["mixer.in_proj"].flops == pytest.approx(23 * 2688 * 10304 / active)
+    assert rows["experts.up_proj"].flops == pytest.approx(23 * 6 * 2688 * 1856 / active)
+    assert rows["mixer.gate"].flops == pytest.approx(23 * 128 * 2688 / active)
     assert sum(row.covered for row in rows.values()) == pytest.approx(0.430, abs=5e-4)
 
 
-def test_coverage_of_routed_experts_out_proj_and_a_part():
+def test_coverage_of_all_no_and_one_projection():
     everything = coverage(adapted((*ALL_LINEAR, *ROUTED_EXPERTS)))
-    assert all(row.adapted == row.modules for row in everything if row.target != "mixer.gate")
-    assert all(row.covered == row.share for row in everything if row.target != "mixer.gate")
+    assert all(
+        row.num_adapted == row.num_modules for row in everything if row.target != "mixer.gate"
+    )
+    assert all(row.covered == row.flops for row in everything if row.target != "mixer.gate")
     nothing = coverage(toy_model(std=0.2))
-    assert [row[:2] + row[4:5] for row in nothing] == [row[:2] + row[4:5] for row in everything]
-    assert not any(row.adapted or row.trainable or row.covered for row in nothing)
-    (up,) = [row for row in coverage(adapted(("experts.up_proj",))) if row.adapted]
+    for bare, full in zip(nothing, everything, strict=True):
+        assert (bare.target, bare.num_modules, bare.flops) == (
+            full.target,
+            full.num_modules,
+            full.flops,
+        )
+    assert not any(row.num_adapted or row.trainable or row.covered for row in nothing)
+    (up,) = [row for row in coverage(adapted(("experts.up_proj",))) if row.num_adapted]
     assert up.target == "experts.up_proj" and up.trainable == 4 * (4 * 32 + 4 * 16)
 
 

@@ -1,4 +1,4 @@
-"""Routed experts under LoRA against PEFT's own forward, and against a loop over tokens."""
+"""Routed experts under LoRA against PEFT's forward, and against a loop over tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from dragkit.generator.nemotron_h import grouped
 from dragkit.generator.nemotron_h.experts import routed_experts, unwrap_lora_experts
 from tests.nemotron_cases import relative_rms
 
@@ -18,7 +19,7 @@ BOTH = ("up_proj", "down_proj")
 
 
 def make(dtype=F32, rank=4, names=BOTH, experts=EXPERTS, width=WIDTH, inner=INNER):
-    """A library's expert stack under PEFT, frozen, adapters at work: (model, wrapper, compute)."""
+    """Frozen experts under PEFT with B != 0: (PEFT model, its wrapper, our forward)."""
     from peft import LoraConfig, get_peft_model
     from transformers import NemotronHConfig
     from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
@@ -51,17 +52,17 @@ def make(dtype=F32, rank=4, names=BOTH, experts=EXPERTS, width=WIDTH, inner=INNE
 
 
 def inputs(tokens=23, copies=2, dtype=F32, experts=EXPERTS, width=WIDTH, skip=()):
-    """Rows, distinct experts of each row (never one of `skip`) and their weights."""
+    """Rows, `copies` distinct experts of each row, none of them in `skip`, and their weights."""
     torch.manual_seed(1)
     x = torch.randn(tokens, width).to(dtype).requires_grad_()
     allowed = torch.tensor([e for e in range(experts) if e not in skip])
     index = torch.stack([allowed[torch.randperm(len(allowed))[:copies]] for _ in range(tokens)])
-    kind = torch.promote_types(dtype, F32)
-    return x, index, torch.rand(tokens, copies, dtype=kind, requires_grad=True)
+    wide = torch.promote_types(dtype, F32)
+    return x, index, torch.rand(tokens, copies, dtype=wide, requires_grad=True)
 
 
 def definition(wrapper, x, index, weights):
-    """Token by token, expert by expert, in float64."""
+    """The experts' output in float64, token by token and expert by expert."""
     chain, module = {}, wrapper
     while hasattr(module, "parameter_name"):
         chain[module.parameter_name] = module
@@ -72,18 +73,17 @@ def definition(wrapper, x, index, weights):
         if name not in chain:
             return y
         layer = chain[name]
-        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        number, rank = layer.num_experts, layer.r["default"]
-        a = down.double()[expert * rank : (expert + 1) * rank]
-        b = up.double()[:, expert::number]
+        rank = layer.r["default"]
+        a = layer.lora_A["default"].weight.double()[expert * rank : (expert + 1) * rank]
+        b = layer.lora_B["default"].weight.double()[:, expert :: layer.num_experts]
         return y + layer.scaling["default"] * (b @ (a @ row))
 
     rows = []
-    for row, chosen, shares in zip(x.double(), index.tolist(), weights.double(), strict=True):
+    for row, chosen, factors in zip(x.double(), index.tolist(), weights.double(), strict=True):
         total = torch.zeros_like(row)
-        for expert, share in zip(chosen, shares, strict=True):
+        for expert, weight in zip(chosen, factors, strict=True):
             inner = module.act_fn(project(row, "up_proj", expert))
-            total = total + share * project(inner, "down_proj", expert)
+            total = total + weight * project(inner, "down_proj", expert)
         rows.append(total)
     return torch.stack(rows)
 
@@ -96,7 +96,7 @@ def value_and_gradients(forward, model, x, index, weights):
 
 
 def agree(forward, other, model, given, limits):
-    """Two computations of the same, values and gradients."""
+    """Compares values and gradients of two forwards; returns the gradients of the first."""
     y, ours = value_and_gradients(forward, model, *given)
     z, theirs = value_and_gradients(other, model, *given)
     assert y.dtype == given[0].dtype and relative_rms(y, z) <= limits[0]
@@ -109,15 +109,15 @@ def agree(forward, other, model, given, limits):
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 16])
 @pytest.mark.parametrize("names", [BOTH, ("up_proj",), ("down_proj",)])
-def test_equals_pefts_materialised_weights(names, rank):
+def test_experts_equal_pefts_forward(names, rank):
     model, wrapper, compute = make(rank=rank, names=names)
     stock = partial(type(wrapper).forward, wrapper)
     ours = agree(compute, stock, model, inputs(), (1e-5, 1e-5))
     assert len(ours) == 2 + 2 * len(names)
 
 
-# The limits are those of one product; here two follow one another, with a square between them.
-# PEFT's own forward in bfloat16 comes to 7e-3.
+# Relative errors of values and of gradients after two products with a square between them. PEFT's
+# forward in bfloat16 has an error of 7e-3.
 LIMITS = {F64: (1e-12, 1e-12), F32: (2.5e-6, 1e-5), BF16: (1e-2, 1.6e-2)}
 LIMITS[torch.float16] = (2.5e-3, 4e-3)
 
@@ -125,7 +125,7 @@ LIMITS[torch.float16] = (2.5e-3, 4e-3)
 ROWS = [
     (23, 2, (), {}),
     (23, 2, (0, 5), {}),
-    # Widths that the library's grouped product refuses.
+    # Widths that `F.grouped_mm` refuses.
     (23, 2, (), {"width": 7}),
     (23, 2, (), {"inner": 5}),
     (23, 2, (), {"width": 1, "inner": 1}),
@@ -141,7 +141,7 @@ TYPES = [(F64, F64, 9), (F32, F32, 5), (BF16, F32, 2), (BF16, BF16, 2), (torch.f
     ("dtype", "adapters", "tokens", "copies", "skip", "sizes"),
     [(*types, *row) for *types, count in TYPES for row in ROWS[:count]],
 )
-def test_equals_the_loop_over_tokens(dtype, adapters, tokens, copies, skip, sizes):
+def test_experts_equal_the_loop_over_tokens(dtype, adapters, tokens, copies, skip, sizes):
     model, wrapper, compute = make(dtype, rank=2 if sizes else 4, **sizes)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -150,45 +150,39 @@ def test_equals_the_loop_over_tokens(dtype, adapters, tokens, copies, skip, size
     ours = agree(compute, lambda *a: definition(wrapper, *a), model, given, LIMITS[dtype])
     assert all(g.dtype == adapters for g in ours[2:])
     for expert in skip:
-        assert not ours[3][:, expert::EXPERTS].any(), "no token, no gradient"
+        assert not ours[3][:, expert::EXPERTS].any(), "an expert without tokens has a gradient"
 
 
-def test_the_grouped_product_is_what_runs_where_it_exists(monkeypatch):
-    model, wrapper, compute = make(rank=3)
-    calls, given, library = [], inputs(), torch.nn.functional
-    product = library.grouped_mm
-    monkeypatch.setattr(library, "grouped_mm", lambda *a, **k: calls.append(1) or product(*a, **k))
+def test_grouped_mm_runs_where_it_is_supported(monkeypatch):
+    model, _, compute = make(rank=3)
+    calls, given, functional = [], inputs(), torch.nn.functional
+    stock = functional.grouped_mm
+    monkeypatch.setattr(functional, "grouped_mm", lambda *a, **k: calls.append(1) or stock(*a, **k))
     y, ours = value_and_gradients(compute, model, *given)
     assert len(calls) == 6
-    monkeypatch.delattr(library, "grouped_mm")
+    monkeypatch.setattr(grouped, "grouped_mm_supports", lambda weight: False)
     z, theirs = value_and_gradients(compute, model, *given)
     for a, b in zip((y, *ours), (z, *theirs), strict=True):
         assert relative_rms(a, b) <= 1e-6
-
-
-def test_no_tokens():
-    *_, compute = make()
-    x, index, weights = inputs(1)
-    y = compute(x[:0], index[:0], weights[:0])
-    assert y.shape == (0, WIDTH) and y.dtype == x.dtype
+    assert len(calls) == 6
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_nothing_of_the_size_of_the_experts_is_made_or_kept(dtype, made):
-    """Twelve pairs among 64 experts: PEFT makes the stack, several times over."""
+def test_no_tensor_has_the_size_of_all_experts(dtype, made):
+    """6 tokens go to 2 of 64 experts each. PEFT adds the adapters to the weights of all 64."""
     model, wrapper, compute = make(dtype, rank=8, experts=64, width=64, inner=96)
-    given, stack, kept = inputs(6, 2, dtype, experts=64, width=64), 64 * 64 * 96, []
+    given, stack, saved = inputs(6, 2, dtype, experts=64, width=64), 64 * 64 * 96, []
     base = {p.data_ptr() for p in wrapper.get_base_layer().parameters()}
 
     def pack(tensor):
         if tensor.data_ptr() not in base:
-            kept.append(tensor.numel())
+            saved.append(tensor.numel())
         return tensor
 
     with made, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         (compute(*given) ** 2).sum().backward()
     largest = max(torch.Size(shape).numel() for shape, _ in made.tensors)
-    assert 0 < max(kept) <= largest <= 64 * 8 * 96 < stack / 7
+    assert 0 < max(saved) <= largest <= 64 * 8 * 96 < stack / 7
     assert all(p.grad is None for p in wrapper.get_base_layer().parameters())
     made.tensors.clear()
     with made:
@@ -196,20 +190,21 @@ def test_nothing_of_the_size_of_the_experts_is_made_or_kept(dtype, made):
     assert max(torch.Size(shape).numel() for shape, _ in made.tensors) == stack
 
 
-def test_gradients_that_are_wanted_and_no_others():
+def test_only_wanted_gradients_are_computed():
     x, index, weights = inputs()
     for trained, rows in (("", x), ("lora_", x.detach()), ("up_proj", x)):
         model, wrapper, compute = make()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(bool(trained) and trained in name)
         x.grad = None
-        compute(rows, index, weights.detach()).sum().backward()  # a gradient without strides
+        # The gradient of a sum is expanded, with strides of 0.
+        compute(rows, index, weights.detach()).sum().backward()
         assert (x.grad is not None) == rows.requires_grad
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_two_runs_are_equal_to_the_bit_and_rows_do_not_touch():
+def test_runs_are_bit_equal_and_a_nan_stays_in_its_row():
     model, wrapper, compute = make()
     x, index, weights = inputs()
     y, first = value_and_gradients(compute, model, x, index, weights)
@@ -217,13 +212,13 @@ def test_two_runs_are_equal_to_the_bit_and_rows_do_not_touch():
     assert torch.equal(y, z) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     spoiled = x.detach().clone()
     spoiled[4] = torch.nan
-    w = compute(spoiled, index, weights)
-    assert w[4].isnan().all() and not w[torch.arange(len(w)) != 4].isnan().any()
+    is_nan = compute(spoiled, index, weights).isnan()
+    assert is_nan[4].all() and not is_nan[torch.arange(len(y)) != 4].any()
     strided = torch.stack([x.detach(), x.detach()], 2)[..., 0]
     assert torch.equal(compute(strided, index.mT.contiguous().mT, weights), y)
 
 
-def test_what_is_not_plain_is_left_to_peft():
+def test_pefts_forward_runs_where_an_adapter_is_not_plain():
     model, wrapper, compute = make()
     given = inputs()
     plain = compute(*given)
@@ -241,8 +236,8 @@ def test_what_is_not_plain_is_left_to_peft():
 
 @pytest.mark.parametrize("dtype", [BF16, F32, F64])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_values_and_gradients_are_the_eager_ones(backend, dtype):
-    """One graph in every type, in those too that the library's product refuses or cannot trace."""
+def test_compiled_experts_equal_eager_ones(backend, dtype):
+    """There is one graph, also in dtypes that `F.grouped_mm` refuses or cannot trace."""
     model, wrapper, compute = make(dtype)
     given = inputs(dtype=dtype)
     y, ours = value_and_gradients(compute, model, *given)
@@ -254,24 +249,24 @@ def test_compiled_values_and_gradients_are_the_eager_ones(backend, dtype):
 
 @pytest.mark.parametrize("ends", [(3, 3, 9), (0, 9, 9), (9, 9, 9), (2, 5, 9)])
 @pytest.mark.parametrize("dtype", [F64, F32])
-def test_the_operator_of_a_trace(dtype, ends):
+def test_the_registered_ops(dtype, ends):
     x = torch.randn(9, 8, dtype=dtype, requires_grad=True)
     stack = torch.randn(3, 12, 8, dtype=dtype, requires_grad=True)
-    where = torch.tensor(ends, dtype=torch.int32)
-    owner = torch.searchsorted(where, torch.arange(9), right=True)
-    wanted = torch.einsum("si,soi->so", x, stack[owner])
-    product = torch.ops.dragkit.grouped_linear
-    y = product(x, stack, where)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    group = torch.searchsorted(ends, torch.arange(9), right=True)
+    wanted = torch.einsum("si,soi->so", x, stack[group])
+    op = torch.ops.dragkit.grouped_linear
+    y = op(x, stack, ends)
     torch.testing.assert_close(y, wanted)
     weight = torch.randn_like(y)
     ours = torch.autograd.grad((y * weight).sum(), [x, stack])
     theirs = torch.autograd.grad((wanted * weight).sum(), [x, stack], retain_graph=True)
     torch.testing.assert_close(ours, theirs)
-    # As an expanded gradient comes, and with the stack frozen.
-    (alone,) = torch.autograd.grad(product(x, stack.detach(), where).sum(), [x])
+    # An expanded gradient, and a frozen stack.
+    (alone,) = torch.autograd.grad(op(x, stack.detach(), ends).sum(), [x])
     torch.testing.assert_close(alone, torch.autograd.grad(wanted.sum(), [x])[0])
     if dtype == F32:
-        torch.library.opcheck(product, (x, stack, where))
-        torch.library.opcheck(product, (x, stack.mT.contiguous().mT, where))
-        args = (torch.randn(9, 12), x.detach(), stack.detach(), where)
+        torch.library.opcheck(op, (x, stack, ends))
+        torch.library.opcheck(op, (x, stack.mT.contiguous().mT, ends))
+        args = (torch.randn(9, 12), x.detach(), stack.detach(), ends)
         torch.library.opcheck(torch.ops.dragkit.grouped_linear_weight_grad, args)

@@ -1,4 +1,4 @@
-"""The generator on neural prompts: no padding may change a result, and only answers are scored."""
+"""The generator on neural prompts: batches change no result, and only answers are scored."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError, MissingInputError
-from dragkit.generator.decode import greedy_decode
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import load_generator, prepare_nemotron_h, resolve_generator
+from dragkit.generator.load import load_generator, resolve_generator
 from dragkit.generator.nemotron_h import decoding
+from dragkit.generator.nemotron_h.patches import patch_nemotron_h
 from dragkit.generator.prompt import NeuralPrompt
 from tests.nemotron_cases import toy_model
 
@@ -18,7 +18,7 @@ WIDTH = 32
 
 
 class Words:
-    """A stand-in tokeniser: numbers as text."""
+    """A tokenizer whose texts are the token ids."""
 
     eos_token_id = 1
 
@@ -28,20 +28,20 @@ class Words:
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    """Every block kind of the 30B at toy widths: Mamba-2, experts, attention, MLP."""
+    """All types of blocks of a Nemotron-H at toy widths."""
     model = toy_model(std=0.15)
-    prepare_nemotron_h(model)
+    patch_nemotron_h(model)
     return Generator(model, Words())
 
 
 def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt:
-    """(tokens, position of the slot, target) per question, packed."""
+    """Packs (tokens, position of the slot, target) of every question."""
     ids, slot, position, question, ptr, rows, wanted = [], [], [], [], [0], [], []
-    for b, (tokens, place, target) in enumerate(questions):
+    for b, (tokens, slot_position, target) in enumerate(questions):
         start = len(ids)
         whole = tokens + target
         ids += whole
-        slot += [b if i == place else -1 for i in range(len(whole))]
+        slot += [b if i == slot_position else -1 for i in range(len(whole))]
         position += range(len(whole))
         question += [b] * len(whole)
         ptr.append(len(ids))
@@ -49,7 +49,6 @@ def prompt_of(questions: list[tuple[list[int], int, list[int]]]) -> NeuralPrompt
         wanted += target
     return NeuralPrompt(
         *map(torch.tensor, (ids, slot, position, question, ptr, rows, wanted)),
-        torch.ones(len(questions)),
         longest=max(position) + 4,
     )
 
@@ -64,7 +63,7 @@ def questions(with_target=True):
     return made
 
 
-def test_a_question_alone_equals_the_question_in_a_batch(generator):
+def test_a_question_in_a_batch_equals_the_question_alone(generator):
     torch.manual_seed(3)
     made, vectors = questions(), torch.randn(6, WIDTH)
     together = vectors.clone().requires_grad_()
@@ -80,37 +79,37 @@ def test_a_question_alone_equals_the_question_in_a_batch(generator):
     assert int(out.num_correct) == sum(int(x.num_correct) for x in singles)
 
 
-def test_decoding_in_a_batch_equals_one_at_a_time_and_the_uncached_loop(generator):
+def test_decoding_in_a_batch_equals_the_loop_without_a_cache(generator):
     torch.manual_seed(4)
     made, vectors = questions(with_target=False), torch.randn(6, WIDTH)
-    batch = greedy_decode(generator, prompt_of(made), vectors, 8)
+    batch = generator.greedy_texts(prompt_of(made), vectors, 8)
     for i, question in enumerate(made):
         single = prompt_of([question])
-        assert greedy_decode(generator, single, vectors[i : i + 1], 8) == [batch[i]]
+        assert generator.greedy_texts(single, vectors[i : i + 1], 8) == [batch[i]]
         embeds = generator.embed(single, vectors[i : i + 1])[None]
-        produced = []
+        decoded = []
         with torch.no_grad():
             for _ in range(8):
                 logits = generator.model(inputs_embeds=embeds, use_cache=False).logits
                 token = int(logits[0, -1].argmax())
                 if token == 1:
                     break
-                produced.append(token)
+                decoded.append(token)
                 step = generator.model.get_input_embeddings()(torch.tensor([[token]]))
                 embeds = torch.cat([embeds, step], dim=1)
-        assert " ".join(map(str, produced)) == batch[i]
+        assert " ".join(map(str, decoded)) == batch[i]
 
 
 @pytest.mark.parametrize(("tokens", "passes"), [(1, 6), (20, 4), (40, 3), (75, 2), (86, 1)])
-def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkeypatch):
+def test_prefill_in_several_microbatches(generator, tokens, passes, monkeypatch):
     made, vectors = prompt_of(questions(with_target=False)), torch.randn(6, WIDTH)
     wanted = generator.greedy_tokens(made, vectors, 8)
     assert len({tuple(row) for row in wanted}) > 1
-    sizes, read = [], decoding.prefill
+    sizes, prefill = [], decoding.prefill
 
     def counting(model, embeds, *rest, **options):
         sizes.append(len(embeds))
-        return read(model, embeds, *rest, **options)
+        return prefill(model, embeds, *rest, **options)
 
     monkeypatch.setattr(decoding, "prefill", counting)
     monkeypatch.setattr(generator, "max_tokens_per_microbatch", tokens)
@@ -121,29 +120,29 @@ def test_prompts_may_be_read_in_several_passes(generator, tokens, passes, monkey
 
 
 @pytest.mark.parametrize("end", [1.0, 0.0, 2.0])
-def test_loss_equals_the_model_run_on_one_row_with_all_logits(generator, end):
+def test_loss_equals_cross_entropy_of_the_models_own_logits(generator, end):
     (question,) = questions()[1:2]
     prompt = prompt_of([question])
     vectors = torch.randn(1, WIDTH)
     embeds = generator.embed(prompt, vectors)[None]
     logits = generator.model(inputs_embeds=embeds, use_cache=False).logits[0]
-    first, goal = len(question[0]), question[2]
-    each = torch.nn.functional.cross_entropy(
-        logits[first - 1 : -1], torch.tensor(goal), reduction="none"
+    start, target = len(question[0]), question[2]
+    token_loss = torch.nn.functional.cross_entropy(
+        logits[start - 1 : -1], torch.tensor(target), reduction="none"
     )
-    assert len(goal) > 1
-    each[-1] *= end
-    torch.testing.assert_close(generator(prompt, vectors, end).loss_sum, each.sum())
+    assert len(target) > 1
+    token_loss[-1] *= end
+    torch.testing.assert_close(generator(prompt, vectors, end).loss_sum, token_loss.sum())
 
 
-def test_the_time_step_limit_is_the_configurations(generator):
+def test_the_time_step_limit_is_that_of_the_configuration(generator):
     limits = {
         tuple(m.time_step_limit) for m in generator.model.modules() if hasattr(m, "time_step_limit")
     }
     assert limits == {tuple(float(x) for x in generator.model.config.time_step_limit)}
 
 
-def test_tiny_generator_with_adapters_trains_only_them():
+def test_only_adapters_of_the_tiny_generator_train():
     generator = load_generator(GeneratorConfig(lora_rank=4), torch.device("cpu"), name="tiny")
     trained = [n for n, p in generator.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in name for name in trained)
@@ -151,10 +150,10 @@ def test_tiny_generator_with_adapters_trains_only_them():
     name, tensor = next(iter(state.items()))
     with torch.no_grad():
         tensor.fill_(0.25)
-    assert float(generator.adapter_state()[name].mean()) == 0.25, "adapter_state must share memory"
+    assert float(generator.adapter_state()[name].mean()) == 0.25, "adapter_state has copied"
 
 
-def test_what_cannot_be_loaded_says_where_and_how(tmp_path):
+def test_errors_of_loading_say_what_to_do(tmp_path):
     with pytest.raises(MissingInputError, match="hf download.*--generator_model tiny"):
         resolve_generator(GeneratorConfig(), name="no-such-organisation/no-such-model")
     with pytest.raises(MissingInputError, match="config.json"):
@@ -164,15 +163,15 @@ def test_what_cannot_be_loaded_says_where_and_how(tmp_path):
 
 
 class Scaled(torch.nn.Embedding):
-    """Embeddings as Gemma has them: looked up, then scaled."""
+    """Embeddings that are scaled after the lookup, as those of Gemma."""
 
     def forward(self, ids):
         return 3.0 * super().forward(ids)
 
 
-@pytest.mark.parametrize("kind", [torch.nn.Embedding, Scaled])
-def test_vectors_stand_among_the_embeddings_of_the_model(generator, kind, monkeypatch):
-    embedding = kind(64, WIDTH).requires_grad_(False)
+@pytest.mark.parametrize("embedding_type", [torch.nn.Embedding, Scaled])
+def test_vectors_replace_the_embeddings_at_their_slots(generator, embedding_type, monkeypatch):
+    embedding = embedding_type(64, WIDTH).requires_grad_(False)
     monkeypatch.setattr(generator, "_embedding", [embedding])
     prompt = prompt_of([([5, 6, 7], 1, [1]), ([8, 9], 0, [])])
     vectors = torch.randn(2, WIDTH, requires_grad=True)

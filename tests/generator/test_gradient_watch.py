@@ -1,4 +1,4 @@
-"""Adapters that training does not reach are found."""
+"""`AdapterWatch` finds adapters that get no gradient."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
 
 def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12):
-    """Optimizer steps on random tokens, watched as the training loop does it."""
+    """Optimizer steps on random tokens, with a check before each as in the training loop."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     forward = forward or (lambda ids: model(input_ids=ids, use_cache=False).logits)
@@ -22,17 +22,17 @@ def train(model, watch, steps, *, forward=None, supervised=7, lr=1e-2, tokens=12
         optimizer.zero_grad(set_to_none=True)
 
 
-def test_every_adapter_is_alive_after_two_steps():
+def test_every_adapter_is_checked_after_two_steps():
     model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS))
     watch = AdapterWatch(model)
     assert len(watch._open) == 18
     train(model, watch, 1)
-    assert len(watch._open) == 16, "routed experts are settled, A waits for B"
+    assert len(watch._open) == 16, "routed experts need one step, and A waits for B"
     train(model, watch, 1)
     assert watch._open == [] and watch.step == 2
 
 
-def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
+def test_the_host_waits_in_two_steps_only(monkeypatch):
     watch = AdapterWatch(
         model := adapted(("q_proj", *ROUTED_EXPERTS), model=toy_model("*E", std=0.2))
     )
@@ -44,7 +44,7 @@ def test_the_device_is_waited_for_at_two_steps_only(monkeypatch):
 
 
 @pytest.mark.parametrize("layer", ["layers.0.mixer.out_proj", "layers.2.mixer.k_proj"])
-def test_an_adapter_that_the_forward_passes_by_is_an_error(layer):
+def test_an_adapter_that_the_forward_does_not_use_is_an_error(layer):
     model = adapted(ALL_LINEAR)
     wrapper = model.get_submodule(f"base_model.model.model.{layer}")
     wrapper.forward = wrapper.base_layer.forward
@@ -53,7 +53,7 @@ def test_an_adapter_that_the_forward_passes_by_is_an_error(layer):
 
 
 @pytest.mark.parametrize(("factor", "step"), [("lora_B", 1), ("lora_A", 2)])
-def test_zero_gradients_are_as_dead_as_missing_ones(factor, step):
+def test_a_zero_gradient_is_an_error(factor, step):
     model = adapted(("q_proj", "in_proj"))
     wrapper = model.get_submodule("base_model.model.model.layers.2.mixer.q_proj")
     getattr(wrapper, factor)["default"].weight.register_hook(torch.zeros_like)
@@ -64,7 +64,7 @@ def test_zero_gradients_are_as_dead_as_missing_ones(factor, step):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_gradients_that_are_not_finite(bad):
+def test_a_gradient_that_is_not_finite_is_an_error(bad):
     model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS))
     wrapper = model.get_submodule("base_model.model.model.layers.1.mixer.experts.base_layer")
 
@@ -77,7 +77,7 @@ def test_gradients_that_are_not_finite(bad):
         train(model, AdapterWatch(model), 1)
 
 
-def test_steps_without_answers_do_not_count_and_those_that_move_nothing_are_waited_out():
+def test_steps_without_answers_do_not_count_and_a_learning_rate_of_zero_delays_the_check():
     model = adapted(ALL_LINEAR)
     watch = AdapterWatch(model)
     train(model, watch, 3, supervised=0, forward=lambda ids: model(input_ids=ids).logits * 0)
@@ -88,7 +88,7 @@ def test_steps_without_answers_do_not_count_and_those_that_move_nothing_are_wait
     assert watch._open == []
 
 
-def test_a_resumed_run_sees_both_factors_at_once_and_a_bare_model_has_nothing_to_watch():
+def test_a_resumed_run_needs_one_step_and_a_bare_model_none():
     model = adapted(ALL_LINEAR, std=0.2)
     watch = AdapterWatch(model)
     train(model, watch, 1)

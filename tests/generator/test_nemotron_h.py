@@ -1,4 +1,4 @@
-"""The own forward of Nemotron-H over packs against the library's, which runs one question alone."""
+"""Our forward of Nemotron-H over packs against that of transformers, which runs one sequence."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_model(
     targets=(*ALL_LINEAR, *ROUTED_EXPERTS),
     **settings,
 ):
-    """Random weights; adapters at work where a rank is given."""
+    """Random weights, and adapters with B != 0 where a rank is given."""
     model = toy_model(pattern, dtype, **settings)
     return model if rank is None else adapted(targets, rank, model, 0.3, lora_alpha=4)
 
@@ -45,9 +45,9 @@ def pack_of(lengths):
 
 
 def run_both(model, lengths, wanted):
-    """(ours, library's): hidden states, gradients of embeddings and adapters, for random weights.
+    """(ours, those of transformers): hidden states, gradients of embeddings and of adapters.
 
-    `wanted` are places per question.
+    The loss is a random weighted sum of the states at `wanted`, positions per sequence.
     """
     decoder = decoder_of(model)
     dtype = next(model.parameters()).dtype
@@ -57,9 +57,9 @@ def run_both(model, lengths, wanted):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
 
     def gradients(leaves):
-        found = {n: p.grad for n, p in trained.items()}
+        adapters = {n: p.grad for n, p in trained.items()}
         model.zero_grad()
-        return [leaf.grad for leaf in leaves], found
+        return [leaf.grad for leaf in leaves], adapters
 
     leaves = [e.clone().requires_grad_() for e in embeds]
     pack = pack_of(lengths)
@@ -70,15 +70,15 @@ def run_both(model, lengths, wanted):
 
     leaves = [e.clone().requires_grad_() for e in embeds]
     theirs = []
-    for leaf, places, w in zip(leaves, wanted, weight, strict=True):
+    for leaf, positions, w in zip(leaves, wanted, weight, strict=True):
         hidden = decoder(inputs_embeds=leaf[None], use_cache=False).last_hidden_state[0]
-        theirs.append(hidden[places])
+        theirs.append(hidden[positions])
         (theirs[-1] * w).sum().backward()
     return (ours, *our_gradients), (torch.cat(theirs), *gradients(leaves))
 
 
 def close(a, b, what, rtol):
-    """Relative to the largest entry."""
+    """Compares relatively to the largest entry."""
     assert (a is None) == (b is None), what
     if a is not None:
         assert (a - b).abs().max() <= rtol * b.abs().max() + 1e-7, what
@@ -87,7 +87,7 @@ def close(a, b, what, rtol):
 def compare(ours, theirs, rtol=2e-5):
     close(ours[0], theirs[0], "hidden states", rtol)
     for i, (a, b) in enumerate(zip(ours[1], theirs[1], strict=True)):
-        close(a, b, f"embeddings of question {i}", rtol)
+        close(a, b, f"embeddings of sequence {i}", rtol)
     assert ours[2].keys() == theirs[2].keys()
     for name, gradient in ours[2].items():
         close(gradient, theirs[2][name], name, rtol)
@@ -99,7 +99,7 @@ WANTED = ([0], [30, 5], [31], [0, 32], list(range(40, 70)), [1, 0])
 
 @pytest.mark.parametrize("rank", [None, 3])
 @pytest.mark.parametrize("pattern", ["MM*-M*-", "ME*-M*", "*-M", "M", "*", "-", PATTERN_30B])
-def test_states_and_gradients_equal_the_librarys_one_by_one(pattern, rank):
+def test_states_and_gradients_equal_those_of_transformers(pattern, rank):
     model = make_model(pattern, rank=rank)
     compare(*run_both(model, LENGTHS, WANTED))
 
@@ -125,7 +125,7 @@ SHARED = ("in_proj", "up_proj", "down_proj")
     ids=str,
 )
 def test_settings_of_the_configuration(pattern, settings, dtype):
-    """Bare experts beside adapted shared ones, as by default; all else has adapters."""
+    """As by default, shared experts have adapters and routed ones do not."""
     targets = SHARED if "E" in pattern else ALL_LINEAR
     settings = settings | {"experts_implementation": "eager"}
     model = make_model(pattern, dtype, 3, targets, **settings)
@@ -135,32 +135,32 @@ def test_settings_of_the_configuration(pattern, settings, dtype):
     compare(*run_both(model, LENGTHS, WANTED), rtol=2e-5 if dtype == torch.float32 else 1e-6)
 
 
-def test_shared_experts_keep_nothing_in_float32(made):
-    """PEFT would cast their inputs to its adapters' type, and keep the casts."""
+def test_shared_experts_save_nothing_in_float32(made):
+    """PEFT's forward would save inputs that it casts to the dtype of its adapters."""
     model = make_model("EM", torch.bfloat16, 2, SHARED[1:])
     embeds = torch.randn(70, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     with made:
         hidden_at_rows(decoder_of(model), embeds, pack_of((70,)), torch.tensor([69]), OPS)
-    inner = (70, 24), torch.float32
-    assert (inner[0], torch.bfloat16) in made.tensors and inner not in made.tensors
+    assert ((70, 24), torch.bfloat16) in made.tensors
+    assert ((70, 24), torch.float32) not in made.tensors
 
 
-def test_one_question_and_rows_in_any_order():
+def test_one_sequence_and_rows_in_any_order():
     model = make_model()
     compare(*run_both(model, (45,), ([44, 3, 17, 3],)))
     decoder, embeds, pack = decoder_of(model), torch.randn(60, WIDTH), pack_of((20, 9, 31))
     rows = torch.tensor([33, 19, 20, 0, 59, 59])
     mixed = hidden_at_rows(decoder, embeds, pack, rows, OPS)
     for i, row in enumerate(rows.tolist()):
-        begin = max(p for p in (0, 20, 29) if p <= row)
-        alone = embeds[begin : row + 1]
+        start = max(p for p in (0, 20, 29) if p <= row)
+        alone = embeds[start : row + 1]
         single = pack_of((len(alone),))
         last = hidden_at_rows(decoder, alone, single, torch.tensor([len(alone) - 1]), OPS)
         assert (mixed[i] - last[0]).abs().max() < 1e-5, row
 
 
-def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
-    """Its 52 blocks at toy widths: neighbours, their order and padding change nothing."""
+def test_every_sequence_of_a_pack_runs_as_if_alone():
+    """Neighbours, their order and padding change nothing in the 30B's 52 blocks at toy widths."""
     model = make_model(PATTERN_30B, rank=2)
     decoder = decoder_of(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -177,13 +177,13 @@ def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
         hidden = hidden_at_rows(decoder, buffer, pack, rows, OPS)
         loss = (hidden * torch.cat([weight[i] for i in chosen])).sum()
         gradients = torch.autograd.grad(loss, [*leaves, *trained])
-        own = dict(zip(chosen, zip(hidden.split(sizes), gradients, strict=False), strict=True))
-        return own, gradients[len(chosen) :]
+        sequences = zip(hidden.split(sizes), gradients, strict=False)
+        return dict(zip(chosen, sequences, strict=True)), gradients[len(chosen) :]
 
     alone = {i: run([i]) for i in range(len(lengths))}
     for chosen, multiple in ((range(6), 1), ((3, 2, 0), 1), ((5, 4, 3, 2, 1, 0), 64)):
-        own, adapters = run(list(chosen), multiple)
-        for i, (hidden, gradient) in own.items():
+        sequences, adapters = run(list(chosen), multiple)
+        for i, (hidden, gradient) in sequences.items():
             wanted, wanted_gradient = alone[i][0][i]
             close(hidden, wanted, f"hidden states of {i} in {list(chosen)}", 1e-5)
             close(gradient, wanted_gradient, f"embeddings of {i} in {list(chosen)}", 1e-5)
@@ -192,38 +192,38 @@ def test_every_question_of_the_30bs_pattern_runs_as_if_alone():
 
 
 @pytest.mark.parametrize("pattern", [PATTERN_30B, "ME*-M*", "*", "M", "-"])
-def test_cached_decoding_equals_running_all_tokens_again(pattern):
+def test_cached_decoding_equals_a_forward_over_all_tokens(pattern):
     model = make_model(pattern, rank=2)
     decoder = decoder_of(model)
-    lengths, room = (1, 17, 3, 40), 5
-    new = torch.randn(len(lengths), room, WIDTH)
+    lengths, num_new = (1, 17, 3, 40), 5
+    new = torch.randn(len(lengths), num_new, WIDTH)
     embeds = [torch.randn(n, WIDTH) for n in lengths]
     with torch.no_grad():
-        hidden, states = prefill(decoder, torch.cat(embeds), pack_of(lengths), OPS, room)
-        for t in range(room + 1):
+        hidden, states = prefill(decoder, torch.cat(embeds), pack_of(lengths), OPS, num_new)
+        for t in range(num_new + 1):
             whole = [torch.cat([e, n[:t]]) for e, n in zip(embeds, new, strict=True)]
             pack = pack_of([len(w) for w in whole])
             rows = pack.ptr[1:].long() - 1
             wanted = hidden_at_rows(decoder, torch.cat(whole), pack, rows, OPS)
             close(hidden, wanted, f"after {t} tokens", 2e-5)
-            if t < room:
+            if t < num_new:
                 hidden = decode_step(decoder, new[:, t], states)
 
 
 def test_every_block_is_called_as_a_module():
-    model, seen = decoder_of(make_model("ME*-*", rank=2)), []
+    model, called = decoder_of(make_model("ME*-*", rank=2)), []
     for index, block in enumerate(model.layers):
-        block.register_forward_pre_hook(lambda *_, index=index: seen.append(index))
+        block.register_forward_pre_hook(lambda *_, index=index: called.append(index))
     embeds, pack, rows = torch.randn(9, WIDTH, requires_grad=True), pack_of((9,)), torch.tensor([8])
     hidden = hidden_at_rows(model, embeds, pack, rows, OPS)
-    assert seen == [0, 1, 2, 3, 4]
+    assert called == [0, 1, 2, 3, 4]
     with torch.no_grad():
         wanted = model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, 8]
-        close(hidden[0].detach(), wanted, "library's pass", 2e-5)
-        seen.clear()
+        close(hidden[0].detach(), wanted, "forward of transformers", 2e-5)
+        called.clear()
         _, states = prefill(model, embeds, pack, OPS, 1)
         decode_step(model, embeds[:1], states)
-    assert seen == [0, 1, 2, 3, 4] * 2
+    assert called == [0, 1, 2, 3, 4] * 2
 
 
 def test_padding_of_a_pack():
@@ -237,7 +237,7 @@ def test_padding_of_a_pack():
     assert longer.ptr.tolist() == [0, 3, 7, 16] and longer.longest == 9
 
 
-def test_what_is_computed_here():
+def test_which_configurations_are_supported():
     config = make_model("M").config
     assert is_supported(config)
     config.attention_dropout = 0.1
@@ -245,7 +245,7 @@ def test_what_is_computed_here():
     assert not is_supported(object())
 
 
-def test_gradients_reach_the_asked_question_and_the_adapters_alone():
+def test_gradients_reach_only_the_wanted_sequence_and_the_adapters():
     model, embeds = make_model(rank=2), torch.randn(18, WIDTH, requires_grad=True)
     pack = pack_of((9, 9))
     hidden_at_rows(decoder_of(model), embeds, pack, torch.tensor([14]), OPS).sum().backward()
@@ -255,7 +255,7 @@ def test_gradients_reach_the_asked_question_and_the_adapters_alone():
 
 
 @pytest.mark.parametrize("tokens", [0, 4])
-def test_no_rows_at_all(tokens):
+def test_without_wanted_rows(tokens):
     pack = make_pack(torch.tensor([tokens] * (tokens > 0), dtype=torch.int64), tokens, 4)
     none = torch.zeros(0, dtype=torch.int64)
     embeds = torch.randn(tokens, WIDTH)
@@ -263,7 +263,7 @@ def test_no_rows_at_all(tokens):
 
 
 @pytest.mark.parametrize("lengths", [(1,), (63, 64, 2), (65,), (3, 130, 1)])
-def test_attention(lengths):
+def test_attention_equals_that_of_torch(lengths):
     torch.manual_seed(4)
     pack = pack_of(lengths)
     query = torch.randn(sum(lengths), 4, 6, dtype=torch.float64, requires_grad=True)

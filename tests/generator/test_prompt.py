@@ -19,21 +19,21 @@ def _pack(rows):
     return TokenPack(ids, torch.tensor(ptr, dtype=torch.int32), max(map(len, rows), default=0))
 
 
-def _by_hand(prefix, facts, cue, target, index, limit, vectors, residual):
+def _expected(prefix, facts, cue, target, index, limit, vectors, residual):
+    """(token ids, slots, supervised tokens) of each prompt, assembled from lists."""
     capacity = len(index[0]) if index else 0
     prompts = []
     for b, chosen in enumerate(index):
-        goal = target[b] if target else []
-        room = limit - len(prefix[b]) - len(cue) - len(goal) - int(residual)
-        ids, slots, kept = list(prefix[b]), [-1] * len(prefix[b]), 0
+        answer = target[b] if target else []
+        remaining = limit - len(prefix[b]) - len(cue) - len(answer) - int(residual)
+        ids, slots = list(prefix[b]), [-1] * len(prefix[b])
         for k, fact in enumerate(chosen):
             if fact < 0:
                 continue
-            size = len(facts[fact]) + int(vectors)
-            if size > room:
+            length = len(facts[fact]) + int(vectors)
+            if length > remaining:
                 break
-            room -= size
-            kept += 1
+            remaining -= length
             if vectors:
                 ids.append(0)
                 slots.append(b * capacity + k)
@@ -42,9 +42,9 @@ def _by_hand(prefix, facts, cue, target, index, limit, vectors, residual):
         if residual:
             ids.append(0)
             slots.append(len(index) * capacity + b)
-        ids += cue + goal
-        slots += [-1] * (len(cue) + len(goal))
-        prompts.append((ids, slots, len(goal), kept))
+        ids += cue + answer
+        slots += [-1] * (len(cue) + len(answer))
+        prompts.append((ids, slots, len(answer)))
     return prompts
 
 
@@ -66,25 +66,23 @@ def _layout(index=INDEX, limit=1000, prefix=PREFIX, facts=FACTS, target=TARGET, 
     )
 
 
-def _check(prompt, wanted):
-    """A prompt against (ids, slots, supervised tokens, facts kept) of its questions."""
+def _check(prompt, expected):
+    """Compares a packed prompt with `_expected` of its questions."""
     start, rows, ids = 0, [], []
-    for place, (tokens, slots, goal, kept) in enumerate(wanted):
+    for question, (tokens, slots, num_targets) in enumerate(expected):
         end = start + len(tokens)
         assert prompt.input_ids[start:end].tolist() == tokens
         assert prompt.slot[start:end].tolist() == slots
         assert prompt.position[start:end].tolist() == list(range(len(tokens)))
-        assert (prompt.question[start:end] == place).all()
-        assert prompt.ptr[place : place + 2].tolist() == [start, end]
-        assert (
-            int(prompt.length[place]) == len(tokens) and int(prompt.num_facts_kept[place]) == kept
-        )
-        rows += list(range(end - goal - 1, end - 1)) if goal else []
-        ids += tokens[len(tokens) - goal :] if goal else []
+        assert (prompt.question[start:end] == question).all()
+        assert prompt.ptr[question : question + 2].tolist() == [start, end]
+        assert int(prompt.length[question]) == len(tokens)
+        rows += list(range(end - num_targets - 1, end - 1)) if num_targets else []
+        ids += tokens[len(tokens) - num_targets :] if num_targets else []
         start = end
-    assert prompt.input_ids.numel() == start and len(prompt.length) == len(wanted)
+    assert prompt.input_ids.numel() == start and len(prompt.length) == len(expected)
     assert prompt.target_row.tolist() == rows and prompt.target_id.tolist() == ids
-    assert prompt.longest == max((len(tokens) for tokens, *_ in wanted), default=0)
+    assert prompt.longest == max((len(tokens) for tokens, *_ in expected), default=0)
 
 
 ORDERS = [[0, 1, 2, 3], [2, 3, 0], [1], [3, 2, 1, 0], []]
@@ -94,24 +92,25 @@ ORDERS = [[0, 1, 2, 3], [2, 3, 0], [1], [3, 2, 1, 0], []]
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("with_target", [True, False])
 @pytest.mark.parametrize("limit", [1000, 24, 12, 5, 0])
-def test_equals_lists(vectors, residual, with_target, limit):
+def test_prompts_equal_those_from_lists(vectors, residual, with_target, limit):
     residual = residual and vectors
     target = TARGET if with_target else None
-    wanted = _by_hand(PREFIX, FACTS, CUE, target, INDEX, limit, vectors, residual)
+    expected = _expected(PREFIX, FACTS, CUE, target, INDEX, limit, vectors, residual)
     layout = _layout(target=target, limit=limit, vectors=vectors, residual=residual)
     lengths, supervised = layout.copy_lengths().result()
-    assert lengths == [len(tokens) for tokens, *_ in wanted]
-    assert supervised == [goal for _, _, goal, _ in wanted]
+    assert lengths == [len(tokens) for tokens, *_ in expected]
+    assert supervised == [num_targets for _, _, num_targets in expected]
     for order in ORDERS:
-        _check(layout.assemble(order, lengths, supervised), [wanted[i] for i in order])
+        _check(layout.assemble(order, lengths, supervised), [expected[i] for i in order])
 
 
-def test_the_limits_above_are_where_facts_begin_to_fall_out():
-    kept = {limit: _layout(limit=limit).num_facts_kept.tolist() for limit in (1000, 24, 12, 5)}
-    assert kept == {1000: [3, 1, 2, 0], 24: [3, 1, 2, 0], 12: [1, 1, 2, 0], 5: [0, 0, 0, 0]}
+def test_the_limits_above_cut_off_some_facts():
+    ends = {limit: _layout(limit=limit).end for limit in (1000, 24, 12, 5)}
+    facts = {limit: (end.diff(dim=1)[:, :3] > 0).sum(1).tolist() for limit, end in ends.items()}
+    assert facts == {1000: [3, 1, 2, 0], 24: [3, 1, 2, 0], 12: [1, 1, 2, 0], 5: [0, 0, 0, 0]}
 
 
-def test_random_prompts_in_several_passes():
+def test_random_prompts_in_several_microbatches():
     draw = random.Random(0)
     for _ in range(20):
         facts = [[draw.randrange(1, 99)] * draw.randrange(4) for _ in range(12)]
@@ -119,18 +118,18 @@ def test_random_prompts_in_several_passes():
         prefix = [[7] * draw.randrange(1, 6) for _ in index]
         target = [[3] * draw.randrange(4) for _ in index]
         limit = draw.randrange(5, 30)
-        wanted = _by_hand(prefix, facts, CUE, target, index, limit, True, True)
+        expected = _expected(prefix, facts, CUE, target, index, limit, True, True)
         layout = _layout(index, limit, prefix, facts, target, residual=True)
         sizes = layout.copy_lengths().result()
         order = draw.sample(range(5), 5)
-        for part in (order[:2], order[2:3], order[3:]):
-            _check(layout.assemble(part, *sizes), [wanted[i] for i in part])
+        for questions in (order[:2], order[2:3], order[3:]):
+            _check(layout.assemble(questions, *sizes), [expected[i] for i in questions])
 
 
-def test_no_facts_at_all():
+def test_a_batch_without_facts():
     layout = _layout([[-1, -1, -1]], 50, [[4]], [], [[7, 1]])
     prompt = layout.assemble([0], *layout.copy_lengths().result())
-    assert prompt.input_ids.tolist() == [4, *CUE, 7, 1] and int(prompt.num_facts_kept) == 0
+    assert prompt.input_ids.tolist() == [4, *CUE, 7, 1] and (prompt.slot == -1).all()
 
 
 def test_template_keeps_answers_in_one_list():

@@ -1,4 +1,4 @@
-"""True architectures with random weights: what they hold, and what they refuse to claim."""
+"""Published architectures with random weights: sizes, values, errors, and no claim of accuracy."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SMALL = Architecture(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Name of a small architecture of the same kinds of blocks."""
+    """Name of a small architecture with the block types of the 30B."""
     monkeypatch.setitem(ARCHITECTURES, "small", SMALL)
     return "random:small"
 
@@ -63,32 +63,32 @@ def small(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_published_architecture_has_its_published_size() -> None:
     model = meta_model(random_config(PUBLIC), torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) == 31_577_937_344
-    kinds = model.config.layers_block_type
-    assert [kinds.count(k) for k in ("linear_attention", "moe", "full_attention")] == [23, 23, 6]
-    assert [i for i, k in enumerate(kinds) if k == "full_attention"] == [5, 12, 19, 26, 33, 42]
+    types = model.config.layers_block_type
+    assert [types.count(t) for t in ("linear_attention", "moe", "full_attention")] == [23, 23, 6]
+    assert [i for i, t in enumerate(types) if t == "full_attention"] == [5, 12, 19, 26, 33, 42]
     assert model.config._experts_implementation == "grouped_mm"
     assert all(p.dtype == torch.bfloat16 and p.is_meta for p in model.parameters())
 
 
-def test_a_part_is_the_beginning_of_the_whole_and_always_the_same(small: str) -> None:
+def test_the_first_blocks_equal_those_of_the_whole_model(small: str) -> None:
     whole, again, part = (
         random_model(name, CPU, torch.float32).state_dict()
         for name in (small, small, f"{small}:layers=3")
     )
     assert len(part) < len(whole) and not any(".layers.3." in name for name in part)
-    for some in (again, part):
-        assert all(torch.equal(t, whole[n]) and torch.isfinite(t).all() for n, t in some.items())
+    for state in (again, part):
+        assert all(torch.equal(t, whole[n]) and torch.isfinite(t).all() for n, t in state.items())
 
 
-def test_the_weights_are_sane(small: str) -> None:
+def test_the_distribution_of_the_weights(small: str) -> None:
     model = random_model(small, CPU, torch.float32)
     mixer, experts = model.model.layers[0].mixer, model.model.layers[1].mixer
     assert torch.equal(mixer.A_log, torch.arange(1, 9).float().log())
     assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all()
     assert (model.model.norm_f.weight == 1).all() and (model.model.layers[0].norm.weight == 1).all()
     assert (mixer.conv1d.bias == 0).all()
-    step = F.softplus(mixer.dt_bias)
-    assert ((step > 0.9e-3) & (step < 1.1e-1)).all() and step.max() / step.min() > 2
+    dt = F.softplus(mixer.dt_bias)
+    assert ((dt > 0.9e-3) & (dt < 1.1e-1)).all() and dt.max() / dt.min() > 2
     residual = 0.02 / math.sqrt(2 * 6)
     for tensor, std in (
         (mixer.in_proj.weight, 0.02),
@@ -103,7 +103,7 @@ def test_the_weights_are_sane(small: str) -> None:
     assert not torch.equal(mixer.in_proj.weight, model.model.layers[2].mixer.in_proj.weight)
 
 
-def test_buffers_are_filled_too_and_stay_wide(small: str) -> None:
+def test_buffers_are_filled_and_stay_in_float32(small: str) -> None:
     model = random_model(small, CPU, torch.bfloat16)
     for name, buffer in model.named_buffers():
         assert not buffer.is_meta and (buffer == 0).all(), name
@@ -112,10 +112,12 @@ def test_buffers_are_filled_too_and_stay_wide(small: str) -> None:
     assert "model.layers.1.mixer.gate.e_score_correction_bias" in dict(model.named_buffers())
 
 
-def test_it_computes(small: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_logits_are_finite_and_loss_is_that_of_chance(
+    small: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING):
         generator = load_generator(GeneratorConfig(lora_rank=2), CPU, name=small)
-    assert "random weights" in caplog.text and "tokeniser" in caplog.text
+    assert "random weights" in caplog.text and "tokenizer" in caplog.text
     ids = torch.tensor([generator.tokenize(["who is it?"])[0]])
     logits = generator.model(input_ids=ids, use_cache=False).logits
     assert torch.isfinite(logits).all()
@@ -124,7 +126,7 @@ def test_it_computes(small: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("random:nemotron", "nemotron-3-nano-30b-a3b"),
         ("random:", "nemotron-3-nano-30b-a3b"),
@@ -134,8 +136,8 @@ def test_it_computes(small: str, caplog: pytest.LogCaptureFixture) -> None:
         (f"{PUBLIC}:6", "'6'"),
     ],
 )
-def test_wrong_names_say_what_exists(name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_names_are_errors(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         check_generator(GeneratorConfig(), CPU, name=name)
 
 
@@ -149,7 +151,7 @@ def test_wrong_names_say_what_exists(name: str, said: str) -> None:
         (24, torch.float64, True),
     ],
 )
-def test_experts_that_the_grouped_product_refuses_are_refused_on_a_gpu(
+def test_a_gpu_refuses_experts_that_grouped_mm_does_not_support(
     inner: int, dtype: torch.dtype, refused: bool, routed: bool
 ) -> None:
     targets = ("in_proj", "experts.up_proj") if routed else ("in_proj",)

@@ -1,4 +1,4 @@
-"""Adapters in files: loaded elsewhere, merged, and into the live ones of a resumed run."""
+"""Saved adapters: loaded in another process, merged, and copied into those of a resumed run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dragkit.checkpoint.checkpoint import load_tensors_into
 from dragkit.generator.lora.adapters import load_adapter
 from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
-# With PEFT and transformers alone, unless the adapter is on `out_proj`.
+# Loads adapters with PEFT and transformers, and with dragkit if one is on `out_proj`.
 FRESH = """
 import sys
 from pathlib import Path
@@ -38,7 +38,7 @@ for name in ("default", "routed", "out_proj"):
         except ValueError as error:
             assert "out_proj" in str(error)
         else:
-            raise AssertionError("peft takes out_proj now: load_adapter is not needed any more")
+            raise AssertionError("PEFT accepts out_proj: load_adapter is no longer needed")
         from dragkit.generator.lora.adapters import load_adapter as load
     else:
         load = PeftModel.from_pretrained
@@ -86,7 +86,7 @@ def test_saved_adapters_load_in_a_fresh_process(tmp_path):
     for name, logits in found.items():
         scale = wanted[name].abs().max()
         assert (logits - wanted[name]).abs().max() <= 1e-5 * scale, name
-        assert (logits - wanted["bare"]).abs().max() > 1e-2 * scale, "the adapter has to matter"
+        assert (logits - wanted["bare"]).abs().max() > 1e-2 * scale, "the adapter changes nothing"
 
 
 @pytest.mark.parametrize("targets", [None, (*ALL_LINEAR, *ROUTED_EXPERTS)])
@@ -103,8 +103,8 @@ def test_merged_and_saved_models_equal_the_adapted_one(targets, tmp_path):
     assert torch.equal(logits_of(again, IDS), logits_of(merged, IDS))
 
 
-def test_saved_adapters_load_into_a_bare_model_and_into_fresh_adapters(tmp_path):
-    """The second is the way a resumed run goes: the file's tensors into the live ones."""
+def test_saved_adapters_load_into_a_bare_model_and_into_new_adapters(tmp_path):
+    """A resumed run copies the tensors of the file into its new adapters."""
     from peft import get_peft_model_state_dict
 
     model = adapted((*ALL_LINEAR, *ROUTED_EXPERTS), std=0.2)

@@ -73,7 +73,6 @@ def prompts(sequences: int) -> NeuralPrompt:
         ptr=(PROMPT * torch.arange(sequences + 1)).int(),
         target_row=none,
         target_id=none,
-        num_facts_kept=none,
         longest=PROMPT,
     )
 
@@ -124,7 +123,7 @@ def test_states_have_the_bytes_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> N
             prompt.length,
             mamba_ops("dragkit"),
             ANSWER,
-            tokens=2 * PROMPT,
+            max_tokens=2 * PROMPT,
         )
     planned = memory.decode_bytes(dims, SEQUENCES, PROMPT, ANSWER, 0)
     counted = {"KeyValues": 0, "MambaState": 0}

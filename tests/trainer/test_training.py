@@ -132,7 +132,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     from dragkit.generator.bundled import tiny_generator_path
-    from dragkit.generator.load import prepare_nemotron_h
+    from dragkit.generator.nemotron_h.patches import patch_nemotron_h
     from dragkit.trainer.build import build_joint
 
     checks, check = [], JointPhase.check_gradients
@@ -147,7 +147,7 @@ def test_adapter_loads_with_peft_and_gives_equal_logits(tmp_path, monkeypatch):
     stock = AutoModelForCausalLM.from_pretrained(tiny_generator_path(), dtype=torch.float32)
     # transformers floors the time step at its initialisation's minimum, whatever the configuration
     # says; the same repair on both sides leaves the adapters as the only thing compared.
-    prepare_nemotron_h(stock)
+    patch_nemotron_h(stock)
     stock = PeftModel.from_pretrained(stock, folder / "adapter").eval()
     ids = torch.randint(8, 900, (2, 40))
     with torch.no_grad():

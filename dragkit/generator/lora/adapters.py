@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -13,9 +12,11 @@ from torch import nn
 from dragkit.config import GeneratorConfig
 from dragkit.errors import ConfigError
 from dragkit.generator.lora.coverage import coverage, coverage_table
+from dragkit.generator.nemotron_h.patches import hidden_model_type
 
 logger = logging.getLogger(__name__)
 
+# Adapters on these layers load with PEFT alone, and are few enough to train at any rank.
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_proj", "down_proj")
 
 
@@ -24,7 +25,7 @@ def _linear_names(model: nn.Module) -> set[str]:
 
 
 def _routed_names(model: nn.Module) -> set[str]:
-    """`experts.<name>` of the parameters that hold one matrix per expert."""
+    """`experts.<name>` of the parameters that stack one matrix per expert."""
     return {
         f"experts.{parameter}"
         for name, module in model.named_modules()
@@ -35,22 +36,23 @@ def _routed_names(model: nn.Module) -> set[str]:
 
 
 def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
-    """Names of what gets an adapter.
+    """Names of the layers that get an adapter.
 
-    A name is that of linear layers (`q_proj`), or of one projection of the routed experts
-    (`experts.up_proj`). Unset: the layers of `DEFAULT_LORA_TARGETS` that the model has. Adapters on
-    those load with PEFT alone, and there are few enough of them to train at any rank.
+    Args:
+        model: to adapt.
+        wanted: names of linear layers (`q_proj`) or of projections of the routed experts
+            (`experts.up_proj`). None is those of `DEFAULT_LORA_TARGETS` that the model has.
 
     Raises:
-        ConfigError: a wanted name matches nothing, with the nearest names that exist.
+        ConfigError: a wanted name matches nothing. The message has the nearest existing names.
     """
     linear, routed = sorted(_linear_names(model)), sorted(_routed_names(model))
     if wanted is None:
         chosen = [name for name in DEFAULT_LORA_TARGETS if name in linear]
         if not chosen:
             raise ConfigError(
-                f"generator.lora_targets: none of {', '.join(DEFAULT_LORA_TARGETS)} is a "
-                f"linear layer of this model; name some of its own: {', '.join(linear)}."
+                "generator.lora_targets: this model has no linear layer of the default names "
+                f"{', '.join(DEFAULT_LORA_TARGETS)}. Name some of its layers: {', '.join(linear)}."
             )
         return chosen
     present = linear + routed
@@ -64,34 +66,11 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     return list(wanted)
 
 
-@contextmanager
-def hidden_model_type(model: nn.Module) -> Iterator[None]:
-    """Lets PEFT adapt `out_proj` of a Mamba model while the block runs.
-
-    PEFT refuses by the model type alone, because transformers' fused CUDA path reads the bare
-    weight of `out_proj` and would miss its adapter. Our mixer calls the layer. The type is hidden
-    on this one configuration and comes back whatever happens.
-    """
-    config = getattr(model, "config", None)
-    kind = getattr(config, "model_type", None)
-    if kind is None:
-        yield
-        return
-    before = dict(vars(config))
-    config.model_type = f"{kind}, guard lifted"
-    try:
-        yield
-    finally:
-        del config.model_type
-        if "model_type" in before:
-            config.model_type = kind
-
-
 def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
-    """The model with adapters on its layers; nothing else of it is trained.
+    """Adds trainable adapters to a frozen model.
 
     Args:
-        model: frozen; config: rank, scale, dropout and targets.
+        model: frozen; config: rank, scale, dropout and targets of the adapters.
 
     Raises:
         ConfigError: a wanted target matches nothing.
@@ -110,29 +89,28 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
     )
     with hidden_model_type(model):
         model = get_peft_model(model, lora)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     logger.info(
         "LoRA rank %d on %s: %d parameters\n%s",
         config.lora_rank,
         ", ".join(targets),
-        count,
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
         coverage_table(coverage(model)),
     )
     return model
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """A bare model with the adapters of a folder.
+    """Adds the saved adapters of a folder to a bare model, frozen.
 
-    `peft.PeftModel.from_pretrained` does the same where no `out_proj` is adapted, and refuses a
-    Nemotron-H where one is. The library's fused CUDA path (`mamba_ssm` installed, training without
-    a cache) would not see that adapter; its other paths and dragkit's do.
+    `peft.PeftModel.from_pretrained` refuses a Nemotron-H with an adapter on `out_proj`, and does
+    the same as this function otherwise. Training such a model without a cache and with `mamba_ssm`
+    installed misses that adapter in transformers' own forward, not in ours.
 
     Args:
-        model: without adapters; folder: with `adapter_config.json`, as `save_adapters` writes it.
+        model: without adapters; folder: holds `adapter_config.json`, as `save_adapters` writes it.
 
     Returns:
-        A `PeftModel`, its adapters frozen.
+        A `PeftModel`.
     """
     from peft import PeftModel
 

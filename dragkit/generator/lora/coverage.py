@@ -1,8 +1,8 @@
-"""How much of a language model its adapters reach."""
+"""The part of a language model's products that its adapters cover."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -11,62 +11,65 @@ from dragkit.observe.flops import block_weights
 
 
 class Coverage(NamedTuple):
-    """One kind of matrix in the blocks of a model.
+    """All matrices of one name in the blocks of a model.
 
     Attributes:
-        target: its name with that of the module it stands in, such as `mixer.q_proj`.
-        modules, adapted: how many there are, and how many of them have an adapter.
+        target: name after that of the module around it, such as `mixer.q_proj`.
+        num_modules, num_adapted: matrices, and those of them with an adapter.
         trainable: parameters of these adapters.
-        share: of the products of a token with all matrices, in multiplications.
-        covered: the part of `share` that is under adapters.
+        flops: fraction of the multiplications of one token.
+        covered: fraction of the multiplications of one token that have an adapter.
     """
 
     target: str
-    modules: int
-    adapted: int
+    num_modules: int
+    num_adapted: int
     trainable: int
-    share: float
+    flops: float
     covered: float
 
 
-def coverage(model: nn.Module) -> list[Coverage]:
-    """What the adapters of a model cover, one row per kind of matrix, in the model's order.
-
-    Args:
-        model: a causal language model, with PEFT adapters or without.
-    """
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """PEFT's layers with an adapter, each with the path of its weight in the bare model."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    counts = {name: count for name, count in block_weights(base) if count is not None}
-    adapters: dict[str, int] = {}
-    for name, module in base.named_modules():
-        parts = [*name.split("."), getattr(module, "parameter_name", "base_layer")]
-        path = ".".join(part for part in parts if part != "base_layer")
+    for path, module in base.named_modules():
         if hasattr(module, "lora_A"):
-            own = (p for n, p in module.named_parameters() if n.startswith("lora_"))
-            adapters[path] = sum(p.numel() for p in own if p.requires_grad)
-    rows: dict[str, list[str]] = {}
-    for path in counts:
-        label = ".".join([part for part in path.split(".") if not part.isdigit()][-2:])
-        rows.setdefault(label, []).append(path)
-    total = sum(counts.values())
+            # PEFT calls a wrapped layer `base_layer`, and wraps stacked experts per parameter.
+            parts = [*path.split("."), getattr(module, "parameter_name", "base_layer")]
+            yield ".".join(part for part in parts if part != "base_layer"), module
+
+
+def coverage(model: nn.Module) -> list[Coverage]:
+    """Coverage of a causal language model, one row per name, in the model's order."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    flops = {name: count for name, count in block_weights(base) if count is not None}
+    trainable: dict[str, int] = {}
+    for path, module in adapted_layers(model):
+        factors = (p for n, p in module.named_parameters() if n.startswith("lora_"))
+        trainable[path] = sum(p.numel() for p in factors if p.requires_grad)
+    by_target: dict[str, list[str]] = {}
+    for path in flops:
+        target = ".".join([part for part in path.split(".") if not part.isdigit()][-2:])
+        by_target.setdefault(target, []).append(path)
+    total = sum(flops.values())
     return [
         Coverage(
-            label,
+            target,
             len(paths),
-            sum(path in adapters for path in paths),
-            sum(adapters.get(path, 0) for path in paths),
-            sum(counts[path] for path in paths) / total,
-            sum(counts[path] for path in paths if path in adapters) / total,
+            sum(path in trainable for path in paths),
+            sum(trainable.get(path, 0) for path in paths),
+            sum(flops[path] for path in paths) / total,
+            sum(flops[path] for path in paths if path in trainable) / total,
         )
-        for label, paths in rows.items()
+        for target, paths in by_target.items()
     ]
 
 
 def coverage_table(rows: Sequence[Coverage]) -> str:
-    """The rows as text, with their sums below."""
+    """The rows as text, and their sums in a last row."""
     total = Coverage("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:]))
     lines = [f"{'target':<28}{'adapted':>12}{'trainable':>16}{'FLOPs':>9}{'covered':>9}"]
-    for name, modules, adapted, trainable, share, covered in (*rows, total):
-        counts = f"{f'{adapted} of {modules}':>12}{trainable:>16,}"
-        lines.append(f"{name:<28}{counts}{share:>9.1%}{covered:>9.1%}")
+    for target, num_modules, num_adapted, trainable, flops, covered in (*rows, total):
+        counts = f"{f'{num_adapted} of {num_modules}':>12}{trainable:>16,}"
+        lines.append(f"{target:<28}{counts}{flops:>9.1%}{covered:>9.1%}")
     return "\n".join(lines)

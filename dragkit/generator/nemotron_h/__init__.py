@@ -1,4 +1,4 @@
-"""Our own forward of Nemotron-H: the library's parameters, over packs without padding."""
+"""Our forward of Nemotron-H: the parameters of transformers, over packs without padding."""
 
 from __future__ import annotations
 

@@ -1,72 +1,68 @@
-"""Causal attention over packs, without a mask of all tokens by all tokens."""
+"""Causal attention over packs, without a [T, T] mask."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from dragkit.generator.nemotron_h.pack import Pack
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older PyTorch
-    varlen_attn = None
+# Some versions of torch have to be told that keys have fewer heads than queries.
+_GQA = {}
+if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    _GQA = {"enable_gqa": True}
+# Dtypes and the largest head width that `varlen_attn` takes.
+_VARLEN_DTYPES, _VARLEN_HEAD_DIM = (torch.float16, torch.bfloat16), 256
 
-# Some versions want to be told that keys have fewer heads than queries, others see it.
-_GROUPED = {}
-if varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-    _GROUPED = {"enable_gqa": True}
-# Types and head widths of the library's kernel for ragged sequences.
-_RAGGED_TYPES, _RAGGED_WIDTH = (torch.float16, torch.bfloat16), 256
-
-# Queries of one product. Smaller blocks skip more of the upper triangle, larger ones make fewer
-# calls.
+# Queries per product on a CPU. Smaller blocks skip more of the upper triangle, and larger ones
+# make fewer calls.
 _BLOCK = 64
 
 
-class _CausalAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v below the diagonal; keeps the probabilities for the backward pass.
+class _BlockedAttention(torch.autograd.Function):
+    """softmax(scale q k^T) v below the diagonal; saves the probabilities for the backward.
 
-    Of the rows [N, L, D] only the first `live[i]` have tokens in the i-th block; the rest of a
-    result is not computed.
+    q, k and v are [N, L, D], with the longest sequences first. The first `num_rows[i]` of them have
+    tokens in the i-th block of queries, and the others are not computed there.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, live: list[int]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, num_rows: list[int]
     ) -> Tensor:
         length = query.shape[1]
         future = torch.full((_BLOCK, _BLOCK), float("-inf"), dtype=query.dtype, device=query.device)
         future.triu_(1)
-        output, kept = torch.empty_like(query), []
-        for start, n in zip(range(0, length, _BLOCK), live, strict=True):
+        output, probabilities = torch.empty_like(query), []
+        for start, n in zip(range(0, length, _BLOCK), num_rows, strict=True):
             end = min(start + _BLOCK, length)
             score = torch.bmm(query[:n, start:end] * scale, key[:n, :end].mT)
             size = end - start
+            # Only the block on the diagonal has keys after its queries.
             score[:, :, start:] += future[:size, :size]
             probability = score.softmax(-1)
             output[:n, start:end] = torch.bmm(probability, value[:n, :end])
-            kept.append(probability)
-        ctx.save_for_backward(query, key, value, *kept)
+            probabilities.append(probability)
+        ctx.save_for_backward(query, key, value, *probabilities)
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, *probabilities = ctx.saved_tensors
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
-        for index, probability in enumerate(kept):
+        for index, probability in enumerate(probabilities):
             start = index * _BLOCK
             n, end = len(probability), start + probability.shape[1]
-            above = grad[:n, start:end]
-            grad_value[:n, :end] += torch.bmm(probability.mT, above)
-            grad_score = torch.bmm(above, value[:n, :end].mT)
+            grad_block = grad[:n, start:end]
+            grad_value[:n, :end] += torch.bmm(probability.mT, grad_block)
+            grad_score = torch.bmm(grad_block, value[:n, :end].mT)
             # d softmax: p (g - sum p g)
             grad_score = torch._softmax_backward_data(grad_score, probability, -1, grad.dtype)
             grad_query[:n, start:end] = torch.bmm(grad_score, key[:n, :end]) * ctx.scale
@@ -74,7 +70,7 @@ class _CausalAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None
 
 
-def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
+def _flat_heads(x: Tensor, repeat: int = 1) -> Tensor:
     """[B, L, H, D] as contiguous [B * H * repeat, L, D]."""
     x = x.transpose(1, 2)
     if repeat > 1:
@@ -82,60 +78,27 @@ def _by_head(x: Tensor, repeat: int = 1) -> Tensor:
     return x.flatten(0, 1).contiguous()
 
 
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: Sequence[int] | None = None
-) -> Tensor:
-    """Every token attends to itself and to those before it in its row.
-
-    On a CPU in blocks of queries: its flash attention is slow at small head widths. Their number
-    would make a graph of its own for every length, so a trace takes the library's.
-
-    Args:
-        query: float [B, L, H, D]; key, value: float [B, L, G, D], each for H / G successive heads.
-        scale: of the scores.
-        lengths: of the B rows, descending, for a CPU to leave out what lies behind them; those
-            places of the result hold anything. None: all are L.
-
-    Returns:
-        float [B, L, H, D].
-    """
-    repeat = query.shape[2] // key.shape[2]
-    if query.device.type != "cpu" or torch.compiler.is_compiling():
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
-        ).transpose(1, 2)
-    count = query.shape[2]
-    starts = range(0, query.shape[1], _BLOCK)
-    whole = [query.shape[1]] * len(query) if lengths is None else lengths
-    live = [count * sum(length > start for length in whole) for start in starts]
-    heads = _CausalAttention.apply(
-        _by_head(query), _by_head(key, repeat), _by_head(value, repeat), scale, live
-    )
-    return heads.unflatten(0, (-1, count)).transpose(1, 2)
-
-
-def _takes_ragged(query: Tensor) -> bool:
-    """Whether the library's kernel for ragged sequences computes queries [T, H, D] like these."""
-    fits = query.dtype in _RAGGED_TYPES and query.shape[-1] <= _RAGGED_WIDTH
-    return varlen_attn is not None and query.is_cuda and fits
+def _takes_varlen(query: Tensor) -> bool:
+    """Whether torch's `varlen_attn` computes queries [T, H, D] like these."""
+    supported = query.dtype in _VARLEN_DTYPES and query.shape[-1] <= _VARLEN_HEAD_DIM
+    return query.is_cuda and supported
 
 
 def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float) -> Tensor:
-    """Every token attends to itself and to those before it in its sequence.
+    """Attention of every token to itself and to the earlier tokens of its sequence.
 
-    In half precision on a GPU by the library's kernel for ragged sequences. Otherwise sequences
-    are laid in rows for this product alone: attention is causal, so no token sees what follows
-    its row's end.
+    A GPU in half precision runs `varlen_attn`. Otherwise the sequences become rows of a padded
+    batch for this product only. No mask is needed there: padding follows the tokens of a row, and
+    attention is causal.
 
     Args:
         query: float [T, H, D]; key, value: float [T, G, D], each for H / G successive heads.
-        pack: of the T tokens; scale: of the scores.
+        pack: of the T tokens; scale: factor of the scores.
 
     Returns:
         float [T, H, D].
     """
-    if _takes_ragged(query):
+    if _takes_varlen(query):
         return varlen_attn(
             query,
             key,
@@ -146,40 +109,54 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
             pack.longest,
             scale=scale,
             window_size=(-1, 0),
-            **_GROUPED,
+            **_GQA,
         )
-    rows, row, lengths = pack.ptr.shape[0] - 1, pack.sequence, None
-    if query.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Long ones first: those with tokens behind some place are then the first rows.
-        descending, order = pack.ptr.diff().sort(descending=True, stable=True)
-        row, lengths = torch.argsort(order)[row], descending.tolist()
-    place = row * pack.longest + pack.position
+    # torch's CPU attention is slow at small head widths. A trace takes it nevertheless: the number
+    # of blocks would make a new graph for every length.
+    blocked = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    num_sequences, row, num_heads = pack.ptr.shape[0] - 1, pack.sequence, query.shape[1]
+    if blocked:
+        # Long sequences first: the sequences that reach a block are then the first rows.
+        lengths, order = pack.ptr.diff().sort(descending=True, stable=True)
+        row = torch.argsort(order)[row]
+    batch_index = row * pack.longest + pack.position
 
     def in_rows(x: Tensor) -> Tensor:
-        flat = x.new_zeros(rows * pack.longest, *x.shape[1:])
-        return flat.index_copy(0, place, x).unflatten(0, (rows, pack.longest))
+        flat = x.new_zeros(num_sequences * pack.longest, *x.shape[1:])
+        return flat.index_copy(0, batch_index, x).unflatten(0, (num_sequences, pack.longest))
 
-    mixed = causal_attention(in_rows(query), in_rows(key), in_rows(value), scale, lengths)
-    return mixed.flatten(0, 1).index_select(0, place)
+    query, key, value = in_rows(query), in_rows(key), in_rows(value)
+    repeat = num_heads // key.shape[2]
+    if blocked:
+        lengths = lengths.tolist()
+        starts = range(0, pack.longest, _BLOCK)
+        num_rows = [num_heads * sum(length > start for length in lengths) for start in starts]
+        query, key, value = _flat_heads(query), _flat_heads(key, repeat), _flat_heads(value, repeat)
+        heads = _BlockedAttention.apply(query, key, value, scale, num_rows)
+        heads = heads.unflatten(0, (-1, num_heads))
+    else:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        heads = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=repeat > 1
+        )
+    return heads.transpose(1, 2).flatten(0, 1).index_select(0, batch_index)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: float) -> Tensor:
-    """A few tokens of one sequence.
+def _attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+    """Attention of a few tokens of one sequence, float [R, H, D].
 
     Args:
-        query: float [R, H, D]; key, value: float [L, G, D]; scale: of the scores.
-        place: int64 [R] of the queries in it.
-
-    Returns:
-        float [R, H, D].
+        query: float [R, H, D]; key, value: float [L, G, D] of the whole sequence.
+        position: int64 [R] of the queries in the sequence; scale: factor of the scores.
     """
-    count, heads, dim = query.shape
-    groups = key.shape[1]
-    # Heads of one group stand below each other, so that keys need not be repeated.
-    shape = (groups, heads // groups, count, dim)
+    num_queries, num_heads, dim = query.shape
+    num_kv_heads = key.shape[1]
+    # Query heads that share a key head become rows of one product, so that keys are not repeated.
+    shape = (num_kv_heads, num_heads // num_kv_heads, num_queries, dim)
     query = query.unflatten(1, shape[:2]).permute(1, 2, 0, 3).flatten(1, 2)
-    future = torch.arange(len(key), device=key.device) > place[:, None]
-    bias = torch.where(future, float("-inf"), 0.0).to(query.dtype).repeat(heads // groups, 1)
+    # A query reads no key after its position.
+    future = torch.arange(len(key), device=key.device) > position[:, None]
+    bias = torch.where(future, float("-inf"), 0.0).to(query.dtype).repeat(shape[1], 1)
     score = torch.baddbmm(bias, query, key.permute(1, 2, 0), alpha=scale)
     output = score.softmax(-1) @ value.transpose(0, 1)
     return output.view(shape).permute(2, 0, 1, 3).flatten(1, 2)
@@ -188,11 +165,12 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, place: Tensor, scale: flo
 def attention_at(
     query: Tensor, key: Tensor, value: Tensor, pack: Pack, rows: Tensor, scale: float
 ) -> Tensor:
-    """`packed_attention` at some tokens alone, sequence by sequence; for a CPU.
+    """`packed_attention` at some tokens only, one sequence at a time; for a CPU.
 
     Args:
-        query: float [A, H, D] of the wanted tokens; key, value: float [T, G, D] of all.
-        pack: of the T tokens; rows: int64 [A] the wanted ones, in any order; scale: of the scores.
+        query: float [A, H, D] of the wanted tokens; key, value: float [T, G, D] of all tokens.
+        pack: of the T tokens; rows: int64 [A] wanted tokens, in any order.
+        scale: factor of the scores.
 
     Returns:
         float [A, H, D].
@@ -208,5 +186,5 @@ def attention_at(
         pack.position[rows[order]].split(counts),
         strict=True,
     )
-    mixed = [_attend(*part, scale) for part in parts if len(part[0])]
-    return torch.cat([query.new_zeros(0, *query.shape[1:]), *mixed])[torch.argsort(order)]
+    heads = [_attend(*part, scale) for part in parts if len(part[0])]
+    return torch.cat([query.new_zeros(0, *query.shape[1:]), *heads])[torch.argsort(order)]

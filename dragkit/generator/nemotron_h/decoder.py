@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +18,14 @@ from dragkit.generator.nemotron_h.experts import routed_forward
 from dragkit.generator.nemotron_h.lora import adapted_linear
 from dragkit.generator.nemotron_h.mixer import mamba_mixer
 from dragkit.generator.nemotron_h.pack import Pack
+from dragkit.generator.nemotron_h.patches import PackedForward, accept_packed_forward
 from dragkit_kernels import gated_rms_norm
 
+# Types of blocks in which a token reads other tokens.
 TOKEN_MIXING_TYPES = ("linear_attention", "full_attention")
-# Rows for which calling our norm costs more than its faster passes save.
-_FEW = 256
-# Of a block and its input [T, M], the hidden states behind it.
-Compute = Callable[[nn.Module, Tensor], Tensor]
-# `generator.activation_checkpointing` -> kinds of blocks that keep only their input and are
+# Up to this many rows, the call of our norm costs more than its faster passes save.
+_SMALL_NORM_ROWS = 256
+# `generator.activation_checkpointing` -> types of blocks that keep only their input and are
 # recomputed in the backward.
 ACTIVATION_CHECKPOINTING: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -36,10 +35,10 @@ ACTIVATION_CHECKPOINTING: dict[str, tuple[str, ...]] = {
 
 
 class TokenMixing(Protocol):
-    """How tokens of a pass see one another: what the mixers of two kinds of blocks compute.
+    """Computes the two types of mixers in which a token reads other tokens.
 
     Attributes:
-        rows: int64 [A] the tokens that a pass goes on with from here on; None is all.
+        rows: int64 [A] tokens that the block returns. None returns all.
     """
 
     rows: Tensor | None
@@ -49,28 +48,31 @@ class TokenMixing(Protocol):
     def attention(self, mixer: nn.Module, hidden: Tensor) -> Tensor: ...
 
 
+BlockFunction = Callable[[nn.Module, Tensor, TokenMixing], Tensor]
+
+
 def is_supported(config: object) -> bool:
-    """Whether the functions here compute what a model of this configuration does."""
+    """Whether this package computes what a model of the configuration computes."""
     if getattr(config, "model_type", None) != "nemotron_h":
         return False
     return not getattr(config, "attention_dropout", 0.0) and config.mamba_hidden_act == "silu"
 
 
 def rms_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    """What a module of the library normalises, float [T, M]."""
-    if not torch.is_grad_enabled() and hidden.shape[0] <= _FEW:
+    """Applies a `NemotronHRMSNorm` to hidden states, float [T, M]."""
+    if not torch.is_grad_enabled() and hidden.shape[0] <= _SMALL_NORM_ROWS:
         return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
     return gated_rms_norm(hidden, None, norm.weight, groups=1, eps=norm.variance_epsilon)
 
 
 def project(mixer: nn.Module, names: str, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Some of query, key and value ("qkv"), each [..., its heads, D]."""
+    """Query, key and value, or those of them in `names` ("qkv"), each [..., its heads, D]."""
     projected = adapted_linear(hidden, [getattr(mixer, f"{name}_proj") for name in names])
     return tuple(x.unflatten(-1, (-1, mixer.head_dim)) for x in projected)
 
 
 def merge_heads(mixer: nn.Module, heads: Tensor) -> Tensor:
-    """The output of attention, float [T, M], from that of its heads, float [T, H, D]."""
+    """Output projection of attention: float [T, M] from the heads, float [T, H, D]."""
     return adapted_linear(heads.flatten(-2), [mixer.o_proj])[0]
 
 
@@ -80,57 +82,48 @@ def _feed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _mix(
-    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: TokenMixing
+    norm: nn.Module, mixer: nn.Module, block_type: str, hidden: Tensor, mixing: TokenMixing
 ) -> Tensor:
     normed = rms_norm(norm, hidden)
-    if kind == "linear_attention":
+    if block_type == "linear_attention":
         return mixing.mamba(mixer, normed)
-    if kind == "full_attention":
+    if block_type == "full_attention":
         return mixing.attention(mixer, normed)
-    if kind == "mlp":
+    if block_type == "mlp":
         return _feed_forward(mixer, normed)
     return routed_forward(mixer, normed) + _feed_forward(mixer.shared_experts, normed)
 
 
 def residual_block(
-    norm: nn.Module, mixer: nn.Module, kind: str, hidden: Tensor, mixing: TokenMixing
+    norm: nn.Module, mixer: nn.Module, block_type: str, hidden: Tensor, mixing: TokenMixing
 ) -> Tensor:
-    """Hidden states behind a block of a kind, given by its two parts; see `block_forward`."""
-    kept = hidden if mixing.rows is None else hidden[mixing.rows]
-    return kept + _mix(norm, mixer, kind, hidden, mixing)
+    """`block_forward` of a block that is given by its norm, its mixer and its type."""
+    residual = hidden if mixing.rows is None else hidden[mixing.rows]
+    return residual + _mix(norm, mixer, block_type, hidden, mixing)
 
 
 def block_forward(block: nn.Module, hidden: Tensor, mixing: TokenMixing) -> Tensor:
-    """Hidden states behind a block, float [T, M], or [A, M] where `mixing` wants rows alone."""
+    """Hidden states after a block: float [T, M], or [A, M] where `mixing.rows` is set."""
     return residual_block(block.norm, block.mixer, block.block_type, hidden, mixing)
 
 
-def _forward(
-    self: nn.Module, hidden_states: Tensor, compute: Compute | None = None, **kwargs: Any
-) -> Tensor:
-    if compute is None:
-        return type(self).forward(self, hidden_states, **kwargs)
-    return compute(self, hidden_states)
-
-
 def run_block(
-    block: nn.Module, hidden: Tensor, compute: Compute, recompute: Container[str] = ()
+    block: nn.Module,
+    hidden: Tensor,
+    packed_forward: PackedForward,
+    checkpointed: Container[str] = (),
 ) -> Tensor:
-    """Hidden states behind a block, by a call of the block itself.
-
-    What hangs on a module's call, such as the hooks of a sharded one, thus works for our forward as
-    for the library's, which a call without `compute` still runs.
+    """Calls a block as a module, so that its hooks run around our forward.
 
     Args:
-        block: of a `NemotronHModel`; hidden: float [T, M].
-        compute: what to do in it; recompute: kinds of blocks that keep `hidden` alone for their
-            backward pass.
+        block: of a `NemotronHModel`; hidden: float [T, M]; packed_forward: what the call runs.
+        checkpointed: types of blocks that are recomputed in the backward.
     """
-    if "forward" not in vars(block):
-        block.forward = types.MethodType(_forward, block)
-    if block.block_type not in recompute or not torch.is_grad_enabled():
-        return block(hidden, compute=compute)
-    return checkpoint(block, hidden, compute=compute, use_reentrant=False)
+    accept_packed_forward(block)
+    if block.block_type not in checkpointed or not torch.is_grad_enabled():
+        return block(hidden, packed_forward=packed_forward)
+    # The reentrant form gives adapters no gradient where `hidden` has none.
+    return checkpoint(block, hidden, packed_forward=packed_forward, use_reentrant=False)
 
 
 def run_blocks(
@@ -138,35 +131,32 @@ def run_blocks(
     embeds: Tensor,
     rows: Tensor,
     mixing: PackedMixing,
-    recompute: Container[str] = (),
-    block_fn: Callable[[nn.Module, Tensor, TokenMixing], Tensor] = block_forward,
+    checkpointed: Container[str] = (),
+    block_fn: BlockFunction = block_forward,
 ) -> Tensor:
-    """Last hidden states at some tokens; nothing is computed that they do not depend on.
+    """`hidden_at_rows` with a given token mixing.
 
-    From the last block on in which tokens see one another, only the wanted ones are computed.
-
-    Args:
-        model, embeds, rows, recompute, behind: see `hidden_at_rows`; mixing: of all its blocks.
-
-    Returns:
-        float [A, M].
+    After the last block in which tokens read one another, only the wanted rows are computed.
     """
-    kinds = [block.block_type for block in model.layers]
-    last = max((i for i, kind in enumerate(kinds) if kind in TOKEN_MIXING_TYPES), default=-1)
+    block_types = [block.block_type for block in model.layers]
+    last = max((i for i, t in enumerate(block_types) if t in TOKEN_MIXING_TYPES), default=-1)
     hidden = embeds if last >= 0 else embeds[rows]
     for index, block in enumerate(model.layers):
-        # Finding out which sequence wants which rows would stop a GPU, which is fast at all rows.
-        few = index == last and kinds[index] == "full_attention" and hidden.device.type == "cpu"
-        seen = replace(mixing, rows=rows) if few else mixing
-        hidden = run_block(block, hidden, partial(block_fn, mixing=seen), recompute)
-        if index == last and not few:
+        # On a GPU, finding the sequences of the rows would make the host wait.
+        at_rows = (
+            index == last and block_types[index] == "full_attention" and hidden.device.type == "cpu"
+        )
+        block_mixing = replace(mixing, rows=rows) if at_rows else mixing
+        hidden = run_block(block, hidden, partial(block_fn, mixing=block_mixing), checkpointed)
+        # From here on, tokens do not read one another.
+        if index == last and not at_rows:
             hidden = hidden[rows]
     return rms_norm(model.norm_f, hidden)
 
 
 @dataclass(frozen=True)
 class PackedMixing:
-    """Tokens see the earlier ones of their sequence; a pass goes on with `rows` alone."""
+    """A token reads itself and the earlier tokens of its sequence; see `TokenMixing`."""
 
     pack: Pack
     ops: MambaOps
@@ -179,6 +169,7 @@ class PackedMixing:
         if self.rows is None:
             query, key, value = project(mixer, "qkv", hidden)
         else:
+            # The wanted tokens read keys and values of all tokens.
             key, value = project(mixer, "kv", hidden)
             (query,) = project(mixer, "q", hidden[self.rows])
         return merge_heads(mixer, self.attend(query, key, value, mixer.scaling))
@@ -195,19 +186,20 @@ def hidden_at_rows(
     pack: Pack,
     rows: Tensor,
     ops: MambaOps,
-    recompute: Container[str] = (),
-    block_fn: Callable[[nn.Module, Tensor, TokenMixing], Tensor] = block_forward,
+    checkpointed: Container[str] = (),
+    block_fn: BlockFunction = block_forward,
 ) -> Tensor:
-    """Last hidden states at some tokens, with gradients.
+    """Last hidden states at some tokens, differentiable.
 
     Args:
         model: a `NemotronHModel`, with adapters or without.
-        embeds: float [T, M]; pack: of the tokens.
-        rows: int64 [A] wanted tokens; ops: of the Mamba-2 layers.
-        recompute: kinds of blocks that the backward recomputes, of `ACTIVATION_CHECKPOINTING`.
-        behind: `block_forward` or its compiled form.
+        embeds: float [T, M]; pack: of these tokens; rows: int64 [A] wanted tokens.
+        ops: convolution and scan of the Mamba-2 blocks.
+        checkpointed: types of blocks that are recomputed in the backward, a value of
+            `ACTIVATION_CHECKPOINTING`.
+        block_fn: `block_forward`, or its compiled form (`CompiledBlocks`).
 
     Returns:
         float [A, M].
     """
-    return run_blocks(model, embeds, rows, PackedMixing(pack, ops), recompute, block_fn)
+    return run_blocks(model, embeds, rows, PackedMixing(pack, ops), checkpointed, block_fn)

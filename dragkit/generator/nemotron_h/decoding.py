@@ -1,4 +1,4 @@
-"""Decoding with a Nemotron-H: prefill over a pack, then one token of every sequence at a time."""
+"""Decoding with a Nemotron-H: prefill over a pack, then one token of every sequence per step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ from dragkit.generator.nemotron_h.pack import Pack, make_pack, split_by_tokens
 
 
 class KeyValues(NamedTuple):
-    """Keys and values of B sequences: float [B, G, S, D] each, and int64 [B] tokens in use."""
+    """Key-value cache of one block.
+
+    Attributes:
+        key, value: float [B, G, S, D], with room for S tokens in each of B sequences.
+        length: int64 [B] tokens in use.
+    """
 
     key: Tensor
     value: Tensor
@@ -38,55 +43,56 @@ State = MambaState | KeyValues
 
 @dataclass(frozen=True, kw_only=True)
 class PrefillMixing(PackedMixing):
-    """As there; what blocks need to know of the tokens later is added to `states`.
+    """`PackedMixing` that also appends the state of every block to `states`.
 
     Attributes:
-        last: int64 [B] last token of every sequence; length: int64 [B] their tokens.
-        place: int64 [T] of the tokens in B rows of `width`.
+        last: int64 [B] last token of every sequence; length: int64 [B] tokens of every sequence.
+        cache_row: int64 [T] row of each token in a cache of B times `cache_len` rows.
     """
 
     last: Tensor
     length: Tensor
-    place: Tensor
-    width: int
+    cache_row: Tensor
+    cache_len: int
     states: list[State]
 
     def mamba(self, mixer: nn.Module, hidden: Tensor) -> Tensor:
-        change, state = mamba_mixer(mixer, hidden, self.pack, self.ops, self.last)
+        output, state = mamba_mixer(mixer, hidden, self.pack, self.ops, self.last)
         self.states.append(state)
-        return change
+        return output
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.states.append(KeyValues(self._kept(key), self._kept(value), self.length.clone()))
+        # Each block advances its own length, so each gets a copy.
+        self.states.append(KeyValues(self._cache(key), self._cache(value), self.length.clone()))
         return super().attend(query, key, value, scale)
 
-    def _kept(self, x: Tensor) -> Tensor:
+    def _cache(self, x: Tensor) -> Tensor:
         rows = len(self.length)
-        flat = x.new_zeros(rows * self.width, *x.shape[1:])
-        flat = flat.index_copy_(0, self.place, x).unflatten(0, (rows, -1))
+        flat = x.new_zeros(rows * self.cache_len, *x.shape[1:])
+        flat = flat.index_copy_(0, self.cache_row, x).unflatten(0, (rows, -1))
         return flat.transpose(1, 2).contiguous()
 
 
 def prefill(
     model: nn.Module, embeds: Tensor, pack: Pack, ops: MambaOps, max_new_tokens: int
 ) -> tuple[Tensor, list[State]]:
-    """Hidden states at the last tokens, and what the blocks remember of all.
+    """Hidden states at the last tokens, and the states to continue from.
 
     Args:
-        model, embeds, pack, ops: see `hidden_at_rows`; every sequence has a token.
-        room: tokens that will follow in each sequence.
+        model, embeds, pack, ops: see `hidden_at_rows`; every sequence has at least one token.
+        max_new_tokens: tokens for which the key-value caches have room.
 
     Returns:
-        float [B, M], and a state per block in which tokens see one another, in order.
+        float [B, M], and one state per block of `TOKEN_MIXING_TYPES`, in the model's order.
     """
-    width = pack.longest + max_new_tokens
+    cache_len = pack.longest + max_new_tokens
     mixing = PrefillMixing(
         pack,
         ops,
         last=pack.ptr[1:].long() - 1,
         length=pack.ptr.diff().long(),
-        place=pack.sequence * width + pack.position,
-        width=width,
+        cache_row=pack.sequence * cache_len + pack.position,
+        cache_len=cache_len,
         states=[],
     )
     return run_blocks(model, embeds, mixing.last, mixing), mixing.states
@@ -99,49 +105,52 @@ def prefill_in_microbatches(
     ops: MambaOps,
     max_new_tokens: int,
     *,
-    tokens: int | None,
+    max_tokens: int | None,
     all_reduce_max: Callable[[int], int] | None = None,
 ) -> tuple[Tensor, list[State]]:
-    """As `prefill`, some sequences at a time; waits for the device once, for their lengths.
+    """`prefill` in micro-batches; the host waits once, for the lengths.
 
     Args:
-        model, embeds, ops, room: as there; length: int64 [B] tokens of the sequences.
-        tokens: of a pass, at most; None is no limit.
-        most: of a number on each of the ranks that gather weights together, the largest: all must
-            make equally many passes.
+        model, embeds, ops, max_new_tokens: see `prefill`.
+        length: int64 [B] tokens of every sequence.
+        max_tokens: tokens of a micro-batch. None puts all sequences into one.
+        all_reduce_max: largest value over the ranks that gather weights together. All of them
+            run as many passes as the rank with the most micro-batches.
     """
     lengths = length.tolist()
-    sizes = split_by_tokens(lengths, tokens, len(lengths))
-    passes = len(sizes) if all_reduce_max is None else all_reduce_max(len(sizes))
-    hidden, states, begin = [], [], 0
-    for some in length.split(sizes):
-        total = sum(lengths[begin : begin + len(some)])
+    sizes = split_by_tokens(lengths, max_tokens, len(lengths))
+    num_passes = len(sizes) if all_reduce_max is None else all_reduce_max(len(sizes))
+    hidden, states, start = [], [], 0
+    for part in length.split(sizes):
+        total = sum(lengths[start : start + len(part)])
         rows, embeds = embeds.tensor_split([total])
-        # One longest length for all, so that their states can stand side by side.
-        pack = make_pack(some, total, max(lengths))
-        last, remembered = prefill(model, rows, pack, ops, max_new_tokens)
-        hidden.append(last)
-        states.append(remembered)
-        begin += len(some)
-    for _ in range(passes - len(sizes)):
-        prefill(model, rows, pack, ops, max_new_tokens)  # for the other ranks alone
-    return torch.cat(hidden), _side_by_side(states)
+        # All micro-batches take the same longest length, so that their caches concatenate.
+        pack = make_pack(part, total, max(lengths))
+        part_hidden, part_states = prefill(model, rows, pack, ops, max_new_tokens)
+        hidden.append(part_hidden)
+        states.append(part_states)
+        start += len(part)
+    # The other ranks still gather weights, and this rank has to take part.
+    for _ in range(num_passes - len(sizes)):
+        prefill(model, rows, pack, ops, max_new_tokens)
+    return torch.cat(hidden), _concatenate(states)
 
 
-def _side_by_side(passes: list[list[State]]) -> list[State]:
-    """States of all sequences, block by block; `passes` give theirs up, lest all be there twice."""
-    if len(passes) == 1:
-        return passes[0]
-    joined_states = []
-    while passes[0]:
-        parts = [states.pop(0) for states in passes]
-        joined_states.append(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))))
-    return joined_states
+def _concatenate(microbatches: list[list[State]]) -> list[State]:
+    """States of all sequences, block by block; empties the lists of `microbatches`."""
+    if len(microbatches) == 1:
+        return microbatches[0]
+    states = []
+    while microbatches[0]:
+        # Popping frees the parts of a block before the next block is concatenated.
+        parts = [part.pop(0) for part in microbatches]
+        states.append(type(parts[0])(*map(torch.cat, zip(*parts, strict=True))))
+    return states
 
 
 @dataclass(frozen=True)
 class DecodeMixing:
-    """One token of every sequence sees what is remembered of the others."""
+    """One token of every sequence reads the state of a block; see `TokenMixing`."""
 
     state: State | None
     rows: None = None
@@ -150,37 +159,36 @@ class DecodeMixing:
         return mamba_step(mixer, hidden, self.state)
 
     def attention(self, mixer: nn.Module, hidden: Tensor) -> Tensor:
-        return _attention_step(mixer, hidden, self.state)
-
-
-def _attention_step(mixer: nn.Module, hidden: Tensor, state: KeyValues) -> Tensor:
-    query, key, value = project(mixer, "qkv", hidden)
-    row = torch.arange(len(hidden), device=hidden.device)
-    state.key[row, :, state.length] = key
-    state.value[row, :, state.length] = value
-    state.length.add_(1)
-    slot = torch.arange(state.key.shape[2], device=hidden.device)
-    unseen = (slot >= state.length[:, None])[:, None, None]
-    # Written out: one query a head leaves nothing to the library's kernels.
-    query = query.unflatten(1, (key.shape[1], -1)) * mixer.scaling
-    score = (query @ state.key.mT).masked_fill_(unseen, float("-inf"))
-    wide = torch.promote_types(score.dtype, torch.float32)
-    heads = score.softmax(-1, dtype=wide).to(query.dtype) @ state.value
-    return merge_heads(mixer, heads.flatten(1, 2))
+        cache = self.state
+        query, key, value = project(mixer, "qkv", hidden)
+        row = torch.arange(len(hidden), device=hidden.device)
+        cache.key[row, :, cache.length] = key
+        cache.value[row, :, cache.length] = value
+        cache.length.add_(1)
+        column = torch.arange(cache.key.shape[2], device=hidden.device)
+        # The rest of the cache is zeros, which a softmax would count.
+        unused = (column >= cache.length[:, None])[:, None, None]
+        # Plain products: with one query per head, a fused kernel has nothing to save.
+        query = query.unflatten(1, (key.shape[1], -1)) * mixer.scaling
+        score = (query @ cache.key.mT).masked_fill_(unused, float("-inf"))
+        # As the fused kernels do, the softmax runs in float32.
+        wide = torch.promote_types(score.dtype, torch.float32)
+        heads = score.softmax(-1, dtype=wide).to(query.dtype) @ cache.value
+        return merge_heads(mixer, heads.flatten(1, 2))
 
 
 def decode_step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
-    """Hidden states of one more token of every sequence; the states move on in place.
+    """Hidden states of the next token of every sequence; updates the states in place.
 
     Args:
-        model: as above; embeds: float [B, M]; states: of `prefill`.
+        model: a `NemotronHModel`; embeds: float [B, M]; states: of `prefill`.
 
     Returns:
         float [B, M].
     """
-    remembered = iter(states)
+    remaining = iter(states)
     hidden = embeds
     for block in model.layers:
-        state = next(remembered) if block.block_type in TOKEN_MIXING_TYPES else None
+        state = next(remaining) if block.block_type in TOKEN_MIXING_TYPES else None
         hidden = run_block(block, hidden, partial(block_forward, mixing=DecodeMixing(state)))
     return rms_norm(model.norm_f, hidden)

@@ -1,8 +1,7 @@
-"""Routed experts, with LoRA or without: products over groups of rows, never a loop over experts.
+"""Routed experts, with LoRA or without, as products over groups of rows.
 
-The rows of a forward are sorted by expert once. Under LoRA every token meets its experts' low-rank
-factors, x W^T + s (x A^T) B^T over the groups, where PEFT adapts the stacked weights of all experts
-before each forward.
+A forward sorts its rows by expert once. Under LoRA it computes x W^T + s (x A^T) B^T over the
+groups, whereas PEFT's forward adds s B A to the weights of all experts.
 """
 
 from __future__ import annotations
@@ -18,26 +17,26 @@ from dragkit.generator.nemotron_h.grouped import ALIGNMENT, grouped_linear, grou
 _PROJECTIONS = ("up_proj", "down_proj")
 
 
-class _Factors(NamedTuple):
-    """Adapter of one projection: A float [E, R, I], B float [E, O, R] and its scale."""
+class LoraFactors(NamedTuple):
+    """Adapters of one projection: A, float [E, R, I], B, float [E, O, R], and their scale."""
 
-    down: Tensor
-    up: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
     scale: float
 
 
 class _TakeRows(torch.autograd.Function):
     """y[i] = x[index[i] // copies], where `index` is a permutation.
 
-    The gradient is gathered by the inverse permutation and summed over the copies of a row, so its
-    order is fixed; that of an indexed read is a sum by atomics on a GPU.
+    The backward gathers by the inverse permutation and sums the copies of a row in a fixed order.
+    The backward of an indexed read would sum with atomics on a GPU, in any order.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor, copies: int) -> Tensor:
         ctx.save_for_backward(inverse)
         ctx.copies = copies
-        # Faster than x[index] on a CPU.
+        # `index_select` is faster than x[index] on a CPU.
         return x.index_select(0, index // copies if copies > 1 else index)
 
     @staticmethod
@@ -49,16 +48,15 @@ class _TakeRows(torch.autograd.Function):
         return rows, None, None, None
 
 
-def _adapted(x: Tensor, weight: Tensor, factors: _Factors | None, ends: Tensor) -> Tensor:
+def _lora_linear(x: Tensor, weight: Tensor, factors: LoraFactors | None, ends: Tensor) -> Tensor:
     y = grouped_linear(x, weight, ends)
     if factors is None:
         return y
-    down, up = factors.down.to(x.dtype), factors.up.to(x.dtype).contiguous()
-    # A rank that fills no whole 16 bytes: zeros beside it change no product.
-    step = ALIGNMENT // x.dtype.itemsize
-    if missing := -down.shape[1] % step:
-        down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-    return y.add_(grouped_linear(grouped_linear(x, down, ends) * factors.scale, up, ends))
+    lora_a, lora_b = factors.lora_a.to(x.dtype), factors.lora_b.to(x.dtype).contiguous()
+    # Zeros raise the rank to a width that `F.grouped_mm` takes, and change no product.
+    if missing := -lora_a.shape[1] % (ALIGNMENT // x.dtype.itemsize):
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
+    return y.add_(grouped_linear(grouped_linear(x, lora_a, ends) * factors.scale, lora_b, ends))
 
 
 def routed_experts(
@@ -66,46 +64,51 @@ def routed_experts(
     index: Tensor,
     weights: Tensor,
     experts: nn.Module,
-    factors: dict[str, _Factors],
+    factors: dict[str, LoraFactors],
 ) -> Tensor:
-    """sum_k w_k down(act(up(x))) over the experts of every token, adapters included.
+    """sum_k w_k down(act(up(x))) over the K experts of every token, adapters included.
 
     Args:
         x: float [T, M]; index: int64 [T, K] experts of each token; weights: float [T, K].
-        experts: a `NemotronHExperts`; factors: adapters of its projections, by name.
+        experts: a `NemotronHExperts`; factors: adapters by the name of their projection.
 
     Returns:
-        float [T, M], of the type of `x`; sums over K have the type of `weights` if that is wider.
+        [T, M] with the dtype of `x`. Sums over K have the dtype of `weights` if that is wider.
     """
-    tokens, copies = index.shape
-    if tokens == 0:
+    num_tokens, copies = index.shape
+    if num_tokens == 0:
         return x
-    flat = index.reshape(-1)
-    order = torch.argsort(flat, stable=True)
+    expert = index.reshape(-1)
+    # A stable sort keeps the order of tokens, so that every run sums in the same order.
+    order = torch.argsort(expert, stable=True)
     inverse = torch.argsort(order)
-    number = torch.arange(len(experts.up_proj), device=flat.device)
-    ends = torch.searchsorted(flat[order], number, right=True).int()
+    expert_ids = torch.arange(len(experts.up_proj), device=expert.device)
+    ends = torch.searchsorted(expert[order], expert_ids, right=True).int()
     rows = _TakeRows.apply(x.to(experts.up_proj.dtype), order, inverse, copies)
-    up = _adapted(rows, experts.up_proj, factors.get("up_proj"), ends)
-    down = _adapted(experts.act_fn(up), experts.down_proj, factors.get("down_proj"), ends)
-    back = _TakeRows.apply(down, inverse, order, 1).view(tokens, copies, -1)
-    return (back * weights[..., None]).sum(1).to(x.dtype)
+    up = _lora_linear(rows, experts.up_proj, factors.get("up_proj"), ends)
+    down = _lora_linear(experts.act_fn(up), experts.down_proj, factors.get("down_proj"), ends)
+    per_token = _TakeRows.apply(down, inverse, order, 1).view(num_tokens, copies, -1)
+    return (per_token * weights[..., None]).sum(1).to(x.dtype)
 
 
-def _factors(wrapper: nn.Module, name: str) -> _Factors:
-    """The adapter of a PEFT `ParamWrapper`, whose linear layers hold all experts side by side."""
-    down, up = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
-    number = wrapper.num_experts
-    return _Factors(
-        down.view(number, -1, down.shape[1]),
-        up.view(up.shape[0], -1, number).permute(2, 0, 1),
+def _factors(wrapper: nn.Module, name: str) -> LoraFactors:
+    """Factors of a PEFT `ParamWrapper`, whose two linear layers hold all experts side by side."""
+    lora_a, lora_b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
+    num_experts = wrapper.num_experts
+    # PEFT lays A out as [E * R, I], and B as [O, R * E] with the expert as the fastest index.
+    return LoraFactors(
+        lora_a.view(num_experts, -1, lora_a.shape[1]),
+        lora_b.view(lora_b.shape[0], -1, num_experts).permute(2, 0, 1),
         wrapper.scaling[name],
     )
 
 
-def unwrap_lora_experts(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors]] | None:
-    """The experts and their adapters; None where PEFT's own forward has to run."""
-    factors, module = {}, outer
+def unwrap_lora_experts(wrapper: nn.Module) -> tuple[nn.Module, dict[str, LoraFactors]] | None:
+    """The experts inside PEFT's wrappers, and their adapters; None where PEFT's forward must run.
+
+    That is where adapters are disabled, merged, or several, and under expert parallelism.
+    """
+    factors, module = {}, wrapper
     while hasattr(module, "parameter_name"):
         active = module.active_adapters
         if module.disable_adapters or module.merged or len(active) != 1:
@@ -120,7 +123,7 @@ def unwrap_lora_experts(outer: nn.Module) -> tuple[nn.Module, dict[str, _Factors
 
 
 def routed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
-    """What the routed experts of a `NemotronHMoE` add, without its shared ones.
+    """Output of the routed experts of a `NemotronHMoE`, without its shared experts.
 
     Args:
         mixer: with adapters or without; hidden: float [T, M].
@@ -130,16 +133,15 @@ def routed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """
     _, weights, index = mixer.gate(hidden)
     latent = mixer.fc1_latent_proj(hidden)
-    plan = unwrap_lora_experts(mixer.experts)
-    if plan is None:
+    unwrapped = unwrap_lora_experts(mixer.experts)
+    if unwrapped is None:
         return mixer.fc2_latent_proj(mixer.experts(latent, index, weights))
-    return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *plan))
+    return mixer.fc2_latent_proj(routed_experts(latent, index, weights, *unwrapped))
 
 
 def uses_grouped_mm(mixer: nn.Module) -> bool:
-    """Whether the routed experts of a `NemotronHMoE` compute by the library's grouped product."""
-    plan = unwrap_lora_experts(mixer.experts)
-    if plan is None:
+    """Whether the routed experts of a `NemotronHMoE` run by `F.grouped_mm`."""
+    unwrapped = unwrap_lora_experts(mixer.experts)
+    if unwrapped is None:
         return False
-    stacks = [getattr(plan[0], name) for name in _PROJECTIONS]
-    return all(grouped_mm_supports(weight) for weight in stacks)
+    return all(grouped_mm_supports(getattr(unwrapped[0], name)) for name in _PROJECTIONS)

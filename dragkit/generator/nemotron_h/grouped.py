@@ -1,4 +1,4 @@
-"""Products of rows by the matrix of their group, as operators that a graph holds whole."""
+"""Linear layers over groups of rows, one weight per group, also as ops that a graph can hold."""
 
 from __future__ import annotations
 
@@ -8,66 +8,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Rows of the operands of a grouped product begin at multiples of this many bytes.
+# `F.grouped_mm` wants the rows of its operands to begin at multiples of this many bytes.
 ALIGNMENT = 16
-_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def grouped_mm_supports(weight: Tensor) -> bool:
-    """Whether the library's grouped product takes weight [E, O, I] and rows of its type."""
-    if not hasattr(F, "grouped_mm") or weight.dtype not in _TYPES:
+    """Whether `F.grouped_mm` takes weight [E, O, I] and rows of its dtype."""
+    if weight.dtype not in _DTYPES:
         return False
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
     if any(width * weight.dtype.itemsize % ALIGNMENT for width in weight.shape[1:]):
         return False
-    # Weights mapped from a file may begin anywhere.
+    # A weight that is memory-mapped from a file may begin anywhere.
     return weight.data_ptr() % ALIGNMENT == 0
 
 
-def _groups(ends: Tensor) -> list[int]:
-    begins = [0, *ends.tolist()]
-    return [end - begin for begin, end in zip(begins, begins[1:], strict=False)]
+def _group_sizes(ends: Tensor) -> list[int]:
+    return ends.diff(prepend=ends.new_zeros(1)).tolist()
 
 
-def _product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if grouped_mm_supports(weight):
         return F.grouped_mm(x, weight.mT, offs=ends)
-    pairs = zip(x.split(_groups(ends)), weight.unbind(0), strict=True)
+    pairs = zip(x.split(_group_sizes(ends)), weight.unbind(0), strict=True)
     return torch.cat([rows @ matrix.mT for rows, matrix in pairs])
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+def _weight_grad(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if grouped_mm_supports(weight):
         return F.grouped_mm(grad.mT, x, offs=ends)
-    sizes = _groups(ends)
+    sizes = _group_sizes(ends)
     return torch.stack(
         [g.mT @ rows for g, rows in zip(grad.split(sizes), x.split(sizes), strict=True)]
     )
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows of group e by weight[e]^T.
+    """Multiplies the rows of group e by weight[e]^T.
 
-    By the library where it takes them, else group by group, which makes a GPU wait. A trace holds
-    one operator: it knows nothing of what decides between the two, and the library's own is traced
-    in bfloat16 alone and may be handed operands laid out as it does not take them.
+    Runs `F.grouped_mm` where it takes the weight. Otherwise the groups run one by one, and the host
+    waits for their sizes. A trace records one op of ours: it cannot decide between the two, and
+    `F.grouped_mm` itself can be traced in bfloat16 only.
 
     Args:
-        x: float [S, I], sorted by group; weight: float [E, O, I]; ends: int32 [E], where the groups
-            end.
+        x: float [S, I], sorted by group; weight: float [E, O, I].
+        ends: int32 [E] group e ends before row ends[e].
 
     Returns:
         float [S, O].
     """
     if torch.compiler.is_compiling():
         return torch.ops.dragkit.grouped_linear(x, weight, ends)
-    return _product(x, weight, ends)
+    return _linear(x, weight, ends)
 
 
 @torch.library.custom_op("dragkit::grouped_linear", mutates_args=())
 def _op(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _product(x, weight, ends).contiguous()
+    return _linear(x, weight, ends).contiguous()
 
 
 @_op.register_fake
@@ -76,23 +75,24 @@ def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("dragkit::grouped_linear_weight_grad", mutates_args=())
-def _gradient_op(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    return _weight_gradient(grad, x, weight, ends).contiguous()
+def _weight_grad_op(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return _weight_grad(grad, x, weight, ends).contiguous()
 
 
-@_gradient_op.register_fake
+@_weight_grad_op.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    # A trace drops what its backward pass does not read, such as the rows of a frozen stack.
+    # A trace drops what its backward does not read, such as x where the weight is frozen.
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, ends = ctx.saved_tensors
     grad_x = grad_weight = None
+    # The gradient of a sum arrives expanded, with strides of 0.
     grad = grad.contiguous()
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.dragkit.grouped_linear(grad, weight.mT, ends)

@@ -1,4 +1,4 @@
-"""The Mamba-2 mixer of Nemotron-H over packs, for training, and one token at a time."""
+"""The Mamba-2 mixer of Nemotron-H: over a pack, and for one token of every sequence."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ from dragkit_kernels import causal_conv_state, gated_rms_norm, ssd_state
 
 
 class MambaState(NamedTuple):
-    """What a mixer remembers of B sequences.
+    """State of one mixer for B sequences.
 
     Attributes:
-        conv: float [B, C, W] the last W inputs of the convolution, oldest first.
-        scan: float32 [B, H, P, N] the state.
+        conv: float [B, C, W] last W inputs of the convolution, oldest first.
+        scan: float32 [B, H, P, N] state of the scan.
     """
 
     conv: Tensor
     scan: Tensor
 
 
-class _Inputs(NamedTuple):
-    """Inputs of the scan, as `dragkit_kernels.ssd_scan` names them."""
+class _ScanInputs(NamedTuple):
+    """Arguments of `dragkit_kernels.ssd_scan` before the positions."""
 
     x: Tensor
     dt: Tensor
-    rate: Tensor
-    into: Tensor
-    out_of: Tensor
-    skip: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor
 
 
 def _project(mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
-    """Gate [T, H*P], what the convolution reads [T, C], and raw step sizes [T, H]."""
+    """Gate [T, H*P], input of the convolution [T, C], and dt before its softplus [T, H]."""
     sizes = [mixer.intermediate_size, mixer.conv_dim, mixer.num_heads]
     return adapted_linear(hidden, [mixer.in_proj], sizes)
 
 
-def _inputs(mixer: nn.Module, mixed: Tensor, dt: Tensor) -> _Inputs:
-    kind = torch.promote_types(mixed.dtype, torch.float32)
+def _scan_inputs(mixer: nn.Module, convolved: Tensor, dt: Tensor) -> _ScanInputs:
+    # exp(dt A) multiplies up over a sequence, so dt and A are at least float32.
+    wide = torch.promote_types(convolved.dtype, torch.float32)
     states = mixer.n_groups * mixer.ssm_state_size
-    x, into, out_of = mixed.split([mixer.intermediate_size, states, states], dim=-1)
-    return _Inputs(
-        x.unflatten(-1, (mixer.num_heads, -1)),
-        F.softplus((dt + mixer.dt_bias).to(kind)).clamp(*mixer.time_step_limit),
-        -mixer.A_log.to(kind).exp(),
-        into.unflatten(-1, (mixer.n_groups, -1)),
-        out_of.unflatten(-1, (mixer.n_groups, -1)),
-        mixer.D.to(kind),
+    x, b, c = convolved.split([mixer.intermediate_size, states, states], dim=-1)
+    return _ScanInputs(
+        x=x.unflatten(-1, (mixer.num_heads, -1)),
+        dt=F.softplus((dt + mixer.dt_bias).to(wide)).clamp(*mixer.time_step_limit),
+        A=-mixer.A_log.to(wide).exp(),
+        B=b.unflatten(-1, (mixer.n_groups, -1)),
+        C=c.unflatten(-1, (mixer.n_groups, -1)),
+        D=mixer.D.to(wide),
     )
 
 
@@ -68,53 +69,54 @@ def _output(mixer: nn.Module, y: Tensor, gate: Tensor) -> Tensor:
 def mamba_mixer(
     mixer: nn.Module, hidden: Tensor, pack: Pack, ops: MambaOps, last: Tensor | None = None
 ) -> tuple[Tensor, MambaState | None]:
-    """What the library's mixer computes for every sequence on its own.
+    """The forward of a `NemotronHMamba2Mixer` for every sequence of a pack.
 
     Args:
-        mixer: a `NemotronHMamba2Mixer`, with adapters or without; hidden: float [T, M].
-        pack: of the T tokens; ops: convolution and scan.
-        last: int64 [B] last token of every sequence, to return the states behind them.
+        mixer: with adapters or without; hidden: float [T, M]; pack: of the T tokens.
+        ops: convolution and scan.
+        last: int64 [B] last token of every sequence. None returns no state.
 
     Returns:
-        float [T, M], of the type of `hidden`; the states where asked for.
+        [T, M] with the dtype of `hidden`, and the state after each `last` token or None.
     """
-    gate, mixed, dt = _project(mixer, hidden)
+    gate, conv_input, dt = _project(mixer, hidden)
     conv = mixer.conv1d
     weight = conv.weight.squeeze(1)
-    convolved = ops.conv(mixed, weight, conv.bias, pack.position)
-    inputs = _inputs(mixer, convolved, dt)
+    inputs = _scan_inputs(mixer, ops.conv(conv_input, weight, conv.bias, pack.position), dt)
     state = None
     if last is not None:
-        x, steps, rate, into, *_ = inputs
+        # The state holds inputs of the convolution, not outputs.
         state = MambaState(
-            causal_conv_state(mixed, pack.position, last.int(), weight.shape[1]),
-            ssd_state(x, steps, rate, into, pack.position, last),
+            causal_conv_state(conv_input, pack.position, last.int(), weight.shape[1]),
+            ssd_state(*inputs[:4], pack.position, last),
         )
-    y = ops.scan(*inputs, pack.position)
-    return _output(mixer, y, gate), state
+    return _output(mixer, ops.scan(*inputs, pack.position), gate), state
 
 
 def mamba_step(mixer: nn.Module, hidden: Tensor, state: MambaState) -> Tensor:
-    """One more token of every sequence; the state is moved on in place.
+    """The forward for the next token of every sequence; updates `state` in place.
 
     Args:
-        mixer: as above; hidden: float [B, M]; state: of the B sequences.
+        mixer: as of `mamba_mixer`; hidden: float [B, M]; state: of the B sequences.
 
     Returns:
         float [B, M].
     """
-    gate, mixed, dt = _project(mixer, hidden)
+    gate, conv_input, dt = _project(mixer, hidden)
     conv = mixer.conv1d
-    state.conv.copy_(torch.cat([state.conv[:, :, 1:], mixed.unsqueeze(-1)], dim=-1))
-    kind = torch.promote_types(mixed.dtype, torch.float32)
-    summed = (state.conv.to(kind) * conv.weight.squeeze(1)).sum(-1)
+    # The oldest input leaves the window. The new one, before the convolution, enters it.
+    state.conv.copy_(torch.cat([state.conv[:, :, 1:], conv_input.unsqueeze(-1)], dim=-1))
+    wide = torch.promote_types(conv_input.dtype, torch.float32)
+    convolved = (state.conv.to(wide) * conv.weight.squeeze(1)).sum(-1)
     if conv.bias is not None:
-        summed = summed + conv.bias
-    mixed = mixer.act(summed).to(mixed.dtype)
-    x, dt, rate, into, out_of, skip = _inputs(mixer, mixed, dt)
+        convolved = convolved + conv.bias
+    convolved = mixer.act(convolved).to(conv_input.dtype)
+    x, dt, a, b, c, d = _scan_inputs(mixer, convolved, dt)
     repeat = mixer.num_heads // mixer.n_groups
-    into, out_of = (m.repeat_interleave(repeat, 1).to(dt.dtype) for m in (into, out_of))
-    gained = (dt.unsqueeze(-1) * x).unsqueeze(-1) * into.unsqueeze(2)
-    state.scan.mul_((dt * rate).exp()[..., None, None]).add_(gained)
-    y = (state.scan @ out_of.unsqueeze(-1)).squeeze(-1) + skip.unsqueeze(-1) * x
+    # A group of heads shares B and C.
+    b, c = (m.repeat_interleave(repeat, 1).to(dt.dtype) for m in (b, c))
+    update = (dt.unsqueeze(-1) * x).unsqueeze(-1) * b.unsqueeze(2)
+    # In place: the state is by far the largest tensor of a step.
+    state.scan.mul_((dt * a).exp()[..., None, None]).add_(update)
+    y = (state.scan @ c.unsqueeze(-1)).squeeze(-1) + d.unsqueeze(-1) * x
     return _output(mixer, y.to(hidden.dtype), gate)

@@ -1,4 +1,4 @@
-"""Sequences end to end: what the blocks that look at other tokens need to keep them apart."""
+"""Packs: sequences without padding between them, and the offsets that keep them apart."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 class Pack(NamedTuple):
-    """B sequences of T tokens in all, one after the other, with no padding between them.
+    """B sequences of T tokens in all, one after the other.
 
     Attributes:
-        position: int32 [T] place of each token in its sequence, from 0.
+        position: int32 [T] index of each token in its sequence.
         sequence: int64 [T] sequence of each token.
-        ptr: int32 [B+1] where the sequences begin and end.
-        longest: tokens of a sequence at most; a host integer, so that nothing waits for a device.
+        ptr: int32 [B+1] sequence b is the tokens ptr[b] to ptr[b+1] - 1.
+        longest: upper bound on the tokens of a sequence, known on the host without a copy.
     """
 
     position: Tensor
@@ -29,9 +29,10 @@ def make_pack(length: Tensor, total: int, longest: int) -> Pack:
     """The pack of sequences of the given lengths.
 
     Args:
-        length: int64 [B] tokens of each sequence.
-        total: T, their sum; longest: not less than any of them.
+        length: int64 [B] tokens of each sequence; total: T, their sum.
+        longest: at least the largest length.
     """
+    # With `output_size` the host does not wait for the sum of the lengths.
     sequence = torch.repeat_interleave(length, output_size=total)
     end = length.cumsum(0)
     position = torch.arange(total, device=length.device) - (end - length)[sequence]
@@ -40,43 +41,48 @@ def make_pack(length: Tensor, total: int, longest: int) -> Pack:
 
 
 def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, Pack]:
-    """The same pack with one more sequence of zeros, so that T is a multiple of `multiple`.
+    """Appends a sequence of zeros, so that T is a multiple of `multiple`.
 
-    Buffers of few sizes are what a compiled block and a CUDA graph can be made for.
+    Compiled blocks and CUDA graphs then meet few distinct sizes.
 
     Args:
-        embeds: float [T, M]; pack: of its tokens; multiple: 1 changes nothing.
+        embeds: float [T, M]; pack: of its tokens.
     """
     total = embeds.shape[0]
     padding = -total % multiple
     if padding == 0:
         return embeds, pack
     embeds = torch.cat([embeds, embeds.new_zeros(padding, embeds.shape[1])])
-    place = torch.arange(padding, device=embeds.device)
-    end = torch.full((padding,), pack.ptr.shape[0] - 1, device=embeds.device)
+    # As a separate sequence, the padding is read by no other token.
+    position = torch.arange(padding, device=embeds.device)
+    sequence = torch.full((padding,), pack.ptr.shape[0] - 1, device=embeds.device)
     ptr = torch.cat([pack.ptr, pack.ptr.new_full((1,), total + padding)])
     return embeds, Pack(
-        torch.cat([pack.position, place.int()]),
-        torch.cat([pack.sequence, end]),
+        torch.cat([pack.position, position.int()]),
+        torch.cat([pack.sequence, sequence]),
         ptr,
         max(pack.longest, padding),
     )
 
 
-def split_by_tokens(lengths: Sequence[int], tokens: int | None, count: int) -> list[int]:
-    """How many of the sequences, in their order, make each pass.
+def split_by_tokens(
+    lengths: Sequence[int], max_tokens: int | None, max_sequences: int
+) -> list[int]:
+    """Cuts sequences, in their order, into micro-batches; returns the sequences of each.
+
+    A sequence that is longer than `max_tokens` is a micro-batch by itself.
 
     Args:
-        lengths: of the sequences; tokens, count: of a pass, at most; None is no limit. A sequence
-            that is longer is alone in its pass.
+        lengths: tokens of each sequence.
+        max_tokens, max_sequences: bounds on a micro-batch. None is no bound.
     """
     sizes: list[int] = []
-    tokens = sum(lengths) if tokens is None else tokens
-    room = 0
+    max_tokens = sum(lengths) if max_tokens is None else max_tokens
+    remaining = 0
     for length in lengths:
-        if not sizes or length > room or sizes[-1] == count:
+        if not sizes or length > remaining or sizes[-1] == max_sequences:
             sizes.append(0)
-            room = tokens
+            remaining = max_tokens
         sizes[-1] += 1
-        room -= length
+        remaining -= length
     return sizes
