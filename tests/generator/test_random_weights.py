@@ -189,4 +189,4 @@ def test_training_logs_loss_and_speed_and_claims_no_accuracy(
     assert lines and not any("validation" in line for line in lines)
     assert all(math.isfinite(line["generator"]) for line in lines if "generator" in line)
     assert evaluate_command.main([str(tmp_path / "run")]) == ConfigError.exit_code
-    assert "nothing to evaluate" in capsys.readouterr().err
+    assert "its answers mean nothing" in capsys.readouterr().err
