@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,10 @@ class Problem:
                     ("PyTorch", plain, False, ""),
                 )
             ]
-        contenders += [Contender(name, peer) for name, peer in self.peers.items()]
+        absent = "" if find_spec("torch_scatter") else "torch_scatter is not installed"
+        for name, peer in self.peers.items():
+            obstacle = absent if name == "torch_scatter" else ""
+            contenders.append(Contender(name, peer, obstacle=obstacle))
         obstacle = "" if compile_ else "compiled contenders need --bench-compiled"
         for name in self.compiled:
             # A graph for these sizes alone is the fastest that the compiler makes.

@@ -67,6 +67,15 @@ def _row_sums(pack: Pack) -> dict[str, RowSum]:
         options = {"mode": "sum", "per_sample_weights": weight, "include_last_offset": True}
         return F.embedding_bag(pair, table, ptr, **options)
 
+    def segment_csr(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
+        import torch_scatter
+
+        ptr, fact, pair = by_tail if forward else by_head
+        rows = table.index_select(0, pair)
+        if weight is not None:
+            rows = weight.index_select(0, fact).unsqueeze(1) * rows
+        return torch_scatter.segment_csr(rows, ptr.long(), reduce="sum")
+
     def index_add(weight: Tensor | None, table: Tensor, forward: bool) -> Tensor:
         # In float32, as the kernels sum.
         rows = table.float().index_select(0, pack.pair)
@@ -75,7 +84,11 @@ def _row_sums(pack: Pack) -> dict[str, RowSum]:
         zeros = rows.new_zeros(fact_index.num_nodes, table.shape[1])
         return zeros.index_add(0, pack.edge_index[1 if forward else 0], rows).to(table.dtype)
 
-    return {"index_add": index_add, "embedding_bag, its own autograd": embedding_bag}
+    return {
+        "index_add": index_add,
+        "embedding_bag, its own autograd": embedding_bag,
+        "torch_scatter": segment_csr,
+    }
 
 
 class TableMessage(MessagePassing):

@@ -27,6 +27,12 @@ def segment_softmax_problem(case: Case) -> Problem:
     """`segment_softmax` over the nodes of every graph."""
     pack, dtype = case.pack, case.dtype
     num_nodes, num_graphs, ptr = pack.fact_index.num_nodes, pack.num_graphs, pack.node_ptr.long()
+
+    def composite(score: Tensor) -> tuple[Tensor, ...]:
+        from torch_scatter.composite import scatter_softmax
+
+        return (scatter_softmax(score, pack.node_graph, dim=0, dim_size=num_graphs),)
+
     return Problem(
         name="segment_softmax",
         about=pack.sizes(),
@@ -38,6 +44,7 @@ def segment_softmax_problem(case: Case) -> Problem:
                 softmax(score, pack.node_graph, num_nodes=num_graphs),
             ),
             "PyG softmax, by offsets": lambda score: (softmax(score, ptr=ptr),),
+            "torch_scatter": composite,
         },
         compiled=["PyG softmax, by index"],
         # Scores are in `dtype`, probabilities in float32.
