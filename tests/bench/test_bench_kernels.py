@@ -47,7 +47,7 @@ def test_every_contender_agrees_with_float64(
     problem = PROBLEMS[name](Case(graphs(), torch.float32, 16, 3))
     for contender in checked(problem, problem.contenders(compile_=False), backward=backward):
         if contender.obstacle:  # whether these run depends on the machine
-            words = ("Triton", "compiled")
+            words = ("Triton", "torch_scatter", "compiled")
             assert any(word in contender.name for word in words), contender.obstacle
         else:
             assert contender.error < 1e-5
