@@ -119,7 +119,7 @@ def _write(
             [text.target(_target_answers(q, max_answers)) for q in questions]
         )
         append("prefix", [np.concatenate([bos, row]) for row in prefixes])
-        # Without an answer the target is empty: the model must not learn to stop at once.
+        # A question without answers has an empty target: the model must not learn to stop at once.
         append(
             "target",
             [

@@ -114,7 +114,7 @@ class InstructionStack(nn.Module):
 
 
 class LayerTables(NamedTuple):
-    """What a layer computes once per pack.
+    """The tensors that a layer computes once per pack.
 
     Attributes:
         relation: float [2, R+1, C] W_j x_r + b_j in both directions. The last row is the self-loop.
@@ -133,7 +133,7 @@ class GatePairs(NamedTuple):
     Attributes:
         relation, graph: int32 [P+B] relation row and graph of each pair.
         pairs_by_relation, pairs_by_graph: the pairs grouped for the backward sums of the gates.
-            None if nothing reads them: without a backward, and with the PyTorch backend.
+            None if nothing reads them: where no backward runs, and with the PyTorch backend.
     """
 
     relation: Tensor

@@ -51,10 +51,11 @@ class Trainer:
     uninterrupted one bit for bit.
 
     Args:
-        config, phase: what is trained, and how.
+        config: the run's settings.
+        phase: the phase to train.
         train, val: training and validation questions. Without `val` nothing is validated.
         run_dir: folder of checkpoints, metrics and configuration.
-        device: of the model.
+        device: device of the model.
         command_dir: folder that the user resumes. None means `run_dir`.
         ranks: ranks that train together. None means this process alone.
     """
@@ -224,7 +225,7 @@ class Trainer:
             for batch in batches
         ]
         with nvtx_range("optimizer"):
-            # Summed first, because norm and clipping are those of the whole batch's gradient.
+            # Sum over ranks first: norm and clipping are those of the whole batch's gradient.
             self.ranks.all_reduce_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, present, outputs)

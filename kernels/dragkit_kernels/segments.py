@@ -46,7 +46,7 @@ def padded_rows(ptr: Tensor, num_rows: int, width: int) -> Tensor:
     Args:
         ptr: int [B+1] first row of each segment.
         num_rows: the value of padding.
-        width: at least the length of every segment.
+        width: upper bound on the length of every segment.
 
     Returns:
         int64 [B, width].
