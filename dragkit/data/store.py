@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Part of every fingerprint. Raise it when the same file is packed into other values.
 BUILDER_VERSION = 2
 # Change this name when arrays are renamed. Checkpoints record the fingerprint, so a new
-# BUILDER_VERSION for the same values would keep runs from being resumed.
+# BUILDER_VERSION for the same values would prevent runs from being resumed.
 CACHE_FOLDER = "packed-3"
 
 _ARRAYS = (

@@ -173,7 +173,7 @@ class TokenRows:
         Args:
             store: the packed questions.
             tokenize: returns the token ids of texts, without special tokens.
-            text: the texts of a prompt. `fact` is given the relation's words, not its name.
+            text: the texts of a prompt. `fact` gets the relation's words, not its name.
             key: identifies tokeniser and prompt texts. It must change when either does.
             cache_dir: cache folder. None takes the user's.
             bos_ids: tokens before every prefix.

@@ -36,7 +36,7 @@ class ProfileWindow:
     nsys and ncu listen to CUDA's profiler. PyTorch's profiler writes a Chrome trace, on a CPU too.
     Both at once cannot read a GPU's counters, so the trace is optional.
 
-    Leaving it as a context manager closes a window that is still open.
+    Its `with` block closes a window that is still open at the end.
 
     Args:
         steps: "a:b" captures steps a to b-1. None captures nothing.

@@ -211,8 +211,8 @@ class ReasoningLayer(nn.Module):
         own, rest = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = rest.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
         projected = self.relation(relation)
-        # The dtype of the node states: autocast does not cast the arguments of `message_passing`.
-        # Contiguous, as the kernel reads it: otherwise every layer of every stage would copy it.
+        # Cast to the dtype of the node states, because autocast does not cast the arguments of
+        # `message_passing`. Make it contiguous, or every layer of every stage would copy it.
         self_weight = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
         return LayerTables(projected, self_weight, blocks.reshape(2, -1, width))
 

@@ -153,7 +153,7 @@ class Trainer:
                     self.profile_window.tick(self.state.step)
                     outputs = self.train_step(batches)
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
-                    # Several ranks stop in `_reduce_counts`, where all of them learn of a signal.
+                    # Several ranks stop in `_reduce_counts`, which sums the signals of all of them.
                     if stop.requested and self.ranks.is_single:
                         self._interrupt()
                     if save_every and self.state.step % save_every == 0:
@@ -198,7 +198,7 @@ class Trainer:
             yield step
 
     def _reduce_counts(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
-        """Sums the step's counts and questions over ranks. All ranks stop where one is asked to."""
+        """Sums the step's counts and questions over ranks. All ranks stop if one has a signal."""
         self.ranks.progress = f"at step {self.state.step}"
         counts = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)

@@ -91,7 +91,7 @@ class Progress:
         self.bar.close()
 
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
-        """Counts one optimizer step. `state` is after it, `lr` is of the next one."""
+        """Counts one optimizer step. `state` is the state after it, `lr` the next rate."""
         self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)

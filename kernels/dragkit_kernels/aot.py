@@ -75,7 +75,7 @@ class Usage(NamedTuple):
         return programs * num_warps / _WARPS
 
     def over_limits(self, spec: KernelSpec) -> str:
-        """Names the exceeded limits, or is an empty string."""
+        """The exceeded limits by name, or an empty string."""
         limit = spec.limits
         exceeded = {
             f"registers > {limit.registers}": self.registers > limit.registers,

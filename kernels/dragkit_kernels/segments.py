@@ -36,7 +36,7 @@ def segment_ptr(segment: Tensor, num_segments: int) -> Tensor:
 
 
 def max_segment_length(ptr: Tensor) -> int:
-    """Rows of the longest segment. It waits for the device."""
+    """Rows of the longest segment. The host waits for the device."""
     return int((ptr[1:] - ptr[:-1]).max()) if ptr.shape[0] > 1 else 0
 
 
