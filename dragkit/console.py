@@ -15,7 +15,7 @@ _QUIET_LOGGERS = ("httpx", "sentence_transformers", "transformers", "dragkit_ker
 
 
 def setup_console(*, debug: bool) -> None:
-    """Logs plain messages to stderr. Other libraries log warnings, or everything with `debug`."""
+    """Logs plain messages to stderr. Other packages log warnings, or everything with `debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if debug:

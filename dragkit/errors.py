@@ -11,8 +11,8 @@ EXIT_CODES = {
     70: "internal error",
     73: "another process writes to this run",
     74: "cannot write",
-    75: "interrupted; the state is saved, run again",
-    130: "interrupted; nothing is saved",
+    75: "interrupted, state saved: run again with --resume",
+    130: "interrupted, nothing saved",
 }
 
 

@@ -36,7 +36,7 @@ class JointModel(nn.Module):
 
     @property
     def uses_vectors(self) -> bool:
-        """False in the control arm, whose prompts are text alone."""
+        """Whether prompts have structural vectors. Those of the control arm are text alone."""
         return self.config.generator.structural_vectors
 
     def structural_vectors(

@@ -1,4 +1,4 @@
-"""Prints the memory plan of a run: `python -m dragkit.plan --preset h200`; needs no GPU."""
+"""Prints the memory plan of a run, without a GPU: `python -m dragkit.plan --preset h200`."""
 
 from __future__ import annotations
 

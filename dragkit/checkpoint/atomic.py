@@ -12,11 +12,12 @@ def write_durably(path: Path, data: bytes) -> str:
     """Writes a new file and fsyncs it.
 
     Args:
-        path: must not exist yet; data: the whole content.
+        path: the file, which must not exist yet.
+        data: the whole content.
 
     Returns:
-        SHA-256 of `data` in lower-case hexadecimal. It is not read back, so the next verification
-        detects a fault of the disk.
+        SHA-256 of `data` in lower-case hexadecimal. It is not read back, so a fault of the disk is
+        found at the next verification.
 
     Raises:
         OSError: the write failed. A part of the file may remain.

@@ -75,9 +75,11 @@ class TrainState:
     """The position of a run, saved as `state.json`.
 
     Attributes:
-        phase: name of the phase; epoch: finished epochs.
+        phase: name of the phase.
+        epoch: finished epochs.
         step: optimizer steps done. It names the checkpoint's folder.
-        batch: batches done in the current epoch; questions_seen: questions over all epochs.
+        batch: batches done in the current epoch.
+        questions_seen: questions over all epochs.
         best: best validation value so far, None before the first validation.
         extra: further JSON values (hashes, versions, learning rate).
     """
@@ -135,7 +137,8 @@ def save_checkpoint(
     Args:
         root: folder of the run's checkpoints, made if absent.
         step: optimizer step, equal to `state.step`. An existing checkpoint of it is replaced.
-        snapshot: content; state: position of the run.
+        snapshot: content of the checkpoint.
+        state: position of the run.
         keep: number of newest checkpoints that stay, at least 1. The best stays too.
         is_best: points `best` at this checkpoint.
 
@@ -167,9 +170,9 @@ def save_checkpoint(
             write_text_atomically(root / "best", f"{final.name}\n")
     except (OSError, SafetensorError) as error:
         last = last_intact(root)
-        good = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        good = f"The last good checkpoint is {last}" if last else "There is no earlier checkpoint"
         raise WriteError(
-            f"{final}: {outcome} ({error}); {good}. Free some space or choose another folder."
+            f"{final}: {outcome} ({error}). {good}. Free some space or choose another folder."
         ) from error
     finally:
         if temp.exists():
@@ -236,7 +239,8 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> LoadedCheckpoint:
     Sub-folders such as `adapter/` are verified but not read.
 
     Args:
-        folder: a checkpoint, such as `find_checkpoint` returns; device: where the tensors go.
+        folder: a checkpoint, such as `find_checkpoint` returns.
+        device: device of the tensors.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or a file has another type than its name says.

@@ -32,7 +32,7 @@ class RunLock:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        # Without a wait: the other process may train for days.
+        # Do not wait for the lock: the other process may train for days.
         self._lock = FileLock(self.root / "run.lock", timeout=0)
 
     def __enter__(self) -> RunLock:

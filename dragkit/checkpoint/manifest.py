@@ -79,7 +79,8 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
     Files whose names start with a dot are ignored, because file systems add them.
 
     Args:
-        folder: the checkpoint; hashes: False compares names and sizes only.
+        folder: the checkpoint.
+        hashes: False compares names and sizes only.
 
     Raises:
         CheckpointError: lists every wrong file with the reason.

@@ -18,7 +18,8 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
     """Refuses NaN and infinity.
 
     Args:
-        tensors: tensors of any dtype, by name; what: name of their file, for the message.
+        tensors: tensors of any dtype, by name.
+        what: name of their file, for the message.
 
     Raises:
         CheckpointError: names every tensor with a NaN or infinite value.
@@ -118,7 +119,7 @@ def flatten_optimizer_state(
     for name, parameter, _ in _named_parameters(optimizer, names):
         state = optimizer.state.get(parameter, {})
         if not state:
-            # Recorded, because a missing state is an error when the optimizer is restored.
+            # A missing state is an error when the optimizer is restored, so it is recorded.
             flat[f"{name}/fresh"] = torch.empty(0)
         for key, value in state.items():
             if not isinstance(value, Tensor):

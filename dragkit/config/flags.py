@@ -125,7 +125,7 @@ def train_parser(
         action=_CollectSetting,
         dest="set",
         metavar="SECTION.FIELD=VALUE",
-        help="set any setting; repeatable; `none` empties an optional one",
+        help="set any setting, any number of times (`none` empties an optional one)",
     )
     general.add_argument("--debug", action="store_true", help="show tracebacks")
     names = {key: name for name, key in FLAGS.items()}
@@ -203,12 +203,12 @@ def explain_unknown_flags(
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
         key = name if name in FIELDS else nearest_key(name)
         if not training and name in FLAGS:
-            hint = "is read from the checkpoint or is not used in evaluation; leave it out"
+            hint = "is read from the checkpoint or is not used in evaluation. Omit it."
         elif near:
             hint = f"unknown flag; did you mean --{near[0]}?"
         elif training and key:
             hint = f"unknown flag; did you mean --set {key}=VALUE?"
         else:
-            hint = "unknown flag; --help lists all"
+            hint = "unknown flag (--help lists all)"
         problems.append(f"--{name}: {hint}" if word.startswith("--") else f"{word}: {hint}")
     return problems

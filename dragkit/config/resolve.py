@@ -92,8 +92,8 @@ def _explain_unknown_key(key: str) -> str:
     if near := nearest_key(key):
         return f"unknown key; did you mean {near}?"
     if section := SECTIONS.get(key.partition(".")[0]):
-        return f"unknown key; the section has {', '.join(section.model_fields)}"
-    return "unknown key; `python -m dragkit.config show` lists all"
+        return f"unknown key, because the section has only {', '.join(section.model_fields)}"
+    return "unknown key (`python -m dragkit.config show` lists all)"
 
 
 def current_setting(key: str, value: object) -> tuple[str, object]:

@@ -59,7 +59,7 @@ class DataConfig(Section):
         description="Merge nodes that the retriever cannot tell apart: the same scores in less "
         "time. Merged nodes share a dropout mask.",
     )
-    max_facts_per_batch: int = Field(200_000, ge=1, description="Most facts per batch.")
+    max_facts_per_batch: int = Field(200_000, ge=1, description="Largest batch, in facts.")
     max_bad_fraction: float = Field(
         0.0,
         ge=0,
@@ -83,7 +83,7 @@ class RetrieverConfig(Section):
     relation_dim: int | None = Field(None, ge=1, description="If given, must be hidden_dim.")
     num_instructions: int = Field(2, ge=1, description="Instructions (ReaRev: 2 WebQSP, 3 CWQ).")
     num_reasoning_steps: int = Field(
-        3, ge=1, description="Layers per stage (ReaRev: 2 or 3 WebQSP, 3 CWQ; earlier trainer: 3)."
+        3, ge=1, description="Layers per stage (ReaRev: 2 or 3 WebQSP, 3 CWQ, earlier trainer: 3)."
     )
     num_stages: int = Field(
         2, ge=1, description="Passes with revised instructions (ReaRev: 3 WebQSP, 2 CWQ)."
@@ -107,7 +107,7 @@ class RetrieverConfig(Section):
         if value is not None and value != width:
             raise ValueError(
                 f"must equal retriever.hidden_dim ({width}), because ReaRev adds node, relation "
-                "and instruction vectors; leave it out or set all three alike"
+                "and instruction vectors. Omit it, or set all three alike."
             )
         return value
 
@@ -128,7 +128,9 @@ class SamplerConfig(Section):
         100, ge=1, description="Largest k_facts that is accepted (paper: at most 100 facts)."
     )
     k_facts: int = Field(
-        10, ge=1, description="Most facts in one prompt (earlier trainer: 10; paper: 100)."
+        10,
+        ge=1,
+        description="Largest number of facts in a prompt (earlier trainer: 10, paper: 100).",
     )
     prob_threshold: float = Field(
         0.01,
@@ -141,14 +143,14 @@ class SamplerConfig(Section):
         description="Append one vector that carries gradient to facts that were not drawn.",
     )
 
-    # It follows max_facts_cap: a validator sees the fields above its own only.
+    # A validator gets only the fields above its own, so max_facts_cap comes first.
     @field_validator("k_facts")
     @classmethod
     def _within_cap(cls, value: int, info: ValidationInfo) -> int:
         cap = info.data.get("max_facts_cap", value)
         if value > cap:
             raise ValueError(
-                f"must be at most sampler.max_facts_cap ({cap}); lower it or raise the cap"
+                f"must be at most sampler.max_facts_cap ({cap}). Lower it, or raise the cap."
             )
         return value
 
@@ -179,12 +181,14 @@ class GeneratorConfig(Section):
         "attention, in_proj, dense and shared experts.",
     )
     generator_microbatch: int | None = Field(
-        None, ge=1, description="Most questions per micro-batch of the generator. Unset: the batch."
+        None,
+        ge=1,
+        description="Largest micro-batch of the generator, in questions. Unset: the batch.",
     )
     max_tokens_per_microbatch: int | None = Field(
         None,
         ge=1,
-        description="Most tokens per micro-batch of the generator. A longer prompt has a "
+        description="Largest micro-batch of the generator, in tokens. A longer prompt has a "
         "micro-batch to itself. Unset: what the memory plan allows on GPU, no limit on CPU.",
     )
     activation_checkpointing: Literal["auto", "none", "mamba", "all"] = Field(
@@ -231,7 +235,7 @@ class GeneratorConfig(Section):
         if routed and info.data.get("lora_dropout"):
             raise ValueError(
                 f"{', '.join(routed)}: adapters of routed experts have no dropout, but "
-                f"generator.lora_dropout is {info.data['lora_dropout']}; set it to 0"
+                f"generator.lora_dropout is {info.data['lora_dropout']}. Set that to 0."
             )
         return value
 
@@ -269,8 +273,8 @@ class OptimConfig(Section):
     )
     projector_lr_scale: float = Field(1.0, gt=0, description="Projector's rate over lr.")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Warm-up steps over all.")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Last learning rate over lr.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Warm-up steps over all steps.")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="Final learning rate over lr.")
     grad_clip: float = Field(
         1.0, gt=0, description="Largest gradient norm over all trained weights."
     )
@@ -322,12 +326,12 @@ class RunConfig(Section):
         True, description="Replay the step of phase 1 as a CUDA graph. On CPU it has no effect."
     )
     max_cuda_graphs: int = Field(
-        16, ge=0, description="Most batch sizes with a CUDA graph. Other sizes run without."
+        16, ge=0, description="Maximum number of batch sizes with a CUDA graph. Others run without."
     )
     num_threads: int | None = Field(None, ge=1, description="CPU threads. Unset: torch decides.")
     rank_timeout: int = Field(1800, ge=1, description="Seconds that a rank waits for the others.")
     generator_fsdp: bool = Field(
-        False, description="Cut the generator's frozen weights between the ranks (FSDP2)."
+        False, description="Shard the generator's frozen weights over the ranks (FSDP2)."
     )
     save_every_steps: int = Field(0, ge=0, description="Steps between checkpoints. 0: every epoch.")
     keep_checkpoints: int = Field(
@@ -338,8 +342,8 @@ class RunConfig(Section):
     val_max_new_tokens: int | None = Field(
         None, ge=1, description="Longest answer when validating. Unset: generator.max_new_tokens."
     )
-    val_generation_limit: int = Field(200, ge=1, description="Questions generated per validation.")
-    val_log_samples: int = Field(3, ge=0, description="Validation answers in the log.")
+    val_generation_limit: int = Field(200, ge=1, description="Questions answered per validation.")
+    val_log_samples: int = Field(3, ge=0, description="Number of validation answers in the log.")
     log_grad_norms: bool = Field(False, description="Log gradient norms of each part.")
     grad_norm_log_interval: int = Field(50, ge=1, description="Steps between these logs.")
     profile_steps: str | None = Field(

@@ -1,1 +1,1 @@
-"""From heuristics files to packed batches: reading, labels, the packed store, collation."""
+"""Turns question files into packed batches: reading, labels, the packed store, collation."""

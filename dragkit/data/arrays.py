@@ -195,7 +195,7 @@ def open_or_build(folder: Path, open_folder: Callable[[], T], fill: Callable[[Pa
     """Opens a sealed folder. Builds it first if it is absent or damaged.
 
     Args:
-        folder: its name is a key of its content.
+        folder: folder whose name is a key of its content.
         open_folder: opens it, or raises `CorruptCache`.
         fill: writes and seals the content in the folder that it is given.
 

@@ -26,7 +26,7 @@ class QuestionStates(Protocol):
 
 
 class _Slices:
-    """Where the items of some questions are in the store, and where they go in the pack.
+    """Positions of the items of some questions, in the store and in the pack.
 
     Args:
         ptr: int64 [Q+1] first item of each question in the store.

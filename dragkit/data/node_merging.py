@@ -1,9 +1,9 @@
 """Merges nodes that the retriever cannot tell apart: the coarsest equitable partition.
 
 Two nodes are merged if they agree on being a topic and if their facts lead, for each relation and
-direction, to equally many nodes of every merged node. Their states are then equal in every layer,
-because a state depends only on the node's previous state and on the sum over its facts. Colour
-refinement finds the partition (Weisfeiler and Leman, 1968; Cardon and Crochemore, 1982).
+direction, to equal numbers of nodes of every merged node. Their states are then equal in every
+layer, because a state depends only on the node's previous state and on the sum over its facts.
+Colour refinement finds the partition (Weisfeiler and Leman, 1968; Cardon and Crochemore, 1982).
 """
 
 from __future__ import annotations

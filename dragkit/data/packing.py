@@ -262,12 +262,12 @@ def pack_file(
         merge: see `merge_nodes`.
 
     Raises:
-        DataError, MissingInputError: as `read_questions`.
+        DataError, MissingInputError: see `read_questions`.
     """
     reader = QuestionReader(path)
     packer = Packer(folder, label_rule, merge=merge)
     for question in reader:
-        # After the first fault of a file that will be refused, reading goes on for the full list.
+        # Read on after the first fault, so that a refusal lists all faults.
         if max_bad_fraction > 0 or not reader.rejects:
             packer.add(question, has_id=question.line not in reader.unnamed)
     packer.close()

@@ -130,10 +130,10 @@ def _pad_fact_index(
     """Adds facts of weight 0 from the last node to itself.
 
     Args:
-        fact_index: of the real facts.
+        fact_index: index of the real facts.
         rows, pairs: number of facts and pairs with padding.
         relations: first and last of the added relations, which the added pairs share out.
-        capacity: of the batch.
+        capacity: capacity of the batch.
     """
     node, fact = capacity.nodes - 1, rows - 1
     return FactIndex(
@@ -196,8 +196,8 @@ def pad_batch(batch: QuestionBatch, capacity: Capacity) -> QuestionBatch:
     integers are those of the capacity, so all batches of one capacity share them.
 
     Args:
-        batch: of phase 1, in host memory.
-        capacity: at least `required_capacity(batch)`.
+        batch: a batch of phase 1, in host memory.
+        capacity: any capacity that is at least `required_capacity(batch)`.
 
     Returns:
         A batch that shares no memory with `batch`.

@@ -262,8 +262,8 @@ class QuestionReader:
             logger.warning("%s: skipped %d of %d rows as unusable", self.path, bad, self.rows)
         if count := self.notes["topics_from_paths"]:
             logger.warning(
-                "%s: %d questions name no topic entity; the first entity of each of their paths "
-                "is used",
+                "%s: %d questions name no topic entity, so the first entity of each of their "
+                "paths is used",
                 self.path,
                 count,
             )

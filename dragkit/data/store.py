@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Part of every fingerprint. Raise it when the same file is packed into other values.
 BUILDER_VERSION = 2
 # Change this name when arrays are renamed. Checkpoints record the fingerprint, so a new
-# BUILDER_VERSION for the same values would keep runs from being resumed.
+# BUILDER_VERSION for the same values would prevent runs from being resumed.
 CACHE_FOLDER = "packed-3"
 
 _ARRAYS = (
@@ -43,7 +43,7 @@ class StoredQuestion:
     """A question in names. Its facts are in the order of the packed arrays.
 
     Attributes:
-        id, text, topics, answers, line: as in the file.
+        id, text, topics, answers, line: values of the file.
         entities: names of the nodes.
         triples: (head, relation, tail) names of the facts.
         labels: 1 for each positive fact, else 0.
@@ -123,7 +123,7 @@ class PackedStore:
             merge: merge nodes that the retriever cannot tell apart, see `merge_nodes`.
 
         Raises:
-            DataError, MissingInputError: as `read_questions`.
+            DataError, MissingInputError: see `read_questions`.
             WriteError: the cache cannot be written.
         """
         path = Path(path)
@@ -149,7 +149,7 @@ class PackedStore:
     def _log_warnings(self) -> None:
         if rejects := self.summary["rejects"]:
             logger.warning(
-                "%s: %d of %d rows are unusable and left out; %s gives the reasons",
+                "%s: %d of %d rows are unusable and left out. %s gives the reasons",
                 self.path,
                 rejects,
                 self.summary["rows"],
@@ -157,7 +157,7 @@ class PackedStore:
             )
         if missing := self.summary["topic_missing"]:
             logger.warning(
-                "%s: %d questions have no topic entity in their graph; "
+                "%s: %d questions have no topic entity in their graph, so "
                 "their search starts from all nodes with equal probability",
                 self.path,
                 missing,

@@ -84,7 +84,7 @@ def build_subgraph(
     Topics and answers that occur in no triple are not nodes. Names are not normalised.
 
     Args:
-        question: as read from a file.
+        question: a question as read from a file.
         vocab: relations that it does not contain are added.
         label_rule: see `fact_labels`.
     """
@@ -140,8 +140,8 @@ def from_pyg(data: Data, *, id: str, text: str, answers: tuple[str, ...] = ()) -
     Args:
         data: has `edge_index`, `names` (one per node), and either `relations` (one name per fact)
             or `edge_type` and `relation_names`. `topic_mask` and `answer_mask` are optional.
-        id: of the question.
-        text: of the question.
+        id: id of the question.
+        text: text of the question.
         answers: further answers, which may be outside the graph.
 
     Raises:

@@ -119,7 +119,7 @@ def _write(
             [text.target(_target_answers(q, max_answers)) for q in questions]
         )
         append("prefix", [np.concatenate([bos, row]) for row in prefixes])
-        # Without an answer the target is empty: the model must not learn to stop at once.
+        # A question without answers has an empty target: the model must not learn to stop at once.
         append(
             "target",
             [
@@ -173,7 +173,7 @@ class TokenRows:
         Args:
             store: the packed questions.
             tokenize: returns the token ids of texts, without special tokens.
-            text: the texts of a prompt. `fact` is given the relation's words, not its name.
+            text: the texts of a prompt. `fact` gets the relation's words, not its name.
             key: identifies tokeniser and prompt texts. It must change when either does.
             cache_dir: cache folder. None takes the user's.
             bos_ids: tokens before every prefix.

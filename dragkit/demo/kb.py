@@ -22,7 +22,7 @@ def package_text(name: str) -> dict[str, str]:
 def table_facts(text: str) -> Iterator[Fact]:
     """Yields the facts of a table with a row per subject and a column per relation.
 
-    A cell holds the objects, joined by '; '.
+    A cell holds the objects, joined by a semicolon and a space.
     """
     header, *rows = (line.split("\t") for line in text.splitlines())
     for subject, *cells in rows:
@@ -40,7 +40,7 @@ class KnowledgeBase:
     Attributes:
         facts: distinct (subject, relation, object), sorted.
         entities: names, sorted.
-        steps: by step and start entity, the end entities, sorted.
+        steps: end entities by step and start entity, sorted.
     """
 
     facts: tuple[Fact, ...]

@@ -1,4 +1,4 @@
-"""What must be equal on all ranks before they train: settings, code, weights."""
+"""Fingerprints that must be equal on all ranks before they train: settings, code, weights."""
 
 from __future__ import annotations
 

@@ -44,8 +44,9 @@ class Ranks:
     """A single process, for which every collective is the identity.
 
     Attributes:
-        rank: index of this process; world_size: number of processes.
-        progress: where training stands, such as "at step 7". Errors about other ranks quote it.
+        rank: index of this process.
+        world_size: number of processes.
+        progress: position of training, such as "at step 7". Errors about other ranks quote it.
     """
 
     rank = 0
@@ -87,7 +88,7 @@ class Ranks:
         """Replaces a device tensor by its sum over ranks."""
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces every gradient by its sum over ranks; it stays None if all ranks have None."""
+        """Replaces every gradient by its sum over ranks, or keeps None if all ranks have None."""
 
     def all_gather_object(self, value: Value) -> list[Value]:
         """Returns the values of all ranks, in rank order, on every rank."""
@@ -118,7 +119,7 @@ class Ranks:
         """Checks that all ranks hold the same values.
 
         Raises:
-            ConfigError: on every rank. The message names each difference from rank 0.
+            ConfigError: values differ. Every rank raises, and names each difference from rank 0.
         """
         gathered = self.all_gather_object(dict(values))
         lines = []

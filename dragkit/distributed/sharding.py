@@ -54,7 +54,8 @@ def shard_generator(
     there before it moves the next.
 
     Args:
-        generator: equal on all ranks; mesh: the one-dimensional mesh of these ranks.
+        generator: the model, equal on all ranks.
+        mesh: the one-dimensional mesh of these ranks.
         all_reduce_max: returns the largest of the ranks' numbers. Every rank must call it.
 
     Raises:
@@ -80,7 +81,8 @@ class UnevenPasses:
     passes until no rank announces another. (`torch.distributed.algorithms.Join` does this for DDP.)
 
     Args:
-        generator: the sharded generator; all_reduce_max: see `shard_generator`.
+        generator: the sharded generator.
+        all_reduce_max: see `shard_generator`.
     """
 
     def __init__(self, generator: Generator, all_reduce_max: Callable[[int], int]) -> None:
@@ -89,7 +91,7 @@ class UnevenPasses:
         self._is_dummy = False
 
     def announce_pass(self, max_new_tokens: int = 1) -> None:
-        """As `PassCoordinator.announce_pass`; dummy passes are not announced."""
+        """See `PassCoordinator.announce_pass`. Dummy passes are not announced."""
         if not self._is_dummy:
             self.all_reduce_max(max_new_tokens)
 

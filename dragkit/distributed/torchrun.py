@@ -234,7 +234,7 @@ def init_ranks(config: RunConfig) -> Iterator[Ranks]:
         _prefix_rank(error, ranks)
         raise
     except BaseException as error:
-        # FSDP communicates by itself, so its errors have not passed `_translate_errors`.
+        # FSDP calls torch.distributed directly, so its errors did not pass `_translate_errors`.
         if isinstance(error, RuntimeError) and (failure := ranks.peer_failure(error)) is not None:
             raise failure from error
         ranks.publish_failure(error)

@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
 
-# Raise it when a change of the parser, a normalisation or a formula can change a number.
+# Raise this when a change of the parser, a normalisation or a formula can change a number.
 METRIC_VERSION = 1
 
 STRICT_NAMES = (

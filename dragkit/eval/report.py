@@ -72,8 +72,8 @@ class Report:
     """Macro means and their denominators.
 
     Attributes:
-        counts: numbers of questions: `asked`; `answerable_in_subgraph`, None if unknown for any;
-            `no_gold`, without a gold answer; `scored`, equal to `asked`; `empty_predictions`.
+        counts: numbers of questions by name: `asked`, `scored` (equal to `asked`), `no_gold` (no
+            gold answer), `empty_predictions`, `answerable_in_subgraph` (None if unknown for any).
         means: mean of each metric as a fraction. Empty if no question was asked.
         num_scored: number of questions in each mean. For answer metrics it is `asked`.
     """
@@ -153,7 +153,7 @@ def aggregate(records: Iterable[QuestionRecord]) -> Report:
         "scored": len(rows),
         "empty_predictions": sum(row.num_predictions == 0 for row in rows),
     }
-    # With fsum the mean does not depend on the order of the questions.
+    # fsum makes the mean independent of the order of the questions.
     means = {name: math.fsum(column) / len(column) for name, column in values.items()}
     num_scored = {name: len(column) for name, column in values.items()}
     return Report(counts=counts, means=means, num_scored=num_scored)

@@ -20,7 +20,7 @@ class Prediction:
 
     Attributes:
         row: the question's row in its store.
-        ranked: its facts by falling probability, as indices within the question.
+        ranked: facts by falling probability, as indices within the question.
         selected: the facts in the prompt.
         probability: probability of each ranked fact.
         text: the generated answer, None without a generator.

@@ -1,4 +1,4 @@
-"""Folder of the bundled generator, whose weights `dragkit.tiny` has made."""
+"""Folder of the bundled generator, whose weights `dragkit.tiny` has trained."""
 
 from __future__ import annotations
 

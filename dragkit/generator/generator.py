@@ -40,11 +40,11 @@ class PassCoordinator(Protocol):
     """Makes ranks that gather weights together run equally many passes (`UnevenPasses`)."""
 
     def announce_pass(self, max_new_tokens: int = 1) -> None:
-        """Tells the other ranks that this rank begins a pass, or the decoding of a batch."""
+        """Announces to the other ranks a pass of this rank, or the decoding of a batch."""
         ...
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of the numbers of these ranks; each of them must call it."""
+        """Returns the largest number of these ranks. Each of them must call it."""
         ...
 
     def run_dummy_passes(self, *, vectors: bool) -> None:
@@ -71,13 +71,14 @@ class Generator(nn.Module):
     run their own forward, over batches padded on the right.
 
     Args:
-        model: a Hugging Face causal LM, with or without adapters; tokenizer: of that model.
+        model: a Hugging Face causal LM, with or without adapters.
+        tokenizer: the tokenizer of that model.
         mamba_backend: see `GeneratorConfig.mamba_backend`.
         pad_to_multiple_of: packs are padded to a multiple of this many tokens. None is 256 on a
             GPU and 1 elsewhere.
         activation_checkpointing: see `GeneratorConfig.activation_checkpointing`. Here "auto" is
             "none".
-        max_tokens_per_microbatch: of a prefill. None reads all prompts at once.
+        max_tokens_per_microbatch: bound on the tokens of a prefill. None reads all prompts at once.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class Generator(nn.Module):
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     def compile_blocks(self) -> None:
-        """Compiles the blocks of a Nemotron-H for training; other models are not compiled."""
+        """Compiles the blocks of a Nemotron-H for training. Other models are not compiled."""
         if self._mamba is None:
             logger.info("the generator is not compiled, because it is not a Nemotron-H")
             return
@@ -193,13 +194,14 @@ class Generator(nn.Module):
         """Embeddings of packed prompts, float [L, M].
 
         Args:
-            prompt: packed prompts; vectors: float [S, M] structural vectors of their slots.
+            prompt: packed prompts.
+            vectors: float [S, M] structural vectors of their slots.
         """
         embedding, ids = self._embedding[0], prompt.input_ids.int()
         if vectors is None:
             return embedding(ids)
         table = embedding.weight
-        # A subclass may scale what it looks up, so the looked-up rows become the table.
+        # A subclass may scale its embeddings, so its forward looks them up and gives the table.
         if type(embedding) is not nn.Embedding:
             table = embedding(ids)
             ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
@@ -209,7 +211,8 @@ class Generator(nn.Module):
         """Packed embeddings as a padded batch.
 
         Args:
-            embeds: float [L, M] of `embed`; prompt: its packed prompts.
+            embeds: float [L, M] result of `embed`.
+            prompt: the packed prompts.
             left: pad on the left (generation) instead of the right (training).
 
         Returns:
@@ -244,10 +247,11 @@ class Generator(nn.Module):
     def forward(
         self, prompt: NeuralPrompt, vectors: Tensor | None, eos_weight: float = 1.0
     ) -> GeneratorOutput:
-        """Cross-entropy at the answer and end tokens; logits exist only there.
+        """Cross-entropy at the answer and end tokens. Only these tokens get logits.
 
         Args:
-            prompt: with targets; vectors: float [S, M] or None.
+            prompt: packed prompts with targets.
+            vectors: float [S, M] or None.
             eos_weight: weight of the end tokens in the loss.
         """
         hidden = self._hidden_at_targets(self.embed(prompt, vectors), prompt)
@@ -271,7 +275,8 @@ class Generator(nn.Module):
         """Greedy continuation of every prompt, without its end token.
 
         Args:
-            prompt: at least one prompt, without targets; vectors: float [S, M] or None.
+            prompt: at least one prompt, without targets.
+            vectors: float [S, M] or None.
             max_new_tokens: bound on each continuation.
         """
         if self._passes is not None:
@@ -282,17 +287,17 @@ class Generator(nn.Module):
     def unannounced_greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
     ) -> list[list[int]]:
-        """`greedy_tokens` after its announcement; FSDP gathers weights before this call."""
+        """`greedy_tokens` after its announcement. FSDP gathers weights before this call."""
         embeds = self.embed(prompt, vectors)
         decode = self._generate if self._mamba is None else self._decode
-        # A prompt that ends early goes on in its batch, so its tokens after the end are cut off.
+        # A prompt that ends early is still decoded in its batch, so cut after its end token.
         ended = [row + [self.eos_token_id] for row in decode(embeds, prompt, max_new_tokens)]
         return [row[: row.index(self.eos_token_id)] for row in ended]
 
     def greedy_texts(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
     ) -> list[str]:
-        """`greedy_tokens` as stripped texts; no prompts give no texts."""
+        """`greedy_tokens` as stripped texts. Without prompts the list is empty."""
         if len(prompt.ptr) == 1:
             return []
         tokens = self.greedy_tokens(prompt, vectors, max_new_tokens)
@@ -333,7 +338,7 @@ class Generator(nn.Module):
             unfinished = unfinished & (token != self.eos_token_id)
             if len(tokens) == limit:
                 break
-            # The only wait of a step: without it, all prompts would run to the limit.
+            # The host waits here only: without it, all prompts would run to the limit.
             go_on = int(unfinished.any())
             # Every rank steps until the last one is done: a step gathers weights.
             if self._passes is not None:

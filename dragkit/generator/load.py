@@ -22,7 +22,8 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     """The folder of a generator.
 
     Args:
-        config: for the revision; name: "tiny", a folder, or a hub name.
+        config: settings with the revision.
+        name: "tiny", a folder, or a hub name.
 
     Raises:
         MissingInputError: the weights are not on this machine.
@@ -82,7 +83,7 @@ def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) ->
     """Bytes of the generator's weights, without loading them.
 
     Raises:
-        MissingInputError, ConfigError: as `check_generator`.
+        MissingInputError, ConfigError: see `check_generator`.
     """
     if is_random(name):
         model = meta_model(random_config(name), _dtype(config, device))
@@ -96,10 +97,12 @@ def check_generator(
 ) -> str:
     """Checks that the weights exist and fit, and returns the generator's folder.
 
-    Random weights have no folder; theirs is that of the tiny generator, for its tokenizer.
+    Random weights have no folder. They take that of the tiny generator, for its tokenizer.
 
     Args:
-        config: revision and dtype; device: of the weights; name: as for `load_generator`.
+        config: settings with revision and dtype.
+        device: device of the weights.
+        name: see `load_generator`.
         num_shards: ranks that share the weights. With several, the host holds all weights once.
 
     Raises:
@@ -140,7 +143,8 @@ def load_generator(
     """Loads a model, freezes it and adds LoRA.
 
     Args:
-        config: revision, dtype and adapters; device: of the weights.
+        config: settings with revision, dtype and adapters.
+        device: device of the weights.
         name: "tiny", `random:NAME[:layers=N]`, a folder, or a hub name.
         adapters: whether to add LoRA.
         num_shards: ranks among which the caller shards the weights. With several, the weights

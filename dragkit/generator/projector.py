@@ -35,8 +35,9 @@ class Projector(nn.Module):
         """Structural vectors of the selected facts, float [..., K, M].
 
         Args:
-            output: of the retriever; graph: its pack.
-            index: int32 [..., K] facts. -1 is none, and its vector has no meaning.
+            output: output of the retriever.
+            graph: the pack that the retriever read.
+            index: int32 [..., K] facts. -1 is no fact, and its vector has no meaning.
         """
         features = fact_rows(
             output.node, output.relation, index, fact_index=graph.fact_index, groups=graph.groups

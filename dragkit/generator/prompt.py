@@ -31,7 +31,7 @@ class PromptTemplate:
         return f"{self.instruction}\n\nQuestion: {question}\n\nProvided facts:\n\n"
 
     def fact(self, head: str, relation: str, tail: str) -> str:
-        """The line of one fact; `relation` is the relation's text, not its raw name."""
+        """The line of one fact. `relation` is the relation's text, not its raw name."""
         return f"{head}, {relation}, {tail}\n"
 
     def target(self, answers: Sequence[str]) -> str:
@@ -44,7 +44,7 @@ class NeuralPrompt:
     """G prompts of L tokens in all, one after the other.
 
     Attributes:
-        input_ids: int32 [L] token ids; 0 at a structural slot.
+        input_ids: int32 [L] token ids, 0 at a structural slot.
         slot: int32 [L] row of the structural vectors at this token, -1 for text.
         position: int32 [L] index of the token in its prompt.
         question: int64 [L] prompt of the token.
@@ -142,13 +142,14 @@ def layout_prompts(
     vectors: bool = True,
     residual: bool = False,
 ) -> PromptLayout:
-    """Lays out the prompts of a batch; the host does not wait for the device.
+    """Lays out the prompts of a batch. The host does not wait for the device.
 
     Facts that would push a prompt over `max_tokens` are left out, the last (lowest) first. Prefix,
     cue and target always stay whole.
 
     Args:
-        prefix: B token rows; facts: E token rows, one per fact of the pack.
+        prefix: B token rows.
+        facts: E token rows, one per fact of the pack.
         cue: int32 [Q] tokens after the facts.
         target: B token rows with their end token, or None for generation.
         index: int32 [B, K] selected facts, best first, -1 for none.
@@ -167,7 +168,7 @@ def layout_prompts(
     else:
         fact_start = fact_length = torch.zeros_like(row)
     fact_length = torch.where(present, fact_length, 0)
-    # The texts lie in `text_ids` one after the other; the offsets are of facts and of the cue.
+    # `text_ids` joins the texts. These are the offsets of the facts and of the cue in it.
     texts = [prefix.ids, facts.ids, cue]
     fact_offset = prefix.ids.shape[0]
     cue_offset = fact_offset + facts.ids.shape[0]

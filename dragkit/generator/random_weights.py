@@ -1,6 +1,6 @@
 """Published architectures with random weights, to measure loss, speed and memory.
 
-Time and memory depend on shapes, so the weights of the published model need not be there. Random
+Time and memory depend on shapes, so the weights of the published model are not needed. Random
 weights route nearly balanced, so experts run a little faster than trained ones would.
 """
 
@@ -134,14 +134,15 @@ def random_model(name: str, device: torch.device, dtype: torch.dtype) -> nn.Modu
     GPU's weights never exist on the host.
 
     Args:
-        name: `random:NAME[:layers=N]`; device, dtype: of its weights.
+        name: `random:NAME[:layers=N]`.
+        device, dtype: those of the weights.
 
     Raises:
         ConfigError: there is no such architecture, or it has fewer layers.
     """
     config = random_config(name)
     model = meta_model(config, dtype).to_empty(device=device).eval()
-    # As `from_pretrained` does, some buffers stay in float32 in a model of half precision.
+    # Some buffers stay in float32 in a model of half precision, as with `from_pretrained`.
     for module in model.modules():
         for leaf, buffer in list(module.named_buffers(recurse=False)):
             if leaf in (model._keep_in_fp32_modules_strict or ()):

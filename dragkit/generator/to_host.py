@@ -1,4 +1,4 @@
-"""Copies of integers between host and device for which nobody waits until they are needed."""
+"""Copies of integers between host and device that block only where their result is read."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What fits on a card, predicted without one: dimensions, bytes, operations, choices."""
+"""Predicts what fits on a card, without the card: dimensions, bytes, operations, choices."""

@@ -48,14 +48,18 @@ class MemoryPlan:
     """The predicted memory of a run on a card.
 
     Attributes:
-        card: the card of each rank; dims: the generator's dimensions.
+        card: the card of each rank.
+        dims: the generator's dimensions.
         num_shards: number of shards of the frozen weights, 1 if they are replicated.
-        policy: a key of `ACTIVATION_CHECKPOINTING`; tokens: tokens of a micro-batch.
+        policy: a key of `ACTIVATION_CHECKPOINTING`.
+        tokens: tokens of a micro-batch.
         fixed: bytes by component that do not depend on `tokens`.
         per_token: bytes per token by component.
-        supervised_rows: supervised tokens of a micro-batch; longest: tokens of the longest prompt.
-        fit: most tokens of a micro-batch that fit, by policy, or 0 if not even the weights fit.
-        decode_batch: questions decoded at once; decoding: bytes of validation by component.
+        supervised_rows: supervised tokens of a micro-batch.
+        longest: tokens of the longest prompt.
+        fit: tokens of the largest micro-batch that fits, by policy, or 0 if the weights do not fit.
+        decode_batch: questions decoded at once.
+        decoding: bytes of validation by component.
     """
 
     card: CardSpec
@@ -142,7 +146,7 @@ def _supervised_rows(tokens: int) -> int:
 
 
 def _max_tokens(dims: NemotronHDims, free: int, per_token: int) -> int:
-    """The most tokens, a multiple of `TOKEN_MULTIPLE`, whose activations and logits fit."""
+    """The largest multiple of `TOKEN_MULTIPLE` tokens whose activations and logits fit."""
     low, high = 0, max(free, 0) // max(per_token, 1) // TOKEN_MULTIPLE + 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -155,7 +159,7 @@ def _max_tokens(dims: NemotronHDims, free: int, per_token: int) -> int:
 def _decode_batch(
     config: TrainConfig, dims: NemotronHDims, card: CardSpec, fixed: dict[str, int], tokens: int
 ) -> tuple[int, dict[str, int]]:
-    """The most questions whose decoding fits, at least one, and its bytes by component."""
+    """The largest number of questions whose decoding fits (at least 1), and bytes by component."""
     itemsize = _itemsize(config)
     settings = config.generator
     prompt = settings.max_prompt_tokens - settings.max_new_tokens
@@ -183,7 +187,9 @@ def make_plan(
     in half precision. Float32 and the other `generator.mamba_backend` values save more.
 
     Args:
-        config: the run's settings; dims: its generator's dimensions; card: the card of each rank.
+        config: the run's settings.
+        dims: dimensions of the run's generator.
+        card: the card of each rank.
         world_size: number of ranks that train together.
     """
     settings, lora = config.generator, lora_dims_of(config)

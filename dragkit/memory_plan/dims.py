@@ -13,7 +13,7 @@ from dragkit.generator.random_weights import architecture_of, is_random, random_
 
 
 class NemotronHDims(NamedTuple):
-    """Dimensions of a Nemotron-H, named as in `NemotronHConfig` but for the first two.
+    """Dimensions of a Nemotron-H, named as in `NemotronHConfig` except for the first two.
 
     Attributes:
         block_types: `layers_block_type`, one entry per block.
@@ -82,7 +82,7 @@ def dims_of(config: Any) -> NemotronHDims | None:
 
 
 def generator_dims(config: GeneratorConfig, *, name: str) -> NemotronHDims | None:
-    """The generator's dimensions, read from its configuration, or None if it is no Nemotron-H.
+    """The generator's dimensions, read from its configuration, or None if it is not a Nemotron-H.
 
     Raises:
         MissingInputError: the generator is neither on this machine nor a known architecture.

@@ -81,7 +81,8 @@ def saved_bytes_per_token(
     """Bytes per token that a block saves for its backward, without the block's input.
 
     Args:
-        dims: the model's dimensions; block_type: an entry of `dims.block_types`.
+        dims: the model's dimensions.
+        block_type: an entry of `dims.block_types`.
         lora: the run's adapters.
         itemsize: bytes per value in the model's dtype.
     """
@@ -122,7 +123,8 @@ def activation_bytes_per_token(
     """Bytes per token at the peak of a training pass, by component.
 
     Args:
-        policy: a key of `ACTIVATION_CHECKPOINTING`; others: see `saved_bytes_per_token`.
+        policy: a key of `ACTIVATION_CHECKPOINTING`.
+        dims, lora, itemsize: see `saved_bytes_per_token`.
 
     Returns:
         "block inputs", one entry per block type for its saved tensors, and "block workspace".
@@ -180,8 +182,10 @@ def decode_bytes(
     """Bytes at the peak of decoding, which is the last prefill pass, by component.
 
     Args:
-        sequences: decoded at once; prompt, answer: most tokens of each.
-        tokens: most tokens of a prefill pass; itemsize: bytes per value in the model's dtype.
+        sequences: number of sequences decoded at once.
+        prompt, answer: tokens of the longest prompt, and of the longest answer.
+        tokens: tokens of the largest prefill pass.
+        itemsize: bytes per value in the model's dtype.
     """
     num_mamba = dims.block_types.count("linear_attention")
     num_attention = dims.block_types.count("full_attention")
@@ -215,7 +219,8 @@ def flops_per_token(
     gradients of inputs.
 
     Args:
-        dims, policy, lora: see `activation_bytes_per_token`; context: tokens of a prompt.
+        dims, policy, lora: see `activation_bytes_per_token`.
+        context: tokens of a prompt.
         supervised_fraction: supervised tokens over all tokens.
     """
     block_types, recomputed = blocks_of_all_tokens(dims), ACTIVATION_CHECKPOINTING[policy]

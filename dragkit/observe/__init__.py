@@ -1,1 +1,1 @@
-"""Looking at a run: throughput, profiling ranges, GPU state."""
+"""Observation of a run: throughput, profiling ranges, GPU state."""

@@ -41,7 +41,8 @@ class ActiveWeights:
         and recomputation are not counted.
 
         Args:
-            tokens: number of tokens without padding; supervised: those whose next token is learned.
+            tokens: number of tokens without padding.
+            supervised: number of tokens whose next token is learned.
         """
         per_token = 4.0 * self.blocks + 6.0 * self.lora
         return per_token * tokens + 4.0 * self.head * supervised

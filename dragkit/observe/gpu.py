@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CardSpec:
-    """Peak rates of one GPU as its maker states them, dense (without 2:4 sparsity); 0 if unknown.
+    """Peak dense rates of one GPU (no 2:4 sparsity) as its maker states them, 0 if unknown.
 
     Attributes:
-        name: the table's name of the card, or the driver's.
+        name: name of the card in the table, else the driver's name.
         bf16_tflops, tf32_tflops: rates of the tensor cores, 10^12 FLOP/s.
         fp32_tflops: rate of the vector units, 10^12 FLOP/s.
         memory_gb_per_s: bandwidth of the device memory, 10^9 byte/s.
@@ -69,7 +69,8 @@ class GpuReading:
     """The state of a GPU at one moment.
 
     Attributes:
-        power_w: current draw; sm_clock_mhz, memory_clock_mhz: current clocks.
+        power_w: current draw.
+        sm_clock_mhz, memory_clock_mhz: current clocks.
         used_mem_gib: memory in use by all processes and the driver.
         energy_j: energy since the driver was loaded. Only differences have a meaning.
     """
@@ -85,7 +86,8 @@ class GpuMonitor:
     """Reads one GPU through NVML, which takes well below a millisecond and stops no kernel.
 
     Args:
-        nvml: the module `pynvml`, initialised; handle: NVML's handle of the device.
+        nvml: the module `pynvml`, initialised.
+        handle: NVML's handle of the device.
     """
 
     def __init__(self, nvml: ModuleType, handle: object) -> None:
@@ -110,7 +112,7 @@ class GpuMonitor:
             return None
         try:
             pynvml.nvmlInit()
-            # By UUID, because NVML ignores CUDA_VISIBLE_DEVICES.
+            # Look the device up by UUID, because NVML ignores CUDA_VISIBLE_DEVICES.
             identity = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(identity))
         except pynvml.NVMLError as error:

@@ -36,11 +36,11 @@ class ProfileWindow:
     nsys and ncu listen to CUDA's profiler. PyTorch's profiler writes a Chrome trace, on a CPU too.
     Both at once cannot read a GPU's counters, so the trace is optional.
 
-    As a context manager it closes a window that is still open at the end.
+    Its `with` block closes a window that is still open at the end.
 
     Args:
-        steps: "a:b" captures steps a to b-1; None captures nothing.
-        trace_dir: folder of `trace-a-b.json.gz`; None writes no trace.
+        steps: "a:b" captures steps a to b-1. None captures nothing.
+        trace_dir: folder of `trace-a-b.json.gz`. None writes no trace.
     """
 
     def __init__(self, steps: str | None, trace_dir: Path | None = None) -> None:

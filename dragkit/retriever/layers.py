@@ -114,7 +114,7 @@ class InstructionStack(nn.Module):
 
 
 class LayerTables(NamedTuple):
-    """What a layer computes once per pack.
+    """The tensors that a layer computes once per pack.
 
     Attributes:
         relation: float [2, R+1, C] W_j x_r + b_j in both directions. The last row is the self-loop.
@@ -133,7 +133,7 @@ class GatePairs(NamedTuple):
     Attributes:
         relation, graph: int32 [P+B] relation row and graph of each pair.
         pairs_by_relation, pairs_by_graph: the pairs grouped for the backward sums of the gates.
-            None if nothing reads them: without a backward, and with the PyTorch backend.
+            None if nothing reads them: where no backward runs, and with the PyTorch backend.
     """
 
     relation: Tensor
@@ -211,8 +211,8 @@ class ReasoningLayer(nn.Module):
         own, rest = self.update.weight.split([width, 2 * self.num_instructions * width], dim=1)
         blocks = rest.view(width, self.num_instructions, 2, width).permute(2, 1, 3, 0)
         projected = self.relation(relation)
-        # The dtype of the node states: autocast does not cast the arguments of `message_passing`.
-        # Contiguous, as the kernel reads it: otherwise every layer of every stage would copy it.
+        # Cast to the dtype of the node states, because autocast does not cast the arguments of
+        # `message_passing`. Make it contiguous, or every layer of every stage would copy it.
         self_weight = own.t().to(projected.dtype, memory_format=torch.contiguous_format)
         return LayerTables(projected, self_weight, blocks.reshape(2, -1, width))
 

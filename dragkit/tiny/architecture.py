@@ -7,8 +7,8 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from dragkit.tiny.tokenizer import MAX_TOKENS
 
-# With two Mamba blocks first, copying "the token after this one" takes half as many training steps
-# as with one.
+# Two Mamba blocks come first. Copying "the token after this one" then takes half as many training
+# steps as with one.
 PATTERN = "MM*-M*-"
 HIDDEN_SIZE = 96
 NUM_HEADS = 4

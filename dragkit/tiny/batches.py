@@ -91,7 +91,7 @@ class PromptWriter:
 
         Args:
             sample: the question.
-            slots: what stands before each fact: its marker ("marked"), the neutral token
+            slots: content of the slot before each fact: its marker ("marked"), the neutral token
                 ("neutral"), a zero vector ("empty"), or nothing ("none").
             markers: markers to write instead of the sample's right ones.
         """
@@ -141,7 +141,7 @@ def induction_row(rng: random.Random, ids: Sequence[int], length: int, repeats: 
         blocks = [first[start : start + size] for start in range(0, length, size)]
         rng.shuffle(blocks)
         for block in blocks:
-            # Nothing before it predicts the first token of a block, so it is context.
+            # No earlier token predicts the first token of a block, so it is context.
             row.append(block[:1])
             row.append(block[1:], supervised=True)
     return row

@@ -10,7 +10,7 @@ from dragkit.tiny.tasks import QUESTION_TYPES, draw_drill, draw_sample, noisy_ma
 
 STAGES = ("copy", "drill", "questions")
 ROWS_PER_STEP = 32
-# In the order of QUESTION_TYPES.
+# Weights in the order of QUESTION_TYPES.
 TYPE_WEIGHTS = (26, 14, 24, 16, 20)
 # A stage ends at this token accuracy, or after this number of steps.
 COPY_END = (0.9, 1500)

@@ -35,7 +35,7 @@ def answer_logits(model: nn.Module, batch: Batch, noise: float = 0.0) -> tuple[T
     table = model.get_input_embeddings()
     embeds = table(batch.input_ids) * batch.scale[:, None]
     if noise > 0:
-        # In phase 2 a projected vector stands in a slot. It is close to a marker, but never equal.
+        # A projected vector of phase 2 is close to a marker, but never equal.
         rms = table.weight.detach().square().mean().sqrt()
         level = torch.rand(len(batch.pack.ptr) - 1, 1)[batch.pack.sequence] * (noise * rms)
         embeds = embeds + torch.randn_like(embeds) * level * batch.is_slot[:, None]
@@ -78,7 +78,7 @@ def exact_match(
         writer: writes the prompts.
         question_type: one of `QUESTION_TYPES`.
         num_facts: facts per question.
-        slots: what stands before each fact.
+        slots: content of the slot before each fact, see `PromptWriter.prompt`.
         num_questions: number of questions.
         seed: seed of the questions and of their names.
         marker_accuracy: probability that a marker is right.

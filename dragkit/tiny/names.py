@@ -1,4 +1,4 @@
-"""Invented entity names: the generator learns to copy names instead of knowing facts."""
+"""Invented entity names: the generator learns to copy names instead of memorising facts."""
 
 from __future__ import annotations
 

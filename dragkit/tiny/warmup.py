@@ -195,7 +195,7 @@ def _warm_up_command(argv: list[str]) -> int:
     add("--out", type=Path, required=True, help="folder of the model")
     add("--seed", type=int, default=0, help="seed of weights and training data (default 0)")
     add("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
-    add("--questions", type=int, default=128, help="questions per cell of the table; 0 skips it")
+    add("--questions", type=int, default=128, help="questions per cell of the table (0 skips it)")
     args = parser.parse_args(argv)
     setup_console(debug=False)
     transformers.utils.logging.disable_progress_bar()

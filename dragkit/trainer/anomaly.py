@@ -38,7 +38,7 @@ def numerical_error(
         for name, parameter in parameters.items()
         if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
     ]
-    # As text, because JSON has no NaN and no infinity.
+    # Written as text, because JSON has no NaN and no infinity.
     parts = [{key: str(float(value)) for key, value in out.parts.items()} for out in outputs]
     records = ranks.all_gather_object([list(questions), parts])
     record = {

@@ -133,7 +133,7 @@ def build_retriever_phase(
     capture = capture_for(device) if config.run.cuda_graphs else None
     if capture is None or train.store.num_relations == 0:
         return RetrieverPhase(config, retriever, forward=forward)
-    # Those of epoch 0 in a resumed run, too, so that capacities are the same.
+    # A resumed run takes the batches of epoch 0 too, so that capacities are the same.
     batches = train.batch_sampler.batches(0)[:_BUCKET_SAMPLES]
     slices = (ranks or Ranks()).local_slices(batches)
     # A slice may be empty where a batch has fewer questions than there are ranks.
@@ -179,7 +179,7 @@ def _sharded_joint(
         fingerprint = frozen_fingerprint(generator)
         model = JointModel(config, retriever, generator)
         shard_generator(generator, mesh, ranks.all_reduce_max)
-    # Compared here, because shards of different ranks cannot be compared later.
+    # Compare here, because shards of different ranks cannot be compared later.
     ranks.require_same(fingerprint)
     logger.info("the generator's frozen weights are sharded over %d ranks", shards)
     return model

@@ -44,9 +44,9 @@ def autocast(precision: str, device: torch.device, *, cache: bool = True) -> Abs
     """Mixed precision of retriever and projector.
 
     Args:
-        precision: `run.precision`; "auto" is bfloat16 on a GPU and float32 on a CPU.
-        device: of the tensors.
-        cache: keep the converted weights. Must be False while a CUDA graph is captured.
+        precision: `run.precision`. "auto" is bfloat16 on a GPU and float32 on a CPU.
+        device: device of the tensors.
+        cache: whether to keep the converted weights. Must be False while a CUDA graph is captured.
     """
     if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
         return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache)

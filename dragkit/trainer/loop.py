@@ -51,10 +51,11 @@ class Trainer:
     uninterrupted one bit for bit.
 
     Args:
-        config, phase: what is trained, and how.
+        config: the run's settings.
+        phase: the phase to train.
         train, val: training and validation questions. Without `val` nothing is validated.
         run_dir: folder of checkpoints, metrics and configuration.
-        device: of the model.
+        device: device of the model.
         command_dir: folder that the user resumes. None means `run_dir`.
         ranks: ranks that train together. None means this process alone.
     """
@@ -152,7 +153,7 @@ class Trainer:
                     self.profile_window.tick(self.state.step)
                     outputs = self.train_step(batches)
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
-                    # Several ranks stop in `_reduce_counts`, where all of them learn of a signal.
+                    # Several ranks stop in `_reduce_counts`, which sums the signals of all of them.
                     if stop.requested and self.ranks.is_single:
                         self._interrupt()
                     if save_every and self.state.step % save_every == 0:
@@ -197,7 +198,7 @@ class Trainer:
             yield step
 
     def _reduce_counts(self, batches: list[QuestionBatch]) -> tuple[dict[str, int], int]:
-        """Sums the step's counts and questions over ranks. All ranks stop where one is asked to."""
+        """Sums the step's counts and questions over ranks. All ranks stop if one has a signal."""
         self.ranks.progress = f"at step {self.state.step}"
         counts = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)
@@ -224,7 +225,7 @@ class Trainer:
             for batch in batches
         ]
         with nvtx_range("optimizer"):
-            # Summed first, because norm and clipping are those of the whole batch's gradient.
+            # Sum over ranks first: norm and clipping are those of the whole batch's gradient.
             self.ranks.all_reduce_gradients(self.parameters)
             norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
             self._check_finite(norm, present, outputs)

@@ -17,7 +17,7 @@ def build_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim
 
     Args:
         groups: dicts with `name`, `params`, `lr`, `weight_decay`.
-        device: of the parameters.
+        device: device of the parameters.
     """
     split = []
     for group in groups:
@@ -32,7 +32,7 @@ def build_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim
 
 def lr_multiplier(step: int, total: int, warmup: int, floor: float) -> float:
     """Fraction of the peak rate at `step`: linear warm-up, then a cosine down to `floor`."""
-    # Counted from 1, because a rate of zero would waste the first step.
+    # Count from 1, because a rate of zero would waste the first step.
     if step < warmup:
         return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)

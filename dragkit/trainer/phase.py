@@ -1,4 +1,4 @@
-"""What the training loop asks of a phase, and what both phases share."""
+"""The protocol between training loop and phase, and the code that both phases share."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StepOutput:
 
 
 class Phase(ABC):
-    """What differs between the phases. `Trainer` is what they have in common.
+    """The part of training that differs between the phases. `Trainer` runs it.
 
     Attributes:
         validation_limit: number of validation questions. None takes all.
@@ -91,8 +91,8 @@ class Phase(ABC):
         """Runs forward and backward of one micro-batch and accumulates its gradients.
 
         Args:
-            batch: on the model's device or in host memory.
-            relations: of the data set, on the model's device.
+            batch: questions, on the model's device or in host memory.
+            relations: token states of the data set's relations, on the model's device.
             counts: denominators of the losses, see `counts`.
             step: index of the optimizer step.
         """
@@ -158,7 +158,7 @@ def rank_facts(
     predictions = []
     for i, row in enumerate(batch.rows):
         start, end = ptr[i], ptr[i + 1]
-        # Stable, so that ties keep the order of the file and predictions are reproducible.
+        # A stable sort keeps ties in the order of the file, so predictions are reproducible.
         order = torch.argsort(host_logits[start:end], descending=True, stable=True)
         predictions.append(
             Prediction(

@@ -132,7 +132,7 @@ class JointPhase(Phase):
             batch = batch.to(relations.states.device)
         graph = batch.graph
         draft = self.draw_and_prompt(batch, relations, step)
-        # Queued before the host waits, so that the device has work meanwhile.
+        # Queue this before the host waits, so that the device has work meanwhile.
         with nvtx_range("backward"):
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
@@ -237,7 +237,7 @@ class JointPhase(Phase):
                 )
                 generator_grad = generator_grad if logit_grad is None else logit_grad
                 roots += inputs[1:]
-            # On the device, like the balanced weight, so that the log needs no second case.
+            # A device tensor, like the balanced weight, so that the log needs no second case.
             weight = torch.full((), self.config.loss.ret_loss_weight, device=logits.device)
             if self._balances:
                 weight = self._balance(generator_grad, label_grad)

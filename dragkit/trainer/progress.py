@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, and a bar on a terminal or a log line every N steps."""
+"""Reports of a run: metrics.jsonl, and a bar on a terminal or a log line every N steps."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Progress:
     shows the merged entries of all ranks.
 
     Args:
-        phase: its name.
+        phase: name of the phase.
         steps: optimizer steps done before this process, and those of the whole run.
         every: optimizer steps between two entries.
-        meter, metrics, ranks: of the trainer.
+        meter, metrics, ranks: those of the trainer.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Progress:
         self.bar.close()
 
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
-        """Counts one optimizer step. `state` is after it, `lr` is of the next one."""
+        """Counts one optimizer step. `state` is the state after it, `lr` the next rate."""
         self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)

@@ -51,7 +51,7 @@ class QuestionDataset:
 
     Args:
         path: the JSONL file.
-        config, encoder: of the run.
+        config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
 

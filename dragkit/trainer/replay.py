@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UPS = 3
 # Larger batches keep a GPU busy for longer than their launches take, and a graph would hold memory
-# for them beside what the rest of the training uses. An estimate, not a measurement.
+# for them in addition to the rest of the training. The number is an estimate, not a measurement.
 MAX_FACTS = 50_000
 
 Work = Callable[[], None]
@@ -100,7 +100,7 @@ class StepReplay:
 
     Args:
         loss: float32 [] of a device batch.
-        parameters: those that may get a gradient.
+        parameters: parameters that may get a gradient.
         buckets, capture: capacities of the batches, and what captures the step on each.
         max_graphs: number of capacities to capture.
     """

@@ -1,4 +1,4 @@
-"""Which folder a run lives in, and what a resumed run takes from its checkpoint."""
+"""Finds the folder of a run, and merges a resumed run's settings with its checkpoint."""
 
 from __future__ import annotations
 

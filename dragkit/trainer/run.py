@@ -54,7 +54,7 @@ _PHASE1_EVALUATION_BATCH = 64
 _AFTER_DEMO = """
   your own questions: python -m dragkit.train --phase 2 --preset tiny --generator_model tiny \
 --heuristics_path FILE.jsonl
-  the 30B (one H200 or B200; hf download unsloth/Nemotron-3-Nano-30B-A3B): \
+  the 30B (one H200 or B200, after hf download unsloth/Nemotron-3-Nano-30B-A3B): \
 python -m dragkit.train --phase 2 --preset h200 --heuristics_path FILE.jsonl"""
 
 

@@ -75,7 +75,7 @@ class Usage(NamedTuple):
         return programs * num_warps / _WARPS
 
     def over_limits(self, spec: KernelSpec) -> str:
-        """Names the exceeded limits, or is an empty string."""
+        """The exceeded limits by name, or an empty string."""
         limit = spec.limits
         exceeded = {
             f"registers > {limit.registers}": self.registers > limit.registers,
@@ -175,7 +175,7 @@ def summary(results: list[tuple[KernelSpec, int, Usage]]) -> str:
     return (
         f"triton {triton.__version__}: {len(kernels)} kernels in "
         f"{len(results) // len(ARCHITECTURES)} configurations x {len(ARCHITECTURES)} "
-        f"architectures = {len(results)} compiled; registers "
+        f"architectures = {len(results)} compiled. Registers "
         f"{min(u.registers for u in usages)}-{max(u.registers for u in usages)}, spills "
         f"{sum(u.spills for u in usages)}, shared memory up to "
         f"{max(u.shared_bytes for u in usages)} "

@@ -1,4 +1,4 @@
-"""Rows a block at a time, so that several passes over a matrix find it in the processor's cache."""
+"""Blocks of rows, so that several passes over a matrix find it in the processor's cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ROWS = 32
 
 
 def row_blocks(x: Tensor) -> Iterator[tuple[int, int]]:
-    """(first row, end) of blocks that cover a matrix; a GPU takes all rows at once.
+    """(first row, end) of blocks that cover a matrix. A GPU takes all rows at once.
 
     Args:
-        x: [T, C]; only its shape and device count.
+        x: [T, C]. Only its shape and device are read.
     """
     num_rows, num_columns = x.shape
     rows = num_rows

@@ -109,7 +109,7 @@ def chunk_sums(rowptr: Tensor, key: Tensor, summand: Summand) -> Tensor | None:
     Args:
         rowptr: int32 [V+1] first offset of each row.
         key: int32 row of each fact. Both are contiguous.
-        summand: what the rows sum.
+        summand: terms of the sums, see `Summand`.
 
     Returns:
         float32 [offsets / CHUNK, C], where row rowptr[v] / CHUNK belongs to v. With a factor the

@@ -60,10 +60,10 @@ class ResourceLimits(NamedTuple):
     """Limits of one compiled kernel. Spills and stack are never allowed.
 
     Attributes:
-        registers: most registers of a thread.
-        shared_bytes: most shared memory of a program.
-        vector_loads: fewest 128-bit global loads in the PTX.
-        mma_instructions: fewest tensor core instructions in the PTX.
+        registers: maximum number of registers of a thread.
+        shared_bytes: maximum shared memory of a program.
+        vector_loads: minimum number of 128-bit global loads in the PTX.
+        mma_instructions: minimum number of tensor core instructions in the PTX.
     """
 
     registers: int
@@ -121,7 +121,7 @@ def row_strided(tensor: Tensor) -> Tensor:
         tensor: [T, ...] of at least one dimension.
     """
     expected = 1
-    # From the last dimension on, a stride must be the product of the later sizes.
+    # A stride must be the product of the later sizes, from the last dimension on.
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
         if size > 1 and stride != expected:
             return tensor.contiguous()

@@ -68,7 +68,7 @@ def check_fact_index(op: str, fact_index: FactIndex) -> None:
     sizes |= {"pair_relation": num_pairs, "pair_graph": num_pairs}
     for name, tensor in zip(fact_index._fields, fact_index, strict=True):
         size = sizes.get(name, fact_index.num_facts)
-        # Every call comes here: names are formatted for an error only.
+        # Every op call runs this, so names are formatted for an error only.
         if tensor.shape != (size,):
             check_shape(op, f"fact_index.{name}", tensor, (size,))
         if tensor.dtype != torch.int32:
@@ -216,7 +216,7 @@ def concat_fact_indexes(graphs: Sequence[FactIndex]) -> FactIndex:
         graphs: one graph each. Their relation rows already refer to the pack's relation list.
 
     Returns:
-        What `build_fact_index` returns for the joined facts.
+        The result of `build_fact_index` for the joined facts.
 
     Raises:
         ValueError: `graphs` is empty.
@@ -226,7 +226,7 @@ def concat_fact_indexes(graphs: Sequence[FactIndex]) -> FactIndex:
     nodes = facts = pairs = 0
     columns: dict[str, list[Tensor]] = {name: [] for name in FactIndex._fields}
     for number, graph in enumerate(graphs):
-        # What is added to the values of each field. All others hold fact numbers or fact offsets.
+        # Added to the values of a field. Fields not listed hold fact numbers or fact offsets.
         offset = {
             "head": nodes,
             "tail": nodes,

@@ -24,7 +24,7 @@ _CHUNK = tl.constexpr(CHUNK)
 # Columns to warps. A thread then holds 32 values of a tile of 32 rows.
 _WARPS = {64: 2, 256: 8}
 COLUMNS = tuple(_WARPS)
-# What `aot` compiles: tables, states and gradients in one dtype, p in float32.
+# The types that `aot` compiles: tables, states and gradients in one dtype, p in float32.
 DTYPES = {"*bf16": torch.bfloat16, "*fp32": torch.float32}
 
 
@@ -50,7 +50,7 @@ def dot_tile(num_columns: int, dtype: torch.dtype) -> Tile2D:
 
 
 class Summand(NamedTuple):
-    """What a row sums: tensors for a launch, and in a kernel the tuple of their pointers.
+    """The terms of a row's sum: tensors for a launch, in a kernel the tuple of their pointers.
 
     The fact at offset i is f = perm[i]. It adds
 
@@ -101,7 +101,7 @@ def _row_bounds(offs_n, mask_n, rowptr_ptr):
 
 @triton.jit
 def _add_facts(acc, offs_e, mask_e, offs_c, num_columns, summand):
-    """acc_i += what the fact at offs_e[i] adds, in every lane i of the mask."""
+    """acc_i += the term of the fact at offs_e[i], in every lane i of the mask."""
     perm_ptr, row_ptr, sender_ptr, count_ptr, p_ptr, table_ptr, factor_ptr = summand
     fact = offs_e
     if perm_ptr is not None:

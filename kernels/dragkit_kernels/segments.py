@@ -36,7 +36,7 @@ def segment_ptr(segment: Tensor, num_segments: int) -> Tensor:
 
 
 def max_segment_length(ptr: Tensor) -> int:
-    """Rows of the longest segment. It waits for the device."""
+    """Rows of the longest segment. The host waits for the device."""
     return int((ptr[1:] - ptr[:-1]).max()) if ptr.shape[0] > 1 else 0
 
 
@@ -46,7 +46,7 @@ def padded_rows(ptr: Tensor, num_rows: int, width: int) -> Tensor:
     Args:
         ptr: int [B+1] first row of each segment.
         num_rows: the value of padding.
-        width: at least the length of every segment.
+        width: upper bound on the length of every segment.
 
     Returns:
         int64 [B, width].

@@ -53,8 +53,8 @@ def assert_close(
     if error > limit * scale.clamp(min=1e-12):
         worst = int((got - want).abs().nan_to_num().argmax())
         raise AssertionError(
-            f"{name}: RMS error ratio {float(error / scale.clamp(min=1e-12)):.2e} > {limit:.0e}; "
-            f"worst at flat index {worst}: got {float(got.flatten()[worst]):.6g}, "
+            f"{name}: RMS error ratio {float(error / scale.clamp(min=1e-12)):.2e} > {limit:.0e}. "
+            f"Worst at flat index {worst}: got {float(got.flatten()[worst]):.6g}, "
             f"expected {float(want.flatten()[worst]):.6g}"
         )
 

@@ -201,7 +201,7 @@ def test_the_other_phase_of_the_same_command() -> None:
         ("--heur x", ["--heur: unknown flag"]),
         ("--num_stages=4", ["did you mean --set retriever.num_stages=VALUE?"]),
         ("--optim.lr 4", ["did you mean --set optim.lr=VALUE?"]),
-        ("--frobnicate", ["--frobnicate: unknown flag; --help lists all"]),
+        ("--frobnicate", ["--frobnicate: unknown flag (--help lists all)"]),
         ("-x", ["-x: unknown flag"]),
         ("train.jsonl", ["unexpected argument 'train.jsonl'"]),
         ("--lr", ["--lr: expected one argument"]),

@@ -39,7 +39,7 @@ def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Names of the layers that get an adapter.
 
     Args:
-        model: to adapt.
+        model: the model to adapt.
         wanted: names of linear layers (`q_proj`) or of projections of the routed experts
             (`experts.up_proj`). None is those of `DEFAULT_LORA_TARGETS` that the model has.
 
@@ -70,7 +70,8 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
     """Adds trainable adapters to a frozen model.
 
     Args:
-        model: frozen; config: rank, scale, dropout and targets of the adapters.
+        model: the frozen model.
+        config: rank, scale, dropout and targets of the adapters.
 
     Raises:
         ConfigError: a wanted target matches nothing.
@@ -107,7 +108,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     installed misses that adapter in transformers' own forward, not in ours.
 
     Args:
-        model: without adapters; folder: holds `adapter_config.json`, as `save_adapters` writes it.
+        model: the model without adapters.
+        folder: folder with `adapter_config.json`, as `save_adapters` writes it.
 
     Returns:
         A `PeftModel`.

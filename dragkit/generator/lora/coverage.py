@@ -15,8 +15,8 @@ class Coverage(NamedTuple):
 
     Attributes:
         target: name after that of the module around it, such as `mixer.q_proj`.
-        num_modules, num_adapted: matrices, and those of them with an adapter.
-        trainable: parameters of these adapters.
+        num_modules, num_adapted: number of matrices, and of matrices with an adapter.
+        trainable: number of parameters of these adapters.
         flops: fraction of the multiplications of one token.
         covered: fraction of the multiplications of one token that have an adapter.
     """

@@ -12,7 +12,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dragkit.generator.nemotron_h.pack import Pack
 
-# Some versions of torch have to be told that keys have fewer heads than queries.
+# Some versions of torch need a flag where keys have fewer heads than queries.
 _GQA = {}
 if "enable_gqa" in inspect.signature(varlen_attn).parameters:
     _GQA = {"enable_gqa": True}
@@ -25,7 +25,7 @@ _BLOCK = 64
 
 
 class _BlockedAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v below the diagonal; saves the probabilities for the backward.
+    """softmax(scale q k^T) v below the diagonal. Saves the probabilities for the backward.
 
     q, k and v are [N, L, D], with the longest sequences first. The first `num_rows[i]` of them have
     tokens in the i-th block of queries, and the others are not computed there.
@@ -92,8 +92,10 @@ def packed_attention(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scal
     attention is causal.
 
     Args:
-        query: float [T, H, D]; key, value: float [T, G, D], each for H / G successive heads.
-        pack: of the T tokens; scale: factor of the scores.
+        query: float [T, H, D].
+        key, value: float [T, G, D], each for H / G successive heads.
+        pack: the pack of the T tokens.
+        scale: factor of the scores.
 
     Returns:
         float [T, H, D].
@@ -146,8 +148,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: 
     """Attention of a few tokens of one sequence, float [R, H, D].
 
     Args:
-        query: float [R, H, D]; key, value: float [L, G, D] of the whole sequence.
-        position: int64 [R] of the queries in the sequence; scale: factor of the scores.
+        query: float [R, H, D].
+        key, value: float [L, G, D] of the whole sequence.
+        position: int64 [R] positions of the queries in the sequence.
+        scale: factor of the scores.
     """
     num_queries, num_heads, dim = query.shape
     num_kv_heads = key.shape[1]
@@ -165,11 +169,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: 
 def attention_at(
     query: Tensor, key: Tensor, value: Tensor, pack: Pack, rows: Tensor, scale: float
 ) -> Tensor:
-    """`packed_attention` at some tokens only, one sequence at a time; for a CPU.
+    """`packed_attention` at some tokens only, one sequence at a time. It suits a CPU.
 
     Args:
-        query: float [A, H, D] of the wanted tokens; key, value: float [T, G, D] of all tokens.
-        pack: of the T tokens; rows: int64 [A] wanted tokens, in any order.
+        query: float [A, H, D] of the wanted tokens.
+        key, value: float [T, G, D] of all tokens.
+        pack: the pack of the T tokens.
+        rows: int64 [A] wanted tokens, in any order.
         scale: factor of the scores.
 
     Returns:

@@ -116,7 +116,9 @@ def run_block(
     """Calls a block as a module, so that its hooks run around our forward.
 
     Args:
-        block: of a `NemotronHModel`; hidden: float [T, M]; packed_forward: what the call runs.
+        block: a block of a `NemotronHModel`.
+        hidden: float [T, M].
+        packed_forward: the forward that the call runs.
         checkpointed: types of blocks that are recomputed in the backward.
     """
     accept_packed_forward(block)
@@ -156,7 +158,7 @@ def run_blocks(
 
 @dataclass(frozen=True)
 class PackedMixing:
-    """A token reads itself and the earlier tokens of its sequence; see `TokenMixing`."""
+    """A token reads itself and the earlier tokens of its sequence. See `TokenMixing`."""
 
     pack: Pack
     ops: MambaOps
@@ -193,7 +195,9 @@ def hidden_at_rows(
 
     Args:
         model: a `NemotronHModel`, with adapters or without.
-        embeds: float [T, M]; pack: of these tokens; rows: int64 [A] wanted tokens.
+        embeds: float [T, M].
+        pack: the pack of these tokens.
+        rows: int64 [A] wanted tokens.
         ops: convolution and scan of the Mamba-2 blocks.
         checkpointed: types of blocks that are recomputed in the backward, a value of
             `ACTIVATION_CHECKPOINTING`.

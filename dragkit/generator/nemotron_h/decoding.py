@@ -46,7 +46,8 @@ class PrefillMixing(PackedMixing):
     """`PackedMixing` that also appends the state of every block to `states`.
 
     Attributes:
-        last: int64 [B] last token of every sequence; length: int64 [B] tokens of every sequence.
+        last: int64 [B] last token of every sequence.
+        length: int64 [B] tokens of every sequence.
         cache_row: int64 [T] row of each token in a cache of B times `cache_len` rows.
     """
 
@@ -79,7 +80,7 @@ def prefill(
     """Hidden states at the last tokens, and the states to continue from.
 
     Args:
-        model, embeds, pack, ops: see `hidden_at_rows`; every sequence has at least one token.
+        model, embeds, pack, ops: see `hidden_at_rows`. Every sequence has at least one token.
         max_new_tokens: tokens for which the key-value caches have room.
 
     Returns:
@@ -108,7 +109,7 @@ def prefill_in_microbatches(
     max_tokens: int | None,
     all_reduce_max: Callable[[int], int] | None = None,
 ) -> tuple[Tensor, list[State]]:
-    """`prefill` in micro-batches; the host waits once, for the lengths.
+    """`prefill` in micro-batches. The host waits once, for the lengths.
 
     Args:
         model, embeds, ops, max_new_tokens: see `prefill`.
@@ -137,7 +138,7 @@ def prefill_in_microbatches(
 
 
 def _concatenate(microbatches: list[list[State]]) -> list[State]:
-    """States of all sequences, block by block; empties the lists of `microbatches`."""
+    """States of all sequences, block by block. Empties the lists of `microbatches`."""
     if len(microbatches) == 1:
         return microbatches[0]
     states = []
@@ -150,7 +151,7 @@ def _concatenate(microbatches: list[list[State]]) -> list[State]:
 
 @dataclass(frozen=True)
 class DecodeMixing:
-    """One token of every sequence reads the state of a block; see `TokenMixing`."""
+    """One token of every sequence reads the state of a block. See `TokenMixing`."""
 
     state: State | None
     rows: None = None
@@ -171,17 +172,19 @@ class DecodeMixing:
         # Plain products: with one query per head, a fused kernel has nothing to save.
         query = query.unflatten(1, (key.shape[1], -1)) * mixer.scaling
         score = (query @ cache.key.mT).masked_fill_(unused, float("-inf"))
-        # As the fused kernels do, the softmax runs in float32.
+        # The softmax runs in float32, as in the fused kernels.
         wide = torch.promote_types(score.dtype, torch.float32)
         heads = score.softmax(-1, dtype=wide).to(query.dtype) @ cache.value
         return merge_heads(mixer, heads.flatten(1, 2))
 
 
 def decode_step(model: nn.Module, embeds: Tensor, states: list[State]) -> Tensor:
-    """Hidden states of the next token of every sequence; updates the states in place.
+    """Hidden states of the next token of every sequence. Updates the states in place.
 
     Args:
-        model: a `NemotronHModel`; embeds: float [B, M]; states: of `prefill`.
+        model: a `NemotronHModel`.
+        embeds: float [B, M].
+        states: the states that `prefill` returns.
 
     Returns:
         float [B, M].

@@ -69,8 +69,11 @@ def routed_experts(
     """sum_k w_k down(act(up(x))) over the K experts of every token, adapters included.
 
     Args:
-        x: float [T, M]; index: int64 [T, K] experts of each token; weights: float [T, K].
-        experts: a `NemotronHExperts`; factors: adapters by the name of their projection.
+        x: float [T, M].
+        index: int64 [T, K] experts of each token.
+        weights: float [T, K].
+        experts: a `NemotronHExperts`.
+        factors: adapters by the name of their projection.
 
     Returns:
         [T, M] with the dtype of `x`. Sums over K have the dtype of `weights` if that is wider.
@@ -104,9 +107,9 @@ def _factors(wrapper: nn.Module, name: str) -> LoraFactors:
 
 
 def unwrap_lora_experts(wrapper: nn.Module) -> tuple[nn.Module, dict[str, LoraFactors]] | None:
-    """The experts inside PEFT's wrappers, and their adapters; None where PEFT's forward must run.
+    """The experts inside PEFT's wrappers, and their adapters, or None for PEFT's own forward.
 
-    That is where adapters are disabled, merged, or several, and under expert parallelism.
+    It is None where adapters are disabled, merged, or several, and under expert parallelism.
     """
     factors, module = {}, wrapper
     while hasattr(module, "parameter_name"):
@@ -126,7 +129,8 @@ def routed_forward(mixer: nn.Module, hidden: Tensor) -> Tensor:
     """Output of the routed experts of a `NemotronHMoE`, without its shared experts.
 
     Args:
-        mixer: with adapters or without; hidden: float [T, M].
+        mixer: the mixer, with adapters or without.
+        hidden: float [T, M].
 
     Returns:
         float [T, M].

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# `F.grouped_mm` wants the rows of its operands to begin at multiples of this many bytes.
+# `F.grouped_mm` requires the rows of its operands to begin at multiples of this many bytes.
 ALIGNMENT = 16
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -53,7 +53,8 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     `F.grouped_mm` itself can be traced in bfloat16 only.
 
     Args:
-        x: float [S, I], sorted by group; weight: float [E, O, I].
+        x: float [S, I], sorted by group.
+        weight: float [E, O, I].
         ends: int32 [E] group e ends before row ends[e].
 
     Returns:

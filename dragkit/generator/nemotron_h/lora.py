@@ -86,7 +86,7 @@ def _plain_adapter(layer: nn.Module) -> str | None:
 def _low_rank_linear(
     x: Tensor, layers: Sequence[nn.Module], names: Sequence[str | None]
 ) -> list[Tensor]:
-    """Outputs of the layers; a layer with an adapter name computes base + s (x A^T) B^T."""
+    """Outputs of the layers. A layer with an adapter name computes base + s (x A^T) B^T."""
     outputs = [
         layer(x) if name is None else layer.base_layer(x)
         for layer, name in zip(layers, names, strict=True)
@@ -139,7 +139,8 @@ def adapted_linear(
     (no adapter, active dropout, several adapters) runs its own forward.
 
     Args:
-        x: float [..., I]; layers: linear layers of width I, with a PEFT adapter or without.
+        x: float [..., I].
+        layers: linear layers of width I, with a PEFT adapter or without.
         sizes: widths into which the concatenated outputs are split. None gives one per layer.
 
     Returns:
@@ -166,7 +167,7 @@ def adapted_linear(
 
 
 def _has_few_rows(x: Tensor, outer: int) -> bool:
-    """Whether W + s B A costs more than it saves; a trace assumes many rows."""
+    """Whether W + s B A costs more than it saves. A trace assumes many rows."""
     if torch.compiler.is_compiling():
         return False
     inner = x.shape[-1]

@@ -72,7 +72,9 @@ def mamba_mixer(
     """The forward of a `NemotronHMamba2Mixer` for every sequence of a pack.
 
     Args:
-        mixer: with adapters or without; hidden: float [T, M]; pack: of the T tokens.
+        mixer: the mixer, with adapters or without.
+        hidden: float [T, M].
+        pack: the pack of the T tokens.
         ops: convolution and scan.
         last: int64 [B] last token of every sequence. None returns no state.
 
@@ -94,10 +96,12 @@ def mamba_mixer(
 
 
 def mamba_step(mixer: nn.Module, hidden: Tensor, state: MambaState) -> Tensor:
-    """The forward for the next token of every sequence; updates `state` in place.
+    """The forward for the next token of every sequence. Updates `state` in place.
 
     Args:
-        mixer: as of `mamba_mixer`; hidden: float [B, M]; state: of the B sequences.
+        mixer: the mixer, with adapters or without.
+        hidden: float [B, M].
+        state: state of the B sequences.
 
     Returns:
         float [B, M].

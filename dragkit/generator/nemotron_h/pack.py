@@ -29,8 +29,9 @@ def make_pack(length: Tensor, total: int, longest: int) -> Pack:
     """The pack of sequences of the given lengths.
 
     Args:
-        length: int64 [B] tokens of each sequence; total: T, their sum.
-        longest: at least the largest length.
+        length: int64 [B] tokens of each sequence.
+        total: T, the sum of `length`.
+        longest: an upper bound on `length`.
     """
     # With `output_size` the host does not wait for the sum of the lengths.
     sequence = torch.repeat_interleave(length, output_size=total)
@@ -46,14 +47,15 @@ def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, 
     Compiled blocks and CUDA graphs then meet few distinct sizes.
 
     Args:
-        embeds: float [T, M]; pack: of its tokens.
+        embeds: float [T, M].
+        pack: the pack of these tokens.
     """
     total = embeds.shape[0]
     padding = -total % multiple
     if padding == 0:
         return embeds, pack
     embeds = torch.cat([embeds, embeds.new_zeros(padding, embeds.shape[1])])
-    # As a separate sequence, the padding is read by no other token.
+    # The padding is a separate sequence, so no other token reads it.
     position = torch.arange(padding, device=embeds.device)
     sequence = torch.full((padding,), pack.ptr.shape[0] - 1, device=embeds.device)
     ptr = torch.cat([pack.ptr, pack.ptr.new_full((1,), total + padding)])
@@ -68,7 +70,7 @@ def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, 
 def split_by_tokens(
     lengths: Sequence[int], max_tokens: int | None, max_sequences: int
 ) -> list[int]:
-    """Cuts sequences, in their order, into micro-batches; returns the sequences of each.
+    """Cuts sequences, in their order, into micro-batches. Returns the sequences of each.
 
     A sequence that is longer than `max_tokens` is a micro-batch by itself.
 

@@ -44,7 +44,7 @@ def _forward(
 
 
 def accept_packed_forward(block: nn.Module) -> None:
-    """Lets a call of the block run another forward; a second call changes nothing."""
+    """Lets a call of the block run another forward. Patching a block twice changes nothing."""
     if "forward" not in vars(block):
         block.forward = types.MethodType(_forward, block)
 
@@ -80,7 +80,7 @@ def hidden_model_type(model: nn.Module) -> Iterator[None]:
     if model_type is None:
         yield
         return
-    # `model_type` is a class attribute; an instance may have a value of the same name.
+    # `model_type` is a class attribute, and an instance may have a value of the same name.
     on_instance = "model_type" in vars(config)
     config.model_type = f"{model_type} (hidden from PEFT)"
     try:

@@ -24,7 +24,7 @@ from .forward import (
 STRIPE = Tile(128, 1, max_registers=128)
 # Rows that are loaded ahead, without and with sums in registers.
 STEP, SUM_STEP = 4, 2
-# Most programs per stripe when each writes partial sums for d_weight and d_bias.
+# Maximum number of programs per stripe when each writes partial sums for d_weight and d_bias.
 MAX_SUM_PROGRAMS = 256
 
 

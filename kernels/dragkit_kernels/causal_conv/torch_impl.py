@@ -1,4 +1,4 @@
-"""The PyTorch path of causal_conv, a block of rows at a time that stays in the cache.
+"""The PyTorch path of causal_conv, by blocks of rows that stay in the cache.
 
 It adds the taps from the oldest to the newest to all rows alike. Few rows are near the start of
 their sequence. They are reset to the bias after every tap that reads another sequence.

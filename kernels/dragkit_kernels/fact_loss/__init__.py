@@ -27,7 +27,7 @@ def fact_loss(
     Edge cases: rank is 0 if P or N is 0. A question without a positive has loss 0, because its
     labels do not say which facts are relevant. A pair exactly at the margin has no gradient. An
     infinite logit counts as the limit: its BCE is 0 on the right side, and two equal infinities
-    violate no margin. NaN makes the loss and the gradient of its own question NaN, and of no other.
+    violate no margin. NaN makes the loss and the gradient of its question NaN, and of no other.
 
     Args:
         logits: float [E]. Rows at or after `fact_ptr[-1]` are padding, without loss or gradient.

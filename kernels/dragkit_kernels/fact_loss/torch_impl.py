@@ -27,7 +27,7 @@ def fact_loss_fwd(
     ptr, question = _questions(fact_ptr, logits.shape[0])
     num_facts = ptr.diff()
     positive = label > 0.5
-    # In float64, because with a common offset of the logits the terms of a question cancel.
+    # Computed in float64, because the terms of a question cancel if its logits share an offset.
     shifted = torch.add(x.double(), positive, alpha=-margin)
     count = _violations(x, shifted, positive, ptr, question)
     # Every violating pair is counted at both of its facts, with opposite signs. A fact without

@@ -11,7 +11,7 @@ from ..launch import ResourceLimits, row_strided, spec
 from ..library import empty_gradients
 from .forward import TILES, TILES_PER_PROGRAM, group_tile, inverse_rms, load_tile
 
-# Most programs per group when each writes a partial sum for d_weight.
+# Maximum number of programs per group when each writes a partial sum for d_weight.
 MAX_SUM_PROGRAMS = 256
 
 

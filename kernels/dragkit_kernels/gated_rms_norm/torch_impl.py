@@ -1,4 +1,4 @@
-"""The PyTorch path of gated_rms_norm, a block of rows at a time that stays in the cache."""
+"""The PyTorch path of gated_rms_norm, by blocks of rows that stay in the cache."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def gated_rms_norm_bwd(
     eps: float,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight; see backward.py."""
+    """dz = (g - n mean(g n)) / rms(z) with n = z / rms(z), g = grad weight, see backward.py."""
     weight_acc = weight.to(_accumulator(y, gate, weight))
     d_y, d_gate, d_weight = out = empty_gradients((y, gate, weight), output_mask)
     needs_gate = gate is not None and output_mask[1]

@@ -56,7 +56,7 @@ def gumbel_topk(
     Args:
         logits: float [E].
         fact_ptr: int32 [B+1] first fact of each question.
-        k: most facts per question, at least 0. It may exceed the number of facts.
+        k: maximum number of facts per question, at least 0. It may exceed a question's facts.
         temperature: T > 0 of "binary_concrete".
         seed: int64 [] seed of the noise, with question_key. See logistic_noise.
         question_key: int64 [B], with seed.
@@ -116,7 +116,7 @@ def top_facts(
     Args:
         logits: float [E].
         fact_ptr: int32 [B+1] first fact of each question.
-        k: most facts per question.
+        k: maximum number of facts per question.
         threshold: probability that a fact must exceed. It is compared as a logit.
         max_facts: upper bound on the facts of a question. None reads it from the device, and waits.
         backend: "auto", "triton" or "torch".

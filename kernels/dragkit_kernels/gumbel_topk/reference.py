@@ -43,7 +43,7 @@ def select_largest(
         key: float [E].
         bound: keys must exceed it. None selects without a bound.
         fact_ptr: int [B+1].
-        k: most facts per question.
+        k: maximum number of facts per question.
         max_facts: upper bound on the facts of a question.
 
     Returns:

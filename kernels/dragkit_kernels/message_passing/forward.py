@@ -30,7 +30,7 @@ TENSOR_CORE_DTYPES = (torch.float16,) if INTERPRETED else (torch.float16, torch.
 DEPTH = 32
 
 
-# Specialised on num_nodes, the kernel would be compiled again for packs of 16 n nodes.
+# Not specialised on num_nodes: Triton would recompile the kernel for packs of 16 n nodes.
 @triton.jit(do_not_specialize=["num_nodes"])
 def _message_passing_fwd_kernel(
     h_ptr,

@@ -63,7 +63,7 @@ def _segment_softmax_fwd_kernel(
         max_score = new_max
     # The sum is zero if all scores are -inf: p is then 0 / 1 and not NaN.
     total = tl.where(total == 0.0, 1.0, total)
-    # Scores are read again, because a graph may have more rows than a block.
+    # Scores are read a second time, because a graph may have more rows than a block.
     for start in range(begin, end, BLOCK):
         offs_n = start + tl.arange(0, BLOCK)
         score = _load_scores(score_ptr, offs_n, offs_n < graph_end)

@@ -34,7 +34,7 @@ def ssd_scan(
 
     States, decays and sums are float32, or float64 if an argument is. The op saves only its inputs
     and recomputes the states in the backward. A gradient that no argument requires is not computed.
-    A non-finite input makes later results of its own sequence NaN, and all gradients of that
+    A non-finite input makes later results of its sequence NaN, and all gradients of that
     sequence. Other sequences are not affected.
 
     Args:

@@ -41,8 +41,8 @@ def _ssd_scan_bwd_x_kernel(
     """dx_j = dt_j v_j + (D + dt_j C_j . B_j) dy_j for the rows j of a chunk and a head.
 
     v_j = sum_{i>j} exp(log_i - log_j) (C_i . B_j) dy_i + exp(log_end - log_j) dS B_j, where dS is
-    the gradient of the state after the chunk. Also dot_j = x_j . v_j, the sum of x_j . dy_j over
-    the rows (d_D), and the sum of dt_j times the dS term of dot_j (state_dot).
+    the gradient of the state after the chunk. The kernel also stores dot_j = x_j . v_j, the sum of
+    x_j . dy_j over the rows (d_D), and the sum of dt_j times the dS term of dot_j (state_dot).
     One program per chunk and head.
     """
     pid_h, chunk = tl.program_id(0) % num_heads, tl.program_id(0) // num_heads

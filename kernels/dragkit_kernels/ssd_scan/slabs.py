@@ -70,8 +70,8 @@ class ScanSizes(NamedTuple):
 def log2_decays(dt: Tensor, A: Tensor, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cumulative sums along `dim` of log2 of the decays exp(A dt), and a mask of the clamped ones.
 
-    A clamped decay has no gradient. Base 2, because exp2 is several times faster than exp on a CPU
-    where results are near 0.
+    A clamped decay has no gradient. The base is 2, because exp2 is several times faster than exp on
+    a CPU where results are near 0.
     """
     log = dt * (A.double() * math.log2(math.e))
     # Sum in float64: all later decays inherit the rounding error of a sum.
