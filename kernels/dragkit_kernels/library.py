@@ -70,13 +70,6 @@ def empty_gradients(
     )
 
 
-def wanted_gradients(
-    grads: Sequence[Tensor], output_mask: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """The results of a backward op as autograd takes them: None where no gradient is needed."""
-    return tuple(g if needed else None for g, needed in zip(grads, output_mask, strict=True))
-
-
 def register_gradient(name: str, backward: Callable, setup_context: Callable) -> None:
     """Attaches the gradient formula of `dragkit::name`.
 

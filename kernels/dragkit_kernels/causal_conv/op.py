@@ -11,7 +11,6 @@ from ..library import (
     forbid_double_backward,
     register,
     register_gradient,
-    wanted_gradients,
 )
 from . import torch_impl
 
@@ -35,10 +34,9 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, bias, seq_pos)
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.dragkit.causal_conv_bwd(grad, *ctx.saved_tensors, wanted, ctx.triton)
-    return *wanted_gradients(grads, wanted), None, None
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, ...]:
+    mask = list(ctx.needs_input_grad[:3])
+    return torch.ops.dragkit.causal_conv_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
 
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor seq_pos"

@@ -11,7 +11,6 @@ from ..library import (
     forbid_double_backward,
     register,
     register_gradient,
-    wanted_gradients,
 )
 from . import torch_impl
 
@@ -35,12 +34,11 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(y, gate, weight)
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.dragkit.gated_rms_norm_bwd(
-        grad, *ctx.saved_tensors, ctx.groups, ctx.eps, wanted, ctx.triton
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, ...]:
+    mask = list(ctx.needs_input_grad[:3])
+    return torch.ops.dragkit.gated_rms_norm_bwd(
+        grad, *ctx.saved_tensors, ctx.groups, ctx.eps, mask, ctx.triton
     )
-    return *wanted_gradients(grads, wanted), None, None, None
 
 
 register(

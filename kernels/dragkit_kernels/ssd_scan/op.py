@@ -16,7 +16,6 @@ from ..library import (
     forbid_double_backward,
     register,
     register_gradient,
-    wanted_gradients,
 )
 from .torch_impl import scan_backward, scan_forward, scan_states
 
@@ -124,10 +123,9 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, ...]:
     mask = list(ctx.needs_input_grad[:_NUM_DIFFERENTIABLE])
-    grads = torch.ops.dragkit.ssd_scan_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
-    return (*wanted_gradients(grads, mask), None, None)
+    return torch.ops.dragkit.ssd_scan_bwd(grad, *ctx.saved_tensors, mask, ctx.triton)
 
 
 _INPUTS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor seq_pos"
