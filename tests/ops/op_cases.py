@@ -28,7 +28,7 @@ from dragkit_kernels import (
     ssd_scan,
 )
 from dragkit_kernels.testing import Adjacency, leaves, random_adjacency
-from tests.ops.cases import random, to_device
+from tests.ops.cases import positions, random, to_device
 
 
 class Sizes(NamedTuple):
@@ -177,7 +177,7 @@ def given(sizes: Sizes, device: torch.device) -> Given:
         torch.where(fact < pack.fact_ptr[1:, None], fact, -1).int(),
         torch.tensor(7, device=device),
         torch.arange(graphs, device=device),
-        torch.cat([torch.arange(n) for n in sizes.lengths]).int().to(device),
+        positions(sizes.lengths, device),
         random(2, sizes.width).to(device),
         torch.where(slot % 2 == 0, slot, -1),
         FactGroups(row, ptr, perm),

@@ -17,15 +17,11 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, positions, random
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENGTHS = [1, 2, 3, 4, 5, 20]
-
-
-def positions(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
-    return torch.cat([torch.arange(n) for n in [0, *lengths]]).int().to(device)
 
 
 def inputs(

@@ -19,7 +19,6 @@ from dragkit_kernels import (
     segment_sum,
     segment_sum_ref,
 )
-from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import (
     assert_close,
     fenced_allocations,
@@ -28,25 +27,14 @@ from dragkit_kernels.testing import (
     random_adjacency,
     strided_like,
 )
+from tests.ops.cases import FORWARD, GRADIENT, random
 
-# The interpreter truncates to bfloat16, a GPU rounds.
-FORWARD = {
-    torch.float64: 1e-12,
-    torch.float32: 2e-6,
-    torch.bfloat16: 8e-3 if INTERPRETED else 4e-3,
-    torch.float16: 1e-3,
-}
-GRADIENT = {torch.float64: 2e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-DTYPES = pytest.mark.parametrize("dtype", list(FORWARD), ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, *FORWARD], ids=str)
 WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 257])
 # Rows 0, 2, 5 and 7 are not gathered. Row 4 is gathered 75 times.
 ROWS = torch.tensor([3, 1, 6, 3, 1, *[4] * 70, 6, *[4] * 5]).int()
 # Segments 0, 2 and 5 have no rows. Segment 4 has more rows than a block.
 SEGMENTS = torch.tensor([1, 1, 1, 3, *[4] * 70]).int()
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def kernels_have(backend: str, dtype: torch.dtype) -> None:
@@ -71,10 +59,10 @@ def check(
         got = gradients(actual, tried, grad)
         zero_grads = gradients(function(*tried), tried, torch.zeros_like(grad))
     assert actual.dtype == values[0].dtype and actual.shape == expected.shape
-    assert_close(actual, expected, tolerance=FORWARD[actual.dtype])
+    assert_close(actual, expected, tolerance=FORWARD.get(actual.dtype, 1e-12))
     for g, x, want in zip(got, values, gradients(expected, exact, grad), strict=True):
         assert g.dtype == x.dtype
-        assert_close(g, want, tolerance=GRADIENT[g.dtype])
+        assert_close(g, want, tolerance=GRADIENT.get(g.dtype, 2e-12))
     assert not any(g.isfinite().logical_and(g != 0).any() for g in zero_grads)
 
 

@@ -16,7 +16,7 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, positions, random
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -28,10 +28,6 @@ ORDERS = ((1, 2, 31, 32, 33, 101), (101, 33, 32, 31, 2, 1), (1, 1, 1, 101, 2, 2,
 # (heads, head width, groups, states).
 SHAPES = ((4, 3, 2, 5), (3, 7, 3, 1), (6, 1, 1, 64), (1, 5, 1, 3))
 SMALL = (1, 3, 1, 5)
-
-
-def positions(lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    return torch.cat([torch.arange(n) for n in (0, *lengths)]).int().to(device)
 
 
 def make_inputs(
