@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -37,6 +38,11 @@ def kernels(name: str) -> ModuleType:
 def random(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal float32 numbers, the same for equal seeds."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 positions of the tokens of packed sequences."""
+    return torch.cat([torch.arange(n) for n in (0, *lengths)]).int().to(device)
 
 
 def to_device(pack: Adjacency, device: torch.device) -> Adjacency:

@@ -17,15 +17,11 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, positions, random
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LENGTHS = [1, 2, 3, 4, 5, 20]
-
-
-def positions(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
-    return torch.cat([torch.arange(n) for n in [0, *lengths]]).int().to(device)
 
 
 def inputs(
@@ -237,70 +233,6 @@ def test_empty_inputs(backend: str, device: torch.device, shape: tuple[int, int]
     assert y.shape == shape
     for got, given in zip(grads, values, strict=True):
         assert got.shape == given.shape and not got.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unneeded_gradients_are_not_computed(
-    backend: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    values, seq_pos = [x.to(dtype) for x in inputs(9, 5, device)], positions([4, 5], device)
-    grad, triton = random(9, 5, seed=9).to(values[0]), backend == "triton"
-    bwd = torch.ops.dragkit.causal_conv_bwd
-    all_grads = bwd(grad, *values, seq_pos, [True] * 3, triton)
-    for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
-        with fenced_allocations():
-            grads = bwd(grad, *values, seq_pos, mask, triton)
-        for got, want, wanted in zip(grads, all_grads, mask, strict=True):
-            assert torch.equal(got, want) if wanted else got.numel() == 0
-
-
-def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
-    backend: str, device: torch.device
-) -> None:
-    lengths, columns = ([30, 4], 3) if backend == "triton" else ([700, 1, 800], 70)
-    values, seq_pos = leaves(inputs(sum(lengths), columns, device)), positions(lengths, device)
-    grad, runs = random(*values[0].shape, seed=9).to(device), []
-    for _ in range(2):
-        y = causal_conv(*values, seq_pos, backend=backend)
-        runs.append((y, *torch.autograd.grad(y, values, grad, retain_graph=True)))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert not any(g.any() for g in gradients(y, values, torch.zeros_like(y)))
-
-
-def test_gradcheck_and_opcheck() -> None:
-    seq_pos = positions([3, 1, 5])
-    values = leaves([x.double() for x in inputs(9, 2, taps=3)])
-    assert torch.autograd.gradcheck(lambda *t: causal_conv(*t, seq_pos), tuple(values))
-    fwd, bwd = (getattr(torch.ops.dragkit, f"causal_conv_{n}").default for n in ("fwd", "bwd"))
-    for bias in (True, False):
-        x, weight, b = with_bias(leaves(inputs(9, 5, bias=bias)))
-        torch.library.opcheck(fwd, (x, weight, b, seq_pos, False))
-        roomy = strided_like(x.detach()).requires_grad_()
-        torch.library.opcheck(fwd, (roomy, weight, b, seq_pos, False))
-        plain = [None if t is None else t.detach() for t in (x, weight, b)]
-        for mask in ([True, True, bias], [False] * 3, [True, False, False]):
-            torch.library.opcheck(bwd, (torch.randn(9, 5), *plain, seq_pos, mask, False))
-    low = [t.detach().bfloat16() for t in (x, weight)]
-    utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fwd, (*low, None, seq_pos, False), test_utils=utils)
-
-
-def test_second_derivatives_raise() -> None:
-    x, weight, bias = leaves(inputs(4, 5))
-    y = causal_conv(x, weight, bias, positions([4]))
-    (d_x,) = torch.autograd.grad((y**2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="causal_conv_bwd has no derivative"):
-        d_x.sum().backward()
-
-
-def test_compiled_equals_eager() -> None:
-    values, seq_pos = leaves(inputs(13, 5)), positions([4, 9])
-    compiled = torch.compile(causal_conv, fullgraph=True, backend="aot_eager")
-    results = []
-    for function in (causal_conv, compiled):
-        y = function(*values, seq_pos)
-        results.append([y, *torch.autograd.grad((y * y).sum(), values)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Checks at full size on a GPU: repeats, low precision, hubs, more than 2^31 elements.
+"""Checks at full size on a GPU: hubs, packed sequences, more than 2^31 elements.
 
 With the interpreter the same tests run on small packs.
 """
@@ -13,19 +13,15 @@ from torch import Tensor
 
 from dragkit_kernels import (
     FactIndex,
-    fact_loss,
-    fact_rows,
-    fact_scores,
-    gather_rows,
+    causal_conv,
+    gated_rms_norm,
     gumbel_topk,
     message_passing,
     message_passing_ref,
-    relation_gate,
     relation_sum,
     relation_sum_ref,
     segment_softmax,
     segment_softmax_ref,
-    segment_sum,
 )
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import (
@@ -36,174 +32,15 @@ from dragkit_kernels.testing import (
     leaves,
     random_adjacency,
 )
-from tests.ops.cases import to_device
+from tests.ops.cases import layer_inputs, to_device
+from tests.ops.op_cases import LARGE, OPS, SEQUENCE_OPS, SMALL, given, inputs
 
 pytestmark = pytest.mark.triton
 
-SIZES = [(9, 25), (0, 0), (4, 7)] if INTERPRETED else [(800, 2000)] * 63 + [(0, 0)]
-WIDTH, RELATIONS = (6, 4) if INTERPRETED else (256, 150)
-REPEATS = 2 if INTERPRETED else 20
+SIZES = SMALL if INTERPRETED else LARGE
+WIDTH = SIZES.width
 # The interpreter computes bfloat16 products wrongly.
 LOW = torch.float16 if INTERPRETED else torch.bfloat16
-
-Case = Callable[[str], tuple[Tensor, ...]]
-
-
-def layer_inputs(pack: Adjacency, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
-    nodes, pairs = pack.fact_index.num_nodes, pack.fact_index.num_pairs
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [
-        *((nodes, WIDTH), (nodes,), (pairs, WIDTH), (pairs, WIDTH)),
-        *((len(pack.node_ptr) - 1, WIDTH), (WIDTH, WIDTH), (WIDTH,)),
-    ]
-    device = pack.node_graph.device
-    scale = WIDTH**-0.5
-    return [(scale * torch.randn(s, generator=generator)).to(device, dtype) for s in shapes]
-
-
-def cases(device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
-    """For every op, a function from a backend to outputs and gradients of the float inputs."""
-    pack = to_device(random_adjacency(SIZES, RELATIONS), device)
-    layer = layer_inputs(pack, dtype)
-    facts = pack.fact_index.num_facts
-    longest = max(size for _, size in SIZES)
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(facts, generator=generator).to(device)
-    seed = torch.tensor(7, device=device)
-    keys = torch.arange(len(SIZES), device=device)
-
-    def run(function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
-        inputs = leaves(list(values))
-        out = function(*inputs)
-        outputs = [x for x in out if x.requires_grad]
-        # Rounded to the case's dtype, so that the float64 case has the same gradients.
-        grads = [torch.linspace(-1, 1, x.numel()).view_as(x).to(dtype).to(x) for x in outputs]
-        grads_in = torch.autograd.grad(outputs, inputs, grads, materialize_grads=True)
-        return (*(x.detach() for x in out), *grads_in)
-
-    def layer_case(backend: str) -> tuple[Tensor, ...]:
-        options = {"fact_index": pack.fact_index, "node_graph": pack.node_graph, "backend": backend}
-        return run(lambda *x: (message_passing(*x, **options),), *layer)
-
-    def relation_sum_case(backend: str) -> tuple[Tensor, ...]:
-        return run(
-            lambda x: (relation_sum(x, fact_index=pack.fact_index, backend=backend),), layer[2]
-        )
-
-    def softmax_case(backend: str) -> tuple[Tensor, ...]:
-        counted = {"count": pack.node_count, "backend": backend}
-        return run(lambda x: (segment_softmax(x, pack.node_ptr, **counted),), layer[0].sum(1))
-
-    def scores_case(backend: str) -> tuple[Tensor, ...]:
-        options = {"fact_index": pack.fact_index, "backend": backend}
-        tables = [x.float() for x in (layer[0][:, 0], layer[2][:, 0], layer[0][:, 1], layer[6][0])]
-        return run(lambda *x: (fact_scores(*x, **options),), *tables)
-
-    def draw_case(backend: str) -> tuple[Tensor, ...]:
-        results: list[Tensor] = []
-        for mode in ("bernoulli", "exact_k"):
-            options = {"seed": seed, "question_key": keys, "mode": mode, "max_facts": longest}
-
-            def draw(x: Tensor, options: dict = options) -> tuple[Tensor, ...]:
-                drawn = gumbel_topk(x, pack.fact_ptr, 20, **options, backend=backend)
-                return drawn.gate, drawn.soft, drawn.index.double(), drawn.count.double()
-
-            results += run(draw, logits)
-        return tuple(results)
-
-    relations = int(pack.relation.max()) + 1
-    table = torch.randn(2, relations, WIDTH, generator=generator).to(device, dtype)
-    instruction = torch.randn(len(SIZES), 3, WIDTH, generator=generator).to(device, dtype)
-    label = (torch.rand(facts, generator=generator) < 0.1).float().to(device)
-
-    def gate_case(backend: str) -> tuple[Tensor, ...]:
-        pairs = pack.fact_index.pair_relation, pack.fact_index.pair_graph
-        return run(lambda *x: (relation_gate(*x, *pairs, backend=backend),), table, instruction)
-
-    def loss_case(backend: str) -> tuple[Tensor, ...]:
-        return run(lambda x: (fact_loss(x, label, pack.fact_ptr, rho=0.7, margin=1.0),), logits)
-
-    def rows_case(backend: str) -> tuple[Tensor, ...]:
-        index = pack.fact_ptr[:-1, None] + torch.arange(20, device=device, dtype=torch.int32)
-        index = torch.where(index < pack.fact_ptr[1:, None], index, -1).int()
-
-        def rows(h: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-            chosen = fact_rows(h, x, index, fact_index=pack.fact_index, backend=backend)
-            gathered = gather_rows(h, pack.fact_index.head, backend=backend)
-            added = segment_sum(h, pack.node_graph, len(SIZES), backend=backend)
-            return chosen, gathered, added
-
-        return run(rows, layer[0], layer[2])
-
-    return {
-        "relation_gate": gate_case,
-        "fact_loss": loss_case,
-        "rows": rows_case,
-        "message_passing": layer_case,
-        "relation_sum": relation_sum_case,
-        "segment_softmax": softmax_case,
-        "fact_scores": scores_case,
-        "gumbel_topk": draw_case,
-    }
-
-
-NAMES = (
-    *("message_passing", "relation_sum", "relation_gate", "rows"),
-    *("segment_softmax", "fact_scores", "fact_loss", "gumbel_topk"),
-)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_repeats_are_bit_equal(device: torch.device, name: str) -> None:
-    """A second stream is busy in every other repeat, which changes how programs are scheduled."""
-    case = cases(device, LOW)[name]
-    first = case("triton")
-    noise = torch.randn(64 if INTERPRETED else 4096, 64, device=device)
-    stream = None if INTERPRETED else torch.cuda.Stream()
-    for repeat in range(1, REPEATS):
-        if stream is not None and repeat % 2:
-            with torch.cuda.stream(stream):
-                for _ in range(20):
-                    noise = noise @ (noise.t() @ noise).tanh()
-        assert all(torch.equal(x, y) for x, y in zip(case("triton"), first, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, LOW])
-@pytest.mark.parametrize("name", NAMES)
-def test_errors_are_at_most_twice_those_of_pytorch(
-    device: torch.device, name: str, dtype: torch.dtype
-) -> None:
-    """The limit is on the largest error against float64, plus one unit in the last place."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # the shared fixture restores it
-    inputs = cases(device, dtype)[name]
-    ours, pytorch = inputs("triton"), inputs("torch")
-    exact = exact_case(device, dtype, name)
-    for number, (x, y, z) in enumerate(zip(ours, pytorch, exact, strict=True)):
-        assert_close(x, z, name=f"{name} {number}")
-        if z.numel():
-            unit = float(z.abs().max()) * torch.finfo(x.dtype).eps
-            limit = 2 * float((y.double() - z).abs().max()) + unit
-            assert float((x.double() - z).abs().max()) <= limit, f"{name} {number}"
-
-
-def exact_case(device: torch.device, dtype: torch.dtype, name: str) -> tuple[Tensor, ...]:
-    """The case computed in float64 from the same rounded inputs."""
-    with torch.random.fork_rng(devices=[]), _as_double(dtype):
-        return cases(device, dtype)[name]("torch")
-
-
-class _as_double:  # noqa: N801
-    """In the `with` block, `leaves` returns float64 tensors."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.patch = pytest.MonkeyPatch()
-
-    def __enter__(self) -> None:
-        plain = leaves
-        self.patch.setitem(globals(), "leaves", lambda xs: plain([x.double() for x in xs]))
-
-    def __exit__(self, *error: object) -> None:
-        self.patch.undo()
 
 
 def star(facts: int) -> Adjacency:
@@ -229,8 +66,7 @@ def chain(nodes: int) -> Adjacency:
 )
 def test_extreme_graphs(device: torch.device, shape: Callable[[], Adjacency]) -> None:
     pack = to_device(shape(), device)
-    narrow = [x[..., :8] if x.dim() > 1 else x for x in layer_inputs(pack, torch.float32)]
-    narrow[5], narrow[6] = narrow[5][:8], narrow[6][:8]
+    narrow = [x / 16 for x in layer_inputs(pack, 8)]
     tried, exact = leaves(narrow), leaves([x.double() for x in narrow])
     options = {"fact_index": pack.fact_index, "node_graph": pack.node_graph}
     out = message_passing(*tried, **options, backend="triton")
@@ -335,3 +171,41 @@ def test_a_draw_is_the_same_on_cpu_and_gpu(device: torch.device) -> None:
         assert torch.equal(on_device.index.cpu(), host.index)
         assert torch.equal(on_device.count.cpu(), host.count)
         assert_close(on_device.soft.cpu(), host.soft.double(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", SEQUENCE_OPS)
+def test_packed_sequences_equal_sequences_alone(device: torch.device, name: str) -> None:
+    o = given(SIZES, device)
+    values, rows, begin = inputs(name, SIZES, o, LOW), len(o.seq_pos), 0
+    (whole,) = OPS[name](values, o, "triton")
+    for length in SIZES.lengths:
+        part = slice(begin, begin + length)
+        part_values = [x[part].contiguous() if len(x) == rows else x for x in values]
+        (alone,) = OPS[name](part_values, o._replace(seq_pos=o.seq_pos[part].clone()), "triton")
+        assert_close(whole[part], alone.double(), name=f"{name} from {begin}")
+        begin += length
+
+
+@pytest.mark.parametrize("name", ["causal_conv", "gated_rms_norm"])
+def test_rows_beyond_the_range_of_an_int32(device: torch.device, name: str) -> None:
+    """Rows beyond 2^31 elements equal the same rows near the start."""
+    if not INTERPRETED and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of free device memory")
+    columns = 64 if INTERPRETED else 4096
+    period = 8
+    rows = 64 if INTERPRETED else (2**31 // columns // period + 4) * period
+    draw = torch.Generator().manual_seed(1)
+    pattern = torch.randn(period, columns, generator=draw).to(device, LOW)
+    x = pattern.repeat(rows // period, 1)
+    seq_pos = torch.arange(period, dtype=torch.int32, device=device).repeat(rows // period)
+    weight = torch.randn(columns, 4, generator=draw).to(device, LOW)
+
+    def run(x: Tensor, seq_pos: Tensor) -> Tensor:
+        if name == "causal_conv":
+            return causal_conv(x, weight, None, seq_pos, backend="triton")
+        return gated_rms_norm(x, x, weight[:, 0], groups=1, eps=1e-5, backend="triton")
+
+    with torch.no_grad():
+        whole = run(x, seq_pos)
+        small = run(pattern.contiguous(), seq_pos[:period].contiguous())
+    assert torch.equal(whole[:period], small) and torch.equal(whole[-period:], small)

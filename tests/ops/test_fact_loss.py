@@ -234,13 +234,6 @@ def test_infinite_logits_count_as_the_limit(dtype: torch.dtype) -> None:
     assert both(wrong, label, ptr, rho=0.0)[0][0] == inf
 
 
-def test_gradcheck() -> None:
-    logits, label, ptr = make([4, 0, 1, 9, 3, 2], padding=2)
-    logits.requires_grad_()
-    check = torch.autograd.gradcheck
-    assert check(lambda l: fact_loss(l, label, ptr, rho=0.6, margin=0.9), (logits,))  # noqa: E741
-
-
 def test_upstream_gradients() -> None:
     """A gradient per question, strided or not, an expanded gradient, and zero."""
     logits, label, ptr = make(SIZES, padding=5)
@@ -272,21 +265,6 @@ def test_no_gradient_is_computed_where_none_is_needed() -> None:
     assert got is None
 
 
-def test_second_derivatives_are_refused() -> None:
-    logits, label, ptr = make([5, 4])
-    logits.requires_grad_()
-    loss = fact_loss(logits, label, ptr, rho=0.7, margin=1.0)
-    (grad,) = torch.autograd.grad((loss**2).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="fact_loss_bwd has no derivative"):
-        grad.sum().backward()
-
-
-def test_two_runs_are_bit_equal() -> None:
-    logits, label, ptr = make([900, 1100])
-    runs = [both(logits.float(), label, ptr) for _ in range(2)]
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_packing_and_fact_order_do_not_matter(sizes: list[int], seed: int) -> None:
@@ -304,33 +282,6 @@ def test_packing_and_fact_order_do_not_matter(sizes: list[int], seed: int) -> No
         mixed = both(logits[facts][order], label[facts][order], ptr_of([end - begin]))
         torch.testing.assert_close(mixed[0][0], loss[b])
         torch.testing.assert_close(mixed[1], gradient[facts][order])
-
-
-def test_opcheck() -> None:
-    logits, label, ptr = make([5, 0, 4], padding=2)
-    ops = torch.ops.dragkit
-    leaf = logits.float().requires_grad_()
-    for x in (leaf, logits.bfloat16()):
-        torch.library.opcheck(ops.fact_loss_fwd.default, (x, label, ptr, 0.7, 1.0))
-    _, gradient = ops.fact_loss_fwd(logits.float(), label, ptr, 0.7, 1.0)
-    torch.library.opcheck(ops.fact_loss_bwd.default, (torch.randn(3), gradient, ptr))
-
-
-def test_compiled_equals_eager_for_any_size() -> None:
-    torch._dynamo.reset()
-
-    def loss_of(logits: Tensor, label: Tensor, ptr: Tensor) -> Tensor:
-        return fact_loss(logits, label, ptr, rho=0.7, margin=1.0)
-
-    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
-    for sizes in ([5, 9], [4, 0, 7, 2]):
-        logits, label, ptr = make(sizes)
-        logits.requires_grad_()
-        results = []
-        for function in (loss_of, compiled):
-            loss = function(logits, label, ptr)
-            results.append((loss, *torch.autograd.grad((loss * loss).sum(), logits)))
-        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -116,25 +116,6 @@ def test_equals_the_wide_linear_scorer() -> None:
     assert_close(fact_scores(*tables, bias, fact_index=fact_index), wide @ w + 0.25)
 
 
-def test_gradcheck_opcheck_and_no_second_derivative() -> None:
-    fact_index = random_adjacency([(4, 9), (0, 0), (3, 4)], 3).fact_index
-    inputs = leaves(make_inputs(fact_index, torch.device("cpu"), torch.float64))
-    assert torch.autograd.gradcheck(lambda *x: fact_scores(*x, fact_index=fact_index), inputs)
-    loss = fact_scores(*inputs, fact_index=fact_index).pow(2).sum()
-    first = torch.autograd.grad(loss, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="fact_scores_bwd has no derivative"):
-        sum(g.sum() for g in first).backward()
-    ops, groups = torch.ops.dragkit, fact_groups(13, 30)
-    facts = [fact_index.head, fact_index.fact_pair, fact_index.tail]
-    sums = [fact_index.head_ptr, fact_index.head_perm, fact_index.pair_ptr, fact_index.pair_perm]
-    sums += [fact_index.tail_ptr, fact_index.tail_perm]
-    for row, more, size in (([], [], 13), ([groups.row], [groups.ptr, groups.fact], 30)):
-        arguments = (*inputs, [*facts, *row], [*sums, *more], False)
-        torch.library.opcheck(ops.fact_scores_fwd.default, arguments)
-        arguments = (torch.randn(size), [*sums, *more], False)
-        torch.library.opcheck(ops.fact_scores_bwd.default, arguments)
-
-
 def test_permuted_facts_give_permuted_scores_and_equal_gradients() -> None:
     pack = random_adjacency([(9, 20), (4, 7)], 4)
     order, o = torch.randperm(27), pack.fact_index
@@ -149,16 +130,9 @@ def test_permuted_facts_give_permuted_scores_and_equal_gradients() -> None:
         assert_close(g, h)
 
 
-def test_two_runs_are_bit_equal_and_an_expanded_gradient(
-    backend: str, device: torch.device
-) -> None:
+def test_an_expanded_gradient(backend: str, device: torch.device) -> None:
     fact_index = to_device(random_adjacency([(40, 700)], 6), device).fact_index
     values = leaves(make_inputs(fact_index, device, torch.float32))
-    runs = []
-    for _ in range(2):
-        score = fact_scores(*values, fact_index=fact_index, backend=backend)
-        runs.append([score, *gradients(score, values, random(700).to(device))])
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
     fact_scores(*values, fact_index=fact_index, backend=backend).sum().backward()
     assert torch.equal(values[0].grad, torch.bincount(fact_index.head, minlength=40).float())
 

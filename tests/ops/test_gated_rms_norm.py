@@ -216,34 +216,6 @@ def test_empty_inputs(
         assert got.shape == given.shape and not got.any()
 
 
-def test_two_runs_are_bit_equal_and_no_gradient_gives_none(
-    backend: str, device: torch.device
-) -> None:
-    values = leaves(inputs(70 if backend == "triton" else 1500, 70, device))
-    grad = random(*values[0].shape, seed=9).to(device)
-    runs = []
-    for _ in range(2):
-        out = gated_rms_norm(*as_arguments(values), groups=7, backend=backend)
-        runs.append([out, *torch.autograd.grad(out, values, grad, retain_graph=True)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    assert not any(g.any() for g in gradients(out, values, torch.zeros_like(out)))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_unneeded_gradients_are_not_computed(
-    backend: str, device: torch.device, dtype: torch.dtype
-) -> None:
-    values = [x.to(dtype) for x in as_arguments(inputs(9, 10, device))]
-    grad = random(9, 10, seed=9).to(values[0])
-    bwd, triton = torch.ops.dragkit.gated_rms_norm_bwd, backend == "triton"
-    all_grads = bwd(grad, *values, 2, EPS, [True] * 3, triton)
-    for mask in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
-        with fenced_allocations():
-            grads = bwd(grad, *values, 2, EPS, mask, triton)
-        for got, want, wanted in zip(grads, all_grads, mask, strict=True):
-            assert torch.equal(got, want) if wanted else got.numel() == 0
-
-
 @pytest.mark.triton
 def test_a_group_beyond_the_largest_tile_raises(device: torch.device) -> None:
     y = torch.ones(1, 4097, device=device)
@@ -266,45 +238,6 @@ def test_matches_the_layers_of_transformers(dtype: torch.dtype) -> None:
         assert_close(out, layer(y, gate).double(), tolerance=limit)
         out = gated_rms_norm(y, None, weight, eps=EPS)
         assert_close(out, plain(y).double(), tolerance=limit)
-
-
-@GATED
-def test_gradcheck_and_opcheck(gated: bool) -> None:
-    values = leaves([x.double() for x in inputs(3, 6, gated=gated)])
-    assert torch.autograd.gradcheck(
-        lambda *t: gated_rms_norm(*as_arguments(list(t)), groups=2), tuple(values)
-    )
-    fwd, bwd = (getattr(torch.ops.dragkit, f"gated_rms_norm_{n}").default for n in ("fwd", "bwd"))
-    values = as_arguments(leaves(inputs(5, 6, gated=gated)))
-    torch.library.opcheck(fwd, (*values, 2, EPS, False))
-    roomy = strided_like(values[0].detach()).requires_grad_()
-    torch.library.opcheck(fwd, (roomy, *values[1:], 3, EPS, False))
-    plain = [None if t is None else t.detach() for t in values]
-    for mask in ([True, gated, True], [False] * 3, [True, False, False]):
-        torch.library.opcheck(bwd, (torch.randn(5, 6), *plain, 2, EPS, mask, False))
-    low = [None if t is None else t.bfloat16() for t in plain]
-    utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fwd, (*low, 2, EPS, False), test_utils=utils)
-
-
-def test_second_derivatives_raise() -> None:
-    y, gate, weight = as_arguments(leaves(inputs(4, 6)))
-    out = gated_rms_norm(y, gate, weight)
-    (d_y,) = torch.autograd.grad((out**2).sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="gated_rms_norm_bwd has no derivative"):
-        d_y.sum().backward()
-
-
-def test_compiled_equals_eager() -> None:
-    def norm(*values: Tensor) -> Tensor:
-        return gated_rms_norm(*values, groups=2, eps=EPS)
-
-    values = leaves(list(as_arguments(inputs(5, 6))))
-    results = []
-    for function in (norm, torch.compile(norm, fullgraph=True, backend="aot_eager")):
-        out = function(*values)
-        results.append([out, *torch.autograd.grad((out * out).sum(), values)])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dragkit_kernels.testing import (
     leaves,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, random
 
 # The interpreter also computes masked elements, and NumPy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -173,28 +173,6 @@ def test_nan_and_infinity_pass_through_as_in_pytorch(backend: str, device: torch
         torch.testing.assert_close(got, want, equal_nan=True)
 
 
-@pytest.mark.parametrize("argument", [0, 1])
-def test_an_unneeded_gradient_is_not_computed(
-    backend: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, argument: int
-) -> None:
-    if backend == "triton":
-        name = ("_relation_gate_bwd_instruction_kernel", "_relation_gate_bwd_relation_kernel")
-        monkeypatch.setattr(kernels("relation_gate.backward"), name[argument], None)
-    values, pairs = make_values(7, device=device), on(device, _pack())
-    values[argument].requires_grad_()
-    out = relation_gate(*values, *pairs, backend=backend)
-    torch.autograd.grad(out.sum(), values[argument])
-
-
-def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
-    values, pairs = leaves(make_values(7, device=device)), on(device, _hub())
-    grad, runs = torch.randn(2, 101, 2, 7, device=device), []
-    for _ in range(2):
-        out = relation_gate(*values, *pairs, backend=backend)
-        runs.append([out, *gradients(out, values, grad)])
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
 def test_only_the_pytorch_path_saves_the_output(backend: str, device: torch.device) -> None:
     """Under dropout no other op saves the output, so the kernels free its memory."""
     values, pairs = leaves(make_values(7, device=device)), on(device, _pack())
@@ -204,23 +182,6 @@ def test_only_the_pytorch_path_saves_the_output(backend: str, device: torch.devi
     ):
         out = relation_gate(*values, *pairs, backend=backend)
     assert (out.shape in shapes) == (backend == "torch")
-
-
-def test_gradcheck_opcheck_and_no_second_derivative() -> None:
-    values, pairs = [x.double() for x in make_values(3)], _random()
-    inputs, ops = leaves(values), torch.ops.dragkit
-    assert torch.autograd.gradcheck(lambda u, i: relation_gate(u, i, *pairs), inputs)
-    with_index = [x for grouping in grouped_pairs(pairs).values() for x in grouping]
-    for grouped in ([], with_index):
-        torch.library.opcheck(ops.relation_gate_fwd.default, (*inputs, *pairs, grouped, False))
-        out = ops.relation_gate_fwd(*values, *pairs, grouped, False)
-        for mask in ([True, True], [False, True], [True, False]):
-            arguments = (torch.randn_like(out), out, *values, *pairs, grouped, mask, False)
-            torch.library.opcheck(ops.relation_gate_bwd.default, arguments)
-    loss = relation_gate(*inputs, *pairs).pow(2).sum()
-    first = torch.autograd.grad(loss, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="relation_gate_bwd has no derivative"):
-        sum(g.sum() for g in first).backward()
 
 
 def test_low_precision_sums_do_not_stall(backend: str, device: torch.device) -> None:

@@ -98,23 +98,6 @@ def test_extreme_scores(backend: str, device: torch.device) -> None:
     assert p[:3].isnan().all() and p[3:].tolist() == [1, 0, 0, 0, 1]
 
 
-def test_gradcheck() -> None:
-    ptr, score = offsets(0, 3, 4, 0), torch.randn(7, dtype=torch.float64, requires_grad=True)
-    count = torch.tensor([1, 3, 2, 1, 1, 2, 5]).int()
-    for times in (None, count):
-        call = lambda s, times=times: segment_softmax(s, ptr, count=times)  # noqa: E731
-        assert torch.autograd.gradcheck(call, (score,))
-
-
-def test_two_runs_are_bit_equal(backend: str, device: torch.device) -> None:
-    ptr, score = offsets(1900, 100).to(device), random(2000).to(device).requires_grad_()
-    runs = []
-    for _ in range(2):
-        p = segment_softmax(score, ptr, backend=backend)
-        runs.append((p, *torch.autograd.grad(p, score, random(2000, seed=1).to(device))))
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize(
     ("score", "ptr", "count", "message"),
     [
