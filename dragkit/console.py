@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 
 from dragkit.errors import DragkitError, Interrupted
@@ -24,8 +23,6 @@ def setup_console(*, debug: bool) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
-    # peft reads a property that transformers has renamed. The user cannot change that.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 
 def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -64,7 +64,12 @@ def evaluate_parser() -> Parser:
     )
     add("--output", type=Path, metavar="FILE", help="JSON file to write (default: in the run)")
     add("--limit", type=_positive, metavar="N", help="evaluate the first N questions of each file")
-    add("--batch_size", type=_positive, metavar="N", help="questions per batch (default: the plan)")
+    add(
+        "--batch_size",
+        type=_positive,
+        metavar="N",
+        help="questions per batch (default: as many as fit)",
+    )
     add(
         "--device",
         type=_device,

@@ -15,6 +15,7 @@ import pytest
 from dragkit.config import FIELDS, SECTIONS, resolve_config
 from dragkit.config.__main__ import main as config_main
 from dragkit.config.arguments import parse_train_args
+from dragkit.config.resolve import RENAMED
 from dragkit.data.question_file import read_questions
 from dragkit.evaluate import parse_evaluate_args
 from dragkit.plan import parse_plan_args
@@ -281,9 +282,12 @@ def test_every_setting_that_a_document_names_exists(document: Path) -> None:
         assert unknown_settings(read(document)) == set()
 
 
-def test_the_new_names_of_renamed_settings_exist() -> None:
-    rows = re.findall(r"^\|[^|]*\|([^|]*)\|$", read(RENAMES), re.MULTILINE)
-    assert unknown_settings("\n".join(rows)) == set()
+def test_the_table_of_renamed_settings_is_that_of_the_code() -> None:
+    old, new = zip(*re.findall(r"^\|([^|]*)\|([^|]*)\|$", read(RENAMES), re.MULTILINE), strict=True)
+    assert unknown_settings("\n".join(new)) == set()
+    words = set(re.findall(r"[\w.]+", " ".join(old)))
+    for key, (_, values) in RENAMED.items():
+        assert {key, key.rpartition(".")[2]} & words and set(values) <= words, key
 
 
 def test_python_examples_use_names_that_exist() -> None:

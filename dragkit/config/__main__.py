@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from dragkit.config.arguments import parse_train_args
+from dragkit.config.flags import train_parser
 from dragkit.config.resolve import config_schema, show_config
 from dragkit.console import run_main
 from dragkit.errors import ConfigError
@@ -20,7 +21,8 @@ def _config_command(argv: list[str]) -> int:
     prog = "python -m dragkit.config"
     command = argv[0] if argv else ""
     if command == "show":
-        args = parse_train_args(argv[1:], f"{prog} show")
+        parser = train_parser(f"{prog} show", "Print every setting with its value and origin.", "")
+        args = parse_train_args(argv[1:], parser=parser)
         text = show_config(args.config, args.origins)
     elif command == "schema" and len(argv) == 1:
         text = config_schema()

@@ -43,21 +43,19 @@ class TrainArguments:
         return resolve_config(self.preset, self.file, overrides, demo_preset="tiny")[0]
 
 
-def parse_train_args(
-    argv: Sequence[str], prog: str = "python -m dragkit.train", parser: Parser | None = None
-) -> TrainArguments:
+def parse_train_args(argv: Sequence[str], parser: Parser | None = None) -> TrainArguments:
     """Parses the command line of training.
 
     Args:
         argv: arguments after the program's name.
-        prog: name of the program in the help.
-        parser: parser with further flags. None takes `train_parser(prog)`.
+        parser: parser of another program with the flags of training. None takes that of training.
 
     Raises:
         ConfigError: lists all unknown flags, wrong keys and wrong values.
         MissingInputError: the file of --config cannot be read.
     """
-    args, extras = (parser or train_parser(prog)).parse_known_args(with_underscores(argv))
+    parser = parser or train_parser("python -m dragkit.train")
+    args, extras = parser.parse_known_args(with_underscores(argv))
     overrides: dict[str, object] = {}
     spellings: dict[str, str] = {}
     problems = explain_unknown_flags(extras, [*FLAGS, "preset", "config", "set", "debug", "help"])

@@ -236,7 +236,7 @@ class QuestionReader:
         return Question(name, row.question, triples, topics, tuple(paths), answers, number)
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
-        """Raises if too many rows are unusable, else logs how many were skipped.
+        """Raises if too many rows are unusable.
 
         Args:
             max_bad_fraction: fraction of the rows that may be unusable.
@@ -258,8 +258,6 @@ class QuestionReader:
                     "the fraction with --set data.max_bad_fraction=FRACTION."
                 )
             raise DataError("\n".join([*messages, summary]))
-        if bad:
-            logger.warning("%s: skipped %d of %d rows as unusable", self.path, bad, self.rows)
         if count := self.notes["topics_from_paths"]:
             logger.warning(
                 "%s: %d questions name no topic entity, so the first entity of each of their "

@@ -149,7 +149,7 @@ class PackedStore:
     def _log_warnings(self) -> None:
         if rejects := self.summary["rejects"]:
             logger.warning(
-                "%s: %d of %d rows are unusable and left out. %s gives the reasons",
+                "%s: skipped %d of %d rows as unusable. %s gives the reasons",
                 self.path,
                 rejects,
                 self.summary["rows"],

@@ -151,7 +151,8 @@ def aggregate(records: Iterable[QuestionRecord]) -> Report:
         "answerable_in_subgraph": None if None in in_graph else sum(map(bool, in_graph)),
         "no_gold": sum(row.num_golds == 0 for row in rows),
         "scored": len(rows),
-        "empty_predictions": sum(row.num_predictions == 0 for row in rows),
+        # A run of phase 1 generates nothing, so it has no scores and no empty predictions.
+        "empty_predictions": sum(bool(row.scores) and row.num_predictions == 0 for row in rows),
     }
     # fsum makes the mean independent of the order of the questions.
     means = {name: math.fsum(column) / len(column) for name, column in values.items()}

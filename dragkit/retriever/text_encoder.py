@@ -181,7 +181,7 @@ class TextEncoder:
             return TokenStates(read_array(folder, "values"), np.array(read_array(folder, "ptr")))
 
         def fill(target: Path) -> None:
-            logger.info("encoding %d texts with %s", len(texts), self.folder.name)
+            logger.info("encoding %d texts with the sentence encoder", len(texts))
             values, ptr = self._encode(texts)
             np.save(target / "values.npy", values)
             np.save(target / "ptr.npy", ptr)

@@ -112,8 +112,8 @@ class Trainer:
         if loaded.state.extra.get("data") != self.train_set.store.fingerprint:
             raise CheckpointError(
                 f"{loaded.folder}: its run was trained on other questions than those now in "
-                f"{self.train_set.path}, so it cannot be resumed. Start a new run in another "
-                "folder."
+                f"{self.train_set.path}, so it cannot be resumed. Name the first command's "
+                "questions, or start a new run in another folder."
             )
         self.phase.load(loaded)
         restore_optimizer_state(self.optimizer, self.parameter_names, loaded.tensors["optim"])

@@ -27,16 +27,27 @@ def run_dir_of(folder: Path) -> Path:
 
 def refuse_used_folder(run_dir: Path) -> None:
     """Raises a ConfigError where a new run would mix its checkpoints with an earlier one's."""
-    for folder in (run_dir, run_dir / "phase1"):
-        if folder.is_dir() and any(step_of_folder(p.name) is not None for p in folder.iterdir()):
-            raise ConfigError(
-                f"run.checkpoint_dir: {run_dir} already holds a run. Continue it with --resume "
-                f"{run_dir}, or name another folder."
-            )
+    if _holds_checkpoint(run_dir):
+        raise ConfigError(
+            f"run.checkpoint_dir: {run_dir} already holds a run. Continue it with --resume "
+            f"{run_dir}, or name another folder."
+        )
+
+
+def _holds_checkpoint(run_dir: Path) -> bool:
+    """Whether a run folder has a checkpoint, possibly of the phase 1 that phase 2 trains first."""
+    return any(
+        step_of_folder(path.name) is not None
+        for folder in (run_dir, run_dir / "phase1")
+        if folder.is_dir()
+        for path in folder.iterdir()
+    )
 
 
 def resume_dir(config: TrainConfig) -> Path:
-    """The run folder that `--resume` means. Without a name it is the newest run of this phase.
+    """The run folder that `--resume` means.
+
+    Without a name it is the newest run of this phase that `new_run_dir` named.
 
     Raises:
         MissingInputError: there is no such run.
@@ -45,13 +56,14 @@ def resume_dir(config: TrainConfig) -> Path:
         return run_dir_of(Path(config.run.resume))
     if config.run.checkpoint_dir is not None:
         return Path(config.run.checkpoint_dir)
-    runs = sorted(p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if p.is_dir())
+    # A run that failed before its first checkpoint also has a folder.
+    runs = [p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if _holds_checkpoint(p)]
     if not runs:
         raise MissingInputError(
-            "--resume: no run was named, and runs/ has none of this phase. Name one: "
-            "--resume FOLDER."
+            "--resume: no run was named, and runs/ has no "
+            f"<time>-phase{config.run.phase}-<name> with a checkpoint. Name one: --resume FOLDER."
         )
-    return runs[-1]
+    return max(runs)
 
 
 def load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dragkit.config.__main__ import main as config_main
 from dragkit.config.arguments import TrainArguments, parse_train_args
 from dragkit.config.flags import FLAGS, train_parser
 from dragkit.console import run_main
@@ -368,6 +369,13 @@ def test_a_command_that_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
         run_main(lambda argv: parse_train_args(argv) and 0, ["--help"])
     assert caught.value.code == 0
     assert capsys.readouterr().err == ""
+
+
+def test_the_help_of_config_show_is_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config_main(["show", "--help"])
+    shown = capsys.readouterr().out
+    assert "Print every setting" in shown and "exit codes" not in shown and "--lr" in shown
 
 
 def test_help_page_and_error_classes_share_one_table_of_exit_codes() -> None:

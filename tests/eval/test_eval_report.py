@@ -72,6 +72,11 @@ def test_table_is_aligned_and_complete() -> None:
     assert set(cells) == {"metric", *report.means, *report.counts}
 
 
+def test_without_generation_no_prediction_is_empty() -> None:
+    record = score_text("a", None, ["Oslo"], answer_in_graph=True, retrieval={"retrieval-f1": 1.0})
+    assert aggregate([record]).counts["empty_predictions"] == 0
+
+
 def test_without_questions_there_are_counts_and_no_means() -> None:
     report = aggregate([])
     assert report.means == {}

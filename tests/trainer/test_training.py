@@ -20,12 +20,20 @@ from dragkit.checkpoint.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from dragkit.errors import CheckpointError, ConfigError, Interrupted, WriteError
+from dragkit.config import load_config
+from dragkit.errors import (
+    CheckpointError,
+    ConfigError,
+    Interrupted,
+    MissingInputError,
+    WriteError,
+)
 from dragkit.trainer import loop
 from dragkit.trainer.anomaly import NumericalError
 from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
+from dragkit.trainer.resume import resume_dir
 from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
 
 
@@ -224,6 +232,16 @@ def test_a_folder_that_is_used_or_in_use_is_refused(tmp_path):
     training_run.execute()
     with pytest.raises(ConfigError, match="--resume"):
         make_run(tmp_path, 1)
+
+
+def test_resume_without_a_folder_takes_the_newest_run_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config("tiny", overrides={"run.phase": 2, "run.resume": True})
+    for name in ("1-phase2-a/step-00000001", "2-phase2-a/phase1/step-00000001", "3-phase2-a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert resume_dir(config).name == "2-phase2-a"
+    with pytest.raises(MissingInputError, match="--resume FOLDER"):
+        resume_dir(load_config("tiny", overrides={"run.phase": 1, "run.resume": True}))
 
 
 @pytest.mark.parametrize(("fails", "saves"), [("xx.xx...", 8), ("xxx", 3), ("x.xxx", 5)], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,7 +89,9 @@ def add_adapters(model: nn.Module, config: GeneratorConfig) -> nn.Module:
         target_parameters=routed or None,
         task_type="CAUSAL_LM",
     )
-    with hidden_model_type(model):
+    with hidden_model_type(model), warnings.catch_warnings():
+        # peft reads a property that transformers has renamed. The user cannot change that.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
         model = get_peft_model(model, lora)
     logger.info(
         "LoRA rank %d on %s: %d parameters\n%s",
