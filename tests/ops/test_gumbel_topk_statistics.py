@@ -8,11 +8,7 @@ from torch import Tensor
 
 from dragkit_kernels import gumbel_topk
 from dragkit_kernels.testing import assert_close
-from tests.ops.exact_k_cases import solve_threshold
-
-
-def offsets(sizes: list[int]) -> Tensor:
-    return torch.tensor([0, *sizes]).cumsum(0).int()
+from tests.ops.exact_k_cases import offsets, solve_threshold
 
 
 def exact_k_soft(logits: Tensor, sizes: list[int], k: int) -> Tensor:
