@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
-from dragkit.config import resolve_config
+from dragkit.config import GeneratorConfig, resolve_config
 from dragkit.errors import ConfigError
-from dragkit.generator.lora.adapters import lora_targets
+from dragkit.generator.lora.adapters import add_adapters, lora_targets
 from dragkit.generator.nemotron_h.patches import hidden_model_type
 from tests.nemotron_cases import ALL_LINEAR, ROUTED_EXPERTS, adapted, toy_model
 
@@ -17,6 +18,12 @@ def trained_layers(model) -> set[str]:
     return {name.partition(".lora_")[0].removeprefix("base_model.model.model.") for name in names}
 
 
+# The first layer is dense, the second has routed experts.
+SMALL_MOE = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
+    **{"head_dim": 16, "num_experts_per_tok": 2},
+}
 DEFAULT = {"0": "in", "1.shared_experts": "up down", "2": "q k v o", "3": "up down"}
 
 
@@ -40,6 +47,30 @@ def test_trained_layers(targets, expected):
     routed = {"layers.1.mixer.experts", "layers.1.mixer.experts.base_layer"}
     if targets:
         assert trained_layers(adapted((*targets, *ROUTED_EXPERTS))) == wanted | routed
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(**SMALL_MOE, num_experts=4, mlp_only_layers=[0]),
+        DeepseekV3Config(
+            **SMALL_MOE,
+            **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 8),
+            **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+            **dict.fromkeys(("n_group", "topk_group", "first_k_dense_replace"), 1),
+            n_routed_experts=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_default_targets_fit_experts_beside_dense_layers(config):
+    """PEFT would fuse these families' targets for the routed experts, and refuse half a pair."""
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    model = add_adapters(model, GeneratorConfig(lora_rank=2))
+    dense = {f"layers.0.{name}_proj" for name in ("mlp.up", "mlp.down", "self_attn.o")}
+    assert dense <= trained_layers(model)
+    model(torch.arange(6).unsqueeze(0), labels=torch.arange(6).unsqueeze(0)).loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lora_B" in n)
 
 
 def test_the_model_type_is_restored_also_after_an_error():
