@@ -22,7 +22,7 @@ def trained_layers(model) -> set[str]:
 SMALL_MOE = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
     **{"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2},
-    **{"head_dim": 16, "num_experts_per_tok": 2},
+    "num_experts_per_tok": 2,
 }
 DEFAULT = {"0": "in", "1.shared_experts": "up down", "2": "q k v o", "3": "up down"}
 
@@ -52,7 +52,7 @@ def test_trained_layers(targets, expected):
 @pytest.mark.parametrize(
     "config",
     [
-        Qwen3MoeConfig(**SMALL_MOE, num_experts=4, mlp_only_layers=[0]),
+        Qwen3MoeConfig(**SMALL_MOE, head_dim=16, num_experts=4, mlp_only_layers=[0]),
         DeepseekV3Config(
             **SMALL_MOE,
             **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim"), 8),
