@@ -42,19 +42,26 @@ class JointModel(nn.Module):
     def structural_vectors(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
-        """Projects the selected facts to structural vectors, float [B, K, M], without gates."""
+        """Projects the selected facts, int32 [..., K], to structural vectors without gates.
+
+        Returns:
+            float [..., K, width of the generator].
+        """
+        if self.config.loss.generator_gradient not in ("both", "vectors"):
+            # The projector still learns.
+            output = output._replace(node=output.node.detach(), relation=output.relation.detach())
         return self.projector(output, batch.graph, selection.index)
 
     def apply_gate(self, vectors: Tensor, selection: FactSelection) -> Tensor:
-        """Multiplies each structural vector [B, K, M] by its gate and returns float [B*K, M]."""
+        """Multiplies each structural vector by its gate and returns one row for each."""
         # The gate is float32, so the product may be, too.
         gated = vectors * selection.gate.unsqueeze(-1)
-        return gated.to(vectors.dtype).flatten(0, 1)
+        return gated.to(vectors.dtype).flatten(0, -2)
 
     def undrawn_facts_vector(
         self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
     ) -> Tensor:
-        """One vector per question, float [B, M], for the facts that were not drawn.
+        """One vector per draw and question, float [M * B, width], for the facts not drawn.
 
         Its value is zero. Its backward gives each undrawn fact i the gradient <dL/dvector, v_i>,
         where v_i is the structural vector of the fact.
@@ -65,12 +72,17 @@ class JointModel(nn.Module):
             device = selection.index.device
             all_facts = torch.arange(graph.num_facts, dtype=torch.int32, device=device)
             vectors = self.projector(output, graph, all_facts)
-        is_drawn = torch.zeros(graph.num_facts + 1, device=vectors.device)
-        # An index of -1 means no fact. It writes to the extra last entry.
-        is_drawn[selection.index.long().flatten()] = 1.0
+        draws = selection.index.flatten(1).long()
+        is_drawn = torch.zeros(len(draws), graph.num_facts + 1, device=vectors.device)
+        # An index of -1 means no fact. It writes to the extra last column.
+        is_drawn.scatter_(1, draws.remainder(graph.num_facts + 1), 1.0)
         zero_weight = selection.soft - selection.soft.detach()
-        weighted = vectors * (zero_weight * (1.0 - is_drawn[:-1])).unsqueeze(-1)
-        return segment_sum(weighted.to(vectors.dtype), graph.fact_graph, graph.num_graphs)
+        weights = (zero_weight * (1.0 - is_drawn[:, :-1])).unsqueeze(-1)
+        sums = [
+            segment_sum((vectors * weight).to(vectors.dtype), graph.fact_graph, graph.num_graphs)
+            for weight in weights
+        ]
+        return torch.cat(sums)
 
     def layout(
         self,
@@ -81,10 +93,11 @@ class JointModel(nn.Module):
         vectors: bool | None = None,
         residual: bool = False,
     ) -> PromptLayout:
-        """Lays out one prompt per question around the selected facts, int32 [B, K].
+        """Lays out one prompt per question and draw around the selected facts.
 
         Args:
-            batch, index: the questions and their facts. -1 means no fact.
+            batch: the questions.
+            index: int32 [B, K] or [M, B, K] their facts. -1 means no fact.
             with_target: append the answers, for training.
             vectors: one vector slot per fact. None follows the configuration.
             residual: a slot for the vector of the undrawn facts.
@@ -109,7 +122,7 @@ class JointModel(nn.Module):
     ) -> NeuralPrompt:
         """All prompts of the batch, see `layout`. The host waits for the prompt lengths."""
         layout = self.layout(batch, index, with_target=with_target, vectors=vectors)
-        return layout.assemble(range(len(index)), *layout.copy_lengths().result())
+        return layout.assemble(range(len(layout.end)), *layout.copy_lengths().result())
 
     @torch.no_grad()
     def generate(

@@ -118,10 +118,16 @@ class SamplerConfig(Section):
     mode: Literal["bernoulli", "exact_k"] = Field(
         "bernoulli", description="bernoulli: independent draws (paper). exact_k: exactly k facts."
     )
-    estimator: Literal["binary_concrete", "straight_through"] = Field(
+    estimator: Literal["binary_concrete", "straight_through", "leave_one_out"] = Field(
         "binary_concrete",
-        description="Gradient of a draw: that of the relaxed sample (paper), or that of the "
-        "probability.",
+        description="Gradient of a draw: through the gates, that of the relaxed sample (paper) or "
+        "that of the probability, or without gates the score function times the difference of the "
+        "answer's loss to that of the question's other draws.",
+    )
+    num_draws: int = Field(
+        1,
+        ge=1,
+        description="Draws of a question in each step, a prompt each. leave_one_out needs 2.",
     )
     temperature: float = Field(0.5, gt=0, description="Temperature of the relaxation (paper: 0.5).")
     max_facts_cap: int = Field(
@@ -142,6 +148,26 @@ class SamplerConfig(Section):
         False,
         description="Append one vector that carries gradient to facts that were not drawn.",
     )
+
+    @field_validator("num_draws")
+    @classmethod
+    def _leave_one_out_has_others(cls, value: int, info: ValidationInfo) -> int:
+        if value < 2 and info.data.get("estimator") == "leave_one_out":
+            raise ValueError(
+                "must be 2 or more with sampler.estimator leave_one_out, which compares the draws "
+                "of a question."
+            )
+        return value
+
+    @field_validator("undrawn_facts_vector")
+    @classmethod
+    def _needs_gates(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("estimator") == "leave_one_out":
+            raise ValueError(
+                "must be false with sampler.estimator leave_one_out, whose gradient reaches "
+                "undrawn facts without a vector."
+            )
+        return value
 
     # A validator gets only the fields above its own, so max_facts_cap comes first.
     @field_validator("k_facts")
@@ -252,6 +278,11 @@ class LossConfig(Section):
     ret_loss_weight: float = Field(
         0.1, ge=0, description="Weight of the retriever loss in phase 2 (earlier trainer: 0.1)."
     )
+    generator_gradient: Literal["both", "gates", "vectors", "none"] = Field(
+        "both",
+        description="Ways of the answer loss into the retriever: through the draw of the facts, "
+        "through their structural vectors, both (paper), or none (labels alone train it).",
+    )
     use_grad_norm_balance: bool = Field(
         False, description="Set ret_loss_weight from the ratio of gradient norms (paper)."
     )
@@ -270,6 +301,9 @@ class OptimConfig(Section):
     )
     lora_lr_scale: float = Field(
         0.2, gt=0, description="lora_lr over lr (paper: 1e-5, which is 0.2 of 5e-5)."
+    )
+    retriever_lr_scale: float = Field(
+        1.0, ge=0, description="Retriever's rate over lr in phase 2. 0 freezes it."
     )
     projector_lr_scale: float = Field(1.0, gt=0, description="Projector's rate over lr.")
     weight_decay: float = Field(1e-3, ge=0, description="AdamW weight decay (paper: 1e-3).")

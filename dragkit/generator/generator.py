@@ -26,6 +26,7 @@ from dragkit.generator.nemotron_h import (
 )
 from dragkit.generator.prompt import NeuralPrompt, PromptTemplate
 from dragkit_kernels import prompt_embeddings
+from dragkit_kernels.segments import segment_ptr
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +58,12 @@ class GeneratorOutput(NamedTuple):
 
     Attributes:
         loss_sum: float32 [] cross-entropy in nats.
+        prompt_loss: float32 [G] the part of each prompt, detached.
         num_correct: int64 [] tokens that are the argmax.
     """
 
     loss_sum: Tensor
+    prompt_loss: Tensor
     num_correct: Tensor
 
 
@@ -258,16 +261,25 @@ class Generator(nn.Module):
         head = self._decoder[1]
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        token_losses = []
         for rows, ids in zip(
             hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
         ):
             # In half precision, the sum over the vocabulary would round small terms away.
             logits = head(rows).float()
             token_loss = F.cross_entropy(logits, ids, reduction="none")
-            weight = torch.where(ids == self.eos_token_id, eos_weight, 1.0)
-            loss = loss + (token_loss * weight).sum()
+            token_loss = token_loss * torch.where(ids == self.eos_token_id, eos_weight, 1.0)
+            token_losses.append(token_loss.detach())
+            loss = loss + token_loss.sum()
             correct = correct + (logits.argmax(-1) == ids).sum()
-        return GeneratorOutput(loss, correct)
+        # segment_reduce adds in the order of tokens, on every device.
+        prompt_loss = torch.segment_reduce(
+            torch.cat(token_losses),
+            "sum",
+            offsets=segment_ptr(prompt.question[prompt.target_row], len(prompt.ptr) - 1),
+            unsafe=True,
+        )
+        return GeneratorOutput(loss, prompt_loss, correct)
 
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int

@@ -71,16 +71,16 @@ class NeuralPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
-    """The pieces of B prompts: prefix, K facts, residual slot, cue and target.
+    """The pieces of P prompts: prefix, K facts, residual slot, cue and target.
 
     An absent piece has no tokens. The drawn facts decide the lengths, so these are on the device.
     The host copies them once (`copy_lengths`) before it assembles prompts.
 
     Attributes:
         text_ids: int32 [W] token ids of all texts.
-        text_start: int32 [B, K+4] first token of each piece in `text_ids`.
-        end: int32 [B, K+4] end of each piece in its prompt.
-        slot: int32 [B, K+4] structural vector before the text of the piece, -1 for none.
+        text_start: int32 [P, K+4] first token of each piece in `text_ids`.
+        end: int32 [P, K+4] end of each piece in its prompt.
+        slot: int32 [P, K+4] structural vector before the text of the piece, -1 for none.
     """
 
     text_ids: Tensor
@@ -89,20 +89,20 @@ class PromptLayout:
     slot: Tensor
 
     def copy_lengths(self) -> AsyncToHost:
-        """Starts a copy of int32 [2, B]: tokens, and supervised tokens, of each prompt."""
+        """Starts a copy of int32 [2, P]: tokens, and supervised tokens, of each prompt."""
         length = self.end[:, -1]
         return AsyncToHost(torch.stack([length, length - self.end[:, -2]]))
 
     def assemble(
-        self, questions: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
+        self, prompts: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
     ) -> NeuralPrompt:
         """Packs some of the prompts, without waiting for the device.
 
         Args:
-            questions: prompts to pack, in this order. Their slots index the vectors of all B.
-            lengths, supervised: result of `copy_lengths`, for all B prompts.
+            prompts: prompts to pack, in this order. Their slots index the vectors of all P.
+            lengths, supervised: result of `copy_lengths`, for all P prompts.
         """
-        device, chosen = self.text_ids.device, np.asarray(questions, dtype=np.int64)
+        device, chosen = self.text_ids.device, np.asarray(prompts, dtype=np.int64)
         length, num_targets = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
         ptr = np.concatenate([np.zeros(1, dtype=np.int64), length.cumsum()])
         # The token before a supervised token predicts it.
@@ -144,21 +144,24 @@ def layout_prompts(
 ) -> PromptLayout:
     """Lays out the prompts of a batch. The host does not wait for the device.
 
-    Facts that would push a prompt over `max_tokens` are left out, the last (lowest) first. Prefix,
-    cue and target always stay whole.
+    There are P = M * B prompts: prompt m * B + b has the facts of draw m of question b. Facts that
+    would push a prompt over `max_tokens` are left out, the last (lowest) first. Prefix, cue and
+    target always stay whole.
 
     Args:
         prefix: B token rows.
         facts: E token rows, one per fact of the pack.
         cue: int32 [Q] tokens after the facts.
         target: B token rows with their end token, or None for generation.
-        index: int32 [B, K] selected facts, best first, -1 for none.
+        index: int32 [B, K] or [M, B, K] selected facts, best first, -1 for none.
         max_tokens: bound on the tokens of a prompt with its target.
-        vectors: whether a slot precedes the text of each fact. Fact k of prompt b has vector
-            b * K + k.
-        residual: whether another slot follows the facts. Prompt b has vector B * K + b there.
+        vectors: whether a slot precedes the text of each fact. Fact k of prompt p has vector
+            p * K + k.
+        residual: whether another slot follows the facts. Prompt p has vector P * K + p there.
     """
-    batch, capacity = index.shape
+    draws, capacity = 1 if index.dim() == 2 else index.shape[0], index.shape[-1]
+    index = index.reshape(-1, capacity)
+    batch = index.shape[0]
     # Constant columns are multiples of this one, so that no constant is copied to the device.
     ones = torch.ones((batch, 1), dtype=torch.int32, device=index.device)
     # A missing fact reads row 0, and `present` masks what it reads.
@@ -175,9 +178,9 @@ def layout_prompts(
     target_start = target_length = 0 * ones
     if target is not None:
         texts.append(target.ids)
-        target_start = target.ptr[:-1, None] + (cue_offset + cue.shape[0])
-        target_length = target.ptr.diff()[:, None]
-    prefix_length = prefix.ptr.diff()[:, None]
+        target_start = _per_prompt(target.ptr[:-1], draws) + (cue_offset + cue.shape[0])
+        target_length = _per_prompt(target.ptr.diff(), draws)
+    prefix_length = _per_prompt(prefix.ptr.diff(), draws)
     fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
     # Facts are ordered by score, so the cut falls where the running sum passes the limit.
     fits = fact_length.cumsum(1) + fixed <= max_tokens
@@ -189,7 +192,7 @@ def layout_prompts(
         target_length,
     ]
     starts = [
-        prefix.ptr[:-1, None],
+        _per_prompt(prefix.ptr[:-1], draws),
         fact_start + fact_offset,
         0 * ones,
         cue_offset * ones,
@@ -207,3 +210,8 @@ def layout_prompts(
         end=torch.cat(lengths, 1).cumsum(1, dtype=torch.int32),
         slot=slot,
     )
+
+
+def _per_prompt(column: Tensor, draws: int) -> Tensor:
+    """Repeats a value of each question, [B], for every draw, as a column [M * B, 1]."""
+    return column.repeat(draws).unsqueeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dragkit_kernels import fact_loss
@@ -36,3 +37,22 @@ def balance_weight(generator_gradient: Tensor, retriever_gradient: Tensor, rho: 
         rho: ratio of the norms after weighting.
     """
     return rho * generator_gradient.norm() / (retriever_gradient.norm() + 1e-12)
+
+
+def leave_one_out_gradient(loss: Tensor, score: Tensor, fact_graph: Tensor) -> Tensor:
+    """Unbiased gradient of the expected loss of a draw at the fact logits (Kool et al., 2019).
+
+    Each draw is weighted by the difference of its loss to the mean loss of the other draws.
+
+    Args:
+        loss: float [M, B] loss of draw m of question b, with M >= 2.
+        score: float [M, E] gradient of the log-probability of draw m, see `draw_score`.
+        fact_graph: int [E] question of each fact. Padding rows have B.
+
+    Returns:
+        float [E].
+    """
+    draws = loss.shape[0]
+    # loss - (sum - loss) / (M - 1), divided by M for the mean over draws.
+    advantage = (loss - loss.mean(0)) / (draws - 1)
+    return (F.pad(advantage, (0, 1)).index_select(1, fact_graph) * score).sum(0)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,11 +20,11 @@ from dragkit.eval.types import Prediction
 from dragkit.generator.lora.gradient_watch import AdapterWatch
 from dragkit.generator.nemotron_h import split_by_tokens
 from dragkit.generator.prompt import PromptLayout
-from dragkit.generator.to_host import AsyncToHost
+from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
-from dragkit.retriever.losses import balance_weight
+from dragkit.retriever.losses import balance_weight, leave_one_out_gradient
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
@@ -35,15 +36,19 @@ class _Draft(NamedTuple):
 
     Attributes:
         logits: float [E] leaf of cut 1.
+        score: float [M, E] score function of the M draws. It is None where facts have gates.
         lengths: prompt lengths, while they are copied to the host.
-        vectors: float [B, K, M] of the drawn facts. It is None where prompts are text alone.
-        slots: float [S, M] gated vectors, and then the vectors of the undrawn facts, if any.
-        leaf: float [S, M] leaf of cut 2.
+        vectors: float [M, B, K, W] of the drawn facts, with the generator's width W. It is None
+            where prompts are text alone.
+        slots: float [S, W] gated vectors, and then the vectors of the undrawn facts, if any.
+        leaf: float [S, W] leaf of cut 2.
     """
 
     output: RetrieverOutput
     logits: Tensor
     selection: FactSelection
+    score: Tensor | None
+    fact_graph: Tensor
     layout: PromptLayout
     lengths: AsyncToHost
     vectors: Tensor | None
@@ -79,6 +84,8 @@ class JointPhase(Phase):
         self.model = model
         self.ranks = ranks or Ranks()
         self.forward = model.retriever.__call__ if forward is None else forward
+        if not config.optim.retriever_lr_scale:
+            model.retriever.requires_grad_(False)
         self.watch = AdapterWatch(model.generator.model)
         self.validates_answers = config.run.val_generation
         limit = config.run.val_generation_limit
@@ -87,10 +94,11 @@ class JointPhase(Phase):
     def parameter_groups(self) -> list[dict]:
         """Retriever, projector and adapters, each with its learning rate."""
         optim, model = self.config.optim, self.model
+        retriever = list(model.retriever.parameters()) if optim.retriever_lr_scale else []
         projector = list(model.projector.parameters()) if model.uses_vectors else []
         adapters = [p for p in model.generator.parameters() if p.requires_grad]
         groups = [
-            ("retriever", list(model.retriever.parameters()), optim.lr, optim.weight_decay),
+            ("retriever", retriever, optim.lr * optim.retriever_lr_scale, optim.weight_decay),
             ("projector", projector, optim.lr * optim.projector_lr_scale, optim.weight_decay),
             ("lora", adapters, optim.adapter_lr, 0.0),
         ]
@@ -116,9 +124,12 @@ class JointPhase(Phase):
 
             retriever --> fact_logits =1= logits --+--> retrieval loss
                 |                                  |
-                |                              fact_sampler
+                |                              fact_sampler (M draws)
                 |                                  | gate
                 +--> projector --> vectors =3=-----+--> slots =2= leaf --> generator --> answer loss
+
+        Without gates (`leave_one_out`) the answer losses of a question's M draws give the gradient
+        at `logits`. `loss.generator_gradient` closes the way through the draw or through `vectors`.
 
         Cut 2 (`detach`) lets the generator run forward and backward in micro-batches of prompts,
         whose gradients add up in `leaf`. Cut 1 (`detach`) is where the gradients of both losses
@@ -136,14 +147,15 @@ class JointPhase(Phase):
         with nvtx_range("backward"):
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
-        generator_loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
-        generator_grad, weight = self.retriever_backward(draft, label_grad)
+        loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
+        generator_grad, weight = self.retriever_backward(draft, label_grad, loss)
+        generator_loss, draws = loss.sum(), len(draft.selection.count)
         retrieval = retrieval.detach()
         parts = {
             "generator": generator_loss,
             "retrieval": retrieval,
-            "token_accuracy": num_correct / counts["tokens"],
-            "facts_kept": draft.selection.count.float().sum() / graph.num_graphs,
+            "token_accuracy": num_correct / (counts["tokens"] * draws),
+            "facts_kept": draft.selection.count.float().sum() / (graph.num_graphs * draws),
         }
         if self.config.run.log_grad_norms and step % self.config.run.grad_norm_log_interval == 0:
             parts["grad_norm_generator"] = generator_grad.norm()
@@ -159,7 +171,7 @@ class JointPhase(Phase):
             output = self.retrieve(batch, relations)
         logits = output.fact_logits.detach().requires_grad_()
         with nvtx_range("sampler"):
-            selection = model.fact_sampler.draw(logits, batch.graph, step)
+            selection, score = model.fact_sampler.draw(logits, batch.graph, step)
         residual = config.sampler.undrawn_facts_vector and model.uses_vectors
         with nvtx_range("prompt"):
             layout = model.layout(batch, selection.index, with_target=True, residual=residual)
@@ -174,7 +186,18 @@ class JointPhase(Phase):
                         undrawn = model.undrawn_facts_vector(output, batch, selection)
                         slots = torch.cat([slots, undrawn])
                 leaf = slots.detach().requires_grad_()
-        return _Draft(output, logits, selection, layout, lengths, vectors, slots, leaf)
+        return _Draft(
+            output,
+            logits,
+            selection,
+            score,
+            batch.graph.fact_graph,
+            layout,
+            lengths,
+            vectors,
+            slots,
+            leaf,
+        )
 
     def generator_backward(self, draft: _Draft, tokens: float) -> tuple[Tensor, Tensor, int]:
         """Runs the generator on micro-batches of prompts, forward and backward.
@@ -182,11 +205,13 @@ class JointPhase(Phase):
         Gradients accumulate in the adapters and in `draft.leaf`.
 
         Returns:
-            Answer loss divided by `tokens`, float32 [], number of tokens that were right, int64 [],
-            and number of prompt tokens.
+            Answer loss of each draw and question, float32 [M, B], whose sum is the mean over draws
+            of the batch's loss divided by `tokens`, number of tokens that were right, int64 [], and
+            number of prompt tokens.
         """
         generator, device = self.model.generator, self.model.cue.device
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros(draft.selection.count.shape, device=device)
+        denominator = tokens * len(loss)
         num_correct = torch.zeros((), dtype=torch.int64, device=device)
         with nvtx_range("wait"):
             lengths, supervised = draft.lengths.result()
@@ -195,12 +220,13 @@ class JointPhase(Phase):
             with nvtx_range("generator"):
                 out = generator(prompt, draft.leaf, self.config.loss.eos_loss_weight)
             # All micro-batches share one denominator, so that their split does not matter.
-            microbatch_loss = out.loss_sum / tokens
+            microbatch_loss = out.loss_sum / denominator
             # Without adapters and without vectors nothing is trained through the generator.
             if microbatch_loss.requires_grad:
                 with nvtx_range("backward"):
                     microbatch_loss.backward()
-            loss = loss + microbatch_loss.detach()
+            (index,) = to_device(device, np.asarray(rows))
+            loss.view(-1)[index] = out.prompt_loss / denominator
             num_correct = num_correct + out.num_correct
         generator.run_dummy_passes(vectors=self.model.uses_vectors)
         return loss, num_correct, sum(lengths)
@@ -217,36 +243,57 @@ class JointPhase(Phase):
         remaining = iter(order)
         return [list(islice(remaining, size)) for size in sizes]
 
-    def retriever_backward(self, draft: _Draft, label_grad: Tensor) -> tuple[Tensor, Tensor]:
+    def retriever_backward(
+        self, draft: _Draft, label_grad: Tensor, loss: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Runs the backward of sampler, projector and retriever.
 
-        `label_grad`, float [E], is the gradient of the retrieval loss at `logits`.
+        Args:
+            draft: the forward.
+            label_grad: float [E] gradient of the retrieval loss at `logits`.
+            loss: float [M, B] answer loss of each draw and question.
 
         Returns:
             Gradient of the answer loss at `logits`, float [E], and the retrieval loss's weight, [].
         """
         logits, vectors, leaf = draft.logits, draft.vectors, draft.leaf
         with nvtx_range("backward"):
-            roots, grads = [draft.output.fact_logits], []
-            generator_grad = torch.zeros_like(logits)
+            roots, grads, generator_grad = [], [], None
             if leaf is not None and leaf.grad is not None:
                 # Where all subgraphs of the batch are empty, vectors have no autograd graph.
                 inputs = [logits, vectors] if vectors.requires_grad else [logits]
-                logit_grad, *grads = torch.autograd.grad(
+                generator_grad, *grads = torch.autograd.grad(
                     draft.slots, inputs, leaf.grad, allow_unused=True
                 )
-                generator_grad = generator_grad if logit_grad is None else logit_grad
-                roots += inputs[1:]
+                roots = inputs[1:]
+            if draft.score is not None:
+                # `loss` is divided by M.
+                generator_grad = leave_one_out_gradient(
+                    loss * len(loss), draft.score, draft.fact_graph
+                )
+            if generator_grad is None or not self._draw_learns:
+                generator_grad = torch.zeros_like(logits)
             # A device tensor, like the balanced weight, so that the log needs no second case.
             weight = torch.full((), self.config.loss.ret_loss_weight, device=logits.device)
             if self._balances:
                 weight = self._balance(generator_grad, label_grad)
-            torch.autograd.backward(roots, [generator_grad + weight * label_grad, *grads])
+            if draft.output.fact_logits.requires_grad:
+                roots = [draft.output.fact_logits, *roots]
+                grads = [generator_grad + weight * label_grad, *grads]
+            if roots:
+                torch.autograd.backward(roots, grads)
         return generator_grad, weight
 
     @property
+    def _draw_learns(self) -> bool:
+        """Whether the answer loss has a gradient at the fact logits."""
+        sampler = self.model.fact_sampler
+        opened = self.config.loss.generator_gradient in ("both", "gates")
+        return opened and (self.model.uses_vectors or not sampler.has_gates)
+
+    @property
     def _balances(self) -> bool:
-        return self.config.loss.use_grad_norm_balance and self.model.uses_vectors
+        return self.config.loss.use_grad_norm_balance and self._draw_learns
 
     def _balance(self, generator_grad: Tensor, label_grad: Tensor) -> Tensor:
         """Weight of the retrieval loss, [], from the norms of both gradients over all ranks."""

@@ -8,7 +8,7 @@ from .causal_conv import causal_conv, causal_conv_ref, causal_conv_state
 from .fact_loss import fact_loss, fact_loss_ref
 from .fact_scores import fact_scores, fact_scores_ref
 from .gated_rms_norm import gated_rms_norm, gated_rms_norm_ref
-from .gumbel_topk import FactSelection, gumbel_topk, gumbel_topk_ref, top_facts
+from .gumbel_topk import FactSelection, draw_score, gumbel_topk, gumbel_topk_ref, top_facts
 from .message_passing import (
     message_passing,
     message_passing_per_instruction,
@@ -55,6 +55,7 @@ __all__ = [
     "causal_conv_ref",
     "causal_conv_state",
     "concat_fact_indexes",
+    "draw_score",
     "fact_loss",
     "fact_loss_ref",
     "fact_rows",

@@ -2,8 +2,9 @@
 
 Philox4x32-10 (Salmon et al. 2011) maps a counter of four 32-bit words and a key of two to four
 random words. The counter of a fact is (index of the fact in its question, low word of the
-question's key, high word of that key, 0). The Philox key is (low, high) word of the seed. Word 0 of
-the output is used: `tl.philox(seed, fact, key_low, key_high, 0)[0]` in Triton.
+question's key, high word of that key, number of the draw). The Philox key is (low, high) word of
+the seed. Word 0 of the output is used: `tl.philox(seed, fact, key_low, key_high, draw)[0]` in
+Triton.
 """
 
 from __future__ import annotations
@@ -78,19 +79,22 @@ def logistic_noise(
     fact_ptr: Tensor,
     *,
     num_facts: int | None = None,
+    num_draws: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One standard logistic variate per fact. Padding rows after the last question have 0.
+    """Standard logistic variates of every fact. Padding rows after the last question have 0.
 
     Args:
         seed: int64 [], a tensor, so that a captured CUDA graph can be replayed with another seed.
         question_key: int64 [B] key of each question, independent of the batch.
         fact_ptr: int [B+1] first fact of each question.
         num_facts: E. None reads the last offset from the device, and waits.
+        num_draws: number M of independent draws. None makes one, without the dimension M.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        float32 [E].
+        float32 [M, E], or [E] where `num_draws` is None. The first of M draws is the only one of
+        None.
 
     Raises:
         ValueError: sizes or dtypes do not fit.
@@ -100,30 +104,41 @@ def logistic_noise(
     if num_facts is None:
         num_facts = int(fact_ptr[-1])
     triton = resolve_backend("logistic_noise", seed, backend) == "triton"
-    return torch.ops.dragkit.logistic_noise_fwd(seed, question_key, fact_ptr, num_facts, triton)
+    noise = torch.ops.dragkit.logistic_noise_fwd(
+        seed, question_key, fact_ptr, num_facts, num_draws or 1, triton
+    )
+    return noise[0] if num_draws is None else noise
 
 
-def _torch_fwd(seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int) -> Tensor:
+def _torch_fwd(
+    seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int, num_draws: int
+) -> Tensor:
     question = segment_ids(fact_ptr, num_facts)
     has_question = question < question_key.shape[0]
     key = F.pad(question_key, (0, 1))[question]
     fact = torch.arange(num_facts, device=fact_ptr.device) - fact_ptr[question]
+    draw = torch.arange(num_draws, device=fact_ptr.device).unsqueeze(1)
     word = philox4x32(
-        (fact & _WORD, key & _WORD, (key >> 32) & _WORD, torch.zeros_like(key)),
+        (fact & _WORD, key & _WORD, (key >> 32) & _WORD, draw),
         (seed & _WORD, (seed >> 32) & _WORD),
     )[0]
     return torch.where(has_question, logistic(word), 0.0)
 
 
 def _fake(
-    seed: Tensor, question_key: Tensor, fact_ptr: Tensor, num_facts: int, triton: bool
+    seed: Tensor,
+    question_key: Tensor,
+    fact_ptr: Tensor,
+    num_facts: int,
+    num_draws: int,
+    triton: bool,
 ) -> Tensor:
-    return seed.new_empty(num_facts, dtype=torch.float32)
+    return seed.new_empty(num_draws, num_facts, dtype=torch.float32)
 
 
 register(
     "logistic_noise_fwd(Tensor seed, Tensor question_key, Tensor fact_ptr, SymInt num_facts,"
-    " bool triton) -> Tensor",
+    " SymInt num_draws, bool triton) -> Tensor",
     _torch_fwd,
     _fake,
     triton=logistic_noise_fwd,

@@ -63,8 +63,9 @@ def test_without_gate_or_without_vectors_the_scorer_gets_no_gradient(relations, 
     draw, grad = phase.model.fact_sampler.draw, torch.autograd.grad
 
     def cut(logits, graph, step):
-        selection = draw(logits.detach(), graph, step)
-        return selection._replace(gate=selection.gate.detach(), soft=selection.soft.detach())
+        selection, score = draw(logits.detach(), graph, step)
+        gates = {"gate": selection.gate.detach(), "soft": selection.soft.detach()}
+        return selection._replace(**gates), score
 
     def grad_of_connected(outputs, *args, **kwargs):
         unconnected = isinstance(outputs, torch.Tensor) and not outputs.requires_grad
@@ -84,10 +85,10 @@ def test_gradients_equal_those_of_one_uncut_backward(relations):
     out, grads = gradients(phase, batch, relations)
     model.zero_grad()
     output = model.retriever(batch, relations)
-    selection = model.fact_sampler.draw(output.fact_logits, batch.graph, 0)
+    selection, _ = model.fact_sampler.draw(output.fact_logits, batch.graph, 0)
     prompt = model.prompt(batch, selection.index, with_target=True)
     vectors = selection.gate.unsqueeze(-1) * model.structural_vectors(output, batch, selection)
-    generated = model.generator(prompt, vectors.flatten(0, 1)).loss_sum / counts["tokens"]
+    generated = model.generator(prompt, vectors.flatten(0, -2)).loss_sum / counts["tokens"]
     retrieval = retrieval_loss(
         output.fact_logits, batch.graph.label, batch.graph.fact_ptr, rho=0.7, margin=1.0
     )
@@ -213,7 +214,7 @@ def test_the_same_step_draws_the_same_facts(relations):
     graph = make_batch(phase.model.generator).graph
     logits = torch.randn(graph.num_facts)
     one, two, other = (
-        phase.model.fact_sampler.draw(logits, graph, step).index for step in (3, 3, 4)
+        phase.model.fact_sampler.draw(logits, graph, step)[0].index for step in (3, 3, 4)
     )
     assert torch.equal(one, two) and not torch.equal(one, other)
 

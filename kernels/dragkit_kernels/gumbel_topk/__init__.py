@@ -13,8 +13,9 @@ from ..noise import logistic_noise
 from ..segments import max_segment_length
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import FactSelection, gumbel_topk_ref, perturb_logits
+from .score import draw_score
 
-__all__ = ["FactSelection", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
+__all__ = ["FactSelection", "draw_score", "gumbel_topk", "gumbel_topk_ref", "top_facts"]
 
 MODES = ("bernoulli", "exact_k")
 ESTIMATORS = ("binary_concrete", "straight_through")
@@ -29,6 +30,7 @@ def gumbel_topk(
     seed: Tensor | None = None,
     question_key: Tensor | None = None,
     noise: Tensor | None = None,
+    num_draws: int | None = None,
     mode: str = "bernoulli",
     estimator: str = "binary_concrete",
     max_facts: int | None = None,
@@ -60,14 +62,16 @@ def gumbel_topk(
         temperature: T > 0 of "binary_concrete".
         seed: int64 [] seed of the noise, with question_key. See logistic_noise.
         question_key: int64 [B], with seed.
-        noise: float [E] in place of seed and question_key.
+        noise: float [E] or [M, E] in place of seed and question_key.
+        num_draws: number M of independent draws, with seed. None makes one.
         mode: "bernoulli" or "exact_k".
         estimator: "binary_concrete" or "straight_through".
         max_facts: upper bound on the facts of a question. None reads it from the device, and waits.
         backend: "auto", "triton" or "torch".
 
     Returns:
-        FactSelection in float32, or float64 for float64 logits.
+        FactSelection in float32, or float64 for float64 logits. Its fields begin with the dimension
+        M if `num_draws` or noise [M, E] is given.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit.
@@ -84,19 +88,18 @@ def gumbel_topk(
     if (noise is None) == (seed is None) or (seed is None) != (question_key is None):
         raise ValueError("gumbel_topk: give either noise, or both seed and question_key")
     path = resolve_backend("gumbel_topk", logits, backend)
+    num_facts = logits.shape[0]
     if seed is not None and question_key is not None:
-        num_facts = logits.shape[0]
-        noise = logistic_noise(seed, question_key, fact_ptr, num_facts=num_facts, backend=path)
+        noise = logistic_noise(
+            seed, question_key, fact_ptr, num_facts=num_facts, num_draws=num_draws, backend=path
+        )
     else:
-        check_shape("gumbel_topk", "noise", noise, tuple(logits.shape))
+        shape = (None, num_facts) if noise.dim() == 2 else (num_facts,)
+        check_shape("gumbel_topk", "noise", noise, shape)
         noise = noise.to(accumulator_dtype(logits))
     x, key = perturb_logits(logits, noise, temperature, estimator)
     width = max_segment_length(fact_ptr) if max_facts is None else max_facts
-    exact_k, triton = mode == "exact_k", path == "triton"
-    gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
-        x, key.detach(), fact_ptr, k, width, 0.0, exact_k, triton
-    )
-    return FactSelection(index, gate, count, soft)
+    return _select(x, key, fact_ptr, k, width, 0.0, mode == "exact_k", path == "triton")
 
 
 def top_facts(
@@ -132,10 +135,17 @@ def top_facts(
     x, key = perturb_logits(logits.detach(), None, 1.0, "straight_through")
     width = max_segment_length(fact_ptr) if max_facts is None else max_facts
     triton = resolve_backend("gumbel_topk", logits, backend) == "triton"
-    gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(
-        x, key, fact_ptr, k, width, _logit(threshold), False, triton
-    )
-    return FactSelection(index, gate, count, soft)
+    return _select(x, key, fact_ptr, k, width, _logit(threshold), False, triton)
+
+
+def _select(x: Tensor, key: Tensor, *options: object) -> FactSelection:
+    """Calls the op, which takes [M, E]. Without the dimension M in `key` the result has none."""
+    x, rows = x.expand_as(key), key.detach()
+    if key.dim() == 1:
+        x, rows = x.unsqueeze(0), rows.unsqueeze(0)
+    gate, soft, index, count = torch.ops.dragkit.gumbel_topk_fwd(x, rows, *options)
+    selection = FactSelection(index, gate, count, soft)
+    return FactSelection(*(t[0] for t in selection)) if key.dim() == 1 else selection
 
 
 def _check(logits: Tensor, fact_ptr: Tensor, k: int, op: str) -> None:

@@ -90,10 +90,14 @@ def _gumbel_topk_fwd_kernel(
 
     c = min(size, k) with exact_k, else min(size, k, max(1, #{e: key_e > bound})). The selected
     facts keep their order.
-    One program per question, and one for the padding rows after the last question. A program keeps
-    BLOCK facts in registers and, with STREAM, loads the others in steps of STEP.
+    Programs have two axes: the questions with one more for the padding rows after the last
+    question, and the draws. A program keeps BLOCK facts in registers and, with STREAM, loads the
+    others in steps of STEP.
     """
-    pid_q = tl.program_id(0)
+    pid_q, draw = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x_ptr += draw * num_facts
+    key_ptr += draw * num_facts
+    soft_ptr += draw * num_facts
     has_question = pid_q < num_questions
     first = tl.load(fact_ptr + pid_q)
     size = tl.load(fact_ptr + pid_q + 1, mask=has_question, other=num_facts) - first
@@ -116,7 +120,8 @@ def _gumbel_topk_fwd_kernel(
         tl.where(exact_k != 0, size, tl.maximum(num_above, 1)), tl.minimum(size, k)
     )
     num_selected = tl.where(has_question, num_selected, 0)
-    tl.store(count_ptr + pid_q, num_selected, mask=has_question)
+    draw_q = draw * num_questions + pid_q
+    tl.store(count_ptr + draw_q, num_selected, mask=has_question)
     # The num_selected-th largest code: the smallest t with #{code > t} < num_selected, found bit by
     # bit from the highest.
     kth = tl.full((), HIGHEST, tl.int32)
@@ -129,7 +134,7 @@ def _gumbel_topk_fwd_kernel(
         bit = bit >> 1
 
     ties_left = num_selected - _count_above(code, kth, key_ptr, first, size, BLOCK, STEP, STREAM)
-    row = pid_q.to(tl.int64) * k
+    row = draw_q * k
     ties_left, row = _store_selected(
         out_fact_ptr, out_code_ptr, code, kth, ties_left, row, first, offs_e, size
     )
@@ -146,13 +151,13 @@ def gumbel_topk_fwd(
     x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Launches the kernel and sorts the selected facts, see `dragkit::gumbel_topk_fwd`."""
-    num_questions, num_facts = fact_ptr.shape[0] - 1, x.shape[0]
+    num_questions, (num_draws, num_facts) = fact_ptr.shape[0] - 1, x.shape
     tile, stream = topk_tile(max_facts)
-    selected_fact = fact_ptr.new_full((num_questions, k), -1)
-    selected_code = fact_ptr.new_full((num_questions, k), LOWEST.value)
-    count = fact_ptr.new_empty(num_questions)
-    soft = x.new_empty(num_facts)
-    _gumbel_topk_fwd_kernel[(num_questions + 1,)](
+    selected_fact = fact_ptr.new_full((num_draws, num_questions, k), -1)
+    selected_code = fact_ptr.new_full((num_draws, num_questions, k), LOWEST.value)
+    count = fact_ptr.new_empty(num_draws, num_questions)
+    soft = x.new_empty(num_draws, num_facts)
+    _gumbel_topk_fwd_kernel[(num_questions + 1, num_draws)](
         *(x.contiguous(), key.contiguous(), fact_ptr.contiguous()),
         *(selected_fact, selected_code, count, soft),
         *(num_facts, num_questions, k, bound, int(exact_k)),
@@ -162,8 +167,8 @@ def gumbel_topk_fwd(
         **tile.options,
     )
     # A stable sort keeps equal codes in the order of facts. Empty slots have the lowest code.
-    order = selected_code.sort(dim=1, stable=True, descending=True).indices
-    index = selected_fact.gather(1, order)
+    order = selected_code.sort(dim=-1, stable=True, descending=True).indices
+    index = selected_fact.gather(-1, order)
     return (index >= 0).to(torch.float32), soft, index, count
 
 

@@ -20,9 +20,13 @@ else:
 def _torch_fwd(
     x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, max_facts: int, bound: float, exact_k: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The forward by its definition."""
-    selection = select_facts(x, key, fact_ptr, k, max_facts=max_facts, bound=bound, exact_k=exact_k)
-    return selection.gate, selection.soft, selection.index, selection.count
+    """The forward by its definition, one draw after the other."""
+    draws = [
+        select_facts(*draw, fact_ptr, k, max_facts=max_facts, bound=bound, exact_k=exact_k)
+        for draw in zip(x, key, strict=True)
+    ]
+    index, gate, count, soft = map(torch.stack, zip(*draws, strict=True))
+    return gate, soft, index, count
 
 
 def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, exact_k: bool) -> Tensor:
@@ -34,25 +38,25 @@ def _bwd(grad: Tensor, x: Tensor, soft: Tensor, fact_ptr: Tensor, exact_k: bool)
     slope = soft * (1 - soft)
     if exact_k:
         # The padding rows after the last question are one more segment.
-        ptr = F.pad(fact_ptr, (0, 1), value=x.shape[0])
+        ptr = F.pad(fact_ptr, (0, 1), value=x.shape[1])
         mean, slope_sum = (
-            torch.segment_reduce(value, "sum", offsets=ptr, unsafe=True)
+            torch.segment_reduce(value.t().contiguous(), "sum", offsets=ptr, unsafe=True)
             for value in (slope * grad, slope)
         )
         mean = mean.div_(slope_sum.clamp_(min=1e-30))
-        grad = grad - mean.index_select(0, segment_ids(fact_ptr, x.shape[0]))
+        grad = grad - mean.index_select(0, segment_ids(fact_ptr, x.shape[1])).t()
     return (slope * grad).masked_fill_(x.abs() > MAX_LOGIT, 0.0)
 
 
 def _fwd_fake(
     x: Tensor, key: Tensor, fact_ptr: Tensor, k: int, *options: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    num_questions = fact_ptr.shape[0] - 1
+    shape = (x.shape[0], fact_ptr.shape[0] - 1)
     return (
-        x.new_empty(num_questions, k),
+        x.new_empty(*shape, k),
         x.new_empty(x.shape),
-        fact_ptr.new_empty(num_questions, k),
-        fact_ptr.new_empty(num_questions),
+        fact_ptr.new_empty(*shape, k),
+        fact_ptr.new_empty(shape),
     )
 
 
@@ -69,11 +73,11 @@ def _setup(ctx: object, inputs: tuple[object, ...], output: tuple[Tensor, ...]) 
 def _backward(ctx: object, *grads: Tensor) -> Tensor:
     d_gate, d_soft, *_ = grads
     x, soft, fact_ptr, index = ctx.saved_tensors
-    # A fact has at most one slot, so the indexed add has no duplicates. An empty slot, -1, writes
-    # to the spare last row.
-    grad, fact = F.pad(d_soft, (0, 1)), index.flatten().long()
-    grad[fact] = grad[fact] + d_gate.flatten()
-    return torch.ops.dragkit.gumbel_topk_bwd(grad[:-1], x, soft, fact_ptr, ctx.exact_k)
+    # A fact has at most one slot per draw, so the indexed add has no duplicates. An empty slot, -1,
+    # writes to the spare last column.
+    grad, fact = F.pad(d_soft, (0, 1)), index.flatten(1).long().remainder(x.shape[1] + 1)
+    grad = grad.scatter(1, fact, grad.gather(1, fact) + d_gate.flatten(1))
+    return torch.ops.dragkit.gumbel_topk_bwd(grad[:, :-1], x, soft, fact_ptr, ctx.exact_k)
 
 
 register(
