@@ -12,7 +12,6 @@ from dragkit.generator.projector import Projector
 from dragkit.generator.prompt import NeuralPrompt, PromptLayout, PromptTemplate, layout_prompts
 from dragkit.retriever.fact_sampler import FactSampler, FactSelection
 from dragkit.retriever.retriever import Retriever, RetrieverOutput
-from dragkit_kernels import segment_sum
 
 
 class JointModel(nn.Module):
@@ -58,32 +57,6 @@ class JointModel(nn.Module):
         gated = vectors * selection.gate.unsqueeze(-1)
         return gated.to(vectors.dtype).flatten(0, -2)
 
-    def undrawn_facts_vector(
-        self, output: RetrieverOutput, batch: QuestionBatch, selection: FactSelection
-    ) -> Tensor:
-        """One vector per draw and question, float [M * B, width], for the facts not drawn.
-
-        Its value is zero. Its backward gives each undrawn fact i the gradient <dL/dvector, v_i>,
-        where v_i is the structural vector of the fact.
-        """
-        graph = batch.graph
-        # The weights below are zero, so the vectors would get a gradient of zero.
-        with torch.no_grad():
-            device = selection.index.device
-            all_facts = torch.arange(graph.num_facts, dtype=torch.int32, device=device)
-            vectors = self.projector(output, graph, all_facts)
-        draws = selection.index.flatten(1).long()
-        is_drawn = torch.zeros(len(draws), graph.num_facts + 1, device=vectors.device)
-        # An index of -1 means no fact. It writes to the extra last column.
-        is_drawn.scatter_(1, draws.remainder(graph.num_facts + 1), 1.0)
-        zero_weight = selection.soft - selection.soft.detach()
-        weights = (zero_weight * (1.0 - is_drawn[:, :-1])).unsqueeze(-1)
-        sums = [
-            segment_sum((vectors * weight).to(vectors.dtype), graph.fact_graph, graph.num_graphs)
-            for weight in weights
-        ]
-        return torch.cat(sums)
-
     def layout(
         self,
         batch: QuestionBatch,
@@ -91,7 +64,6 @@ class JointModel(nn.Module):
         *,
         with_target: bool,
         vectors: bool | None = None,
-        residual: bool = False,
     ) -> PromptLayout:
         """Lays out one prompt per question and draw around the selected facts.
 
@@ -100,7 +72,6 @@ class JointModel(nn.Module):
             index: int32 [B, K] or [M, B, K] their facts. -1 means no fact.
             with_target: append the answers, for training.
             vectors: one vector slot per fact. None follows the configuration.
-            residual: a slot for the vector of the undrawn facts.
         """
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
@@ -114,7 +85,6 @@ class JointModel(nn.Module):
             index,
             max_tokens=limit if with_target else limit - self.config.generator.max_new_tokens,
             vectors=self.uses_vectors if vectors is None else vectors,
-            residual=residual,
         )
 
     def prompt(

@@ -46,7 +46,6 @@ RENAMED: dict[str, tuple[str, dict[str, str | bool]]] = {
         "sampler.estimator",
         {"concrete": "binary_concrete", "mean": "straight_through"},
     ),
-    "sampler.residual_slot": ("sampler.undrawn_facts_vector", {}),
     "generator.checkpointing": ("generator.activation_checkpointing", {}),
     "generator.tokens_per_pass": ("generator.max_tokens_per_microbatch", {}),
     "generator.pack_multiple": ("generator.pad_to_multiple_of", {}),
@@ -54,6 +53,13 @@ RENAMED: dict[str, tuple[str, dict[str, str | bool]]] = {
     "optim.warmup_share": ("optim.warmup_ratio", {}),
     "optim.min_lr_share": ("optim.min_lr_ratio", {}),
     "run.sharding": ("run.generator_fsdp", {"none": False, "full": True}),
+}
+# Settings that are gone: the value that still means what the code does, and why. Files and saved
+# configurations may hold that value.
+_UNDRAWN = "its gradient was a million times the exact one. Use sampler.estimator=leave_one_out"
+REMOVED: dict[str, tuple[object, str]] = {
+    "sampler.undrawn_facts_vector": (False, _UNDRAWN),
+    "sampler.residual_slot": (False, _UNDRAWN),
 }
 _PHASE_BLOCKS = ("phase1", "phase2")
 _PRESET_DIR = Path(__file__).with_name("presets")
@@ -73,6 +79,11 @@ class _Merged:
         for written, given in settings.items():
             key, value = current_setting(written, given)
             origin = origins[written]
+            if written in REMOVED:
+                neutral, reason = REMOVED[written]
+                if value not in (neutral, str(neutral).lower()):
+                    self.problems.append(f"{key} ({origin}): was removed: {reason}")
+                continue
             if key not in FIELDS:
                 self.problems.append(f"{key} ({origin}): {_explain_unknown_key(key)}")
                 continue

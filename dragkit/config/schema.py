@@ -144,10 +144,6 @@ class SamplerConfig(Section):
         lt=1,
         description="Evaluation drops facts with a probability at or below it (paper: 0.01).",
     )
-    undrawn_facts_vector: bool = Field(
-        False,
-        description="Append one vector that carries gradient to facts that were not drawn.",
-    )
 
     @field_validator("num_draws")
     @classmethod
@@ -156,16 +152,6 @@ class SamplerConfig(Section):
             raise ValueError(
                 "must be 2 or more with sampler.estimator leave_one_out, which compares the draws "
                 "of a question."
-            )
-        return value
-
-    @field_validator("undrawn_facts_vector")
-    @classmethod
-    def _needs_gates(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("estimator") == "leave_one_out":
-            raise ValueError(
-                "must be false with sampler.estimator leave_one_out, whose gradient reaches "
-                "undrawn facts without a vector."
             )
         return value
 
@@ -282,6 +268,11 @@ class LossConfig(Section):
         "both",
         description="Ways of the answer loss into the retriever: through the draw of the facts, "
         "through their structural vectors, both (paper), or none (labels alone train it).",
+    )
+    fact_price: float = Field(
+        0.0,
+        ge=0,
+        description="Loss of each fact in a draw, in nats, beside the answer loss of its question.",
     )
     use_grad_norm_balance: bool = Field(
         False, description="Set ret_loss_weight from the ratio of gradient norms (paper)."

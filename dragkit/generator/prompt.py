@@ -71,16 +71,16 @@ class NeuralPrompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptLayout:
-    """The pieces of P prompts: prefix, K facts, residual slot, cue and target.
+    """The pieces of P prompts: prefix, K facts, cue and target.
 
     An absent piece has no tokens. The drawn facts decide the lengths, so these are on the device.
     The host copies them once (`copy_lengths`) before it assembles prompts.
 
     Attributes:
         text_ids: int32 [W] token ids of all texts.
-        text_start: int32 [P, K+4] first token of each piece in `text_ids`.
-        end: int32 [P, K+4] end of each piece in its prompt.
-        slot: int32 [P, K+4] structural vector before the text of the piece, -1 for none.
+        text_start: int32 [P, K+3] first token of each piece in `text_ids`.
+        end: int32 [P, K+3] end of each piece in its prompt.
+        slot: int32 [P, K+3] structural vector before the text of the piece, -1 for none.
     """
 
     text_ids: Tensor
@@ -140,7 +140,6 @@ def layout_prompts(
     *,
     max_tokens: int,
     vectors: bool = True,
-    residual: bool = False,
 ) -> PromptLayout:
     """Lays out the prompts of a batch. The host does not wait for the device.
 
@@ -157,7 +156,6 @@ def layout_prompts(
         max_tokens: bound on the tokens of a prompt with its target.
         vectors: whether a slot precedes the text of each fact. Fact k of prompt p has vector
             p * K + k.
-        residual: whether another slot follows the facts. Prompt p has vector P * K + p there.
     """
     draws, capacity = 1 if index.dim() == 2 else index.shape[0], index.shape[-1]
     index = index.reshape(-1, capacity)
@@ -181,29 +179,25 @@ def layout_prompts(
         target_start = _per_prompt(target.ptr[:-1], draws) + (cue_offset + cue.shape[0])
         target_length = _per_prompt(target.ptr.diff(), draws)
     prefix_length = _per_prompt(prefix.ptr.diff(), draws)
-    fixed = prefix_length + target_length + (cue.shape[0] + int(residual))
+    fixed = prefix_length + target_length + cue.shape[0]
     # Facts are ordered by score, so the cut falls where the running sum passes the limit.
     fits = fact_length.cumsum(1) + fixed <= max_tokens
     lengths = [
         prefix_length,
         torch.where(fits, fact_length, 0),
-        int(residual) * ones,
         cue.shape[0] * ones,
         target_length,
     ]
     starts = [
         _per_prompt(prefix.ptr[:-1], draws),
         fact_start + fact_offset,
-        0 * ones,
         cue_offset * ones,
         target_start,
     ]
-    vector = torch.arange(batch * (capacity + 1), dtype=torch.int32, device=index.device)
-    slot = torch.full((batch, capacity + 4), -1, dtype=torch.int32, device=index.device)
+    slot = torch.full((batch, capacity + 3), -1, dtype=torch.int32, device=index.device)
     if vectors:
-        slot[:, 1 : capacity + 1] = vector[: batch * capacity].view(batch, capacity)
-    if residual:
-        slot[:, capacity + 1] = vector[batch * capacity :]
+        vector = torch.arange(batch * capacity, dtype=torch.int32, device=index.device)
+        slot[:, 1 : capacity + 1] = vector.view(batch, capacity)
     return PromptLayout(
         text_ids=torch.cat(texts),
         text_start=torch.cat(starts, 1),

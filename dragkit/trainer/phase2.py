@@ -40,7 +40,7 @@ class _Draft(NamedTuple):
         lengths: prompt lengths, while they are copied to the host.
         vectors: float [M, B, K, W] of the drawn facts, with the generator's width W. It is None
             where prompts are text alone.
-        slots: float [S, W] gated vectors, and then the vectors of the undrawn facts, if any.
+        slots: float [S, W] gated vectors.
         leaf: float [S, W] leaf of cut 2.
     """
 
@@ -148,7 +148,7 @@ class JointPhase(Phase):
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
         loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
-        generator_grad, weight = self.retriever_backward(draft, label_grad, loss)
+        generator_grad, weight = self.retriever_backward(draft, label_grad, loss, counts["tokens"])
         generator_loss, draws = loss.sum(), len(draft.selection.count)
         retrieval = retrieval.detach()
         parts = {
@@ -172,9 +172,8 @@ class JointPhase(Phase):
         logits = output.fact_logits.detach().requires_grad_()
         with nvtx_range("sampler"):
             selection, score = model.fact_sampler.draw(logits, batch.graph, step)
-        residual = config.sampler.undrawn_facts_vector and model.uses_vectors
         with nvtx_range("prompt"):
-            layout = model.layout(batch, selection.index, with_target=True, residual=residual)
+            layout = model.layout(batch, selection.index, with_target=True)
             # The copy starts before the vectors are queued, so that it ends early.
             lengths = layout.copy_lengths()
             vectors = slots = leaf = None
@@ -182,9 +181,6 @@ class JointPhase(Phase):
                 with autocast(config.run.precision, logits.device):
                     vectors = model.structural_vectors(output, batch, selection)
                     slots = model.apply_gate(vectors, selection)
-                    if residual:
-                        undrawn = model.undrawn_facts_vector(output, batch, selection)
-                        slots = torch.cat([slots, undrawn])
                 leaf = slots.detach().requires_grad_()
         return _Draft(
             output,
@@ -244,7 +240,7 @@ class JointPhase(Phase):
         return [list(islice(remaining, size)) for size in sizes]
 
     def retriever_backward(
-        self, draft: _Draft, label_grad: Tensor, loss: Tensor
+        self, draft: _Draft, label_grad: Tensor, loss: Tensor, tokens: float
     ) -> tuple[Tensor, Tensor]:
         """Runs the backward of sampler, projector and retriever.
 
@@ -273,6 +269,11 @@ class JointPhase(Phase):
                 )
             if generator_grad is None or not self._draw_learns:
                 generator_grad = torch.zeros_like(logits)
+            if self.config.loss.fact_price:
+                p = torch.sigmoid(logits.detach())
+                generator_grad = generator_grad + (
+                    self.config.loss.fact_price / tokens * p * (1 - p)
+                )
             # A device tensor, like the balanced weight, so that the log needs no second case.
             weight = torch.full((), self.config.loss.ret_loss_weight, device=logits.device)
             if self._balances:

@@ -15,7 +15,7 @@ from dragkit.config import (
     resolve_config,
 )
 from dragkit.config.arguments import parse_train_args
-from dragkit.config.resolve import RENAMED
+from dragkit.config.resolve import REMOVED, RENAMED
 from dragkit.errors import ConfigError
 
 # An earlier key, an earlier value as text, and today's key and value.
@@ -28,7 +28,6 @@ EARLIER = [
     ("sampler.mode", "budget", "sampler.mode", "exact_k"),
     ("sampler.estimator", "concrete", "sampler.estimator", "binary_concrete"),
     ("sampler.estimator", "mean", "sampler.estimator", "straight_through"),
-    ("sampler.residual_slot", "true", "sampler.undrawn_facts_vector", True),
     ("generator.checkpointing", "all", "generator.activation_checkpointing", "all"),
     ("generator.tokens_per_pass", "512", "generator.max_tokens_per_microbatch", 512),
     ("generator.tokens_per_pass", "none", "generator.max_tokens_per_microbatch", None),
@@ -118,3 +117,24 @@ def test_differing_settings_are_those_of_the_first_configuration() -> None:
     assert differing_settings(base, base) == {}
     changed = {"optim.lr": 0.5, "generator.lora_targets": ("q_proj",)}
     assert differing_settings(config, base) == changed
+
+
+@pytest.mark.parametrize("key", list(REMOVED))
+def test_a_removed_setting_is_accepted_only_where_it_changes_nothing(
+    key: str, tmp_path: Path
+) -> None:
+    section, name = key.split(".")
+    neutral, reason = REMOVED[key]
+    saved = TrainConfig().model_dump(mode="json")
+    saved[section][name] = neutral
+    assert read_saved_config(saved, "step-1") == TrainConfig()
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{section}: {{{name}: true}}\n")
+    for load in (
+        lambda: resolve_config(file=path),
+        lambda: load_config(overrides={key: True}),
+        lambda: parse_train_args(["--set", f"{key}=true"]),
+        lambda: read_saved_config({section: {name: True}}, "step-1"),
+    ):
+        with pytest.raises(ConfigError, match=f"{key}.*was removed: {reason[:30]}"):
+            load()

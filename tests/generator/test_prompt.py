@@ -19,13 +19,13 @@ def _pack(rows):
     return TokenPack(ids, torch.tensor(ptr, dtype=torch.int32), max(map(len, rows), default=0))
 
 
-def _expected(prefix, facts, cue, target, index, limit, vectors, residual):
+def _expected(prefix, facts, cue, target, index, limit, vectors):
     """(token ids, slots, supervised tokens) of each prompt, assembled from lists."""
     capacity = len(index[0]) if index else 0
     prompts = []
     for b, chosen in enumerate(index):
         answer = target[b] if target else []
-        remaining = limit - len(prefix[b]) - len(cue) - len(answer) - int(residual)
+        remaining = limit - len(prefix[b]) - len(cue) - len(answer)
         ids, slots = list(prefix[b]), [-1] * len(prefix[b])
         for k, fact in enumerate(chosen):
             if fact < 0:
@@ -39,9 +39,6 @@ def _expected(prefix, facts, cue, target, index, limit, vectors, residual):
                 slots.append(b * capacity + k)
             ids += facts[fact]
             slots += [-1] * len(facts[fact])
-        if residual:
-            ids.append(0)
-            slots.append(len(index) * capacity + b)
         ids += cue + answer
         slots += [-1] * (len(cue) + len(answer))
         prompts.append((ids, slots, len(answer)))
@@ -89,19 +86,27 @@ ORDERS = [[0, 1, 2, 3], [2, 3, 0], [1], [3, 2, 1, 0], []]
 
 
 @pytest.mark.parametrize("vectors", [True, False])
-@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("with_target", [True, False])
 @pytest.mark.parametrize("limit", [1000, 24, 12, 5, 0])
-def test_prompts_equal_those_from_lists(vectors, residual, with_target, limit):
-    residual = residual and vectors
+def test_prompts_equal_those_from_lists(vectors, with_target, limit):
     target = TARGET if with_target else None
-    expected = _expected(PREFIX, FACTS, CUE, target, INDEX, limit, vectors, residual)
-    layout = _layout(target=target, limit=limit, vectors=vectors, residual=residual)
+    expected = _expected(PREFIX, FACTS, CUE, target, INDEX, limit, vectors)
+    layout = _layout(target=target, limit=limit, vectors=vectors)
     lengths, supervised = layout.copy_lengths().result()
     assert lengths == [len(tokens) for tokens, *_ in expected]
     assert supervised == [num_targets for _, _, num_targets in expected]
     for order in ORDERS:
         _check(layout.assemble(order, lengths, supervised), [expected[i] for i in order])
+
+
+def test_several_draws_are_the_prompts_of_each_draw():
+    draws = [INDEX, [[0, -1, -1], [4, 5, 0], [-1, -1, -1], [1, 2, 3]]]
+    layout, sizes = _layout(draws), _layout(draws).copy_lengths().result()
+    expected = _expected(
+        PREFIX * 2, FACTS, CUE, TARGET * 2, [row for index in draws for row in index], 1000, True
+    )
+    _check(layout.assemble(range(8), *sizes), expected)
+    _check(layout.assemble([5, 0, 7], *sizes), [expected[i] for i in (5, 0, 7)])
 
 
 def test_the_limits_above_cut_off_some_facts():
@@ -118,8 +123,8 @@ def test_random_prompts_in_several_microbatches():
         prefix = [[7] * draw.randrange(1, 6) for _ in index]
         target = [[3] * draw.randrange(4) for _ in index]
         limit = draw.randrange(5, 30)
-        expected = _expected(prefix, facts, CUE, target, index, limit, True, True)
-        layout = _layout(index, limit, prefix, facts, target, residual=True)
+        expected = _expected(prefix, facts, CUE, target, index, limit, True)
+        layout = _layout(index, limit, prefix, facts, target)
         sizes = layout.copy_lengths().result()
         order = draw.sample(range(5), 5)
         for questions in (order[:2], order[2:3], order[3:]):

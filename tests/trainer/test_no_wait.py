@@ -34,7 +34,7 @@ META = torch.device("meta")
 CASES = {
     "one micro-batch": {},
     "micro-batches": {"generator": {"max_tokens_per_microbatch": 150}},
-    "undrawn facts": {"sampler": {"undrawn_facts_vector": True, "k_facts": 2}},
+    "leave one out": {"sampler": {"estimator": "leave_one_out", "num_draws": 3}},
     "exact k": {"sampler": {"mode": "exact_k", "estimator": "straight_through"}},
     "text alone": {"generator": {"structural_vectors": False}},
     "balanced": {
@@ -203,7 +203,7 @@ READS = {
     "host copy": lambda x: x.new_empty(3).copy_(torch.ones(3)),
 }
 METHODS = (
-    *("fact_sampler.draw", "undrawn_facts_vector", "layout", "apply_gate", "generator.forward"),
+    *("fact_sampler.draw", "layout", "apply_gate", "generator.forward"),
 )
 
 
@@ -226,7 +226,7 @@ def read_in(phase: JointPhase, path: str, read: Callable[[Tensor], object]) -> N
     [("generator.embed", read) for read in READS] + [(method, "item") for method in METHODS],
 )
 def test_every_read_from_the_device_is_caught(method, read, tmp_path, monkeypatch):
-    phase = cases.make(sampler={"undrawn_facts_vector": True, "k_facts": 2})
+    phase = cases.make(sampler={"estimator": "leave_one_out", "num_draws": 2})
     read_in(phase, method, READS[read])
     with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
         meta_step(phase, tmp_path, monkeypatch)
