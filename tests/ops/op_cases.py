@@ -72,11 +72,11 @@ class Given(NamedTuple):
 Op = Callable[[list[Tensor], Given, str], tuple[Tensor, ...]]
 
 
-def _draw(mode: str, estimator: str) -> Op:
+def _draw(mode: str, estimator: str, num_draws: int | None = None) -> Op:
     def draw(x: list[Tensor], o: Given, backend: str) -> tuple[Tensor, ...]:
         drawn = gumbel_topk(
             *x, o.pack.fact_ptr, 20, seed=o.seed, question_key=o.question_key, mode=mode,
-            estimator=estimator, temperature=0.7, max_facts=o.longest, backend=backend,
+            estimator=estimator, temperature=0.7, max_facts=o.longest, num_draws=num_draws, backend=backend,
         )  # fmt: skip
         return drawn.gate, drawn.soft, drawn.index.double(), drawn.count.double()
 
@@ -155,8 +155,10 @@ OPS: dict[str, Op] = {
     ),
     "bernoulli": _draw("bernoulli", "binary_concrete"),
     "bernoulli_straight": _draw("bernoulli", "straight_through"),
+    "bernoulli_draws": _draw("bernoulli", "binary_concrete", num_draws=3),
     "exact_k": _draw("exact_k", "binary_concrete"),
     "exact_k_straight": _draw("exact_k", "straight_through"),
+    "exact_k_draws": _draw("exact_k", "straight_through", num_draws=3),
     **SEQUENCE_OPS,
 }
 

@@ -45,20 +45,22 @@ def plain_philox_word(counter: list[int], key: list[int]) -> int:
 
 @pytest.mark.parametrize("seed", [0, 42, (1 << 40) + 17, -3])
 def test_counter_and_key_words(seed: int) -> None:
-    """The noise depends on the fact index, and on both words of question key and seed."""
+    """The noise depends on fact, draw, and both words of question key and seed."""
     keys = [0, 7, (5 << 32) + 9, -1, 0]
     fact_ptr = torch.tensor([0, 2, 2, 5, 6, 9], dtype=torch.int32)
-    noise = logistic_noise(torch.tensor(seed), torch.tensor(keys), fact_ptr)
-    assert noise.dtype == torch.float32
-    row = 0
+    draws = logistic_noise(torch.tensor(seed), torch.tensor(keys), fact_ptr, num_draws=2)
+    assert draws.dtype == torch.float32 and draws.shape == (2, 9)
+    assert torch.equal(logistic_noise(torch.tensor(seed), torch.tensor(keys), fact_ptr), draws[0])
     low = 0xFFFFFFFF
-    for key, count in zip(keys, (2, 0, 3, 1, 3), strict=True):
-        for fact in range(count):
-            counter = [fact, key & low, (key >> 32) & low, 0]
-            word = plain_philox_word(counter, [seed & low, (seed >> 32) & low])
-            u = ((word >> 9) + 0.5) * 2.0**-23
-            assert float(noise[row]) == pytest.approx(math.log(u / (1 - u)), rel=2e-6, abs=2e-6)
-            row += 1
+    for draw, noise in enumerate(draws):
+        row = 0
+        for key, count in zip(keys, (2, 0, 3, 1, 3), strict=True):
+            for fact in range(count):
+                counter = [fact, key & low, (key >> 32) & low, draw]
+                word = plain_philox_word(counter, [seed & low, (seed >> 32) & low])
+                u = ((word >> 9) + 0.5) * 2.0**-23
+                assert float(noise[row]) == pytest.approx(math.log(u / (1 - u)), rel=2e-6, abs=2e-6)
+                row += 1
 
 
 def test_extreme_words_give_finite_symmetric_noise() -> None:
