@@ -60,6 +60,7 @@ setup(
     extras_require={
         "demo": DEMO,
         "bench": ["pytest-benchmark>=5", "pytest-timeout>=2.3", "matplotlib>=3.8"],
+        "experiment": ["matplotlib>=3.8"],
         "dev": [*DEMO, *TEST, "matplotlib>=3.8", "mypy>=2.0", "ruff>=0.9"],
         # These three compile against the installed torch and need nvcc; nothing here needs them.
         "scatter": ["torch_scatter>=2.1"],

@@ -41,6 +41,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.train": ("dragkit.config", "dragkit.distributed", "dragkit.trainer"),
     "dragkit.evaluate": ("dragkit.config", "dragkit.trainer"),
     "dragkit.plan": ("dragkit.config", "dragkit.memory_plan"),
+    # It trains by the command line, in processes of their own, and reads what these wrote.
+    "dragkit.experiment": ("dragkit.config", "dragkit.checkpoint"),
     "dragkit_kernels": (),
 }
 # Imported inside functions only, so that the command lines answer before torch is loaded.
@@ -48,8 +50,9 @@ ONLY_LAZILY = {
     "dragkit.train": "dragkit.trainer",
     "dragkit.evaluate": "dragkit.trainer",
     "dragkit.plan": "dragkit.memory_plan",
+    "dragkit.experiment.__main__": "dragkit.experiment.plan",
 }
-_PROGRAMS = ("train", "evaluate", "plan")
+_PROGRAMS = ("train", "evaluate", "plan", "experiment.__main__")
 _LIGHT = ("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS))
 # Graphs in, sorted graphs out: data takes no op.
 DATA_TAKES = {"FactGroups", "FactIndex", "build_fact_index", "concat_fact_indexes"}
@@ -64,7 +67,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "filelock": ("dragkit.checkpoint.lock",),
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
-    "pydantic": ("dragkit.config",),
+    "pydantic": ("dragkit.config", "dragkit.experiment"),
+    "matplotlib": ("dragkit.experiment.plot",),
     "yaml": ("dragkit.config", "dragkit.demo"),
 }
 NARROW: dict[str, set[str]] = {

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"dragkit": ROOT / "dragkit", "dragkit_kernels": ROOT / "kernels" / "dragkit_kernels"}
 COMPILED = {"mamba_ssm", "causal_conv1d", "torch_scatter"}
 # Imported only where a setting asks for it.
-OPTIONAL = {"mamba_ssm", "causal_conv1d"}
+OPTIONAL = {"mamba_ssm", "causal_conv1d", "matplotlib"}
 MAX_WEIGHTS_BYTES = 2_000_000
 
 
@@ -143,7 +143,9 @@ def test_transformers_sees_no_kernels_package_from_the_repository(tmp_path: Path
     assert here.stdout.splitlines()[-1] == elsewhere.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["dragkit.train", "dragkit.evaluate", "dragkit.config"])
+@pytest.mark.parametrize(
+    "module", ["dragkit.train", "dragkit.evaluate", "dragkit.config", "dragkit.experiment"]
+)
 def test_programs_run_from_any_folder(module: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     shown = run_python("-m", module, "--help", cwd=tmp_path, path=path)

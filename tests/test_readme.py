@@ -18,6 +18,8 @@ from dragkit.config.arguments import parse_train_args
 from dragkit.config.resolve import RENAMED
 from dragkit.data.question_file import read_questions
 from dragkit.evaluate import parse_evaluate_args
+from dragkit.experiment.__main__ import parse_experiment_args
+from dragkit.experiment.plan import read_experiment
 from dragkit.plan import parse_plan_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +31,7 @@ DOCUMENTS = [
     README,
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "experiments" / "README.md",
     ROOT / "kernels" / "README.md",
 ]
 
@@ -37,7 +40,7 @@ _FENCE = re.compile(r"^( *)(```+|~~~+)([^\n]*)\n(.*?)^\1\2 *$", re.MULTILINE | r
 _STREAMS = re.compile(r"(?<!\S)[0-2]?>&[0-2]|(?<!\S)[0-2](?=>)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE = re.compile(r"`([^`\n]+)`")
-_FOLDERS = r"(?:dragkit|kernels|bench|tests|docs|scripts|\.ci)"
+_FOLDERS = r"(?:dragkit|kernels|bench|tests|docs|experiments|scripts|\.ci)"
 _REPOSITORY_PATH = re.compile(rf"(?<![\w./:-])({_FOLDERS}/[\w./*-]*)")
 _TOP_LEVEL_FILE = re.compile(r"[\w.-]+\.(?:md|toml|txt|py)")
 _SETTING = re.compile(rf"(?<![\w./])((?:{'|'.join(SECTIONS)})\.[a-z0-9_]+)(?![\w.])")
@@ -201,6 +204,8 @@ def accept(module: str, arguments: list[str], folder: Path) -> None:
         parse_plan_args(arguments)
     elif module == "dragkit.evaluate":
         parse_evaluate_args(arguments)
+    elif module == "dragkit.experiment":
+        assert (ROOT / parse_experiment_args(arguments).file).is_file()
     elif module == "dragkit.config":
         code = config_main(arguments)
         assert code == 0, f"exit code {code}"
@@ -311,11 +316,19 @@ def test_json_examples_are_questions(tmp_path: Path) -> None:
         assert question.topics and question.answers and question.triples
 
 
-def test_yaml_examples_are_configuration_files(tmp_path: Path) -> None:
+def test_yaml_examples_are_configurations_or_experiments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRAGKIT_DATA", str(tmp_path))
     for _, text in examples("yaml"):
         path = tmp_path / "example.yaml"
         path.write_text(text)
-        resolve_config(file=path)
+        if not re.search("^arms:", text, re.MULTILINE):
+            resolve_config(file=path)
+            continue
+        for name in re.findall(r"\$\{DRAGKIT_DATA\}/([\w.-]+)", text):
+            (tmp_path / name).touch()
+        read_experiment(path)
 
 
 def test_no_placeholder_is_left_in_a_document() -> None:
@@ -379,6 +392,7 @@ def test_a_wrong_command_is_noticed(tmp_path: Path) -> None:
         ("dragkit.evaluate", []),
         ("dragkit.config", ["shwo"]),
         ("dragkit.plan", ["--crad", "H100"]),
+        ("dragkit.experiment", ["experiments/no_such_file.yaml"]),
         ("dragkit.no_such_module", []),
         ("dragkit.retriever.losses", []),
     ]:

@@ -209,14 +209,15 @@ def resolve_config(
     if preset is not None:
         overrides["preset"] = preset
     # The preset and the phase are needed first: they decide which other settings apply.
-    from_file = _flatten(read_yaml(Path(file)) if file is not None else {})
+    from_file = flatten_settings(read_yaml(Path(file)) if file is not None else {})
     given = from_file[0] | overrides
     merged = _Merged()
     if demo_preset and "preset" not in given and given.get("data.heuristics_path") is None:
         given["preset"] = demo_preset
         merged.update({"preset": demo_preset}, {"preset": "no data named"})
     name = given.get("preset")
-    from_preset = _flatten(read_yaml(_PRESET_DIR / f"{name}.yaml") if name in PRESETS else {})
+    preset_file = read_yaml(_PRESET_DIR / f"{name}.yaml") if name in PRESETS else {}
+    from_preset = flatten_settings(preset_file)
     phase = (from_preset[0] | given).get("run.phase", FIELDS["run.phase"].default)
     for (plain, blocks), origin in ((from_preset, f"preset {name}"), (from_file, str(file))):
         merged.update(plain, dict.fromkeys(plain, origin))
@@ -240,14 +241,14 @@ def read_saved_config(settings: object, origin: str) -> TrainConfig:
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{origin}: the saved configuration is not a mapping.")
-    merged, (plain, _) = _Merged(), _flatten(settings)
+    merged, (plain, _) = _Merged(), flatten_settings(settings)
     merged.update(plain, dict.fromkeys(plain, origin))
     return _validate(merged)
 
 
 def differing_settings(config: TrainConfig, base: TrainConfig) -> dict[str, object]:
     """The settings of `config` that are not those of `base`, by dotted key."""
-    values, base_values = (_flatten(c.model_dump())[0] for c in (config, base))
+    values, base_values = (flatten_settings(c.model_dump())[0] for c in (config, base))
     return {key: value for key, value in values.items() if value != base_values[key]}
 
 
@@ -258,7 +259,7 @@ def dump_config(config: TrainConfig) -> str:
 
 def show_config(config: TrainConfig, origins: Mapping[str, str]) -> str:
     """One line per setting: dotted key, value as JSON, origin."""
-    plain = _flatten(config.model_dump(mode="json"))[0]
+    plain = flatten_settings(config.model_dump(mode="json"))[0]
     rows = [
         (key, json.dumps(value, ensure_ascii=False), origins[key]) for key, value in plain.items()
     ]
@@ -271,13 +272,13 @@ def config_schema() -> str:
     return json.dumps(TrainConfig.model_json_schema(), indent=2)
 
 
-def _flatten(settings: Mapping[Any, object]) -> tuple[dict[str, object], dict[str, dict]]:
+def flatten_settings(settings: Mapping[Any, object]) -> tuple[dict[str, object], dict[str, dict]]:
     """Values by dotted key, and the values of each phase block by dotted key."""
     plain: dict[str, object] = {}
     blocks: dict[str, dict] = {}
     for key, value in settings.items():
         if key in _PHASE_BLOCKS and isinstance(value, Mapping | None):
-            blocks[key] = _flatten(value or {})[0]
+            blocks[key] = flatten_settings(value or {})[0]
         elif key in SECTIONS and isinstance(value, Mapping | None):
             plain |= {f"{key}.{name}": item for name, item in (value or {}).items()}
         else:

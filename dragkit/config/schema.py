@@ -369,6 +369,11 @@ class RunConfig(Section):
     )
     val_generation_limit: int = Field(200, ge=1, description="Questions answered per validation.")
     val_log_samples: int = Field(3, ge=0, description="Number of validation answers in the log.")
+    test_before_training: bool = Field(
+        True,
+        description="Evaluate the test questions before training, too: untrained, and in phase 2 "
+        "after phase 1.",
+    )
     log_grad_norms: bool = Field(False, description="Log gradient norms of each part.")
     grad_norm_log_interval: int = Field(50, ge=1, description="Steps between these logs.")
     profile_steps: str | None = Field(

@@ -24,7 +24,7 @@ _SUMMARY_METRICS = (
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Scores of a split, and the predictions as plain values for a JSON file."""
+    """Scores of a split, and the predictions with their scores as plain values for a JSON file."""
 
     report: Report
     predictions: list[dict[str, object]]
@@ -92,6 +92,14 @@ def _to_json(question: StoredQuestion, prediction: Prediction) -> dict[str, obje
     }
 
 
+def _scored(
+    question: StoredQuestion, prediction: Prediction
+) -> tuple[QuestionRecord, dict[str, object]]:
+    record = _score(question, prediction)
+    scores = {**record.scores, **record.retrieval}
+    return record, {**_to_json(question, prediction), "scores": scores}
+
+
 @torch.no_grad()
 def evaluate(
     phase: Predictor,
@@ -126,7 +134,7 @@ def evaluate(
         predictions = phase.predict(batch.to(device), relations, generate=generate)
         questions = [dataset.store.question(prediction.row) for prediction in predictions]
         pairs = list(zip(questions, predictions, strict=True))
-        scored.append([(_score(*pair), _to_json(*pair)) for pair in pairs])
+        scored.append([_scored(*pair) for pair in pairs])
     phase.run_dummy_passes()
     gathered = ranks.all_gather_object(scored)
     phase.model.train(was_training)

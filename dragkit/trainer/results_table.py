@@ -1,4 +1,4 @@
-"""The results of a run: test metrics after each stage of training."""
+"""The results of a run: test metrics after each stage, and the newest stage's predictions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ HEADLINE = ("strict-hits@1", "strict-f1", "rog-hit", "retrieval-recall", "answer
 class ResultsTable:
     """Test metrics by stage, printed at the end of a run and kept in results.json.
 
-    A resumed run keeps the rows of results.json. Without test questions there are no rows.
+    test_predictions.jsonl has the newest stage's prediction and scores of every question, in the
+    order of the test file. A resumed run keeps the rows of results.json. Without test questions
+    there are no rows.
     """
 
     def __init__(
@@ -43,6 +45,9 @@ class ResultsTable:
         self.rows[stage] = result.report.to_dict()
         if self.ranks.is_main:
             make_dirs(self.path.parent)
+            # The table comes last: a row in it says that the predictions are those of its stage.
+            lines = (json.dumps(prediction) + "\n" for prediction in result.predictions)
+            write_text_atomically(self.path.with_name("test_predictions.jsonl"), "".join(lines))
             write_text_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
 
     def format(self) -> str:

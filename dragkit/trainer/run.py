@@ -197,7 +197,7 @@ class TrainingRun:
         )
         if resumed is not None:
             trainer.resume(resumed)
-        elif only_phase:
+        elif only_phase and config.run.test_before_training:
             results.evaluate("untrained", phase)
         best = self._fit(trainer, results, "after phase 1")
         data = "" if self.paths.bundled else f" --heuristics_path {self.paths.train}"
@@ -250,9 +250,11 @@ class TrainingRun:
             trainer.resume(self.resumed)
         else:
             cascade = CascadeBaseline(config, phase.model, ranks=self.ranks, forward=phase.forward)
-            results.evaluate("untrained", cascade)
+            if config.run.test_before_training:
+                results.evaluate("untrained", cascade)
             phase.load_retriever(start)
-            results.evaluate("after phase 1 (cascade)", cascade)
+            if config.run.test_before_training:
+                results.evaluate("after phase 1 (cascade)", cascade)
         best = self._fit(trainer, results, "after phase 2 (joint)")
         if is_random(config.generator_model):
             return (

@@ -25,6 +25,7 @@ from dragkit.errors import (
     WriteError,
 )
 from dragkit.evaluate import evaluate_parser, parse_evaluate_args
+from dragkit.experiment.__main__ import experiment_parser
 from dragkit.plan import plan_parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,6 +295,7 @@ finally:
         ("dragkit.config.arguments", "parse_train_args"),
         ("dragkit.evaluate", "parse_evaluate_args"),
         ("dragkit.plan", "parse_plan_args"),
+        ("dragkit.experiment.__main__", "parse_experiment_args"),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, call: str) -> None:
@@ -381,7 +383,7 @@ def test_the_help_of_config_show_is_its_own(capsys: pytest.CaptureFixture[str]) 
 def test_help_page_and_error_classes_share_one_table_of_exit_codes() -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)] == list(EXIT_CODES)
-    for parser in (train_parser("p"), evaluate_parser(), plan_parser()):
+    for parser in (train_parser("p"), evaluate_parser(), plan_parser(), experiment_parser()):
         listed = parser.format_help().partition("exit codes:\n")[2]
         assert [int(code) for code in re.findall(r"^ +(\d+)  ", listed, re.M)] == list(EXIT_CODES)
     # Read from the source: importing every module would need every optional package.

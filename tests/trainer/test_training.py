@@ -73,6 +73,31 @@ def test_phase_2_without_a_checkpoint_trains_phase_1_and_reports_all_stages(tmp_
     assert (adapter / "adapter_config.json").is_file()
 
 
+def test_a_run_may_skip_the_tests_before_training(tmp_path):
+    data = {"data.test_heuristics_path": str(FIXTURE), "optim.epochs": 1}
+    data |= {"generator.max_new_tokens": 4}
+    for name, extra in (("all", {}), ("last", {"run.test_before_training": False})):
+        make_run(tmp_path, 1, f"{name}1", **data, **extra).execute()
+        start = {"run.phase1_checkpoint": str(tmp_path / f"{name}1")}
+        make_run(tmp_path, 2, f"{name}2", **data, **extra, **start).execute()
+    for phase, stages in ((1, 2), (2, 3)):
+        every, last = (tmp_path / f"{name}{phase}" for name in ("all", "last"))
+        assert_same(every, last)
+        results, few = (json.loads((f / "results.json").read_text()) for f in (every, last))
+        assert len(results) == stages and list(few.items()) == list(results.items())[-1:]
+        text = (last / "test_predictions.jsonl").read_text()
+        # Those of the final model, also where earlier ones were tested before.
+        assert text == (every / "test_predictions.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        texts = [json.loads(line)["question"] for line in FIXTURE.read_text().splitlines()]
+        assert [row["question"] for row in rows] == texts
+        (means,) = few.values()
+        for name, metric in means["metrics"].items():
+            values = [row["scores"][name] for row in rows if name in row["scores"]]
+            assert len(values) == metric["scored"]
+            assert sum(values) / len(values) == pytest.approx(metric["mean"], abs=1e-12)
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypatch, resumed):
     data = {"data.val_heuristics_path": str(FIXTURE), "data.test_heuristics_path": str(FIXTURE)}

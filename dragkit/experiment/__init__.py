@@ -1,0 +1,1 @@
+"""Experiments: runs over data sets, arms and seeds, their table and their plot."""
