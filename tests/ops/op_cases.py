@@ -76,7 +76,8 @@ def _draw(mode: str, estimator: str, num_draws: int | None = None) -> Op:
     def draw(x: list[Tensor], o: Given, backend: str) -> tuple[Tensor, ...]:
         drawn = gumbel_topk(
             *x, o.pack.fact_ptr, 20, seed=o.seed, question_key=o.question_key, mode=mode,
-            estimator=estimator, temperature=0.7, max_facts=o.longest, num_draws=num_draws, backend=backend,
+            estimator=estimator, temperature=0.7, max_facts=o.longest, num_draws=num_draws,
+            backend=backend,
         )  # fmt: skip
         return drawn.gate, drawn.soft, drawn.index.double(), drawn.count.double()
 
