@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, explain_unknown_flags, with_underscores
 from dragkit.config.schema import DEVICE_PATTERN
@@ -22,6 +23,7 @@ examples:
   python -m dragkit.evaluate runs/demo
   python -m dragkit.evaluate runs/demo --data test.jsonl other.jsonl --output results.json
   python -m dragkit.evaluate runs/demo --checkpoint latest --limit 100
+  python -m dragkit.evaluate runs/demo --facts gold --output ceiling.json
 
 {EXIT_CODE_HELP}"""
 
@@ -39,6 +41,7 @@ class EvaluateArguments:
     device: str
     max_new_tokens: int | None
     seed: int | None
+    facts: Literal["retrieved", "gold"]
     debug: bool
 
 
@@ -84,6 +87,13 @@ def evaluate_parser() -> Parser:
         help="longest answer, in tokens (default: the run's)",
     )
     add("--seed", type=_seed, metavar="N", help="seed (default: the run's)")
+    add(
+        "--facts",
+        choices=("retrieved", "gold"),
+        default="retrieved",
+        help="facts of the prompts: retrieved, or gold to see what answers perfect retrieval "
+        "would give (default: retrieved)",
+    )
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -143,7 +153,9 @@ def _evaluate(argv: list[str]) -> int:
         seed=args.seed,
         max_new_tokens=args.max_new_tokens,
     )
-    document = evaluation_document(run, args.data, limit=args.limit, batch_size=args.batch_size)
+    document = evaluation_document(
+        run, args.data, limit=args.limit, batch_size=args.batch_size, facts=args.facts
+    )
     for name, result in document["files"].items():
         sys.stdout.write(f"{name}\n{result.pop('table')}\n")
     output = args.output or run_dir_of(args.run) / "evaluation.json"

@@ -67,6 +67,19 @@ class DataConfig(Section):
         description="Fraction of unusable rows that a file may hold. They are skipped and counted.",
     )
     num_workers: int = Field(0, ge=0, description="Loader processes. 0 loads in the main process.")
+    train_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of the training questions that is used, drawn with the seed.",
+    )
+    label_noise: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability that a positive label moves to a random other fact of its "
+        "question, in training only. It makes labels wrong on purpose, for experiments.",
+    )
 
 
 class EncoderConfig(Section):

@@ -13,7 +13,7 @@ class FactBudgetBatchSampler:
     """Batches of at most `batch_size` questions and `max_facts` facts.
 
     The bound on facts keeps the memory of a step flat. The order of an epoch is a function of
-    (seed, epoch), so a resume needs no saved sampler state. Every question is in one batch. A
+    (seed, epoch), so a resume needs no saved sampler state. Every used question is in one batch. A
     question with more than `max_facts` facts is a batch alone.
 
     Args:
@@ -21,6 +21,7 @@ class FactBudgetBatchSampler:
         batch_size: maximum number of questions in a batch.
         max_facts: maximum number of facts in a batch.
         seed: seed of the order.
+        rows: int [Q'] ascending questions to use. None uses all.
 
     Raises:
         ValueError: a bound is below 1.
@@ -33,6 +34,7 @@ class FactBudgetBatchSampler:
         batch_size: int,
         max_facts: int,
         seed: int = 0,
+        rows: np.ndarray | None = None,
     ) -> None:
         if batch_size < 1 or max_facts < 1:
             raise ValueError(f"bounds must be at least 1, got {batch_size=} and {max_facts=}")
@@ -40,13 +42,14 @@ class FactBudgetBatchSampler:
         self.batch_size = batch_size
         self.max_facts = max_facts
         self.seed = seed
+        self.rows = np.arange(len(self.fact_counts)) if rows is None else rows
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Returns the order of an epoch, int64 [Q]: one Philox word per question, sorted."""
+        """Returns the rows in the order of an epoch, int64: one Philox word per row, sorted."""
         # NumPy guarantees the raw words across versions. It does not guarantee `permutation`.
         key = np.array([self.seed & _MASK_64, epoch & _MASK_64], dtype=np.uint64)
         philox = np.random.Philox(key=key)
-        return np.argsort(philox.random_raw(len(self.fact_counts)), kind="stable")
+        return self.rows[np.argsort(philox.random_raw(len(self.rows)), kind="stable")]
 
     def _split(self, order: Iterable[int]) -> list[list[int]]:
         """Cuts `order` greedily into batches within both bounds."""
@@ -69,4 +72,4 @@ class FactBudgetBatchSampler:
 
     def in_file_order(self, limit: int | None = None) -> list[list[int]]:
         """Returns the batches of the first `limit` questions (None: of all) in file order."""
-        return self._split(range(len(self.fact_counts))[:limit])
+        return self._split(self.rows[:limit].tolist())

@@ -94,6 +94,7 @@ class PackedCollator:
         question_states: their cached token states.
         relation_mask: bool [relations, 2, W], True at the real tokens of the relations' texts.
         tokens: token rows of the prompts, None in phase 1.
+        labels: uint8 [E] labels in place of the store's.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class PackedCollator:
         question_states: QuestionStates,
         relation_mask: Tensor,
         tokens: TokenRows | None = None,
+        labels: np.ndarray | None = None,
     ) -> None:
         self.store = store
         self.question_states = question_states
         self.tokens = tokens
+        self.labels = labels
         self.relation_width = relation_mask.shape[2]
         self.relation_lengths = relation_mask.sum(2).numpy()
 
@@ -146,7 +149,9 @@ class PackedCollator:
             rank = np.searchsorted(relation_row, fields["pair_relation"])
             fields["pair_relation"] = rank.astype(np.int32)
         groups = (merged_row, _ends_to_ptr(member_ends[0]), by_merged)
-        label = fact.gather(store.labels, [None])[0].astype(np.float32)
+        # The store's labels are not copied to loader processes, which map them again.
+        labels = store.labels if self.labels is None else self.labels
+        label = fact.gather(labels, [None])[0].astype(np.float32)
         graph = PackedGraph(
             fact_index=_to_fact_index(fact_index),
             topic_facts=_to_fact_index(topic_facts),

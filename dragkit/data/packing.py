@@ -116,6 +116,7 @@ class Packer:
         writer.array("lines", np.int64).append([question.line])
         key = question_key(question.id if has_id else f"\n{question.line}")
         writer.array("question_key", np.int64).append([key])
+        writer.array("judged", np.uint8).append([graph.relevance.judged])
         self._extend_ptr("topic", [len(question.topics)])
         self._extend_ptr("answer", [len(question.answers)])
         self._update_summary(graph)
@@ -190,6 +191,8 @@ class Packer:
         self._extend_ptr("topic_node", np.bincount(graph, minlength=len(graphs)))
         labels = np.concatenate([graph.label for graph in graphs])
         self._writer.array("labels", np.uint8).append(labels)
+        relevance = np.concatenate([graph.relevance.bits for graph in graphs])
+        self._writer.array("relevance", np.uint8).append(relevance)
         self.summary["classes"] += len(merged_nodes.graph)
         self.summary["merged_facts"] += len(merged_facts.graph)
 

@@ -38,6 +38,8 @@ class Question:
         paths: gold paths as entity names, topic first.
         answers: distinct gold answers.
         line: line number in the file, from 1.
+        evidence: triples that others judged relevant. They may be outside `triples`.
+        relation_paths: chains of relations. One that ends in "^-1" is walked from tail to head.
     """
 
     id: str
@@ -47,6 +49,8 @@ class Question:
     paths: tuple[tuple[str, ...], ...]
     answers: tuple[str, ...]
     line: int
+    evidence: tuple[Triple, ...] = ()
+    relation_paths: tuple[tuple[str, ...], ...] = ()
 
 
 class Problem(NamedTuple):
@@ -77,6 +81,8 @@ class _Row(msgspec.Struct):
     answers: str | list[str] | None = None
     topic_entities: str | list[str] | None = None
     id: str | int | None = None
+    evidence: list[Triple] | None = None
+    relation_paths: list[tuple[str, ...]] | None = None
 
 
 _ROW_DECODER = msgspec.json.Decoder(_Row)
@@ -216,7 +222,6 @@ class QuestionReader:
         return self._to_question(row, name, number)
 
     def _to_question(self, row: _Row, name: str, number: int) -> Question:
-
         triples = tuple(dict.fromkeys(row.triples))
         paths = [p for path in row.paths or () for p in _entity_paths(path)]
         topics = _names(row.topic_entities)
@@ -233,7 +238,17 @@ class QuestionReader:
             ("no_topic", not topics),
         ):
             self.notes[note] += holds
-        return Question(name, row.question, triples, topics, tuple(paths), answers, number)
+        return Question(
+            name,
+            row.question,
+            triples,
+            topics,
+            tuple(paths),
+            answers,
+            number,
+            evidence=tuple(row.evidence or ()),
+            relation_paths=tuple(row.relation_paths or ()),
+        )
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
         """Raises if too many rows are unusable.
@@ -278,8 +293,8 @@ def read_questions(
     """Reads a whole file of questions in one pass.
 
     The keys of a row are `question` and `triples` (required), `paths`, `answer` or `answers`,
-    `topic_entities` and `id`. Other keys are ignored. Questions without facts, answers or topics
-    are kept and counted.
+    `topic_entities`, `id`, `evidence` and `relation_paths`. Other keys are ignored. Questions
+    without facts, answers or topics are kept and counted.
 
     Args:
         path: JSONL, plain or gzip.

@@ -18,6 +18,7 @@ from dragkit.data.arrays import (
     read_array,
 )
 from dragkit.data.cache import cache_root
+from dragkit.data.evidence import EVIDENCE, RELATION_PATH
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
 from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
@@ -28,12 +29,13 @@ logger = logging.getLogger(__name__)
 
 # Part of every fingerprint. Raise it when the same file is packed into other values.
 BUILDER_VERSION = 2
-# Change this name when arrays are renamed. Checkpoints record the fingerprint, so a new
+# Change this name when arrays are renamed or added. Checkpoints record the fingerprint, so a new
 # BUILDER_VERSION for the same values would prevent runs from being resumed.
-CACHE_FOLDER = "packed-3"
+CACHE_FOLDER = "packed-4"
 
 _ARRAYS = (
-    *("facts", "labels", "lines", "merged_facts", "merged_segments", "merged_pairs"),
+    *("facts", "labels", "relevance", "judged", "lines"),
+    *("merged_facts", "merged_segments", "merged_pairs"),
     *("topic_facts", "topic_segments", "topic_pairs", "topic_nodes"),
 )
 
@@ -48,6 +50,9 @@ class StoredQuestion:
         triples: (head, relation, tail) names of the facts.
         labels: 1 for each positive fact, else 0.
         topic_nodes: nodes of the topics that are in the graph.
+        evidence: positions of the facts that are evidence, None if the file gives none.
+        relation_path_facts: positions of the facts on a walk along a relation path, None if the
+            file gives none.
     """
 
     id: str
@@ -59,6 +64,8 @@ class StoredQuestion:
     triples: tuple[Triple, ...]
     labels: tuple[int, ...]
     topic_nodes: tuple[int, ...]
+    evidence: tuple[int, ...] | None
+    relation_path_facts: tuple[int, ...] | None
 
 
 class PackedStore:
@@ -75,6 +82,7 @@ class PackedStore:
             topic_pairs, topic_nodes: int32 blocks of all questions end to end, see `Packer`.
         fact_ptr, node_ptr, merged_fact_ptr, ...: int64 [Q+1] first item of each question.
         labels: uint8 [E].
+        relevance, judged: uint8 [E] and [Q] bits of facts and questions, see `FactRelevance`.
         question_key: int64 [Q] counter word of each question's noise.
     """
 
@@ -233,4 +241,13 @@ class PackedStore:
             ),
             labels=tuple(self.labels[self.fact_ptr[row] : self.fact_ptr[row + 1]].tolist()),
             topic_nodes=tuple(entities.index(name) for name in topics if name in entities),
+            evidence=self._relevant(row, EVIDENCE),
+            relation_path_facts=self._relevant(row, RELATION_PATH),
         )
+
+    def _relevant(self, row: int, bit: int) -> tuple[int, ...] | None:
+        """Positions of a question's facts that have a bit of `relevance`, None if not judged."""
+        if not self.judged[row] & bit:
+            return None
+        relevance = self.relevance[self.fact_ptr[row] : self.fact_ptr[row + 1]]
+        return tuple(np.flatnonzero(relevance & bit).tolist())

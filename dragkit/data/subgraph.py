@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from dragkit.data.evidence import FactRelevance, fact_relevance
 from dragkit.data.labels import LabelRule, fact_labels
 from dragkit.data.question_file import Question
 from dragkit.data.relations import RelationVocab
@@ -30,6 +31,7 @@ class Subgraph:
         topics, answers: int32 node rows of the topics and answers in the graph.
         label: bool [E] positive facts.
         label_source: "shortest", "paths" or "none", see `FactLabels`.
+        relevance: facts that others judged relevant.
     """
 
     names: tuple[str, ...]
@@ -40,6 +42,7 @@ class Subgraph:
     answers: np.ndarray
     label: np.ndarray
     label_source: str
+    relevance: FactRelevance
 
     @property
     def num_nodes(self) -> int:
@@ -101,6 +104,14 @@ def build_subgraph(
         paths=[[node_of.get(name, -1) for name in path] for path in question.paths],
         rule=label_rule,
     )
+    relevance = fact_relevance(
+        question,
+        (head, relation, tail),
+        node_of=node_of,
+        relation_of={name: row for row, name in enumerate(relations)},
+        topics=topics,
+        answers=answers,
+    )
     rows = np.array([vocab.add(name) for name in relations], dtype=np.int32)
     return Subgraph(
         names=tuple(names),
@@ -111,6 +122,7 @@ def build_subgraph(
         answers=np.array(answers, dtype=np.int32),
         label=labels.positive,
         label_source=labels.source,
+        relevance=relevance,
     )
 
 

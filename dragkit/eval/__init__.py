@@ -3,6 +3,7 @@
 from dragkit.eval.metrics import (
     METRIC_VERSION,
     answer_recall_at_k,
+    average_precision,
     parse_answers,
     retrieval_prf,
     score_question,
@@ -18,6 +19,7 @@ __all__ = [
     "Report",
     "aggregate",
     "answer_recall_at_k",
+    "average_precision",
     "parse_answers",
     "rearev_scores",
     "retrieval_prf",

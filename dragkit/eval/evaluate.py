@@ -8,7 +8,7 @@ import torch
 
 from dragkit.data.store import StoredQuestion
 from dragkit.distributed.ranks import Ranks
-from dragkit.eval.metrics import answer_recall_at_k, retrieval_prf
+from dragkit.eval.metrics import answer_recall_at_k, average_precision, retrieval_prf
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
 from dragkit.eval.types import Dataset, Prediction, Predictor
 
@@ -47,6 +47,7 @@ class EvaluationResult:
 def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[str, float]:
     """Returns the retrieval metrics that are defined for a question."""
     scores: dict[str, float] = {}
+    ranking = prediction.ranked, prediction.probability
     positive = [i for i, label in enumerate(question.labels) if label > 0.5]
     if positive:
         precision, recall, f1 = retrieval_prf(prediction.selected, positive)
@@ -54,7 +55,20 @@ def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[
             "retrieval-precision": precision,
             "retrieval-recall": recall,
             "retrieval-f1": f1,
+            "retrieval-average-precision": average_precision(*ranking, positive),
         }
+    for name, relevant in (
+        ("evidence", question.evidence),
+        ("relation-path", question.relation_path_facts),
+    ):
+        # Precision needs a chosen fact. Recall and average precision need a relevant one.
+        if relevant is None or not prediction.selected:
+            continue
+        precision, recall, _ = retrieval_prf(prediction.selected, relevant)
+        scores[f"{name}-precision"] = precision
+        if relevant:
+            scores[f"{name}-recall"] = recall
+            scores[f"{name}-average-precision"] = average_precision(*ranking, relevant)
     if question.answers:
         ends = [(question.triples[i][0], question.triples[i][2]) for i in prediction.ranked]
         for k in RECALL_AT:

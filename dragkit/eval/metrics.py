@@ -9,6 +9,8 @@ import string
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import groupby
+from operator import itemgetter
 
 from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
@@ -131,6 +133,30 @@ def retrieval_prf(
         positive: indices of the positive facts.
     """
     return _set_prf(set(selected), set(positive))
+
+
+def average_precision(
+    ranked: Sequence[Hashable], scores: Sequence[float], positive: Iterable[Hashable]
+) -> float:
+    """Computes the average precision of a ranking, as scikit-learn defines it.
+
+    It is the sum over the distinct scores of (recall at that score - recall before) * (precision
+    at that score). Facts of equal score count at once, so their order is irrelevant.
+
+    Args:
+        ranked: facts, best first.
+        scores: their scores, falling.
+        positive: the positive facts. Without any the result is 0.
+    """
+    positives = set(positive)
+    num_seen = num_found = 0
+    total = 0.0
+    for _, tied in groupby(zip(scores, ranked, strict=True), key=itemgetter(0)):
+        hits = [fact in positives for _, fact in tied]
+        num_seen += len(hits)
+        num_found += sum(hits)
+        total += sum(hits) * num_found / num_seen
+    return total / len(positives) if positives else 0.0
 
 
 def answer_recall_at_k(

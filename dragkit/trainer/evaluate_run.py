@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import nn
 
@@ -19,8 +21,11 @@ from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup_process
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
+from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
 from dragkit.trainer.resume import resolve_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class Run:
@@ -103,6 +108,7 @@ class Run:
         *,
         limit: int | None = None,
         batch_size: int | None = None,
+        facts: Literal["retrieved", "gold"] = "retrieved",
     ) -> EvaluationResult:
         """Answers the questions of a file and scores the answers.
 
@@ -110,18 +116,43 @@ class Run:
             data: question file (JSONL or JSONL.gz), or an opened one. None takes `default_data()`.
             limit: number of questions from the start of the file. None takes all.
             batch_size: questions per batch. None takes 32 on a CPU, and what fits on a GPU.
+            facts: facts of the prompts. "gold" takes the positive ones, which measures what the
+                generator answers after perfect retrieval. A question without a positive fact keeps
+                its retrieved ones. The log counts these questions.
 
         Returns:
             `report.means` by metric with `report.counts`, and one entry of `predictions` per
             question.
 
         Raises:
+            ConfigError: `facts` is "gold" and the checkpoint is of phase 1, which answers nothing.
             DataError: the file holds unusable rows.
             MissingInputError: there is no such file.
+            ValueError: `facts` is neither "retrieved" nor "gold".
         """
+        if facts not in ("retrieved", "gold"):
+            raise ValueError(f'facts must be "retrieved" or "gold", got {facts!r}')
+        if isinstance(self._phase, JointPhase):
+            self._phase.gold_only = facts == "gold"
+        elif facts == "gold":
+            raise ConfigError(
+                f"facts: gold was given, but {self.checkpoint} is a checkpoint of phase 1, which "
+                "generates no answers. Name a run of phase 2."
+            )
         if not isinstance(data, QuestionDataset):
             data = self.dataset(data or self.default_data(), batch_size)
-        return evaluate(self._phase, data, self._device, limit=limit)
+        result = evaluate(self._phase, data, self._device, limit=limit)
+        if facts == "gold":
+            asked = result.report.counts["asked"]
+            labelled = result.report.num_scored.get("retrieval-recall", 0)
+            logger.info(
+                "%s: the prompts hold gold facts. %d of %d questions have none and keep their "
+                "retrieved facts",
+                data.path,
+                asked - labelled,
+                asked,
+            )
+        return result
 
 
 def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
@@ -169,7 +200,12 @@ def evaluate_run(
 
 
 def evaluation_document(
-    run: Run, data: Sequence[str], *, limit: int | None = None, batch_size: int | None = None
+    run: Run,
+    data: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    facts: Literal["retrieved", "gold"] = "retrieved",
 ) -> dict:
     """Evaluates question files for `python -m dragkit.evaluate`.
 
@@ -179,7 +215,7 @@ def evaluation_document(
     files = {}
     for path in data or [run.default_data()]:
         dataset = run.dataset(path, batch_size)
-        result = run.evaluate(dataset, limit=limit)
+        result = run.evaluate(dataset, limit=limit, facts=facts)
         files[path] = {
             "data_fingerprint": dataset.store.fingerprint,
             "summary": dataset.store.summary,
@@ -191,6 +227,7 @@ def evaluation_document(
         "dragkit": __version__,
         "checkpoint": str(run.checkpoint),
         "step": run.step,
+        "facts": facts,
         "config": run.config.model_dump(mode="json"),
         "files": files,
     }

@@ -24,6 +24,7 @@ from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
+from dragkit.retriever.gold_facts import gold_facts
 from dragkit.retriever.losses import balance_weight, leave_one_out_gradient
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
@@ -67,10 +68,12 @@ class JointPhase(Phase):
 
     Attributes:
         text_only: whether `predict` leaves the structural vectors out of the prompts.
+        gold_only: whether `predict` puts the positive facts into the prompts, see `gold_facts`.
     """
 
     name = "phase2"
     text_only = False
+    gold_only = False
 
     def __init__(
         self,
@@ -325,6 +328,8 @@ class JointPhase(Phase):
         """Ranked facts of every question and, with `generate`, a greedy answer."""
         output = self.retrieve(batch, relations)
         selection = self.model.fact_sampler.best(output.fact_logits, batch.graph)
+        if self.gold_only:
+            selection = gold_facts(output.fact_logits, batch.graph, selection)
         texts = None
         if generate:
             texts = self.model.generate(batch, output, selection, text_only=self.text_only)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -13,6 +15,7 @@ from dragkit.config import TrainConfig
 from dragkit.data.batching import FactBudgetBatchSampler
 from dragkit.data.cache import cache_root
 from dragkit.data.collate import PackedCollator
+from dragkit.data.handicap import noisy_labels, random_questions
 from dragkit.data.packed import QuestionBatch
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
@@ -24,6 +27,8 @@ from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
 from dragkit.trainer.transfer import DeviceCopier, prefetch
+
+logger = logging.getLogger(__name__)
 
 _CPU_BATCH_SIZE = 128
 
@@ -54,6 +59,7 @@ class QuestionDataset:
         config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
+        training: whether `data.train_fraction` and `data.label_noise` apply.
 
     Raises:
         DataError: lines cannot be used, or a question and its answers exceed the prompt length.
@@ -66,6 +72,8 @@ class QuestionDataset:
         encoder: TextEncoder,
         generator: Generator | None,
         batch_size: int,
+        *,
+        training: bool = False,
     ) -> None:
         cache = cache_root(config.data.cache_dir)
         self.path = Path(path)
@@ -94,17 +102,48 @@ class QuestionDataset:
                 max_answers=config.generator.max_answers,
             )
             self._check_prompt_lengths(config, generator)
-        self.collator = PackedCollator(self.store, states, self.relations.mask, self.tokens)
+        labels, rows = self._handicaps(config) if training else (None, None)
+        self.collator = PackedCollator(
+            self.store, states, self.relations.mask, self.tokens, labels=labels
+        )
         self.batch_sampler = FactBudgetBatchSampler(
             self.store.fact_counts,
             batch_size=batch_size,
             max_facts=config.data.max_facts_per_batch,
             seed=config.run.seed,
+            rows=rows,
         )
         self.num_workers = config.data.num_workers
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.batch_sampler.rows)
+
+    def _handicaps(self, config: TrainConfig) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """Noisy labels, uint8 [E], and the questions to use, int64 rows. None is without."""
+        labels = rows = None
+        if probability := config.data.label_noise:
+            labels = noisy_labels(self.store, probability, config.run.seed)
+            moved, positive = (
+                int(x.sum()) for x in (labels < self.store.labels, self.store.labels)
+            )
+            logger.info(
+                "%s: data.label_noise=%g moved %d of %d positive labels (%.1f %%) to other facts",
+                self.path,
+                probability,
+                moved,
+                positive,
+                100 * moved / max(positive, 1),
+            )
+        if config.data.train_fraction < 1:
+            rows = random_questions(self.store, config.data.train_fraction, config.run.seed)
+            logger.info(
+                "%s: data.train_fraction=%g uses %d of %d questions",
+                self.path,
+                config.data.train_fraction,
+                len(rows),
+                len(self.store),
+            )
+        return labels, rows
 
     def _check_prompt_lengths(self, config: TrainConfig, generator: Generator) -> None:
         """Raises where a question and its answers exceed the prompt length even without facts."""

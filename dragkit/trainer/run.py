@@ -138,13 +138,20 @@ class TrainingRun:
         return paths
 
     def dataset(
-        self, path: str | None, generator: Generator | None, batch_size: int
+        self,
+        path: str | None,
+        generator: Generator | None,
+        batch_size: int,
+        *,
+        training: bool = False,
     ) -> QuestionDataset | None:
         """Packs one of the run's files, or returns None without a path."""
         if path is None:
             return None
         with self.ranks.main_process_first():
-            dataset = QuestionDataset(path, self.config, self.encoder, generator, batch_size)
+            dataset = QuestionDataset(
+                path, self.config, self.encoder, generator, batch_size, training=training
+            )
         self.ranks.require_same({"the content of the questions": dataset.store.fingerprint})
         return dataset
 
@@ -187,7 +194,7 @@ class TrainingRun:
         # Phase 2 may train phase 1 first. Then phase 2 reports the test metrics of both.
         only_phase = config.run.phase == self.config.run.phase
         retriever = build_retriever(config, self.encoder).to(device)
-        train = self.dataset(self.paths.train, None, config.optim.batch_size_in(1))
+        train = self.dataset(self.paths.train, None, config.optim.batch_size_in(1), training=True)
         val = self.dataset(self.paths.val, None, size)
         test = self.dataset(self.paths.test, None, size) if only_phase else None
         phase = build_retriever_phase(config, retriever, device, train, ranks)
@@ -232,7 +239,9 @@ class TrainingRun:
         config = self.config
         phase = build_joint(config, self.encoder, self.device, self.ranks)
         generator = phase.model.generator
-        train = self.dataset(self.paths.train, generator, config.optim.batch_size_in(2))
+        train = self.dataset(
+            self.paths.train, generator, config.optim.batch_size_in(2), training=True
+        )
         size = evaluation_batch_size(config, generator, self.device, self.ranks.world_size)
         # Cards may differ. Every rank takes the smallest size, so that all have the same batches.
         size = -self.ranks.all_reduce_max(-size)

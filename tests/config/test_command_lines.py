@@ -97,7 +97,7 @@ def test_the_command_line_is_frozen() -> None:
     assert {option.lstrip("-") for option in options} == expected | {"h"}
     assert {option.lstrip("-") for option in evaluate_parser()._option_string_actions} == {
         *("h", "help", "data", "checkpoint", "output", "limit", "batch_size", "device"),
-        *("max_new_tokens", "seed", "debug"),
+        *("max_new_tokens", "seed", "facts", "debug"),
     }
 
 
@@ -244,16 +244,17 @@ def test_evaluation_arguments() -> None:
     assert (plain.run, plain.data, plain.checkpoint) == (Path("runs/demo"), [], "best")
     assert (plain.output, plain.limit, plain.batch_size, plain.seed) == (None, None, None, None)
     assert (plain.device, plain.max_new_tokens, plain.debug) == ("auto", None, False)
+    assert plain.facts == "retrieved"
 
     line = (
         "runs/demo --data a.jsonl b.jsonl --data c.jsonl --checkpoint latest --output o.json "
-        "--limit 5 --batch-size 2 --device cpu --max-new-tokens 8 --seed 0 --debug"
+        "--limit 5 --batch-size 2 --device cpu --max-new-tokens 8 --seed 0 --facts gold --debug"
     )
     full = parse_evaluate_args(line.split())
     assert full.data == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert (full.checkpoint, full.output, full.limit) == ("latest", Path("o.json"), 5)
     assert (full.batch_size, full.device, full.max_new_tokens) == (2, "cpu", 8)
-    assert (full.seed, full.debug) == (0, True)
+    assert (full.seed, full.facts, full.debug) == (0, "gold", True)
     assert parse_evaluate_args(["x", "--checkpoint", "step-40"]).checkpoint == 40
     assert parse_evaluate_args(["x", "--checkpoint", "40"]).checkpoint == 40
 
@@ -267,6 +268,7 @@ def test_evaluation_arguments() -> None:
         ("x --seed 4294967296", "at most 4294967295"),
         ("x --checkpoint newest", "best, latest or a step"),
         ("x --device tpu", "cuda:N"),
+        ("x --facts all", "(choose from"),
         ("x --hidden-dim 64", "--hidden_dim: is read from the checkpoint"),
         ("x --limti 3", "did you mean --limit?"),
         ("x y", "unexpected argument 'y'"),

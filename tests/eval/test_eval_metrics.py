@@ -7,9 +7,11 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score
 
 from dragkit.eval import (
     answer_recall_at_k,
+    average_precision,
     parse_answers,
     retrieval_prf,
     rog_scores,
@@ -139,3 +141,37 @@ def test_answer_recall_at_k(k: int, recall: float) -> None:
 def test_negative_k_is_refused() -> None:
     with pytest.raises(ValueError, match="k must be at least 0, got -1"):
         answer_recall_at_k([("a", "b")], ["a"], -1)
+
+
+@pytest.mark.parametrize(
+    ("positive", "scores", "expected"),
+    [
+        # Positives at ranks 1 and 3: 1/2 * 1/1 + 1/2 * 2/3.
+        ([0, 2], [0.9, 0.8, 0.7, 0.1], 5 / 6),
+        ([3], [0.9, 0.8, 0.7, 0.1], 1 / 4),
+        ([0, 1, 2, 3], [0.9, 0.8, 0.7, 0.1], 1.0),
+        # Facts of equal score count at once, whichever stands first: 1 * 1/2.
+        ([0], [0.5, 0.5, 0.2], 1 / 2),
+        ([1], [0.5, 0.5, 0.2], 1 / 2),
+        # 1/2 * 1/2 + 1/2 * 2/3.
+        ([1, 2], [0.5, 0.5, 0.2], 7 / 12),
+        ([0], [0.0], 1.0),
+        ([], [0.5, 0.2], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_average_precision_by_hand(
+    positive: list[int], scores: list[float], expected: float
+) -> None:
+    assert average_precision(range(len(scores)), scores, positive) == pytest.approx(expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=30))
+def test_average_precision_equals_scikit_learn(facts: list[tuple[int, bool]]) -> None:
+    facts[0] = (facts[0][0], True)
+    order = sorted(range(len(facts)), key=lambda fact: -facts[fact][0])
+    positive = [fact for fact, (_, is_positive) in enumerate(facts) if is_positive]
+    value = average_precision(order, [facts[fact][0] for fact in order], positive)
+    expected = average_precision_score([p for _, p in facts], [score for score, _ in facts])
+    assert value == pytest.approx(expected)

@@ -1,0 +1,86 @@
+"""Label noise and the training fraction: which data sets they touch, and resuming with them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dragkit.errors import Interrupted
+from dragkit.trainer.question_dataset import QuestionDataset
+from dragkit.trainer.run import TrainingRun
+from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
+
+DATA = {
+    "data.val_heuristics_path": str(FIXTURE),
+    "data.test_heuristics_path": str(FIXTURE),
+    "optim.epochs": 1,
+}
+HANDICAPS = {"data.label_noise": 0.6, "data.train_fraction": 0.5}
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, QuestionDataset]]:
+    """The data sets that runs open, and whether each is for training."""
+    seen: list[tuple[bool, QuestionDataset]] = []
+    original = TrainingRun.dataset
+
+    def record(self: TrainingRun, *args: object, training: bool = False) -> QuestionDataset | None:
+        dataset = original(self, *args, training=training)
+        seen.append((training, dataset))
+        return dataset
+
+    monkeypatch.setattr(TrainingRun, "dataset", record)
+    return seen
+
+
+def test_both_phases_train_on_the_same_labels_and_evaluate_on_the_true_ones(
+    tmp_path: Path,
+    opened: list[tuple[bool, QuestionDataset]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        make_run(tmp_path, 2, **DATA, **HANDICAPS).execute()
+    first, second = (dataset for training, dataset in opened if training)
+    assert first.tokens is None and second.tokens is not None
+    store = first.store
+    moved = first.collator.labels < store.labels
+    assert moved.any()
+    assert np.array_equal(first.collator.labels, second.collator.labels)
+    assert first.batch_sampler.rows.tolist() == second.batch_sampler.rows.tolist()
+    assert len(first) == len(second) == 4
+    batch = first.collator(range(8))
+    assert batch.graph.label.tolist() == first.collator.labels.tolist()
+    assert batch.num_labelled == sum(any(store.question(row).labels) for row in range(8))
+    others = [dataset for training, dataset in opened if not training]
+    assert len(others) == 3
+    for dataset in others:
+        assert dataset.collator.labels is None and len(dataset) == 8
+    text = f"moved {moved.sum()} of {store.labels.sum()} positive labels"
+    assert caplog.text.count(text) == caplog.text.count("uses 4 of 8 questions") == 2
+
+
+def test_by_default_training_uses_the_stored_labels_and_every_question(
+    tmp_path: Path, opened: list[tuple[bool, QuestionDataset]]
+) -> None:
+    run = make_run(tmp_path, 1, **DATA)
+    train = run.dataset(run.paths.train, None, 3, training=True)
+    assert train.collator.labels is None
+    assert train.batch_sampler.rows.tolist() == list(range(8))
+
+
+def test_a_resumed_run_keeps_labels_and_questions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = HANDICAPS | {"optim.batch_size": 1, "run.seed": 3}
+    make_run(tmp_path, 1, "whole", **settings).execute()
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Interrupted):
+            make_run(tmp_path, 1, "cut", **settings).execute()
+    # The checkpoint tells the handicaps.
+    del settings["data.label_noise"], settings["data.train_fraction"]
+    make_run(tmp_path, 1, "cut", **settings, **{"run.resume": True}).execute()
+    assert_same(tmp_path / "whole", tmp_path / "cut")
