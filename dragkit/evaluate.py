@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, explain_unknown_flags, with_underscores
-from dragkit.config.schema import DEVICE_PATTERN
+from dragkit.config.training_sections import DEVICE_PATTERN
 from dragkit.console import run_main, setup_console
 from dragkit.errors import ConfigError
 

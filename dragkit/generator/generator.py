@@ -25,8 +25,7 @@ from dragkit.generator.nemotron_h import (
     prefill_in_microbatches,
 )
 from dragkit.generator.prompt import NeuralPrompt, PromptTemplate
-from dragkit_kernels import prompt_embeddings
-from dragkit_kernels.segments import segment_ptr
+from dragkit_kernels import prompt_embeddings, segment_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -272,14 +271,12 @@ class Generator(nn.Module):
             token_losses.append(token_loss.detach())
             loss = loss + token_loss.sum()
             correct = correct + (logits.argmax(-1) == ids).sum()
-        # segment_reduce adds in the order of tokens, on every device.
-        prompt_loss = torch.segment_reduce(
-            torch.cat(token_losses),
-            "sum",
-            offsets=segment_ptr(prompt.question[prompt.target_row], len(prompt.ptr) - 1),
-            unsafe=True,
+        prompt_loss = segment_sum(
+            torch.cat(token_losses).unsqueeze(1),
+            prompt.question[prompt.target_row].int(),
+            len(prompt.ptr) - 1,
         )
-        return GeneratorOutput(loss, prompt_loss, correct)
+        return GeneratorOutput(loss, prompt_loss.squeeze(1), correct)
 
     def greedy_tokens(
         self, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int

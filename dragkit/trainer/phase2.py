@@ -151,7 +151,7 @@ class JointPhase(Phase):
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
         loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
-        generator_grad, weight = self.retriever_backward(draft, label_grad, loss, counts["tokens"])
+        generator_grad, weight = self.retriever_backward(draft, label_grad, loss)
         generator_loss, draws = loss.sum(), len(draft.selection.count)
         retrieval = retrieval.detach()
         parts = {
@@ -243,7 +243,7 @@ class JointPhase(Phase):
         return [list(islice(remaining, size)) for size in sizes]
 
     def retriever_backward(
-        self, draft: _Draft, label_grad: Tensor, loss: Tensor, tokens: float
+        self, draft: _Draft, label_grad: Tensor, loss: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Runs the backward of sampler, projector and retriever.
 
@@ -272,11 +272,6 @@ class JointPhase(Phase):
                 )
             if generator_grad is None or not self._draw_learns:
                 generator_grad = torch.zeros_like(logits)
-            if self.config.loss.fact_price:
-                p = torch.sigmoid(logits.detach())
-                generator_grad = generator_grad + (
-                    self.config.loss.fact_price / tokens * p * (1 - p)
-                )
             # A device tensor, like the balanced weight, so that the log needs no second case.
             weight = torch.full((), self.config.loss.ret_loss_weight, device=logits.device)
             if self._balances:

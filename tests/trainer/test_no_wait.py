@@ -202,9 +202,7 @@ READS = {
     "host tensor": lambda x: torch.ones(3).to(x.device),
     "host copy": lambda x: x.new_empty(3).copy_(torch.ones(3)),
 }
-METHODS = (
-    *("fact_sampler.draw", "layout", "apply_gate", "generator.forward"),
-)
+METHODS = (*("fact_sampler.draw", "layout", "apply_gate", "generator.forward"),)
 
 
 def read_in(phase: JointPhase, path: str, read: Callable[[Tensor], object]) -> None:

@@ -23,7 +23,7 @@ def gradients(phase, batch, step=0):
 
 def test_leave_one_out_equals_prompts_one_at_a_time():
     """Every draw of every question alone gives the losses, and these give the gradient."""
-    phase = make(sampler=LEAVE_ONE_OUT, loss={"ret_loss_weight": 0.3, "fact_price": 0.2})
+    phase = make(sampler=LEAVE_ONE_OUT, loss={"ret_loss_weight": 0.3})
     model, batch = phase.model, make_batch(phase.model.generator)
     counts = phase.counts([batch])
     out, grads = gradients(phase, batch)
@@ -44,9 +44,8 @@ def test_leave_one_out_equals_prompts_one_at_a_time():
     retrieval = phase.retrieval_loss(logits, batch.graph) / counts["questions"]
     others = (losses.sum(0) - losses) / 2
     advantage = (losses - others)[:, batch.graph.fact_graph.long()] / (3 * counts["tokens"])
-    price = 0.2 * torch.sigmoid(logits).sum() / counts["tokens"]
     surrogate = ((advantage * score).sum(0) * logits).sum()
-    (total + 0.3 * retrieval + surrogate + price).backward()
+    (total + 0.3 * retrieval + surrogate).backward()
     torch.testing.assert_close(out.loss, (total + 0.3 * retrieval).detach())
     assert float(losses.std(0).min()) > 0
     for name, parameter in model.named_parameters():

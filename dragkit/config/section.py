@@ -1,0 +1,24 @@
+"""The base of all sections of the configuration."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, without unknown keys, NaN or empty text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, str_min_length=1
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_bool_for_number(cls, value: object, info: ValidationInfo) -> object:
+        # Without this check pydantic reads `epochs: yes` as 1.
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise ValueError("must not be true or false")
+        return value
