@@ -17,7 +17,10 @@ class LossConfig(Section):
     rho: float = Field(0.7, ge=0, le=1, description="rho BCE + (1 - rho) rank (paper: 0.7).")
     margin: float = Field(1.0, ge=0, description="Margin of the rank loss, on logits.")
     ret_loss_weight: float = Field(
-        0.1, ge=0, description="Weight of the retriever loss in phase 2 (earlier trainer: 0.1)."
+        5.0,
+        ge=0,
+        description="Weight of the retriever loss in phase 2 (earlier trainer: 0.1, with which "
+        "phase 2 retrieves worse than phase 1).",
     )
     generator_gradient: Literal["both", "gates", "vectors", "none"] = Field(
         "both",
