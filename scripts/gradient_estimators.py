@@ -250,7 +250,8 @@ def all_estimates(tables: SubsetTables, repetitions: int, seed: int) -> Iterator
         for draws in (1, 2, 4):
             name = f"soft gates T={temperature:g}"
             mean = values.unflatten(0, (-1, draws)).mean(1)
-            yield Estimates(f"{name}, {draws} draws", name, draws, mean, exact)
+            count = "1 draw" if draws == 1 else f"{draws} draws"
+            yield Estimates(f"{name}, {count}", name, draws, mean, exact)
     for count in (2, 4, 8):
         draws = draw(logits, noise_of(n, repetitions, count, seed), n)
         losses = loss[draws.subset]
