@@ -16,6 +16,7 @@ from dragkit.config.training_sections import LossConfig, OptimConfig, RunConfig
 DEFAULT_GENERATOR = "unsloth/Nemotron-3-Nano-30B-A3B"
 TINY_GENERATOR = "tiny"
 PresetName = Literal["tiny", "webqsp", "cwq", "h200", "b200"]
+Estimator = Literal["binary_concrete", "straight_through", "leave_one_out", "soft_gates"]
 PRESETS: tuple[str, ...] = get_args(PresetName)
 
 
@@ -116,11 +117,12 @@ class SamplerConfig(Section):
     mode: Literal["bernoulli", "exact_k"] = Field(
         "bernoulli", description="bernoulli: independent draws (paper). exact_k: exactly k facts."
     )
-    estimator: Literal["binary_concrete", "straight_through", "leave_one_out"] = Field(
+    estimator: Estimator = Field(
         "binary_concrete",
-        description="Gradient of a draw: through the gates, that of the relaxed sample (paper) or "
-        "that of the probability, or without gates the score function times the difference of the "
-        "answer's loss to that of the question's other draws.",
+        description="Gradient of a draw: through gates of the structural vectors, that of the "
+        "relaxed sample (paper) or of the probability (straight_through); the score function, with "
+        "the question's other draws as baseline (leave_one_out); or through gates that weigh whole "
+        "facts in a Nemotron-H (soft_gates).",
     )
     num_draws: int = Field(
         1,

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dragkit.errors import ConfigError
 from dragkit.generator.nemotron_h import (
     ACTIVATION_CHECKPOINTING,
     CompiledBlocks,
@@ -235,10 +236,16 @@ class Generator(nn.Module):
         decoder, rows = self._decoder[0], prompt.target_row
         if self._mamba is not None:
             multiple = self._pad_to_multiple_of or (256 if embeds.is_cuda else 1)
-            pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
+            sizes = prompt.position.int(), prompt.question, prompt.ptr, prompt.longest
+            pack = Pack(*sizes, prompt.gate)
             embeds, pack = pad_to_multiple(embeds, pack, multiple)
             return hidden_at_rows(
                 decoder, embeds, pack, rows, self._mamba, self._checkpointed, self._block_fn
+            )
+        if prompt.gate is not None:
+            raise ConfigError(
+                "sampler.estimator: soft_gates needs a Nemotron-H generator, whose tokens can have "
+                "gates. Use leave_one_out with this one."
             )
         # No mask: every layer is causal, so padding on the right reaches no real token, and
         # attention without a mask takes its fastest path.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dragkit.data.packed import TokenPack
@@ -52,6 +53,7 @@ class NeuralPrompt:
         target_row: int64 [A] tokens whose successor is supervised.
         target_id: int64 [A] that successor.
         longest: upper bound on the tokens of a prompt, known on the host without a copy.
+        gate: float [L] gate of each token, see `Pack`. None is 1 for all.
     """
 
     input_ids: Tensor
@@ -62,6 +64,7 @@ class NeuralPrompt:
     target_row: Tensor
     target_id: Tensor
     longest: int
+    gate: Tensor | None = None
 
     @property
     def length(self) -> Tensor:
@@ -94,13 +97,18 @@ class PromptLayout:
         return AsyncToHost(torch.stack([length, length - self.end[:, -2]]))
 
     def assemble(
-        self, prompts: Sequence[int], lengths: Sequence[int], supervised: Sequence[int]
+        self,
+        prompts: Sequence[int],
+        lengths: Sequence[int],
+        supervised: Sequence[int],
+        gates: Tensor | None = None,
     ) -> NeuralPrompt:
         """Packs some of the prompts, without waiting for the device.
 
         Args:
             prompts: prompts to pack, in this order. Their slots index the vectors of all P.
             lengths, supervised: result of `copy_lengths`, for all P prompts.
+            gates: float [P, K] gates of the facts, for their slots and texts.
         """
         device, chosen = self.text_ids.device, np.asarray(prompts, dtype=np.int64)
         length, num_targets = (np.asarray(x, dtype=np.int64)[chosen] for x in (lengths, supervised))
@@ -119,6 +127,9 @@ class PromptLayout:
             ptr=device_ptr,
             num_tokens=int(ptr[-1]),
         )
+        gate = None
+        if gates is not None:
+            gate = self._token_gates(gates, index, device_ptr, len(tokens.ids))
         return NeuralPrompt(
             input_ids=tokens.ids,
             slot=tokens.slot,
@@ -128,7 +139,16 @@ class PromptLayout:
             target_row=target_row,
             target_id=tokens.ids.index_select(0, target_row + 1).long(),
             longest=int(length.max(initial=0)),
+            gate=gate,
         )
+
+    def _token_gates(self, gates: Tensor, prompts: Tensor, ptr: Tensor, num_tokens: int) -> Tensor:
+        """The gates of the tokens of some prompts, float [L]. Tokens outside of facts have 1."""
+        end = (self.end[prompts] + ptr[:-1, None]).flatten()
+        token = torch.arange(num_tokens, dtype=end.dtype, device=end.device)
+        # The first piece that ends after a token holds it. A piece without tokens holds none.
+        piece = torch.searchsorted(end, token, right=True)
+        return F.pad(gates[prompts], (1, 2), value=1.0).flatten()[piece]
 
 
 def layout_prompts(

@@ -37,7 +37,8 @@ class _Draft(NamedTuple):
 
     Attributes:
         logits: float [E] leaf of cut 1.
-        score: float [M, E] score function of the M draws. It is None where facts have gates.
+        score: float [M, E] score function of the M draws, with "leave_one_out".
+        gates: float [M * B, K] leaf of the gates of whole facts, with "soft_gates".
         lengths: prompt lengths, while they are copied to the host.
         vectors: float [M, B, K, W] of the drawn facts, with the generator's width W. It is None
             where prompts are text alone.
@@ -49,6 +50,7 @@ class _Draft(NamedTuple):
     logits: Tensor
     selection: FactSelection
     score: Tensor | None
+    gates: Tensor | None
     fact_graph: Tensor
     layout: PromptLayout
     lengths: AsyncToHost
@@ -175,6 +177,9 @@ class JointPhase(Phase):
         logits = output.fact_logits.detach().requires_grad_()
         with nvtx_range("sampler"):
             selection, score = model.fact_sampler.draw(logits, batch.graph, step)
+            gates = None
+            if config.sampler.estimator == "soft_gates":
+                gates = selection.gate.detach().flatten(0, 1).requires_grad_()
         with nvtx_range("prompt"):
             layout = model.layout(batch, selection.index, with_target=True)
             # The copy starts before the vectors are queued, so that it ends early.
@@ -183,13 +188,16 @@ class JointPhase(Phase):
             if model.uses_vectors:
                 with autocast(config.run.precision, logits.device):
                     vectors = model.structural_vectors(output, batch, selection)
-                    slots = model.apply_gate(vectors, selection)
+                    slots = vectors.flatten(0, -2)
+                    if self._gates_vectors:
+                        slots = model.apply_gate(vectors, selection)
                 leaf = slots.detach().requires_grad_()
         return _Draft(
             output,
             logits,
             selection,
             score,
+            gates,
             batch.graph.fact_graph,
             layout,
             lengths,
@@ -215,7 +223,7 @@ class JointPhase(Phase):
         with nvtx_range("wait"):
             lengths, supervised = draft.lengths.result()
         for rows in self._microbatches(lengths):
-            prompt = draft.layout.assemble(rows, lengths, supervised)
+            prompt = draft.layout.assemble(rows, lengths, supervised, draft.gates)
             with nvtx_range("generator"):
                 out = generator(prompt, draft.leaf, self.config.loss.eos_loss_weight)
             # All micro-batches share one denominator, so that their split does not matter.
@@ -270,6 +278,9 @@ class JointPhase(Phase):
                 generator_grad = leave_one_out_gradient(
                     loss * len(loss), draft.score, draft.fact_graph
                 )
+            if draft.gates is not None and draft.gates.grad is not None:
+                gate = draft.selection.gate.flatten(0, 1)
+                (generator_grad,) = torch.autograd.grad(gate, logits, draft.gates.grad)
             if generator_grad is None or not self._draw_learns:
                 generator_grad = torch.zeros_like(logits)
             # A device tensor, like the balanced weight, so that the log needs no second case.
@@ -286,9 +297,13 @@ class JointPhase(Phase):
     @property
     def _draw_learns(self) -> bool:
         """Whether the answer loss has a gradient at the fact logits."""
-        sampler = self.model.fact_sampler
         opened = self.config.loss.generator_gradient in ("both", "gates")
-        return opened and (self.model.uses_vectors or not sampler.has_gates)
+        return opened and (self.model.uses_vectors or not self._gates_vectors)
+
+    @property
+    def _gates_vectors(self) -> bool:
+        """Whether the draw has its gradient through gates of the structural vectors."""
+        return self.config.sampler.estimator in ("binary_concrete", "straight_through")
 
     @property
     def _balances(self) -> bool:

@@ -177,9 +177,19 @@ class PackedMixing:
         return merge_heads(mixer, self.attend(query, key, value, mixer.scaling))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        gate = self.pack.gate
+        if gate is not None:
+            # More channels add the log of its gate to the scores of a key. Attention kernels want
+            # head widths that are multiples of 8.
+            log_gate = gate.log()[:, None, None].to(key.dtype).expand(-1, key.shape[1], 1)
+            key = F.pad(torch.cat([key, log_gate], -1), (0, 7))
+            query = F.pad(F.pad(query, (0, 1), value=1 / scale), (0, 7))
+            value = F.pad(value, (0, 8))
         if self.rows is None:
-            return packed_attention(query, key, value, self.pack, scale)
-        return attention_at(query, key, value, self.pack, self.rows, scale)
+            heads = packed_attention(query, key, value, self.pack, scale)
+        else:
+            heads = attention_at(query, key, value, self.pack, self.rows, scale)
+        return heads if gate is None else heads[..., :-8]
 
 
 def hidden_at_rows(

@@ -85,6 +85,8 @@ def mamba_mixer(
     conv = mixer.conv1d
     weight = conv.weight.squeeze(1)
     inputs = _scan_inputs(mixer, ops.conv(conv_input, weight, conv.bias, pack.position), dt)
+    if pack.gate is not None:
+        inputs = inputs._replace(dt=inputs.dt * pack.gate.unsqueeze(1))
     state = None
     if last is not None:
         # The state holds inputs of the convolution, not outputs.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -17,12 +18,16 @@ class Pack(NamedTuple):
         sequence: int64 [T] sequence of each token.
         ptr: int32 [B+1] sequence b is the tokens ptr[b] to ptr[b+1] - 1.
         longest: upper bound on the tokens of a sequence, known on the host without a copy.
+        gate: float [T] in (0, 1] weight with which other tokens read a token: a factor of its
+            exp(score) in attention and of its dt in Mamba-2. None is 1 for all. A gate near 0
+            hides a token from all but the causal convolutions.
     """
 
     position: Tensor
     sequence: Tensor
     ptr: Tensor
     longest: int
+    gate: Tensor | None = None
 
 
 def make_pack(length: Tensor, total: int, longest: int) -> Pack:
@@ -59,11 +64,13 @@ def pad_to_multiple(embeds: Tensor, pack: Pack, multiple: int) -> tuple[Tensor, 
     position = torch.arange(padding, device=embeds.device)
     sequence = torch.full((padding,), pack.ptr.shape[0] - 1, device=embeds.device)
     ptr = torch.cat([pack.ptr, pack.ptr.new_full((1,), total + padding)])
+    gate = pack.gate if pack.gate is None else F.pad(pack.gate, (0, padding), value=1.0)
     return embeds, Pack(
         torch.cat([pack.position, position.int()]),
         torch.cat([pack.sequence, sequence]),
         ptr,
         max(pack.longest, padding),
+        gate,
     )
 
 
