@@ -109,7 +109,8 @@ def _estimate_work(config: TrainConfig, plan: MemoryPlan) -> dict[str, object]:
     typical = _PROMPT_TOKENS + _TOKENS_PER_FACT * config.sampler.k_facts
     prompt = min(typical, config.generator.max_prompt_tokens)
     questions = config.optim.batch_size_in(2)
-    tokens = questions * prompt
+    prompts = questions * config.sampler.num_draws
+    tokens = prompts * prompt
     lora = lora_dims_of(config)
     flops = flops_per_token(plan.dims, plan.policy, lora, prompt, SUPERVISED_FRACTION)
     work: dict[str, object] = {
@@ -119,7 +120,7 @@ def _estimate_work(config: TrainConfig, plan: MemoryPlan) -> dict[str, object]:
         "flops_per_token": flops,
     }
     if plan.card.bf16_tflops:
-        passes = -(-questions // max(plan.tokens // prompt, 1))
+        passes = -(-prompts // max(plan.tokens // prompt, 1))
         # Weights are read in the forward and the backward, and once more to recompute all blocks.
         reads = 3 if plan.policy == "all" else 2
         weights = plan.fixed["frozen weights"] * plan.num_shards

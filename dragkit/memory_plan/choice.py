@@ -204,7 +204,8 @@ def make_plan(
         per_token[policy]["prompt embeddings"] = 4 * itemsize * dims.hidden_size
         fit[policy] = _max_tokens(dims, free, sum(per_token[policy].values()))
     longest = -(-settings.max_prompt_tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
-    useful = min(config.optim.batch_size_in(2) * longest, SATURATING_TOKENS)
+    prompts = config.optim.batch_size_in(2) * config.sampler.num_draws
+    useful = min(prompts * longest, SATURATING_TOKENS)
     wanted = settings.max_tokens_per_microbatch or max(useful, longest)
     policy = settings.activation_checkpointing
     if policy == "auto":

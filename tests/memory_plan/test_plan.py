@@ -65,6 +65,14 @@ def test_the_plan_is_of_phase_2_and_covers_the_bundled_generator(
     assert json.loads(capsys.readouterr().out)["generator"] == "tiny"
 
 
+def test_every_draw_of_a_question_is_a_prompt(capsys: pytest.CaptureFixture) -> None:
+    tokens = []
+    for draws in (1, 3):
+        plan.main(["--preset", "b200", "--json", "--set", f"sampler.num_draws={draws}"])
+        tokens.append(json.loads(capsys.readouterr().out)["work"]["tokens_per_batch"])
+    assert tokens[1] == 3 * tokens[0]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
