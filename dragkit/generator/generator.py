@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dragkit.errors import ConfigError
 from dragkit.generator.nemotron_h import (
     ACTIVATION_CHECKPOINTING,
     CompiledBlocks,
@@ -121,6 +120,11 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         """Device of the token embeddings."""
         return self._embedding[0].weight.device
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the model runs over packs, whose tokens can have gates."""
+        return self._mamba is not None
 
     @property
     def has_adapters(self) -> bool:
@@ -241,11 +245,6 @@ class Generator(nn.Module):
             embeds, pack = pad_to_multiple(embeds, pack, multiple)
             return hidden_at_rows(
                 decoder, embeds, pack, rows, self._mamba, self._checkpointed, self._block_fn
-            )
-        if prompt.gate is not None:
-            raise ConfigError(
-                "sampler.estimator: soft_gates needs a Nemotron-H generator, whose tokens can have "
-                "gates. Use leave_one_out with this one."
             )
         # No mask: every layer is causal, so padding on the right reaches no real token, and
         # attention without a mask takes its fastest path.

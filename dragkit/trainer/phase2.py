@@ -16,6 +16,7 @@ from dragkit.checkpoint.checkpoint import LoadedCheckpoint, load_tensors_into
 from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.distributed.ranks import Ranks
+from dragkit.errors import ConfigError
 from dragkit.eval.types import Prediction
 from dragkit.generator.lora.gradient_watch import AdapterWatch
 from dragkit.generator.nemotron_h import split_by_tokens
@@ -68,6 +69,9 @@ class JointPhase(Phase):
         ranks: ranks that share a batch. None means this process alone.
         forward: replaces the retriever's forward, such as its compiled form.
 
+    Raises:
+        ConfigError: the sampler's estimator needs another generator.
+
     Attributes:
         text_only: whether `predict` leaves the structural vectors out of the prompts.
         gold_only: whether `predict` puts the positive facts into the prompts, see `gold_facts`.
@@ -88,6 +92,11 @@ class JointPhase(Phase):
         super().__init__(config)
         self.model = model
         self.ranks = ranks or Ranks()
+        if config.sampler.estimator == "soft_gates" and not model.generator.is_packed:
+            raise ConfigError(
+                f"sampler.estimator: soft_gates was given, but {config.generator_model} is not a "
+                "Nemotron-H, whose tokens can have gates. Use leave_one_out."
+            )
         self.forward = model.retriever.__call__ if forward is None else forward
         if not config.optim.retriever_lr_scale:
             model.retriever.requires_grad_(False)
@@ -273,14 +282,8 @@ class JointPhase(Phase):
                     draft.slots, inputs, leaf.grad, allow_unused=True
                 )
                 roots = inputs[1:]
-            if draft.score is not None:
-                # `loss` is divided by M.
-                generator_grad = leave_one_out_gradient(
-                    loss * len(loss), draft.score, draft.fact_graph
-                )
-            if draft.gates is not None and draft.gates.grad is not None:
-                gate = draft.selection.gate.flatten(0, 1)
-                (generator_grad,) = torch.autograd.grad(gate, logits, draft.gates.grad)
+            if not self._gates_vectors:
+                generator_grad = self._draw_gradient(draft, loss)
             if generator_grad is None or not self._draw_learns:
                 generator_grad = torch.zeros_like(logits)
             # A device tensor, like the balanced weight, so that the log needs no second case.
@@ -293,6 +296,17 @@ class JointPhase(Phase):
             if roots:
                 torch.autograd.backward(roots, grads)
         return generator_grad, weight
+
+    @staticmethod
+    def _draw_gradient(draft: _Draft, loss: Tensor) -> Tensor | None:
+        """Gradient of the answer loss at `logits` by score function or soft gates, float [E]."""
+        if draft.score is not None:
+            # `loss` is divided by M.
+            return leave_one_out_gradient(loss * len(loss), draft.score, draft.fact_graph)
+        if draft.gates is None or draft.gates.grad is None:
+            return None
+        gate = draft.selection.gate.flatten(0, 1)
+        return torch.autograd.grad(gate, draft.logits, draft.gates.grad)[0]
 
     @property
     def _draw_learns(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dragkit.errors import ConfigError
 from tests.trainer.joint_cases import make, make_batch, relation_states
 
 
@@ -107,3 +108,9 @@ def test_training_reaches_the_scorer_by_text_alone(limits):
     phase.training_step(batch, relation_states(), phase.counts([batch]), 0)
     gradient = phase.model.retriever.fact_score.weight.grad
     assert gradient is not None and bool(gradient.any())
+
+
+def test_a_generator_without_gates_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr("dragkit.generator.generator.Generator.is_packed", False)
+    with pytest.raises(ConfigError, match="soft_gates.*tiny is not a Nemotron-H.*leave_one_out"):
+        make(sampler={"estimator": "soft_gates"})
