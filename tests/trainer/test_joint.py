@@ -9,7 +9,8 @@ import torch
 
 from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError
 from dragkit.retriever.losses import retrieval_loss
-from dragkit.trainer.phase2 import CascadeBaseline, split_by_tokens
+from dragkit.trainer.joint_step import split_by_tokens
+from dragkit.trainer.phase2 import CascadeBaseline
 from tests.trainer.joint_cases import make, make_batch, relation_states
 
 
@@ -78,7 +79,7 @@ def test_without_gate_or_without_vectors_the_scorer_gets_no_gradient(relations, 
 
 
 def test_gradients_equal_those_of_one_uncut_backward(relations):
-    """The cuts of `JointPhase.training_step` must not change the gradient."""
+    """The cuts of `JointStep.run` must not change the gradient."""
     phase = make(loss={"ret_loss_weight": 0.3})
     model, batch = phase.model, make_batch(phase.model.generator)
     counts = phase.counts([batch])
@@ -133,9 +134,9 @@ def test_one_micro_batch_keeps_the_order_and_several_start_with_short_prompts():
     ):
         phase.model.generator.max_tokens_per_microbatch = max_tokens
         update = {"generator_microbatch": max_prompts}
-        generator = phase.config.generator.model_copy(update=update)
-        phase.config = phase.config.model_copy(update={"generator": generator})
-        assert phase._microbatches([9, 3, 7, 3]) == microbatches
+        generator = phase.step.config.generator.model_copy(update=update)
+        phase.step.config = phase.config.model_copy(update={"generator": generator})
+        assert phase.step.microbatches([9, 3, 7, 3]) == microbatches
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ CASES = {
     "one micro-batch": {},
     "micro-batches": {"generator": {"max_tokens_per_microbatch": 150}},
     "leave one out": {"sampler": {"estimator": "leave_one_out", "num_draws": 3}},
+    "soft gates": {"sampler": {"estimator": "soft_gates"}},
     "exact k": {"sampler": {"mode": "exact_k", "estimator": "straight_through"}},
     "text alone": {"generator": {"structural_vectors": False}},
     "balanced": {
@@ -224,7 +225,7 @@ def read_in(phase: JointPhase, path: str, read: Callable[[Tensor], object]) -> N
     [("generator.embed", read) for read in READS] + [(method, "item") for method in METHODS],
 )
 def test_every_read_from_the_device_is_caught(method, read, tmp_path, monkeypatch):
-    phase = cases.make(sampler={"estimator": "leave_one_out", "num_draws": 2})
+    phase = cases.make(sampler={"num_draws": 2})
     read_in(phase, method, READS[read])
     with pytest.raises((WouldWait, RuntimeError, NotImplementedError)):
         meta_step(phase, tmp_path, monkeypatch)
