@@ -150,8 +150,13 @@ def test_an_interruption_lets_the_runs_save_and_starts_no_others(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        train_all(new(experiment), 2, launcher.train, launcher.stop)
+    # A process in the background of a shell ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_all(new(experiment), 2, launcher.train, launcher.stop)
+    finally:
+        signal.signal(signal.SIGINT, before)
     saved = list(root.rglob("saved"))
     assert [file.read_text() for file in saved] == ["SIGTERM"] * 2
     # Two are stopped. A third may have taken a free place, but starts no process.
