@@ -20,9 +20,9 @@ pytestmark = pytest.mark.triton
 
 @triton.jit
 def _word_kernel(seed_ptr, key_ptr, out_ptr, BLOCK: tl.constexpr):
-    offs_e = tl.arange(0, BLOCK)
-    word = noise_word(tl.load(seed_ptr), tl.load(key_ptr), offs_e)
-    tl.store(out_ptr + offs_e, word.to(tl.int64))
+    offs_e, draw = tl.arange(0, BLOCK), tl.program_id(0)
+    word = noise_word(tl.load(seed_ptr), tl.load(key_ptr), draw, offs_e)
+    tl.store(out_ptr + draw * BLOCK + offs_e, word.to(tl.int64))
 
 
 @triton.jit
@@ -36,10 +36,11 @@ def _code_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 def test_philox_words_are_those_of_the_reference(device: torch.device, seed: int, key: int) -> None:
     low = 0xFFFFFFFF
     fact, zero = torch.arange(256), torch.zeros(256, dtype=torch.int64)
-    counter = (fact, zero + (key & low), zero + ((key >> 32) & low), zero)
+    draw = torch.arange(3).unsqueeze(1)
+    counter = (fact, zero + (key & low), zero + ((key >> 32) & low), draw)
     words = tuple(torch.tensor(w) for w in (seed & low, (seed >> 32) & low))
-    out = torch.empty(256, dtype=torch.int64, device=device)
-    _word_kernel[(1,)](
+    out = torch.empty(3, 256, dtype=torch.int64, device=device)
+    _word_kernel[(3,)](
         torch.tensor(seed, device=device), torch.tensor(key, device=device), out, BLOCK=256
     )
     assert torch.equal(out.cpu(), philox4x32(counter, words)[0])
