@@ -277,9 +277,9 @@ prompt. *prompts* counts prompts of one estimate.
 - The vector gate hardly points along the exact gradient, and is hundreds of times too small: the
   text of a fact stays in the prompt whatever its gate is.
 - The log-gate at 1 is saturated. Its direction is better, but it is a hundred times too small.
-- Soft gates have the direction of the exact gradient for most questions. One prompt does as well as
-  four to eight draws of leave-one-out. They are biased: too small, by a factor that differs between
-  questions, and blind to how an empty draw chooses its fact.
+- Soft gates have the direction of the exact gradient for most questions. One prompt, of about twice
+  the tokens, does as well as three to eight draws of leave-one-out. They are biased: too small, by
+  a factor that differs between questions, and blind to how an empty draw chooses its fact.
 - Leave-one-out is unbiased, and eight draws give an estimate that is mostly signal. DisARM is no
   better from four draws on. ARMS is a little better, but biased where draws are empty.
 - The mean field as a control helps most questions. Where facts are improbable its slope is steep,
