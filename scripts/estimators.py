@@ -264,7 +264,8 @@ prompt. *prompts* counts prompts of one estimate.
   exact gradient of its own draw.
 - *log-gate*: the same with a gate of 1 that scales the whole fact: exp(score) of its tokens as keys
   of attention, and their dt in Mamba-2 blocks.
-- *soft gates*: all facts are in the prompt, with log-gates sigmoid(key / T) in the forward.
+- *soft gates*: `sampler.estimator: soft_gates`. All facts are in the prompt, with log-gates
+  sigmoid(key / T) in the forward.
 - *mean field*: all facts are in the prompt, with log-gates equal to their probabilities.
 - *leave-one-out*: `sampler.estimator: leave_one_out` with M draws. "score of signs" is z - p for
   every draw, which ignores how the fact of an empty draw is chosen.
@@ -274,12 +275,12 @@ prompt. *prompts* counts prompts of one estimate.
 
 **What it shows.**
 
-- The vector gate hardly points along the exact gradient, and is hundreds of times too small: the
-  text of a fact stays in the prompt whatever its gate is.
-- The log-gate at 1 is saturated. Its direction is better, but it is a hundred times too small.
-- Soft gates have the direction of the exact gradient for most questions. One prompt does as well as
-  four to eight draws of leave-one-out. They are biased: too small, by a factor that differs between
-  questions, and blind to how an empty draw chooses its fact.
+- The vector gate is hundreds of times too small, because the text of a fact stays in the prompt
+  whatever its gate is. At the start it is noise. Later it points along the exact gradient, roughly.
+- The log-gate at 1 is saturated, and a hundred times too small.
+- Soft gates have the direction of the exact gradient for most questions. One prompt, of about twice
+  the tokens, does as well as three to eight draws of leave-one-out. They are biased: too small, by
+  a factor that differs between questions, and blind to how an empty draw chooses its fact.
 - Leave-one-out is unbiased, and eight draws give an estimate that is mostly signal. DisARM is no
   better from four draws on. ARMS is a little better, but biased where draws are empty.
 - The mean field as a control helps most questions. Where facts are improbable its slope is steep,

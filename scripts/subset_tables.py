@@ -1,67 +1,25 @@
 """Answer loss of a question for every subset of a few facts, and its gradients at the gates.
 
-A gate scales either a fact's structural vector, as in training, or the whole fact: a log-gate g
-multiplies exp(score) of the fact's tokens as keys of attention, and their dt in Mamba-2 blocks. At
-g = 1 nothing changes, and near g = 0 attention and state space skip the tokens. The convolution
-does not.
+A gate scales a fact's structural vector. A log-gate weighs all tokens of a fact where others read
+them, see `Pack.gate` of the generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dragkit.data.packed import QuestionBatch
-from dragkit.generator.generator import Generator
-from dragkit.generator.nemotron_h import MambaOps, Pack, mamba_ops
-from dragkit.generator.nemotron_h.decoder import PackedMixing, run_blocks
 from dragkit.generator.prompt import NeuralPrompt, PromptLayout
 from dragkit.joint import JointModel
 from dragkit.retriever.text_encoder import RelationStates
 
 # Prompts of a pass. More would not fit the cache of a processor.
 _CHUNK = 32
-
-
-@dataclass(frozen=True)
-class GatedMixing(PackedMixing):
-    """`PackedMixing` with a positive gate for each token, float [T]."""
-
-    gate: Tensor | None = None
-
-    def mamba(self, mixer: nn.Module, hidden: Tensor) -> Tensor:
-        def scan(x: Tensor, dt: Tensor, *others: Tensor) -> Tensor:
-            return self.ops.scan(x, dt * self.gate.unsqueeze(1), *others)
-
-        plain = PackedMixing(self.pack, MambaOps(self.ops.conv, scan))
-        return plain.mamba(mixer, hidden)
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        # One more channel adds log g of a key to its scores.
-        log_gate = self.gate.log()[:, None, None].expand(-1, key.shape[1], 1)
-        query, key = F.pad(query, (0, 1), value=1 / scale), torch.cat([key, log_gate], -1)
-        return super().attend(query, key, F.pad(value, (0, 1)), scale)[..., :-1]
-
-
-def gated_losses(
-    generator: Generator, prompt: NeuralPrompt, vectors: Tensor, gate: Tensor
-) -> Tensor:
-    """Answer losses of packed prompts, float [G] in nats, with a gate for each token, float [T]."""
-    model = generator.model
-    base = model.get_base_model() if generator.has_adapters else model
-    pack = Pack(prompt.position.int(), prompt.question, prompt.ptr, prompt.longest)
-    mixing = GatedMixing(pack, mamba_ops("dragkit"), gate=gate)
-    rows = prompt.target_row
-    hidden = run_blocks(base.base_model, generator.embed(prompt, vectors), rows, mixing)
-    logits = base.get_output_embeddings()(hidden)
-    loss = F.cross_entropy(logits, prompt.target_id, reduction="none")
-    return loss.new_zeros(len(prompt.ptr) - 1).index_add(0, prompt.question[rows], loss)
 
 
 def all_subsets(num_facts: int) -> Tensor:
@@ -130,10 +88,11 @@ class QuestionPrompts:
             self.logits, self.label = logits[chosen], label[chosen]
             self.vectors = model.projector(output, batch.graph, self.facts)
 
-    def _prompt(self, local: Tensor) -> tuple[PromptLayout, NeuralPrompt, Tensor]:
+    def _prompt(self, local: Tensor, gate: Tensor | None = None) -> tuple[NeuralPrompt, Tensor]:
         layout = self.layout(local)
-        prompt = layout.assemble(range(len(local)), *layout.copy_lengths().result())
-        return layout, prompt, self.vectors[local.clamp(min=0)].flatten(0, 1)
+        lengths = layout.copy_lengths().result()
+        prompt = layout.assemble(range(len(local)), *lengths, gate)
+        return prompt, self.vectors[local.clamp(min=0)].flatten(0, 1)
 
     def layout(self, local: Tensor) -> PromptLayout:
         """Prompts around facts, int64 [S, K] numbers below n. -1 means no fact."""
@@ -151,8 +110,7 @@ class QuestionPrompts:
         """Losses of prompts, float64 [S], by the forward of training."""
         losses = []
         for rows in local.split(_CHUNK):
-            _, prompt, vectors = self._prompt(rows)
-            losses.append(self.model.generator(prompt, vectors).prompt_loss)
+            losses.append(self.model.generator(*self._prompt(rows)).prompt_loss)
         return torch.cat(losses).double()
 
     def gradients(self, local: Tensor, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,14 +130,11 @@ class QuestionPrompts:
         return at_vector, at_fact
 
     def _gradients(self, local: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-        layout, prompt, vectors = self._prompt(local)
-        vectors, gate = vectors.requires_grad_(), gate.clone().requires_grad_()
-        # Piece 0 is the prefix, pieces 1 to K are the facts, and two more follow.
-        piece = (prompt.position.unsqueeze(1) >= layout.end[prompt.question]).sum(1)
-        by_piece = F.pad(gate, (1, 2), value=1.0)
-        token_gate = by_piece[prompt.question, piece]
-        losses = gated_losses(self.model.generator, prompt, vectors, token_gate)
-        at_vectors, at_gate = torch.autograd.grad(losses.sum(), [vectors, gate])
+        gate = gate.clone().requires_grad_()
+        prompt, vectors = self._prompt(local, gate)
+        vectors.requires_grad_()
+        loss = self.model.generator(prompt, vectors).loss_sum
+        at_vectors, at_gate = torch.autograd.grad(loss, [vectors, gate])
         at_vector = (at_vectors * vectors.detach()).sum(1).view_as(gate)
         present = local >= 0
         return at_vector * present, at_gate * present

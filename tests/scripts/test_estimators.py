@@ -173,36 +173,20 @@ def test_tables_are_the_losses_of_training_and_their_derivatives(tables, questio
     )
 
 
-def gated(tables, question, gate):
-    """Loss of the prompt with all four facts and log-gates, float64 [4]."""
-    _, prompt, vectors = question._prompt(torch.arange(4).unsqueeze(0))
-    layout = question.layout(torch.arange(4).unsqueeze(0))
-    length = layout.end.diff(prepend=torch.zeros(1, 1))[0].long()
-    by_piece = torch.cat([gate.new_ones(1), gate, gate.new_ones(2)])
-    token_gate = by_piece.repeat_interleave(length)
-    generator = question.model.generator
-    return tables.gated_losses(generator, prompt, vectors.to(gate.dtype), token_gate)[0]
-
-
-def test_log_gates_have_the_derivative_of_the_loss(tables, question):
+def test_gradients_at_log_gates_are_differences_of_the_loss(question):
     question.model.double()
     question.vectors = question.vectors.double()
-    gate = torch.tensor([0.9, 0.2, 1.0, 0.5], dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda g: gated(tables, question, g), gate.requires_grad_(), eps=1e-6, atol=1e-6
-    )
-    question.model.float()
+    local = torch.tensor([[0, 2, 3, -1]])
+    gate = torch.tensor([[0.9, 0.2, 0.5, 1.0]], dtype=torch.float64)
+    _, at_gate = question.gradients(local, gate)
 
+    def loss(gate):
+        return question.model.generator(*question._prompt(local, gate)).prompt_loss[0]
 
-def test_a_log_gate_near_zero_removes_a_fact(tables, question):
-    for module in question.model.generator.modules():
-        # Only the convolution mixes neighbours regardless of gates. It now reads one token.
-        if hasattr(module, "conv1d"):
-            module.conv1d.weight.data[:, :, :-1] = 0
-    without = question.losses(torch.tensor([[0, 2, -1, -1]])).float()
-    gate = torch.tensor([1.0, 1e-30, 1.0, 1e-30])
-    torch.testing.assert_close(gated(tables, question, gate), without[0], rtol=1e-4, atol=1e-4)
-    assert (gated(tables, question, torch.ones(4)) - without[0]).abs() > 1e-2
+    step = 1e-4 * torch.eye(4, dtype=torch.float64)
+    expected = [(loss(gate + row) - loss(gate - row)) / 2e-4 for row in step]
+    torch.testing.assert_close(at_gate[0], torch.stack(expected).double(), rtol=2e-3, atol=2e-3)
+    assert at_gate[0, 3] == 0
 
 
 def test_errors_of_a_known_estimator(page, gradients):
