@@ -27,6 +27,11 @@ class LossConfig(Section):
         description="Ways of the answer loss into the retriever: through the draw of the facts, "
         "through their structural vectors, both (paper), or none (labels alone train it).",
     )
+    bounded_draw_loss: bool = Field(
+        False,
+        description="leave_one_out compares draws by n (1 - exp(-loss / n)) for an answer of n "
+        "tokens. A draw without the answer then costs at most n, and needless facts count.",
+    )
     use_grad_norm_balance: bool = Field(
         False, description="Set ret_loss_weight from the ratio of gradient norms (paper)."
     )

@@ -19,7 +19,7 @@ from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
-from dragkit.retriever.losses import balance_weight, leave_one_out_gradient
+from dragkit.retriever.losses import balance_weight, bounded_loss, leave_one_out_gradient
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
@@ -107,9 +107,11 @@ class JointStep:
         with nvtx_range("backward"):
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
-        loss, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
-        generator_grad, weight = self.retriever_backward(draft, label_grad, loss)
-        generator_loss, draws = loss.sum(), len(draft.selection.count)
+        nats, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
+        draw_loss = self._draw_loss(draft, nats) / counts["tokens"]
+        generator_grad, weight = self.retriever_backward(draft, label_grad, draw_loss)
+        draws = len(nats)
+        generator_loss = nats.sum() / (counts["tokens"] * draws)
         retrieval = retrieval.detach()
         parts = {
             "generator": generator_loss,
@@ -167,9 +169,8 @@ class JointStep:
         Gradients accumulate in the adapters and in `draft.leaf`.
 
         Returns:
-            Answer loss of each draw and question, float32 [M, B], whose sum is the mean over draws
-            of the batch's loss divided by `tokens`, number of tokens that were right, int64 [], and
-            number of prompt tokens.
+            Answer loss of each draw and question in nats, float32 [M, B], number of tokens that
+            were right, int64 [], and number of prompt tokens.
         """
         generator, device = self.model.generator, self.model.cue.device
         loss = torch.zeros(draft.selection.count.shape, device=device)
@@ -188,7 +189,7 @@ class JointStep:
                 with nvtx_range("backward"):
                     microbatch_loss.backward()
             (index,) = to_device(device, np.asarray(rows))
-            loss.view(-1)[index] = out.prompt_loss / denominator
+            loss.view(-1)[index] = out.prompt_loss
             num_correct = num_correct + out.num_correct
         generator.run_dummy_passes(vectors=self.model.uses_vectors)
         return loss, num_correct, sum(lengths)
@@ -213,7 +214,7 @@ class JointStep:
         Args:
             draft: the forward.
             label_grad: float [E] gradient of the retrieval loss at `logits`.
-            loss: float [M, B] answer loss of each draw and question.
+            loss: float [M, B] loss of each draw and question, over the batch's tokens.
 
         Returns:
             Gradient of the answer loss at `logits`, float [E], and the retrieval loss's weight, [].
@@ -243,12 +244,19 @@ class JointStep:
                 torch.autograd.backward(roots, grads)
         return generator_grad, weight
 
+    def _draw_loss(self, draft: Draft, nats: Tensor) -> Tensor:
+        """The loss by which "leave_one_out" compares draws, float [M, B]."""
+        if not self.config.loss.bounded_draw_loss:
+            return nats
+        # The last piece of a prompt is its target.
+        num_tokens = draft.layout.end.diff(dim=1)[:, -1].view_as(nats).clamp(min=1)
+        return bounded_loss(nats, num_tokens)
+
     @staticmethod
     def _draw_gradient(draft: Draft, loss: Tensor) -> Tensor | None:
         """Gradient of the answer loss at `logits` by score function or soft gates, float [E]."""
         if draft.score is not None:
-            # `loss` is divided by M.
-            return leave_one_out_gradient(loss * len(loss), draft.score, draft.fact_graph)
+            return leave_one_out_gradient(loss, draft.score, draft.fact_graph)
         if draft.gates is None or draft.gates.grad is None:
             return None
         gate = draft.selection.gate.flatten(0, 1)

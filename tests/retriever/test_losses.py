@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dragkit.retriever.losses import balance_weight, retrieval_loss
+from dragkit.retriever.losses import balance_weight, bounded_loss, retrieval_loss
 
 
 def _by_definition(logits, label, graph, num_graphs, rho, margin):
@@ -59,3 +61,13 @@ def test_balance_weight_sets_the_ratio_of_the_norms():
     weight = balance_weight(generator, retriever, 0.9)
     torch.testing.assert_close((weight * retriever).norm(), 0.9 * generator.norm())
     assert torch.isfinite(balance_weight(generator, torch.zeros(50), 0.9))
+
+
+def test_the_bounded_loss_is_the_loss_where_it_is_small_and_at_most_the_tokens():
+    loss = torch.tensor([1e-4, 0.5, 30.0, 1e6], dtype=torch.float64)
+    tokens = torch.tensor([5, 2, 3, 3])
+    bounded = bounded_loss(loss, tokens)
+    expected = [5 * (1 - math.exp(-1e-4 / 5)), 2 * (1 - math.exp(-0.25)), 3 * (1 - math.exp(-10))]
+    torch.testing.assert_close(bounded[:3], torch.tensor(expected, dtype=torch.float64))
+    assert float(bounded[3]) == 3
+    torch.testing.assert_close(bounded[:1], loss[:1], rtol=1e-4, atol=0)

@@ -21,9 +21,11 @@ def gradients(phase, batch, step=0):
     return out, grads
 
 
-def test_leave_one_out_equals_prompts_one_at_a_time():
+@pytest.mark.parametrize("bounded", [False, True])
+def test_leave_one_out_equals_prompts_one_at_a_time(bounded):
     """Every draw of every question alone gives the losses, and these give the gradient."""
-    phase = make(sampler=LEAVE_ONE_OUT, loss={"ret_loss_weight": 0.3})
+    weights = {"ret_loss_weight": 0.3, "bounded_draw_loss": bounded}
+    phase = make(sampler=LEAVE_ONE_OUT, loss=weights)
     model, batch = phase.model, make_batch(phase.model.generator)
     counts = phase.counts([batch])
     out, grads = gradients(phase, batch)
@@ -42,6 +44,9 @@ def test_leave_one_out_equals_prompts_one_at_a_time():
             losses[m, b] = loss.detach()
             total = total + loss / (3 * counts["tokens"])
     retrieval = phase.retrieval_loss(logits, batch.graph) / counts["questions"]
+    if bounded:
+        length = batch.target.ptr.diff()
+        losses = length * (1 - torch.exp(-losses / length))
     others = (losses.sum(0) - losses) / 2
     advantage = (losses - others)[:, batch.graph.fact_graph.long()] / (3 * counts["tokens"])
     surrogate = ((advantage * score).sum(0) * logits).sum()
