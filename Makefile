@@ -41,7 +41,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m pytest bench --benchmark-only -q
 
 results: $(VENV)/.installed
-	$(RUN) -m dragkit.experiment experiments/arms.yaml --output docs/results.md
+	$(RUN) -m dragkit.experiment experiments/arms.yaml --output docs/arms.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
