@@ -5,7 +5,7 @@
 For a few facts of a question, every subset gets its prompt, so that the gradient of the expected
 answer loss at the fact logits is exact. Two commands of `python -m dragkit.train` make the models
 of each set, at the start, after the first epoch and at the end of phase 2. They are not repeated
-where the folder of the runs has their results. Published sets are read from the folder DRAGKIT_DATA.
+where the folder of the runs has their results. Published sets are read from DRAGKIT_DATA.
 """
 
 from __future__ import annotations
