@@ -101,8 +101,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors | (load_file(adapter) if adapter.is_file() else {})
 
 
-def assert_close(first: Path, second: Path) -> None:
+def assert_close(first: Path, second: Path, atol: float = 1e-5) -> None:
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=name)

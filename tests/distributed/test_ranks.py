@@ -47,7 +47,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
         "retriever": RETRIEVER,
         "joint": joint | {"optim.batch_size": 7, "loss.use_grad_norm_balance": True},
         # Steps of (3, 3) and of (2,) questions.
-        "accumulated": joint | {"optim.batch_size": 3, "optim.accumulation_steps": 2},
+        # The draws of a question stay on the rank that has the question.
+        "accumulated": joint
+        | {"optim.batch_size": 3, "optim.accumulation_steps": 2}
+        | {"sampler.estimator": "leave_one_out", "sampler.num_draws": 2},
     }
     for name, settings in same.items():
         assert pair.run_one(name, settings)["code"] == 0
@@ -80,7 +83,9 @@ def test_two_ranks_train_and_score_as_one(pair: Pair, name: str) -> None:
     assert pair.codes(name) == [0, 0]
     pair.assert_equal_logs(name)
     one, two = pair.one / name, pair.two / name
-    assert_close(one, two)
+    # Adam divides a gradient by its own size, so where the gradient is rounding alone an entry moves
+    # by a part of the rate, 1e-4. The differences of draws have more such entries.
+    assert_close(one, two, atol=5e-5 if name == "accumulated" else 1e-5)
     states = [load_checkpoint(find_checkpoint(folder)).state for folder in (one, two)]
     assert states[0].questions_seen == states[1].questions_seen == 16
     assert (states[0].step, states[0].batch) == (states[1].step, states[1].batch)
