@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from subset_tables import SubsetTables, all_subsets, subset_number
 from torch import Tensor
 
-from dragkit.retriever.losses import leave_one_out_gradient
+from dragkit.retriever.losses import draw_gradient, leave_one_out_weight
 from dragkit_kernels import draw_score, gumbel_topk, logistic_noise
 
 # Step of the one-dimensional integrals.
@@ -157,10 +157,10 @@ def straight_through(
 
 
 def leave_one_out(loss: Tensor, score: Tensor) -> Tensor:
-    """Estimates [R, n] of the product's `leave_one_out_gradient`. loss [M, R], score [M, R, n]."""
+    """Estimates [R, n] of the product's leave-one-out gradient. loss [M, R], score [M, R, n]."""
     _, repetitions, n = score.shape
     graph = torch.arange(repetitions).repeat_interleave(n)
-    return leave_one_out_gradient(loss, score.flatten(1), graph).view(repetitions, n)
+    return draw_gradient(leave_one_out_weight(loss), score.flatten(1), graph).view(repetitions, n)
 
 
 def leave_one_out_with_control(loss: Tensor, draws: Draws, slope: Tensor, p: Tensor) -> Tensor:

@@ -52,20 +52,47 @@ def bounded_loss(loss: Tensor, num_tokens: Tensor) -> Tensor:
     return -num_tokens * torch.expm1(-loss / num_tokens)
 
 
-def leave_one_out_gradient(loss: Tensor, score: Tensor, fact_graph: Tensor) -> Tensor:
-    """Unbiased gradient of the expected loss of a draw at the fact logits (Kool et al., 2019).
+def leave_one_out_weight(loss: Tensor) -> Tensor:
+    """Weights of the draws' scores in the gradient of the expected loss (Kool et al., 2019).
 
-    Each draw is weighted by the difference of its loss to the mean loss of the other draws.
+    Each draw is weighted by the difference of its loss to the mean loss of the other draws. The
+    gradient is unbiased.
 
     Args:
         loss: float [M, B] loss of draw m of question b, with M >= 2.
+
+    Returns:
+        float [M, B], with sum 0 over the draws.
+    """
+    # loss - (sum - loss) / (M - 1), divided by M for the mean over draws.
+    return (loss - loss.mean(0)) / (loss.shape[0] - 1)
+
+
+def posterior_weight(loss: Tensor) -> Tensor:
+    """Weights of the draws' scores in the gradient of -log E[exp(-loss)] (Bornschein and Bengio).
+
+    The gradient is minus the mean of the scores under the posterior of the draw given the answer.
+    The posterior is estimated by M draws, with a bias of order 1 / M. A weight is within 1 of 0,
+    whatever the losses.
+
+    Args:
+        loss: float [M, B] negative log-likelihood of the answer given draw m of question b.
+
+    Returns:
+        float [M, B], with sum 0 over the draws.
+    """
+    return 1 / loss.shape[0] - (-loss).softmax(0)
+
+
+def draw_gradient(weight: Tensor, score: Tensor, fact_graph: Tensor) -> Tensor:
+    """Sum of the draws' scores by weight, at the fact logits.
+
+    Args:
+        weight: float [M, B] weight of draw m of question b.
         score: float [M, E] gradient of the log-probability of draw m, see `draw_score`.
         fact_graph: int [E] question of each fact. Padding rows have B.
 
     Returns:
         float [E].
     """
-    draws = loss.shape[0]
-    # loss - (sum - loss) / (M - 1), divided by M for the mean over draws.
-    advantage = (loss - loss.mean(0)) / (draws - 1)
-    return (F.pad(advantage, (0, 1)).index_select(1, fact_graph) * score).sum(0)
+    return (F.pad(weight, (0, 1)).index_select(1, fact_graph) * score).sum(0)

@@ -19,7 +19,13 @@ from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit.joint import JointModel
 from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
-from dragkit.retriever.losses import balance_weight, bounded_loss, leave_one_out_gradient
+from dragkit.retriever.losses import (
+    balance_weight,
+    bounded_loss,
+    draw_gradient,
+    leave_one_out_weight,
+    posterior_weight,
+)
 from dragkit.retriever.retriever import RetrieverOutput
 from dragkit.retriever.text_encoder import RelationStates
 from dragkit.trainer.compile import autocast
@@ -108,8 +114,10 @@ class JointStep:
             retrieval = self.retrieval_loss(draft.logits, graph) / counts["questions"]
             (label_grad,) = torch.autograd.grad(retrieval, draft.logits)
         nats, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
-        draw_loss = self._draw_loss(draft, nats) / counts["tokens"]
-        generator_grad, weight = self.retriever_backward(draft, label_grad, draw_loss)
+        draw_weight = None
+        if draft.score is not None:
+            draw_weight = self._draw_weight(draft, nats) / counts["tokens"]
+        generator_grad, weight = self.retriever_backward(draft, label_grad, draw_weight)
         draws = len(nats)
         generator_loss = nats.sum() / (counts["tokens"] * draws)
         retrieval = retrieval.detach()
@@ -207,14 +215,14 @@ class JointStep:
         return [list(islice(remaining, size)) for size in sizes]
 
     def retriever_backward(
-        self, draft: Draft, label_grad: Tensor, loss: Tensor
+        self, draft: Draft, label_grad: Tensor, draw_weight: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Runs the backward of sampler, projector and retriever.
 
         Args:
             draft: the forward.
             label_grad: float [E] gradient of the retrieval loss at `logits`.
-            loss: float [M, B] loss of each draw and question, over the batch's tokens.
+            draw_weight: float [M, B] weight of each draw's score, with "leave_one_out".
 
         Returns:
             Gradient of the answer loss at `logits`, float [E], and the retrieval loss's weight, [].
@@ -230,7 +238,7 @@ class JointStep:
                 )
                 roots = inputs[1:]
             if not self._gates_vectors:
-                generator_grad = self._draw_gradient(draft, loss)
+                generator_grad = self._draw_gradient(draft, draw_weight)
             if generator_grad is None or not self._draw_learns:
                 generator_grad = torch.zeros_like(logits)
             # A device tensor, like the balanced weight, so that the log needs no second case.
@@ -244,19 +252,22 @@ class JointStep:
                 torch.autograd.backward(roots, grads)
         return generator_grad, weight
 
-    def _draw_loss(self, draft: Draft, nats: Tensor) -> Tensor:
-        """The loss by which "leave_one_out" compares draws, float [M, B]."""
-        if not self.config.loss.bounded_draw_loss:
-            return nats
-        # The last piece of a prompt is its target.
-        num_tokens = draft.layout.end.diff(dim=1)[:, -1].view_as(nats).clamp(min=1)
-        return bounded_loss(nats, num_tokens)
+    def _draw_weight(self, draft: Draft, nats: Tensor) -> Tensor:
+        """Weights of the draws' scores in nats of a question, float [M, B]."""
+        objective = self.config.loss.draw_objective
+        if objective == "marginal":
+            return posterior_weight(nats)
+        if objective == "bounded":
+            # The last piece of a prompt is its target.
+            num_tokens = draft.layout.end.diff(dim=1)[:, -1].view_as(nats).clamp(min=1)
+            nats = bounded_loss(nats, num_tokens)
+        return leave_one_out_weight(nats)
 
     @staticmethod
-    def _draw_gradient(draft: Draft, loss: Tensor) -> Tensor | None:
+    def _draw_gradient(draft: Draft, weight: Tensor | None) -> Tensor | None:
         """Gradient of the answer loss at `logits` by score function or soft gates, float [E]."""
-        if draft.score is not None:
-            return leave_one_out_gradient(loss, draft.score, draft.fact_graph)
+        if draft.score is not None and weight is not None:
+            return draw_gradient(weight, draft.score, draft.fact_graph)
         if draft.gates is None or draft.gates.grad is None:
             return None
         gate = draft.selection.gate.flatten(0, 1)

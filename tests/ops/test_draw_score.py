@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dragkit.retriever.losses import leave_one_out_gradient
+from dragkit.retriever.losses import draw_gradient, leave_one_out_weight
 from dragkit_kernels import draw_score, gumbel_topk, logistic_noise
 from tests.ops.exact_k_cases import offsets
 
@@ -112,7 +112,7 @@ def test_leave_one_out_compares_each_draw_with_the_mean_of_the_others() -> None:
     loss = torch.tensor([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]])
     score = torch.randn(3, 4)
     graph = torch.tensor([0, 0, 1, 2])  # the last row is padding
-    gradient = leave_one_out_gradient(loss, score, graph)
+    gradient = draw_gradient(leave_one_out_weight(loss), score, graph)
     weight = torch.tensor([1 - 4.0, 2 - 3.5, 6 - 1.5]) / 3
     expected = (weight.unsqueeze(1) * score).sum(0)
     torch.testing.assert_close(gradient[:2], expected[:2])

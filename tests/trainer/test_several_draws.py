@@ -21,10 +21,10 @@ def gradients(phase, batch, step=0):
     return out, grads
 
 
-@pytest.mark.parametrize("bounded", [False, True])
-def test_leave_one_out_equals_prompts_one_at_a_time(bounded):
+@pytest.mark.parametrize("objective", ["expected", "bounded", "marginal"])
+def test_draws_equal_prompts_one_at_a_time(objective):
     """Every draw of every question alone gives the losses, and these give the gradient."""
-    weights = {"ret_loss_weight": 0.3, "bounded_draw_loss": bounded}
+    weights = {"ret_loss_weight": 0.3, "draw_objective": objective}
     phase = make(sampler=LEAVE_ONE_OUT, loss=weights)
     model, batch = phase.model, make_batch(phase.model.generator)
     counts = phase.counts([batch])
@@ -44,11 +44,15 @@ def test_leave_one_out_equals_prompts_one_at_a_time(bounded):
             losses[m, b] = loss.detach()
             total = total + loss / (3 * counts["tokens"])
     retrieval = phase.retrieval_loss(logits, batch.graph) / counts["questions"]
-    if bounded:
+    if objective == "bounded":
         length = batch.target.ptr.diff()
         losses = length * (1 - torch.exp(-losses / length))
     others = (losses.sum(0) - losses) / 2
-    advantage = (losses - others)[:, batch.graph.fact_graph.long()] / (3 * counts["tokens"])
+    advantage = (losses - others) / 3
+    if objective == "marginal":
+        likelihood = torch.exp(-losses)
+        advantage = 1 / 3 - likelihood / likelihood.sum(0)
+    advantage = advantage[:, batch.graph.fact_graph.long()] / counts["tokens"]
     surrogate = ((advantage * score).sum(0) * logits).sum()
     (total + 0.3 * retrieval + surrogate).backward()
     torch.testing.assert_close(out.loss, (total + 0.3 * retrieval).detach())
