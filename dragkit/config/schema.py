@@ -59,6 +59,13 @@ class DataConfig(Section):
         le=1,
         description="Fraction of the training questions that is used, drawn with the seed.",
     )
+    label_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Fraction of the training questions whose labels are used. The others still "
+        "train the generator, and the retriever through the answer loss. It is for experiments.",
+    )
     label_noise: float = Field(
         0.0,
         ge=0,

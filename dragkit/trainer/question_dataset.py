@@ -59,7 +59,7 @@ class QuestionDataset:
         config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
-        training: whether `data.train_fraction` and `data.label_noise` apply.
+        training: whether `data.train_fraction`, `data.label_fraction` and `data.label_noise` apply.
 
     Raises:
         DataError: lines cannot be used, or a question and its answers exceed the prompt length.
@@ -119,7 +119,7 @@ class QuestionDataset:
         return len(self.batch_sampler.rows)
 
     def _handicaps(self, config: TrainConfig) -> tuple[np.ndarray | None, np.ndarray | None]:
-        """Noisy labels, uint8 [E], and the questions to use, int64 rows. None is without."""
+        """Labels, uint8 [E], and the questions to use, int64 rows. None is the store's own."""
         labels = rows = None
         if probability := config.data.label_noise:
             labels = noisy_labels(self.store, probability, config.run.seed)
@@ -133,6 +133,20 @@ class QuestionDataset:
                 moved,
                 positive,
                 100 * moved / max(positive, 1),
+            )
+        if config.data.label_fraction < 1:
+            labelled = random_questions(self.store, config.data.label_fraction, config.run.seed)
+            is_labelled = np.isin(np.arange(len(self.store)), labelled)
+            given = self.store.labels if labels is None else labels
+            labels = given * np.repeat(is_labelled, self.store.fact_counts)
+            logger.info(
+                "%s: data.label_fraction=%g keeps %d of %d positive labels, in %d of %d questions",
+                self.path,
+                config.data.label_fraction,
+                int(labels.sum()),
+                int(self.store.labels.sum()),
+                len(labelled),
+                len(self.store),
             )
         if config.data.train_fraction < 1:
             rows = random_questions(self.store, config.data.train_fraction, config.run.seed)

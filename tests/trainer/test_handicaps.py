@@ -62,6 +62,30 @@ def test_both_phases_train_on_the_same_labels_and_evaluate_on_the_true_ones(
     assert caplog.text.count(text) == caplog.text.count("uses 4 of 8 questions") == 2
 
 
+def test_questions_without_their_labels_still_train(
+    tmp_path: Path, opened: list[tuple[bool, QuestionDataset]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A quarter of the questions keeps its labels, moved or not. All questions are seen."""
+    fewer = {"data.label_fraction": 0.25}
+    with caplog.at_level(logging.INFO):
+        for name, settings in (("clean", {}), ("noisy", {"data.label_noise": 0.6})):
+            make_run(tmp_path, 2, name, **DATA, **fewer, **settings).execute()
+    noise = make_run(tmp_path, 1, "noise", **DATA, **{"data.label_noise": 0.6})
+    moved = noise.dataset(noise.paths.train, None, 3, training=True).collator.labels
+    clean, _, noisy, _, _ = (dataset for training, dataset in opened if training)
+    store = clean.store
+    question = np.repeat(np.arange(8), store.fact_counts)
+    for dataset, labels in ((clean, store.labels), (noisy, moved)):
+        assert len(dataset) == 8
+        kept = dataset.collator.labels.astype(bool)
+        labelled = {row for row in range(8) if kept[question == row].any()}
+        assert 0 < len(labelled) <= 2
+        for row in labelled:
+            in_row = question == row
+            assert np.array_equal(kept[in_row], labels[in_row].astype(bool))
+    assert "in 2 of 8 questions" in caplog.text
+
+
 def test_by_default_training_uses_the_stored_labels_and_every_question(
     tmp_path: Path, opened: list[tuple[bool, QuestionDataset]]
 ) -> None:
