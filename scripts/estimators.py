@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gradient_estimators import Estimates, all_estimates, exact_gradient, subset_probability
+from gradient_estimators import (
+    Estimates,
+    all_estimates,
+    exact_gradient,
+    exact_marginal_gradient,
+    subset_probability,
+)
 from subset_tables import QuestionPrompts, SubsetTables, make_tables
 from torch import Tensor
 
@@ -52,6 +58,7 @@ COLOURS = {
     "soft gates T=1": "#e69f00",
     "leave-one-out": "#0072b2",
     "DisARM": "#cc79a7",
+    "marginal": "#f0e442",
     "leave-one-out and mean field": "#009e73",
 }
 
@@ -178,15 +185,19 @@ def remarks(tables: Sequence[SubsetTables]) -> str:
     """Sentences about the losses themselves."""
     order = torch.stack([t.key_order_loss for t in tables])  # [Q, 2, D]
     share = (order[:, 0] - order[:, 1]).square().mean() / order[:, 0].var(1).mean()
-    exact = [exact_gradient(t.logits, t.loss, len(t.logits)) for t in tables]
     label = torch.cat([t.label for t in tables])
-    lowers = torch.cat(exact) < 0
+    expected, marginal = (
+        torch.cat([gradient(t.logits, t.loss, len(t.logits)) for t in tables])
+        for gradient in (exact_gradient, exact_marginal_gradient)
+    )
     longer = torch.stack([_relative_length(t) for t in tables]).mean()
     return (
         f"The order of the facts by key instead of by logit explains {100 * share:.1f} % of the "
-        f"variance of the loss over draws. The exact gradient raises {_percent(lowers[label])} of "
-        f"the positive facts and {_percent(lowers[~label])} of the others. A prompt with all facts "
-        f"has {longer:.2f} times the tokens of the average draw."
+        f"variance of the loss over draws. The exact gradient of the expected loss raises "
+        f"{_raised(expected, label)}. That of the marginal likelihood raises "
+        f"{_raised(marginal, label)}. A fifth of the questions has {_share(expected, len(tables))} of the squared norm of the "
+        f"first, and {_share(marginal, len(tables))} of the second. "
+        f"A prompt with all facts has {longer:.2f} times the tokens of the average draw."
     )
 
 
@@ -194,6 +205,18 @@ def _relative_length(tables: SubsetTables) -> Tensor:
     """Tokens of the prompt with all facts over those of the average draw."""
     probability = subset_probability(tables.logits, len(tables.logits))
     return tables.num_tokens[-1] / (probability @ tables.num_tokens.double())
+
+
+def _raised(gradient: Tensor, label: Tensor) -> str:
+    raised = gradient < 0
+    positive, others = _percent(raised[label]), _percent(raised[~label])
+    return f"{positive} of the positive facts and {others} of the others"
+
+
+def _share(gradient: Tensor, num_questions: int) -> str:
+    """Share of the fifth of the questions with the largest gradients in the squared norm."""
+    square = gradient.view(num_questions, -1).square().sum(1).sort(descending=True).values
+    return _percent(square[: max(num_questions // 5, 1)].sum() / square.sum())
 
 
 def _percent(values: Tensor) -> str:
@@ -270,6 +293,9 @@ prompt. *prompts* counts prompts of one estimate.
 - *mean field*: all facts are in the prompt, with log-gates equal to their probabilities.
 - *leave-one-out*: `sampler.estimator: leave_one_out` with M draws. "score of signs" is z - p for
   every draw, which ignores how the fact of an empty draw is chosen.
+- *marginal*: `loss.draw_objective: marginal`, which weights the score of each draw by its posterior
+  given the answer. It is compared with the exact gradient of its own objective,
+  -log E[exp(-loss)].
 - *leave-one-out and mean field*: leave-one-out for the loss without its linear part, whose slope is
   the mean-field gradient. It stays unbiased and costs one prompt.
 - *DisARM*, *ARMS*: draws with opposite, or negatively correlated, noise.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from subset_tables import SubsetTables, all_subsets, subset_number
 from torch import Tensor
 
-from dragkit.retriever.losses import draw_gradient, leave_one_out_weight
+from dragkit.retriever.losses import draw_gradient, leave_one_out_weight, posterior_weight
 from dragkit_kernels import draw_score, gumbel_topk, logistic_noise
 
 # Step of the one-dimensional integrals.
@@ -71,6 +71,13 @@ def exact_gradient(logits: Tensor, loss: Tensor, k: int, mode: str = "bernoulli"
     logits = logits.detach().requires_grad_()
     expected = subset_probability(logits, k, mode) @ loss
     return torch.autograd.grad(expected, logits)[0]
+
+
+def exact_marginal_gradient(logits: Tensor, loss: Tensor, k: int) -> Tensor:
+    """Gradient at the logits, float64 [n], of -log of the expected likelihood of the answer."""
+    logits = logits.detach().requires_grad_()
+    log_p = subset_probability(logits, k).clamp(min=1e-300).log()
+    return torch.autograd.grad(-(log_p - loss).logsumexp(0), logits)[0]
 
 
 class Draws(NamedTuple):
@@ -156,11 +163,16 @@ def straight_through(
     return torch.autograd.grad(total, packed)[0].view(repetitions, n)
 
 
-def leave_one_out(loss: Tensor, score: Tensor) -> Tensor:
-    """Estimates [R, n] of the product's leave-one-out gradient. loss [M, R], score [M, R, n]."""
+def weighted_scores(weight: Tensor, score: Tensor) -> Tensor:
+    """Estimates [R, n] of the product's `draw_gradient`. weight [M, R], score [M, R, n]."""
     _, repetitions, n = score.shape
     graph = torch.arange(repetitions).repeat_interleave(n)
-    return draw_gradient(leave_one_out_weight(loss), score.flatten(1), graph).view(repetitions, n)
+    return draw_gradient(weight, score.flatten(1), graph).view(repetitions, n)
+
+
+def leave_one_out(loss: Tensor, score: Tensor) -> Tensor:
+    """Estimates [R, n] of the gradient of the expected loss. loss [M, R], score [M, R, n]."""
+    return weighted_scores(leave_one_out_weight(loss), score)
 
 
 def leave_one_out_with_control(loss: Tensor, draws: Draws, slope: Tensor, p: Tensor) -> Tensor:
@@ -257,6 +269,9 @@ def all_estimates(tables: SubsetTables, repetitions: int, seed: int) -> Iterator
         losses = loss[draws.subset]
         values = leave_one_out(losses, draws.score)
         yield Estimates(f"leave-one-out M={count}", "leave-one-out", count, values, exact)
+        values = weighted_scores(posterior_weight(losses), draws.score)
+        marginal = exact_marginal_gradient(logits, loss, n)
+        yield Estimates(f"marginal M={count}", "marginal", count, values, marginal)
         values = leave_one_out(losses, draws.fires - p)
         name = "leave-one-out, score of signs"
         yield Estimates(f"{name}, M={count}", name, count, values, exact)

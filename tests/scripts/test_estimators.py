@@ -112,6 +112,26 @@ def test_score_function_estimators_are_unbiased(gradients, k):
     assert z_score(gradients.leave_one_out(losses, draws.fires - p), exact) > 8
 
 
+def test_the_marginal_estimate_tends_to_the_exact_gradient(gradients):
+    """Its bias is of order 1 / M. The exact gradient is compared with differences."""
+    loss, k = loss_of(4), 3
+    exact = gradients.exact_marginal_gradient(LOGITS, loss, k)
+
+    def objective(logits):
+        return -(gradients.subset_probability(logits, k) @ torch.exp(-loss)).log()
+
+    step = 1e-5 * torch.eye(4, dtype=torch.float64)
+    by_difference = [(objective(LOGITS + d) - objective(LOGITS - d)) / 2e-5 for d in step]
+    torch.testing.assert_close(exact, torch.stack(by_difference), rtol=1e-6, atol=1e-9)
+    bias = []
+    for count in (4, 32):
+        draws = gradients.draw(LOGITS, gradients.noise_of(4, REPETITIONS, count, seed=8), k)
+        weight = gradients.posterior_weight(loss[draws.subset])
+        values = gradients.weighted_scores(weight, draws.score)
+        bias.append(float((values.mean(0) - exact).norm() / exact.norm()))
+    assert bias[1] < min(bias[0] / 4, 0.1)
+
+
 def test_arms_is_unbiased_where_no_draw_is_empty(gradients):
     logits = LOGITS + torch.tensor([12.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     loss = loss_of(4)
