@@ -195,8 +195,9 @@ def remarks(tables: Sequence[SubsetTables]) -> str:
         f"The order of the facts by key instead of by logit explains {100 * share:.1f} % of the "
         f"variance of the loss over draws. The exact gradient of the expected loss raises "
         f"{_raised(expected, label)}. That of the marginal likelihood raises "
-        f"{_raised(marginal, label)}. A fifth of the questions has {_share(expected, len(tables))} of the squared norm of the "
-        f"first, and {_share(marginal, len(tables))} of the second. "
+        f"{_raised(marginal, label)}. A fifth of the questions has "
+        f"{_share(expected, len(tables))} of the squared norm of the first, and "
+        f"{_share(marginal, len(tables))} of the second. "
         f"A prompt with all facts has {longer:.2f} times the tokens of the average draw."
     )
 
