@@ -60,7 +60,7 @@ _UNDRAWN = "its gradient was a million times the exact one. Use sampler.estimato
 REMOVED: dict[str, tuple[object, str]] = {
     "sampler.undrawn_facts_vector": (False, _UNDRAWN),
     "sampler.residual_slot": (False, _UNDRAWN),
-    "loss.bounded_draw_loss": (False, "set loss.draw_objective=bounded"),
+    "loss.bounded_draw_loss": (False, "loss.draw_objective=marginal retrieves better"),
 }
 _PHASE_BLOCKS = ("phase1", "phase2")
 _PRESET_DIR = Path(__file__).with_name("presets")

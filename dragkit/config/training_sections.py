@@ -27,11 +27,10 @@ class LossConfig(Section):
         description="Ways of the answer loss into the retriever: through the draw of the facts, "
         "through their structural vectors, both (paper), or none (labels alone train it).",
     )
-    draw_objective: Literal["expected", "bounded", "marginal"] = Field(
+    draw_objective: Literal["expected", "marginal"] = Field(
         "expected",
-        description="What leave_one_out minimizes over draws: the expected answer loss L, the "
-        "expected n (1 - exp(-L / n)) for an answer of n tokens, or the negative log-likelihood of "
-        "the answer with the draw summed out.",
+        description="What leave_one_out minimizes over draws: the expected answer loss, or the "
+        "negative log-likelihood of the answer with the draw summed out.",
     )
     use_grad_norm_balance: bool = Field(
         False, description="Set ret_loss_weight from the ratio of gradient norms (paper)."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,18 +37,6 @@ def balance_weight(generator_gradient: Tensor, retriever_gradient: Tensor, rho: 
         rho: ratio of the norms after weighting.
     """
     return rho * generator_gradient.norm() / (retriever_gradient.norm() + 1e-12)
-
-
-def bounded_loss(loss: Tensor, num_tokens: Tensor) -> Tensor:
-    """n (1 - exp(-loss / n)): the expected wrong tokens if all had the mean log-likelihood.
-
-    It is nearly the loss where the answer is likely, and at most n.
-
-    Args:
-        loss: float, cross-entropy of each answer in nats.
-        num_tokens: int of the same shape, n >= 1 tokens of the answer.
-    """
-    return -num_tokens * torch.expm1(-loss / num_tokens)
 
 
 def leave_one_out_weight(loss: Tensor) -> Tensor:

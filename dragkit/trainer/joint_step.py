@@ -21,7 +21,6 @@ from dragkit.observe.profiling import nvtx_range
 from dragkit.retriever.fact_sampler import FactSelection
 from dragkit.retriever.losses import (
     balance_weight,
-    bounded_loss,
     draw_gradient,
     leave_one_out_weight,
     posterior_weight,
@@ -116,7 +115,9 @@ class JointStep:
         nats, num_correct, num_tokens = self.generator_backward(draft, counts["tokens"])
         draw_weight = None
         if draft.score is not None:
-            draw_weight = self._draw_weight(draft, nats) / counts["tokens"]
+            is_marginal = self.config.loss.draw_objective == "marginal"
+            weigh = posterior_weight if is_marginal else leave_one_out_weight
+            draw_weight = weigh(nats) / counts["tokens"]
         generator_grad, weight = self.retriever_backward(draft, label_grad, draw_weight)
         draws = len(nats)
         generator_loss = nats.sum() / (counts["tokens"] * draws)
@@ -251,17 +252,6 @@ class JointStep:
             if roots:
                 torch.autograd.backward(roots, grads)
         return generator_grad, weight
-
-    def _draw_weight(self, draft: Draft, nats: Tensor) -> Tensor:
-        """Weights of the draws' scores in nats of a question, float [M, B]."""
-        objective = self.config.loss.draw_objective
-        if objective == "marginal":
-            return posterior_weight(nats)
-        if objective == "bounded":
-            # The last piece of a prompt is its target.
-            num_tokens = draft.layout.end.diff(dim=1)[:, -1].view_as(nats).clamp(min=1)
-            nats = bounded_loss(nats, num_tokens)
-        return leave_one_out_weight(nats)
 
     @staticmethod
     def _draw_gradient(draft: Draft, weight: Tensor | None) -> Tensor | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from dragkit.retriever.losses import balance_weight, bounded_loss, retrieval_loss
+from dragkit.retriever.losses import (
+    balance_weight,
+    leave_one_out_weight,
+    posterior_weight,
+    retrieval_loss,
+)
 
 
 def _by_definition(logits, label, graph, num_graphs, rho, margin):
@@ -63,11 +66,19 @@ def test_balance_weight_sets_the_ratio_of_the_norms():
     assert torch.isfinite(balance_weight(generator, torch.zeros(50), 0.9))
 
 
-def test_the_bounded_loss_is_the_loss_where_it_is_small_and_at_most_the_tokens():
-    loss = torch.tensor([1e-4, 0.5, 30.0, 1e6], dtype=torch.float64)
-    tokens = torch.tensor([5, 2, 3, 3])
-    bounded = bounded_loss(loss, tokens)
-    expected = [5 * (1 - math.exp(-1e-4 / 5)), 2 * (1 - math.exp(-0.25)), 3 * (1 - math.exp(-10))]
-    torch.testing.assert_close(bounded[:3], torch.tensor(expected, dtype=torch.float64))
-    assert float(bounded[3]) == 3
-    torch.testing.assert_close(bounded[:1], loss[:1], rtol=1e-4, atol=0)
+def test_posterior_weights_are_bounded_and_shift_with_no_constant():
+    loss = torch.tensor([[1.0, 500.0], [2.0, 0.0], [4.0, 1e6]], dtype=torch.float64)
+    likelihood = torch.exp(-loss[:, 0])
+    weight = posterior_weight(loss)
+    torch.testing.assert_close(weight[:, 0], 1 / 3 - likelihood / likelihood.sum())
+    torch.testing.assert_close(
+        weight[:, 1], torch.tensor([1 / 3, -2 / 3, 1 / 3], dtype=torch.float64)
+    )
+    torch.testing.assert_close(posterior_weight(loss + 700), weight)
+
+
+def test_both_weights_favour_the_same_draws_where_losses_differ_little():
+    """To first order both are the difference to the mean, over M and over M - 1."""
+    loss = 20 + 1e-5 * torch.randn(4, 3, dtype=torch.float64)
+    expected = leave_one_out_weight(loss) * 3 / 4
+    torch.testing.assert_close(posterior_weight(loss), expected, rtol=1e-4, atol=1e-9)

@@ -21,7 +21,7 @@ def gradients(phase, batch, step=0):
     return out, grads
 
 
-@pytest.mark.parametrize("objective", ["expected", "bounded", "marginal"])
+@pytest.mark.parametrize("objective", ["expected", "marginal"])
 def test_draws_equal_prompts_one_at_a_time(objective):
     """Every draw of every question alone gives the losses, and these give the gradient."""
     weights = {"ret_loss_weight": 0.3, "draw_objective": objective}
@@ -44,9 +44,6 @@ def test_draws_equal_prompts_one_at_a_time(objective):
             losses[m, b] = loss.detach()
             total = total + loss / (3 * counts["tokens"])
     retrieval = phase.retrieval_loss(logits, batch.graph) / counts["questions"]
-    if objective == "bounded":
-        length = batch.target.ptr.diff()
-        losses = length * (1 - torch.exp(-losses / length))
     others = (losses.sum(0) - losses) / 2
     advantage = (losses - others) / 3
     if objective == "marginal":
