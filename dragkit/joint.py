@@ -102,12 +102,17 @@ class JointModel(nn.Module):
         selection: FactSelection,
         *,
         text_only: bool = False,
-    ) -> list[str]:
-        """Greedy answers from the selected facts. `text_only` leaves structural vectors out."""
+    ) -> tuple[list[str], Tensor]:
+        """Greedy answers from the selected facts. `text_only` leaves structural vectors out.
+
+        Returns:
+            A text for each question, and the facts without room in its prompt, bool [B, K].
+        """
         with_vectors = self.uses_vectors and not text_only
-        prompt = self.prompt(batch, selection.index, with_target=False, vectors=with_vectors)
+        layout = self.layout(batch, selection.index, with_target=False, vectors=with_vectors)
+        prompt = layout.assemble(range(len(layout.end)), *layout.copy_lengths().result())
         vectors = None
         if with_vectors:
             vectors = self.structural_vectors(output, batch, selection).flatten(0, 1)
         limit = self.config.run.val_max_new_tokens or self.config.generator.max_new_tokens
-        return self.generator.greedy_texts(prompt, vectors, limit)
+        return self.generator.greedy_texts(prompt, vectors, limit), layout.left_out

@@ -25,8 +25,6 @@ from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
-# Separates the answers of a target. The evaluation splits generated text at it.
-ANSWER_DELIMITER = " | "
 TOKENS_VERSION = 1
 _CHUNK_FACTS = 1 << 16
 _CHUNK_QUESTIONS = 1 << 12
@@ -203,6 +201,21 @@ class TokenRows:
     def target_lengths(self) -> np.ndarray:
         """int64 [Q] number of tokens of each target, with `eos_ids`."""
         return np.diff(self._ptr["target"])
+
+    def facts_over(self, room: np.ndarray) -> tuple[int, np.ndarray]:
+        """Finds facts that are too long for any prompt.
+
+        Args:
+            room: int64 [Q] tokens that a prompt of each question has for its facts.
+
+        Returns:
+            Number of facts with more tokens than that, and their questions, int64 rows.
+        """
+        room = room.clip(min=0)
+        rows = (self._longest_fact > room).nonzero()[0]
+        ptr, fact_ptr = self._ptr["facts"], self.store.fact_ptr
+        lengths = [np.diff(ptr[fact_ptr[row] : fact_ptr[row + 1] + 1]) for row in rows]
+        return sum(int((n > room[row]).sum()) for row, n in zip(rows, lengths, strict=True)), rows
 
     def _pack(self, part: str, spans: list[tuple[int, int]], max_row: int | None) -> TokenPack:
         """Joins rows start..stop-1 of every span. `max_row` None computes it."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
 
 from dragkit.data.store import StoredQuestion
 from dragkit.distributed.ranks import Ranks
-from dragkit.eval.metrics import answer_recall_at_k, average_precision, retrieval_prf
+from dragkit.eval.metrics import (
+    answer_recall_at_k,
+    average_precision,
+    parse_answers,
+    retrieval_prf,
+)
 from dragkit.eval.report import QuestionRecord, Report, aggregate, score_text
 from dragkit.eval.types import Dataset, Prediction, Predictor
+
+logger = logging.getLogger(__name__)
 
 RECALL_AT = (5, 10, 20, 50, 100)
 _SUMMARY_METRICS = (
@@ -87,6 +95,7 @@ def _score(question: StoredQuestion, prediction: Prediction) -> QuestionRecord:
         question=question.text,
         answer_in_graph=any(answer in entities for answer in question.answers),
         retrieval=_retrieval_scores(question, prediction),
+        num_left_out=prediction.num_left_out,
     )
 
 
@@ -102,7 +111,9 @@ def _to_json(question: StoredQuestion, prediction: Prediction) -> dict[str, obje
         "question": question.text,
         "answers": list(question.answers),
         "text": prediction.text,
+        "parsed": None if prediction.text is None else parse_answers(prediction.text),
         "facts": facts,
+        "facts_left_out": prediction.num_left_out,
     }
 
 
@@ -158,4 +169,14 @@ def evaluate(
         for i in range(len(batches))
         for row in gathered[i % ranks.world_size][i // ranks.world_size]
     ]
-    return EvaluationResult(aggregate(record for record, _ in rows), [json for _, json in rows])
+    report = aggregate(record for record, _ in rows)
+    if report.counts["facts_left_out"]:
+        logger.warning(
+            "%s: %d facts found no room in the prompts of %d of %d questions and were left out. "
+            "Raise generator.max_prompt_tokens, or choose fewer facts with sampler.k_facts",
+            dataset.store.path,
+            report.counts["facts_left_out"],
+            report.counts["prompts_cut"],
+            report.counts["asked"],
+        )
+    return EvaluationResult(report, [json for _, json in rows])

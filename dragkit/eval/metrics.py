@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from collections.abc import Hashable, Iterable, Sequence
@@ -12,11 +13,11 @@ from collections.abc import Set as AbstractSet
 from itertools import groupby
 from operator import itemgetter
 
-from dragkit.data.tokens import ANSWER_DELIMITER
+from dragkit.data.names import read_names
 from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
 
 # Raise this when a change of the parser, a normalisation or a formula can change a number.
-METRIC_VERSION = 1
+METRIC_VERSION = 2
 
 STRICT_NAMES = (
     "strict-hits@1",
@@ -29,27 +30,35 @@ STRICT_NAMES = (
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
+# The group is a sign that carries meaning. Other punctuation separates words or adorns them.
+_SIGN = re.compile(
+    r"("
+    # In front of a number: -5, (-5), <5, >=5. Not within 1990-2000, F-16, 5%-10% or ->5.
+    r"(?<![^\s(\[{<>=^/,;:|\"'“‘«])-(?=[$€£¥]?[.,]?\d)"
+    r"|(?<![-=])[<>]=?(?=-?[.,]?\d)"
+    # Behind a word, or between it and a number: AB+, C++, F#, UTC+5. Not within A+B.
+    r"|(?<=[^\W_])[+#]+(?![^\W\d_]|[+#])"
+    # Behind a word with a letter: AB-, SO42-. Not behind 1990-, nor within well-known.
+    r"|(?<=[^\W\d_])\d*-(?![\w-])"
+    # Behind a number: 5%. Behind a single letter: A*. Not in **A**.
+    r"|(?<=\d)\s*%|(?<=(?<![\w*])[^\W\d_])\*(?![\w*])"
+    r")"
+)
 
 
-def parse_answers(
-    text: str, delimiter: str = ANSWER_DELIMITER, *, keep_repeats: bool = False
-) -> list[str]:
+def parse_answers(text: str, *, keep_repeats: bool = False) -> list[str]:
     """Splits a generated text into answers. Every answer metric depends on this parser.
 
-    The text is split at line ends and at the stripped delimiter. Each part is stripped. Empty
-    parts and repeated answers are dropped. The order is kept.
+    The text is split at line ends and at bars, except at a bar after a backslash, which belongs to
+    an answer, see `dragkit.data.names.written_name`. Each part is stripped. Empty parts and
+    repeated answers are dropped. The order is kept.
 
     Args:
         text: the generated text.
-        delimiter: separates the answers in training targets. A delimiter of white space means that
-            only line ends separate answers.
         keep_repeats: keeps repeated answers. The rog scores count each line.
     """
-    separator = delimiter.strip()
     lines = text.replace("\r", "\n").split("\n")
-    pieces = (line.split(separator) if separator else (line,) for line in lines)
-    parts = (part.strip() for line_pieces in pieces for part in line_pieces)
-    answers = [part for part in parts if part]
+    answers = [answer for line in lines for answer in read_names(line)]
     return answers if keep_repeats else list(dict.fromkeys(answers))
 
 
@@ -57,13 +66,18 @@ def strict_key(text: str) -> str:
     """Normalises an answer. Strict scores compare whole keys, so "US" does not match "Russia".
 
     Format characters (category Cf) are dropped. NFKC and case folding are applied. Punctuation
-    becomes spaces. The words a, an and the are removed unless nothing else is left. White space is
-    collapsed. Accents stay. A text without any key, such as "!!!", is only stripped.
+    becomes spaces, except a sign that carries meaning: "AB-" is not "AB+", "-5" is not "5", "C++"
+    is not "C", and "5%" is not "5". A minus sign is a hyphen. The words a, an and the are removed
+    unless nothing else is left. White space is collapsed. Accents stay. A text without any key,
+    such as "!!!", is only stripped.
     """
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
-    spaced = "".join(" " if _is_punctuation(char) else char for char in folded)
-    words = spaced.split()
+    # Every second piece is a sign.
+    pieces = _SIGN.split(folded.replace("\N{MINUS SIGN}", "-"))
+    pieces[::2] = map(_without_punctuation, pieces[::2])
+    pieces[1::2] = map(str.strip, pieces[1::2])
+    words = "".join(pieces).split()
     return " ".join([w for w in words if w not in _ARTICLES] or words) or text.strip()
 
 
@@ -179,9 +193,12 @@ def answer_recall_at_k(
     return len(golds & retrieved) / len(golds) if golds else 0.0
 
 
-def _is_punctuation(char: str) -> bool:
-    """Whether a character is Unicode punctuation or an ASCII symbol such as "+"."""
-    return char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P")
+def _without_punctuation(text: str) -> str:
+    """Replaces Unicode punctuation and ASCII symbols, such as "=", by spaces."""
+    return "".join(
+        " " if char in _ASCII_PUNCTUATION or unicodedata.category(char).startswith("P") else char
+        for char in text
+    )
 
 
 def _set_prf(

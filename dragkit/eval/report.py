@@ -23,6 +23,7 @@ class QuestionRecord:
         answer_in_graph: whether some gold answer is an entity of the graph, None if unknown.
         retrieval: metrics that some questions may lack. `retrieval-recall`, for example, is
             undefined without a labelled fact.
+        num_left_out: number of facts that were chosen for the prompt and found no room in it.
     """
 
     question_id: str
@@ -31,6 +32,7 @@ class QuestionRecord:
     num_predictions: int
     answer_in_graph: bool | None = None
     retrieval: Mapping[str, float] = field(default_factory=dict)
+    num_left_out: int = 0
 
 
 def score_text(
@@ -41,6 +43,7 @@ def score_text(
     question: str = "",
     answer_in_graph: bool | None = None,
     retrieval: Mapping[str, float] | None = None,
+    num_left_out: int = 0,
 ) -> QuestionRecord:
     """Parses and scores one generated text.
 
@@ -51,6 +54,7 @@ def score_text(
         question: text of the question. Only the subgraphrag scores read it.
         answer_in_graph: whether some gold answer is an entity of the graph, None if unknown.
         retrieval: retrieval metrics of the question.
+        num_left_out: number of facts that were chosen for the prompt and found no room in it.
 
     Raises:
         ValueError: `golds` is a text instead of a list.
@@ -64,6 +68,7 @@ def score_text(
         num_predictions=len(set(predictions)),
         answer_in_graph=answer_in_graph,
         retrieval=dict(retrieval or {}),
+        num_left_out=num_left_out,
     )
 
 
@@ -73,7 +78,9 @@ class Report:
 
     Attributes:
         counts: numbers of questions by name: `asked`, `scored` (equal to `asked`), `no_gold` (no
-            gold answer), `empty_predictions`, `answerable_in_subgraph` (None if unknown for any).
+            gold answer), `empty_predictions`, `answerable_in_subgraph` (None if unknown for any),
+            `facts_left_out` (chosen for a prompt, without room in it) and `prompts_cut` (prompts
+            with such facts).
         means: mean of each metric as a fraction. Empty if no question was asked.
         num_scored: number of questions in each mean. For answer metrics it is `asked`.
     """
@@ -153,6 +160,8 @@ def aggregate(records: Iterable[QuestionRecord]) -> Report:
         "scored": len(rows),
         # A run of phase 1 generates nothing, so it has no scores and no empty predictions.
         "empty_predictions": sum(bool(row.scores) and row.num_predictions == 0 for row in rows),
+        "facts_left_out": sum(row.num_left_out for row in rows),
+        "prompts_cut": sum(row.num_left_out > 0 for row in rows),
     }
     # fsum makes the mean independent of the order of the questions.
     means = {name: math.fsum(column) / len(column) for name, column in values.items()}

@@ -24,6 +24,7 @@ class Prediction:
         selected: the facts in the prompt.
         probability: probability of each ranked fact.
         text: the generated answer, None without a generator.
+        num_left_out: number of facts that were chosen for the prompt and found no room in it.
     """
 
     row: int
@@ -31,6 +32,7 @@ class Prediction:
     selected: tuple[int, ...]
     probability: tuple[float, ...]
     text: str | None
+    num_left_out: int = 0
 
 
 class Dataset(Protocol):

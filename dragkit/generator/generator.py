@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,8 @@ from dragkit.generator.nemotron_h import (
     pad_to_multiple,
     prefill_in_microbatches,
 )
-from dragkit.generator.prompt import NeuralPrompt, PromptTemplate
+from dragkit.generator.plain_text import answer_texts, plain_tokens, tokenizer_fingerprint
+from dragkit.generator.prompt import NeuralPrompt
 from dragkit_kernels import prompt_embeddings, segment_sum
 
 if TYPE_CHECKING:
@@ -148,13 +148,8 @@ class Generator(nn.Module):
         return [] if bos is None else [int(bos)]
 
     def tokenizer_fingerprint(self) -> str:
-        """Digest of all that token rows depend on: the vocabulary and the prompt's texts."""
-        text = PromptTemplate()
-        texts = [text.prefix("?"), text.fact("a", "b", "c"), text.cue, text.target(["x", "y"])]
-        digest = hashlib.blake2b(digest_size=16)
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        digest.update(repr((texts, self.tokenize(texts), vocabulary)).encode())
-        return digest.hexdigest()
+        """Digest of all that token rows depend on, see `plain_text.tokenizer_fingerprint`."""
+        return tokenizer_fingerprint(self.tokenizer)
 
     def embedding_rms(self) -> float:
         """Root mean square of the token embeddings."""
@@ -162,10 +157,8 @@ class Generator(nn.Module):
         return float(weight.pow(2).mean().sqrt())
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        """Token ids of each text, without special tokens, see `plain_tokens`."""
+        return plain_tokens(self.tokenizer, texts)
 
     def compile_blocks(self) -> None:
         """Compiles the blocks of a Nemotron-H for training. Other models are not compiled."""
@@ -316,8 +309,7 @@ class Generator(nn.Module):
         if len(prompt.ptr) == 1:
             return []
         tokens = self.greedy_tokens(prompt, vectors, max_new_tokens)
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        return answer_texts(self.tokenizer, tokens)
 
     def _generate(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         # With padding on the left, the last column holds the last token of every prompt.

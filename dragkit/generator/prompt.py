@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dragkit.data.names import ANSWER_DELIMITER, written_name
 from dragkit.data.packed import TokenPack
-from dragkit.data.tokens import ANSWER_DELIMITER
 from dragkit.generator.to_host import AsyncToHost, to_device
 from dragkit_kernels import prompt_tokens
 
@@ -21,7 +21,7 @@ class PromptTemplate:
     """The texts of a prompt, each tokenised separately (D-RAG, appendix C).
 
     A prompt is `prefix`, one `fact` line per drawn fact, each after its structural slot, and `cue`.
-    Training appends `target` and the end token.
+    Training appends `target` and the end token. Texts of the data are written by `written_name`.
     """
 
     instruction: str = "Answer the question based on the provided facts."
@@ -29,15 +29,16 @@ class PromptTemplate:
 
     def prefix(self, question: str) -> str:
         """The text before the facts."""
-        return f"{self.instruction}\n\nQuestion: {question}\n\nProvided facts:\n\n"
+        asked = written_name(question)
+        return f"{self.instruction}\n\nQuestion: {asked}\n\nProvided facts:\n\n"
 
     def fact(self, head: str, relation: str, tail: str) -> str:
         """The line of one fact. `relation` is the relation's text, not its raw name."""
-        return f"{head}, {relation}, {tail}\n"
+        return ", ".join(map(written_name, (head, relation, tail))) + "\n"
 
     def target(self, answers: Sequence[str]) -> str:
         """The supervised continuation: all gold answers as one delimited list."""
-        return " " + ANSWER_DELIMITER.join(answers)
+        return " " + ANSWER_DELIMITER.join(map(written_name, answers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +85,14 @@ class PromptLayout:
         text_start: int32 [P, K+3] first token of each piece in `text_ids`.
         end: int32 [P, K+3] end of each piece in its prompt.
         slot: int32 [P, K+3] structural vector before the text of the piece, -1 for none.
+        left_out: bool [P, K] selected facts without room in their prompt.
     """
 
     text_ids: Tensor
     text_start: Tensor
     end: Tensor
     slot: Tensor
+    left_out: Tensor
 
     def copy_lengths(self) -> AsyncToHost:
         """Starts a copy of int32 [2, P]: tokens, and supervised tokens, of each prompt."""
@@ -163,9 +166,9 @@ def layout_prompts(
 ) -> PromptLayout:
     """Lays out the prompts of a batch. The host does not wait for the device.
 
-    There are P = M * B prompts: prompt m * B + b has the facts of draw m of question b. Facts that
-    would push a prompt over `max_tokens` are left out, the last (lowest) first. Prefix, cue and
-    target always stay whole.
+    There are P = M * B prompts: prompt m * B + b has the facts of draw m of question b. A fact that
+    would push its prompt over `max_tokens` is left out, and the facts after it may still fit.
+    Prefix, cue and target always stay whole.
 
     Args:
         prefix: B token rows.
@@ -200,8 +203,11 @@ def layout_prompts(
         target_length = _per_prompt(target.ptr.diff(), draws)
     prefix_length = _per_prompt(prefix.ptr.diff(), draws)
     fixed = prefix_length + target_length + cue.shape[0]
-    # Facts are ordered by score, so the cut falls where the running sum passes the limit.
-    fits = fact_length.cumsum(1) + fixed <= max_tokens
+    fits = present
+    # Where even the longest rows fit, nothing is left out. The host knows their lengths.
+    longest = [prefix.max_row, cue.shape[0], 0 if target is None else target.max_row]
+    if sum(longest) + capacity * (facts.max_row + int(vectors)) > max_tokens:
+        fits = _fitting(fact_length, fixed, max_tokens)
     lengths = [
         prefix_length,
         torch.where(fits, fact_length, 0),
@@ -223,7 +229,28 @@ def layout_prompts(
         text_start=torch.cat(starts, 1),
         end=torch.cat(lengths, 1).cumsum(1, dtype=torch.int32),
         slot=slot,
+        left_out=present & ~fits,
     )
+
+
+def _fitting(lengths: Tensor, used: Tensor, max_tokens: int) -> Tensor:
+    """Gives room to facts, first come first served.
+
+    Args:
+        lengths: int32 [P, K] tokens of each fact.
+        used: int32 [P, 1] tokens of the rest of each prompt.
+        max_tokens: bound on the tokens of a prompt.
+
+    Returns:
+        bool [P, K] facts that find room.
+    """
+    fits = []
+    # What is left for a fact depends on which of those before it were taken.
+    for length in lengths.split(1, dim=1):
+        total = used + length
+        fits.append(total <= max_tokens)
+        used = torch.where(fits[-1], total, used)
+    return torch.cat(fits, 1)
 
 
 def _per_prompt(column: Tensor, draws: int) -> Tensor:

@@ -121,12 +121,15 @@ class JointStep:
         generator_grad, weight = self.retriever_backward(draft, label_grad, draw_weight)
         draws = len(nats)
         generator_loss = nats.sum() / (counts["tokens"] * draws)
-        retrieval = retrieval.detach()
+        retrieval, left_out = retrieval.detach(), draft.layout.left_out
         parts = {
             "generator": generator_loss,
             "retrieval": retrieval,
             "token_accuracy": num_correct / (counts["tokens"] * draws),
             "facts_kept": draft.selection.count.float().sum() / (graph.num_graphs * draws),
+            # Chosen facts without room in a prompt, and the fraction of prompts with such facts.
+            "facts_left_out": left_out.sum() / len(left_out),
+            "prompts_cut": left_out.any(1).float().mean(),
         }
         if self.config.run.log_grad_norms and step % self.config.run.grad_norm_log_interval == 0:
             parts["grad_norm_generator"] = generator_grad.norm()

@@ -149,12 +149,27 @@ def load_state(state: dict[str, Tensor], loaded: LoadedCheckpoint, prefix: str =
 
 
 def rank_facts(
-    batch: QuestionBatch, logits: Tensor, selection: FactSelection, texts: Sequence[str] | None
+    batch: QuestionBatch,
+    logits: Tensor,
+    selection: FactSelection,
+    texts: Sequence[str] | None = None,
+    left_out: Tensor | None = None,
 ) -> list[Prediction]:
-    """Sorts the facts of each question by falling logit, float [E], on the host."""
+    """Sorts the facts of each question on the host.
+
+    Args:
+        batch: the questions.
+        logits: float [E]. The highest comes first.
+        selection: int32 [B, K] facts chosen for the prompts.
+        texts: the answer to each question.
+        left_out: bool [B, K] chosen facts without room in their prompt. None is no fact.
+    """
     probability = torch.sigmoid(logits.float()).cpu()
     host_logits, ptr = logits.cpu(), batch.graph.fact_ptr.tolist()
-    selected = selection.index.tolist()
+    index, num_left_out = selection.index, [0] * len(batch.rows)
+    if left_out is not None:
+        index, num_left_out = index.masked_fill(left_out, -1), left_out.sum(1).tolist()
+    selected = index.tolist()
     predictions = []
     for i, row in enumerate(batch.rows):
         start, end = ptr[i], ptr[i + 1]
@@ -167,6 +182,7 @@ def rank_facts(
                 selected=tuple(fact - start for fact in selected[i] if fact >= 0),
                 probability=tuple(probability[start:end][order].tolist()),
                 text=None if texts is None else texts[i],
+                num_left_out=num_left_out[i],
             )
         )
     return predictions

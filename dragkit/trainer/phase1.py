@@ -97,7 +97,7 @@ class RetrieverPhase(Phase):
     ) -> list[Prediction]:
         """Ranked facts of every question, without answers."""
         logits = self.retrieve(batch, relations).fact_logits
-        return rank_facts(batch, logits, self.fact_sampler.best(logits, batch.graph), None)
+        return rank_facts(batch, logits, self.fact_sampler.best(logits, batch.graph))
 
     def run_dummy_passes(self) -> None:
         """Does nothing, since ranks do not share the retriever's weights."""

@@ -122,10 +122,10 @@ class JointPhase(Phase):
         selection = self.model.fact_sampler.best(output.fact_logits, batch.graph)
         if self.gold_only:
             selection = gold_facts(output.fact_logits, batch.graph, selection)
-        texts = None
-        if generate:
-            texts = self.model.generate(batch, output, selection, text_only=self.text_only)
-        return rank_facts(batch, output.fact_logits, selection, texts)
+        if not generate:
+            return rank_facts(batch, output.fact_logits, selection)
+        answers = self.model.generate(batch, output, selection, text_only=self.text_only)
+        return rank_facts(batch, output.fact_logits, selection, *answers)
 
     def run_dummy_passes(self) -> None:
         """Runs passes so that ranks that still generate can all-gather this rank's shards."""

@@ -101,7 +101,7 @@ class QuestionDataset:
                 eos_ids=[generator.eos_token_id],
                 max_answers=config.generator.max_answers,
             )
-            self._check_prompt_lengths(config, generator)
+            self._check_prompt_lengths(self.tokens, config, generator, training=training)
         labels, rows = self._handicaps(config) if training else (None, None)
         self.collator = PackedCollator(
             self.store, states, self.relations.mask, self.tokens, labels=labels
@@ -159,13 +159,18 @@ class QuestionDataset:
             )
         return labels, rows
 
-    def _check_prompt_lengths(self, config: TrainConfig, generator: Generator) -> None:
-        """Raises where a question and its answers exceed the prompt length even without facts."""
-        fixed = self.tokens.prefix_lengths + self.tokens.target_lengths  # type: ignore[union-attr]
-        limit = config.generator.max_prompt_tokens
-        max_fixed = limit - len(generator.tokenize([PromptTemplate().cue])[0]) - 1
+    def _check_prompt_lengths(
+        self, tokens: TokenRows, config: TrainConfig, generator: Generator, *, training: bool
+    ) -> None:
+        """Raises where a question and its answers exceed the prompt length even without facts.
+
+        Warns of facts that exceed it alone.
+        """
+        settings, limit = config.generator, config.generator.max_prompt_tokens
+        free = limit - len(generator.tokenize([PromptTemplate().cue])[0])
+        fixed = tokens.prefix_lengths + tokens.target_lengths
         longest = int(fixed.max())
-        over = [int(row) for row in (fixed > max_fixed).nonzero()[0]]
+        over = [int(row) for row in (fixed >= free).nonzero()[0]]
         if over:
             ids = ", ".join(self.store.question(row).id for row in over[:3])
             raise DataError(
@@ -173,6 +178,19 @@ class QuestionDataset:
                 f"generator.max_prompt_tokens = {limit} (the longest: {longest} tokens): {ids}. "
                 f"Raise it with --set generator.max_prompt_tokens={longest + 256}, teach fewer "
                 "answers with --set generator.max_answers=N, or remove these questions."
+            )
+        answer = tokens.target_lengths if training else settings.max_new_tokens
+        room = free - int(settings.structural_vectors) - tokens.prefix_lengths - answer
+        num_facts, rows = tokens.facts_over(room)
+        if num_facts:
+            logger.warning(
+                "%s: %d facts in %d questions, such as %s, are longer than the prompt and are "
+                "always left out. Raise generator.max_prompt_tokens = %d to keep them",
+                self.path,
+                num_facts,
+                len(rows),
+                self.store.question(int(rows[0])).id,
+                limit,
             )
 
     def load(

@@ -146,3 +146,22 @@ def test_a_target_has_whole_answers_with_those_in_the_graph_first(
         rows = build(packed, tmp_path, ByteTokeniser(), max_answers=max_answers)
         batch = collator(packed, rows)([0])
         assert rows_of(batch.target) == [[*PromptTemplate().target(expected).encode(), EOS]]
+
+
+def test_facts_too_long_for_any_prompt(write_rows: Callable[..., Path], tmp_path: Path) -> None:
+    triples = [["a", "r", "b" * n] for n in (4, 30, 5, 31)]
+    rows = [
+        {"question": "all fit", "triples": triples[:1]},
+        {"question": "two do not", "triples": triples},
+        {"question": "none", "triples": []},
+        {"question": "one does not", "triples": triples[1:3]},
+    ]
+    packed = PackedStore.build_or_open(write_rows(rows), cache_dir=tmp_path)
+    tokens = build(packed, tmp_path, ByteTokeniser())
+    # "a, r, bbbb" and its line end are 11 bytes.
+    count, found = tokens.facts_over(np.array([11, 12, 12, 36]))
+    assert (count, found.tolist()) == (3, [1, 3])
+    assert tokens.facts_over(np.array([10, 38, -5, 37]))[0] == 1
+    assert tokens.facts_over(np.full(4, -1))[0] == 7
+    assert tokens.facts_over(np.full(4, 38))[0] == 0
+    assert tokens.facts_over(np.full(4, -1))[1].tolist() == [0, 1, 3]

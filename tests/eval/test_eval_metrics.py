@@ -29,23 +29,25 @@ MANY = st.lists(WORDS | SPOKEN, max_size=6)
 
 
 @pytest.mark.parametrize(
-    "text, delimiter, expected",
+    "text, expected",
     [
-        ("Oslo | Rome", " | ", ["Oslo", "Rome"]),
-        ("Oslo|Rome", " | ", ["Oslo", "Rome"]),
-        ("Oslo\nRome | Lima", " | ", ["Oslo", "Rome", "Lima"]),
-        ("Oslo\r\nRome\rLima", " | ", ["Oslo", "Rome", "Lima"]),
-        (" | | Oslo || ", " | ", ["Oslo"]),
-        ("b | a | b | a | B", " | ", ["b", "a", "B"]),
-        ("Oslo; Rome | x", "; ", ["Oslo", "Rome | x"]),
-        ("Oslo | Rome\nLima", "\n", ["Oslo | Rome", "Lima"]),
-        ("Washington, D.C.", " | ", ["Washington, D.C."]),
-        ("", " | ", []),
-        (" \n\t| \n", " | ", []),
+        ("Oslo | Rome", ["Oslo", "Rome"]),
+        ("Oslo|Rome", ["Oslo", "Rome"]),
+        ("Oslo\nRome | Lima", ["Oslo", "Rome", "Lima"]),
+        ("Oslo\r\nRome\rLima", ["Oslo", "Rome", "Lima"]),
+        (" | | Oslo || ", ["Oslo"]),
+        ("b | a | b | a | B", ["b", "a", "B"]),
+        ("Washington, D.C.", ["Washington, D.C."]),
+        ("", []),
+        (" \n\t| \n", []),
+        # A bar after a backslash belongs to the answer.
+        (r"red\|blue | \| | C:\dir", ["red|blue", "|", r"C:\dir"]),
+        ("a\\\\|b\\\\\\|c", ["a\\", "b\\|c"]),
+        ("end\\ | \\\nnext", ["end\\", "\\", "next"]),
     ],
 )
-def test_parse_answers(text: str, delimiter: str, expected: list[str]) -> None:
-    assert parse_answers(text, delimiter) == expected
+def test_parse_answers(text: str, expected: list[str]) -> None:
+    assert parse_answers(text) == expected
 
 
 def test_parse_answers_can_keep_repeats() -> None:
@@ -59,7 +61,7 @@ def test_parse_answers_can_keep_repeats() -> None:
         ("The", "the"),
         ("the a", "the a"),
         ("Theatre", "theatre"),
-        ("C++", "c"),
+        ("C++", "c++"),
         ("snake_case", "snake case"),
         ("  ?! ", "?!"),
         ("\u00abOslo\u00bb\u3002", "oslo"),
@@ -72,6 +74,60 @@ def test_parse_answers_can_keep_repeats() -> None:
 )
 def test_strict_key(text: str, key: str) -> None:
     assert strict_key(text) == key
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["AB+", "AB-", "AB"],
+        ["C", "C++", "C#", "C*"],
+        ["-5", "5", "<5", ">5", "<=5", "5%"],
+        ["-0.5", "0.5"],
+        ["-.5", ".5"],
+        ["-$5", "$5"],
+        ["UTC+05:30", "UTC-05:30"],
+        ["F# minor", "F minor"],
+        ["Ca2+", "Ca2-", "Ca2"],
+        ["1e-5", "1e5", "1e+5"],
+        ["10^-6", "10^6"],
+        ["12.5, -3", "12.5, 3"],
+        ["Sagittarius A*", "Sagittarius A"],
+    ],
+)
+def test_a_sign_that_carries_meaning_makes_another_answer(texts: list[str]) -> None:
+    assert len(set(map(strict_key, texts))) == len(texts)
+    for text in texts:
+        right = [strict_scores([text], [gold])["strict-exact"] for gold in texts]
+        assert right == [float(text == gold) for gold in texts]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [
+            "AB-",
+            "ab-",
+            "AB\N{MINUS SIGN}",
+            "AB\N{FULLWIDTH HYPHEN-MINUS}",
+            "(AB-)",
+            "AB-.",
+            "**AB-**",
+        ],
+        ["C++", "c++.", '"C++"', "C\N{FULLWIDTH PLUS SIGN}+"],
+        ["-5", "\N{MINUS SIGN}5", "(-5)", "'-5'", "-5."],
+        ["5%", "5 %", "(5%)"],
+        ["5", "+5", "#5", "5-", "5*", "**5**", "->5", "> 5", "- 5"],
+        ["Paris", "- Paris", "**Paris**", "*Paris*", "Paris*", "# Paris", "> Paris", "=Paris"],
+        ["A Paris", "*A* Paris", "**A** Paris", "(A) Paris"],
+        ["well-known", "well known", "well\N{NON-BREAKING HYPHEN}known", "well--known"],
+        ["1990-2000", "1990 2000", "1990\N{EN DASH}2000", "1990 - 2000"],
+        ["F-16", "F 16", "f/16"],
+        ["2005-01-31", "2005/01/31", "2005.01.31"],
+        ["x+y", "x + y", "x y"],
+    ],
+)
+def test_other_punctuation_changes_no_answer(texts: list[str]) -> None:
+    assert set(map(strict_key, texts)) == {strict_key(texts[0])}
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,9 +16,9 @@ def four_records() -> list[QuestionRecord]:
     """Scores four questions: right, half right, without output, without gold answer."""
     return [
         score_text("a", "Oslo", ["Oslo"], answer_in_graph=True, retrieval={"retrieval-f1": 0.5}),
-        score_text("b", "Oslo | Rome", ["Rome"], answer_in_graph=True),
+        score_text("b", "Oslo | Rome", ["Rome"], answer_in_graph=True, num_left_out=4),
         score_text("c", "", ["Lima"], answer_in_graph=False, retrieval={"retrieval-f1": 1.0}),
-        score_text("d", "Lima", [], answer_in_graph=False),
+        score_text("d", "Lima", [], answer_in_graph=False, num_left_out=1),
     ]
 
 
@@ -30,6 +30,8 @@ def test_means_and_denominators_by_hand() -> None:
         "no_gold": 1,
         "scored": 4,
         "empty_predictions": 1,
+        "facts_left_out": 5,
+        "prompts_cut": 2,
     }
     assert report.means["strict-hits@1"] == 1 / 4
     assert report.means["strict-hit"] == 2 / 4

@@ -22,7 +22,7 @@ class Words:
 
     eos_token_id = 1
 
-    def batch_decode(self, rows, skip_special_tokens):
+    def batch_decode(self, rows, **_):
         return [" ".join(str(int(i)) for i in row if int(i) != 1) for row in rows]
 
 

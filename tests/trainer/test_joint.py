@@ -215,13 +215,13 @@ def test_predictions_are_deterministic_and_complete(relations):
 
 def test_prompts_of_the_cascade_have_no_structural_vectors(relations, monkeypatch):
     joint, with_vectors = make(), []
-    prompt = joint.model.prompt
+    layout = joint.model.layout
 
     def spy(*args, **options):
         with_vectors.append(options["vectors"])
-        return prompt(*args, **options)
+        return layout(*args, **options)
 
-    monkeypatch.setattr(joint.model, "prompt", spy)
+    monkeypatch.setattr(joint.model, "layout", spy)
     batch = make_batch(joint.model.generator)
     for phase in (joint, CascadeBaseline(joint.config, joint.model)):
         phase.predict(batch, relations)
