@@ -69,7 +69,7 @@ def strict_key(text: str) -> str:
     becomes spaces, except a sign that carries meaning: "AB-" is not "AB+", "-5" is not "5", "C++"
     is not "C", and "5%" is not "5". A minus sign is a hyphen. The words a, an and the are removed
     unless nothing else is left. White space is collapsed. Accents stay. A text without any key,
-    such as "!!!", is only stripped.
+    such as "!!!", keeps its characters.
     """
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
@@ -78,7 +78,7 @@ def strict_key(text: str) -> str:
     pieces[::2] = map(_without_punctuation, pieces[::2])
     pieces[1::2] = map(str.strip, pieces[1::2])
     words = "".join(pieces).split()
-    return " ".join([w for w in words if w not in _ARTICLES] or words) or text.strip()
+    return " ".join([w for w in words if w not in _ARTICLES] or words) or " ".join(text.split())
 
 
 def strict_scores(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
