@@ -76,6 +76,7 @@ class JointModel(nn.Module):
         limit = self.config.generator.max_prompt_tokens
         if batch.prefix is None or batch.facts is None:
             raise ValueError("the batch has no token rows: build its PackedCollator with TokenRows")
+        vectors = self.uses_vectors if vectors is None else vectors
         # A prompt to be continued leaves room for the new tokens.
         return layout_prompts(
             batch.prefix,
@@ -84,7 +85,9 @@ class JointModel(nn.Module):
             batch.target if with_target else None,
             index,
             max_tokens=limit if with_target else limit - self.config.generator.max_new_tokens,
-            vectors=self.uses_vectors if vectors is None else vectors,
+            vectors=vectors,
+            # The cascade, which has no vectors, reads the text in every arm.
+            text=self.config.generator.fact_text or not vectors,
         )
 
     def prompt(

@@ -187,8 +187,11 @@ class GeneratorConfig(Section):
         None, ge=1, description="Only checked. Unset: read from the model."
     )
     freeze_lm: bool = Field(False, description="Train no adapters. The projector still trains.")
+    fact_text: bool = Field(
+        True, description="The text of each fact in the prompt (paper). Off is a control arm."
+    )
     structural_vectors: bool = Field(
-        True, description="One vector per fact in the prompt (paper). Off is the control arm."
+        True, description="One vector per fact in the prompt (paper). Off is a control arm."
     )
     lora_rank: int = Field(16, ge=1, description="LoRA rank.")
     lora_alpha: int = Field(32, ge=1, description="LoRA scale is alpha / rank.")
@@ -242,6 +245,13 @@ class GeneratorConfig(Section):
         limit = info.data.get("max_prompt_tokens")
         if limit is not None and value >= limit:
             raise ValueError(f"must be less than generator.max_prompt_tokens ({limit})")
+        return value
+
+    @field_validator("structural_vectors")
+    @classmethod
+    def _text_or_vectors(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and not info.data.get("fact_text", True):
+            raise ValueError("without generator.fact_text too, prompts would have no facts")
         return value
 
     # Routed experts are 3-D parameters, for which PEFT has no dropout.

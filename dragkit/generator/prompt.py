@@ -163,6 +163,7 @@ def layout_prompts(
     *,
     max_tokens: int,
     vectors: bool = True,
+    text: bool = True,
 ) -> PromptLayout:
     """Lays out the prompts of a batch. The host does not wait for the device.
 
@@ -179,6 +180,7 @@ def layout_prompts(
         max_tokens: bound on the tokens of a prompt with its target.
         vectors: whether a slot precedes the text of each fact. Fact k of prompt p has vector
             p * K + k.
+        text: whether facts have their text.
     """
     draws, capacity = 1 if index.dim() == 2 else index.shape[0], index.shape[-1]
     index = index.reshape(-1, capacity)
@@ -188,7 +190,7 @@ def layout_prompts(
     # A missing fact reads row 0, and `present` masks what it reads.
     present, row = index >= 0, index.clamp(min=0)
     if facts.ptr.shape[0] > 1:
-        fact_start, fact_length = facts.ptr[row], facts.ptr.diff()[row] + int(vectors)
+        fact_start, fact_length = facts.ptr[row], facts.ptr.diff()[row] * text + int(vectors)
     else:
         fact_start = fact_length = torch.zeros_like(row)
     fact_length = torch.where(present, fact_length, 0)
@@ -206,7 +208,7 @@ def layout_prompts(
     fits = present
     # Where even the longest rows fit, nothing is left out. The host knows their lengths.
     longest = [prefix.max_row, cue.shape[0], 0 if target is None else target.max_row]
-    if sum(longest) + capacity * (facts.max_row + int(vectors)) > max_tokens:
+    if sum(longest) + capacity * (facts.max_row * text + int(vectors)) > max_tokens:
         fits = _fitting(fact_length, fixed, max_tokens)
     lengths = [
         prefix_length,

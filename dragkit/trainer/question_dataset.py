@@ -181,7 +181,7 @@ class QuestionDataset:
             )
         answer = tokens.target_lengths if training else settings.max_new_tokens
         room = free - int(settings.structural_vectors) - tokens.prefix_lengths - answer
-        num_facts, rows = tokens.facts_over(room)
+        num_facts, rows = tokens.facts_over(room) if settings.fact_text else (0, [])
         if num_facts:
             logger.warning(
                 "%s: %d facts in %d questions, such as %s, are longer than the prompt and are "

@@ -194,6 +194,9 @@ def test_a_value_out_of_range_names_its_key(key: str, bad: object) -> None:
 def test_values_must_agree_with_one_another() -> None:
     with pytest.raises(ConfigError, match="sampler.k_facts .default.: .*max_facts_cap .5."):
         resolve_config(overrides={"sampler.max_facts_cap": 5})
+    without = {"generator.structural_vectors": False, "generator.fact_text": False}
+    with pytest.raises(ConfigError, match=r"structural_vectors .*fact_text"):
+        resolve_config(overrides=without)
     same = {f"retriever.{name}": 64 for name in ("hidden_dim", "node_dim", "relation_dim")}
     assert resolve_config(overrides=same)[0].retriever.relation_dim == 64
     with pytest.raises(ConfigError, match=r"retriever.relation_dim .*hidden_dim \(64\)"):

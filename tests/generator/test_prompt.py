@@ -109,6 +109,13 @@ def test_several_draws_are_the_prompts_of_each_draw():
     _check(layout.assemble([5, 0, 7], *sizes), [expected[i] for i in (5, 0, 7)])
 
 
+def test_facts_without_text_are_vectors_alone():
+    layout = _layout(text=False, limit=12)
+    expected = _expected(PREFIX, [[]] * len(FACTS), CUE, TARGET, INDEX, 12, True)
+    _check(layout.assemble(range(4), *layout.copy_lengths().result()), expected)
+    assert layout.slot.ge(0).any() and not layout.left_out.any()
+
+
 def test_the_limits_above_cut_off_some_facts():
     layouts = {limit: _layout(limit=limit) for limit in (1000, 24, 12, 5)}
     facts = {limit: (x.end.diff(dim=1)[:, :3] > 0).sum(1).tolist() for limit, x in layouts.items()}

@@ -213,6 +213,21 @@ def test_predictions_are_deterministic_and_complete(relations):
     assert all(len(p.ranked) == 9 and 1 <= len(p.selected) <= 4 for p in first)
 
 
+def test_an_arm_of_vectors_alone_reads_text_in_the_cascade_only(relations):
+    phase = make(generator={"fact_text": False})
+    model, batch = phase.model, make_batch(phase.model.generator)
+    index = torch.tensor([[0], [-1], [-1], [-1]], dtype=torch.int32)
+    text = batch.facts.ids[batch.facts.ptr[0] : batch.facts.ptr[1]].tolist()
+    fixed = len(batch.prefix.ids[: batch.prefix.ptr[1]]) + len(model.cue)
+    lengths = {}
+    for vectors in (True, False):
+        prompt = model.prompt(batch, index, with_target=False, vectors=vectors)
+        lengths[vectors] = int(prompt.length[0]) - fixed
+    assert lengths == {True: 1, False: len(text)}
+    _, grads = gradients(phase, batch, relations)
+    assert any(name.startswith("projector") for name in grads)
+
+
 def test_prompts_of_the_cascade_have_no_structural_vectors(relations, monkeypatch):
     joint, with_vectors = make(), []
     layout = joint.model.layout
