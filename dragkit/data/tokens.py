@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Separates the answers of a target. The evaluation splits generated text at it.
 ANSWER_DELIMITER = " | "
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 _CHUNK_FACTS = 1 << 16
 _CHUNK_QUESTIONS = 1 << 12
 _PARTS = ("prefix", "facts", "target")
