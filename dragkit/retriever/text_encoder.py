@@ -7,11 +7,11 @@ import importlib.util
 import json
 import logging
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ _CACHE_VERSION = 2
 # What damaged weights, a missing file or an unknown architecture raise in the library.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, ImportError),
-    *(SafetensorError, pickle.PickleError),
+    SafetensorError,
 )
 
 
@@ -132,8 +132,10 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
                     pass
-            elif file.suffix == ".bin" and file.stem.startswith("pytorch_model"):
-                torch.load(file, map_location="meta", weights_only=True)
+            elif file.suffix == ".bin" and not is_zipfile(file):
+                with file.open("rb") as content:
+                    if content.read(2) == b"PK":
+                        raise EOFError("the file is cut short")
         file = folder
         model = SentenceTransformer(str(folder), device="cpu")
         network = model[0].auto_model
