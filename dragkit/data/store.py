@@ -177,7 +177,8 @@ class PackedStore:
             )
         if without := self.summary["labels_none"]:
             logger.warning(
-                "%s: %d of %d questions have no positive fact and teach retrieval nothing: %s",
+                "%s: %d of %d questions have no positive fact, so retrieval learns nothing from "
+                "them: %s",
                 self.path,
                 without,
                 len(self),
