@@ -153,6 +153,8 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
             f"{missing[0]}. Download it again, or name another folder with --set "
             "encoder.model=FOLDER."
         )
+    # A control token's name in a text, such as [SEP], is read as the text that it is.
+    model.tokenizer.split_special_tokens = True
     return model
 
 

@@ -88,6 +88,11 @@ def test_cut_texts_and_texts_of_the_same_tokens_are_known(text_encoder):
     assert same == [[a == b for b in groups] for a in groups]
 
 
+def test_the_name_of_a_control_token_is_plain_text(text_encoder):
+    # "[", "sep", "]" between the two control tokens of every text.
+    assert text_encoder.token_states(["[SEP]", "[PAD]", "sep"]).ptr.tolist() == [0, 5, 10, 13]
+
+
 @pytest.fixture
 def small_encoder(tmp_path):
     """A random BERT in the layout of sentence-transformers that reads letters."""
