@@ -112,7 +112,13 @@ class PackedPyGReaRev(nn.Module):
         head, tail = batch.edge_index
         rows, edge_type = torch.unique(batch.edge_type, return_inverse=True)
         query = self.pooling.relation_query
-        x = self.pooling.pool(relations.states[rows], relations.mask[rows], query)
+        texts = (2 * rows[:, None] + torch.arange(2, device=rows.device)).flatten()
+        length = relations.ptr.diff()[texts]
+        token = torch.arange(int(length.max()), device=rows.device)
+        mask = token < length[:, None]
+        # Where the mask is False, any token does.
+        states = relations.states[(relations.ptr[texts][:, None] + token) * mask]
+        x = self.pooling.pool(states, mask, query).unflatten(0, (-1, 2))
         instruction = self.instructions(self.pooling, batch.question, batch.question_mask)
 
         rows, num_nodes = self.start(x[:, 0])[edge_type], batch.num_nodes

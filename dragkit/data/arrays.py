@@ -191,6 +191,13 @@ def _discard_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
+def _unusable(folder: Path, error: OSError) -> WriteError:
+    return WriteError(
+        f"{folder}: cannot use this cache folder: {error.strerror or error}. Name another folder "
+        "with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+    )
+
+
 def open_or_build(folder: Path, open_folder: Callable[[], T], fill: Callable[[Path], None]) -> T:
     """Opens a sealed folder. Builds it first if it is absent or damaged.
 
@@ -203,13 +210,18 @@ def open_or_build(folder: Path, open_folder: Callable[[], T], fill: Callable[[Pa
         WriteError: the cache cannot be written, or the new folder cannot be opened.
     """
     for _ in range(_ATTEMPTS):
-        if folder.is_dir():
-            try:
+        try:
+            if folder.is_dir():
                 return open_folder()
-            except (CorruptCache, FileNotFoundError) as error:
-                # FileNotFoundError: another process may replace the folder while it is read.
-                logger.warning("%s: rebuilding this cache folder: %s", folder, error)
-        _discard_folder(folder)
+        except (CorruptCache, FileNotFoundError) as error:
+            # FileNotFoundError: another process may replace the folder while it is read.
+            logger.warning("%s: rebuilding this cache folder: %s", folder, error)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+        try:
+            _discard_folder(folder)
+        except OSError as error:
+            raise _unusable(folder, error) from error
         commit_folder(folder, fill)
     try:
         return open_folder()

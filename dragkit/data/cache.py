@@ -12,11 +12,21 @@ from dragkit.errors import WriteError
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`."""
-    if cache_dir is not None:
-        return Path(cache_dir)
-    from_environment = os.environ.get("DRAGKIT_CACHE")
-    return Path(from_environment) if from_environment else Path.home() / ".cache" / "dragkit"
+    """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`.
+
+    Raises:
+        WriteError: neither is given, and the user has no home folder.
+    """
+    named = cache_dir or os.environ.get("DRAGKIT_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "dragkit"
+    except RuntimeError as error:
+        raise WriteError(
+            "there is no home folder for the cache: HOME is not set. Name a folder with "
+            "DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+        ) from error
 
 
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:

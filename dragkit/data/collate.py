@@ -92,7 +92,7 @@ class PackedCollator:
     Args:
         store: the packed questions.
         question_states: their cached token states.
-        relation_mask: bool [relations, 2, W], True at the real tokens of the relations' texts.
+        relation_ptr: int64 [2 relations + 1], see `RelationStates`.
         tokens: token rows of the prompts, None in phase 1.
         labels: uint8 [E] labels in place of the store's.
     """
@@ -101,7 +101,7 @@ class PackedCollator:
         self,
         store: PackedStore,
         question_states: QuestionStates,
-        relation_mask: Tensor,
+        relation_ptr: Tensor,
         tokens: TokenRows | None = None,
         labels: np.ndarray | None = None,
     ) -> None:
@@ -109,15 +109,15 @@ class PackedCollator:
         self.question_states = question_states
         self.tokens = tokens
         self.labels = labels
-        self.relation_width = relation_mask.shape[2]
-        self.relation_lengths = relation_mask.sum(2).numpy()
+        self.relation_ptr = relation_ptr.numpy()
 
     def _relation_tokens(self, relation_row: np.ndarray) -> TokenPack:
-        """Returns the rows of the real token states of the relations [R], without padding."""
-        length = self.relation_lengths[relation_row].ravel()
+        """Returns the rows of the token states of the relations [R], two texts for each."""
+        texts = (2 * relation_row[:, None] + np.arange(2)).ravel()
+        first = self.relation_ptr[texts]
+        length = self.relation_ptr[texts + 1] - first
         ptr = np.zeros(len(length) + 1, dtype=np.int32)
         np.cumsum(length, out=ptr[1:])
-        first = (2 * relation_row[:, None] + np.arange(2)).ravel() * self.relation_width
         ids = np.repeat(first - ptr[:-1], length) + np.arange(ptr[-1])
         longest = int(length.max(initial=0))
         return TokenPack(torch.from_numpy(ids.astype(np.int32)), torch.from_numpy(ptr), longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gzip
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,31 +14,68 @@ from dragkit.errors import DataError, MissingInputError
 
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 _GZIP_MAGIC = b"\x1f\x8b"
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises where a file is the pointer that a checkout without Git LFS leaves in its place.
+
+    Raises:
+        MissingInputError: it is a pointer.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise MissingInputError(
+                f"{path}: a Git LFS pointer, not the file itself. Fetch the file with: git lfs pull"
+            )
 
 
 def open_source(path: Path) -> BinaryIO:
     """Opens a file as a byte stream and decompresses gzip.
 
     Raises:
-        MissingInputError: the file does not exist (lists similar names) or cannot be read.
+        MissingInputError: the file does not exist (lists similar names), is a folder, a pipe or a
+            Git LFS pointer, or cannot be read.
         DataError: the name ends in .gz but the content is not gzip.
     """
     try:
+        _require_regular(path)
+        refuse_lfs_pointer(path)
         with path.open("rb") as file:
             is_gzip = file.read(2) == _GZIP_MAGIC
         if path.suffix == ".gz" and not is_gzip:
             raise DataError(f"{path}: the name ends in .gz, but the content is not gzip.")
         return gzip.open(path, "rb") if is_gzip else path.open("rb")  # type: ignore[return-value]
     except FileNotFoundError as error:
-        folder = path.parent
-        hint = f" The folder {folder} does not exist either."
-        if folder.is_dir():
-            names = sorted(p.name for p in folder.iterdir())
-            similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-            hint = f" Similar names in {folder}: {', '.join(similar)}." if similar else ""
-        raise MissingInputError(f"{path}: no such file.{hint}") from error
+        raise MissingInputError(f"{path}: no such file.{_hint(path)}") from error
     except OSError as error:
         raise MissingInputError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _require_regular(path: Path) -> None:
+    """Raises where the path is a folder or a pipe. A file is read more than once."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        names = sorted(p.name for p in path.iterdir() if ".json" in p.name)
+        hint = f" Name one of its files: {', '.join(names[:5])}." if names else ""
+        raise MissingInputError(f"{path}: a folder, not a file.{hint}")
+    if not stat.S_ISREG(mode):
+        raise MissingInputError(
+            f"{path}: a pipe or a device, not a file. It is read more than once, so save its "
+            "content in a file and name that."
+        )
+
+
+def _hint(path: Path) -> str:
+    """Similar names in the folder of a missing file, or that there is no folder either."""
+    if path.is_symlink():
+        return f" It is a link to {path.readlink()}, which does not exist."
+    if not path.parent.is_dir():
+        return f" The folder {path.parent} does not exist either."
+    names = sorted(p.name for p in path.parent.iterdir())
+    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    return f" Similar names in {path.parent}: {', '.join(similar)}." if similar else ""
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:

@@ -110,15 +110,15 @@ class TokenPack(_TensorFields):
 
 @dataclass(frozen=True, slots=True)
 class RelationStates(_TensorFields):
-    """Token states of the forward and inverse texts of a data set's relations.
+    """Token states of a data set's relations. Relation r has two texts, 2r forward, 2r+1 inverse.
 
     Attributes:
-        states: float [relations, 2, W, D] zero-padded.
-        mask: bool [relations, 2, W] True at real tokens.
+        states: float [T, D] token states of all texts end to end.
+        ptr: int64 [2 relations + 1] first token of each text.
     """
 
     states: Tensor
-    mask: Tensor
+    ptr: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +130,8 @@ class QuestionBatch(_TensorFields):
         question_states: float32 [B, T, D] cached token states of the questions, zero-padded.
         question_mask: bool [B, T] True at real tokens.
         relation_row: int64 [R] the data set's relations that occur in this pack, ascending.
-        relation_tokens: rows of the relations' token states. Relation r has two texts: 2r is read
-            forward and 2r+1 inverse.
+        relation_tokens: rows of `RelationStates.states`. The relation at place i of `relation_row`
+            has two texts: 2i is read forward and 2i+1 inverse.
         prefix, facts, target: token rows of B prompt prefixes, E facts and B targets. None in
             phase 1.
         rows: the questions' rows in the store, in batch order (host).

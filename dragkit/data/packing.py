@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dragkit.data.arrays import FolderWriter, seal_folder
+from dragkit.data.gaps import LabelGaps
 from dragkit.data.labels import LabelRule
 from dragkit.data.node_merging import MergedGraph, merge_nodes
 from dragkit.data.question_file import Question, QuestionReader
@@ -85,6 +86,7 @@ class Packer:
     def __init__(self, folder: Path, label_rule: LabelRule, *, merge: bool = True) -> None:
         self.vocab = RelationVocab()
         self.summary: Counter[str] = Counter()
+        self.gaps = LabelGaps()
         self.label_rule: LabelRule = label_rule
         self.merge = merge
         self._writer = FolderWriter(folder)
@@ -120,6 +122,7 @@ class Packer:
         self._extend_ptr("topic", [len(question.topics)])
         self._extend_ptr("answer", [len(question.answers)])
         self._update_summary(graph)
+        self.gaps.add(question, graph)
         self._pending.append(graph)
         self._pending_facts += graph.num_facts
         if self._pending_facts >= _CHUNK_FACTS or len(self._pending) >= _CHUNK_QUESTIONS:
@@ -280,4 +283,6 @@ def pack_file(
         (folder / "rejects.txt").write_text("".join(f"{problem}\n" for problem in rejects))
     summary = {**reader.notes, **packer.summary}
     summary |= {"relations": len(packer.vocab), "rejects": len(rejects), "rows": reader.rows}
-    seal_folder(folder, {"summary": summary})
+    unread = [(key, field, count) for (key, field), count in reader.unread.items()]
+    gaps = {"counts": packer.gaps.counts, "examples": packer.gaps.examples}
+    seal_folder(folder, {"summary": summary, "label_gaps": gaps, "unread": unread})

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from dragkit.data.lines import BROKEN_GZIP, numbered_lines, open_source
+from dragkit.data.question_row import (
+    Fault,
+    Row,
+    Triple,
+    decode_row,
+    distinct_names,
+    entity_paths,
+    near_field,
+)
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64_000_000
-_MAX_LISTED_PROBLEMS = 200
+# Distinct unread keys that are counted. A file of generated keys would fill the memory.
+_MAX_UNREAD_KEYS = 1000
 _BOM = b"\xef\xbb\xbf"
-
-Triple = tuple[str, str, str]
-# JSON path and reason of a problem.
-Fault = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,90 +76,6 @@ class QuestionFile:
     notes: dict[str, int]
 
 
-class _Row(msgspec.Struct):
-    question: str
-    triples: list[Triple]
-    paths: list[list[str | Triple]] | None = None
-    answer: str | list[str] | None = None
-    answers: str | list[str] | None = None
-    topic_entities: str | list[str] | None = None
-    id: str | int | None = None
-    evidence: list[Triple] | None = None
-    relation_paths: list[tuple[str, ...]] | None = None
-
-
-_ROW_DECODER = msgspec.json.Decoder(_Row)
-_RAW_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def _may_repeat_key(line: bytes) -> bool:
-    """Whether a key may occur twice. The decoder would silently keep its last value."""
-    # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
-    # escaped quote in a key. `_unique_keys` tells the two apart.
-    values = _RAW_DECODER.decode(line)
-    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
-    return quotes != 2 * len(values)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return row
-
-
-def _decode(line: bytes) -> _Row | Fault:
-    """Returns the row, or its first fault."""
-    try:
-        # The decoder skips unknown keys without checking the encoding of their values.
-        line.decode("utf-8")
-        row = _ROW_DECODER.decode(line)
-        if _may_repeat_key(line):
-            json.loads(line, object_pairs_hook=_unique_keys)
-    except msgspec.ValidationError as error:
-        reason, _, path = str(error).partition(" - at `")
-        reason = reason.replace("`array` of length 3", "a triple [head, relation, tail]")
-        return path.rstrip("`") or "$", reason
-    except msgspec.DecodeError as error:
-        return "$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}"
-    except UnicodeDecodeError as error:
-        return "$", f"not UTF-8: {error.reason} (byte {error.start})"
-    except RecursionError:
-        return "$", "nested too deeply"
-    except ValueError as error:
-        return "$", str(error)
-    for index, steps in enumerate(row.paths or ()):
-        if len({type(step) for step in steps}) > 1:
-            return f"$.paths[{index}]", "expected entities or triples, got both"
-    # `\\u0000` is an escaped backslash and four zeros. Only an odd backslash escapes a NUL.
-    if b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b""):
-        return "$", "a NUL character"
-    return row
-
-
-def _names(value: str | list[str] | None) -> tuple[str, ...]:
-    """Returns the distinct non-empty names of a field that holds one, many or none."""
-    names = [value] if isinstance(value, str) else value or ()
-    return tuple(dict.fromkeys(name for name in names if name))
-
-
-def _entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
-    """Returns a path as entity names. A path of triples is cut where they share no entity."""
-    if not path or isinstance(path[0], str):
-        return [tuple(path)] if path else []  # type: ignore[arg-type]
-    paths: list[list[str]] = []
-    for index, (head, _, tail) in enumerate(path):
-        if paths and paths[-1][-1] in (head, tail):
-            paths[-1].append(tail if paths[-1][-1] == head else head)
-            continue
-        # A first triple is walked from its tail if only its head occurs in the next triple.
-        ends = path[index + 1][::2] if index + 1 < len(path) else ()
-        is_inverse = head in ends and tail not in ends
-        paths.append([tail, head] if is_inverse else [head, tail])
-    return [tuple(names) for names in paths]
-
-
 class QuestionReader:
     """Iterates over the usable questions of a file and collects the problems of the other lines.
 
@@ -169,6 +88,10 @@ class QuestionReader:
         rows: number of non-empty lines so far.
         notes: counts so far, by name.
         unnamed: numbers of the lines whose question has a default id.
+        line_of_id: lines of the given ids. A default id may be among them, see `default_id`.
+        unread: number of questions by (key, field): the key is not read, and the question lacks
+            the field that it seems to mean. The field "" marks a key like none, where the question
+            has no answer.
     """
 
     def __init__(self, path: str | Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
@@ -178,7 +101,8 @@ class QuestionReader:
         self.rows = 0
         self.notes: Counter[str] = Counter()
         self.unnamed: set[int] = set()
-        self._line_of_id: dict[str, int] = {}
+        self.line_of_id: dict[str, int] = {}
+        self.unread: Counter[tuple[str, str]] = Counter()
         self._is_truncated = False
 
     def __iter__(self) -> Iterator[Question]:
@@ -207,25 +131,41 @@ class QuestionReader:
             size = f"{self.max_line_bytes / 1e6:g} MB"
             self._reject(number, "$", f"the line is too long: {size} or more")
             return None
-        row = _decode(line.rstrip(b"\r\n"))
-        if isinstance(row, tuple):
-            self._reject(number, *row)
+        decoded = decode_row(line.rstrip(b"\r\n"))
+        if isinstance(decoded, Fault):
+            self._reject(number, *decoded)
             return None
+        row = decoded.row
         name = "" if row.id is None else str(row.id)
         if not name:
             self.unnamed.add(number)
             name = default_id(self.path, number)
-        first = self._line_of_id.setdefault(name, number)
-        if first != number:
+        elif (first := self.line_of_id.setdefault(name, number)) != number:
             self._reject(number, "$.id", f"the same id as on line {first}")
             return None
-        return self._to_question(row, name, number)
+        question = self._to_question(row, name, number)
+        self._count_unread(decoded.unread, row, question)
+        return question
 
-    def _to_question(self, row: _Row, name: str, number: int) -> Question:
+    def _count_unread(self, keys: tuple[str, ...], row: Row, question: Question) -> None:
+        """Counts the unread keys that may hold what this question lacks."""
+        for key in keys:
+            field = near_field(key)
+            if field in ("answer", "answers", None):
+                lacks, field = not question.answers, field and "answer"
+            elif field == "topic_entities":
+                lacks = not question.topics
+            else:
+                lacks = not getattr(row, field)
+            entry = (key, field or "")
+            if lacks and (entry in self.unread or len(self.unread) < _MAX_UNREAD_KEYS):
+                self.unread[entry] += 1
+
+    def _to_question(self, row: Row, name: str, number: int) -> Question:
         triples = tuple(dict.fromkeys(row.triples))
-        paths = [p for path in row.paths or () for p in _entity_paths(path)]
-        topics = _names(row.topic_entities)
-        answers = _names(row.answer) or _names(row.answers)
+        paths = [p for path in row.paths or () for p in entity_paths(path)]
+        topics = distinct_names(row.topic_entities)
+        answers = distinct_names(row.answer) or distinct_names(row.answers)
         if not topics and paths:
             topics = tuple(dict.fromkeys(path[0] for path in paths))
             self.notes["topics_from_paths"] += 1
@@ -257,15 +197,13 @@ class QuestionReader:
             max_bad_fraction: fraction of the rows that may be unusable.
 
         Raises:
-            DataError: it lists the first problems as `file:line: path: reason`, and their number.
+            DataError: it lists all problems as `file:line: path: reason`, and their number.
         """
         if not self.rows and not self._is_truncated:
             raise DataError(f"{self.path}: holds no question. It needs one JSON object per line.")
         bad = len(self.rejects)
         if self._is_truncated or bad > max_bad_fraction * self.rows:
-            messages = [f"{self.path}:{problem}" for problem in self.rejects[:_MAX_LISTED_PROBLEMS]]
-            if bad > _MAX_LISTED_PROBLEMS:
-                messages.append(f"... and {bad - _MAX_LISTED_PROBLEMS} more problems")
+            messages = [f"{self.path}:{problem}" for problem in self.rejects]
             summary = f"{self.path}: {bad} of {self.rows} rows cannot be used."
             if not self._is_truncated:
                 summary += (
@@ -282,9 +220,20 @@ class QuestionReader:
             )
 
 
-def default_id(path: Path, line: int) -> str:
-    """Returns the id of a question without one: file name without suffixes, and line number."""
-    return f"{path.name.split('.')[0]}-{line}"
+def default_id(path: Path, line: int, given: Container[str] = ()) -> str:
+    """Returns the id of a question without one: file name without suffixes, and line number.
+
+    A prime follows while another question of the file has this as its own id. So whether a file is
+    accepted does not depend on its name.
+
+    Args:
+        path, line: the file and the line number.
+        given: ids of the questions that have one.
+    """
+    name = f"{path.name.split('.')[0]}-{line}"
+    while name in given:
+        name += "'"
+    return name
 
 
 def read_questions(
@@ -312,4 +261,11 @@ def read_questions(
     reader = QuestionReader(path, max_line_bytes=max_line_bytes)
     questions = tuple(reader)
     reader.check(max_bad_fraction)
+    given = reader.line_of_id
+    questions = tuple(
+        replace(question, id=default_id(reader.path, question.line, given))
+        if question.line in reader.unnamed and question.id in given
+        else question
+        for question in questions
+    )
     return QuestionFile(questions, tuple(reader.rejects), dict(reader.notes))

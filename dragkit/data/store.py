@@ -19,19 +19,21 @@ from dragkit.data.arrays import (
 )
 from dragkit.data.cache import cache_root
 from dragkit.data.evidence import EVIDENCE, RELATION_PATH
+from dragkit.data.gaps import LabelGaps, describe_unread
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
 from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
-from dragkit.data.question_file import Triple, default_id
+from dragkit.data.question_file import default_id
+from dragkit.data.question_row import Triple
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 # Part of every fingerprint. Raise it when the same file is packed into other values.
 BUILDER_VERSION = 2
-# Change this name when arrays are renamed or added. Checkpoints record the fingerprint, so a new
-# BUILDER_VERSION for the same values would prevent runs from being resumed.
-CACHE_FOLDER = "packed-4"
+# Change this name when arrays or counts are renamed or added. Checkpoints record the fingerprint,
+# so a new BUILDER_VERSION for the same values would prevent runs from being resumed.
+CACHE_FOLDER = "packed-5"
 
 _ARRAYS = (
     *("facts", "labels", "relevance", "judged", "lines"),
@@ -78,6 +80,8 @@ class PackedStore:
     Attributes:
         fingerprint: hex key of the file's content, the options and the builder.
         summary: counts of questions, facts, labels and rejected rows, by name.
+        label_gaps: why questions have no positive fact.
+        unread: keys that are not read where their question lacks what they seem to mean.
         facts, merged_facts, merged_segments, merged_pairs, topic_facts, topic_segments,
             topic_pairs, topic_nodes: int32 blocks of all questions end to end, see `Packer`.
         fact_ptr, node_ptr, merged_fact_ptr, ...: int64 [Q+1] first item of each question.
@@ -91,6 +95,8 @@ class PackedStore:
         self.folder, self.path = folder, path
         self.fingerprint = folder.name
         self.summary: dict[str, int] = dict(meta["summary"])  # type: ignore[call-overload]
+        self.label_gaps = LabelGaps(**meta["label_gaps"])  # type: ignore[arg-type]
+        self.unread: list[tuple[str, str, int]] = meta["unread"]  # type: ignore[assignment]
         for name in _ARRAYS:
             setattr(self, name, read_array(folder, name))
         # Every question of every batch looks its offsets up, so they are held in memory.
@@ -163,6 +169,29 @@ class PackedStore:
                 self.summary["rows"],
                 self.folder / "rejects.txt",
             )
+        if keys := describe_unread(self.unread):
+            logger.warning(
+                "%s: keys that are not read, in questions that lack what they seem to mean: %s",
+                self.path,
+                keys,
+            )
+        if without := self.summary["labels_none"]:
+            logger.warning(
+                "%s: %d of %d questions have no positive fact, so retrieval learns nothing from "
+                "them: %s",
+                self.path,
+                without,
+                len(self),
+                self.label_gaps,
+            )
+        if without := self.summary["no_answer"]:
+            logger.warning(
+                "%s: %d of %d questions have no answer, so they teach the generator nothing and "
+                "score 0",
+                self.path,
+                without,
+                len(self),
+            )
         if missing := self.summary["topic_missing"]:
             logger.warning(
                 "%s: %d questions have no topic entity in their graph, so "
@@ -183,6 +212,10 @@ class PackedStore:
     def num_relations(self) -> int:
         """Number of relations in the data set."""
         return len(self._relations)
+
+    @cached_property
+    def _given_ids(self) -> frozenset[str]:
+        return frozenset(self._ids.slice(0, len(self)))
 
     @cached_property
     def fact_counts(self) -> np.ndarray:
@@ -230,7 +263,7 @@ class PackedStore:
         topics = tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist()))
         line = int(self.lines[row])
         return StoredQuestion(
-            id=self._ids[row] or default_id(self.path, line),
+            id=self._ids[row] or default_id(self.path, line, self._given_ids),
             text=self._texts[row],
             topics=topics,
             answers=self.answers(row),

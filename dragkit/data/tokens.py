@@ -25,7 +25,7 @@ from dragkit.data.store import PackedStore, StoredQuestion
 
 logger = logging.getLogger(__name__)
 
-TOKENS_VERSION = 1
+TOKENS_VERSION = 2
 _CHUNK_FACTS = 1 << 16
 _CHUNK_QUESTIONS = 1 << 12
 _PARTS = ("prefix", "facts", "target")

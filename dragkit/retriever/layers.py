@@ -72,13 +72,12 @@ class TokenPooling(nn.Module):
         """Computes relation vectors x_r, forward and inverse.
 
         Args:
-            states: float [..., D] frozen token states of all relations of the data set.
+            states: float [T, D] frozen token states of all relations of the data set.
             tokens: rows of `states` of 2R texts, see `QuestionBatch.relation_tokens`.
 
         Returns:
             float [R, 2, C].
         """
-        states = states.flatten(0, -2)
         query = (self.relation_query @ self.project.weight).to(states.dtype)
         pooled = attention_pool(states, query, tokens.ids, tokens.ptr)
         return self.project(pooled).unflatten(0, (-1, 2))

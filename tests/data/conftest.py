@@ -33,13 +33,13 @@ def zero_states() -> ZeroStates:
 
 @pytest.fixture(scope="session")
 def collator(zero_states: ZeroStates) -> Callable[..., PackedCollator]:
-    """Makes a collator of a store. Relation texts have one token, or those of `mask`."""
+    """Makes a collator of a store. Relation texts have one token, or those of `ptr`."""
 
     def make(
-        store: PackedStore, tokens: TokenRows | None = None, mask: Tensor | None = None
+        store: PackedStore, tokens: TokenRows | None = None, ptr: Tensor | None = None
     ) -> PackedCollator:
-        mask = torch.ones(store.num_relations, 2, 1, dtype=torch.bool) if mask is None else mask
-        return PackedCollator(store, zero_states, mask, tokens)
+        ptr = torch.arange(2 * store.num_relations + 1) if ptr is None else ptr
+        return PackedCollator(store, zero_states, ptr, tokens)
 
     return make
 

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dragkit.data.question_file import _decode, read_questions
+from dragkit.data.question_file import read_questions
+from dragkit.data.question_row import Fault, decode_row
 from dragkit.errors import DataError
 
 GOOD = b'{"id":"%d","question":"q","triples":[["a","r","b"]],"answer":"b"}'
@@ -82,18 +83,32 @@ def test_every_bad_line_of_a_large_file(tmp_path: Path) -> None:
 
 
 def test_deep_nesting_is_refused_and_an_escaped_backslash_before_u0000_is_not() -> None:
-    assert _decode(DEEP) == ("$", "nested too deeply")
-    row = _decode(b'{"question":"\\\\u0000","triples":[]}')
-    assert not isinstance(row, tuple) and row.question == "\\u0000"
+    assert decode_row(DEEP) == ("$", "nested too deeply")
+    decoded = decode_row(b'{"question":"\\\\u0000","triples":[]}')
+    assert decoded[0].question == "\\u0000"
 
 
-def test_a_long_list_is_shortened_and_the_count_is_exact(write_rows: Callable[..., Path]) -> None:
+def test_all_of_many_bad_lines_are_listed(write_rows: Callable[..., Path]) -> None:
+    path = write_rows([b"[]"] * 1000)
     with pytest.raises(DataError) as error:
-        read_questions(write_rows([b"[]"] * 1000))
-    lines = str(error.value).splitlines()
-    assert len(lines) == 202
-    assert lines[200] == "... and 800 more problems"
-    assert "1000 of 1000 rows" in lines[201]
+        read_questions(path)
+    *lines, last = str(error.value).splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{path}:{n}" for n in range(1, 1001)]
+    assert "1000 of 1000 rows" in last
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        (b'{"question":"q","graph":[]}', "`triples`. It holds `graph`"),
+        (b'{"Question":"q","triples":[]}', "`question`. It holds `Question`"),
+        (b'{"question":"q","hops":2}', "`triples`"),
+    ],
+)
+def test_a_missing_key_is_named_with_the_one_like_it(row: bytes, hint: str) -> None:
+    fault = decode_row(row)
+    assert isinstance(fault, Fault)
+    assert hint in fault.reason and ("It holds" in fault.reason) == ("It holds" in hint)
 
 
 def test_a_line_at_the_limit(tmp_path: Path) -> None:
@@ -160,8 +175,9 @@ def test_mutated_rows_are_read_as_a_slow_parser_reads_them(data: st.DataObject) 
             st.sampled_from([b"", b'"', b"\\", b"{", b"]", b",", b"\xff", b"\x00", b"N", b"0"])
         )
         line[index : index + data.draw(st.integers(0, 2))] = new
-    row, slow = _decode(bytes(line)), _slow_parse(bytes(line))
-    assert isinstance(row, tuple) == (slow is None), row
+    decoded, slow = decode_row(bytes(line)), _slow_parse(bytes(line))
+    assert isinstance(decoded, Fault) == (slow is None), decoded
     if slow is not None:
-        assert row.question == slow["question"]
-        assert [list(triple) for triple in row.triples] == slow["triples"]
+        assert decoded.row.question == slow["question"]
+        assert [list(triple) for triple in decoded.row.triples] == slow["triples"]
+        assert set(decoded.unread) == set(slow) - {"question", "triples"}

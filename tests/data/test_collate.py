@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter, defaultdict
@@ -278,16 +279,17 @@ def test_a_question_of_200_000_facts(tmp_path: Path, collator: Collator) -> None
         assert torch.equal(getattr(fact_index, name), value), name
 
 
-def test_relation_tokens_skip_padding(collate: PackedCollator, collator: Collator) -> None:
-    mask = torch.rand(collate.store.num_relations, 2, 4) < 0.5
+def test_relation_tokens_are_those_of_both_texts(
+    collate: PackedCollator, collator: Collator
+) -> None:
     # The texts have 0 to 4 tokens.
-    mask = mask.sort(2, descending=True).values
-    batch = collator(collate.store, mask=mask)(range(ROWS))
+    length = torch.randint(5, (2 * collate.store.num_relations,)).tolist()
+    first = [0, *itertools.accumulate(length)]
+    batch = collator(collate.store, ptr=torch.tensor(first))(range(ROWS))
     rows, ptr = [], [0]
     for relation in batch.relation_row.tolist():
-        for direction in (0, 1):
-            first = (2 * relation + direction) * 4
-            rows += [first + t for t in range(int(mask[relation, direction].sum()))]
+        for text in (2 * relation, 2 * relation + 1):
+            rows += [first[text] + t for t in range(length[text])]
             ptr.append(len(rows))
     tokens = batch.relation_tokens
     assert (tokens.ids.tolist(), tokens.ptr.tolist()) == (rows, ptr)

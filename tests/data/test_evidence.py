@@ -12,7 +12,8 @@ import torch
 
 from dragkit.data.collate import PackedCollator
 from dragkit.data.evidence import EVIDENCE, RELATION_PATH
-from dragkit.data.question_file import Question, Triple, read_questions
+from dragkit.data.question_file import Question, read_questions
+from dragkit.data.question_row import Triple
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.subgraph import build_subgraph

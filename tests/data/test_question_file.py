@@ -150,7 +150,7 @@ def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     assert error.value.exit_code == 66
     with pytest.raises(MissingInputError, match="does not exist either"):
         read_questions(tmp_path / "nowhere" / "train.jsonl")
-    with pytest.raises(MissingInputError, match="cannot be read"):
+    with pytest.raises(MissingInputError, match="a folder, not a file"):
         read_questions(tmp_path)
 
 

@@ -253,3 +253,23 @@ def test_the_chunk_size_changes_nothing(
     for name in (*store._ARRAYS, *(f"{name}_ptr" for name in packing.RAGGED)):
         assert np.array_equal(getattr(one, name), getattr(many, name)), name
     assert one.summary == many.summary
+
+
+def test_made_up_ids_meet_no_given_one_whatever_the_file_is_called(
+    write_rows: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The content is accepted under every name, in every order, and its ids are distinct."""
+    row = {"question": "q", "triples": [["a", "r", "b"]], "answer": "b"}
+    rows = [row, row | {"id": "train-1"}, row | {"id": "train-3"}, row | {"id": "train-1'"}, row]
+    expected = {
+        "train": ["train-1''", "train-1", "train-3", "train-1'", "train-5"],
+        "other": ["other-1", "train-1", "train-3", "train-1'", "other-5"],
+    }
+    for name in ("train", "other", "train"):
+        path = write_rows(rows, f"{name}.jsonl")
+        packed = PackedStore.build_or_open(path, cache_dir=tmp_path)
+        assert [packed.question(number).id for number in range(5)] == expected[name]
+        assert [question.id for question in read_questions(path).questions] == expected[name]
+    again = write_rows([*rows, row | {"id": "train-3"}])
+    with pytest.raises(DataError, match=r"6: \$.id: the same id as on line 3"):
+        PackedStore.build_or_open(again, cache_dir=tmp_path)

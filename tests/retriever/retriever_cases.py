@@ -103,8 +103,9 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
     for i, g in enumerate(graphs):
         states[i, : len(g["question"])] = g["question"].to(dtype)
         mask[i, : len(g["question"])] = True
-    lengths = text_lengths(int(max(used, default=0)) + 1)[used].flatten().tolist()
-    starts = [(2 * r + d) * MAX_WORDS for r in used for d in (0, 1)]
+    all_lengths = text_lengths(int(max(used, default=0)) + 1).flatten()
+    ends, texts = all_lengths.cumsum(0), [2 * r + d for r in used for d in (0, 1)]
+    lengths, starts = all_lengths[texts].tolist(), (ends - all_lengths)[texts].tolist()
     rows = [start + t for start, n in zip(starts, lengths, strict=True) for t in range(n)]
     return QuestionBatch(
         graph=pack_graph(graphs, relation, dtype, merge),
@@ -122,9 +123,9 @@ def pack(graphs, dtype=torch.float64, merge=True) -> QuestionBatch:
 
 def relation_states(num_relations, dtype=torch.float64) -> RelationStates:
     generator = torch.Generator().manual_seed(5)
-    states = torch.randn(num_relations, 2, MAX_WORDS, TEXT, generator=generator, dtype=dtype)
-    mask = torch.arange(MAX_WORDS) < text_lengths(num_relations).unsqueeze(2)
-    return RelationStates(states * mask[..., None], mask)
+    ends = text_lengths(num_relations).flatten().cumsum(0)
+    states = torch.randn(int(ends[-1]), TEXT, generator=generator, dtype=dtype)
+    return RelationStates(states, torch.cat([torch.zeros(1, dtype=torch.int64), ends]))
 
 
 def double_retriever(**settings) -> Retriever:

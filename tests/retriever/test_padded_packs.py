@@ -74,15 +74,16 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> PackedStore:
 
 @pytest.fixture(scope="module")
 def relations(store: PackedStore) -> RelationStates:
-    lengths = 1 + (torch.arange(2 * store.num_relations) * 7 % WORDS).view(-1, 2)
-    mask = torch.arange(WORDS) < lengths.unsqueeze(2)
-    states = torch.randn(*mask.shape, TEXT, generator=torch.Generator().manual_seed(5))
-    return RelationStates(states * mask.unsqueeze(3), mask)
+    lengths = 1 + torch.arange(2 * store.num_relations) * 7 % WORDS
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(len(lengths), WORDS, TEXT, generator=generator)
+    return RelationStates(states[torch.arange(WORDS) < lengths[:, None]], ptr)
 
 
 @pytest.fixture(scope="module")
 def collate(store: PackedStore, relations: RelationStates) -> PackedCollator:
-    return PackedCollator(store, States(), relations.mask)
+    return PackedCollator(store, States(), relations.ptr)
 
 
 def batches_of(collate: PackedCollator) -> dict[str, QuestionBatch]:
@@ -142,7 +143,7 @@ def assert_same_step(plain: tuple, padded: tuple, facts: int, limit: float) -> N
 @pytest.mark.parametrize("message", ["fused", "per_instruction"])
 def test_a_padded_pack_gives_the_same_step(collate, relations, message, dtype, limit):
     model = retriever(dtype, message=message, gate_relation_by_instruction=True)
-    states = RelationStates(relations.states.to(dtype), relations.mask)
+    states = RelationStates(relations.states.to(dtype), relations.ptr)
     for name, batch in batches_of(collate).items():
         facts = batch.graph.num_facts
         plain = step(model, model, cast(batch, dtype), states)
@@ -160,7 +161,7 @@ def test_padding_changes_no_bit_of_the_logits_of_a_float64_model(collate, relati
     """In float32 a product of matrices may round by how many rows it has; here the score's own
     rounding to float32 hides that."""
     model = retriever(torch.float64)
-    states = RelationStates(relations.states.double(), relations.mask)
+    states = RelationStates(relations.states.double(), relations.ptr)
     for batch in batches_of(collate).values():
         plain = step(model, model, cast(batch, torch.float64), states)
         padded = pad_batch(batch, roomy(required_capacity(batch)))

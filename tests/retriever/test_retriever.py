@@ -49,7 +49,8 @@ def reference(w: dict[str, Tensor], g: dict, relations: RelationStates, config) 
     x = {}
     for r in set(g["relation"].tolist()):
         for d in (0, 1):
-            states = relations.states[r, d][relations.mask[r, d]]
+            first, end = relations.ptr[2 * r + d : 2 * r + d + 2].tolist()
+            states = relations.states[first:end]
             x[r, d] = attention(w, states, w["pooling.relation_query"])
     facts = list(zip(g["head"].tolist(), g["relation"].tolist(), g["tail"].tolist(), strict=True))
     width = config.hidden_dim

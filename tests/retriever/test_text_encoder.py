@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from dragkit.data.relations import RelationVocab
 from dragkit.errors import MissingInputError
 from dragkit.retriever import text_encoder as module
-from dragkit.retriever.text_encoder import TextEncoder, TokenStates, find_encoder
+from dragkit.retriever.text_encoder import MAX_TOKENS, TextEncoder, TokenStates, find_encoder
 
 TEXTS = ["what is the capital of france?", "", "place of birth", "Ñuñoa 灯台 🌊", "birth of place"]
 
@@ -55,15 +58,167 @@ def test_a_second_call_reads_the_cache_and_damage_is_repaired(text_encoder, fold
 
 
 def test_relations_have_a_forward_and_an_inverse_text(text_encoder):
-    words = ["place of birth", "birth of place"]
-    relations = text_encoder.relation_states(1, lambda row, inverse: words[inverse])
-    plain, mask = text_encoder.token_states(words).rows([0, 1])
-    torch.testing.assert_close(relations.states[0], plain)
-    assert torch.equal(relations.mask[0], mask)
+    words = RelationVocab(["x.place_of_birth", "y.place_of_birth", "of"]).texts()
+    assert words[:2] == ["x place of birth", "birth of place x"]
+    assert words[2:] == ["y place of birth", "birth of place y", "of", "of"]
+    tokens = text_encoder.token_states(words)
+    relations = tokens.relations()
+    for text in range(6):
+        states, mask = tokens.rows([text])
+        first, end = relations.ptr[text : text + 2].tolist()
+        assert torch.equal(relations.states[first:end], states[0]) and mask.all()
+    assert relations.states.dtype == torch.float32
+
+
+def test_one_long_relation_pads_no_other(text_encoder):
+    words = [f"r {i}" for i in range(300)]
+    plain = text_encoder.token_states(words).relations()
+    longer = text_encoder.token_states([*words, "word " * 500]).relations()
+    assert longer.states.shape[0] == plain.states.shape[0] + MAX_TOKENS
+
+
+def test_cut_texts_and_texts_of_the_same_tokens_are_known(text_encoder):
+    # 126 words and two control tokens are what is read.
+    words = ["a " * 126, "a " * 127, "a " * 127 + "b", "b", "B ", "c"]
+    states = text_encoder.token_states(words)
+    assert states.is_cut.tolist() == [False, True, True, False, False, False]
+    # The longer texts are cut to their first tokens. The encoder reads no capitals.
+    same = [[a == b for b in states.content] for a in states.content]
+    groups = [0, 1, 1, 2, 2, 3]
+    assert same == [[a == b for b in groups] for a in groups]
+
+
+def test_the_name_of_a_control_token_is_plain_text(text_encoder):
+    # "[", "sep", "]" between the two control tokens of every text.
+    assert text_encoder.token_states(["[SEP]", "[PAD]", "sep"]).ptr.tolist() == [0, 5, 10, 13]
+
+
+@pytest.fixture
+def small_encoder(tmp_path):
+    """A random BERT in the layout of sentence-transformers that reads letters."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path / "small_encoder"
+    folder.mkdir()
+    letters = [chr(code) for code in range(97, 123)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters)]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def to_bin(folder: Path) -> Path:
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    return folder / "pytorch_model.bin"
+
+
+def test_states_are_those_of_the_weights_whatever_file_holds_them(small_encoder, tmp_path):
+    """A cache that another encoder has filled is not read, whichever of its files differs."""
+    weights = to_bin(small_encoder)
+    before = np.array(TextEncoder(small_encoder, tmp_path).token_states(["a b"]).values)
+    tensors = torch.load(weights)
+    tensors["embeddings.word_embeddings.weight"] *= -1
+    torch.save(tensors, weights)
+    after = np.array(TextEncoder(small_encoder, tmp_path).token_states(["a b"]).values)
+    assert not np.allclose(before, after)
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.txt", "tokenizer.json", "model.safetensors", "2_Dense/weights.bin", "new.model"]
+)
+def test_every_file_of_the_encoder_is_in_its_fingerprint(small_encoder, tmp_path, name):
+    file = small_encoder / name
+    file.parent.mkdir(exist_ok=True)
+    file.touch()
+    before = TextEncoder(small_encoder, tmp_path).fingerprint
+    (small_encoder / ".cache").write_text("not of the encoder")
+    assert TextEncoder(small_encoder, tmp_path).fingerprint == before
+    file.write_bytes(file.read_bytes() + b" ")
+    after = TextEncoder(small_encoder, tmp_path).fingerprint
+    assert after != before
+    file.rename(file.with_name("other" + file.suffix))
+    assert TextEncoder(small_encoder, tmp_path).fingerprint not in (before, after)
+
+
+def cut_weights(folder: Path) -> str:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name
+
+
+def cut_pickle(folder: Path) -> str:
+    file = to_bin(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+    return file.name
+
+
+def lfs_pointer(folder: Path) -> str:
+    (folder / "model.safetensors").write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 90868376\n"
+    )
+    return "model.safetensors: a Git LFS pointer"
+
+
+def lost_tensor(folder: Path) -> str:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["encoder.layer.0.attention.self.key.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return "lack 1 tensors, such as encoder.layer.0.attention.self.key.weight"
+
+
+def no_weights(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    return "small_encoder: "
+
+
+def no_width(folder: Path) -> str:
+    (folder / "config.json").write_text("[]")
+    return "config.json"
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_weights, cut_pickle, lfs_pointer, lost_tensor, no_weights, no_width]
+)
+def test_an_encoder_that_cannot_be_read_is_named(small_encoder, tmp_path, damage):
+    expected = damage(small_encoder)
+    encoder = TextEncoder(small_encoder, tmp_path / "cache")
+    with pytest.raises(MissingInputError) as error:
+        encoder.token_states(["a"])
+        encoder.dim  # noqa: B018
+    assert str(small_encoder) in str(error.value) and expected in str(error.value)
+
+
+def test_a_missing_pooler_is_no_fault(small_encoder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(small_encoder / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith("pooler")}
+    assert len(kept) < len(tensors)
+    save_file(kept, small_encoder / "model.safetensors", {"format": "pt"})
+    assert len(TextEncoder(small_encoder, tmp_path).token_states(["a b"]).values) == 4
 
 
 def test_rows_of_ragged_states():
-    states = TokenStates(np.arange(12, dtype=np.float16).reshape(6, 2), np.array([0, 2, 2, 6]))
+    states = TokenStates(
+        np.arange(12, dtype=np.float16).reshape(6, 2),
+        np.array([0, 2, 2, 6]),
+        np.zeros(3),
+        np.zeros(3),
+    )
     values, mask = states.rows([2, 1, 0])
     assert mask.tolist() == [[True] * 4, [False] * 4, [True, True, False, False]]
     assert values[2, :2].tolist() == [[0, 1], [2, 3]] and not values[1].any()

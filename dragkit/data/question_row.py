@@ -1,0 +1,148 @@
+"""Decodes one line of a file of questions, and finds its fault or the keys that are not read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import msgspec
+
+Triple = tuple[str, str, str]
+
+
+class Fault(NamedTuple):
+    """JSON path and reason of a problem."""
+
+    path: str
+    reason: str
+
+
+class Row(msgspec.Struct):
+    """The keys of a question that are read."""
+
+    question: str
+    triples: list[Triple]
+    paths: list[list[str | Triple]] | None = None
+    answer: str | list[str] | None = None
+    answers: str | list[str] | None = None
+    topic_entities: str | list[str] | None = None
+    id: str | int | None = None
+    evidence: list[Triple] | None = None
+    relation_paths: list[tuple[str, ...]] | None = None
+
+
+class Decoded(NamedTuple):
+    """A row, and its keys that are not read."""
+
+    row: Row
+    unread: tuple[str, ...]
+
+
+_FIELDS = frozenset(Row.__struct_fields__)
+_ROW_DECODER = msgspec.json.Decoder(Row)
+_RAW_DECODER = msgspec.json.Decoder(dict[str, msgspec.Raw])
+# What other sets of questions call these fields.
+_ALIASES = {
+    "answer": ("a_entity", "a_entities", "answer_entities", "gold", "gold_answers", "target"),
+    "topic_entities": ("q_entity", "q_entities", "topics", "entities", "seed_entities"),
+    "triples": ("graph", "subgraph", "facts", "edges"),
+    "question": ("query", "text", "question_text"),
+    "id": ("qid", "question_id", "questionid", "uid"),
+    "paths": ("gold_paths", "shortest_paths"),
+}
+_FIELD_OF = {name: field for field, names in _ALIASES.items() for name in names}
+
+
+@lru_cache(maxsize=1024)
+def near_field(key: str) -> str | None:
+    """Returns the field that an unknown key probably means: `answer` for `Answer` or `a_entity`."""
+    plain = "_".join("".join(c if c.isalnum() else " " for c in key.lower()).split())
+    if plain in _FIELD_OF:
+        return _FIELD_OF[plain]
+    (field, *_) = (*difflib.get_close_matches(plain, sorted(_FIELDS), n=1, cutoff=0.8), None)
+    return field
+
+
+def _unread_keys(line: bytes) -> tuple[str, ...]:
+    """Returns the keys that are not read.
+
+    Raises:
+        ValueError: a key is given twice. The decoder would silently keep its last value.
+    """
+    # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
+    # escaped quote in a key. `_unique_keys` tells the two apart.
+    values = _RAW_DECODER.decode(line)
+    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
+    if quotes != 2 * len(values):
+        json.loads(line, object_pairs_hook=_unique_keys)
+    return tuple(key for key in values if key not in _FIELDS)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {repeated!r} is given twice")
+    return row
+
+
+def _invalid(line: bytes, error: msgspec.ValidationError) -> Fault:
+    reason, _, path = str(error).partition(" - at `")
+    reason = reason.replace("`array` of length 3", "a triple [head, relation, tail]")
+    if "missing required field" in reason:
+        near = [key for key in _RAW_DECODER.decode(line) if f"`{near_field(key)}`" in reason]
+        if near := [key for key in near if key not in _FIELDS]:
+            reason += f". It holds `{near[0]}`, which is not read"
+    return Fault(path.rstrip("`") or "$", reason)
+
+
+def decode_row(line: bytes) -> Decoded | Fault:
+    """Returns the row, or its first fault."""
+    try:
+        # The decoder skips unknown keys without checking the encoding of their values.
+        line.decode("utf-8")
+        row = _ROW_DECODER.decode(line)
+        unread = _unread_keys(line)
+    except msgspec.ValidationError as error:
+        return _invalid(line, error)
+    except msgspec.DecodeError as error:
+        return Fault("$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}")
+    except UnicodeDecodeError as error:
+        return Fault("$", f"not UTF-8: {error.reason} (byte {error.start})")
+    except RecursionError:
+        return Fault("$", "nested too deeply")
+    except ValueError as error:
+        return Fault("$", str(error))
+    for index, steps in enumerate(row.paths or ()):
+        if len({type(step) for step in steps}) > 1:
+            return Fault(f"$.paths[{index}]", "expected entities or triples, got both")
+    # `\\u0000` is an escaped backslash and four zeros. Only an odd backslash escapes a NUL.
+    if b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b""):
+        return Fault("$", "a NUL character")
+    return Decoded(row, unread)
+
+
+def distinct_names(value: str | list[str] | None) -> tuple[str, ...]:
+    """Returns the distinct non-empty names of a field that holds one, many or none."""
+    names = [value] if isinstance(value, str) else value or ()
+    return tuple(dict.fromkeys(name for name in names if name))
+
+
+def entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:
+    """Returns a path as entity names. A path of triples is cut where they share no entity."""
+    if not path or isinstance(path[0], str):
+        return [tuple(path)] if path else []  # type: ignore[arg-type]
+    paths: list[list[str]] = []
+    for index, (head, _, tail) in enumerate(path):
+        if paths and paths[-1][-1] in (head, tail):
+            paths[-1].append(tail if paths[-1][-1] == head else head)
+            continue
+        # A first triple is walked from its tail if only its head occurs in the next triple.
+        ends = path[index + 1][::2] if index + 1 < len(path) else ()
+        is_inverse = head in ends and tail not in ends
+        paths.append([tail, head] if is_inverse else [head, tail])
+    return [tuple(names) for names in paths]
