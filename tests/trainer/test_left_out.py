@@ -12,6 +12,7 @@ import torch
 
 from dragkit import load_run
 from dragkit.data.packed import TokenPack
+from dragkit.eval import parse_answers
 from tests.trainer.joint_cases import make, make_batch, relation_states
 from tests.trainer.run_cases import FIXTURE, make_run
 
@@ -86,3 +87,4 @@ def test_a_run_tells_how_many_facts_it_left_out(
         assert prediction["facts_left_out"] == {2: 2, 5: 1}.get(i, 0)
         assert not any("word word" in "".join(fact["triple"]) for fact in prediction["facts"])
         assert prediction["scores"]["facts-selected"] == len(prediction["facts"])
+        assert prediction["parsed"] == parse_answers(prediction["text"])
