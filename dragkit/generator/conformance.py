@@ -29,9 +29,9 @@ def check_conformance(generator: Generator, name: str) -> None:
     """Compares our logits with the model's own on two prompts of unequal length.
 
     The shorter prompt goes through the model alone, as token ids. It goes through our code in a
-    batch with the longer one, with a structural vector in it. A Nemotron-H costs these two forwards.
-    Other models also decode two tokens of both prompts. A model whose answers depend on the padding
-    of its batch is mended: it decodes prompts of one length at a time.
+    batch with the longer one, with a structural vector in it. A Nemotron-H costs these two
+    forwards. Other models also decode two tokens of both prompts. A model whose answers depend on
+    padding is mended: it decodes prompts of one length at a time.
 
     Args:
         generator: the loaded generator. Adapters must be new, so that they change nothing.
@@ -77,7 +77,8 @@ class _Probe:
             self._refuse(f"our logits differ from its own {self._where(own, answer)}", error)
         if together is None:
             return
-        alone, answer_alone = self._decoded([self.short])
+        with self._refused("decoding stops"):
+            alone, answer_alone = self._decoded([self.short])
         own_alone = own if answer_alone == answer else self._own(answer_alone)
         if (error := self._error(alone, own_alone)) is not None:
             self._refuse("decoding with its cache gives other logits than its forward", error)

@@ -20,7 +20,7 @@ from dragkit.distributed.rank_consistency import check_batch_size, run_fingerpri
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import MissingInputError
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import check_generator
+from dragkit.generator.load import check_generator, within_positions
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import (
@@ -101,6 +101,7 @@ class TrainingRun:
         # 3. Device, 4. memory plan, 5. weights: the input that is most often missing.
         self.device = setup_process(config, self.ranks)
         if config.run.phase == 2:
+            config = within_positions(config)
             config = with_memory_plan(config, self.device, self.ranks.world_size)
             self._check_generator(config)
         self.config = config
