@@ -24,15 +24,15 @@ class CausalLM:
         eos_token_id: token that ends an answer, and that fills up answers that end early.
 
     Attributes:
-        ignores_padding: the model's tokens read padding on their left, whatever the attention mask
-            says. Prompts of different lengths are then decoded one length at a time.
+        decodes_alone: decode one prompt at a time, since the answers of this model depend on the
+            other prompts of the batch, or on padding that the attention mask excludes.
     """
 
     def __init__(self, model: nn.Module, eos_token_id: int) -> None:
         from transformers import GenerationConfig
 
         self.model = model
-        self.ignores_padding = False
+        self.decodes_alone = False
         self._eos_token_id = eos_token_id
         # `generate` fills what a call leaves open with the model's settings, which come from the
         # file generation_config.json beside the weights: penalties, or answers as dictionaries.
@@ -88,19 +88,16 @@ class CausalLM:
             synced_ranks: whether all ranks step until the last one is done.
         """
         ids, padded, mask = pad(embeds, prompt, left=True)
-        rows = [list(range(len(ids)))]
-        if self.ignores_padding:
-            lengths = prompt.length.tolist()
-            rows = [[r for r, n in enumerate(lengths) if n == size] for size in set(lengths)]
-        continued: dict[int, list[int]] = {}
-        for chosen in rows:
-            # Without a shorter prompt in the batch, no padding is left.
-            width = int(prompt.length[chosen].max()) if self.ignores_padding else ids.shape[1]
-            batch = (x[chosen, -width:] for x in (ids, padded, mask))
-            output = self.generate(*batch, max_new_tokens, synced_gpus=synced_ranks)
-            tokens = output.sequences[:, width:].tolist()
-            continued |= dict(zip(chosen, tokens, strict=True))
-        return [continued[row] for row in range(len(ids))]
+        if not self.decodes_alone:
+            output = self.generate(ids, padded, mask, max_new_tokens, synced_gpus=synced_ranks)
+            return output.sequences[:, ids.shape[1] :].tolist()
+        continued = []
+        for row, length in enumerate(prompt.length.tolist()):
+            # Without the padding on its left.
+            batch = (x[row : row + 1, -length:] for x in (ids, padded, mask))
+            output = self.generate(*batch, max_new_tokens)
+            continued.append(output.sequences[0, length:].tolist())
+        return continued
 
     def generate(
         self, ids: Tensor, embeds: Tensor, mask: Tensor, max_new_tokens: int, **options: bool

@@ -31,7 +31,7 @@ def check_conformance(generator: Generator, name: str) -> None:
     The shorter prompt goes through the model alone, as token ids. It goes through our code in a
     batch with the longer one, with a structural vector in it. A Nemotron-H costs these two
     forwards. Other models also decode two tokens of both prompts. A model whose answers depend on
-    padding is mended: it decodes prompts of one length at a time.
+    the batch is mended: it decodes one prompt at a time.
 
     Args:
         generator: the loaded generator. Adapters must be new, so that they change nothing.
@@ -83,10 +83,10 @@ class _Probe:
         if (error := self._error(alone, own_alone)) is not None:
             self._refuse("decoding with its cache gives other logits than its forward", error)
         if (error := self._error(together, own)) is not None:
-            self.causal_lm.ignores_padding = True
+            self.causal_lm.decodes_alone = True
             logger.warning(
-                "%s decodes one length of prompts at a time: it reads padding, which changes its "
-                "logits by %s",
+                "%s decodes one prompt at a time, which is slow: in a batch, its logits differ by "
+                "%s",
                 self.title,
                 error,
             )
@@ -141,7 +141,8 @@ class _Probe:
         # The code of some two hundred families may raise anything.
         except Exception as error:
             raise MissingInputError(
-                f"{self.title} cannot be used: {what}: {type(error).__name__}: {error}. {_REMEDY}"
+                f"{self.title} cannot be used: {what}: {type(error).__name__}: "
+                f"{str(error).rstrip('.')}. {_REMEDY}"
             ) from error
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dragkit.errors import ConfigError
 from dragkit.generator.causal_lm import CausalLM
 from dragkit.generator.nemotron_h import (
     ACTIVATION_CHECKPOINTING,
@@ -198,7 +199,16 @@ class Generator(nn.Module):
 
         Call it after FSDP has wrapped the generator: the announcement must come before FSDP's
         all-gather, so its hook is put in front of FSDP's.
+
+        Raises:
+            ConfigError: the model decodes one prompt at a time, and ranks have different numbers.
         """
+        if self.causal_lm.decodes_alone:
+            raise ConfigError(
+                "run.generator_fsdp: the generator decodes one prompt at a time, because its "
+                "answers depend on the batch, so ranks cannot decode together. Use --set "
+                "run.generator_fsdp=false."
+            )
         self._passes = passes
         self.register_forward_pre_hook(lambda *_: passes.announce_pass(), prepend=True)
 

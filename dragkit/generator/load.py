@@ -284,4 +284,5 @@ def load_generator(
     # The packages of mamba_ssm run on GPUs alone, and weights to be sharded are on the host.
     probed = generator if num_shards == 1 else Generator(model, tokenizer)
     check_conformance(probed, name)
+    generator.causal_lm.decodes_alone = probed.causal_lm.decodes_alone
     return generator
