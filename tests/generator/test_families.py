@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,21 +16,30 @@ from dragkit.generator.conformance import check_conformance, packed
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters, load_adapter
 from dragkit.generator.lora.coverage import adapted_layers
-from tests.generator.families import FAMILIES, REFUSED, VOCABULARY, family_model
+from tests.generator.families import FAMILIES, REFUSED, VOCABULARY, Tokens, family_model
 
 CPU = torch.device("cpu")
+_OUTDATED = "run PYTHONPATH=.:kernels python scripts/family_table.py"
 DRAW = torch.Generator().manual_seed(11)
 TARGET = [5, 6, 7, 1]
 PROMPTS = [torch.randint(3, VOCABULARY, (n,), generator=DRAW).tolist() for n in (23, 9, 14)]
 
 
-class Tokens:
-    """A tokenizer whose texts are arbitrary token ids."""
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """`scripts/family_table.py`, which writes the table of the page."""
+    path = Path(__file__).parents[2] / "scripts" / "family_table.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    bos_token_id, eos_token_id = 0, 1
 
-    def __call__(self, texts, add_special_tokens):
-        return {"input_ids": [[3 + ord(c) * 7 % (VOCABULARY - 3) for c in t] for t in texts]}
+def documented(script: ModuleType) -> dict[str, str]:
+    """The rows of the page by family."""
+    rows = script.PAGE.read_text().partition(script.BEGIN)[2].partition(script.END)[0]
+    return {row.split("|")[1].strip(): row + "\n" for row in rows.splitlines()[2:]}
 
 
 def adapted(family: str, dtype: torch.dtype = torch.float32) -> Generator:
@@ -59,7 +70,9 @@ def own_continuation(model: nn.Module, prompt: list[int], limit: int) -> list[in
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_gradients_and_answers_are_the_models_own(family: str, tmp_path: Path) -> None:
+def test_loss_gradients_and_answers_are_the_models_own(
+    family: str, tmp_path: Path, script: ModuleType
+) -> None:
     generator = adapted(family)
     check_conformance(generator, "probed")
     model = generator.model.get_base_model()
@@ -99,6 +112,7 @@ def test_loss_gradients_and_answers_are_the_models_own(family: str, tmp_path: Pa
     again = Generator(load_adapter(family_model(family), tmp_path).eval(), Tokens())
     same = torch.cat(list(again.target_logits(packed([(PROMPTS[0], TARGET)], CPU), None)))
     torch.testing.assert_close(same, logits)
+    assert documented(script)[family] == script.served_row(family, generator), _OUTDATED
 
 
 @pytest.mark.parametrize(
@@ -118,6 +132,11 @@ def test_half_precision_trains_and_answers(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", REFUSED)
-def test_a_family_that_cannot_be_served_is_refused_by_name(family: str) -> None:
+def test_a_family_that_cannot_be_served_is_refused_by_name(family: str, script: ModuleType) -> None:
     with pytest.raises(MissingInputError, match=rf"the generator mine \(family {family}\)"):
         check_conformance(Generator(family_model(family), Tokens()), "mine")
+    assert documented(script)[family] == script.refused_row(family), _OUTDATED
+
+
+def test_the_page_lists_these_families_and_no_others(script: ModuleType) -> None:
+    assert list(documented(script)) == [*FAMILIES, *REFUSED], _OUTDATED
