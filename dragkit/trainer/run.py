@@ -101,9 +101,9 @@ class TrainingRun:
         # 3. Device, 4. memory plan, 5. weights: the input that is most often missing.
         self.device = setup_process(config, self.ranks)
         if config.run.phase == 2:
-            config = within_positions(config)
             config = with_memory_plan(config, self.device, self.ranks.world_size)
             self._check_generator(config)
+            config = within_positions(config)
         self.config = config
         # 6. Data and encoder.
         self.paths = self._find_data()
