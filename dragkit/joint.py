@@ -77,14 +77,17 @@ class JointModel(nn.Module):
         if batch.prefix is None or batch.facts is None:
             raise ValueError("the batch has no token rows: build its PackedCollator with TokenRows")
         vectors = self.uses_vectors if vectors is None else vectors
-        # A prompt to be continued leaves room for the new tokens.
+        # A prompt to be continued leaves room for the new tokens, also where validation asks for
+        # more of them.
+        run, generator = self.config.run, self.config.generator
+        answer = max(generator.max_new_tokens, run.val_max_new_tokens or 0)
         return layout_prompts(
             batch.prefix,
             batch.facts,
             self.cue,
             batch.target if with_target else None,
             index,
-            max_tokens=limit if with_target else limit - self.config.generator.max_new_tokens,
+            max_tokens=limit if with_target else limit - answer,
             vectors=vectors,
             # The cascade, which has no vectors, reads the text in every arm.
             text=self.config.generator.fact_text or not vectors,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Fractions of a card's peak rate that a step may sustain: first versions, and well-tuned ones.
 _PEAK_FRACTIONS = (0.1, 0.4)
+# Forwards of the generator when it is loaded (`dragkit.generator.conformance`).
+_CHECK_FORWARDS = 2
 # Tokens of a prompt: the question with the instructions, and each fact with its vector.
 _PROMPT_TOKENS, _TOKENS_PER_FACT = 100, 25
 _GIB = 2.0**30
@@ -126,6 +128,10 @@ def _estimate_work(config: TrainConfig, plan: MemoryPlan) -> dict[str, object]:
         weights = plan.fixed["frozen weights"] * plan.num_shards
         reading = passes * reads * weights / (plan.card.memory_gb_per_s * 1e9)
         work |= {"passes": passes, "seconds_reading_weights": reading}
+        # Weights to be sharded are checked on the host, whose rates are not known.
+        if plan.num_shards == 1:
+            check = _CHECK_FORWARDS * weights / (plan.card.memory_gb_per_s * 1e9)
+            work |= {"seconds_checking_at_load": check}
         for fraction in _PEAK_FRACTIONS:
             rate = fraction * (plan.card.bf16_tflops * 1e12)
             seconds = max(tokens * sum(flops.values()) / rate, reading)
@@ -227,6 +233,11 @@ def format_plan(plan: dict) -> str:
             f"{plan['peak_flops'] / 1e12:.0f} TFLOP/s",
             f"  reading the weights takes {1e3 * work['seconds_reading_weights']:.0f} ms of that",
         ]
+        if "seconds_checking_at_load" in work:
+            lines.append(
+                f"the check at load runs {_CHECK_FORWARDS} forwards over short prompts: at least "
+                f"{1e3 * work['seconds_checking_at_load']:.0f} ms, to read the weights"
+            )
     if plan["alternatives"]:
         lines += [
             "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dragkit.errors import ConfigError
+from dragkit.generator.causal_lm import CausalLM
 from dragkit.generator.nemotron_h import (
     ACTIVATION_CHECKPOINTING,
     CompiledBlocks,
@@ -70,7 +72,7 @@ class Generator(nn.Module):
     """A causal language model that reads neural prompts.
 
     A Nemotron-H runs over packs by our own forward (`dragkit.generator.nemotron_h`). Other models
-    run their own forward, over batches padded on the right.
+    run their own forward over padded batches (`dragkit.generator.causal_lm`).
 
     Args:
         model: a Hugging Face causal LM, with or without adapters.
@@ -81,6 +83,9 @@ class Generator(nn.Module):
         activation_checkpointing: see `GeneratorConfig.activation_checkpointing`. Here "auto" is
             "none".
         max_tokens_per_microbatch: bound on the tokens of a prefill. None reads all prompts at once.
+
+    Attributes:
+        causal_lm: the model's own forward. A Nemotron-H takes it for comparison alone.
     """
 
     def __init__(
@@ -101,10 +106,13 @@ class Generator(nn.Module):
         self.tokenizer = tokenizer
         self.eos_token_id = int(tokenizer.eos_token_id)
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # Lists keep nn.Module from registering these modules a second time.
-        self._decoder = [base.base_model, base.get_output_embeddings()]
-        self._embedding = [base.get_input_embeddings()]
         self._mamba = mamba_ops(mamba_backend) if is_supported(base.config) else None
+        # Lists, and an object that is no module, keep nn.Module from registering these modules a
+        # second time.
+        self._embedding = [base.get_input_embeddings()]
+        if self._mamba is not None:
+            self._decoder = [base.base_model, base.get_output_embeddings()]
+        self.causal_lm = CausalLM(base, self.eos_token_id)
         # The kernels of mamba-ssm cannot be traced.
         self._uncompiled = ("linear_attention",) if mamba_backend == "mamba_ssm" else ()
         self._block_fn = block_forward
@@ -120,6 +128,11 @@ class Generator(nn.Module):
     def device(self) -> torch.device:
         """Device of the token embeddings."""
         return self._embedding[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the token embeddings."""
+        return self._embedding[0].weight.dtype
 
     @property
     def is_packed(self) -> bool:
@@ -152,9 +165,14 @@ class Generator(nn.Module):
         return tokenizer_fingerprint(self.tokenizer)
 
     def embedding_rms(self) -> float:
-        """Root mean square of the token embeddings."""
-        weight = self._embedding[0].weight.detach().float()
-        return float(weight.pow(2).mean().sqrt())
+        """Root mean square of the token embeddings, as the embedding layer gives them."""
+        embedding = self._embedding[0]
+        rows = embedding.weight.detach()
+        # A subclass may scale the rows of its table.
+        if type(embedding) is not nn.Embedding:
+            with torch.no_grad():
+                rows = embedding(torch.arange(len(rows), device=rows.device))
+        return float(rows.float().pow(2).mean().sqrt())
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens, see `plain_tokens`."""
@@ -174,7 +192,16 @@ class Generator(nn.Module):
 
         Call it after FSDP has wrapped the generator: the announcement must come before FSDP's
         all-gather, so its hook is put in front of FSDP's.
+
+        Raises:
+            ConfigError: the model decodes one prompt at a time, and ranks have different numbers.
         """
+        if self.causal_lm.decodes_alone:
+            raise ConfigError(
+                "run.generator_fsdp: the generator decodes one prompt at a time, because its "
+                "answers depend on the batch, so ranks cannot decode together. Use --set "
+                "run.generator_fsdp=false."
+            )
         self._passes = passes
         self.register_forward_pre_hook(lambda *_: passes.announce_pass(), prepend=True)
 
@@ -207,43 +234,30 @@ class Generator(nn.Module):
             ids = torch.arange(len(ids), dtype=torch.int32, device=ids.device)
         return prompt_embeddings(table, ids, vectors, prompt.slot.int())
 
-    def pad(self, embeds: Tensor, prompt: NeuralPrompt, *, left: bool) -> tuple[Tensor, Tensor]:
-        """Packed embeddings as a padded batch.
+    def target_logits(self, prompt: NeuralPrompt, vectors: Tensor | None) -> Iterator[Tensor]:
+        """Logits at the target tokens, float [<= `LOGIT_ROWS`, V] at a time, in their order.
 
         Args:
-            embeds: float [L, M] result of `embed`.
-            prompt: the packed prompts.
-            left: pad on the left (generation) instead of the right (training).
-
-        Returns:
-            float [B, W, M] and the attention mask, int64 [B, W].
+            prompt: packed prompts with targets.
+            vectors: float [S, M] or None.
         """
-        batch, width = prompt.length.shape[0], prompt.longest
-        # On the left, prompts of different lengths end in the same column.
-        column = prompt.position
-        if left:
-            column = column + (width - prompt.length)[prompt.question]
-        index = prompt.question * width + column
-        padded = embeds.new_zeros(batch * width, embeds.shape[1]).index_copy(0, index, embeds)
-        mask = torch.zeros(batch * width, dtype=torch.int64, device=embeds.device)
-        mask[index] = 1
-        return padded.view(batch, width, -1), mask.view(batch, width)
-
-    def _hidden_at_targets(self, embeds: Tensor, prompt: NeuralPrompt) -> Tensor:
-        decoder, rows = self._decoder[0], prompt.target_row
-        if self._mamba is not None:
-            multiple = self._pad_to_multiple_of or (256 if embeds.is_cuda else 1)
-            sizes = prompt.position.int(), prompt.question, prompt.ptr, prompt.longest
-            pack = Pack(*sizes, prompt.gate)
-            embeds, pack = pad_to_multiple(embeds, pack, multiple)
-            return hidden_at_rows(
-                decoder, embeds, pack, rows, self._mamba, self._checkpointed, self._block_fn
-            )
-        # No mask: every layer is causal, so padding on the right reaches no real token, and
-        # attention without a mask takes its fastest path.
-        padded, _ = self.pad(embeds, prompt, left=False)
-        hidden = decoder(inputs_embeds=padded, use_cache=False).last_hidden_state
-        return hidden[prompt.question[rows], prompt.position[rows]]
+        embeds = self.embed(prompt, vectors)
+        if self._mamba is None:
+            return iter(self.causal_lm.target_logits(embeds, prompt).split(LOGIT_ROWS))
+        multiple = self._pad_to_multiple_of or (256 if embeds.is_cuda else 1)
+        sizes = prompt.position.int(), prompt.question, prompt.ptr, prompt.longest
+        embeds, pack = pad_to_multiple(embeds, Pack(*sizes, prompt.gate), multiple)
+        decoder, head = self._decoder
+        hidden = hidden_at_rows(
+            decoder,
+            embeds,
+            pack,
+            prompt.target_row,
+            self._mamba,
+            self._checkpointed,
+            self._block_fn,
+        )
+        return (head(rows) for rows in hidden.split(LOGIT_ROWS))
 
     def forward(
         self, prompt: NeuralPrompt, vectors: Tensor | None, eos_weight: float = 1.0
@@ -255,16 +269,13 @@ class Generator(nn.Module):
             vectors: float [S, M] or None.
             eos_weight: weight of the end tokens in the loss.
         """
-        hidden = self._hidden_at_targets(self.embed(prompt, vectors), prompt)
-        head = self._decoder[1]
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        loss = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
         token_losses = []
-        for rows, ids in zip(
-            hidden.split(LOGIT_ROWS), prompt.target_id.split(LOGIT_ROWS), strict=True
-        ):
+        logits_by_chunk = self.target_logits(prompt, vectors)
+        for chunk, ids in zip(logits_by_chunk, prompt.target_id.split(LOGIT_ROWS), strict=True):
             # In half precision, the sum over the vocabulary would round small terms away.
-            logits = head(rows).float()
+            logits = chunk.float()
             token_loss = F.cross_entropy(logits, ids, reduction="none")
             token_loss = token_loss * torch.where(ids == self.eos_token_id, eos_weight, 1.0)
             token_losses.append(token_loss.detach())
@@ -297,9 +308,15 @@ class Generator(nn.Module):
     ) -> list[list[int]]:
         """`greedy_tokens` after its announcement. FSDP gathers weights before this call."""
         embeds = self.embed(prompt, vectors)
-        decode = self._generate if self._mamba is None else self._decode
+        if self._mamba is None:
+            synced = self._passes is not None
+            tokens = self.causal_lm.greedy_tokens(
+                embeds, prompt, max_new_tokens, synced_ranks=synced
+            )
+        else:
+            tokens = self._decode(embeds, prompt, max_new_tokens)
         # A prompt that ends early is still decoded in its batch, so cut after its end token.
-        ended = [row + [self.eos_token_id] for row in decode(embeds, prompt, max_new_tokens)]
+        ended = [row + [self.eos_token_id] for row in tokens]
         return [row[: row.index(self.eos_token_id)] for row in ended]
 
     def greedy_texts(
@@ -310,21 +327,6 @@ class Generator(nn.Module):
             return []
         tokens = self.greedy_tokens(prompt, vectors, max_new_tokens)
         return answer_texts(self.tokenizer, tokens)
-
-    def _generate(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
-        # With padding on the left, the last column holds the last token of every prompt.
-        padded, mask = self.pad(embeds, prompt, left=True)
-        return self.model.generate(
-            inputs_embeds=padded,
-            attention_mask=mask,
-            max_new_tokens=limit,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=self.eos_token_id,
-            pad_token_id=self.eos_token_id,
-            synced_gpus=self._passes is not None,
-        ).tolist()
 
     def _decode(self, embeds: Tensor, prompt: NeuralPrompt, limit: int) -> list[list[int]]:
         decoder, head = self._decoder

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dragkit.config import TINY_GENERATOR, GeneratorConfig
+from dragkit.config import TINY_GENERATOR, GeneratorConfig, TrainConfig
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.generator.bundled import tiny_generator_path
+from dragkit.generator.conformance import check_conformance
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.nemotron_h.experts import uses_grouped_mm
 from dragkit.generator.nemotron_h.patches import patch_nemotron_h
 from dragkit.generator.random_weights import is_random, meta_model, random_config, random_model
+from dragkit.generator.weight_files import (
+    check_tokens,
+    check_weight_files,
+    num_positions,
+    read_config,
+    read_tokenizer,
+    weight_files,
+)
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
@@ -89,15 +101,16 @@ def weight_bytes(config: GeneratorConfig, device: torch.device, *, name: str) ->
         model = meta_model(random_config(name), _dtype(config, device))
         return sum(p.nbytes for p in model.parameters())
     folder = Path(resolve_generator(config, name=name))
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def check_generator(
     config: GeneratorConfig, device: torch.device, *, name: str, num_shards: int = 1
 ) -> str:
-    """Checks that the weights exist and fit, and returns the generator's folder.
+    """Checks that the files can be used and the weights fit, and returns the generator's folder.
 
-    Random weights have no folder. They take that of the tiny generator, for its tokenizer.
+    Random weights have no folder. They take that of the tiny generator, for its tokenizer. No
+    weight is read, so `load_generator` may still refuse the model.
 
     Args:
         config: settings with revision and dtype.
@@ -106,14 +119,52 @@ def check_generator(
         num_shards: ranks that share the weights. With several, the host holds all weights once.
 
     Raises:
-        MissingInputError: the weights do not exist or do not fit.
-        ConfigError: there is no such architecture for random weights.
+        MissingInputError: the weights do not exist, are cut short, or do not fit. Or the tokenizer
+            has tokens that the model has no embedding for.
+        ConfigError: there is no such architecture for random weights, or the tokenizer has no end
+            token.
     """
+    folder = Path(resolve_generator(config, name=TINY_GENERATOR if is_random(name) else name))
+    check_weight_files(folder)
+    rows = (random_config(name) if is_random(name) else read_config(folder)).get_text_config()
+    check_tokens(read_tokenizer(folder), rows.vocab_size, folder)
     needed_bytes = weight_bytes(config, device, name=name)
     _check_memory(needed_bytes // num_shards, name, device)
     if num_shards > 1:
         _check_memory(needed_bytes, name, torch.device("cpu"))
-    return resolve_generator(config, name=TINY_GENERATOR if is_random(name) else name)
+    return str(folder)
+
+
+def within_positions(config: TrainConfig) -> TrainConfig:
+    """The configuration with prompts, and answers after them, inside the generator's positions.
+
+    Raises:
+        ConfigError: answers alone take all positions.
+        MissingInputError: the generator's configuration is missing or cannot be read.
+    """
+    name, settings = config.generator_model, config.generator
+    if is_random(name):
+        positions = num_positions(random_config(name))
+    else:
+        positions = num_positions(read_config(Path(resolve_generator(settings, name=name))))
+    if positions is None or settings.max_prompt_tokens <= positions:
+        return config
+    answer = max(settings.max_new_tokens, config.run.val_max_new_tokens or 0)
+    if answer >= positions:
+        raise ConfigError(
+            f"generator.max_new_tokens: answers of {answer} tokens leave no room for a prompt, "
+            f"because the generator {name} has {positions} positions. Lower it, or name another "
+            "model with --generator_model."
+        )
+    logger.warning(
+        "generator.max_prompt_tokens is %d instead of %d: the generator %s has no more positions, "
+        "so longer prompts lose facts",
+        positions,
+        settings.max_prompt_tokens,
+        name,
+    )
+    shorter = settings.model_copy(update={"max_prompt_tokens": positions})
+    return config.model_copy(update={"generator": shorter})
 
 
 def check_grouped_mm(model: nn.Module, device: torch.device) -> None:
@@ -130,6 +181,52 @@ def check_grouped_mm(model: nn.Module, device: torch.device) -> None:
             "are multiples of 16 bytes. Set generator.dtype to auto, use a newer GPU, or name "
             "another model."
         )
+
+
+def _read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of a folder, on the host.
+
+    Raises:
+        MissingInputError: transformers has no causal model of the family, or the files lack
+            weights of it, or hold them in other shapes.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            # An error of the library names no weight, and `info` names all.
+            ignore_mismatched_sizes=True,
+        )
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    # The code of some two hundred families may raise anything.
+    except Exception as error:
+        raise MissingInputError(
+            f"the generator in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    # The library fills what it does not find with random weights.
+    wrong = sorted(info["missing_keys"]) + [
+        f"{key} (its shape is {list(found)} instead of {list(expected)})"
+        for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    unused = sorted(info["unexpected_keys"])
+    also = f" {len(unused)} others are in the files and not in the model: {', '.join(unused[:3])}."
+    if wrong:
+        raise MissingInputError(
+            f"{folder}: {len(wrong)} weights of the model are not in its files: "
+            f"{', '.join(wrong[:3])}.{also if unused else ''} Fetch the files again, or save the "
+            "model again with save_pretrained of transformers."
+        )
+    if unused:
+        logger.warning("%s:%s", folder, also)
+    return model
 
 
 def load_generator(
@@ -151,34 +248,19 @@ def load_generator(
             stay on the host.
 
     Raises:
-        MissingInputError: the weights do not exist, do not fit, or cannot be read.
+        MissingInputError: the weights do not exist, do not fit, or cannot be read, or the model
+            cannot be used (`check_conformance`).
         ConfigError: `generator_dim` or a LoRA target does not fit the model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
     folder = check_generator(config, device, name=name, num_shards=num_shards)
     dtype = _dtype(config, device)
     # With FSDP, one block at a time goes to the device, and only a part of it stays there.
     load_device = device if num_shards == 1 else torch.device("cpu")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if is_random(name):
-            model = random_model(name, load_device, dtype)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-    except (OSError, ValueError, KeyError) as error:
-        raise MissingInputError(
-            f"the generator {name} in {folder} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"the tokenizer of the generator {name} has no end token, and training needs one. Name "
-            "another model with --generator_model."
-        )
+    tokenizer = read_tokenizer(Path(folder))
+    if is_random(name):
+        model = random_model(name, load_device, dtype)
+    else:
+        model = _read_model(Path(folder), dtype)
     patch_nemotron_h(model)
     width = model.get_input_embeddings().weight.shape[1]
     if config.generator_dim not in (None, width):
@@ -191,7 +273,7 @@ def load_generator(
         model = add_adapters(model, config)
     model = model.to(load_device)
     check_grouped_mm(model, device)
-    return Generator(
+    generator = Generator(
         model,
         tokenizer,
         mamba_backend=config.mamba_backend,
@@ -199,3 +281,8 @@ def load_generator(
         activation_checkpointing=config.activation_checkpointing,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
     )
+    # The packages of mamba_ssm run on GPUs alone, and weights to be sharded are on the host.
+    probed = generator if num_shards == 1 else Generator(model, tokenizer)
+    check_conformance(probed, name)
+    generator.causal_lm.decodes_alone = probed.causal_lm.decodes_alone
+    return generator

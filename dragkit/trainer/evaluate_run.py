@@ -16,6 +16,7 @@ from dragkit.data.cache import cache_root
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import EvaluationResult, evaluate
 from dragkit.generator.generator import Generator
+from dragkit.generator.load import within_positions
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup_process
@@ -60,6 +61,8 @@ class Run:
                 f"{folder}: the run's generator {self.config.generator_model} has random weights, "
                 "so its answers mean nothing. metrics.jsonl in the run holds loss and throughput."
             )
+        if loaded.state.phase != "phase1":
+            self.config = within_positions(self.config)
         self._device = setup_process(self.config)
         self._encoder = TextEncoder(
             find_encoder(self.config.encoder.model), cache_root(self.config.data.cache_dir)

@@ -21,7 +21,7 @@ from dragkit.distributed.rank_consistency import check_batch_size, run_fingerpri
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import MissingInputError
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import check_generator
+from dragkit.generator.load import check_generator, within_positions
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import (
@@ -104,6 +104,7 @@ class TrainingRun:
         if config.run.phase == 2:
             config = with_memory_plan(config, self.device, self.ranks.world_size)
             self._check_generator(config)
+            config = within_positions(config)
         self.config = config
         # 6. Data and encoder.
         self.paths = self._find_data()

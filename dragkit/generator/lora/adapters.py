@@ -22,7 +22,10 @@ DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_p
 
 
 def _linear_names(model: nn.Module) -> set[str]:
-    return {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return {name.rsplit(".", 1)[-1] for name in layers}
 
 
 def _routed_names(model: nn.Module) -> set[str]:
@@ -36,24 +39,40 @@ def _routed_names(model: nn.Module) -> set[str]:
     }
 
 
+def _default_targets(model: nn.Module, linear: Sequence[str]) -> list[str]:
+    """Names of layers with adapters where the user names none."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USUAL
+
+    chosen = [name for name in DEFAULT_LORA_TARGETS if name in linear]
+    if chosen:
+        return chosen
+    usual = USUAL.get(model.config.model_type, ())
+    chosen = [name for name in linear if name in usual]
+    if chosen:
+        return chosen
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), "")
+    return [name for name in linear if name != head.rsplit(".", 1)[-1]]
+
+
 def lora_targets(model: nn.Module, wanted: Sequence[str] | None) -> list[str]:
     """Names of the layers that get an adapter.
 
     Args:
         model: the model to adapt.
         wanted: names of linear layers (`q_proj`) or of projections of the routed experts
-            (`experts.up_proj`). None is those of `DEFAULT_LORA_TARGETS` that the model has.
+            (`experts.up_proj`). None is those of `DEFAULT_LORA_TARGETS` that the model has. A model
+            without any takes those that PEFT takes for its family, or all but the head.
 
     Raises:
         ConfigError: a wanted name matches nothing. The message has the nearest existing names.
     """
     linear, routed = sorted(_linear_names(model)), sorted(_routed_names(model))
     if wanted is None:
-        chosen = [name for name in DEFAULT_LORA_TARGETS if name in linear]
+        chosen = _default_targets(model, linear)
         if not chosen:
             raise ConfigError(
-                "generator.lora_targets: this model has no linear layer of the default names "
-                f"{', '.join(DEFAULT_LORA_TARGETS)}. Name some of its layers: {', '.join(linear)}."
+                "generator.lora_targets: this model has no linear layer. Set "
+                "generator.freeze_lm to train no adapter, or name another model."
             )
         return chosen
     present = linear + routed
