@@ -55,7 +55,7 @@ class QuestionDataset:
     """One heuristics file, packed and encoded once.
 
     Args:
-        path: the JSONL file.
+        source: the JSONL file, or its store if it was packed before.
         config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
@@ -67,7 +67,7 @@ class QuestionDataset:
 
     def __init__(
         self,
-        path: str | Path,
+        source: str | Path | PackedStore,
         config: TrainConfig,
         encoder: TextEncoder,
         generator: Generator | None,
@@ -76,14 +76,15 @@ class QuestionDataset:
         training: bool = False,
     ) -> None:
         cache = cache_root(config.data.cache_dir)
-        self.path = Path(path)
-        self.store = PackedStore.build_or_open(
-            path,
-            cache_dir=cache,
-            label_rule=config.data.label_rule,
-            max_bad_fraction=config.data.max_bad_fraction,
-            merge=config.data.merge_equal_nodes,
-        )
+        if not isinstance(source, PackedStore):
+            source = PackedStore.build_or_open(
+                source,
+                cache_dir=cache,
+                label_rule=config.data.label_rule,
+                max_bad_fraction=config.data.max_bad_fraction,
+                merge=config.data.merge_equal_nodes,
+            )
+        self.store, self.path = source, source.path
         vocab = RelationVocab(self.store.relation_names)
         self.relations: RelationStates = encoder.relation_states(
             len(vocab), lambda row, inverse: vocab.inverse_text(row) if inverse else vocab.text(row)
