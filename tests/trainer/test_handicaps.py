@@ -43,7 +43,8 @@ def test_both_phases_train_on_the_same_labels_and_evaluate_on_the_true_ones(
 ) -> None:
     with caplog.at_level(logging.INFO):
         make_run(tmp_path, 2, **DATA, **HANDICAPS).execute()
-    first, second = (dataset for training, dataset in opened if training)
+    # What phase 2 reads is checked before phase 1 trains.
+    second, first = (dataset for training, dataset in opened if training)
     assert first.tokens is None and second.tokens is not None
     store = first.store
     moved = first.collator.labels < store.labels
