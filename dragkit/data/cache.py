@@ -8,15 +8,26 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dragkit.errors import WriteError
+from dragkit.errors import ConfigError, WriteError
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
-    """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`."""
+    """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`.
+
+    Raises:
+        ConfigError: the user has no home folder, and nothing else is given.
+    """
     if cache_dir is not None:
         return Path(cache_dir)
-    from_environment = os.environ.get("DRAGKIT_CACHE")
-    return Path(from_environment) if from_environment else Path.home() / ".cache" / "dragkit"
+    if from_environment := os.environ.get("DRAGKIT_CACHE"):
+        return Path(from_environment)
+    try:
+        return Path.home() / ".cache" / "dragkit"
+    except RuntimeError as error:
+        raise ConfigError(
+            "data.cache_dir: there is no home folder for the cache, because HOME is not set. Name "
+            "a folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+        ) from error
 
 
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
