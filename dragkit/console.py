@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
 
-from dragkit.errors import DragkitError, Interrupted
+from dragkit.errors import CreateError, DragkitError, Interrupted, Stopped, WriteError
 
+# Reasons of the disk alone, whatever is being written.
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_STDOUT_REMEDY = "Send it to a program that reads all of it, to a file, or to /dev/null."
 _QUIET_LOGGERS = ("httpx", "sentence_transformers", "transformers", "dragkit_kernels")
 
 
@@ -25,6 +33,67 @@ def setup_console(*, debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def show(text: str) -> None:
+    """Writes a command's result and a newline to standard output.
+
+    Raises:
+        WriteError: it is closed or full.
+    """
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        # Python flushes once more when it exits, and would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise WriteError(
+            f"standard output: cannot be written: {error.strerror}. {_STDOUT_REMEDY}"
+        ) from error
+
+
+@contextmanager
+def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
+    """Opens a text file for a block, and replaces `path` at its end by what was written.
+
+    An error in the block leaves `path` as it was. What is no regular file, such as /dev/stdout, is
+    written directly.
+
+    Args:
+        path: the file. Missing folders are made.
+        remedy: what to do if it cannot be written.
+
+    Raises:
+        CreateError: on entry, the file cannot be created.
+        WriteError: the file cannot be written.
+    """
+    # A link stays a link: the file that it names is replaced.
+    target = Path(os.path.realpath(path))
+    replaces = os.path.isfile(target) or not os.path.exists(target)
+    temp = target.with_name(f".{target.name}.{os.getpid()}.tmp") if replaces else target
+    try:
+        if os.path.isdir(target):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(temp, "w", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise CreateError(f"{path}: cannot be created: {error.strerror}. {remedy}") from error
+    text = io.StringIO()
+    try:
+        yield text
+        try:
+            file.write(text.getvalue())
+            file.flush()
+            if replaces:
+                os.fsync(file.fileno())
+                os.replace(temp, target)
+        except OSError as error:
+            raise WriteError(f"{path}: cannot be written: {error.strerror}. {remedy}") from error
+    finally:
+        with suppress(OSError):
+            file.close()
+        if replaces:
+            temp.unlink(missing_ok=True)
+
+
 def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Runs a command and turns an exception into a message on stderr and an exit code.
 
@@ -36,7 +105,12 @@ def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("DRAGKIT_DEBUG", "0") not in ("", "0")
+    if sys.stderr is None:
+        # Python found it closed. The exit code still says what happened.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
+        if sys.stdout is None:
+            raise WriteError(f"standard output is closed. {_STDOUT_REMEDY}")
         return function(argv) or 0
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -53,7 +127,12 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, DragkitError):
         return error.exit_code, f"error: {error}"
+    if isinstance(error, Stopped):
+        return 130, f"interrupted by {error}. Nothing was begun. Run the same command again."
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        where = f"{error.filename}: " if error.filename else ""
+        return WriteError.exit_code, f"error: {where}cannot be written: {error.strerror}."
     text = " ".join(str(error).split())
     return DragkitError.exit_code, f"internal error: {type(error).__name__}: {text:.300}"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from pathlib import Path
+
 # The help of each command prints this table.
 EXIT_CODES = {
     0: "done",
@@ -9,7 +13,7 @@ EXIT_CODES = {
     65: "bad data",
     66: "missing or unsuitable input",
     70: "internal error",
-    73: "another process writes to this run",
+    73: "cannot create, or another process writes to this run",
     74: "cannot write",
     75: "interrupted, state saved: run again with --resume",
     130: "interrupted, nothing saved",
@@ -52,7 +56,32 @@ class WriteError(DragkitError):
     exit_code = 74
 
 
+class CreateError(WriteError):
+    """A folder or a file cannot be created, or another process holds it. Nothing was done."""
+
+    exit_code = 73
+
+
 class Interrupted(DragkitError):
     """A signal stopped training after it saved its state."""
 
     exit_code = 75
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came where nothing has to be saved. Python raises the base class for SIGINT."""
+
+
+def similar_names(path: Path) -> str:
+    """A sentence, after a space, with the names in the folder of a missing file that are like it.
+
+    It is empty where there are none, or where the file exists.
+    """
+    folder = path.parent
+    if os.path.exists(path) or (os.path.isdir(folder) and not os.access(folder, os.R_OK)):
+        return ""
+    if not os.path.isdir(folder):
+        return f" The folder {folder} does not exist either."
+    names = sorted(entry.name for entry in folder.iterdir())
+    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
+    return f" Similar names in {folder}: {', '.join(similar)}." if similar else ""

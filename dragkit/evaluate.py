@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Literal
 
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, explain_unknown_flags, with_underscores
 from dragkit.config.training_sections import DEVICE_PATTERN
-from dragkit.console import run_main, setup_console
+from dragkit.console import output_file, run_main, setup_console, show
 from dragkit.errors import ConfigError
 
 _EPILOG = f"""\
@@ -143,25 +142,32 @@ def _device(text: str) -> str:
 def _evaluate(argv: list[str]) -> int:
     args = parse_evaluate_args(argv)
     setup_console(debug=args.debug)
-    from dragkit.trainer.evaluate_run import Run, evaluation_document
-    from dragkit.trainer.resume import run_dir_of
+    from dragkit.trainer.signals import StopSignal
 
-    run = Run(
-        args.run,
-        args.checkpoint,
-        args.device,
-        seed=args.seed,
-        max_new_tokens=args.max_new_tokens,
-    )
-    document = evaluation_document(
-        run, args.data, limit=args.limit, batch_size=args.batch_size, facts=args.facts
-    )
-    for name, result in document["files"].items():
-        sys.stdout.write(f"{name}\n{result.pop('table')}\n")
-    output = args.output or run_dir_of(args.run) / "evaluation.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(f"written to {output}\n")
+    with StopSignal():
+        # torch is imported only now, so that --help and mistakes answer at once.
+        from dragkit.trainer.evaluate_run import Run, evaluation_document
+        from dragkit.trainer.inputs import check_readable
+        from dragkit.trainer.run_folder import require_run, run_dir_of
+
+        require_run(args.run)
+        check_readable(args.data)
+        output = args.output or run_dir_of(args.run) / "evaluation.json"
+        with output_file(output, "Name another file with --output FILE.") as file:
+            run = Run(
+                args.run,
+                args.checkpoint,
+                args.device,
+                seed=args.seed,
+                max_new_tokens=args.max_new_tokens,
+            )
+            document = evaluation_document(
+                run, args.data, limit=args.limit, batch_size=args.batch_size, facts=args.facts
+            )
+            for name, result in document["files"].items():
+                show(f"{name}\n{result.pop('table')}")
+            file.write(json.dumps(document, indent=1) + "\n")
+        show(f"written to {output}")
     return 0
 
 

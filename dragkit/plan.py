@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from dragkit import __version__
 from dragkit.config.arguments import parse_train_args
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, train_parser, with_underscores
 from dragkit.config.schema import TrainConfig
-from dragkit.console import run_main, setup_console
+from dragkit.console import run_main, setup_console, show
 from dragkit.errors import ConfigError
 from dragkit.observe.gpu import CARDS, CardSpec
 
@@ -256,7 +255,7 @@ def _plan(argv: list[str]) -> int:
     args = parse_plan_args(argv)
     setup_console(debug=args.debug)
     plan = plan_document(args)
-    sys.stdout.write((json.dumps(plan, indent=1) if args.json else format_plan(plan)) + "\n")
+    show(json.dumps(plan, indent=1) if args.json else format_plan(plan))
     return 0 if plan["fits"] else ConfigError.exit_code
 
 

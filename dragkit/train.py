@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from dragkit.config.arguments import parse_train_args
-from dragkit.console import run_main, setup_console
+from dragkit.console import run_main, setup_console, show
 
 
 def _train(argv: list[str]) -> int:
     args = parse_train_args(argv)
-    # torch is imported after the arguments are parsed, so that --help and mistakes answer at once.
     setup_console(debug=args.debug)
-    from dragkit.distributed.torchrun import init_ranks
-    from dragkit.trainer.run import TrainingRun
+    from dragkit.trainer.signals import StopSignal
 
-    with init_ranks(args.config.run) as ranks:
-        summary = TrainingRun(args.config, args.origins, args.config_for_phase(1), ranks).execute()
-        if ranks.is_main:
-            sys.stdout.write(summary + "\n")
+    with StopSignal() as stop:
+        # torch is imported only now, so that --help and mistakes answer at once.
+        from dragkit.distributed.torchrun import init_ranks
+        from dragkit.trainer.run import TrainingRun
+
+        with init_ranks(args.config.run) as ranks:
+            run = TrainingRun(args.config, args.origins, args.config_for_phase(1), ranks, stop)
+            summary = run.execute()
+            if ranks.is_main:
+                show(summary)
     return 0
 
 

@@ -22,6 +22,7 @@ from dragkit.checkpoint.atomic import fsync_path, make_dirs, write_durably, writ
 from dragkit.checkpoint.lock import RunInUseError, RunLock
 from dragkit.checkpoint.manifest import (
     FILE_NAME,
+    FORMAT_VERSION,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
@@ -60,6 +61,7 @@ __all__ = [
     "flatten_optimizer_state",
     "load_checkpoint",
     "load_tensors_into",
+    "mark_best",
     "restore_optimizer_state",
     "save_checkpoint",
     "verify_checkpoint",
@@ -167,7 +169,7 @@ def save_checkpoint(
         outcome = "saved, but 'latest' or 'best' could not be updated"
         write_text_atomically(root / "latest", f"{final.name}\n")
         if is_best:
-            write_text_atomically(root / "best", f"{final.name}\n")
+            mark_best(root, step)
     except (OSError, SafetensorError) as error:
         last = last_intact(root)
         good = f"The last good checkpoint is {last}" if last else "There is no earlier checkpoint"
@@ -179,6 +181,22 @@ def save_checkpoint(
             remove(temp)
     prune(root, final, keep)
     return final
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Points `best` at the saved checkpoint of a step.
+
+    Raises:
+        WriteError: the file cannot be written. `best` stays.
+    """
+    folder = Path(root) / f"step-{step:08d}"
+    try:
+        write_text_atomically(folder.with_name("best"), f"{folder.name}\n")
+    except OSError as error:
+        raise WriteError(
+            f"{folder}: saved, but 'best' could not be updated ({error}). Free some space or "
+            "choose another folder."
+        ) from error
 
 
 def _encode_documents(
@@ -228,7 +246,7 @@ def _write_files(temp: Path, step: int, snapshot: Snapshot, documents: dict[str,
     for name, data in documents.items():
         write(name, data)
     files.sort(key=lambda entry: entry.name)
-    manifest = Manifest("dragkit-checkpoint", 1, step, files)
+    manifest = Manifest("dragkit-checkpoint", FORMAT_VERSION, step, files)
     write_durably(temp / MANIFEST_NAME, encode_json(msgspec.to_builtins(manifest)))
     fsync_path(temp)
 

@@ -7,13 +7,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from dragkit.checkpoint.atomic import make_dirs
-from dragkit.errors import WriteError
+from dragkit.errors import CreateError
 
 
-class RunInUseError(WriteError):
+class RunInUseError(CreateError):
     """Another live process writes to this run."""
-
-    exit_code = 73
 
 
 class RunLock:
@@ -27,7 +25,7 @@ class RunLock:
 
     Raises:
         RunInUseError: on entry, another live process holds the lock (exit code 73).
-        WriteError: on entry, the lock file cannot be written.
+        CreateError: on entry, the folder or the lock file cannot be created.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,9 +43,9 @@ class RunLock:
                 "for it, stop it, or choose another folder."
             ) from error
         except OSError as error:
-            raise WriteError(
-                f"{self.root}: the run cannot be locked ({error}). Check the folder's permissions "
-                "and the free space."
+            raise CreateError(
+                f"{self.root}: the run cannot be locked ({error}). Name another folder, or check "
+                "this one's permissions and the free space."
             ) from error
         return self
 

@@ -13,6 +13,7 @@ import msgspec
 from dragkit.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
+FORMAT_VERSION = 1
 
 # No part begins with a dot, so no name leads out of the folder. None of these file types can carry
 # code that loading would run.
@@ -36,7 +37,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The content of `MANIFEST.json`: all files of a complete checkpoint."""
 
     format: Literal["dragkit-checkpoint"]
-    version: Literal[1]
+    version: Literal[FORMAT_VERSION]
     step: NonNegativeInt
     files: list[FileEntry]
 
@@ -60,11 +61,28 @@ def read_json(path: Path, json_type: type[Content]) -> Content:
         CheckpointError: the file is missing, is not JSON or has another form.
     """
     try:
-        return msgspec.convert(json.loads(path.read_bytes()), json_type)
+        document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name}: missing") from error
-    except (OSError, ValueError, RecursionError, msgspec.ValidationError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error})") from error
+    return _convert(document, json_type, path.name)
+
+
+def _convert(document: object, json_type: type[Content], name: str) -> Content:
+    try:
+        return msgspec.convert(document, json_type)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{name}: cannot be read ({error})") from error
+
+
+def _refuse_newer(document: object) -> None:
+    version = document.get("version") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST_NAME}: a newer dragkit saved this in format {version}, and this one "
+            f"reads format {FORMAT_VERSION}. Update dragkit"
+        )
 
 
 def hash_file(path: Path) -> str:
@@ -86,7 +104,9 @@ def verify_checkpoint(folder: Path, *, hashes: bool = True) -> Manifest:
         CheckpointError: lists every wrong file with the reason.
     """
     try:
-        manifest = read_json(folder / MANIFEST_NAME, Manifest)
+        document = read_json(folder / MANIFEST_NAME, object)
+        _refuse_newer(document)
+        manifest = _convert(document, Manifest, MANIFEST_NAME)
         problems = (
             []
             if step_of_folder(folder.name) in (None, manifest.step)

@@ -14,8 +14,12 @@ import shutil
 from pathlib import Path
 
 from dragkit.checkpoint.atomic import fsync_path
-from dragkit.checkpoint.manifest import MANIFEST_NAME, step_of_folder, verify_checkpoint
-from dragkit.errors import CheckpointError, DataError, MissingInputError
+from dragkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    step_of_folder,
+    verify_checkpoint,
+)
+from dragkit.errors import CheckpointError, DataError, MissingInputError, similar_names
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +138,8 @@ def require_folder(path: Path) -> None:
     """Refuses a path that is missing or a file. No file is opened."""
     if not path.exists():
         raise MissingInputError(
-            f"{path}: no such folder. Expected a run's checkpoint folder or a step-<n> folder in it"
+            f"{path}: no such folder.{similar_names(path)} Expected a run's checkpoint folder or a "
+            "step-<n> folder in it"
         )
     if not path.is_dir():
         raise DataError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from dragkit.config.arguments import parse_train_args
 from dragkit.config.flags import train_parser
 from dragkit.config.resolve import config_schema, show_config
-from dragkit.console import run_main
+from dragkit.console import run_main, show
 from dragkit.errors import ConfigError
 
 
@@ -33,7 +32,7 @@ def _config_command(argv: list[str]) -> int:
         )
     else:
         raise ConfigError(f"expected `{prog} show [flags]` or `{prog} schema`, got {argv}.")
-    sys.stdout.write(f"{text}\n")
+    show(text)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import Literal, NoReturn, get_args, get_origin
 
 from dragkit.config.resolve import FIELDS, nearest_key
 from dragkit.config.schema import PRESETS
+from dragkit.console import show
 from dragkit.errors import EXIT_CODES, ConfigError
 
 # The set of flags is frozen. A new setting is a field of the schema, and --set reaches it.
@@ -81,6 +82,9 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             usage=f"{prog} {'RUN ' if prog.endswith('evaluate') else ''}[flags]",
         )
+
+    def print_help(self, file: object = None) -> None:
+        show(self.format_help().rstrip("\n"))
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. `{self.prog} --help` lists all flags.")

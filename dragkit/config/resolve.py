@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,10 @@ REMOVED: dict[str, tuple[object, str]] = {
     "loss.bounded_draw_loss": (False, "loss.draw_objective=marginal retrieves better"),
 }
 _PHASE_BLOCKS = ("phase1", "phase2")
+# A few aliases of YAML can make a value whose whole text would fill the memory.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _PRESET_DIR = Path(__file__).with_name("presets")
 
 
@@ -305,7 +310,7 @@ def _validate(merged: _Merged) -> TrainConfig:
             reason = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
             if item["type"] == "string_pattern_mismatch":
                 reason = f"must be like this: {FIELDS[key].description}"
-            got = f" (got {item['input']!r:.80})"
+            got = f" (got {_SHORT.repr(item['input']):.80})"
             reasons.setdefault(key, f"{key} ({merged.origins.get(key, 'default')}): {reason}{got}")
         problems += reasons.values()
     if config is None or problems:

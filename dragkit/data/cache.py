@@ -8,24 +8,25 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from dragkit.errors import WriteError
+from dragkit.errors import ConfigError, WriteError
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
     """Returns `cache_dir` if it is given, else `$DRAGKIT_CACHE`, else `~/.cache/dragkit`.
 
     Raises:
-        WriteError: neither is given, and the user has no home folder.
+        ConfigError: the user has no home folder, and nothing else is given.
     """
-    named = cache_dir or os.environ.get("DRAGKIT_CACHE")
-    if named:
-        return Path(named)
+    if cache_dir is not None:
+        return Path(cache_dir)
+    if from_environment := os.environ.get("DRAGKIT_CACHE"):
+        return Path(from_environment)
     try:
         return Path.home() / ".cache" / "dragkit"
     except RuntimeError as error:
-        raise WriteError(
-            "there is no home folder for the cache: HOME is not set. Name a folder with "
-            "DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
+        raise ConfigError(
+            "data.cache_dir: there is no home folder for the cache, because HOME is not set. Name "
+            "a folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
         ) from error
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from dragkit.console import run_main
+from dragkit.console import run_main, show
 from dragkit.demo.dataset import build_demo
 
 
@@ -22,7 +21,7 @@ def _build(argv: list[str]) -> int:
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the three files")
     files = build_demo(parser.parse_args(argv).out)
-    sys.stdout.write("\n".join(str(path) for path in files) + "\n")
+    show("\n".join(str(path) for path in files))
     return 0
 
 

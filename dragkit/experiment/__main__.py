@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, with_underscores
-from dragkit.console import run_main, setup_console
+from dragkit.console import run_main, setup_console, show
 from dragkit.errors import ConfigError, DragkitError, Interrupted, MissingInputError
 
 _EPILOG = f"""\
@@ -116,7 +116,7 @@ def _experiment(argv: list[str]) -> int:
         for run, state in found.items():
             if state != "finished":
                 words = command(run, root, threads, gpu=bool(args.gpus), resume=state == "resume")
-                sys.stdout.write(command_line(words) + "\n")
+                show(command_line(words))
         return 0
     if importlib.util.find_spec("matplotlib") is None:
         raise MissingInputError(
@@ -141,7 +141,7 @@ def _experiment(argv: list[str]) -> int:
         make_dirs(output.parent)
         draw(experiment, results, plot)
         write_text_atomically(output, text)
-        sys.stdout.write(f"written to {output} and {plot}\n")
+        show(f"written to {output} and {plot}")
     for run, code in failed.items():
         log = root / run.folder / LOG
         sys.stderr.write(f"dragkit: {run} failed with exit code {code}. Its log is {log}\n")

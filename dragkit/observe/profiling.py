@@ -84,5 +84,10 @@ class ProfileWindow:
         if self.path is not None:
             trace = _open_traces.pop()
             trace.stop()
-            trace.export_chrome_trace(str(self.path))
+            try:
+                trace.export_chrome_trace(str(self.path))
+            except (OSError, RuntimeError) as error:
+                # A profile is worth less than the run.
+                logger.warning("%s: the profile cannot be written (%s)", self.path, error)
+                return
             logger.info("profile of steps %d to %d: %s", self.start, self.end - 1, self.path)

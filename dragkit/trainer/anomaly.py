@@ -48,10 +48,14 @@ def numerical_error(
         "gradient_norm": str(norm),
         "parameters_with_bad_gradients": bad,
     }
+    where = f"Questions, losses and norms are in {path}."
     if ranks.is_main:
-        path.write_text(json.dumps(record, indent=2) + "\n")
+        try:
+            path.write_text(json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            where = f"Their questions could not be written to {path} ({error})."
     return NumericalError(
         f"step {step}: the gradient norm is {norm}, so the weights were not updated. "
         f"{len(bad)} parameters have gradients that are not finite, first {', '.join(bad[:3])}. "
-        f"Questions, losses and norms are in {path}. Lower --lr, or look at these questions."
+        f"{where} Lower --lr, or look at these questions."
     )

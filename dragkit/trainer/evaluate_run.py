@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -11,20 +12,27 @@ from torch import nn
 
 from dragkit import __version__
 from dragkit.checkpoint.checkpoint import load_checkpoint
-from dragkit.config import TrainConfig, read_saved_config
+from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import EvaluationResult, evaluate
+from dragkit.generator.fingerprint import weights_fingerprint
 from dragkit.generator.generator import Generator
-from dragkit.generator.load import within_positions
+from dragkit.generator.load import check_generator, within_positions
 from dragkit.generator.random_weights import is_random
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import build_joint, build_retriever, data_paths, setup_process
+from dragkit.trainer.inputs import open_all
 from dragkit.trainer.phase import Phase
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.question_dataset import QuestionDataset, evaluation_batch_size
-from dragkit.trainer.resume import resolve_checkpoint
+from dragkit.trainer.resume import (
+    moved_with_run,
+    require_same_inputs,
+    resolve_checkpoint,
+    saved_config,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +57,7 @@ class Run:
         max_new_tokens: int | None = None,
     ) -> None:
         loaded = load_checkpoint(resolve_checkpoint(Path(folder), checkpoint))
-        saved = read_saved_config(loaded.json["config"], str(loaded.folder))
+        saved = moved_with_run(saved_config(loaded), loaded.folder.parent)
         changed: dict[str, object] = {"device": device}
         changed |= {} if seed is None else {"seed": seed}
         changed |= {} if max_new_tokens is None else {"val_max_new_tokens": max_new_tokens}
@@ -67,6 +75,12 @@ class Run:
         self._encoder = TextEncoder(
             find_encoder(self.config.encoder.model), cache_root(self.config.data.cache_dir)
         )
+        inputs = {"encoder": self._encoder.fingerprint}
+        if loaded.state.phase != "phase1":
+            name = self.config.generator_model
+            folder = check_generator(self.config.generator, self._device, name=name)
+            inputs["generator"] = weights_fingerprint(Path(folder))
+        require_same_inputs(loaded, inputs, "Put the first ones in their place.")
         self._generator: Generator | None = None
         self._phase: Phase
         if loaded.state.phase == "phase1":
@@ -213,9 +227,11 @@ def evaluation_document(
     Returns:
         JSON-ready versions, checkpoint and configuration, and by file report and predictions.
     """
+    paths = list(dict.fromkeys(data or [run.default_data()]))
     files = {}
-    for path in data or [run.default_data()]:
-        dataset = run.dataset(path, batch_size)
+    for path, dataset in zip(
+        paths, open_all([partial(run.dataset, path, batch_size) for path in paths]), strict=True
+    ):
         result = run.evaluate(dataset, limit=limit, facts=facts)
         files[path] = {
             "data_fingerprint": dataset.store.fingerprint,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dragkit import __version__
-from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
 from dragkit.checkpoint.checkpoint import (
     LoadedCheckpoint,
     Snapshot,
     TrainState,
     flatten_optimizer_state,
+    mark_best,
     restore_optimizer_state,
     save_checkpoint,
 )
-from dragkit.config import TrainConfig, dump_config
+from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch
 from dragkit.distributed.rank_consistency import trained_fingerprint, weight_fingerprint
 from dragkit.distributed.ranks import Ranks
-from dragkit.errors import CheckpointError, Interrupted, WriteError
+from dragkit.errors import ConfigError, Interrupted, WriteError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.report import Report
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
@@ -37,6 +38,7 @@ from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_para
 from dragkit.trainer.phase import STATE_FILE, Phase, StepOutput
 from dragkit.trainer.progress import MetricsLog, Progress
 from dragkit.trainer.question_dataset import QuestionDataset
+from dragkit.trainer.resume import require_same_inputs
 from dragkit.trainer.signals import StopSignal
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class Trainer:
         device: device of the model.
         command_dir: folder that the user resumes. None means `run_dir`.
         ranks: ranks that train together. None means this process alone.
+        stop: handler of stop signals. None means that nothing stops the training.
+        inputs: fingerprints of what the run reads, by key of `TrainState.extra`.
     """
 
     def __init__(
@@ -71,12 +75,16 @@ class Trainer:
         *,
         command_dir: Path | None = None,
         ranks: Ranks | None = None,
+        stop: StopSignal | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.phase, self.run_dir, self.device = config, phase, run_dir, device
         self.command_dir = command_dir or run_dir
         self.ranks = ranks or Ranks()
-        self.stop: StopSignal | None = None
+        self.stop = stop or StopSignal()
         self.failed_saves = 0
+        self.unsaved: WriteError | None = None
+        self.is_saved = True
         self.train_set, self.val_set = train, val
         self.relations = train.relations.to(device)
         self.epochs = config.optim.epochs_in(config.run.phase)
@@ -87,8 +95,8 @@ class Trainer:
         names = {id(p): name for name, p in phase.model.named_parameters()}
         self.parameter_names = [names[id(p)] for p in self.parameters]
         self.scheduler = build_scheduler(self.optimizer, config.optim, self.total_steps)
-        origin = {"data": train.store.fingerprint}
-        origin |= {"dragkit": __version__, "torch": torch.__version__}
+        self.inputs = {"data": train.store.fingerprint, **(inputs or {})}
+        origin = {**self.inputs, "dragkit": __version__, "torch": torch.__version__}
         self.state = TrainState(
             phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, extra=origin
         )
@@ -107,17 +115,22 @@ class Trainer:
         """Restores weights, optimizer, schedule and position from a checkpoint of this phase.
 
         Raises:
-            CheckpointError: its weights do not fit, or it was trained on other questions.
+            CheckpointError: its weights do not fit, or its run had other inputs.
+            ConfigError: the run has more steps than are to be trained.
         """
-        if loaded.state.extra.get("data") != self.train_set.store.fingerprint:
-            raise CheckpointError(
-                f"{loaded.folder}: its run was trained on other questions than those now in "
-                f"{self.train_set.path}, so it cannot be resumed. Name the first command's "
-                "questions, or start a new run in another folder."
+        require_same_inputs(
+            loaded,
+            self.inputs,
+            "Name the first command's, or start a new run in another folder.",
+        )
+        if loaded.state.step > self.total_steps:
+            raise ConfigError(
+                f"optim.epochs: {self.epochs} epochs have {self.total_steps} steps, but "
+                f"{loaded.folder} has done {loaded.state.step}. Train at least as many epochs."
             )
         self.phase.load(loaded)
         restore_optimizer_state(self.optimizer, self.parameter_names, loaded.tensors["optim"])
-        self.state = loaded.state
+        self.state = replace(loaded.state, extra={**loaded.state.extra, **self.inputs})
         saved = loaded.json["config"]["run"]  # type: ignore[index, call-overload]
         if saved["val_generation"] != self.config.run.val_generation:
             # `val_generation` selects the metric, so the best value is not comparable any more.
@@ -125,7 +138,6 @@ class Trainer:
         self.scheduler = build_scheduler(
             self.optimizer, self.config.optim, self.total_steps, done=self.state.step
         )
-        self.metrics.drop_after(self.state.step)
 
     def fit(self) -> TrainState:
         """Trains to the last epoch and returns the final state.
@@ -133,9 +145,10 @@ class Trainer:
         Raises:
             Interrupted: a stop signal came. The state has been saved.
             NumericalError: a gradient was not finite. The step was not applied.
+            WriteError: checkpoints cannot be written, three times in a row or at the end.
         """
-        if self.ranks.is_main:
-            make_dirs(self.run_dir)
+        # A run that a kill ended has logged steps that this one repeats.
+        self.metrics.drop_after(self.state.step)
         self._require_same(weight_fingerprint)
         progress = Progress(
             self.phase.name,
@@ -146,23 +159,23 @@ class Trainer:
             self.ranks,
         )
         save_every = self.config.run.save_every_steps
-        with StopSignal() as stop, progress, self.profile_window:
-            self.stop = stop
+        with self.stop.deferred(), progress, self.profile_window, self.metrics:
+            if self.state.epoch and not self.state.batch:
+                # The checkpoint of an epoch is older than its validation.
+                self._validate_epoch()
             while self.state.epoch < self.epochs:
                 for batches in self._steps():
                     self.profile_window.tick(self.state.step)
                     outputs = self.train_step(batches)
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
                     # Several ranks stop in `_reduce_counts`, which sums the signals of all of them.
-                    if stop.requested and self.ranks.is_single:
+                    if self.stop.requested and self.ranks.is_single:
                         self._interrupt()
                     if save_every and self.state.step % save_every == 0:
-                        self.save(is_best=False)
+                        self.save()
                 self.end_epoch()
-                # A signal in the last epoch comes too late to interrupt anything.
-                (stopping,) = self.ranks.all_reduce_sum([int(stop.requested)])
-                if stopping and self.state.epoch < self.epochs:
-                    self._interrupt(saved=True)
+        if self.unsaved is not None:
+            raise self.unsaved
         return self.state
 
     def _require_same(self, fingerprint: Callable[[nn.Module], dict[str, str]]) -> None:
@@ -171,12 +184,14 @@ class Trainer:
         if not self.ranks.is_single:
             self.ranks.require_same({"step": self.state.step, **fingerprint(self.phase.model)})
 
-    def _interrupt(self, *, saved: bool = False) -> None:
-        if not saved:
-            self.save(is_best=False)
+    def _interrupt(self, *, save: bool = True) -> None:
+        if save:
+            self.save()
+        if self.unsaved is not None:
+            raise self.unsaved
         raise Interrupted(
             f"stopped at step {self.state.step} of {self.total_steps} and saved in {self.run_dir}. "
-            f"Continue with the same command and --resume {self.command_dir}"
+            f"Continue with the same command and --resume {shlex.quote(str(self.command_dir))}"
         )
 
     def load_batches(self, batches: Sequence[Sequence[int]]) -> Iterator[QuestionBatch]:
@@ -202,7 +217,7 @@ class Trainer:
         self.ranks.progress = f"at step {self.state.step}"
         counts = self.phase.counts(batches)
         questions = sum(batch.graph.num_graphs for batch in batches)
-        stop = int(self.stop is not None and self.stop.requested)
+        stop = int(self.stop.requested)
         # One reduction for all host numbers of a step, because each one is a round trip.
         *sums, questions, stopping = self.ranks.all_reduce_sum([*counts.values(), questions, stop])
         if stopping and not self.ranks.is_single:
@@ -271,15 +286,32 @@ class Trainer:
         raise error
 
     def end_epoch(self) -> None:
-        """Validates, advances to the next epoch, saves."""
+        """Advances to the next epoch, saves, validates."""
         self.state = replace(self.state, epoch=self.state.epoch + 1, batch=0)
-        is_best = False
-        if self.val_set is not None:
+        self.save()
+        self._interrupt_if_requested()
+        self._validate_epoch()
+        # A signal after the last validation comes too late to interrupt anything.
+        if self.state.epoch < self.epochs:
+            self._interrupt_if_requested()
+
+    def _interrupt_if_requested(self) -> None:
+        (stopping,) = self.ranks.all_reduce_sum([int(self.stop.requested)])
+        if stopping:
+            self._interrupt(save=False)
+
+    def _validate_epoch(self) -> None:
+        """Validates the epoch of the newest checkpoint, and marks that as the best if it is."""
+        if self.val_set is None:
+            return
+        with self.stop.deferred(False):
             score = self.phase.score(self.validate().means)
-            is_best = score is not None and (self.state.best is None or score > self.state.best)
-            if is_best:
-                self.state = replace(self.state, best=score)
-        self.save(is_best=is_best)
+        best = self.state.best
+        # The best is a checkpoint. An epoch that could not be saved must not shadow a later one.
+        if not self.is_saved or score is None or (best is not None and score <= best):
+            return
+        if self._on_main(lambda: mark_best(self.run_dir, self.state.step)):
+            self.state = replace(self.state, best=score)
 
     def validate(self) -> Report:
         """Evaluates on the validation questions and logs the metrics."""
@@ -298,28 +330,35 @@ class Trainer:
         logger.info("epoch %d: %s", epoch, result.summary_line())
         return result.report
 
-    def save(self, *, is_best: bool) -> None:
+    def save(self) -> None:
         """Writes a checkpoint with everything that `resume` needs. Only rank 0 writes.
 
         Raises:
             WriteError: `MAX_FAILED_SAVES` saves in a row have failed.
         """
         self._require_same(trained_fingerprint)
+        self.is_saved = self._on_main(self._write_checkpoint)
+        if self.is_saved:
+            self.failed_saves = 0
+
+    def _on_main(self, write: Callable[[], object]) -> bool:
+        """Calls `write` on rank 0, and returns on all ranks whether it has written."""
+        self.unsaved = None
         if self.ranks.is_main:
             try:
-                self._write_checkpoint(is_best=is_best)
-                self.failed_saves = 0
+                write()
             except WriteError as error:
                 # A disk that is full for a while must not end a long run.
+                self.unsaved = error
                 self.failed_saves += 1
                 if self.failed_saves >= MAX_FAILED_SAVES:
                     raise
                 logger.warning(
                     "%s\n  training continues (%d failed saves)", error, self.failed_saves
                 )
-        self.ranks.barrier()
+        return self.ranks.all_gather_object(self.unsaved is None)[0]
 
-    def _write_checkpoint(self, *, is_best: bool) -> None:
+    def _write_checkpoint(self) -> None:
         adapter = self.phase.adapter_writer()
         snapshot = Snapshot(
             tensors={
@@ -329,12 +368,10 @@ class Trainer:
             folders={} if adapter is None else {"adapter": adapter},
             json={"config": self.config.model_dump(mode="json")},
         )
-        write_text_atomically(self.run_dir / "config.yaml", dump_config(self.config))
         save_checkpoint(
             self.run_dir,
             self.state.step,
             snapshot,
             self.state,
             keep=self.config.run.keep_checkpoints,
-            is_best=is_best,
         )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from dragkit.checkpoint.atomic import write_text_atomically
 from dragkit.checkpoint.checkpoint import TrainState
 from dragkit.distributed.ranks import Ranks
+from dragkit.errors import WriteError
 from dragkit.observe.throughput import Throughput, ThroughputMeter
 from dragkit.trainer.compile import num_compiled_graphs
 from dragkit.trainer.phase import StepOutput
@@ -28,24 +29,75 @@ Means = dict[str, float]
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object per line with its optimizer step. Only rank 0 enables it."""
+    """metrics.jsonl, one JSON object per line with its optimizer step. Only rank 0 enables it.
+
+    A full disk does not end a run. Lines that cannot be written wait for the next one. Those that
+    still wait at the end of its `with` block are counted in a warning.
+    """
 
     def __init__(self, run_dir: Path, *, enabled: bool) -> None:
         self.path, self.enabled = run_dir / "metrics.jsonl", enabled
+        self._waiting = b""
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._waiting and (error := self._write()) is not None:
+            lines = self._waiting.count(b"\n")
+            logger.warning("%s: the last %d lines are lost (%s)", self.path, lines, error)
 
     def append(self, step: int, entry: dict) -> None:
         """Appends one entry."""
-        if self.enabled:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **entry}) + "\n")
+        if not self.enabled:
+            return
+        is_first = not self._waiting
+        self._waiting += f"{json.dumps({'step': step, **entry})}\n".encode()
+        if (error := self._write()) is not None and is_first:
+            logger.warning(
+                "%s: cannot be written (%s). Training continues, and its lines wait",
+                self.path,
+                error,
+            )
+
+    def _write(self) -> OSError | None:
+        """Writes what waits, and returns the error that prevented some of it."""
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                while self._waiting:
+                    # A disk that becomes full takes a part of a line. The rest follows later.
+                    self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            return error
+        return None
 
     def drop_after(self, step: int) -> None:
-        """Drops the lines of later steps, which a resumed run repeats, and a partial last line."""
-        if self.enabled and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = (line for line in lines if line.endswith("\n"))
-            text = "".join(line for line in whole if json.loads(line)["step"] <= step)
-            write_text_atomically(self.path, text)
+        """Keeps the training lines up to a step and the validations before it.
+
+        A run repeats the others. A line that is not whole is dropped too.
+
+        Raises:
+            WriteError: the file cannot be replaced.
+        """
+        if not self.enabled or not self.path.is_file():
+            return
+        try:
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _is_before(line, step)]
+            write_text_atomically(self.path, b"".join(kept).decode())
+        except OSError as error:
+            raise WriteError(
+                f"{self.path}: cannot be replaced: {error.strerror}. Free some space, or start a "
+                "new run in another folder."
+            ) from error
+
+
+def _is_before(line: bytes, step: int) -> bool:
+    try:
+        entry = json.loads(line)
+        return line.endswith(b"\n") and (entry["step"], "validation" in entry) < (step, True)
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 class Progress:

@@ -56,7 +56,7 @@ class QuestionDataset:
     """One heuristics file, packed and encoded once.
 
     Args:
-        path: the JSONL file.
+        source: the JSONL file, or its store if it was packed before.
         config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
@@ -69,7 +69,7 @@ class QuestionDataset:
 
     def __init__(
         self,
-        path: str | Path,
+        source: str | Path | PackedStore,
         config: TrainConfig,
         encoder: TextEncoder,
         generator: Generator | None,
@@ -78,14 +78,15 @@ class QuestionDataset:
         training: bool = False,
     ) -> None:
         cache = cache_root(config.data.cache_dir)
-        self.path = Path(path)
-        self.store = PackedStore.build_or_open(
-            path,
-            cache_dir=cache,
-            label_rule=config.data.label_rule,
-            max_bad_fraction=config.data.max_bad_fraction,
-            merge=config.data.merge_equal_nodes,
-        )
+        if not isinstance(source, PackedStore):
+            source = PackedStore.build_or_open(
+                source,
+                cache_dir=cache,
+                label_rule=config.data.label_rule,
+                max_bad_fraction=config.data.max_bad_fraction,
+                merge=config.data.merge_equal_nodes,
+            )
+        self.store, self.path = source, source.path
         relation_states = encoder.token_states(RelationVocab(self.store.relation_names).texts())
         self.relations: RelationStates = relation_states.relations()
         states = encoder.token_states(self.store.question_texts)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
+from dragkit.checkpoint.atomic import write_text_atomically
 from dragkit.distributed.ranks import Ranks
+from dragkit.errors import WriteError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.types import Predictor
 from dragkit.trainer.question_dataset import QuestionDataset
@@ -23,17 +24,30 @@ class ResultsTable:
     """Test metrics by stage, printed at the end of a run and kept in results.json.
 
     test_predictions.jsonl has the newest stage's prediction and scores of every question, in the
-    order of the test file. A resumed run keeps the rows of results.json. Without test questions
-    there are no rows.
+    order of the test file. Without test questions there are no rows.
+
+    Args:
+        run_dir: folder of the files.
+        test: the test questions.
+        device: device of the model.
+        ranks: ranks that share the questions.
+        keep: keep the rows of results.json, as a resumed run does.
     """
 
     def __init__(
-        self, run_dir: Path, test: QuestionDataset | None, device: torch.device, ranks: Ranks
+        self,
+        run_dir: Path,
+        test: QuestionDataset | None,
+        device: torch.device,
+        ranks: Ranks,
+        *,
+        keep: bool,
     ) -> None:
         self.path = run_dir / "results.json"
         self.test, self.device, self.ranks = test, device, ranks
         self.rows: dict[str, dict] = {}
-        if self.path.is_file():
+        self.unwritten: OSError | None = None
+        if keep and self.path.is_file():
             self.rows = json.loads(self.path.read_text(encoding="utf-8"))
 
     def evaluate(self, stage: str, phase: Predictor) -> None:
@@ -43,12 +57,26 @@ class ResultsTable:
         logger.info("evaluating %s on %s", stage, self.test.path.name)
         result = evaluate(phase, self.test, self.device, ranks=self.ranks)
         self.rows[stage] = result.report.to_dict()
-        if self.ranks.is_main:
-            make_dirs(self.path.parent)
+        if not self.ranks.is_main:
+            return
+        try:
             # The table comes last: a row in it says that the predictions are those of its stage.
             lines = (json.dumps(prediction) + "\n" for prediction in result.predictions)
             write_text_atomically(self.path.with_name("test_predictions.jsonl"), "".join(lines))
             write_text_atomically(self.path, json.dumps(self.rows, indent=1) + "\n")
+            self.unwritten = None
+        except OSError as error:
+            # Training must not end for a table. The next stage writes all rows.
+            self.unwritten = error
+            logger.warning("%s: cannot be written (%s). The run continues", self.path, error)
+
+    def require_written(self) -> None:
+        """Raises a WriteError if the last stage could not be written. It shows the table."""
+        if self.unwritten is not None:
+            raise WriteError(
+                f"{self.path}: cannot be written ({self.unwritten}). The checkpoints are saved. "
+                "Free some space, and resume the run to evaluate again.\n" + self.format()
+            ) from self.unwritten
 
     def format(self) -> str:
         """The table as text: a row per stage, headline metrics in percent."""

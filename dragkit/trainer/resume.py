@@ -1,129 +1,64 @@
-"""Finds the folder of a run, and merges a resumed run's settings with its checkpoint."""
+"""What a checkpoint holds of its run: settings, which a later command may change, and inputs."""
 
 from __future__ import annotations
 
-import time
+import logging
+import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from dragkit.checkpoint.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint
+from dragkit import __version__
+from dragkit.checkpoint.checkpoint import LoadedCheckpoint, find_checkpoint
 from dragkit.checkpoint.manifest import step_of_folder
-from dragkit.config import TrainConfig, read_saved_config
-from dragkit.errors import CheckpointError, ConfigError, MissingInputError
+from dragkit.config import TINY_GENERATOR, TrainConfig, read_saved_config
+from dragkit.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What a run reads. A resumed run may find it in another place.
+_FILES = ("data.heuristics_path", "data.val_heuristics_path", "data.test_heuristics_path")
+_MODELS = ("encoder.model", "generator.model")
+# Fingerprints in `TrainState.extra`, by key.
+_INPUTS = {
+    "data": "training questions",
+    "val": "validation questions",
+    "test": "test questions",
+    "encoder": "sentence encoder",
+    "generator": "generator",
+}
+# Settings outside of `run` that a resumed run may change. The schedule follows them from its step.
+_MAY_CHANGE = {
+    *("optim.epochs", "optim.lr", "optim.lora_lr", "optim.lora_lr_scale", "data.cache_dir"),
+    *("data.num_workers",),
+}
+# Settings of `run` without which a resumed run would not continue bit for bit.
+_FIXED = {"run.phase", "run.seed", "run.precision", "run.compile"}
+# These are always the command's own.
+_OWN = {"run.resume", "run.checkpoint_dir", "preset"}
 
 
-def new_run_dir(config: TrainConfig) -> Path:
-    """The folder of a new run: `run.checkpoint_dir`, or one under runs/ named after the time."""
-    if config.run.checkpoint_dir is not None:
-        return Path(config.run.checkpoint_dir)
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = config.preset or Path(config.data.heuristics_path or "demo").name.split(".")[0]
-    return Path("runs") / f"{stamp}-phase{config.run.phase}-{name}"
-
-
-def run_dir_of(folder: Path) -> Path:
-    """The run folder of a run folder or of one of its checkpoints."""
-    return folder.parent if step_of_folder(folder.name) is not None else folder
-
-
-def refuse_used_folder(run_dir: Path) -> None:
-    """Raises a ConfigError where a new run would mix its checkpoints with an earlier one's."""
-    if _holds_checkpoint(run_dir):
-        raise ConfigError(
-            f"run.checkpoint_dir: {run_dir} already holds a run. Continue it with --resume "
-            f"{run_dir}, or name another folder."
-        )
-
-
-def _holds_checkpoint(run_dir: Path) -> bool:
-    """Whether a run folder has a checkpoint, possibly of the phase 1 that phase 2 trains first."""
-    return any(
-        step_of_folder(path.name) is not None
-        for folder in (run_dir, run_dir / "phase1")
-        if folder.is_dir()
-        for path in folder.iterdir()
-    )
-
-
-def resume_dir(config: TrainConfig) -> Path:
-    """The run folder that `--resume` means.
-
-    Without a name it is the newest run of this phase that `new_run_dir` named.
+def saved_config(loaded: LoadedCheckpoint) -> TrainConfig:
+    """The configuration in a checkpoint.
 
     Raises:
-        MissingInputError: there is no such run.
+        CheckpointError: a newer version has saved it, with settings that this one does not know.
+        ConfigError: it holds wrong settings.
     """
-    if isinstance(config.run.resume, str):
-        return run_dir_of(Path(config.run.resume))
-    if config.run.checkpoint_dir is not None:
-        return Path(config.run.checkpoint_dir)
-    # A run that failed before its first checkpoint also has a folder.
-    runs = [p for p in Path("runs").glob(f"*-phase{config.run.phase}-*") if _holds_checkpoint(p)]
-    if not runs:
-        raise MissingInputError(
-            "--resume: no run was named, and runs/ has no "
-            f"<time>-phase{config.run.phase}-<name> with a checkpoint. Name one: --resume FOLDER."
-        )
-    return max(runs)
-
-
-def load_for_resume(run_dir: Path, phase_name: str) -> LoadedCheckpoint:
-    """Loads the newest checkpoint of a run.
-
-    Raises:
-        CheckpointError: the checkpoint is of the other phase.
-    """
-    loaded = load_checkpoint(find_checkpoint(run_dir))
-    if loaded.state.phase != phase_name:
+    try:
+        return read_saved_config(loaded.json["config"], str(loaded.folder))
+    except ConfigError as error:
+        version = str(loaded.state.extra.get("dragkit", ""))
+        if _numbers(version) <= _numbers(__version__):
+            raise
         raise CheckpointError(
-            f"{loaded.folder}: this is a checkpoint of {loaded.state.phase}, not of {phase_name}. "
-            "Start phase 2 from it with --phase1_checkpoint, or resume with the other --phase."
-        )
-    return loaded
+            f"{loaded.folder}: dragkit {version} has saved this checkpoint, and this is dragkit "
+            f"{__version__}, which does not know all of its settings. Update dragkit."
+        ) from error
 
 
-def adopt_saved(
-    config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
-) -> TrainConfig:
-    """The configuration with whole sections replaced by those of a checkpoint.
-
-    Raises:
-        CheckpointError: explicit values contradict the checkpoint. The message lists all of them.
-    """
-    clashes = []
-    for section in sections:
-        given, kept = getattr(config, section), getattr(saved, section)
-        for key in type(given).model_fields:
-            a, b = getattr(given, key), getattr(kept, key)
-            if a != b and f"{section}.{key}" in explicit:
-                clashes.append(f"  {section}.{key}: {a} was given, the checkpoint has {b}")
-    if clashes:
-        raise CheckpointError(
-            "these settings differ from the checkpoint's:\n"
-            + "\n".join(clashes)
-            + "\nOmit them, or train phase 1 again with them."
-        )
-    return config.model_copy(update={name: getattr(saved, name) for name in sections})
-
-
-def resumed_config(
-    config: TrainConfig, loaded: LoadedCheckpoint, explicit: set[str]
-) -> TrainConfig:
-    """The checkpoint's settings with this command's folder, device and logging.
-
-    Raises:
-        CheckpointError: explicit values contradict the checkpoint.
-    """
-    saved = read_saved_config(loaded.json["config"], str(loaded.folder))
-    if "run.seed" in explicit and config.run.seed != saved.run.seed:
-        raise CheckpointError(
-            f"--seed {config.run.seed}: the run in {loaded.folder.parent} has seed "
-            f"{saved.run.seed}. Omit --seed to continue it."
-        )
-    # With another seed, precision or compiler the run would not continue bit for bit.
-    kept = {name: getattr(saved.run, name) for name in ("seed", "precision", "compile")}
-    config = config.model_copy(update={"run": config.run.model_copy(update=kept)})
-    sections = tuple(s for s in TrainConfig.model_fields if s not in ("run", "preset"))
-    return adopt_saved(config, saved, explicit, sections)
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
 
 
 def explicit_keys(origins: dict[str, str]) -> set[str]:
@@ -133,6 +68,147 @@ def explicit_keys(origins: dict[str, str]) -> set[str]:
         for key, origin in origins.items()
         if origin not in ("default", "no data named") and not origin.startswith("preset ")
     }
+
+
+def value_of(config: TrainConfig, key: str) -> object:
+    """The value of a dotted key."""
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)
+
+
+def with_values(config: TrainConfig, values: dict[str, object]) -> TrainConfig:
+    """The configuration with other values of dotted keys, which the caller has checked."""
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        changed = getattr(config, section).model_copy(update={name: value})
+        config = config.model_copy(update={section: changed})
+    return config
+
+
+def adopt_saved(
+    config: TrainConfig, saved: TrainConfig, explicit: set[str], sections: tuple[str, ...]
+) -> TrainConfig:
+    """The configuration with whole sections replaced by those of a phase 1.
+
+    Raises:
+        CheckpointError: explicit values contradict it. The message lists all of them.
+    """
+    given = {key for key in explicit if key.partition(".")[0] in sections}
+    if clashes := _clashes(config, saved, given):
+        raise CheckpointError(
+            "these settings differ from the checkpoint's:\n"
+            + "\n".join(clashes)
+            + "\nOmit them, or train phase 1 again with them."
+        )
+    return config.model_copy(update={name: getattr(saved, name) for name in sections})
+
+
+def resumed_config(
+    config: TrainConfig, saved: TrainConfig, explicit: set[str], where: str
+) -> TrainConfig:
+    """The settings of a run that this command continues: its own, with what was given explicitly.
+
+    Files and models may be given in another place. Their content is compared once they are read.
+
+    Args:
+        config: settings of this command.
+        saved: settings of the run.
+        explicit: keys that this command gives.
+        where: folder of the run.
+
+    Raises:
+        CheckpointError: explicit values contradict the run's. The message lists all of them.
+    """
+    free = {
+        key
+        for key in explicit
+        if key in _MAY_CHANGE or (key.startswith("run.") and key not in _FIXED)
+    }
+    places = {
+        key
+        for key in explicit & {*_FILES, *_MODELS}
+        # A file where the run had none is another run.
+        if value_of(config, key) is not None and value_of(saved, key) is not None
+    }
+    if clashes := _clashes(config, saved, explicit - free - places - _OWN):
+        raise CheckpointError(
+            f"{where}: these settings are fixed when a run begins:\n"
+            + "\n".join(clashes)
+            + "\nOmit them, or start a new run in another folder."
+        )
+    changed = {
+        key: value_of(config, key)
+        for key in sorted(free | places)
+        if key not in _OWN and value_of(config, key) != value_of(saved, key)
+    }
+    if changed:
+        shown = (f"{key} {value_of(saved, key)} -> {value}" for key, value in changed.items())
+        logger.info("%s continues with other settings: %s", where, ", ".join(shown))
+    changed |= {"run.resume": config.run.resume, "run.checkpoint_dir": config.run.checkpoint_dir}
+    return with_values(saved, changed)
+
+
+def _clashes(config: TrainConfig, saved: TrainConfig, keys: set[str]) -> list[str]:
+    return [
+        f"  {key}: {given} was given, the checkpoint has {kept}"
+        for key in sorted(keys)
+        if (given := value_of(config, key)) != (kept := value_of(saved, key))
+    ]
+
+
+def require_same_inputs(loaded: LoadedCheckpoint, inputs: Mapping[str, str], remedy: str) -> None:
+    """Compares the content of what a command reads with what the run was trained on.
+
+    Args:
+        loaded: the run's checkpoint. One of an earlier version lacks fingerprints.
+        inputs: fingerprints by key of `TrainState.extra`.
+        remedy: what to do if they differ.
+
+    Raises:
+        CheckpointError: names every input that differs.
+    """
+    extra = loaded.state.extra
+    other = [_INPUTS[key] for key, value in inputs.items() if extra.get(key, value) != value]
+    if other:
+        version = extra.get("dragkit", __version__)
+        cause = f" dragkit {version} saved it, this is {__version__}." * (version != __version__)
+        raise CheckpointError(
+            f"{loaded.folder}: its run was trained with other {' and other '.join(other)} than "
+            f"this command reads.{cause} {remedy}"
+        )
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, which hold in every working directory."""
+    paths = {*_FILES, "data.cache_dir", "run.checkpoint_dir", "run.phase1_checkpoint"}
+    # A model may also be a name.
+    paths |= {key for key in _MODELS if os.path.isdir(str(value_of(config, key) or ""))}
+    if config.generator_model == TINY_GENERATOR:
+        paths.discard("generator.model")
+    given = {key: value_of(config, key) for key in sorted(paths)}
+    return with_values(
+        config, {key: os.path.abspath(str(path)) for key, path in given.items() if path is not None}
+    )
+
+
+def moved_with_run(saved: TrainConfig, run_dir: os.PathLike[str]) -> TrainConfig:
+    """The settings of a run whose folder was moved together with what it reads.
+
+    A saved path that does not exist is looked for at the same place relative to the run's folder.
+    """
+    before = saved.run.checkpoint_dir
+    if before is None or not os.path.isabs(before):
+        return saved
+    found: dict[str, object] = {}
+    for key in (*_FILES, *_MODELS):
+        path = value_of(saved, key)
+        if path is None or not os.path.isabs(str(path)) or os.path.exists(str(path)):
+            continue
+        candidate = os.path.normpath(os.path.join(run_dir, os.path.relpath(str(path), before)))
+        if os.path.exists(candidate):
+            logger.info("%s: %s is not there, so %s is taken", key, path, candidate)
+            found[key] = os.path.abspath(candidate)
+    return with_values(saved, found)
 
 
 def resolve_checkpoint(run: Path, which: str | int) -> Path:

@@ -1,10 +1,14 @@
-"""The first stop signal sets a flag that the loop reads. A second one ends the process."""
+"""Stop signals: the first one stops the command in good order, a second one ends the process."""
 
 from __future__ import annotations
 
 import logging
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from dragkit.errors import Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -13,10 +17,21 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """A context manager whose `requested` becomes True at the first SIGINT, SIGTERM or SIGUSR1."""
+    """A context manager that handles the first SIGINT, SIGTERM or SIGUSR1.
+
+    The signal raises `Stopped` at once, which unwinds whatever runs: loading, packing, evaluating.
+    Inside a block of `deferred` nothing is raised, and the block reads `requested`.
+
+    Attributes:
+        requested: whether a signal has come.
+        raises: whether a signal outside of `deferred` raises. Several ranks set it to False,
+            because a rank that leaves alone would keep the others waiting.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.raises = True
+        self._deferred = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -34,15 +49,24 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    @contextmanager
+    def deferred(self, defer: bool = True) -> Iterator[None]:
+        """In this block a signal only sets `requested`, or raises again where `defer` is False."""
+        before, self._deferred = self._deferred, defer
+        try:
+            yield
+        finally:
+            self._deferred = before
+
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        logger.warning(
-            "%s: saving after this step. Send it again to stop at once.",
-            signal.Signals(number).name,
-        )
+        name = signal.Signals(number).name
         self.requested = True
         self._restore()
+        if self.raises and not self._deferred:
+            raise Stopped(name)
+        logger.warning("%s: saving after this step. Send it again to stop at once.", name)

@@ -188,3 +188,9 @@ def test_a_listed_state_with_wrong_values_is_refused(run: Path, change: dict[str
     rewrite_manifest(folder)
     with pytest.raises(CheckpointError, match=r"state\.json"):
         load_checkpoint(folder)
+
+
+def test_a_manifest_of_a_newer_version_says_so(run: Path) -> None:
+    edit_manifest(run / "step-00000020", lambda manifest: manifest.update(version=7, new="key"))
+    with pytest.raises(CheckpointError, match="in format 7, .* reads format 1. Update dragkit"):
+        find_checkpoint(run / "step-00000020")

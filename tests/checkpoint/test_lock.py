@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dragkit.checkpoint.checkpoint import RunInUseError, RunLock
-from dragkit.errors import WriteError
+from dragkit.errors import CreateError
 
 _held: list[RunLock] = []
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -87,6 +87,8 @@ def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(WriteError, match="cannot be locked") as caught, RunLock(tmp_path / "file"):
-        pass
-    assert caught.value.exit_code == 74
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for folder in ("file", "file/below", "dangling"):
+        with pytest.raises(CreateError, match=f"{folder}: the run cannot be locked") as caught:
+            RunLock(tmp_path / folder).__enter__()
+        assert caught.value.exit_code == 73

@@ -19,7 +19,7 @@ def training_run(tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
 
 @pytest.fixture(scope="module")
 def dataset(training_run: TrainingRun) -> QuestionDataset:
-    return training_run.dataset(training_run.paths.train, None, 3)
+    return training_run.inputs.dataset(training_run.paths.train, None, 3)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dragkit.errors import Interrupted
+from dragkit.trainer.inputs import RunInputs
 from dragkit.trainer.question_dataset import QuestionDataset
-from dragkit.trainer.run import TrainingRun
 from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
 
 DATA = {
@@ -25,14 +25,14 @@ HANDICAPS = {"data.label_noise": 0.6, "data.train_fraction": 0.5}
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, QuestionDataset]]:
     """The data sets that runs open, and whether each is for training."""
     seen: list[tuple[bool, QuestionDataset]] = []
-    original = TrainingRun.dataset
+    original = RunInputs.dataset
 
-    def record(self: TrainingRun, *args: object, training: bool = False) -> QuestionDataset | None:
+    def record(self: RunInputs, *args: object, training: bool = False) -> QuestionDataset:
         dataset = original(self, *args, training=training)
         seen.append((training, dataset))
         return dataset
 
-    monkeypatch.setattr(TrainingRun, "dataset", record)
+    monkeypatch.setattr(RunInputs, "dataset", record)
     return seen
 
 
@@ -43,7 +43,8 @@ def test_both_phases_train_on_the_same_labels_and_evaluate_on_the_true_ones(
 ) -> None:
     with caplog.at_level(logging.INFO):
         make_run(tmp_path, 2, **DATA, **HANDICAPS).execute()
-    first, second = (dataset for training, dataset in opened if training)
+    # What phase 2 reads is checked before phase 1 trains.
+    second, first = (dataset for training, dataset in opened if training)
     assert first.tokens is None and second.tokens is not None
     store = first.store
     moved = first.collator.labels < store.labels
@@ -71,7 +72,7 @@ def test_questions_without_their_labels_still_train(
         for name, settings in (("clean", {}), ("noisy", {"data.label_noise": 0.6})):
             make_run(tmp_path, 2, name, **DATA, **fewer, **settings).execute()
     noise = make_run(tmp_path, 1, "noise", **DATA, **{"data.label_noise": 0.6})
-    moved = noise.dataset(noise.paths.train, None, 3, training=True).collator.labels
+    moved = noise.inputs.dataset(noise.paths.train, None, 3, training=True).collator.labels
     clean, _, noisy, _, _ = (dataset for training, dataset in opened if training)
     store = clean.store
     question = np.repeat(np.arange(8), store.fact_counts)
@@ -90,7 +91,7 @@ def test_by_default_training_uses_the_stored_labels_and_every_question(
     tmp_path: Path, opened: list[tuple[bool, QuestionDataset]]
 ) -> None:
     run = make_run(tmp_path, 1, **DATA)
-    train = run.dataset(run.paths.train, None, 3, training=True)
+    train = run.inputs.dataset(run.paths.train, None, 3, training=True)
     assert train.collator.labels is None
     assert train.batch_sampler.rows.tolist() == list(range(8))
 

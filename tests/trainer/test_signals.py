@@ -1,4 +1,4 @@
-"""The first stop signal asks the loop to stop, the second one ends the process."""
+"""The first stop signal asks the loop to stop or raises, the second one ends the process."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dragkit.errors import Stopped
 from dragkit.trainer.signals import StopSignal
 
 # The module is loaded from its file, because importing the package loads torch for seconds.
@@ -21,7 +22,7 @@ import importlib.util, sys, time
 spec = importlib.util.spec_from_file_location("signals", sys.argv[1])
 signals = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(signals)
-with signals.StopSignal() as stop:
+with signals.StopSignal() as stop, stop.deferred():
     print("ready", flush=True)
     while not stop.requested:
         time.sleep(0.01)
@@ -49,7 +50,7 @@ def test_the_first_sets_the_flag_and_the_second_reaches_the_previous_handler(
     handlers: list[int], first: int, second: int
 ) -> None:
     for _ in range(2):  # each context starts without a request
-        with StopSignal() as stop:
+        with StopSignal() as stop, stop.deferred():
             assert not stop.requested
             os.kill(os.getpid(), first)
             assert stop.requested and handlers == []
@@ -57,6 +58,26 @@ def test_the_first_sets_the_flag_and_the_second_reaches_the_previous_handler(
             assert stop.requested
         assert handlers == [second]
         handlers.clear()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_outside_of_a_deferring_block_the_first_raises(number: int) -> None:
+    with StopSignal() as stop, stop.deferred():
+        with pytest.raises(Stopped, match=signal.Signals(number).name), stop.deferred(False):
+            os.kill(os.getpid(), number)
+        assert stop.requested
+    with StopSignal() as stop:
+        with stop.deferred():
+            pass
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+
+
+def test_a_rank_of_several_never_raises() -> None:
+    with StopSignal() as stop:
+        stop.raises = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
 
 
 def test_handlers_are_restored_at_the_end_and_after_an_error(handlers: list[int]) -> None:

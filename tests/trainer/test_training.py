@@ -33,7 +33,8 @@ from dragkit.trainer.anomaly import NumericalError
 from dragkit.trainer.build import build_retriever
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
-from dragkit.trainer.resume import resume_dir
+from dragkit.trainer.resume import resolve_checkpoint
+from dragkit.trainer.run_folder import resume_dir
 from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
 
 
@@ -117,8 +118,10 @@ def test_validation_without_generation_scores_retrieval_alone(tmp_path, monkeypa
     lines = logged(tmp_path / "run")
     scores = [line["validation"] for line in lines if "validation" in line]
     assert ["strict-f1" in row for row in scores] == [resumed, False]
-    best = load_checkpoint(find_checkpoint(tmp_path / "run")).state.best
-    assert best == max(row["retrieval-f1"] for row in scores[resumed:])
+    # The checkpoint of an epoch is older than its validation. `best` names the epoch.
+    best = load_checkpoint(resolve_checkpoint(tmp_path / "run", "best")).state.epoch
+    values = [row["retrieval-f1"] for row in scores]
+    assert best == 1 + max(range(resumed, 2), key=lambda epoch: values[epoch])
     # The limit is for generated answers, so facts are scored on all questions.
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all("strict-f1" in row["metrics"] for row in results.values())

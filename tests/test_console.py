@@ -1,0 +1,105 @@
+"""What commands write: standard output and files that cannot be written end with 73 or 74."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dragkit.console import output_file, run_main
+from dragkit.errors import CreateError, Stopped, WriteError
+
+ROOT = Path(__file__).parents[1]
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Runs `$CONFIG`, the command that prints settings, in a shell."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    return subprocess.run(
+        ["bash", "-c", command],
+        env=os.environ | {"PYTHONPATH": paths, "CONFIG": f"{sys.executable} -m dragkit.config"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "$CONFIG show >&-",
+        "$CONFIG show > /dev/full",
+        "$CONFIG show --help > /dev/full",
+        # The reader ends before anything is written.
+        "($CONFIG show; echo $? >&2) | true; exit 74",
+    ],
+)
+def test_standard_output_that_cannot_be_written_exits_74(command: str) -> None:
+    told = shell(command)
+    assert told.returncode == 74
+    assert "standard output" in told.stderr
+    assert "Traceback" not in told.stderr and "Exception ignored" not in told.stderr
+    if "true" in command:
+        assert told.stderr.split()[-1] == "74"
+
+
+def test_closed_standard_error_changes_no_exit_code() -> None:
+    assert shell("$CONFIG show 2>&-").returncode == 0
+    assert shell("$CONFIG show --epochs no 2>&-").returncode == 2
+
+
+def test_an_output_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "out.json"
+    with pytest.raises(Stopped), output_file(path, "") as file:
+        file.write("part")
+        raise Stopped("SIGTERM")
+    assert os.listdir(path.parent) == []
+    with output_file(path, "") as file:
+        file.write("first")
+        assert not path.exists()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with output_file(link, "") as file:
+        file.write("second")
+        assert path.read_text() == "first"
+    assert link.is_symlink() and path.read_text() == "second"
+    assert os.listdir(path.parent) == ["out.json"]
+
+
+def test_an_output_that_cannot_be_created_is_refused_before_the_block(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    for name in ("folder", "file/below.json", "n" * 300, "/proc/out.json"):
+        path = tmp_path / name
+        with pytest.raises(CreateError, match="cannot be created: .* REMEDY") as caught:
+            output_file(path, "REMEDY").__enter__()
+        assert str(path) in str(caught.value) and caught.value.exit_code == 73
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_device_is_written_to_and_not_replaced() -> None:
+    full = Path("/dev/full")
+    with pytest.raises(WriteError, match="full: cannot be") as caught, output_file(full, "") as out:
+        out.write("text")
+    assert caught.value.exit_code == 74
+    assert full.is_char_device()
+
+
+def test_a_full_disk_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: list[str]) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")
+
+    assert run_main(fail, []) == 74
+    assert "some/file: cannot be written: No space left" in capsys.readouterr().err
+
+
+def test_a_stop_before_anything_was_begun_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def stop(argv: list[str]) -> None:
+        raise Stopped("SIGTERM")
+
+    assert run_main(stop, []) == 130
+    assert "SIGTERM. Nothing was begun" in capsys.readouterr().err
