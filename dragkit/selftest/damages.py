@@ -179,9 +179,8 @@ def _require_all_reasons(run: Path) -> None:
         require(False, "a damaged checkpoint was taken")
 
 
-def damages() -> Outcome:
+def damages(outcome: Outcome) -> None:
     """Every file x every damage, manifests that were edited, stray files, mixed steps."""
-    outcome = Outcome("damaged checkpoints detected")
     with tempfile.TemporaryDirectory() as folder:
         intact, run = Path(folder, "intact"), Path(folder, "run")
         save(intact, 10, 1.0)
@@ -198,4 +197,3 @@ def damages() -> Outcome:
                 _require_fallback(run, part)
         with outcome.case("no intact checkpoint"):
             _require_all_reasons(fresh())
-    return outcome

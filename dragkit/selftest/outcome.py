@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -38,12 +38,12 @@ class Outcome:
     @property
     def held(self) -> int:
         """Number of cases without a loss."""
-        return self.tried - len(self.losses)
+        return max(self.tried - len(self.losses), 0)
 
     @contextmanager
-    def case(self, name: str) -> Iterator[None]:
-        """Counts one case. A Loss, or any other exception, becomes a line of `losses`."""
-        self.tried += 1
+    def case(self, name: str, *, tries: int = 1) -> Iterator[None]:
+        """Counts `tries` cases. A Loss, or any other exception, becomes a line of `losses`."""
+        self.tried += tries
         try:
             yield
         except Loss as loss:
@@ -51,6 +51,3 @@ class Outcome:
         except Exception as error:
             # The other cases are still worth trying, and the page shows this one.
             self.losses.append(f"{name}: {type(error).__name__}: {error}")
-
-
-Check = Callable[..., Outcome]

@@ -191,9 +191,8 @@ def save_case(situation: str) -> Iterator[SaveCase]:
         yield SaveCase(Path(folder), situation)
 
 
-def crash_points() -> Outcome:
+def crash_points(outcome: Outcome) -> None:
     """Every operation of a save x kill before, kill after, torn write, power cut."""
-    outcome = Outcome("crash points survived")
     for situation in SITUATIONS:
         with save_case(situation) as case:
             operations = case.operations()
@@ -202,12 +201,10 @@ def crash_points() -> Outcome:
                 for point, name in enumerate(operations):
                     with outcome.case(f"{situation} save, {fault} at {point} ({name})"):
                         case.crash(point, fault)
-    return outcome
 
 
-def disk_errors() -> Outcome:
+def disk_errors(outcome: Outcome) -> None:
     """Every operation of a save x a disk that stays full, or fails once."""
-    outcome = Outcome("disk-full points survived")
     reported = 0
     for situation in SITUATIONS:
         with save_case(situation) as case:
@@ -217,4 +214,3 @@ def disk_errors() -> Outcome:
                     with outcome.case(f"{situation} save, {os.strerror(code)} at {point} ({name})"):
                         reported += case.fail(point, code, lasting)
     outcome.notes.append(f"{reported} errors reported, the others in the clean-up after the commit")
-    return outcome
