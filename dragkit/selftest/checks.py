@@ -15,7 +15,7 @@ from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
 from dragkit.selftest.refusals import refusals
 from dragkit.selftest.saves import crash_points, disk_errors
-from dragkit.selftest.stops import kills, resumes, stops
+from dragkit.selftest.stops import kills, resumes, second_writers, stops
 
 _NO_GPU = "kernels on a GPU: this machine has no CUDA device. They are tested by tests/ops."
 
@@ -38,6 +38,7 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         "hostile files refused": partial(refusals, root=root),
         "kills survived": partial(kills, root=root, count=100 if full else 10, epochs=epochs),
         "stop signals obeyed": partial(stops, root=root, count=8 if full else 1, epochs=epochs),
+        "second writers refused": partial(second_writers, root=root, count=10 if full else 2),
         "resume points exact": partial(resumes, root=root, every=1 if full else 9),
     }
     if torch.cuda.is_available():

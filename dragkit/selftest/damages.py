@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ FILES = (
 )
 _OLDER, _NEWER = "step-00000010", "step-00000020"
 _MORE_BITS = (2, 3, 4)
+_FUTURE_S = 2_000_000_000
 
 
 def _flip(path: Path, seed: int) -> None:
@@ -195,5 +197,9 @@ def damages(outcome: Outcome) -> None:
             with outcome.case(name):
                 damage(fresh())
                 _require_fallback(run, part)
+        with outcome.case("times of files in reverse"):
+            for path in (fresh() / _OLDER).rglob("*"):
+                os.utime(path, (_FUTURE_S, _FUTURE_S))
+            require(value_at(run) == 2.0, "the newest checkpoint is not that of the last step")
         with outcome.case("no intact checkpoint"):
             _require_all_reasons(fresh())

@@ -194,6 +194,29 @@ def stops(outcome: Outcome, root: Path, *, count: int, epochs: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def second_writers(outcome: Outcome, root: Path, *, count: int) -> None:
+    """Starts a second process in the folder of a live run. It is refused, and the run goes on.
+
+    Args:
+        outcome: counts the cases.
+        root: folder of the runs.
+        count: number of second processes. Each killed run is a dead owner of the folder's lock.
+    """
+    ((run, steps), _) = _toys(root, epochs=4)
+    runs = _FaultyRuns(root, run, steps, seed=steps + 2)
+    folder = root / "shared"
+    for step in runs.moments(count):
+        with outcome.case(f"a second process at about step {step}"):
+            process = runs.start_until(folder, step)
+            if process.is_alive():
+                code = runs.processes.run(run.command(folder, resume=True))
+                require(code == 73, f"exit code {code}: {runs.processes.tail()}")
+            process.kill()
+            runs.slow.wait(process)
+    with outcome.case("the run's end"):
+        runs.end(folder)
+
+
 def resumes(outcome: Outcome, root: Path, *, every: int) -> None:
     """Resumes a run of 36 steps from its checkpoints, with 1, 2 and 4 micro-batches in a step.
 

@@ -29,6 +29,7 @@ from dragkit.selftest.outcome import Loss, Outcome, require
 from dragkit.selftest.page import page
 from dragkit.selftest.refusals import false_tensors
 from dragkit.selftest.saves import crash_points, disk_errors, save_case
+from dragkit.selftest.stops import kills, resumes, stops
 from dragkit.selftest.toy import logged_steps, require_same, trace
 
 
@@ -201,8 +202,28 @@ def test_the_page_counts_what_has_not_ended() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_runs_that_are_killed_stopped_and_resumed(tmp_path: Path) -> None:
-    for name in ("kills survived", "stop signals obeyed", "resume points exact"):
-        check = checks.checks("quick", tmp_path)[name]
-        outcome = checks.run_check(name, check)
-        assert outcome.tried and outcome.losses == []
+    """The page of a full self-test covers more. This test sees that its machinery works."""
+    for check, options in (
+        (kills, {"count": 5, "epochs": 3}),
+        (stops, {"count": 1, "epochs": 3}),
+        (resumes, {"every": 18}),
+    ):
+        outcome = run(check, tmp_path, **options)
+        assert outcome.tried >= 4 and outcome.losses == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_resumes_elsewhere_is_seen(tmp_path: Path) -> None:
+    """Of two runs with another seed, one is offered as the resumed one."""
+    runs = toy.Processes(tmp_path)
+    short = toy.toy(tmp_path, 1, epochs=1, save_every=5)
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        runs.finish([*short.command(tmp_path / name), "--seed", seed])
+    require_same(tmp_path / "b", trace(tmp_path / "a"))
+    with pytest.raises(Loss, match="differ from an uninterrupted run"):
+        require_same(tmp_path / "c", trace(tmp_path / "a"))
+    with pytest.raises(Loss, match="exit code 2"):
+        runs.finish(short.command(tmp_path / "a"))
