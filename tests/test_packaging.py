@@ -144,7 +144,8 @@ def test_transformers_sees_no_kernels_package_from_the_repository(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "module", ["dragkit.train", "dragkit.evaluate", "dragkit.config", "dragkit.experiment"]
+    "module",
+    [f"dragkit.{name}" for name in ("train", "evaluate", "config", "experiment", "selftest")],
 )
 def test_programs_run_from_any_folder(module: str, tmp_path: Path) -> None:
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])

@@ -21,6 +21,7 @@ from dragkit.evaluate import parse_evaluate_args
 from dragkit.experiment.__main__ import parse_experiment_args
 from dragkit.experiment.plan import read_experiment
 from dragkit.plan import parse_plan_args
+from dragkit.selftest.__main__ import parse_selftest_args
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -206,6 +207,8 @@ def accept(module: str, arguments: list[str], folder: Path) -> None:
         parse_evaluate_args(arguments)
     elif module == "dragkit.experiment":
         assert (ROOT / parse_experiment_args(arguments).file).is_file()
+    elif module == "dragkit.selftest":
+        parse_selftest_args(arguments)
     elif module == "dragkit.config":
         code = config_main(arguments)
         assert code == 0, f"exit code {code}"

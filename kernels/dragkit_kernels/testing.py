@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 from unittest import mock
@@ -205,6 +205,22 @@ def padded_facts(pack: Adjacency, rows: int) -> Adjacency:
         for name, (size, value) in fill.items()
     }
     return pack._replace(fact_index=fact_index._replace(**columns))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal float32 numbers, the same for equal seeds."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 positions of the tokens of packed sequences."""
+    return torch.cat([torch.arange(n) for n in (0, *lengths)]).int().to(device)
+
+
+def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
+    """The pack on a device."""
+    fact_index, *rest = pack
+    return Adjacency(FactIndex(*(x.to(device) for x in fact_index)), *(x.to(device) for x in rest))
 
 
 def strided_like(tensor: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,23 +15,16 @@ import pytest
 from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
 from dragkit.checkpoint.manifest import hash_file
 from dragkit.errors import CheckpointError
+from dragkit.selftest.damages import (
+    DAMAGES,
+    MANIFEST_EDITS,
+    MANIFEST_TEXTS,
+    OUTSIDE_NAMES,
+    UNLISTED_NAMES,
+    edit_manifest,
+    list_outside,
+)
 from tests.checkpoint.checkpoint_cases import FILES, state_at
-
-
-def _flip(path: Path, _: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[random.Random(1).randrange(len(data))] ^= 4
-    path.write_bytes(data)
-
-
-DAMAGES: dict[str, Callable[[Path, Path], object]] = {
-    "half": lambda path, other: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "last byte gone": lambda path, other: path.write_bytes(path.read_bytes()[:-1]),
-    "one bit": _flip,
-    "removed": lambda path, other: path.unlink(),
-    "from another step": lambda path, other: shutil.copy(other, path),
-    "a folder": lambda path, other: (path.unlink(), path.mkdir()),
-}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -51,43 +43,21 @@ def test_damage_is_detected_and_the_older_checkpoint_is_used(
             loader(run / "step-00000020")
 
 
-def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
-    path = folder / "MANIFEST.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize("name", ["../outside.json", "{run}/outside.json", "a/../../outside.json"])
+@pytest.mark.parametrize("name", OUTSIDE_NAMES)
 def test_names_outside_the_folder_are_refused(run: Path, name: str) -> None:
-    folder, outside = run / "step-00000020", run / "outside.json"
-    outside.write_text("{}")
-    (folder / "a").mkdir()
-    entry = {"name": name.format(run=run), "size": 2, "sha256": hash_file(outside)}
-    edit_manifest(folder, lambda manifest: manifest["files"].append(entry))
+    folder = run / "step-00000020"
+    list_outside(run, folder, name)
     with pytest.raises(CheckpointError, match="name"):
         find_checkpoint(folder)
 
 
-EDITS: dict[str, Callable[[dict], object]] = {
-    "a pickle": lambda manifest: manifest["files"][0].update(name="model.bin"),
-    "no name": lambda manifest: manifest["files"][0].pop("name"),
-    "size is true": lambda manifest: manifest["files"][0].update(size=True),
-    "one too few": lambda manifest: manifest["files"].pop(),
-    "version": lambda manifest: manifest.update(version=2),
-    "step": lambda manifest: manifest.update(step=10),
-    "files is a dict": lambda manifest: manifest.update(files={}),
-    "extra key": lambda manifest: manifest.update(more=1),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("edit", MANIFEST_EDITS)
 def test_manifests_with_wrong_entries_are_refused(run: Path, edit: str) -> None:
-    edit_manifest(run / "step-00000020", EDITS[edit])
+    edit_manifest(run / "step-00000020", MANIFEST_EDITS[edit])
     assert find_checkpoint(run) == run / "step-00000010"
 
 
-@pytest.mark.parametrize("text", [b"", b"null", b"\xff{}", b"[" * 100_000, b'{"a":NaN}'], ids=len)
+@pytest.mark.parametrize("text", [b"", *MANIFEST_TEXTS], ids=len)
 def test_manifests_of_another_form_are_refused(run: Path, text: bytes) -> None:
     (run / "step-00000020" / "MANIFEST.json").write_bytes(text)
     assert find_checkpoint(run) == run / "step-00000010"
@@ -107,7 +77,7 @@ def test_any_flipped_bit_of_the_manifest_is_detected(run: Path) -> None:
     verify_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "adapter/adapter_model.bin", "x.safetensors"])
+@pytest.mark.parametrize("name", UNLISTED_NAMES)
 def test_unlisted_files_are_refused_and_hidden_files_ignored(run: Path, name: str) -> None:
     (run / "step-00000020" / ".DS_Store").write_text("x")
     assert load_checkpoint(find_checkpoint(run)).state == state_at(20)

@@ -298,6 +298,7 @@ finally:
         ("dragkit.evaluate", "parse_evaluate_args"),
         ("dragkit.plan", "parse_plan_args"),
         ("dragkit.experiment.__main__", "parse_experiment_args"),
+        ("dragkit.selftest.__main__", "parse_selftest_args"),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, call: str) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
-from dragkit_kernels import FactIndex
 from dragkit_kernels.backend import INTERPRETED
 from dragkit_kernels.testing import Adjacency
 
@@ -33,22 +31,6 @@ def kernels(name: str) -> ModuleType:
     Test modules must not import it: they are also collected without Triton.
     """
     return importlib.import_module(f"dragkit_kernels.{name}")
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float32 numbers, the same for equal seeds."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def positions(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """int32 positions of the tokens of packed sequences."""
-    return torch.cat([torch.arange(n) for n in (0, *lengths)]).int().to(device)
-
-
-def to_device(pack: Adjacency, device: torch.device) -> Adjacency:
-    """The pack on a device."""
-    fact_index, *rest = pack
-    return Adjacency(FactIndex(*(x.to(device) for x in fact_index)), *(x.to(device) for x in rest))
 
 
 def layer_inputs(pack: Adjacency, width: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

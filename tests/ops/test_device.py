@@ -24,6 +24,7 @@ from dragkit_kernels import (
     segment_softmax_ref,
 )
 from dragkit_kernels.backend import INTERPRETED
+from dragkit_kernels.op_cases import LARGE, OPS, SEQUENCE_OPS, SMALL, given, inputs
 from dragkit_kernels.testing import (
     Adjacency,
     adjacency,
@@ -31,9 +32,9 @@ from dragkit_kernels.testing import (
     gradients,
     leaves,
     random_adjacency,
+    to_device,
 )
-from tests.ops.cases import layer_inputs, to_device
-from tests.ops.op_cases import LARGE, OPS, SEQUENCE_OPS, SMALL, given, inputs
+from tests.ops.cases import layer_inputs
 
 pytestmark = pytest.mark.triton
 

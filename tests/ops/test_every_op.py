@@ -11,8 +11,7 @@ from torch.testing._internal.optests.generate_tests import DEFAULT_TEST_UTILS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dragkit_kernels.backend import INTERPRETED
-from dragkit_kernels.testing import assert_close, fenced_allocations, leaves, strided_like
-from tests.ops.op_cases import (
+from dragkit_kernels.op_cases import (
     LARGE,
     OPS,
     SEQUENCE_OPS,
@@ -24,6 +23,7 @@ from tests.ops.op_cases import (
     ramp,
     run,
 )
+from dragkit_kernels.testing import assert_close, fenced_allocations, leaves, strided_like
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

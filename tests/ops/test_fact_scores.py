@@ -20,10 +20,11 @@ from dragkit_kernels.testing import (
     fenced_allocations,
     gradients,
     leaves,
+    random,
     random_adjacency,
     strided_like,
+    to_device,
 )
-from tests.ops.cases import random, to_device
 
 NAMES = ("head_score", "pair_score", "tail_score", "bias")
 # The last pack has rows with more facts than one step of a program.

@@ -15,9 +15,10 @@ from dragkit_kernels.testing import (
     fenced_allocations,
     gradients,
     leaves,
+    random,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT, kernels
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

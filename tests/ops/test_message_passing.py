@@ -22,10 +22,12 @@ from dragkit_kernels.testing import (
     gradients,
     leaves,
     padded_facts,
+    random,
     random_adjacency,
     strided_like,
+    to_device,
 )
-from tests.ops.cases import DTYPES, FORWARD, kernels, layer_inputs, random, to_device
+from tests.ops.cases import DTYPES, FORWARD, kernels, layer_inputs
 from tests.ops.cases import LAYER_NAMES as NAMES
 
 

@@ -15,9 +15,10 @@ from dragkit_kernels.testing import (
     fenced_allocations,
     gradients,
     leaves,
+    random,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT
 
 # The interpreter also computes masked elements, and NumPy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -24,10 +24,11 @@ from dragkit_kernels.testing import (
     fenced_allocations,
     gradients,
     leaves,
+    random,
     random_adjacency,
     strided_like,
 )
-from tests.ops.cases import FORWARD, GRADIENT, random
+from tests.ops.cases import FORWARD, GRADIENT
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, *FORWARD], ids=str)
 WIDTHS = pytest.mark.parametrize("width", [1, 7, 64, 257])

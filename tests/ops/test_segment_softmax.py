@@ -7,8 +7,13 @@ import torch
 from torch import Tensor
 
 from dragkit_kernels import segment_softmax, segment_softmax_ref
-from dragkit_kernels.testing import Adjacency, assert_close, fenced_allocations, strided_like
-from tests.ops.cases import random
+from dragkit_kernels.testing import (
+    Adjacency,
+    assert_close,
+    fenced_allocations,
+    random,
+    strided_like,
+)
 
 # The interpreter also computes masked elements, and NumPy warns about them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

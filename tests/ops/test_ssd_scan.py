@@ -14,9 +14,11 @@ from dragkit_kernels.testing import (
     fenced_allocations,
     gradients,
     leaves,
+    positions,
+    random,
     strided_like,
 )
-from tests.ops.cases import DTYPES, FORWARD, GRADIENT, positions, random
+from tests.ops.cases import DTYPES, FORWARD, GRADIENT
 
 # The interpreter also computes masked elements, which overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -1,4 +1,4 @@
-"""Every op as a function of its float inputs, at several sizes."""
+"""Every op as a function of its float inputs, at several sizes, for tests and the self-test."""
 
 from __future__ import annotations
 
@@ -27,8 +27,14 @@ from dragkit_kernels import (
     segment_sum,
     ssd_scan,
 )
-from dragkit_kernels.testing import Adjacency, leaves, random_adjacency
-from tests.ops.cases import positions, random, to_device
+from dragkit_kernels.testing import (
+    Adjacency,
+    leaves,
+    positions,
+    random,
+    random_adjacency,
+    to_device,
+)
 
 
 class Sizes(NamedTuple):

@@ -1,0 +1,1 @@
+"""The self-test: it plants faults around real runs, and writes what survived onto one page."""

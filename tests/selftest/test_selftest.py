@@ -1,0 +1,229 @@
+"""The self-test sees losses and says them. Its payloads run in a careless reader."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import yaml
+
+from dragkit.checkpoint import checkpoint, retention
+from dragkit.data import question_file
+from dragkit.errors import WriteError
+from dragkit.selftest import __main__ as program
+from dragkit.selftest import checks, ops, saves, toy
+from dragkit.selftest.bad_lines import bad_lines
+from dragkit.selftest.damages import damages
+from dragkit.selftest.faulty_disk import FaultyDisk
+from dragkit.selftest.hostile import FALSE_TENSORS, payload, payload_files
+from dragkit.selftest.ops import op_errors
+from dragkit.selftest.outcome import Loss, Outcome, require
+from dragkit.selftest.page import page
+from dragkit.selftest.refusals import false_tensors
+from dragkit.selftest.saves import crash_points, disk_errors, save_case
+from dragkit.selftest.stops import kills, resumes, stops
+from dragkit.selftest.toy import logged_steps, require_same, trace
+
+
+def run(check: Callable[..., None], *arguments: object, **options: object) -> Outcome:
+    outcome = Outcome("x")
+    check(outcome, *arguments, **options)
+    return outcome
+
+
+def test_nothing_is_lost_without_a_fault_in_the_package(tmp_path: Path) -> None:
+    for check, tried in ((crash_points, 300), (disk_errors, 150), (damages, 90)):
+        outcome = run(check)
+        assert outcome.losses == [] and outcome.tried >= tried, check
+    assert run(bad_lines, tmp_path, corruptions=20).losses == []
+    assert run(false_tensors).losses == []
+
+
+def test_a_writer_that_is_not_atomic_is_seen() -> None:
+    def in_place(temp: Path, final: Path) -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        shutil.copytree(temp, final)
+        fsync = os.open(final.parent, os.O_RDONLY)
+        os.fsync(fsync)
+        os.close(fsync)
+
+    with mock.patch.object(checkpoint, "commit", in_place), save_case("next") as case:
+        calls = FaultyDisk()
+        case.run(calls)
+        outcome = Outcome("x")
+        for point in range(len(calls.calls)):
+            with outcome.case(str(point)):
+                case.crash(point, "kill")
+    assert 0 < len(outcome.losses) < outcome.tried
+
+
+def test_a_commit_before_the_files_are_on_the_disk_is_seen() -> None:
+    with mock.patch.object(checkpoint, "fsync_path", lambda path: None):
+        outcome = Outcome("x")
+        with outcome.case("all"):
+            crash_points(outcome)
+    assert "not fsynced" in outcome.losses[0]
+
+
+def test_a_reader_that_checks_no_hashes_is_seen() -> None:
+    verify = retention.verify_checkpoint
+    with mock.patch.object(retention, "verify_checkpoint", lambda f, **_: verify(f, hashes=False)):
+        assert any("bit" in loss for loss in run(damages).losses)
+
+
+def test_a_silent_reader_of_questions_is_seen(tmp_path: Path) -> None:
+    with mock.patch.object(question_file.QuestionReader, "_reject", lambda *_: None):
+        outcome = run(bad_lines, tmp_path, corruptions=3)
+    assert len(outcome.losses) >= 140
+
+
+def test_a_wrong_op_and_one_that_gives_other_bits_are_seen() -> None:
+    op, calls = ops.OPS["segment_sum"], []
+
+    def wrong(x: list, o: object, backend: str) -> tuple:
+        return tuple(1.001 * y for y in op(x, o, backend))
+
+    def unsteady(x: list, o: object, backend: str) -> tuple:
+        calls.append(1)
+        return tuple(y + len(calls) * 1e-7 for y in op(x, o, backend))
+
+    with mock.patch.dict(ops.OPS, {"segment_sum": op}, clear=True):
+        assert run(op_errors, "torch").losses == []
+    for fault in (wrong, unsteady):
+        scaled = fault is wrong
+        with mock.patch.dict(ops.OPS, {"segment_sum": fault}, clear=True):
+            losses = run(op_errors, "torch").losses
+        # In float64 a wrong op is equally wrong, so only an unsteady one differs from itself.
+        assert bool(losses) != scaled
+
+
+def test_the_planted_pickles_would_run(tmp_path: Path) -> None:
+    sentinel = tmp_path / "sentinel"
+    pickle.loads(payload(sentinel))
+    assert sentinel.is_dir()
+    files = {path.name: path for path in payload_files(tmp_path / "files", sentinel)}
+    for name in ("archive.pt", "legacy.pt"):
+        sentinel.rmdir()
+        # The payload runs first, then the rest of the file is missing.
+        with contextlib.suppress(EOFError, AttributeError):
+            torch.load(files[name], weights_only=False)
+        assert sentinel.is_dir(), name
+    sentinel.rmdir()
+    yaml.load(files["settings.yaml"].read_text(), Loader=yaml.UnsafeLoader)
+    assert sentinel.is_dir()
+    assert len(FALSE_TENSORS) >= 15
+
+
+def test_two_runs_are_compared_by_hashes_and_logged_values(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    saves.save(folder, 10, 1.0)
+    line = {"step": 10, "train": {"loss": 0.5}, "lr": 0.1, "questions_per_s": 3.0}
+    log = folder / "metrics.jsonl"
+    log.write_text(json.dumps(line) + "\n" + '{"step": 11')
+    assert [row["step"] for row in logged_steps(folder)] == [10]
+    expected = trace(folder)
+    log.write_text(json.dumps(line | {"questions_per_s": 9.0}) + "\n")
+    require_same(folder, expected)
+    for other in (line | {"train": {"loss": 0.25}}, line | {"step": 9}):
+        log.write_text(json.dumps(other) + "\n")
+        with pytest.raises(Loss, match=r"metrics.jsonl:1"):
+            require_same(folder, expected)
+    log.write_text(2 * (json.dumps(line) + "\n"))
+    with pytest.raises(Loss, match=r"1 files or lines differ.*metrics.jsonl:2"):
+        require_same(folder, expected)
+    saves.save(folder, 20, 2.0)
+    with pytest.raises(Loss, match=r"differ from an uninterrupted run, first adapter"):
+        require_same(folder, expected)
+
+
+def test_questions_of_a_toy_are_the_same_each_time(tmp_path: Path) -> None:
+    first = toy.write_questions(tmp_path / "a", 20)
+    second = toy.write_questions(tmp_path / "b", 20)
+    assert first.read_bytes() == second.read_bytes()
+    rows = question_file.read_questions(first)
+    assert len(rows.questions) == 20 and all(q.triples and q.paths for q in rows.questions)
+
+
+def _lose(outcome: Outcome) -> None:
+    with outcome.case("held"):
+        pass
+    with outcome.case("lost"):
+        require(False, "a checkpoint\nwas lost")
+
+
+def _fail(outcome: Outcome) -> None:
+    raise OSError("no room")
+
+
+@pytest.mark.parametrize(
+    ("check", "code", "words"),
+    [
+        (lambda outcome: None, 0, "**no losses**"),
+        (_lose, 1, "lost: a checkpoint was lost"),
+        (_fail, 1, "preparation: OSError: no room"),
+    ],
+)
+def test_the_page_and_the_exit_code_say_what_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable, code: int, words: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(checks, "checks", lambda tier, root: {"a check": check})
+    report = tmp_path / "new" / "page.md"
+    assert program.main(["--report", str(report)]) == code
+    assert words in report.read_text()
+    assert os.listdir(report.parent) == ["page.md"]
+
+
+def test_a_page_that_cannot_be_written_is_known_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tried: list[int] = []
+    monkeypatch.setattr(checks, "checks", lambda tier, root: {"x": lambda o: tried.append(1)})
+    (tmp_path / "file").write_text("")
+    code = program.main(["--report", str(tmp_path / "file" / "page.md")])
+    assert code == WriteError.exit_code and not tried
+    assert str(tmp_path / "file" / "page.md") in capsys.readouterr().err
+
+
+def test_the_page_counts_what_has_not_ended() -> None:
+    text = page("quick", [Outcome("one", tried=3)], skipped=["no GPU"], missing=2)
+    assert "| one | 3 / 3 | 0 |" in text and "2 checks have not ended" in text
+    assert "- no GPU" in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_runs_that_are_killed_stopped_and_resumed(tmp_path: Path) -> None:
+    """The page of a full self-test covers more. This test sees that its machinery works."""
+    for check, options in (
+        (kills, {"count": 5, "epochs": 3}),
+        (stops, {"count": 1, "epochs": 3}),
+        (resumes, {"every": 18}),
+    ):
+        outcome = run(check, tmp_path, **options)
+        assert outcome.tried >= 4 and outcome.losses == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_resumes_elsewhere_is_seen(tmp_path: Path) -> None:
+    """Of two runs with another seed, one is offered as the resumed one."""
+    runs = toy.Processes(tmp_path)
+    short = toy.toy(tmp_path, 1, epochs=1, save_every=5)
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        runs.finish([*short.command(tmp_path / name), "--seed", seed])
+    require_same(tmp_path / "b", trace(tmp_path / "a"))
+    with pytest.raises(Loss, match="differ from an uninterrupted run"):
+        require_same(tmp_path / "c", trace(tmp_path / "a"))
+    with pytest.raises(Loss, match="exit code 2"):
+        runs.finish(short.command(tmp_path / "a"))
