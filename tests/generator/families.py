@@ -94,9 +94,10 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 class Tokens:
     """A tokenizer whose texts are arbitrary token ids."""
 
-    bos_token_id, eos_token_id = 0, 1
+    bos_token_id, eos_token_id, unk_token_id = 0, 1, 2
+    all_special_ids = (0, 1, 2)
 
-    def __call__(self, texts, add_special_tokens):
+    def __call__(self, texts, *, add_special_tokens, split_special_tokens):
         return {"input_ids": [[3 + ord(c) * 7 % (VOCABULARY - 3) for c in t] for t in texts]}
 
 
