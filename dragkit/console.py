@@ -128,7 +128,7 @@ def _exit_code_and_message(error: BaseException) -> tuple[int, str]:
     if isinstance(error, DragkitError):
         return error.exit_code, f"error: {error}"
     if isinstance(error, Stopped):
-        return 130, f"interrupted by {error}. Nothing was begun. Run the same command again."
+        return 130, f"interrupted by {error}. Nothing was saved. Run the same command again."
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, OSError) and error.errno in _NO_SPACE:

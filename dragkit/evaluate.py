@@ -144,7 +144,7 @@ def _evaluate(argv: list[str]) -> int:
     setup_console(debug=args.debug)
     from dragkit.trainer.signals import StopSignal
 
-    with StopSignal():
+    with StopSignal() as stop, stop.translated():
         # torch is imported only now, so that --help and mistakes answer at once.
         from dragkit.trainer.evaluate_run import Run, evaluation_document
         from dragkit.trainer.inputs import check_readable

@@ -13,7 +13,7 @@ def _train(argv: list[str]) -> int:
     setup_console(debug=args.debug)
     from dragkit.trainer.signals import StopSignal
 
-    with StopSignal() as stop:
+    with StopSignal() as stop, stop.translated():
         # torch is imported only now, so that --help and mistakes answer at once.
         from dragkit.distributed.torchrun import init_ranks
         from dragkit.trainer.run import TrainingRun

@@ -97,9 +97,9 @@ def test_a_full_disk_is_no_internal_error(capsys: pytest.CaptureFixture[str]) ->
     assert "some/file: cannot be written: No space left" in capsys.readouterr().err
 
 
-def test_a_stop_before_anything_was_begun_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_before_anything_was_saved_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     def stop(argv: list[str]) -> None:
         raise Stopped("SIGTERM")
 
     assert run_main(stop, []) == 130
-    assert "SIGTERM. Nothing was begun" in capsys.readouterr().err
+    assert "SIGTERM. Nothing was saved" in capsys.readouterr().err

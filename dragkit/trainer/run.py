@@ -161,9 +161,10 @@ class TrainingRun:
             with RunLock(self.run_dir) if ranks.is_main else nullcontext():
                 self._begin()
                 try:
-                    if self.config.run.phase == 1:
-                        return self._phase1(self.config, self.run_dir, self.resumed)
-                    return self._phase2()
+                    with stop.translated():
+                        if self.config.run.phase == 1:
+                            return self._phase1(self.config, self.run_dir, self.resumed)
+                        return self._phase2()
                 except Stopped as signal:
                     raise Interrupted(
                         f"stopped by {signal} between training steps. All that was trained is in "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from dragkit.errors import Stopped
+from dragkit.errors import Interrupted, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class StopSignal:
         self.requested = False
         self.raises = True
         self._deferred = False
+        self._raised: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -58,6 +59,16 @@ class StopSignal:
         finally:
             self._deferred = before
 
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raises `Stopped` again where a library has turned it into an error of its own."""
+        try:
+            yield
+        except Exception as error:
+            if self._raised is None or isinstance(error, Interrupted):
+                raise
+            raise Stopped(self._raised) from error
+
     def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
@@ -68,5 +79,6 @@ class StopSignal:
         self.requested = True
         self._restore()
         if self.raises and not self._deferred:
+            self._raised = name
             raise Stopped(name)
         logger.warning("%s: saving after this step. Send it again to stop at once.", name)

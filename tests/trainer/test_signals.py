@@ -73,6 +73,19 @@ def test_outside_of_a_deferring_block_the_first_raises(number: int) -> None:
             os.kill(os.getpid(), number)
 
 
+def test_a_library_may_turn_the_stop_into_its_own_error() -> None:
+    with StopSignal() as stop, pytest.raises(Stopped, match="SIGTERM"), stop.translated():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("cannot import name") from error
+    with StopSignal() as stop, pytest.raises(ValueError, match="own"), stop.translated():
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        # A fault after a signal that did not raise is a fault.
+        raise ValueError("own")
+
+
 def test_a_rank_of_several_never_raises() -> None:
     with StopSignal() as stop:
         stop.raises = False
