@@ -41,6 +41,7 @@ bench: $(VENV)/.installed
 	$(RUN) -m pytest bench --benchmark-only -q
 
 results: $(VENV)/.installed
+	$(RUN) -m dragkit.experiment experiments/few_labels.yaml --output docs/few_labels.md
 	$(RUN) -m dragkit.experiment experiments/arms.yaml --output docs/arms.md
 
 clean:

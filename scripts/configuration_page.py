@@ -69,7 +69,7 @@ preset `tiny`.
 | `DRAGKIT_CACHE` | folder for packed questions and encoded texts, `~/.cache/dragkit` by default |
 | `DRAGKIT_BACKEND` | `auto`, `triton` or `torch` for all operators |
 | `DRAGKIT_DEBUG` | `1` shows tracebacks |
-| `DRAGKIT_DATA` | folder with the question sets of benchmarks and of the results page |
+| `DRAGKIT_DATA` | folder with the question sets of benchmarks and of the experiments |
 | `DRAGKIT_BENCH_RESULTS` | folder that `pytest bench` writes result files to |
 """
 

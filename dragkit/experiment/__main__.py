@@ -23,7 +23,7 @@ examples:
       trains all runs, one on each core, and writes the table and the plot
   python -m dragkit.experiment experiments/arms.yaml --dry_run
       prints the commands of the runs that are not finished
-  python -m dragkit.experiment experiments/arms.yaml --gpus 0,1 --output docs/results.md
+  python -m dragkit.experiment experiments/arms.yaml --gpus 0,1 --output docs/arms.md
 
 {EXIT_CODE_HELP}"""
 
