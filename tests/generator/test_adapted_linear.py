@@ -23,7 +23,10 @@ def side_by_side(dtype, *, adapters=F32, targets=("a", "b", "c"), alike=False, *
     layers = {n: torch.nn.Linear(64, w, bias=alike or n != "b") for n, w in widths.items()}
     inner = torch.nn.ModuleDict(layers).to(dtype).requires_grad_(False)
     ranks = {"c": 3} if "c" in targets and not alike else {}
-    lora = LoraConfig(r=8, target_modules=list(targets), rank_pattern=ranks, **settings)
+    # PEFT's default scale is 1, with which a scale that is left out would go unnoticed.
+    lora = LoraConfig(
+        r=8, lora_alpha=20, target_modules=list(targets), rank_pattern=ranks, **settings
+    )
     model = get_peft_model(inner, lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name and "magnitude" not in name:
