@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ _CACHE_VERSION = 2
 # What damaged weights, a missing file or an unknown architecture raise in the library.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, ImportError),
-    SafetensorError,
+    *(SafetensorError, pickle.UnpicklingError),
 )
 
 
