@@ -13,6 +13,7 @@ from bench.data import BenchFile, bench_config, best_facts_prompt, question_sour
 from bench.measure import DEVICE, Contender, Tally
 from bench.results import Comparison
 from dragkit.demo import demo_files
+from dragkit.generator.causal_lm import pad
 from dragkit.generator.generator import Generator
 from dragkit.generator.prompt import NeuralPrompt
 from dragkit.trainer.build import build_joint
@@ -27,7 +28,7 @@ def decode_without_cache(
     generator: Generator, prompt: NeuralPrompt, vectors: Tensor | None, max_new_tokens: int
 ) -> list[list[int]]:
     """As `Generator.greedy_tokens`, but runs the whole prompt for each token, with last logits."""
-    embeds, mask = generator.pad(generator.embed(prompt, vectors), prompt, left=True)
+    _, embeds, mask = pad(generator.embed(prompt, vectors), prompt, left=True)
     end, table = generator.eos_token_id, generator.model.get_input_embeddings()
     done = torch.zeros(len(embeds), dtype=torch.bool, device=embeds.device)
     tokens = []

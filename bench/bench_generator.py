@@ -28,6 +28,7 @@ from bench.data import (
 from bench.measure import DEVICE, Contender, Tally, check_agreement
 from bench.results import Comparison
 from dragkit.config import GeneratorConfig
+from dragkit.generator.causal_lm import pad
 from dragkit.generator.generator import Generator
 from dragkit.generator.lora.adapters import add_adapters
 from dragkit.generator.nemotron_h.patches import patch_nemotron_h
@@ -104,7 +105,7 @@ class _Step:
         with _as_earlier(self.generator.model):
             for part in self.parts:
                 embeds = self.generator.embed(part, self.vectors)
-                padded, mask = self.generator.pad(embeds, part, left=False)
+                _, padded, mask = pad(embeds, part, left=False)
                 labels = torch.full(mask.shape, -100, device=mask.device)
                 row, column = part.question[part.target_row], part.position[part.target_row]
                 # transformers shifts labels by one, and `target_row` predicts the next token.

@@ -108,7 +108,12 @@ def decode_row(line: bytes) -> Decoded | Fault:
         row = _ROW_DECODER.decode(line)
         unread = _unread_keys(line)
     except msgspec.ValidationError as error:
-        return _invalid(line, error)
+        # The decoder stops at the first wrong value. What follows may be no JSON at all.
+        try:
+            return _invalid(line, error)
+        except msgspec.DecodeError as malformed:
+            reason = str(malformed).removeprefix("JSON is malformed: ")
+            return Fault("$", f"not valid JSON: {reason}")
     except msgspec.DecodeError as error:
         return Fault("$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}")
     except UnicodeDecodeError as error:

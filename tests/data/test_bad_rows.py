@@ -22,6 +22,7 @@ GOOD = b'{"id":"%d","question":"q","triples":[["a","r","b"]],"answer":"b"}'
 KINDS = [
     (b'{"question":"q","triples":[["a","r"', "$", "not valid JSON: Input data was truncated"),
     (b'{"question":"q","triples":[]} {}', "$", "not valid JSON: trailing characters"),
+    (b'{"triples":[]} {}', "$", "not valid JSON: trailing characters"),
     (b'["question"]', "$", "Expected `object`, got `array`"),
     (b'{"question":"q"}', "$", "missing required field `triples`"),
     (b'{"question":5,"triples":[]}', "$.question", "Expected `str`, got `int`"),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.data.cache import cache_root
 from dragkit.data.lines import open_source
 from dragkit.errors import DragkitError
 
@@ -77,15 +76,3 @@ def test_what_cannot_be_opened_is_named(tmp_path: Path, make, code: int, words: 
     assert error.value.exit_code == code
     assert str(error.value).startswith(f"{path}: ")
     assert words.format(root=tmp_path) in str(error.value)
-
-
-def test_without_a_home_the_cache_needs_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "home", no_home)
-    monkeypatch.delenv("DRAGKIT_CACHE", raising=False)
-    with pytest.raises(DragkitError, match="DRAGKIT_CACHE") as error:
-        cache_root()
-    assert error.value.exit_code == 74
-    assert cache_root("here") == Path("here")

@@ -226,7 +226,7 @@ def test_a_run_is_refused_before_anything_is_loaded(
 
     monkeypatch.setattr(run, "setup_process", lambda config, ranks: torch.device("cuda"))
     monkeypatch.setattr(build, "local_card", lambda device: gpu)
-    for later in ("check_generator", "data_paths", "TextEncoder"):
+    for later in ("check_generator", "RunInputs"):
         monkeypatch.setattr(run, later, look)
     settings, origins = resolve_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
     with pytest.raises(error, match=message):

@@ -203,8 +203,8 @@ def test_gradients_at_log_gates_are_differences_of_the_loss(question):
     def loss(gate):
         return question.model.generator(*question._prompt(local, gate)).prompt_loss[0]
 
-    step = 1e-4 * torch.eye(4, dtype=torch.float64)
-    expected = [(loss(gate + row) - loss(gate - row)) / 2e-4 for row in step]
+    step = 3e-3 * torch.eye(4, dtype=torch.float64)  # the loss is float32
+    expected = [(loss(gate + row) - loss(gate - row)) / 6e-3 for row in step]
     torch.testing.assert_close(at_gate[0], torch.stack(expected).double(), rtol=2e-3, atol=2e-3)
     assert at_gate[0, 3] == 0
 

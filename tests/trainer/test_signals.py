@@ -61,7 +61,11 @@ def test_the_first_sets_the_flag_and_the_second_reaches_the_previous_handler(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_outside_of_a_deferring_block_the_first_raises(number: int) -> None:
+def test_outside_of_a_deferring_block_the_first_raises(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A background job of a shell starts with SIGINT ignored, and so would these tests.
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     with StopSignal() as stop, stop.deferred():
         with pytest.raises(Stopped, match=signal.Signals(number).name), stop.deferred(False):
             os.kill(os.getpid(), number)
