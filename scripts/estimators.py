@@ -4,8 +4,8 @@
 
 For a few facts of a question, every subset gets its prompt, so that the gradient of the expected
 answer loss at the fact logits is exact. Two commands of `python -m dragkit.train` make the models
-of each set, at the start, after the first epoch and at the end of phase 2. They are not repeated
-where the folder of the runs has their results. Published sets are read from DRAGKIT_DATA.
+of each set, at the start, after the first epoch and at the end of phase 2. Interrupted runs go on,
+and finished ones are not repeated. Published sets are read from DRAGKIT_DATA.
 """
 
 from __future__ import annotations
@@ -76,14 +76,13 @@ def command(name: str, phase: int, folder: str, data: str) -> list[str]:
 
 
 def train(name: str, folder: Path) -> None:
-    """Trains both phases on a set, except those with results."""
+    """Trains both phases on a set. What is finished is not repeated."""
     data = os.environ.get("DRAGKIT_DATA", "")
     if name != "demo" and not data:
         raise SystemExit(f"{name}: set DRAGKIT_DATA to the folder of its question files.")
     for phase in (1, 2):
-        if not (folder / f"phase{phase}" / "results.json").is_file():
-            arguments = command(name, phase, str(folder), data)
-            subprocess.run([sys.executable, "-m", "dragkit.train", *arguments], check=True)
+        arguments = command(name, phase, str(folder), data)
+        subprocess.run([sys.executable, "-m", "dragkit.train", *arguments, "--resume"], check=True)
 
 
 def load_state(folder: Path, state: str) -> tuple[JointModel, QuestionDataset]:
