@@ -55,7 +55,7 @@ class _FaultyRuns:
         self.processes = Processes(root)
         self.slow = Processes(root, fsync_s=_SLOW_FSYNC_S)
         self.in_saves = 0
-        whole = root / f"whole-{run.name}"
+        whole = root / f"whole-{run.name}-{steps}-steps"
         if not whole.exists():
             self.processes.finish(run.command(whole))
         self.expected = trace(whole)
