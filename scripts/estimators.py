@@ -310,6 +310,10 @@ prompt. *prompts* counts prompts of one estimate.
   a factor that differs between questions, and blind to how an empty draw chooses its fact.
 - Leave-one-out is unbiased, and eight draws give an estimate that is mostly signal. DisARM is no
   better from four draws on. ARMS is a little better, but biased where draws are empty.
+- The marginal objective is biased by few draws: too small, but for the median question in its
+  exact direction. Its exact gradient is spread over the questions, while a few dominate that of the
+  expected loss, and it raises fewer of the facts that are not positive (see the last lines of each
+  section).
 - The mean field as a control helps most questions. Where facts are improbable its slope is steep,
   and the variance of few questions grows beyond that without it.
 
