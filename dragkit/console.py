@@ -67,7 +67,9 @@ def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
     """
     # A link stays a link: the file that it names is replaced.
     target = Path(os.path.realpath(path))
-    replaces = os.path.isfile(target) or not os.path.exists(target)
+    # Of a pipe, such as /dev/stdout may be, the real path is no path.
+    replaces = os.path.isfile(target) or not os.path.exists(path)
+    target = target if replaces else path
     temp = target.with_name(f".{target.name}.{os.getpid()}.tmp") if replaces else target
     try:
         if os.path.isdir(target):

@@ -89,6 +89,15 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     assert full.is_char_device()
 
 
+def test_an_output_to_a_pipe_is_written_to_it() -> None:
+    reading, writing = os.pipe()
+    with output_file(Path(f"/dev/fd/{writing}"), "") as out:
+        out.write("text")
+    os.close(writing)
+    assert os.read(reading, 10) == b"text"
+    os.close(reading)
+
+
 def test_a_full_disk_is_no_internal_error(capsys: pytest.CaptureFixture[str]) -> None:
     def fail(argv: list[str]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "some/file")

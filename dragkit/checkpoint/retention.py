@@ -72,7 +72,7 @@ def _checkpoint_folders(root: Path) -> list[Path]:
 
 def last_intact(root: Path) -> Path | None:
     """The newest checkpoint with the names and sizes of its manifest. Hashes are not checked."""
-    folders = _checkpoint_folders(root) if root.is_dir() else []
+    folders = _checkpoint_folders(root) if os.path.isdir(root) else []
     return next((folder for folder in folders if _is_intact(folder, hashes=False)), None)
 
 
@@ -136,12 +136,12 @@ def _read_pointer(path: Path) -> str | None:
 
 def require_folder(path: Path) -> None:
     """Refuses a path that is missing or a file. No file is opened."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise MissingInputError(
             f"{path}: no such folder.{similar_names(path)} Expected a run's checkpoint folder or a "
             "step-<n> folder in it"
         )
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise DataError(
             f"{path} is a file. A checkpoint is a folder with {MANIFEST_NAME}. {_PICKLE_HINT}"
         )
@@ -164,7 +164,7 @@ def find_checkpoint(path: Path, pointer: str = "latest") -> Path:
         ValueError: `pointer` is another word.
     """
     path = Path(path)
-    if path.name in ("latest", "best") and path.is_file():
+    if path.name in ("latest", "best") and os.path.isfile(path):
         path, pointer = path.parent, path.name
     if pointer not in ("latest", "best"):
         raise ValueError(f"pointer is {pointer!r}, expected 'latest' or 'best'")

@@ -132,9 +132,9 @@ def decode_row(line: bytes) -> Decoded | Fault:
 
 
 def distinct_names(value: str | list[str] | None) -> tuple[str, ...]:
-    """Returns the distinct non-empty names of a field that holds one, many or none."""
+    """Returns the distinct names of a field that holds one, many or none, without blank ones."""
     names = [value] if isinstance(value, str) else value or ()
-    return tuple(dict.fromkeys(name for name in names if name))
+    return tuple(dict.fromkeys(name for name in names if name.strip()))
 
 
 def entity_paths(path: Sequence[str | Triple]) -> list[tuple[str, ...]]:

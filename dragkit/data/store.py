@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dragkit.data.arrays import (
+    CorruptCache,
     Strings,
     cache_key,
     file_digest,
@@ -95,8 +96,12 @@ class PackedStore:
         self.folder, self.path = folder, path
         self.fingerprint = folder.name
         self.summary: dict[str, int] = dict(meta["summary"])  # type: ignore[call-overload]
-        self.label_gaps = LabelGaps(**meta["label_gaps"])  # type: ignore[arg-type]
-        self.unread: list[tuple[str, str, int]] = meta["unread"]  # type: ignore[assignment]
+        try:
+            self.label_gaps = LabelGaps(**meta["label_gaps"])  # type: ignore[arg-type]
+            self.unread: list[tuple[str, str, int]] = meta["unread"]  # type: ignore[assignment]
+        except KeyError as error:
+            # A new builder version would change the fingerprint, and no old run could be resumed.
+            raise CorruptCache(f"an earlier version wrote it, without {error}") from error
         for name in _ARRAYS:
             setattr(self, name, read_array(folder, name))
         # Every question of every batch looks its offsets up, so they are held in memory.

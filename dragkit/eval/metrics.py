@@ -30,11 +30,13 @@ STRICT_NAMES = (
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
+# Texts write a minus sign as any of these: hyphen, figure dash, en dash, minus.
+_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2010\u2012\u2013\u2212"), "-")
 # The group is a sign that carries meaning. Other punctuation separates words or adorns them.
 _SIGN = re.compile(
     r"("
-    # In front of a number: -5, (-5), <5, >=5. Not within 1990-2000, F-16, 5%-10% or ->5.
-    r"(?<![^\s(\[{<>=^/,;:|\"'“‘«])-(?=[$€£¥]?[.,]?\d)"
+    # In front of a number: -5, (-5), $-5, <5, >=5. Not within 1990-2000, F-16, 5%-10% or ->5.
+    r"(?<![^\s(\[{<>=^/,;:|\"'“‘«$€£¥*_`])-(?=[$€£¥]?[.,]?\d)"
     r"|(?<![-=])[<>]=?(?=-?[.,]?\d)"
     # Behind a word, or between it and a number: AB+, C++, F#, UTC+5. Not within A+B.
     r"|(?<=[^\W_])[+#]+(?![^\W\d_]|[+#])"
@@ -67,14 +69,14 @@ def strict_key(text: str) -> str:
 
     Format characters (category Cf) are dropped. NFKC and case folding are applied. Punctuation
     becomes spaces, except a sign that carries meaning: "AB-" is not "AB+", "-5" is not "5", "C++"
-    is not "C", and "5%" is not "5". A minus sign is a hyphen. The words a, an and the are removed
-    unless nothing else is left. White space is collapsed. Accents stay. A text without any key,
-    such as "!!!", keeps its characters.
+    is not "C", and "5%" is not "5". A minus sign, also one written as a dash, is a hyphen. The
+    words a, an and the are removed unless nothing else is left. White space is collapsed. Accents
+    stay. A text without any key, such as "!!!", keeps its characters.
     """
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
     # Every second piece is a sign.
-    pieces = _SIGN.split(folded.replace("\N{MINUS SIGN}", "-"))
+    pieces = _SIGN.split(folded.translate(_MINUS_SIGNS))
     pieces[::2] = map(_without_punctuation, pieces[::2])
     pieces[1::2] = map(str.strip, pieces[1::2])
     words = "".join(pieces).split()

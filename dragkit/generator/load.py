@@ -42,7 +42,7 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
     """
     if name == TINY_GENERATOR:
         return str(tiny_generator_path())
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         if not (Path(name) / "config.json").is_file():
             raise MissingInputError(f"{name}: this folder holds no model: config.json is missing.")
         return name

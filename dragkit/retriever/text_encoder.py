@@ -81,7 +81,7 @@ def find_encoder(name: str | None = None) -> Path:
     Raises:
         MissingInputError: no place holds the model. The message lists the places.
     """
-    if name is not None and Path(name).is_dir():
+    if name is not None and os.path.isdir(name):
         return Path(name)
     is_default = name is None or name in (DEFAULT_MODEL, DEFAULT_MODEL.split("/")[1])
     model = DEFAULT_MODEL if is_default else str(name)

@@ -220,6 +220,6 @@ def resolve_checkpoint(run: Path, which: str | int) -> Path:
         return find_checkpoint(run)
     if isinstance(which, int):
         return find_checkpoint(run / f"step-{which:08d}")
-    if which == "best" and not (run / "best").exists():
+    if which == "best" and not os.path.exists(run / "best"):
         which = "latest"
     return find_checkpoint(run, pointer=which)

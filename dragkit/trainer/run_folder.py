@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import time
 from itertools import count
@@ -73,7 +74,8 @@ def checkpoint_names(run_dir: Path) -> list[str]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    entries = folder.iterdir() if folder.is_dir() else ()
+    # Unlike pathlib, `os.path` raises for no name that is too long or may not be looked at.
+    entries = folder.iterdir() if os.path.isdir(folder) else ()
     return [path for path in entries if step_of_folder(path.name) is not None]
 
 
@@ -157,7 +159,7 @@ def _read_run(run_dir: Path) -> tuple[TrainConfig, LoadedCheckpoint | None] | No
         loaded = load_checkpoint(find_checkpoint(run_dir))
         return saved_config(loaded), loaded
     settings = run_dir / SETTINGS
-    if not settings.is_file():
+    if not os.path.isfile(settings):
         return None
     return read_saved_config(read_yaml(settings), str(settings)), None
 

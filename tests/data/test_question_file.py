@@ -80,6 +80,8 @@ def test_paths_as_names_or_triples(
         ({"answer": "x"}, ("x",)),
         ({"answer": ["x", "y", "x"]}, ("x", "y")),
         ({"answer": ""}, ()),
+        ({"answer": [" ", "\n", "\u3000", " x"]}, (" x",)),
+        ({"answer": " ", "answers": ["z"]}, ("z",)),
         ({"answer": None}, ()),
         ({"answer": None, "answers": ["z"]}, ("z",)),
         ({"answer": ["x"], "answers": ["z"]}, ("x",)),

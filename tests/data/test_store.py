@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from dragkit.data import packing, store
+from dragkit.data.arrays import open_sealed, seal_folder
 from dragkit.data.packing import question_key
 from dragkit.data.question_file import read_questions
 from dragkit.data.relations import RelationVocab
@@ -166,6 +167,19 @@ def test_a_damaged_cache_is_rebuilt(name: str, fault: str, tiny_file: Path, tmp_
     assert np.array_equal(again.facts, expected)
     assert again.summary == summary
     assert [p.name for p in again.folder.parent.iterdir()] == [again.folder.name]
+
+
+@pytest.mark.parametrize("key", ["label_gaps", "unread"])
+def test_a_cache_of_an_earlier_version_is_packed_again_under_its_name(
+    key: str, tiny_file: Path, tmp_path: Path
+) -> None:
+    packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    meta = open_sealed(packed.folder)
+    del meta[key]
+    seal_folder(packed.folder, meta)
+    again = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    assert again.fingerprint == packed.fingerprint
+    assert set(open_sealed(again.folder)) == set(meta) | {key}
 
 
 def _build(path: Path, cache: Path, slow: bool, results: object) -> None:

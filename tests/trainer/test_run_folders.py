@@ -14,7 +14,7 @@ import pytest
 
 import dragkit
 from dragkit.checkpoint.checkpoint import RunInUseError, find_checkpoint, load_checkpoint
-from dragkit.config import load_config, resolve_config
+from dragkit.config import GeneratorConfig, load_config, resolve_config
 from dragkit.errors import (
     CheckpointError,
     ConfigError,
@@ -26,6 +26,8 @@ from dragkit.errors import (
 )
 from dragkit.eval.report import Report
 from dragkit.generator.bundled import tiny_generator_path
+from dragkit.generator.load import resolve_generator
+from dragkit.retriever.text_encoder import find_encoder
 from dragkit.trainer import loop, results_table
 from dragkit.trainer.loop import Trainer
 from dragkit.trainer.phase1 import RetrieverPhase
@@ -387,3 +389,16 @@ def test_all_missing_files_are_named_together(tmp_path: Path) -> None:
         make_run(tmp_path, 1, **files)
     assert "no_val.jsonl" in str(caught.value) and "no_test.jsonl" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_name_too_long_for_a_folder_is_no_internal_error(tmp_path: Path) -> None:
+    folder = tmp_path / ("n" * 300)
+    with pytest.raises(CreateError, match="n" * 300):
+        make_run(tmp_path, 1, folder.name, **ONE).execute()
+    for asked in (find_checkpoint, resume_alone, lambda run: resolve_checkpoint(run, "best")):
+        with pytest.raises(MissingInputError, match="n" * 300):
+            asked(folder)
+    with pytest.raises(MissingInputError, match="n" * 300):
+        find_encoder(str(folder))
+    with pytest.raises(MissingInputError, match="n" * 300):
+        resolve_generator(GeneratorConfig(), name=str(folder))
