@@ -130,7 +130,6 @@ def save_checkpoint(
     state: TrainState,
     *,
     keep: int = 3,
-    is_best: bool = False,
 ) -> Path:
     """Writes `<root>/step-<n>/` atomically: a crash leaves the whole old or the whole new state.
 
@@ -142,7 +141,6 @@ def save_checkpoint(
         snapshot: content of the checkpoint.
         state: position of the run.
         keep: number of newest checkpoints that stay, at least 1. The best stays too.
-        is_best: points `best` at this checkpoint.
 
     Returns:
         The new folder.
@@ -165,11 +163,9 @@ def save_checkpoint(
         recover(root)
         _write_files(temp, step, snapshot, documents)
         commit(temp, final)
-        # The checkpoint is committed. From here on only a pointer can be missing.
-        outcome = "saved, but 'latest' or 'best' could not be updated"
+        # The checkpoint is committed. From here on only the pointer can be missing.
+        outcome = "saved, but 'latest' could not be updated"
         write_text_atomically(root / "latest", f"{final.name}\n")
-        if is_best:
-            mark_best(root, step)
     except (OSError, SafetensorError) as error:
         last = last_intact(root)
         good = f"The last good checkpoint is {last}" if last else "There is no earlier checkpoint"
@@ -189,9 +185,9 @@ def mark_best(root: Path, step: int) -> None:
     Raises:
         WriteError: the file cannot be written. `best` stays.
     """
-    folder = Path(root) / f"step-{step:08d}"
+    folder = root / f"step-{step:08d}"
     try:
-        write_text_atomically(folder.with_name("best"), f"{folder.name}\n")
+        write_text_atomically(root / "best", f"{folder.name}\n")
     except OSError as error:
         raise WriteError(
             f"{folder}: saved, but 'best' could not be updated ({error}). Free some space or "

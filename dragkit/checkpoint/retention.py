@@ -14,11 +14,7 @@ import shutil
 from pathlib import Path
 
 from dragkit.checkpoint.atomic import fsync_path
-from dragkit.checkpoint.manifest import (
-    MANIFEST_NAME,
-    step_of_folder,
-    verify_checkpoint,
-)
+from dragkit.checkpoint.manifest import MANIFEST_NAME, step_of_folder, verify_checkpoint
 from dragkit.errors import CheckpointError, DataError, MissingInputError, similar_names
 
 logger = logging.getLogger(__name__)

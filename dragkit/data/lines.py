@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gzip
 import stat
 import zlib
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dragkit.errors import DataError, MissingInputError
+from dragkit.errors import DataError, MissingInputError, similar_names
 
 BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -48,7 +47,11 @@ def open_source(path: Path) -> BinaryIO:
             raise DataError(f"{path}: the name ends in .gz, but the content is not gzip.")
         return gzip.open(path, "rb") if is_gzip else path.open("rb")  # type: ignore[return-value]
     except FileNotFoundError as error:
-        raise MissingInputError(f"{path}: no such file.{_hint(path)}") from error
+        if path.is_symlink():
+            hint = f" It is a link to {path.readlink()}, which does not exist."
+        else:
+            hint = similar_names(path)
+        raise MissingInputError(f"{path}: no such file.{hint}") from error
     except OSError as error:
         raise MissingInputError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
@@ -65,17 +68,6 @@ def _require_regular(path: Path) -> None:
             f"{path}: a pipe or a device, not a file. It is read more than once, so save its "
             "content in a file and name that."
         )
-
-
-def _hint(path: Path) -> str:
-    """Similar names in the folder of a missing file, or that there is no folder either."""
-    if path.is_symlink():
-        return f" It is a link to {path.readlink()}, which does not exist."
-    if not path.parent.is_dir():
-        return f" The folder {path.parent} does not exist either."
-    names = sorted(p.name for p in path.parent.iterdir())
-    similar = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-    return f" Similar names in {path.parent}: {', '.join(similar)}." if similar else ""
 
 
 def numbered_lines(stream: BinaryIO, limit: int) -> Iterator[tuple[int, bytes | None]]:

@@ -27,7 +27,7 @@ from dragkit.data.arrays import (
 )
 from dragkit.data.lines import refuse_lfs_pointer
 from dragkit.data.packed import RelationStates
-from dragkit.errors import MissingInputError
+from dragkit.errors import DragkitError, MissingInputError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -136,6 +136,8 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
         network = model[0].auto_model
         # The report of the first loading is only logged.
         _, report = type(network).from_pretrained(network.name_or_path, output_loading_info=True)
+    except (DragkitError, MemoryError):
+        raise
     # The library, and the code of a damaged model's format, may raise anything.
     except Exception as error:
         raise MissingInputError(

@@ -75,6 +75,17 @@ def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(content))
 
 
+def rewrite_manifest(folder: Path) -> None:
+    """Updates a checkpoint's manifest to the present content of its files."""
+
+    def update(manifest: dict) -> None:
+        for row in manifest["files"]:
+            row["size"] = (folder / row["name"]).stat().st_size
+            row["sha256"] = hash_file(folder / row["name"])
+
+    edit_manifest(folder, update)
+
+
 def list_outside(run: Path, folder: Path, name: str) -> None:
     """Adds a file outside of a checkpoint to its manifest, with its size and hash."""
     outside = run / "outside.json"

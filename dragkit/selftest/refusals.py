@@ -9,9 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dragkit.checkpoint.checkpoint import load_checkpoint
-from dragkit.checkpoint.manifest import hash_file
 from dragkit.errors import CheckpointError
-from dragkit.selftest.damages import edit_manifest
+from dragkit.selftest.damages import rewrite_manifest
 from dragkit.selftest.hostile import FALSE_TENSORS, payload_files, payload_models
 from dragkit.selftest.outcome import Outcome, require
 from dragkit.selftest.saves import save
@@ -20,17 +19,6 @@ from dragkit.selftest.toy import Processes, toy
 # Wrong values, bad data, unsuitable input.
 _REFUSED = (2, 65, 66)
 _LIMIT_S = 2.0
-
-
-def rewrite_manifest(folder: Path) -> None:
-    """Updates a checkpoint's manifest to the present content of its files."""
-
-    def update(manifest: dict) -> None:
-        for row in manifest["files"]:
-            row["size"] = (folder / row["name"]).stat().st_size
-            row["sha256"] = hash_file(folder / row["name"])
-
-    edit_manifest(folder, update)
 
 
 def _commands(file: Path, root: Path, run: Path) -> Iterator[tuple[str, list[str]]]:

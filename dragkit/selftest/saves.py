@@ -18,6 +18,7 @@ from dragkit.checkpoint.checkpoint import (
     TrainState,
     find_checkpoint,
     load_checkpoint,
+    mark_best,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -48,9 +49,10 @@ def snapshot_of(value: float) -> Snapshot:
 
 
 def save(root: Path, step: int, value: float, **options: object) -> None:
-    """Saves `snapshot_of(value)` at `step`."""
+    """Saves `snapshot_of(value)` at `step`, and marks it as the best, as training does."""
     state = TrainState("joint", 0, step, 0, 0, value)
     save_checkpoint(root, step, snapshot_of(value), state, **options)  # type: ignore[arg-type]
+    mark_best(root, step)
 
 
 def value_at(root: Path) -> float | None:
@@ -96,7 +98,7 @@ class SaveCase:
         if situation == "first":
             self.old = None
         else:
-            save(self.before, 10, 1.0, is_best=True)
+            save(self.before, 10, 1.0)
             if situation == "replace":
                 self.step = 10
         self.root = folder / "run"
@@ -106,7 +108,7 @@ class SaveCase:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(self.before, self.root)
         with disk.installed():
-            save(self.root, self.step, 2.0, keep=1, is_best=True)
+            save(self.root, self.step, 2.0, keep=1)
 
     def operations(self) -> list[str]:
         """The operations of the save without a fault.

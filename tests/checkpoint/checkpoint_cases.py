@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dragkit.checkpoint.checkpoint import Snapshot, TrainState, save_checkpoint
+from dragkit.checkpoint.checkpoint import Snapshot, TrainState, mark_best, save_checkpoint
 
 FILES = (
     "heads.safetensors",
@@ -41,9 +41,11 @@ def snapshot_at(step: int) -> Snapshot:
     )
 
 
-def save_steps(root: Path, *steps: int, **options: object) -> None:
+def save_steps(root: Path, *steps: int, is_best: bool = False, **options: object) -> None:
     for step in steps:
         save_checkpoint(root, step, snapshot_at(step), state_at(step), **options)
+        if is_best:
+            mark_best(root, step)
 
 
 def bits(tensor: Tensor) -> bytes:

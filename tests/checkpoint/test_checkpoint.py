@@ -17,6 +17,7 @@ from dragkit.checkpoint.checkpoint import (
     Snapshot,
     find_checkpoint,
     load_checkpoint,
+    mark_best,
     save_checkpoint,
     verify_checkpoint,
 )
@@ -36,7 +37,8 @@ def steps_in(root: Path) -> list[int]:
 
 def test_folder_layout_and_manifest(tmp_path: Path) -> None:
     root = tmp_path / "a" / "b"
-    folder = save_checkpoint(root, 1200, snapshot_at(1200), state_at(1200), is_best=True)
+    folder = save_checkpoint(root, 1200, snapshot_at(1200), state_at(1200))
+    mark_best(root, 1200)
     assert folder == root / "step-00001200"
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {*FILES, "MANIFEST.json"}
@@ -242,7 +244,9 @@ def test_the_last_intact_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
     save_steps(tmp_path, 5, keep=2)
     assert steps_in(tmp_path) == [5, 30, 70, 80, 90], "the new checkpoint stays"
     save_steps(tmp_path, 100, is_best=True, keep=1)
-    assert steps_in(tmp_path) == [100]
+    assert steps_in(tmp_path) == [30, 100], "the best before this save stays until the next"
+    save_steps(tmp_path, 110, keep=1)
+    assert steps_in(tmp_path) == [100, 110]
 
 
 def test_failed_removals_do_not_stop_a_run(

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from dragkit.checkpoint.checkpoint import find_checkpoint, load_checkpoint, verify_checkpoint
-from dragkit.checkpoint.manifest import hash_file
 from dragkit.errors import CheckpointError
 from dragkit.selftest.damages import (
     DAMAGES,
@@ -23,6 +22,7 @@ from dragkit.selftest.damages import (
     UNLISTED_NAMES,
     edit_manifest,
     list_outside,
+    rewrite_manifest,
 )
 from tests.checkpoint.checkpoint_cases import FILES, state_at
 
@@ -108,17 +108,6 @@ def test_without_an_intact_checkpoint_every_reason_is_listed(run: Path) -> None:
     )
     assert all(reason in str(caught.value) for reason in reasons)
     assert caught.value.exit_code == 66
-
-
-def rewrite_manifest(folder: Path) -> None:
-    """Updates the manifest to the present content of the files."""
-
-    def update(manifest: dict) -> None:
-        for row in manifest["files"]:
-            row["size"] = (folder / row["name"]).stat().st_size
-            row["sha256"] = hash_file(folder / row["name"])
-
-    edit_manifest(folder, update)
 
 
 class _Payload:

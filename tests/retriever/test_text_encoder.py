@@ -190,8 +190,15 @@ def no_width(folder: Path) -> str:
     return "config.json"
 
 
+def foreign_pickle(folder: Path) -> str:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    return "small_encoder: "
+
+
 @pytest.mark.parametrize(
-    "damage", [cut_weights, cut_pickle, lfs_pointer, lost_tensor, no_weights, no_width]
+    "damage",
+    [cut_weights, cut_pickle, foreign_pickle, lfs_pointer, lost_tensor, no_weights, no_width],
 )
 def test_an_encoder_that_cannot_be_read_is_named(small_encoder, tmp_path, damage):
     expected = damage(small_encoder)
@@ -199,7 +206,9 @@ def test_an_encoder_that_cannot_be_read_is_named(small_encoder, tmp_path, damage
     with pytest.raises(MissingInputError) as error:
         encoder.token_states(["a"])
         encoder.dim  # noqa: B018
-    assert str(small_encoder) in str(error.value) and expected in str(error.value)
+    assert expected in str(error.value)
+    # Not wrapped in a second message.
+    assert str(error.value).count(str(small_encoder)) == 1 or damage is not lfs_pointer
 
 
 def test_a_missing_pooler_is_no_fault(small_encoder, tmp_path):

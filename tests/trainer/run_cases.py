@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -67,3 +68,20 @@ def stop_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(Trainer, "train_step", counted)
+
+
+def logged(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def resume_alone(folder: Path, **settings: object) -> TrainingRun:
+    """`--resume FOLDER` with these settings and nothing else."""
+    config, origins = resolve_config(None, None, {"run.resume": str(folder)} | settings)
+    first, _ = resolve_config(None, None, {"run.phase": 1} | settings)
+    return TrainingRun(config, origins, first)
+
+
+def shown(line: dict) -> tuple:
+    """What a line says, without times."""
+    return line["step"], line.get("train"), line.get("validation")

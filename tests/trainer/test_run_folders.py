@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ import pytest
 
 import dragkit
 from dragkit.checkpoint.checkpoint import RunInUseError, find_checkpoint, load_checkpoint
-from dragkit.config import GeneratorConfig, load_config, resolve_config
+from dragkit.config import GeneratorConfig, load_config
 from dragkit.errors import (
     CheckpointError,
     ConfigError,
@@ -22,35 +21,27 @@ from dragkit.errors import (
     DataError,
     Interrupted,
     MissingInputError,
-    WriteError,
 )
-from dragkit.eval.report import Report
 from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.load import resolve_generator
 from dragkit.retriever.text_encoder import find_encoder
-from dragkit.trainer import loop, results_table
+from dragkit.trainer import loop
 from dragkit.trainer.loop import Trainer
-from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
-from dragkit.trainer.progress import MetricsLog
 from dragkit.trainer.resume import resolve_checkpoint
-from dragkit.trainer.run import TrainingRun
 from dragkit.trainer.run_folder import claim_run_dir
-from tests.trainer.run_cases import FIXTURE, assert_same, make_run, stop_after
+from tests.trainer.run_cases import (
+    FIXTURE,
+    assert_same,
+    logged,
+    make_run,
+    resume_alone,
+    shown,
+    stop_after,
+)
 
 VAL = {"data.val_heuristics_path": str(FIXTURE)}
 ONE = {"optim.epochs": 1}
-
-
-def logged(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def resume_alone(folder: Path, **settings: object) -> TrainingRun:
-    """`--resume FOLDER` with these settings and nothing else."""
-    config, origins = resolve_config(None, None, {"run.resume": str(folder)} | settings)
-    first, _ = resolve_config(None, None, {"run.phase": 1} | settings)
-    return TrainingRun(config, origins, first)
 
 
 def kill_in(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, call: int = 0) -> None:
@@ -152,15 +143,11 @@ def test_a_stop_at_any_moment_exits_75_and_resumes_to_the_same(
             make_run(tmp_path, 2, "cut", **settings).execute()
     resume_alone(tmp_path / "cut").execute()
     assert_same(tmp_path / "whole", tmp_path / "cut")
-    whole, cut = ([*map(_shown, logged(tmp_path / n))] for n in ("whole", "cut"))
+    whole, cut = ([*map(shown, logged(tmp_path / n))] for n in ("whole", "cut"))
     assert whole == cut
     rows = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "cut")]
     assert list(rows[1].items())[-1] == list(rows[0].items())[-1]
     assert (tmp_path / "whole" / "best").read_text() == (tmp_path / "cut" / "best").read_text()
-
-
-def _shown(line: dict) -> tuple:
-    return line["step"], line.get("train"), line.get("validation")
 
 
 def test_a_stop_while_packing_leaves_nothing_hidden_and_resumes(
@@ -176,98 +163,6 @@ def test_a_stop_while_packing_leaves_nothing_hidden_and_resumes(
     assert not list((tmp_path / "cache").rglob(".*"))
     resume_alone(tmp_path / "run").execute()
     assert len(logged(tmp_path / "run")) == 3
-
-
-# ------------------------------------------------------------------ validation and disks
-
-
-def test_an_epoch_is_saved_before_its_validation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Trainer) -> Report:
-        raise ValueError("validation fails")
-
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="validation fails"):
-        patch.setattr(Trainer, "validate", fail)
-        make_run(tmp_path, 1, **VAL).execute()
-    assert load_checkpoint(find_checkpoint(tmp_path / "run")).state.epoch == 1
-    make_run(tmp_path, 1, "whole", **VAL).execute()
-    resume_alone(tmp_path / "run").execute()
-    assert_same(tmp_path / "whole", tmp_path / "run")
-    assert [_shown(line) for line in logged(tmp_path / "run")] == [
-        _shown(line) for line in logged(tmp_path / "whole")
-    ]
-
-
-@pytest.mark.parametrize(("failing", "best"), [((), 2), ((2,), 4), ((2, 4), 3), ((1, 2, 4), 3)])
-def test_the_best_is_the_best_of_those_that_were_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: tuple[int, ...], best: int
-) -> None:
-    scores, save = iter((0.1, 0.9, 0.4, 0.5)), loop.save_checkpoint
-
-    def unreliable(root: Path, step: int, *args: object, **options: object) -> Path:
-        if step // 3 in failing:
-            raise WriteError("disk full")
-        return save(root, step, *args, **options)
-
-    monkeypatch.setattr(loop, "save_checkpoint", unreliable)
-    monkeypatch.setattr(RetrieverPhase, "score", lambda self, means: next(scores))
-    run = make_run(tmp_path, 1, **VAL, **{"optim.epochs": 4})
-    if 4 in failing:
-        # The weights of the last step are nowhere.
-        with pytest.raises(WriteError, match="disk full"):
-            run.execute()
-    else:
-        run.execute()
-    marked = load_checkpoint(resolve_checkpoint(tmp_path / "run", "best"))
-    assert marked.state.epoch == best
-
-
-def test_lines_wait_for_a_disk_that_is_full(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = MetricsLog(tmp_path, enabled=True)
-    path = tmp_path / "metrics.jsonl"
-    with metrics:
-        metrics.append(1, {"train": {}})
-        path.rename(tmp_path / "kept")
-        path.symlink_to("/dev/full")
-        for step in (2, 3):
-            metrics.append(step, {"train": {}})
-        path.unlink()
-        (tmp_path / "kept").rename(path)
-        metrics.append(4, {"train": {}})
-    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3, 4]
-    assert caplog.text.count("its lines wait") == 1
-    with metrics:
-        path.unlink()
-        path.symlink_to("/dev/full")
-        metrics.append(5, {"train": {}})
-    assert "the last 1 lines are lost" in caplog.text
-
-
-def test_dropping_keeps_whole_lines_up_to_the_step(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 1, "train": {}}, {"step": 2, "train": {}}, {"step": 2, "validation": {}}]
-    lines += [{"step": 3, "train": {}}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 1, "tr')
-    with path.open("ab") as file:
-        file.write(b"\0\0\xff\n[]\n")
-    MetricsLog(tmp_path, enabled=True).drop_after(2)
-    assert logged(tmp_path) == lines[:2]
-
-
-def test_results_that_cannot_be_written_end_with_74_after_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(path: Path, text: str) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(results_table, "write_text_atomically", full)
-    with pytest.raises(WriteError, match="results.json: cannot be written .*No space") as caught:
-        make_run(tmp_path, 1, **ONE, **{"data.test_heuristics_path": str(FIXTURE)}).execute()
-    assert "after phase 1" in str(caught.value) and caught.value.exit_code == 74
-    assert load_checkpoint(find_checkpoint(tmp_path / "run")).state.step == 3
 
 
 # ------------------------------------------------------------------ places
