@@ -251,7 +251,7 @@ class GeneratorConfig(Section):
     @classmethod
     def _text_or_vectors(cls, value: bool, info: ValidationInfo) -> bool:
         if not value and not info.data.get("fact_text", True):
-            raise ValueError("without generator.fact_text too, prompts would have no facts")
+            raise ValueError("must be true where generator.fact_text is false. Prompts need facts")
         return value
 
     # Routed experts are 3-D parameters, for which PEFT has no dropout.
