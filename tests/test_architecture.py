@@ -72,6 +72,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "tokenizers": ("dragkit.tiny",),
     "peft": ("dragkit.generator", "dragkit.tiny"),
     "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),
+    "duckdb": ("dragkit.data.build",),
+    "ahocorasick_rs": ("dragkit.data.build.linking",),
     "filelock": ("dragkit.checkpoint.lock",),
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
