@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,15 +62,63 @@ def build_demo(out_dir: str | Path) -> DemoFiles:
     Raises:
         WriteError: the folder or a file cannot be written.
     """
-    folder = Path(out_dir)
+    _fill(Path(out_dir), _write)
+    return _files(Path(out_dir))
+
+
+class DemoSource(NamedTuple):
+    """Paths of the knowledge base and of the questions without subgraphs."""
+
+    graph: Path
+    questions: Path
+
+
+def write_source(out_dir: str | Path) -> DemoSource:
+    """Writes kg.tsv and qa.jsonl into a folder, which it creates if missing.
+
+    The first holds all facts of the demo. The second holds its questions as a user would have them:
+    text, answers and split, without topics and subgraphs.
+
+    Raises:
+        WriteError: the folder or a file cannot be written.
+    """
+    source = DemoSource(Path(out_dir) / "kg.tsv", Path(out_dir) / "qa.jsonl")
+
+    def write(folder: Path) -> None:
+        kb = load_knowledge_base()
+        with source.graph.open("w", encoding="utf-8", newline="\n") as out:
+            out.writelines("\t".join(fact) + "\n" for fact in kb.facts)
+        _write_questions(kb, source.questions)
+
+    _fill(Path(out_dir), write)
+    return source
+
+
+def _write_questions(kb: KnowledgeBase, path: Path) -> None:
+    rng = random.Random(SEED)
+    templates = parse_templates(package_text("templates.tsv")["templates.tsv"])
+    wording = Wording(kb)
+    splits = draw(kb, templates, list(SIZES.values()), rng)
+    with path.open("w", encoding="utf-8", newline="\n") as out:
+        for split, questions in zip(SIZES, splits, strict=True):
+            for number, question in enumerate(questions):
+                row = {
+                    "id": f"demo-{split}-{number:04d}",
+                    "question": wording.write(question, rng),
+                    "answer": list(question.answers),
+                    "split": split,
+                }
+                out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _fill(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder)
+        write(folder)
     except OSError as error:
         raise WriteError(
-            f"{folder}: cannot write the demo set: {error.strerror or error}. Change the folder."
+            f"{folder}: cannot write the demo: {error.strerror or error}. Change the folder."
         ) from error
-    return _files(folder)
 
 
 def _files(folder: Path) -> DemoFiles:

@@ -1,0 +1,62 @@
+"""The settings of a build, and the parts that they make. This module is light."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What to build. The flags of `python -m dragkit.data build` have the same names.
+
+    Attributes:
+        questions: files or a folder of questions, or `hf:NAME`.
+        output: the folder of the files of questions.
+        layout, question_columns: how the questions are read, see `open_source_questions`.
+        limit_triples: a question keeps the first ones of the facts it brings. None keeps all.
+        graph, graph_columns, separator, memory_limit: the knowledge graph, see `open_graph`.
+        aliases: other names of the entities, see `read_aliases`.
+        method, max_facts, hops, restart, tolerance: how subgraphs are cut, see `CutOptions`. None is
+            its default. The facts that questions bring are cut only if one of these is given.
+        exclude_relations: names of relations that no subgraph holds.
+        splits: share of the questions by file, where the source names no split.
+        split_seed: seed of these splits.
+        workers: number of processes. None takes one for each core.
+        shard: which shard, from 0, and of how many.
+    """
+
+    questions: tuple[str, ...]
+    output: Path
+    layout: str | None = None
+    question_columns: dict[str, str] | None = None
+    limit_triples: int | None = None
+    graph: tuple[Path, ...] = ()
+    graph_columns: tuple[str, ...] | None = None
+    separator: str | None = None
+    memory_limit: str = "1GB"
+    aliases: Path | None = None
+    method: Literal["pagerank", "hops"] | None = None
+    max_facts: int | None = None
+    hops: int | None = None
+    restart: float | None = None
+    tolerance: float | None = None
+    exclude_relations: tuple[str, ...] = ()
+    splits: dict[str, float] | None = None
+    split_seed: int = 0
+    workers: int | None = None
+    shard: tuple[int, int] = (0, 1)
+
+    @property
+    def cut(self) -> dict[str, object]:
+        """The given options of the cut."""
+        names = ("method", "max_facts", "hops", "restart", "tolerance")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def record(self) -> dict[str, object]:
+        """The settings on which the lines depend, as JSON, without the inputs' places."""
+        record = asdict(self)
+        for name in ("questions", "output", "graph", "memory_limit", "aliases", "workers", "shard"):
+            del record[name]
+        return record
