@@ -1,0 +1,1 @@
+"""From a knowledge graph and questions to a file of questions with their subgraphs."""
