@@ -84,7 +84,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
     "pydantic": ("dragkit.config", "dragkit.experiment"),
-    "matplotlib": ("dragkit.experiment.plot",),
+    "matplotlib": ("dragkit.experiment.plot", "dragkit.data.build.stats"),
     "yaml": ("dragkit.config", "dragkit.demo"),
 }
 NARROW: dict[str, set[str]] = {

@@ -78,12 +78,15 @@ def _spread(figures: Figures, name: str) -> str:
 
 
 def column_names(files: Sequence[Figures]) -> list[str]:
-    """The shortest ends of the files' paths that differ."""
+    """The shortest end of each file's path that no other file's path has."""
     parts = [figures.path.parts for figures in files]
-    depth = 1
-    while len({p[-depth:] for p in parts}) < len({*parts}):
-        depth += 1
-    return [os.path.join(*p[-depth:]) for p in parts]
+    names = []
+    for path in parts:
+        depth = 1
+        while any(path != other and path[-depth:] == other[-depth:] for other in parts):
+            depth += 1
+        names.append(os.path.join(*path[-depth:]))
+    return names
 
 
 def text_tables(files: Sequence[Figures]) -> Iterator[str]:
