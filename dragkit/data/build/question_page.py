@@ -11,7 +11,7 @@ from dragkit.observe.drawing import Edge, Node, draw_graph, visible
 
 # More facts than these are too many to be followed by eye, or to be scrolled through.
 MAX_DRAWN, MAX_LISTED = 60, 1000
-_MAX_NAMES, _MAX_NAME = 50, 300
+_MAX_NAMES, _MAX_NAME, _MAX_QUESTION = 50, 300, 2000
 
 _STYLE = """\
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d0d0d0; }
@@ -51,7 +51,7 @@ def question_page(view: QuestionView) -> str:
         if drawn
         else "<p>The question has no facts.</p>"
     )
-    title = _name(question.text) or "(no text)"
+    title = _name(question.text, _MAX_QUESTION) or "(no text)"
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -99,10 +99,10 @@ def _picture(view: QuestionView, facts: Sequence[ShownFact]) -> str:
     return draw_graph(nodes, edges, title=f"Graph of the question: {view.question.text}")
 
 
-def _name(text: str) -> str:
+def _name(text: str, limit: int = _MAX_NAME) -> str:
     """A text in HTML, without characters that act, and cut where it is very long."""
-    end = f"… ({len(text):,} characters)" if len(text) > _MAX_NAME else ""
-    return escape(visible(text[:_MAX_NAME])) + end
+    end = f"… ({len(text):,} characters)" if len(text) > limit else ""
+    return escape(visible(text[:limit])) + end
 
 
 def _names(label: str, names: Sequence[str], view: QuestionView) -> Iterable[str]:

@@ -18,7 +18,7 @@ from dragkit.errors import MissingInputError
 from dragkit.observe.drawing import shortened, visible
 
 MAX_OTHERS = 100
-_MAX_NAMES, _NAME_WIDTH = 20, 200
+_MAX_NAMES, _NAME_WIDTH, _QUESTION_WIDTH = 20, 200, 2000
 
 
 def show_question(name: str, paths: Sequence[Path], *, html: Path | None = None) -> None:
@@ -87,12 +87,13 @@ def describe(path: Path, view: QuestionView) -> Iterator[str]:
     """Yields the question as lines of text."""
     question, graph = view.question, view.graph
     yield f"id        {visible(question.id)}  ({path}:{question.line})"
-    yield f"question  {visible(question.text)}"
+    yield f"question  {shortened(question.text, _QUESTION_WIDTH)}"
     yield f"topics    {_names(question.topics, view)}"
     yield f"answers   {_names(question.answers, view)}"
     yield f"graph     {graph.num_nodes:,} entities, {graph.num_facts:,} facts"
     for place, given in enumerate(question.paths[:_MAX_NAMES]):
-        yield f"{'' if place else 'paths':<10}{' > '.join(map(visible, given))}"
+        steps = " > ".join(shortened(name, _NAME_WIDTH) for name in given)
+        yield f"{'' if place else 'paths':<10}{steps}"
     if len(question.paths) > _MAX_NAMES:
         yield f"{'':<10}and {len(question.paths) - _MAX_NAMES:,} more"
     source = {"shortest": " by shortest paths", "paths": " by given paths"}
