@@ -52,7 +52,16 @@ def show(text: str) -> None:
 
 @contextmanager
 def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
-    """Opens a text file for a block, and replaces `path` at its end by what was written.
+    """Opens a text file for a block, as `output_bytes` does. Its encoding is UTF-8."""
+    with output_bytes(path, remedy) as file:
+        text = io.StringIO()
+        yield text
+        file.write(text.getvalue().encode())
+
+
+@contextmanager
+def output_bytes(path: Path, remedy: str) -> Iterator[io.BytesIO]:
+    """Opens a file for a block, and replaces `path` at its end by what was written.
 
     An error in the block leaves `path` as it was. What is no regular file, such as /dev/stdout, is
     written directly.
@@ -75,14 +84,14 @@ def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
         if os.path.isdir(target):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temp, "w", encoding="utf-8")  # noqa: SIM115
+        file = open(temp, "wb")  # noqa: SIM115
     except OSError as error:
         raise CreateError(f"{path}: cannot be created: {error.strerror}. {remedy}") from error
-    text = io.StringIO()
+    data = io.BytesIO()
     try:
-        yield text
+        yield data
         try:
-            file.write(text.getvalue())
+            file.write(data.getvalue())
             file.flush()
             if replaces:
                 os.fsync(file.fileno())

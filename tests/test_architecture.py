@@ -57,9 +57,15 @@ ONLY_LAZILY = {
     "dragkit.plan": "dragkit.memory_plan",
     "dragkit.experiment.__main__": "dragkit.experiment.plan",
     "dragkit.selftest.__main__": "dragkit.selftest.checks",
+    "dragkit.data.build.inspection": "dragkit.data.build.check",
 }
-_PROGRAMS = ("train", "evaluate", "plan", "experiment.__main__", "selftest.__main__")
-_LIGHT = ("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS))
+_PROGRAMS = (
+    *("train", "evaluate", "plan", "experiment.__main__", "selftest.__main__", "data.__main__"),
+)
+_LIGHT = (
+    *("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS)),
+    *(".data.build.inspection", ".data.build.subcommand"),
+)
 # What the tests of the ops use, for the self-test alone.
 KERNEL_TESTING = {"dragkit_kernels.testing", "dragkit_kernels.op_cases"}
 # Graphs in, sorted graphs out: data takes no op.
@@ -78,7 +84,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
     "pydantic": ("dragkit.config", "dragkit.experiment"),
-    "matplotlib": ("dragkit.experiment.plot",),
+    "matplotlib": ("dragkit.experiment.plot", "dragkit.data.build.stats"),
     "yaml": ("dragkit.config", "dragkit.demo"),
 }
 NARROW: dict[str, set[str]] = {

@@ -35,7 +35,8 @@ def folders() -> Iterator[tuple[Path, list[str]]]:
             item
             for item in inner
             if not item.startswith(".")
-            and item not in {"__pycache__", "build", "dist", "runs"}
+            and item not in {"__pycache__", "dist", "runs"}
+            and (item != "build" or (Path(name) / item / "__init__.py").is_file())
             and not item.endswith(".egg-info")
             and not (Path(name) / item / "pyvenv.cfg").exists()
         ]

@@ -15,6 +15,7 @@ from dragkit.config import resolve_config
 from dragkit.config.__main__ import main as config_main
 from dragkit.config.arguments import parse_train_args
 from dragkit.config.resolve import RENAMED
+from dragkit.data.__main__ import parse_data_args
 from dragkit.data.question_file import read_questions
 from dragkit.evaluate import parse_evaluate_args
 from dragkit.experiment.__main__ import parse_experiment_args
@@ -62,6 +63,8 @@ def accept(module: str, arguments: list[str], folder: Path) -> None:
         assert (ROOT / parse_experiment_args(arguments).file).is_file()
     elif module == "dragkit.selftest":
         parse_selftest_args(arguments)
+    elif module == "dragkit.data":
+        parse_data_args(arguments)
     elif module == "dragkit.config":
         code = config_main(arguments)
         assert code == 0, f"exit code {code}"

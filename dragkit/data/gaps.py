@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from dragkit.data.question_file import Question
 from dragkit.data.subgraph import Subgraph
@@ -66,11 +66,15 @@ class LabelGaps:
         )
 
 
-def _other_form(question: Question, graph: Subgraph) -> tuple[str, str] | None:
-    """An answer and the entity of which it is another form, if there is one."""
+def other_forms(question: Question, graph: Subgraph) -> Iterator[tuple[str, str]]:
+    """Yields the answers that are no entity but another form of one, each with that entity."""
+    if len(graph.answers) == len(question.answers):
+        return
+    names = set(graph.names)
     entity_of = {folded(name): name for name in graph.names}
-    pairs = ((answer, entity_of.get(folded(answer))) for answer in question.answers)
-    return next(((answer, entity) for answer, entity in pairs if entity is not None), None)
+    for answer in question.answers:
+        if answer not in names and (entity := entity_of.get(folded(answer))) is not None:
+            yield answer, entity
 
 
 def _reason(question: Question, graph: Subgraph) -> str:
@@ -79,13 +83,14 @@ def _reason(question: Question, graph: Subgraph) -> str:
     if not question.answers:
         return "no_answer"
     if not len(graph.answers):
-        return "other_form" if _other_form(question, graph) else "not_in_graph"
+        return "other_form" if any(other_forms(question, graph)) else "not_in_graph"
     return "no_path" if len(graph.topics) else "topic_not_in_graph"
 
 
 def _example(reason: str, question: Question, graph: Subgraph) -> str:
-    if reason == "other_form" and (pair := _other_form(question, graph)):
-        return f": answer {_shown(pair[0])}, entity {_shown(pair[1])}"
+    if reason == "other_form":
+        answer, entity = next(other_forms(question, graph))
+        return f": answer {_shown(answer)}, entity {_shown(entity)}"
     kind, names = {
         "not_in_graph": ("answer", question.answers),
         "topic_not_in_graph": ("topic", question.topics),

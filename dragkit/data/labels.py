@@ -22,10 +22,24 @@ class FactLabels(NamedTuple):
     source: str
 
 
-def _distances(
-    head: np.ndarray, tail: np.ndarray, num_nodes: int, start: int, targets: np.ndarray
+def hops_from(
+    head: np.ndarray,
+    tail: np.ndarray,
+    num_nodes: int,
+    start: int | np.ndarray,
+    targets: np.ndarray,
 ) -> np.ndarray:
-    """Returns int64 [N] hops from `start`, -1 if unreachable or farther than every target."""
+    """Returns the hops of the shortest way from a start to each node, facts walked either way.
+
+    Args:
+        head, tail: int [E] node rows of the facts.
+        num_nodes: N.
+        start: one node row, or several.
+        targets: node rows to be reached.
+
+    Returns:
+        int64 [N], -1 for a node that is unreachable or farther than every target.
+    """
     distance = np.full(num_nodes, -1, dtype=np.int64)
     distance[start] = level = 0
     while (distance[targets] < 0).any():
@@ -51,7 +65,7 @@ def _on_shortest_paths(
     One sweep from the farthest answers to the topic covers all answers. A fact is positive if its
     outer end is an answer or the inner end of a positive fact. No path is enumerated.
     """
-    distance = _distances(head, tail, num_nodes, topic, answers)
+    distance = hops_from(head, tail, num_nodes, topic, answers)
     on_path = np.zeros(num_nodes, dtype=bool)
     on_path[answers[distance[answers] > 0]] = True
     positive = np.zeros(len(head), dtype=bool)

@@ -43,6 +43,7 @@ class Question:
         line: line number in the file, from 1.
         evidence: triples that others judged relevant. They may be outside `triples`.
         relation_paths: chains of relations. One that ends in "^-1" is walked from tail to head.
+        group: questions of one group belong into one split. It is empty if the file gives none.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Question:
     line: int
     evidence: tuple[Triple, ...] = ()
     relation_paths: tuple[tuple[str, ...], ...] = ()
+    group: str = ""
 
 
 class Problem(NamedTuple):
@@ -188,6 +190,7 @@ class QuestionReader:
             number,
             evidence=tuple(row.evidence or ()),
             relation_paths=tuple(row.relation_paths or ()),
+            group="" if row.group is None else str(row.group),
         )
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
@@ -242,8 +245,8 @@ def read_questions(
     """Reads a whole file of questions in one pass.
 
     The keys of a row are `question` and `triples` (required), `paths`, `answer` or `answers`,
-    `topic_entities`, `id`, `evidence` and `relation_paths`. Other keys are ignored. Questions
-    without facts, answers or topics are kept and counted.
+    `topic_entities`, `id`, `evidence`, `relation_paths` and `group`. Other keys are ignored.
+    Questions without facts, answers or topics are kept and counted.
 
     Args:
         path: JSONL, plain or gzip.

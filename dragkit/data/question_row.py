@@ -33,6 +33,7 @@ class Row(msgspec.Struct):
     id: str | int | None = None
     evidence: list[Triple] | None = None
     relation_paths: list[tuple[str, ...]] | None = None
+    group: str | int | None = None
 
 
 class Decoded(NamedTuple):

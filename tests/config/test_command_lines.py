@@ -299,6 +299,7 @@ finally:
         ("dragkit.plan", "parse_plan_args"),
         ("dragkit.experiment.__main__", "parse_experiment_args"),
         ("dragkit.selftest.__main__", "parse_selftest_args"),
+        ("dragkit.data.__main__", "parse_data_args"),
     ],
 )
 def test_help_imports_nothing_heavy(module: str, call: str) -> None:
