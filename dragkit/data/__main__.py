@@ -1,4 +1,4 @@
-"""Looks at files of questions: `python -m dragkit.data check|stats|show`."""
+"""Makes and examines files of questions: `python -m dragkit.data build|merge|check|stats|show`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from dragkit.config.flags import EXIT_CODE_HELP
 from dragkit.console import run_main, setup_console, show
+from dragkit.data.build.command import BUILD, MERGE
 from dragkit.data.build.inspection import CHECK, SHOW, STATS
 from dragkit.data.build.subcommand import PROG, Subcommand
 from dragkit.errors import ConfigError
 
-SUBCOMMANDS = {command.name: command for command in (CHECK, STATS, SHOW)}
+SUBCOMMANDS = {command.name: command for command in (BUILD, MERGE, CHECK, STATS, SHOW)}
 
 
 def data_help() -> str:

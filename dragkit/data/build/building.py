@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,13 +15,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from dragkit.data.arrays import file_digest
 from dragkit.data.build.cut import CutOptions
-from dragkit.data.build.graph_store import map_graph
+from dragkit.data.build.graph import Graph
+from dragkit.data.build.graph_store import map_graph, open_graph
+from dragkit.data.build.linking import EntityLinker
 from dragkit.data.build.parts import BuildFolder, Part
-from dragkit.data.build.questions import Questions
-from dragkit.data.build.sources import SourceQuestion
+from dragkit.data.build.questions import Questions, SplitRule
+from dragkit.data.build.relation_list import relation_rows
+from dragkit.data.build.settings import BuildSettings
+from dragkit.data.build.sources import Source, SourceQuestion, open_source_questions
 from dragkit.data.build.subgraphs import SubgraphBuilder
-from dragkit.errors import WriteError
+from dragkit.data.build.summary import summary
+from dragkit.errors import ConfigError, WriteError
 
 # A killed build loses at most one part a process.
 PART_QUESTIONS = 128
@@ -41,14 +48,13 @@ class Cutting:
     Attributes:
         folder: the output, see `BuildFolder`.
         graph: cache folder of the knowledge graph, None without one.
-        options, exclude, limit_triples: see `SubgraphBuilder`.
+        options, exclude: see `SubgraphBuilder`.
     """
 
     folder: Path
     graph: Path | None
     options: CutOptions | None
     exclude: frozenset[str] = frozenset()
-    limit_triples: int | None = None
 
 
 class _Worker:
@@ -57,9 +63,7 @@ class _Worker:
     def __init__(self, cutting: Cutting) -> None:
         graph = None if cutting.graph is None else map_graph(cutting.graph)
         self.folder = BuildFolder(cutting.folder)
-        self.builder = SubgraphBuilder(
-            graph, cutting.options, cutting.exclude, limit_triples=cutting.limit_triples
-        )
+        self.builder = SubgraphBuilder(graph, cutting.options, cutting.exclude)
 
     def make(self, number: int, questions: Sequence[tuple[SourceQuestion, str]]) -> int:
         """Makes one part and returns its number of questions."""
@@ -141,46 +145,94 @@ def make_parts(
 
 
 def build(settings: BuildSettings) -> str:
-    """Builds the files of questions, or one shard of their parts.
+    """Builds the files of questions, or the parts of one shard.
 
     A build that was stopped goes on with the parts that its folder does not hold. Whoever makes
     them, with whatever number of processes and shards, the files are the same byte for byte.
 
     Returns:
-        What was found, or which shards are to be merged.
+        What was found, or what is left to other shards.
 
     Raises:
         ConfigError: settings do not fit each other or the graph.
         DataError: lines cannot be used, or no question can get a subgraph.
         MissingInputError: a file is missing.
-        CreateError: the folder holds something else.
+        CreateError: the folder cannot be created, or holds something else.
         WriteError: the folder or the cache cannot be written.
     """
-    graph = _graph(settings)
-    source = open_source_questions(
-        settings.questions, layout=settings.layout, columns=settings.question_columns
-    )
-    logger.info("questions: %s", source.layout)
     folder = BuildFolder(settings.output)
+    source = _source(settings)
     folder.begin(settings.record() | {"inputs": _digests(settings, source)})
-    if not folder.is_complete:
-        linker = None if graph is None else _linker(settings, graph)
-        rule = SplitRule(settings.splits or DEFAULT_SPLITS, settings.split_seed)
-        questions = Questions(source, rule, linker)
-        count = questions.survey(graph)
-        cutting = Cutting(
-            settings.output,
-            graph.folder if graph is not None else None,
-            _cut_options(settings, graph),
-            frozenset(settings.exclude_relations),
-            settings.limit_triples,
-        )
-        make_parts(questions, count, cutting, shard=settings.shard, workers=settings.num_workers)
-        if settings.shard[1] > 1:
-            missing = len(folder.missing_parts())
-            return f"{settings.output}: " + (
-                f"{missing} parts are left to other shards." if missing else
-                f"all parts are made. Join them: python -m dragkit.data merge {settings.output}"
-            )
-        folder.join()
-    return summary(folder)
+    if folder.is_complete:
+        return summary(settings.output, folder.join())
+    graph, options = _graph(settings)
+    linker = None if graph is None else _linker(settings, graph)
+    questions = Questions(source, SplitRule(settings.splits, settings.split_seed), linker)
+    count = questions.survey(graph)
+    cutting = Cutting(
+        settings.output,
+        None if graph is None else graph.folder,
+        options,
+        frozenset(settings.exclude_relations),
+    )
+    shard = Shard(*settings.shard)
+    make_parts(questions, count, cutting, shard=shard, workers=settings.num_workers)
+    if shard.count == 1:
+        return summary(settings.output, folder.join())
+    if missing := len(folder.missing_parts()):
+        return f"{settings.output}: {missing} parts are left to other shards."
+    join = f"python -m dragkit.data merge {shlex.quote(str(settings.output))}"
+    return f"{settings.output}: all parts are made. Join them: {join}"
+
+
+def _source(settings: BuildSettings) -> Source:
+    source = open_source_questions(
+        settings.questions,
+        layout=settings.layout,
+        columns=settings.question_columns,
+        separator=settings.answer_separator,
+        limit_triples=settings.limit_triples,
+        entity_ids=settings.entity_ids,
+    )
+    return source
+
+
+def _digests(settings: BuildSettings, source: Source) -> dict[str, list[str]]:
+    """Digests of all files that the lines depend on. Their names and places do not matter."""
+    files = {
+        "questions": source.files,
+        "graph": settings.graph,
+        "aliases": () if settings.aliases is None else (settings.aliases,),
+    }
+    return {name: [file_digest(Path(path)) for path in paths] for name, paths in files.items()}
+
+
+def _graph(settings: BuildSettings) -> tuple[Graph | None, CutOptions | None]:
+    """The knowledge graph, and how to cut.
+
+    Raises:
+        ConfigError: an option of the cut is out of range, or a relation is unknown.
+    """
+    if not settings.graph:
+        if settings.aliases is not None:
+            raise ConfigError("--aliases needs the --graph whose entities it names.")
+        return None, _cut_options(settings.cut) if settings.cut else None
+    graph = open_graph(
+        settings.graph,
+        columns=settings.graph_columns,
+        separator=settings.separator,
+        memory_limit=settings.memory_limit,
+    )
+    excluded = relation_rows(graph, settings.exclude_relations)
+    return graph, _cut_options(settings.cut | {"excluded_relations": excluded})
+
+
+def _cut_options(given: dict[str, object]) -> CutOptions:
+    try:
+        return CutOptions(**given)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"the cut of subgraphs: {error}.") from error
+
+
+def _linker(settings: BuildSettings, graph: Graph) -> EntityLinker:
+    return EntityLinker(graph, aliases=settings.aliases)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 
 from dragkit.config.flags import Parser
@@ -12,30 +11,36 @@ from dragkit.console import show
 from dragkit.data.build.subcommand import PROG, Subcommand
 from dragkit.errors import ConfigError
 
-_SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
-
 
 def _add_build_flags(parser: Parser) -> None:
     source = parser.add_argument_group("questions")
     source.add_argument(
         "--questions",
-        nargs="+",
         required=True,
         metavar="PATH",
-        help="files or a folder of a known layout, or hf:NAME of the model hub",
+        help="a file or a folder of a known layout, or hf:NAME of the model hub",
     )
     source.add_argument("--layout", metavar="NAME", help="default: recognised by the content")
     source.add_argument(
         "--question_columns",
         type=_pairs,
         metavar="FIELD=COLUMN,...",
-        help="columns of question, answer, topics, id, split and group, where they differ",
+        help="columns or keys of question, answer, topics, id, split and group, where they differ",
+    )
+    source.add_argument(
+        "--answer_separator",
+        default="|",
+        metavar="TEXT",
+        help="between answers and between topics in a cell of a table (default: |)",
     )
     source.add_argument(
         "--limit_triples",
         type=_positive,
         metavar="N",
         help="keep the first N facts of a question that brings facts",
+    )
+    source.add_argument(
+        "--entity_ids", action="store_true", help="name entities by their ids, not by their names"
     )
     graph = parser.add_argument_group("graph")
     graph.add_argument(
@@ -66,14 +71,17 @@ def _add_build_flags(parser: Parser) -> None:
     )
     cut.add_argument("--hops", type=_positive, metavar="K", help="reach of hops (default: 2)")
     cut.add_argument("--restart", type=float, metavar="P", help="of pagerank (default: 0.25)")
-    cut.add_argument("--tolerance", type=float, metavar="E", help="of pagerank (default: 1e-6)")
+    cut.add_argument("--tolerance", type=float, metavar="E", help="of pagerank")
     cut.add_argument(
         "--exclude_relations", nargs="+", default=[], metavar="NAME", help="never in a subgraph"
     )
     splits = parser.add_argument_group("splits, where the questions name none")
     splits.add_argument(
-        "--splits", type=_fractions, default=_SPLITS, metavar="NAME=FRACTION,...", help="default: "
-        "train=0.8,dev=0.1,test=0.1"
+        "--splits",
+        type=_fractions,
+        default={"train": 0.8, "dev": 0.1, "test": 0.1},
+        metavar="NAME=FRACTION,...",
+        help="default: train=0.8,dev=0.1,test=0.1",
     )
     splits.add_argument("--split_seed", type=int, default=0, metavar="N", help="default: 0")
     work = parser.add_argument_group("work")
@@ -129,17 +137,19 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _build(args: argparse.Namespace) -> None:
     from dragkit.data.build.building import build
+    from dragkit.data.build.settings import BuildSettings
 
-    show(build(args, workers=args.workers or len(os.sched_getaffinity(0))))
+    values = {key: value for key, value in vars(args).items() if key != "debug"}
+    values["graph"] = tuple(args.graph or ())
+    values["exclude_relations"] = tuple(args.exclude_relations)
+    show(build(BuildSettings(**values)))
 
 
 def _merge(args: argparse.Namespace) -> None:
     from dragkit.data.build.parts import BuildFolder
     from dragkit.data.build.summary import summary
 
-    folder = BuildFolder(args.output)
-    folder.join()
-    show(summary(folder))
+    show(summary(args.output, BuildFolder(args.output).join()))
 
 
 def _add_merge_flags(parser: Parser) -> None:
@@ -149,7 +159,7 @@ def _add_merge_flags(parser: Parser) -> None:
 BUILD = Subcommand(
     "build",
     "Make files of questions with subgraphs, from a knowledge graph or from published sets.",
-    "--questions PATH... [--graph FILE...] --output FOLDER [flags]",
+    "--questions PATH [--graph FILE...] --output FOLDER [flags]",
     f"""
     A build that was stopped goes on where it stopped when the same command is run again.
 

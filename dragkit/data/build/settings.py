@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,10 @@ class BuildSettings:
     """What to build. The flags of `python -m dragkit.data build` have the same names.
 
     Attributes:
-        questions: files or a folder of questions, or `hf:NAME`.
+        questions: a file or a folder of questions, or `hf:NAME`.
         output: the folder of the files of questions.
-        layout, question_columns: how the questions are read, see `open_source_questions`.
-        limit_triples: a question keeps the first ones of the facts it brings. None keeps all.
+        layout, question_columns, answer_separator, limit_triples, entity_ids: how the questions
+            are read, see `open_source_questions`.
         graph, graph_columns, separator, memory_limit: the knowledge graph, see `open_graph`.
         aliases: other names of the entities, see `read_aliases`.
         method, max_facts, hops, restart, tolerance: how subgraphs are cut, see `CutOptions`. None is
@@ -27,11 +28,13 @@ class BuildSettings:
         shard: which shard, from 0, and of how many.
     """
 
-    questions: tuple[str, ...]
+    questions: str
     output: Path
     layout: str | None = None
     question_columns: dict[str, str] | None = None
+    answer_separator: str = "|"
     limit_triples: int | None = None
+    entity_ids: bool = False
     graph: tuple[Path, ...] = ()
     graph_columns: tuple[str, ...] | None = None
     separator: str | None = None
@@ -43,7 +46,7 @@ class BuildSettings:
     restart: float | None = None
     tolerance: float | None = None
     exclude_relations: tuple[str, ...] = ()
-    splits: dict[str, float] | None = None
+    splits: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "dev": 0.1, "test": 0.1})
     split_seed: int = 0
     workers: int | None = None
     shard: tuple[int, int] = (0, 1)
@@ -53,6 +56,11 @@ class BuildSettings:
         """The given options of the cut."""
         names = ("method", "max_facts", "hops", "restart", "tolerance")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @property
+    def num_workers(self) -> int:
+        """Number of processes."""
+        return self.workers or len(os.sched_getaffinity(0))
 
     def record(self) -> dict[str, object]:
         """The settings on which the lines depend, as JSON, without the inputs' places."""

@@ -28,8 +28,6 @@ class SubgraphBuilder:
         graph: the knowledge graph, None where all questions bring their facts.
         options: how to cut. None keeps the facts of a question whole, and needs no graph.
         exclude: names of relations that no subgraph holds.
-        limit_triples: number of facts that a question keeps of those it brings, the first ones.
-            None keeps all.
     """
 
     def __init__(
@@ -37,11 +35,8 @@ class SubgraphBuilder:
         graph: Graph | None,
         options: CutOptions | None,
         exclude: frozenset[str] = frozenset(),
-        *,
-        limit_triples: int | None = None,
     ) -> None:
         self.graph, self.options, self.exclude = graph, options, exclude
-        self.limit_triples = limit_triples
         self._cutter = None if graph is None or options is None else Cutter(graph, options)
 
     def lines(self, sources: Sequence[tuple[SourceQuestion, str]], part: Part) -> list[Line]:
@@ -63,8 +58,7 @@ class SubgraphBuilder:
 
     def _own_facts(self, question: Question) -> Question:
         """The question with its own facts, cut where they exceed the budget."""
-        first = question.triples[: self.limit_triples]
-        triples = tuple(t for t in first if t[1] not in self.exclude)
+        triples = tuple(t for t in question.triples if t[1] not in self.exclude)
         if self.options is not None and len(triples) > self.options.max_facts:
             graph = Graph.from_triples(triples)
             rows = [find_name(graph.entities, name) for name in question.topics]

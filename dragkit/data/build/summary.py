@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dragkit.data.build.parts import Part
+
 _TRAIN = ("train",)
 _DEV = ("dev", "val", "valid", "validation")
 
 
-def summary(folder: Path, counts: dict[str, int], splits: dict[str, int]) -> str:
+def summary(folder: Path, total: Part) -> str:
     """Describes the files of questions of a build.
 
     Args:
         folder: the output.
-        counts: see `SubgraphBuilder`.
-        splits: number of questions by file.
+        total: the sum of its parts.
     """
+    counts, splits = total.counts, total.splits
     questions = max(counts["questions"], 1)
 
     def share(name: str, what: str) -> str:
