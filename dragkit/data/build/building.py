@@ -22,7 +22,7 @@ from dragkit.data.build.graph_store import map_graph, open_graph
 from dragkit.data.build.linking import EntityLinker
 from dragkit.data.build.parts import BuildFolder, Part
 from dragkit.data.build.questions import Questions, SplitRule
-from dragkit.data.build.relation_list import relation_rows
+from dragkit.data.build.relation_list import read_names, relation_rows
 from dragkit.data.build.settings import BuildSettings
 from dragkit.data.build.sources import Source, SourceQuestion, open_source_questions
 from dragkit.data.build.subgraphs import SubgraphBuilder
@@ -165,7 +165,10 @@ def build(settings: BuildSettings) -> str:
     folder.begin(settings.record() | {"inputs": _digests(settings, source)})
     if folder.is_complete:
         return summary(settings.output, folder.join())
-    graph, options = _graph(settings)
+    excluded = [("--exclude-relation", name) for name in settings.exclude_relation]
+    if settings.exclude_relations is not None:
+        excluded += read_names(settings.exclude_relations)
+    graph, options = _graph(settings, excluded)
     linker = None if graph is None else _linker(settings, graph)
     questions = Questions(source, SplitRule(settings.splits, settings.split_seed), linker)
     count = questions.survey(graph)
@@ -173,7 +176,7 @@ def build(settings: BuildSettings) -> str:
         settings.output,
         None if graph is None else graph.folder,
         options,
-        frozenset(settings.exclude_relations),
+        frozenset(name for _, name in excluded),
     )
     shard = Shard(*settings.shard)
     make_parts(questions, count, cutting, shard=shard, workers=settings.num_workers)
@@ -202,16 +205,23 @@ def _digests(settings: BuildSettings, source: Source) -> dict[str, list[str]]:
     files = {
         "questions": source.files,
         "graph": settings.graph,
-        "aliases": () if settings.aliases is None else (settings.aliases,),
+        "aliases": (settings.aliases,),
+        "exclude_relations": (settings.exclude_relations,),
     }
-    return {name: [file_digest(Path(path)) for path in paths] for name, paths in files.items()}
+    return {
+        name: [file_digest(Path(path)) for path in paths if path is not None]
+        for name, paths in files.items()
+    }
 
 
-def _graph(settings: BuildSettings) -> tuple[Graph | None, CutOptions | None]:
+def _graph(
+    settings: BuildSettings, exclude: list[tuple[str, str]]
+) -> tuple[Graph | None, CutOptions | None]:
     """The knowledge graph, and how to cut.
 
     Raises:
-        ConfigError: an option of the cut is out of range, or a relation is unknown.
+        ConfigError: an option of the cut is out of range.
+        DataError: a relation to exclude is unknown.
     """
     if not settings.graph:
         if settings.aliases is not None:
@@ -223,8 +233,8 @@ def _graph(settings: BuildSettings) -> tuple[Graph | None, CutOptions | None]:
         separator=settings.separator,
         memory_limit=settings.memory_limit,
     )
-    excluded = relation_rows(graph, settings.exclude_relations)
-    return graph, _cut_options(settings.cut | {"excluded_relations": excluded})
+    rows = tuple(relation_rows(graph, exclude).tolist())
+    return graph, _cut_options(settings.cut | {"excluded_relations": rows})
 
 
 def _cut_options(given: dict[str, object]) -> CutOptions:

@@ -9,7 +9,6 @@ from pathlib import Path
 from dragkit.config.flags import Parser
 from dragkit.console import show
 from dragkit.data.build.subcommand import PROG, Subcommand
-from dragkit.errors import ConfigError
 
 
 def _add_build_flags(parser: Parser) -> None:
@@ -73,7 +72,10 @@ def _add_build_flags(parser: Parser) -> None:
     cut.add_argument("--restart", type=float, metavar="P", help="of pagerank (default: 0.25)")
     cut.add_argument("--tolerance", type=float, metavar="E", help="of pagerank")
     cut.add_argument(
-        "--exclude_relations", nargs="+", default=[], metavar="NAME", help="never in a subgraph"
+        "--exclude_relation", nargs="+", default=[], metavar="NAME", help="never in a subgraph"
+    )
+    cut.add_argument(
+        "--exclude_relations", type=Path, metavar="FILE", help="the same, one name on each line"
     )
     splits = parser.add_argument_group("splits, where the questions name none")
     splits.add_argument(
@@ -141,7 +143,7 @@ def _build(args: argparse.Namespace) -> None:
 
     values = {key: value for key, value in vars(args).items() if key != "debug"}
     values["graph"] = tuple(args.graph or ())
-    values["exclude_relations"] = tuple(args.exclude_relations)
+    values["exclude_relation"] = tuple(args.exclude_relation)
     show(build(BuildSettings(**values)))
 
 

@@ -97,7 +97,8 @@ class BuildFolder:
             return {}
         except (OSError, ValueError) as error:
             raise DataError(
-                f"{self.path / _RECORD}: cannot be read: {error}. Delete the folder and build again."
+                f"{self.path / _RECORD}: cannot be read: {error}. Delete the folder and build "
+                "again."
             ) from error
 
     def begin(self, settings: Mapping[str, object]) -> None:
@@ -171,9 +172,7 @@ class BuildFolder:
 
     def _read_part(self, number: int) -> Part:
         record = json.loads(self._file(number, "json").read_bytes())
-        return Part(
-            Counter(record["counts"]), Counter(record["splits"]), record["missing_topics"]
-        )
+        return Part(Counter(record["counts"]), Counter(record["splits"]), record["missing_topics"])
 
     def set_num_parts(self, count: int) -> None:
         """Records the number of parts, which is known once the questions have been read.
@@ -215,8 +214,8 @@ class BuildFolder:
             return Part(Counter(record["counts"]), Counter(record["splits"]))  # type: ignore[call-overload]
         if missing := self.missing_parts():
             raise MissingInputError(
-                f"{self.path}: {len(missing)} of {record['num_parts']} parts are missing, the first "
-                f"is {missing[0]}. Run the shards that have not ended, then merge again."
+                f"{self.path}: {len(missing)} of {record['num_parts']} parts are missing, the "
+                f"first is {missing[0]}. Run the shards that have not ended, then merge again."
             )
         total = Part()
         for number in range(int(str(record["num_parts"]))):

@@ -80,8 +80,8 @@ class Questions:
             raise DataError(f"{self.source.path}: holds no question.")
         if not counts["with_facts"] and graph is None:
             raise DataError(
-                f"{self.source.path}: no question brings facts. Name the files of a knowledge graph "
-                "with --graph."
+                f"{self.source.path}: no question brings facts. Name the files of a knowledge "
+                "graph with --graph."
             )
         if not counts["with_facts"] and not counts["with_known_topic"]:
             raise DataError(self._nothing_to_cut(counts))
@@ -91,13 +91,13 @@ class Questions:
         """Why no question can get a subgraph."""
         if not counts["with_topic"]:
             return (
-                f"{self.source.path}: none of {counts['questions']} questions names a topic, and no "
-                "name of the graph occurs in their texts. Add a column of topics, or other names of "
-                "the entities with --aliases."
+                f"{self.source.path}: none of {counts['questions']} questions names a topic, and "
+                "no name of the graph occurs in their texts. Add a column of topics, or other "
+                "names of the entities with --aliases."
             )
         item = next(item for item, _ in self if item.question.topics)
         return (
             f"{self.source.path}: none of {counts['with_topic']} questions with a topic has one "
-            f"that is an entity of the graph, for example {item.place}: {item.question.topics[0]!r}."
-            " Use the names that the graph's files use."
+            f"that is an entity of the graph, for example {item.place}: "
+            f"{item.question.topics[0]!r}. Use the names that the graph's files use."
         )

@@ -21,7 +21,8 @@ class BuildSettings:
         aliases: other names of the entities, see `read_aliases`.
         method, max_facts, hops, restart, tolerance: how subgraphs are cut, see `CutOptions`. None is
             its default. The facts that questions bring are cut only if one of these is given.
-        exclude_relations: names of relations that no subgraph holds.
+        exclude_relation: names of relations that no subgraph holds.
+        exclude_relations: file with one such name on each line.
         splits: share of the questions by file, where the source names no split.
         split_seed: seed of these splits.
         workers: number of processes. None takes one for each core.
@@ -45,8 +46,11 @@ class BuildSettings:
     hops: int | None = None
     restart: float | None = None
     tolerance: float | None = None
-    exclude_relations: tuple[str, ...] = ()
-    splits: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "dev": 0.1, "test": 0.1})
+    exclude_relation: tuple[str, ...] = ()
+    exclude_relations: Path | None = None
+    splits: dict[str, float] = field(
+        default_factory=lambda: {"train": 0.8, "dev": 0.1, "test": 0.1}
+    )
     split_seed: int = 0
     workers: int | None = None
     shard: tuple[int, int] = (0, 1)
@@ -64,7 +68,6 @@ class BuildSettings:
 
     def record(self) -> dict[str, object]:
         """The settings on which the lines depend, as JSON, without the inputs' places."""
-        record = asdict(self)
-        for name in ("questions", "output", "graph", "memory_limit", "aliases", "workers", "shard"):
-            del record[name]
-        return record
+        places = ("questions", "output", "graph", "aliases", "exclude_relations")
+        left_out = (*places, "memory_limit", "workers", "shard")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}

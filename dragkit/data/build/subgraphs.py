@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import msgspec
 
-from dragkit.data.build.cut import Cutter, CutOptions
+from dragkit.data.build.cut import CutOptions, Cutter
 from dragkit.data.build.graph import Graph, find_name
 from dragkit.data.build.parts import Line, Part
 from dragkit.data.build.sources import SourceQuestion
