@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+DEFAULT_SPLITS = {"train": 0.8, "dev": 0.1, "test": 0.1}
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -19,8 +21,8 @@ class BuildSettings:
             are read, see `open_source_questions`.
         graph, graph_columns, separator, memory_limit: the knowledge graph, see `open_graph`.
         aliases: other names of the entities, see `read_aliases`.
-        method, max_facts, hops, restart, tolerance: how subgraphs are cut, see `CutOptions`. None is
-            its default. The facts that questions bring are cut only if one of these is given.
+        method, max_facts, hops, restart, tolerance: how subgraphs are cut, see `CutOptions`. None
+            is its default. The facts that questions bring are cut only if one of these is given.
         exclude_relation: names of relations that no subgraph holds.
         exclude_relations: file with one such name on each line.
         splits: share of the questions by file, where the source names no split.
@@ -48,9 +50,7 @@ class BuildSettings:
     tolerance: float | None = None
     exclude_relation: tuple[str, ...] = ()
     exclude_relations: Path | None = None
-    splits: dict[str, float] = field(
-        default_factory=lambda: {"train": 0.8, "dev": 0.1, "test": 0.1}
-    )
+    splits: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_SPLITS))
     split_seed: int = 0
     workers: int | None = None
     shard: tuple[int, int] = (0, 1)
