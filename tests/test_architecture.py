@@ -80,7 +80,7 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),
     "duckdb": ("dragkit.data.build",),
     "ahocorasick_rs": ("dragkit.data.build.linking",),
-    "filelock": ("dragkit.checkpoint.lock",),
+    "filelock": ("dragkit.checkpoint.lock", "dragkit.data.cache"),
     "pynvml": ("dragkit.observe.gpu",),
     "triton": ("dragkit_kernels",),
     "pydantic": ("dragkit.config", "dragkit.experiment"),

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -58,20 +58,40 @@ class ArrayWriter:
         self._file.close()
 
 
+class OffsetsWriter(ArrayWriter):
+    """Appends to the int64 offsets of items end to end, which begin with 0."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, np.int64)
+        self.end = 0
+        self.append([0])
+
+    def extend(self, counts: np.ndarray | Sequence[int]) -> None:
+        """Appends the end of each of the next items, given their lengths."""
+        if not len(counts):
+            return
+        ends = np.cumsum(counts, dtype=np.int64) + self.end
+        self.append(ends)
+        self.end = int(ends[-1])
+
+
 class StringsWriter:
     """Appends strings as UTF-8 bytes and their offsets."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._bytes = ArrayWriter(folder / f"{name}.bytes.npy", np.uint8)
-        self._ptr = ArrayWriter(folder / f"{name}.ptr.npy", np.int64)
-        self._ptr.append([0])
+        self._ptr = OffsetsWriter(folder / f"{name}.ptr.npy")
 
     def append(self, strings: Iterable[str]) -> None:
         """Appends strings."""
         encoded = [string.encode("utf-8") for string in strings]
-        ends = np.cumsum([len(item) for item in encoded], dtype=np.int64) + self._bytes.length
         self._bytes.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        self._ptr.append(ends)
+        self._ptr.extend([len(item) for item in encoded])
+
+    def append_folder(self, folder: Path, name: str) -> None:
+        """Appends the strings `name` of a folder."""
+        self._bytes.append(read_array(folder, f"{name}.bytes"))
+        self._ptr.extend(np.diff(read_array(folder, f"{name}.ptr")))
 
     def close(self) -> None:
         """Closes both files."""
@@ -85,6 +105,7 @@ class FolderWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._arrays: dict[str, ArrayWriter] = {}
+        self._offsets: dict[str, OffsetsWriter] = {}
         self._strings: dict[str, StringsWriter] = {}
 
     def array(self, name: str, dtype: type[np.generic]) -> ArrayWriter:
@@ -92,6 +113,12 @@ class FolderWriter:
         if name not in self._arrays:
             self._arrays[name] = ArrayWriter(self.folder / f"{name}.npy", dtype)
         return self._arrays[name]
+
+    def offsets(self, name: str) -> OffsetsWriter:
+        """Returns the writer of the offsets `name`."""
+        if name not in self._offsets:
+            self._offsets[name] = OffsetsWriter(self.folder / f"{name}.npy")
+        return self._offsets[name]
 
     def strings(self, name: str) -> StringsWriter:
         """Returns the writer of the strings `name`."""
@@ -101,8 +128,9 @@ class FolderWriter:
 
     def close(self) -> None:
         """Closes all files."""
-        for writer in (*self._arrays.values(), *self._strings.values()):
-            writer.close()
+        for writers in (self._arrays, self._offsets, self._strings):
+            for writer in writers.values():
+                writer.close()
 
 
 def read_array(folder: Path, name: str) -> np.ndarray:

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from dragkit.errors import ConfigError, WriteError
+
+logger = logging.getLogger(__name__)
+
+# Ends the name of the hidden folder in which a cache folder is built.
+_BUILDING = ".building"
+_LOCK = ".lock"
+# Age of a hidden folder that nobody builds any more. A day leaves time to continue it.
+_ABANDONED_S = 86_400.0
+# A builder that waits longer says so.
+_SILENT_S = 2.0
 
 
 def cache_root(cache_dir: str | Path | None = None) -> Path:
@@ -30,34 +44,89 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
         ) from error
 
 
-def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fills a temporary folder with `write` and renames it to `target`.
+@contextmanager
+def _sole_builder(target: Path) -> Iterator[None]:
+    """Holds the lock of the builders of `target`. The operating system frees it if one is killed.
 
-    Two processes may do this at once. The first rename wins. The other process drops its copy,
-    because the content is a function of the name.
+    The file of the lock is removed in the end. A builder that waited then holds the lock of a
+    removed file, so it starts again.
+    """
+    path = target.with_name(f".{target.name}{_LOCK}")
+    lock = FileLock(path, timeout=_SILENT_S)
+    while True:
+        try:
+            lock.acquire()
+        except Timeout:
+            logger.info("waiting for another process that builds %s", target)
+            lock.acquire(timeout=-1)
+        if path.exists():
+            break
+        lock.release()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what builders that were killed left in a cache folder, once it is a day old."""
+    for path in folder.glob(".*"):
+        try:
+            if time.time() - path.stat().st_mtime < _ABANDONED_S:
+                continue
+            lock = FileLock(path.with_name(f"{path.stem}{_LOCK}"), timeout=0)
+            with lock:
+                logger.info("removing %s, which a killed builder left", path)
+                shutil.rmtree(path, ignore_errors=True)
+                Path(lock.lock_file).unlink(missing_ok=True)
+        except (FileNotFoundError, Timeout) as error:
+            logger.debug("%s: another process has removed it or builds it: %s", path, error)
+
+
+def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fills a hidden folder with `write` and renames it to `target`. Does nothing if that exists.
+
+    One process at a time builds a target. The others wait for it and then use its folder. A process
+    that is killed leaves no target. `write` may keep finished work beside its folder: it survives a
+    kill or Ctrl-C, and the next builder of the same target finds it. An error removes all.
+
+    Args:
+        target: the folder. Its name is a key of the content.
+        write: fills the empty folder that it is given.
 
     Raises:
-        WriteError: the folder cannot be written. The temporary folder is removed.
+        WriteError: the folder cannot be written.
     """
-    temporary: Path | None = None
+    building = target.with_name(f".{target.name}{_BUILDING}")
+    content = building / "content"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        write(temporary)
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
+        _remove_abandoned(target.parent)
+        with _sole_builder(target):
+            if target.is_dir():
+                return
+            if content.exists():
+                shutil.rmtree(content)
+            content.mkdir(parents=True)
+            try:
+                write(content)
+                for file in content.iterdir():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+                content.rename(target)
+                shutil.rmtree(building)
+            except Exception:
+                shutil.rmtree(building, ignore_errors=True)
+                raise
+            except BaseException:
+                # Ctrl-C. Another call continues from what is finished.
+                shutil.rmtree(content, ignore_errors=True)
+                with suppress(OSError):
+                    building.rmdir()
                 raise
     except OSError as error:
         raise WriteError(
             f"{target}: cannot write the cache: {error.strerror or error}. Free some "
             "space, or name another folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
         ) from error
-    finally:
-        if temporary is not None and temporary.exists():
-            shutil.rmtree(temporary, ignore_errors=True)

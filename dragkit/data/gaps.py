@@ -58,6 +58,11 @@ class LabelGaps:
         if reason not in self.examples:
             self.examples[reason] = f"line {question.line}{_example(reason, question, graph)}"
 
+    def update(self, later: LabelGaps) -> None:
+        """Adds the questions of later lines."""
+        self.counts.update(later.counts)
+        self.examples = later.examples | self.examples
+
     def __str__(self) -> str:
         """All reasons with their counts and examples, the most frequent first."""
         return "; ".join(

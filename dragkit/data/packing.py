@@ -1,19 +1,20 @@
-"""Packs a file of questions into a folder of arrays. Many questions are sorted at once."""
+"""Packs questions into a folder of arrays. Many questions are sorted at once."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from dragkit.data.arrays import FolderWriter, seal_folder
+from dragkit.data.arrays import FolderWriter
 from dragkit.data.gaps import LabelGaps
 from dragkit.data.labels import LabelRule
 from dragkit.data.node_merging import MergedGraph, merge_nodes
-from dragkit.data.question_file import Question, QuestionReader
+from dragkit.data.question_file import Question
 from dragkit.data.relations import RelationVocab
 from dragkit.data.subgraph import Subgraph, build_subgraph
 from dragkit_kernels import build_fact_index
@@ -27,6 +28,13 @@ RAGGED = (
     *("fact", "node", "merged_fact", "merged_node", "merged_pair"),
     *("topic_fact", "topic_pair", "topic_node", "topic", "answer"),
 )
+ARRAYS: dict[str, type[np.generic]] = {
+    **dict.fromkeys(("facts", "merged_facts", "merged_segments", "merged_pairs"), np.int32),
+    **dict.fromkeys(("topic_facts", "topic_segments", "topic_pairs", "topic_nodes"), np.int32),
+    **dict.fromkeys(("labels", "relevance", "judged"), np.uint8),
+    **dict.fromkeys(("lines", "question_key"), np.int64),
+}
+STRINGS = ("ids", "texts", "topics", "answers", "entities")
 # First rows of a block of merged facts: these fields of `FactIndex`.
 PER_FACT = ("head", "tail", "tail_perm", "head_perm", "pair_perm", "fact_pair")
 COUNTS = ("head_count", "tail_count")
@@ -90,17 +98,18 @@ class Packer:
         self.label_rule: LabelRule = label_rule
         self.merge = merge
         self._writer = FolderWriter(folder)
-        self._pending: list[Subgraph] = []
-        self._pending_facts = 0
+        self._graphs: list[Subgraph] = []
         for name in RAGGED:
-            self._writer.array(f"{name}_ptr", np.int64).append([0])
-        self._ends: Counter[str] = Counter()
+            self._writer.offsets(f"{name}_ptr")
+        # A part without questions has all files too.
+        for name, dtype in ARRAYS.items():
+            self._writer.array(name, dtype)
+        for name in STRINGS:
+            self._writer.strings(name)
 
     def _extend_ptr(self, name: str, counts: np.ndarray | list[int]) -> None:
         """Appends questions with `counts` items to the offsets `<name>_ptr`."""
-        ends = np.cumsum(counts, dtype=np.int64) + self._ends[name]
-        self._writer.array(f"{name}_ptr", np.int64).append(ends)
-        self._ends[name] += int(np.sum(counts))
+        self._writer.offsets(f"{name}_ptr").extend(counts)
 
     def add(self, question: Question, *, has_id: bool) -> None:
         """Appends one question. `has_id` tells whether the file gives its id.
@@ -123,10 +132,7 @@ class Packer:
         self._extend_ptr("answer", [len(question.answers)])
         self._update_summary(graph)
         self.gaps.add(question, graph)
-        self._pending.append(graph)
-        self._pending_facts += graph.num_facts
-        if self._pending_facts >= _CHUNK_FACTS or len(self._pending) >= _CHUNK_QUESTIONS:
-            self._flush()
+        self._graphs.append(graph)
 
     def _update_summary(self, graph: Subgraph) -> None:
         for name, amount in (
@@ -141,11 +147,20 @@ class Packer:
         ):
             self.summary[name] += int(amount)
 
-    def _flush(self) -> None:
-        """Merges and sorts the pending subgraphs as one pack, then writes each one's blocks."""
-        graphs, self._pending, self._pending_facts = self._pending, [], 0
-        if not graphs:
-            return
+    def _chunks(self) -> Iterator[list[Subgraph]]:
+        chunk: list[Subgraph] = []
+        num_facts = 0
+        for graph in self._graphs:
+            chunk.append(graph)
+            num_facts += graph.num_facts
+            if num_facts >= _CHUNK_FACTS or len(chunk) >= _CHUNK_QUESTIONS:
+                yield chunk
+                chunk, num_facts = [], 0
+        if chunk:
+            yield chunk
+
+    def _write(self, graphs: list[Subgraph], relation_rows: np.ndarray) -> None:
+        """Merges and sorts subgraphs as one pack, then writes each one's blocks."""
         nodes = _Segments(np.array([graph.num_nodes for graph in graphs]))
         facts = _Segments(np.array([graph.num_facts for graph in graphs]))
         head, tail, topics = (
@@ -154,7 +169,7 @@ class Packer:
         )
         topic = np.zeros(len(nodes.graph), dtype=bool)
         topic[topics] = True
-        relation = np.concatenate([graph.relation for graph in graphs])
+        relation = relation_rows[np.concatenate([graph.relation for graph in graphs])]
         merged = merge_nodes(head, tail, relation, nodes.graph, topic, merge=self.merge)
         merged_nodes, merged_facts = (
             nodes.merge(merged.merged_node),
@@ -248,41 +263,15 @@ class Packer:
         ]
         self._writer.array(name, np.int32).append(np.concatenate(blocks))
 
-    def close(self) -> None:
-        """Writes the pending questions and closes the files."""
-        self._flush()
+    def close(self, relation_rows: Callable[[Sequence[str]], Sequence[int]]) -> None:
+        """Sorts the questions, writes them and closes the files.
+
+        Args:
+            relation_rows: returns the rows that the data set gives to the relations. The order of
+                a question's pairs follows from them.
+        """
+        rows = np.array(relation_rows(self.vocab.names), dtype=np.int32)
+        for chunk in self._chunks():
+            self._write(chunk, rows)
         self._writer.strings("relations").append(self.vocab.names)
         self._writer.close()
-
-
-def pack_file(
-    path: Path, folder: Path, *, label_rule: LabelRule, max_bad_fraction: float, merge: bool
-) -> None:
-    """Reads, labels, merges, sorts and seals a file of questions.
-
-    Args:
-        path: JSONL, plain or gzip.
-        folder: an empty folder to fill.
-        label_rule: see `fact_labels`.
-        max_bad_fraction: fraction of unusable rows that may be left out.
-        merge: see `merge_nodes`.
-
-    Raises:
-        DataError, MissingInputError: see `read_questions`.
-    """
-    reader = QuestionReader(path)
-    packer = Packer(folder, label_rule, merge=merge)
-    for question in reader:
-        # Read on after the first fault, so that a refusal lists all faults.
-        if max_bad_fraction > 0 or not reader.rejects:
-            packer.add(question, has_id=question.line not in reader.unnamed)
-    packer.close()
-    reader.check(max_bad_fraction)
-    rejects = reader.rejects
-    if rejects:
-        (folder / "rejects.txt").write_text("".join(f"{problem}\n" for problem in rejects))
-    summary = {**reader.notes, **packer.summary}
-    summary |= {"relations": len(packer.vocab), "rejects": len(rejects), "rows": reader.rows}
-    unread = [(key, field, count) for (key, field), count in reader.unread.items()]
-    gaps = {"counts": packer.gaps.counts, "examples": packer.gaps.examples}
-    seal_folder(folder, {"summary": summary, "label_gaps": gaps, "unread": unread})

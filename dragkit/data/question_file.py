@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from dragkit.data.lines import BROKEN_GZIP, numbered_lines, open_source
 from dragkit.data.question_row import (
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64_000_000
 # Distinct unread keys that are counted. A file of generated keys would fill the memory.
-_MAX_UNREAD_KEYS = 1000
+MAX_UNREAD_KEYS = 1000
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -84,6 +84,7 @@ class QuestionReader:
     Args:
         path: JSONL, plain or gzip.
         max_line_bytes: a line of this length or longer is rejected.
+        max_unread_keys: distinct keys that `unread` holds at most.
 
     Attributes:
         rejects: problems so far, in line order.
@@ -96,9 +97,15 @@ class QuestionReader:
             has no answer.
     """
 
-    def __init__(self, path: str | Path, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        max_line_bytes: int = MAX_LINE_BYTES,
+        max_unread_keys: int = MAX_UNREAD_KEYS,
+    ) -> None:
         self.path = Path(path)
-        self.max_line_bytes = max_line_bytes
+        self.max_line_bytes, self.max_unread_keys = max_line_bytes, max_unread_keys
         self.rejects: list[Problem] = []
         self.rows = 0
         self.notes: Counter[str] = Counter()
@@ -109,21 +116,29 @@ class QuestionReader:
 
     def __iter__(self) -> Iterator[Question]:
         """Yields the usable questions in file order. Call `check` afterwards."""
-        number = 0
         with open_source(self.path) as stream:
-            try:
-                for number, line in numbered_lines(stream, self.max_line_bytes):
-                    if number == 1 and line is not None:
-                        line = line.removeprefix(_BOM)
-                    if line is not None and not line.strip():
-                        self.notes["blank_lines"] += 1
-                        continue
-                    self.rows += 1
-                    if (question := self._question(line, number)) is not None:
-                        yield question
-            except BROKEN_GZIP as error:
-                self._is_truncated = True
-                self._reject(number + 1, "$", f"the gzip data is truncated or damaged: {error}")
+            yield from self.read(stream)
+
+    def read(self, stream: BinaryIO, first_line: int = 1) -> Iterator[Question]:
+        """Yields the usable questions of a part of the file whose first line has this number."""
+        number = first_line - 1
+        try:
+            for number, line in numbered_lines(stream, self.max_line_bytes, first_line):
+                if number == 1 and line is not None:
+                    line = line.removeprefix(_BOM)
+                if line is not None and not line.strip():
+                    self.notes["blank_lines"] += 1
+                    continue
+                self.rows += 1
+                if (question := self._question(line, number)) is not None:
+                    yield question
+        except BROKEN_GZIP as error:
+            self.truncate(number, error)
+
+    def truncate(self, last_line: int, error: Exception) -> None:
+        """Notes that the gzip data breaks off after a line."""
+        self._is_truncated = True
+        self._reject(last_line + 1, "$", f"the gzip data is truncated or damaged: {error}")
 
     def _reject(self, line: int, path: str, reason: str) -> None:
         self.rejects.append(Problem(line, path, reason))
@@ -160,7 +175,7 @@ class QuestionReader:
             else:
                 lacks = not getattr(row, field)
             entry = (key, field or "")
-            if lacks and (entry in self.unread or len(self.unread) < _MAX_UNREAD_KEYS):
+            if lacks and (entry in self.unread or len(self.unread) < self.max_unread_keys):
                 self.unread[entry] += 1
 
     def _to_question(self, row: Row, name: str, number: int) -> Question:

@@ -20,10 +20,11 @@ from dragkit.data.arrays import (
 )
 from dragkit.data.cache import cache_root
 from dragkit.data.evidence import EVIDENCE, RELATION_PATH
+from dragkit.data.file_packing import pack_file
 from dragkit.data.gaps import LabelGaps, describe_unread
 from dragkit.data.labels import LabelRule
 from dragkit.data.lines import open_source
-from dragkit.data.packing import FACT_PAIR, RAGGED, pack_file
+from dragkit.data.packing import ARRAYS, FACT_PAIR, RAGGED
 from dragkit.data.question_file import default_id
 from dragkit.data.question_row import Triple
 from dragkit.errors import DataError
@@ -35,13 +36,6 @@ BUILDER_VERSION = 2
 # Change this name when arrays or counts are renamed or added. Checkpoints record the fingerprint,
 # so a new BUILDER_VERSION for the same values would prevent runs from being resumed.
 CACHE_FOLDER = "packed-5"
-
-_ARRAYS = (
-    *("facts", "labels", "relevance", "judged", "lines"),
-    *("merged_facts", "merged_segments", "merged_pairs"),
-    *("topic_facts", "topic_segments", "topic_pairs", "topic_nodes"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class StoredQuestion:
@@ -102,12 +96,12 @@ class PackedStore:
         except KeyError as error:
             # A new builder version would change the fingerprint, and no old run could be resumed.
             raise CorruptCache(f"an earlier version wrote it, without {error}") from error
-        for name in _ARRAYS:
+        for name in ARRAYS:
             setattr(self, name, read_array(folder, name))
         # Every question of every batch looks its offsets up, so they are held in memory.
         for name in RAGGED:
             setattr(self, f"{name}_ptr", np.array(read_array(folder, f"{name}_ptr")))
-        self.question_key = np.array(read_array(folder, "question_key"))
+        self.question_key = np.array(self.question_key)
         self._ids = Strings(folder, "ids")
         self._texts = Strings(folder, "texts")
         self._topics = Strings(folder, "topics")

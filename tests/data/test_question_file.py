@@ -126,6 +126,17 @@ def test_names_round_trip(write_rows: Callable[..., Path]) -> None:
     assert [head for head, _, _ in question.triples] == names
 
 
+@pytest.mark.parametrize(
+    ("value", "group"), [("g", "g"), (7, "7"), ("7", "7"), ("", ""), (None, ""), (" g", " g")]
+)
+def test_groups(value: object, group: str, write_rows: Callable[..., Path]) -> None:
+    row = {"question": "q", "triples": [], "group": value}
+    (question,) = read_questions(write_rows([row])).questions
+    assert question.group == group
+    with pytest.raises(DataError, match=r"\$.group: Expected `int \| str \| null`, got `array`"):
+        read_questions(write_rows([row | {"group": [value]}]))
+
+
 def test_gzip_reads_the_same(tmp_path: Path, tiny_file: Path) -> None:
     packed = tmp_path / "heuristics_tiny.jsonl.gz"
     packed.write_bytes(gzip.compress(tiny_file.read_bytes()))

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dragkit.data import packing, store
+from dragkit.data import file_packing, packing, store
 from dragkit.data.arrays import open_sealed, seal_folder
 from dragkit.data.packing import question_key
 from dragkit.data.question_file import read_questions
@@ -184,14 +184,14 @@ def test_a_cache_of_an_earlier_version_is_packed_again_under_its_name(
 
 def _build(path: Path, cache: Path, slow: bool, results: object) -> None:
     if slow:
-        seal = packing.seal_folder
+        seal = file_packing.seal_folder
 
         def slow_seal(folder: Path, meta: dict) -> None:
             results.put("written")  # type: ignore[attr-defined]
             time.sleep(60)
             seal(folder, meta)
 
-        packing.seal_folder = slow_seal
+        file_packing.seal_folder = slow_seal
     results.put(len(PackedStore.build_or_open(path, cache_dir=cache)))  # type: ignore[attr-defined]
 
 
@@ -264,7 +264,7 @@ def test_the_chunk_size_changes_nothing(
     one = PackedStore.build_or_open(path, cache_dir=tmp_path / "one")
     monkeypatch.setattr(packing, "_CHUNK_FACTS", 1)
     many = PackedStore.build_or_open(path, cache_dir=tmp_path / "many")
-    for name in (*store._ARRAYS, *(f"{name}_ptr" for name in packing.RAGGED)):
+    for name in (*packing.ARRAYS, *(f"{name}_ptr" for name in packing.RAGGED)):
         assert np.array_equal(getattr(one, name), getattr(many, name)), name
     assert one.summary == many.summary
 

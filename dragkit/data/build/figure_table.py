@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from dragkit.data.build.figures import LONG_WORDS, SPREADS, Figures
 from dragkit.data.gaps import REASONS
@@ -44,25 +44,22 @@ _COUNTS = (
 def figure_rows(files: Sequence[Figures]) -> list[list[str]]:
     """The table without its head: a label and one text per file in each row."""
 
-    def row(label: str, cell: Callable[[Figures], str]) -> list[str]:
-        return [label, *map(cell, files)]
-
     rows = [
-        row(label, lambda f, name=name, of=of: _count(f.counts[name], f.counts[of] if of else None))
+        [label, *(_count(f.counts[name], f.counts[of] if of else None) for f in files)]
         for label, name, of in _COUNTS
     ]
     for reason, text in REASONS.items():
+        cells = [_count(f.gaps.counts[reason], f.counts["questions"]) for f in files]
         if any(f.gaps.counts[reason] for f in files):
-            cell = lambda f, reason=reason: _count(f.gaps.counts[reason], f.counts["questions"])  # noqa: E731
-            rows.append(row(f"- {text.format('').strip()}", cell))
-    rows.append(row("hops from a topic to an answer", lambda f: ""))
+            rows.append([f"- {text.format('').strip()}", *cells])
+    empty = [""] * len(files)
+    rows.append(["hops from a topic to an answer", *empty])
     for hops in sorted({hops for f in files for hops in f.hops}, key=lambda n: (n < 0, n)):
-        label = "- no path" if hops < 0 else f"- {hops}"
-        cell = lambda f, hops=hops: _count(f.hops[hops], f.counts["questions"])  # noqa: E731
-        rows.append(row(label, cell))
-    rows.append(row("of a question: min/median/p95/max", lambda f: ""))
+        cells = [_count(f.hops[hops], f.counts["questions"]) for f in files]
+        rows.append(["- no path" if hops < 0 else f"- {hops}", *cells])
+    rows.append(["of a question: min/median/p95/max", *empty])
     for name in SPREADS:
-        rows.append(row(f"- {name.replace('_', ' ')}", lambda f, name=name: _spread(f, name)))
+        rows.append([f"- {name.replace('_', ' ')}", *(_spread(f, name) for f in files)])
     return rows
 
 

@@ -103,7 +103,8 @@ def inspect_file(
             )
         file: GraphFile | None = GraphFile(path, layout, compression)
     else:
-        separator = separator or ("," if layout == "CSV" else "\t")
+        if separator is None:
+            separator = "," if layout == "CSV" else "\t"
         _check_options(columns, separator, layout)
         file = _with_columns(GraphFile(path, layout, compression, separator), columns, faults)
     if file is not None:
@@ -169,7 +170,11 @@ def _layout(path: Path, separator: str | None) -> Layout:
 
 
 def _check_options(columns: Sequence[str] | None, separator: str, layout: Layout) -> None:
-    if any(char in separator for char in '\n\r\0"') or (layout == "CSV" and len(separator) != 1):
+    if (
+        not separator
+        or any(char in separator for char in '\n\r\0"')
+        or (layout == "CSV" and len(separator) != 1)
+    ):
         raise ConfigError(f"separator: {separator!r} cannot separate columns. Name one character.")
     if columns is not None and len(columns) != len(PARTS):
         raise ConfigError(

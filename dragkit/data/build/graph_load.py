@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dragkit.data.build.graph_faults import GraphFaults
-from dragkit.data.build.graph_files import MAX_LINE_BYTES, PARTS, GraphFile
+from dragkit.data.build.graph_files import MAX_LINE_BYTES, PARTS, GraphFile, lines_of
 from dragkit.data.build.graph_rows import read_facts
 from dragkit.data.build.zstandard import BrokenZstd, check_whole, quoted_path
 from dragkit.data.lines import BROKEN_GZIP, open_source
@@ -52,7 +52,8 @@ def load_file(
         work: folder for an unpacked copy.
         faults: gets the faults of the file, each with its line. Some facts may then be missing.
     """
-    if file.layout == "separated text" and _load_fast(connection, file, work):
+    is_fast = file.layout == "separated text" and not _has_return_before(file)
+    if is_fast and _load_fast(connection, file, work):
         return
     facts = read_facts(file, faults)
     while batch := list(islice(facts, _BATCH)):
@@ -65,6 +66,12 @@ def _insert(connection: DuckDBPyConnection, batch: list[Triple]) -> None:
     connection.register("batch", arrays)
     connection.execute(f"INSERT INTO raw SELECT {', '.join(PARTS)} FROM batch")
     connection.unregister("batch")
+
+
+def _has_return_before(file: GraphFile) -> bool:
+    """Whether a carriage return is above the facts. DuckDB would then skip the whole file."""
+    lines = islice(lines_of(file), file.first_line - 1)
+    return any(line is None or b"\r" in line for _, line in lines)
 
 
 def _load_fast(connection: DuckDBPyConnection, file: GraphFile, work: Path) -> bool:

@@ -158,7 +158,12 @@ def _database(work: Path, options: dict[str, object]) -> Iterator[DuckDBPyConnec
         "autoload_known_extensions": False,
     }
     try:
-        with duckdb.connect(str(work / "graph.duckdb"), config=settings) as connection:
+        connection = duckdb.connect(str(work / "graph.duckdb"), config=settings)
+    except duckdb.ParserException as error:
+        limit = options["memory_limit"]
+        raise ConfigError(f"memory limit {limit!r}: no size. Write it like 1GB.") from error
+    try:
+        with connection:
             yield connection
     except duckdb.OutOfMemoryException as error:
         raise ConfigError(

@@ -82,11 +82,8 @@ class Overlap(NamedTuple):
 
 def overlap(first: Keys, second: Keys) -> Overlap:
     """Counts what two files share."""
-    shared = (
-        np.intersect1d(*(_distinct(getattr(keys, kind)) for keys in (first, second)), True)
-        for kind in KINDS
-    )
-    return Overlap(*map(len, shared))
+    pairs = ((_distinct(getattr(first, kind)), _distinct(getattr(second, kind))) for kind in KINDS)
+    return Overlap(*(len(np.intersect1d(a, b, assume_unique=True)) for a, b in pairs))
 
 
 def shared_questions(first: Keys, second: Keys) -> Iterator[tuple[int, int]]:

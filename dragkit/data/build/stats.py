@@ -46,8 +46,11 @@ def write_stats(
     require_files(paths)
     with ExitStack() as stack:
         # Outputs that cannot be created are refused before the files are read.
-        text = output and stack.enter_context(output_file(output, "Change --output."))
-        image = plot and stack.enter_context(output_bytes(plot, "Change --plot."))
+        text = image = None
+        if output is not None:
+            text = stack.enter_context(output_file(output, "Change --output."))
+        if plot is not None:
+            image = stack.enter_context(output_bytes(plot, "Change --plot."))
         found = [read_figures(path) for path in paths]
         if errors := [str(error) for _, error in found if error is not None]:
             raise DataError("\n".join(errors))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,6 +52,8 @@ ROWS = st.fixed_dictionaries(
 )
 FILES = st.lists(ROWS, min_size=1, max_size=6)
 GOOD = {"question": "q", "triples": [["a", "r", "b"]], "topic_entities": "a", "answer": "b"}
+
+ROOT = Path(__file__).resolve().parents[3]
 
 Check = Callable[..., tuple[int, str, str, dict]]
 
@@ -236,6 +241,30 @@ def test_tables_are_as_wide_as_a_page(tmp_path: Path, check: Check) -> None:
     tables = out.split("\n\n")[:-1]
     assert len(tables) > 1 and max(map(len, "\n".join(tables).splitlines())) <= 100
     assert all(out.count(f"{name} ") + out.count(f"{name}\n") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("check", ">&-"),
+        ("check", "> /dev/full"),
+        ("stats", "> /dev/full"),
+        ("show rows-1", "| true; exit ${PIPESTATUS[0]}"),
+    ],
+)
+def test_standard_output_that_cannot_be_written_exits_74(
+    command: str, output: str, tmp_path: Path
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", [GOOD] * 3)
+    told = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m dragkit.data {command} {rows} {output}"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert told.returncode == 74 and "standard output" in told.stderr
+    assert "Traceback" not in told.stderr and "Exception ignored" not in told.stderr
 
 
 @pytest.mark.parametrize("report", ["folder", "/proc/report.json"])
