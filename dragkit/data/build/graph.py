@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,7 @@ class Graph:
         head_ptr: int64 [N+1]. The facts of head n are head_ptr[n] to head_ptr[n+1].
         tail_order: int32 [E] facts sorted by (tail, fact).
         tail_ptr: int64 [N+1]. The facts of tail n are tail_order[tail_ptr[n]:tail_ptr[n+1]].
+        folder: cache folder from which the arrays are mapped, None for a graph in memory.
     """
 
     entities: Names
@@ -49,6 +51,7 @@ class Graph:
     head_ptr: np.ndarray
     tail_order: np.ndarray
     tail_ptr: np.ndarray
+    folder: Path | None = None
 
     @classmethod
     def from_triples(cls, triples: Iterable[Triple]) -> Graph:

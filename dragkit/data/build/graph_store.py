@@ -107,14 +107,20 @@ def open_graph(
             if file_digest(file.path) != digest:
                 raise DataError(f"{file.path}: the file changed while it was read. Run again.")
 
-    return open_or_build(folder, lambda: _open(folder), fill)
+    return open_or_build(folder, lambda: map_graph(folder), fill)
 
 
-def _open(folder: Path) -> Graph:
+def map_graph(folder: Path) -> Graph:
+    """Maps the graph of a cache folder, such as the `folder` of an open graph.
+
+    Raises:
+        CorruptCache: a file is missing or differs from the manifest.
+    """
     open_sealed(folder)
     names = ("head", "relation", "tail", "head_ptr", "tail_order", "tail_ptr")
     arrays = {name: read_array(folder, name) for name in names}
-    return Graph(Strings(folder, "entities"), Strings(folder, "relations"), **arrays)
+    strings = [Strings(folder, name) for name in ("entities", "relations")]
+    return Graph(*strings, **arrays, folder=folder)
 
 
 def _build(
