@@ -58,8 +58,8 @@ Item = SourceQuestion | SourceProblem
 def split_of_name(name: str) -> str | None:
     """Returns the split that a file's name states, None if it states none or several.
 
-    The words count, not parts of them: `train-00000-of-00002.parquet` is "train", `WebQSP.test.json`
-    is "test", `latest.jsonl` is none.
+    The words count, not parts of them: `train-00000-of-00002.parquet` is "train",
+    `WebQSP.test.json` is "test", `latest.jsonl` is none.
     """
     words = re.split(r"[^a-z]+", name.lower())
     splits = {_SPLIT_OF_WORD[word] for word in words if word in _SPLIT_OF_WORD}

@@ -6,15 +6,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dragkit.data.build.layouts import Files, Layout, Reading, find_layout
-from dragkit.data.build.source_question import Item, SourceProblem, SourceQuestion
+from dragkit.data.build.layouts import Found, find_layout
+from dragkit.data.build.record_questions import Reading
+from dragkit.data.build.source_question import SourceProblem, SourceQuestion
 from dragkit.errors import DataError
 
 __all__ = ["Source", "SourceProblem", "SourceQuestion", "open_source_questions"]
 
 logger = logging.getLogger(__name__)
 
-# A file in another layout than the stated one has a fault on every line.
+# A file read in a wrong layout has a fault on every line.
 _MAX_LISTED = 1000
 
 
@@ -24,39 +25,59 @@ class Source:
     One question is in memory at a time, besides the ids of all.
 
     Attributes:
-        layout: name of the layout, as `open_source_questions` takes it.
+        path: the file, the folder or the hub name.
+        layout: name of the layout, a key of `LAYOUTS`.
         description: the layout in words, for the output.
         files: the files that are read, in order.
         problems: problems so far, in file and line order.
         rows: number of questions and problems so far.
     """
 
-    def __init__(self, layout: Layout, files: Files, reading: Reading) -> None:
-        self.layout = layout.name
-        self.description = layout.description
-        self.files = files.paths
+    def __init__(self, path: str | Path, found: Found) -> None:
+        self.path = path
+        self.layout = found.layout
+        self.description = found.description
+        self.files = tuple(part.file for part in found.parts)
         self.problems: list[SourceProblem] = []
         self.rows = 0
-        self._items = lambda: layout.read(files, reading)
-        self._name = files.root
+        self._parts = found.parts
 
     def __iter__(self) -> Iterator[SourceQuestion]:
         """Yields the usable questions in file order. Call `check` afterwards."""
         self.problems, self.rows = [], 0
-        first: dict[tuple[str | None, str], int] = {}
-        for item in self._items():
-            self.rows += 1
-            if isinstance(item, SourceQuestion):
-                key = (item.split, item.question.id)
-                line = first.setdefault(key, item.question.line)
-        yield from ()
+        first: dict[tuple[str | None, str], tuple[int, int]] = {}
+        for index, part in enumerate(self._parts):
+            for item in part.items():
+                self.rows += 1
+                if isinstance(item, SourceProblem):
+                    self.problems.append(item)
+                    continue
+                name, line = item.question.id, item.question.line
+                at, number = first.setdefault((item.split, name), (index, line))
+                if (at, number) == (index, line):
+                    yield item
+                    continue
+                where = f"on line {number}" + ("" if at == index else f" of {self.files[at]}")
+                reason = f"the same id as {where}: {name!r}"
+                self.problems.append(SourceProblem(part.file, line, "$.id", reason))
 
     def check(self) -> None:
         """Raises if a line cannot be used, or if there is no question.
 
         Raises:
-            DataError: it lists all problems as `file:line: path: reason`.
+            DataError: it lists the problems as `file:line: path: reason`, and their number.
         """
+        if not self.rows:
+            raise DataError(f"{self.path}: holds no question, read as {self.description}.")
+        if self.problems:
+            listed = [str(problem) for problem in self.problems[:_MAX_LISTED]]
+            if more := len(self.problems) - len(listed):
+                listed.append(f"{self.path}: and {more} more problems.")
+            raise DataError(
+                "\n".join(listed)
+                + f"\n{self.path}: {len(self.problems)} of {self.rows} rows cannot be used, read "
+                f"as {self.description}. Correct the rows, or state another layout."
+            )
 
 
 def open_source_questions(
@@ -85,6 +106,6 @@ def open_source_questions(
         MissingInputError: no such file or folder, or it is of no use.
     """
     reading = Reading(dict(columns or {}), separator, limit_triples, entity_ids)
-    chosen, files = find_layout(path, layout, reading)
-    logger.info("%s: %s", path, chosen.description)
-    return Source(chosen, files, reading)
+    found = find_layout(path, layout, reading)
+    logger.info("%s: %s", path, found.description)
+    return Source(path, found)
