@@ -64,6 +64,8 @@ setup(
         "bench": ["pytest-benchmark>=5", "pytest-timeout>=2.3", "matplotlib>=3.8"],
         "experiment": ["matplotlib>=3.8"],
         "dev": [*DEMO, *TEST, "matplotlib>=3.8", "mypy>=2.0", "ruff>=0.9"],
+        # Arrow files and data sets of the Hugging Face hub, for `data build`.
+        "hub": ["pyarrow>=15", "datasets>=3"],
         # These three compile against the installed torch and need nvcc; nothing here needs them.
         "scatter": ["torch_scatter>=2.1"],
         "mamba": ["mamba-ssm>=2.3", "causal-conv1d>=1.5"],

@@ -79,6 +79,8 @@ CONFINED: dict[str, tuple[str, ...]] = {
     "peft": ("dragkit.generator", "dragkit.tiny"),
     "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),
     "duckdb": ("dragkit.data.build",),
+    "pyarrow": ("dragkit.data.build.records",),
+    "datasets": ("dragkit.data.build.records",),
     "ahocorasick_rs": ("dragkit.data.build.linking",),
     "filelock": ("dragkit.checkpoint.lock", "dragkit.data.cache"),
     "pynvml": ("dragkit.observe.gpu",),

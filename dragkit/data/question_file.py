@@ -179,34 +179,20 @@ class QuestionReader:
                 self.unread[entry] += 1
 
     def _to_question(self, row: Row, name: str, number: int) -> Question:
-        triples = tuple(dict.fromkeys(row.triples))
-        paths = [p for path in row.paths or () for p in entity_paths(path)]
-        topics = distinct_names(row.topic_entities)
-        answers = distinct_names(row.answer) or distinct_names(row.answers)
-        if not topics and paths:
-            topics = tuple(dict.fromkeys(path[0] for path in paths))
-            self.notes["topics_from_paths"] += 1
-        self.notes["duplicate_triples"] += len(row.triples) - len(triples)
+        question = question_of(row, name, number)
+        self.notes["topics_from_paths"] += bool(
+            question.topics and not distinct_names(row.topic_entities)
+        )
+        self.notes["duplicate_triples"] += len(row.triples) - len(question.triples)
         for note, holds in (
             ("questions", True),
-            ("empty_graph", not triples),
+            ("empty_graph", not question.triples),
             ("empty_question", not row.question.strip()),
-            ("no_answer", not answers),
-            ("no_topic", not topics),
+            ("no_answer", not question.answers),
+            ("no_topic", not question.topics),
         ):
             self.notes[note] += holds
-        return Question(
-            name,
-            row.question,
-            triples,
-            topics,
-            tuple(paths),
-            answers,
-            number,
-            evidence=tuple(row.evidence or ()),
-            relation_paths=tuple(row.relation_paths or ()),
-            group="" if row.group is None else str(row.group),
-        )
+        return question
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
         """Raises if too many rows are unusable.
@@ -236,6 +222,24 @@ class QuestionReader:
                 self.path,
                 count,
             )
+
+
+def question_of(row: Row, name: str, number: int) -> Question:
+    """Returns the question of a row, with the given id and line number."""
+    paths = [p for path in row.paths or () for p in entity_paths(path)]
+    topics = distinct_names(row.topic_entities) or dict.fromkeys(path[0] for path in paths)
+    return Question(
+        name,
+        row.question,
+        tuple(dict.fromkeys(row.triples)),
+        tuple(topics),
+        tuple(paths),
+        distinct_names(row.answer) or distinct_names(row.answers),
+        number,
+        evidence=tuple(row.evidence or ()),
+        relation_paths=tuple(row.relation_paths or ()),
+        group="" if row.group is None else str(row.group),
+    )
 
 
 def default_id(path: Path, line: int, given: Container[str] = ()) -> str:

@@ -68,11 +68,12 @@ def near_field(key: str) -> str | None:
     return field
 
 
-def _unread_keys(line: bytes) -> tuple[str, ...]:
-    """Returns the keys that are not read.
+def _raw_fields(line: bytes) -> dict[str, msgspec.Raw]:
+    """Returns the values by key, each as its JSON text.
 
     Raises:
         ValueError: a key is given twice. The decoder would silently keep its last value.
+        msgspec.DecodeError: the line is no JSON object.
     """
     # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
     # escaped quote in a key. `_unique_keys` tells the two apart.
@@ -80,7 +81,7 @@ def _unread_keys(line: bytes) -> tuple[str, ...]:
     quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
     if quotes != 2 * len(values):
         json.loads(line, object_pairs_hook=_unique_keys)
-    return tuple(key for key in values if key not in _FIELDS)
+    return values
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -101,35 +102,61 @@ def _invalid(line: bytes, error: msgspec.ValidationError) -> Fault:
     return Fault(path.rstrip("`") or "$", reason)
 
 
+def _malformed(error: Exception) -> Fault:
+    if isinstance(error, UnicodeDecodeError):
+        return Fault("$", f"not UTF-8: {error.reason} (byte {error.start})")
+    if isinstance(error, RecursionError):
+        return Fault("$", "nested too deeply")
+    if isinstance(error, msgspec.DecodeError):
+        return Fault("$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}")
+    return Fault("$", str(error))
+
+
+def _has_nul(line: bytes) -> bool:
+    # `\\u0000` is an escaped backslash and four zeros. Only an odd backslash escapes a NUL.
+    return b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b"")
+
+
+def decode_fields(line: bytes) -> dict[str, msgspec.Raw] | Fault:
+    """Returns the values of a JSON object by key, each as its JSON text, or the first fault."""
+    try:
+        line.decode("utf-8")
+        fields = _raw_fields(line)
+    except msgspec.ValidationError:
+        return Fault("$", "expected a JSON object")
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        return _malformed(error)
+    return Fault("$", "a NUL character") if _has_nul(line) else fields
+
+
 def decode_row(line: bytes) -> Decoded | Fault:
     """Returns the row, or its first fault."""
     try:
         # The decoder skips unknown keys without checking the encoding of their values.
         line.decode("utf-8")
         row = _ROW_DECODER.decode(line)
-        unread = _unread_keys(line)
+        unread = tuple(key for key in _raw_fields(line) if key not in _FIELDS)
     except msgspec.ValidationError as error:
         # The decoder stops at the first wrong value. What follows may be no JSON at all.
         try:
             return _invalid(line, error)
         except msgspec.DecodeError as malformed:
-            reason = str(malformed).removeprefix("JSON is malformed: ")
-            return Fault("$", f"not valid JSON: {reason}")
-    except msgspec.DecodeError as error:
-        return Fault("$", f"not valid JSON: {str(error).removeprefix('JSON is malformed: ')}")
-    except UnicodeDecodeError as error:
-        return Fault("$", f"not UTF-8: {error.reason} (byte {error.start})")
-    except RecursionError:
-        return Fault("$", "nested too deeply")
-    except ValueError as error:
-        return Fault("$", str(error))
-    for index, steps in enumerate(row.paths or ()):
-        if len({type(step) for step in steps}) > 1:
-            return Fault(f"$.paths[{index}]", "expected entities or triples, got both")
-    # `\\u0000` is an escaped backslash and four zeros. Only an odd backslash escapes a NUL.
-    if b"\\u0000" in line and b"\\u0000" in line.replace(rb"\\", b""):
+            return _malformed(malformed)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        return _malformed(error)
+    if (fault := mixed_path(row.paths)) is not None:
+        return fault
+    if _has_nul(line):
         return Fault("$", "a NUL character")
     return Decoded(row, unread)
+
+
+def mixed_path(paths: Sequence[Sequence[str | Triple]] | None) -> Fault | None:
+    """Returns the fault of the first path that holds entities and triples, None if none does."""
+    for index, steps in enumerate(paths or ()):
+        if len({type(step) for step in steps}) > 1:
+            return Fault(f"$.paths[{index}]", "expected entities or triples, got both")
+    return None
 
 
 def distinct_names(value: str | list[str] | None) -> tuple[str, ...]:
