@@ -245,4 +245,4 @@ def _cut_options(given: dict[str, object]) -> CutOptions:
 
 
 def _linker(settings: BuildSettings, graph: Graph) -> EntityLinker:
-    return EntityLinker(graph, aliases=settings.aliases)
+    return EntityLinker.of_graph(graph, settings.aliases)

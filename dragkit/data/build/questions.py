@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from dragkit.data.build.graph import Graph, find_name
 from dragkit.data.build.linking import EntityLinker
 from dragkit.data.build.sources import Source, SourceQuestion
-from dragkit.data.build.splits import split_of
+from dragkit.data.build.splits import group_of, split_of
 from dragkit.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -30,11 +30,7 @@ class SplitRule:
 
     def split(self, source: SourceQuestion) -> str:
         """Returns the file's name. All questions of one group go to one file."""
-        if source.split is not None:
-            return source.split
-        # Without a group, a question that is asked twice is a group.
-        group = source.group or " ".join(source.question.text.casefold().split())
-        return split_of(group, self.fractions, self.seed)
+        return source.split or split_of(group_of(source), self.fractions, self.seed)
 
 
 class Questions:
@@ -58,7 +54,8 @@ class Questions:
             return item
         mentions = self.linker.link(item.question.text)
         topics = tuple(dict.fromkeys(mention.name for mention in mentions))
-        return replace(item, question=replace(item.question, topics=topics))
+        question = replace(item.question, topics=topics)
+        return replace(item, question=question, extra=item.extra | {"topics_linked": True})
 
     def survey(self, graph: Graph | None) -> int:
         """Reads all questions once and returns their number.

@@ -81,6 +81,7 @@ class SubgraphBuilder:
         entities = {name for head, _, tail in question.triples for name in (head, tail)}
         found = sum(name in entities for name in question.answers)
         part.counts += self._counts(question, entities, found)
+        part.counts["linked"] += bool(question.topics and source.extra.get("topics_linked"))
         row: dict[str, object] = {
             "id": question.id,
             "question": question.text,
