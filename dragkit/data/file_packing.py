@@ -222,9 +222,7 @@ def pack_file(
         shutil.rmtree(unfinished)
     if processes is None:
         processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
-    job = PackingJob(
-        str(path), str(parts_folder), label_rule, merge, strict=max_bad_fraction == 0
-    )
+    job = PackingJob(str(path), str(parts_folder), label_rule, merge, strict=max_bad_fraction == 0)
     parts = _Parts(job, {})
     parts.pack(processes)
     if repeated := _repeated_ids(parts):

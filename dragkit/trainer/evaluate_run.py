@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import nn
 
 from dragkit import __version__
 from dragkit.checkpoint.checkpoint import load_checkpoint
 from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
+from dragkit.data.store import StoredQuestion
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import EvaluationResult, evaluate
+from dragkit.eval.types import Prediction
 from dragkit.generator.fingerprint import weights_fingerprint
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import check_generator, within_positions
@@ -168,6 +171,33 @@ class Run:
                 asked,
             )
         return result
+
+    @torch.no_grad()
+    def predictions(
+        self,
+        data: str | Path | QuestionDataset,
+        *,
+        batch_size: int | None = None,
+        generate: bool = True,
+    ) -> Iterator[tuple[StoredQuestion, Prediction]]:
+        """Yields the questions of a file with what the model makes of them, in file order.
+
+        Args:
+            data, batch_size: as for `evaluate`.
+            generate: False ranks facts only.
+
+        Raises:
+            DataError: the file holds unusable rows.
+            MissingInputError: there is no such file.
+        """
+        if not isinstance(data, QuestionDataset):
+            data = self.dataset(data, batch_size)
+        self.model.eval()
+        relations = data.relations.to(self._device)
+        for batch in data.load(data.batch_sampler.in_file_order(None), self._device):
+            batch = batch.to(self._device)
+            for prediction in self._phase.predict(batch, relations, generate=generate):
+                yield data.store.question(prediction.row), prediction
 
 
 def load_run(folder: str | Path, checkpoint: str | int = "best", device: str = "auto") -> Run:
