@@ -22,7 +22,7 @@ from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.question_dataset import QuestionDataset
 
 # Published sets are looked for beside the repository, or in DRAGKIT_DATA.
-_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 SMALL, LARGE = "webqsp.train", "webqsp_cwq_large.train"
 
 
@@ -36,7 +36,7 @@ class BenchFile:
 
 def question_file(name: str, cache_dir: Path) -> BenchFile:
     """The published set `name`, or the training questions of the bundled demo."""
-    folder = Path(os.environ.get("DRAGKIT_DATA", _DATA))
+    folder = Path(os.environ.get("DRAGKIT_DATA", DATA))
     for suffix in (".jsonl.gz", ".jsonl"):
         if (folder / f"{name}{suffix}").is_file():
             return BenchFile(folder / f"{name}{suffix}", name)

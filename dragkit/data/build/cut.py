@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from dragkit.data.build.graph import Graph
-from dragkit.data.build.pagerank import NodeRanks, PageRank, least_flow
+from dragkit.data.build.pagerank import NodeRanks, PageRank
 from dragkit.data.build.walk import Walk
 
 CutMethod = Literal["pagerank", "hops"]
@@ -116,7 +116,7 @@ class Cutter:
         is at most their rank. Any other fact of such a rank has an end with half of this flow.
         """
         # A little less than a half, for ranks that tie in float32.
-        least = 0.49 * least_flow(flow, ranks.degree, self.options.max_facts)
+        least = 0.49 * ranks.least_flow(self.options.max_facts)
         is_taken = ranks.is_pushed & (flow >= least) | np.isin(ranks.nodes, topics)
         return self.walk.facts_at(ranks.nodes[is_taken])
 

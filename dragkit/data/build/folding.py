@@ -43,6 +43,15 @@ def _joins(piece: str, following: str) -> bool:
     return unicodedata.normalize("NFC", piece + following) != apart
 
 
+def width(folded: str) -> int:
+    """Returns the number of characters. Wide ones count twice, since one of them may be a word."""
+    return len(folded) if folded.isascii() else len(folded) + sum(map(_is_wide, folded))
+
+
+def _is_wide(character: str) -> bool:
+    return unicodedata.east_asian_width(character) in "WF"
+
+
 def _in_word(character: str) -> bool:
     """Whether a character makes one word with its neighbours.
 
@@ -50,7 +59,7 @@ def _in_word(character: str) -> bool:
     """
     if character.isascii():
         return character.isalnum()
-    if unicodedata.east_asian_width(character) in "WF":
+    if _is_wide(character):
         return False
     return character.isalnum() or unicodedata.category(character)[0] == "M"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ahocorasick_rs import AhoCorasick, Implementation, MatchKind
 
-from dragkit.data.build.folding import EDGE, fold, fold_with_places, mark_edges
+from dragkit.data.build.folding import EDGE, fold, fold_with_places, mark_edges, width
 from dragkit.data.build.graph import Graph, Names, find_name
 from dragkit.data.build.records import text_cells
 from dragkit.data.build.source_question import SourceProblem
@@ -38,15 +39,20 @@ class EntityLinker:
 
     At each place the longest name counts, and what follows it is searched further, so mentions do
     not overlap. Where several entities have one folded name, that with the most facts is taken,
-    then the first row. Names are taken before aliases.
+    then the first row. Names are taken before aliases. Where a mention has the capitals of its
+    name, lower-case mentions of capitalised names in the same text are left out: in "which movie
+    did Ada Reed direct" they are words, not entities.
 
     Args:
         names: names of the entities by row.
         degree: int [N] number of facts by row.
         aliases: pairs of another name and a row.
-        min_length: characters that a name needs after folding.
+        min_length: width that a name needs after folding, in characters. Wide ones count twice.
         max_mentions: the longest so many of a text are kept. 0 keeps all.
-        stop_words: names that are never found, in any letter case.
+        stop_words: names that are never taken.
+
+    Attributes:
+        stop_words: names that are never taken, sorted. `learn_stop_words` adds to them.
     """
 
     def __init__(
@@ -55,34 +61,20 @@ class EntityLinker:
         degree: np.ndarray,
         *,
         aliases: Iterable[tuple[str, int]] = (),
-        min_length: int = 1,
+        min_length: int = 3,
         max_mentions: int = 0,
         stop_words: Iterable[str] = (),
     ) -> None:
         self._names = names
         self.max_mentions = max_mentions
-        stopped = {fold(word) for word in stop_words}
-        row_of: dict[str, int] = {}
-
-        def add(name: str, row: int, found: dict[str, int]) -> None:
-            folded = fold(name)
-            if len(folded) < min_length or folded in stopped or not folded.strip():
-                return
-            known = found.setdefault(mark_edges(folded)[0], row)
-            if (-degree[row], row) < (-degree[known], known):
-                found[mark_edges(folded)[0]] = row
-
-        for row in range(len(names)):
-            add(names[row], row, row_of)
-        other: dict[str, int] = {}
-        for alias, row in aliases:
-            add(alias, row, other)
-        for pattern, row in other.items():
-            row_of.setdefault(pattern, row)
-        self._rows = np.fromiter(row_of.values(), dtype=np.int32, count=len(row_of))
+        self.stop_words = tuple(sorted(set(stop_words)))
+        patterns = _patterns(enumerate(_each(names)), degree, min_length)
+        for pattern, row in _patterns(((r, a) for a, r in aliases), degree, min_length).items():
+            patterns.setdefault(pattern, row)
+        self._rows = np.fromiter(patterns.values(), dtype=np.int32, count=len(patterns))
         # A DFA would take several times the memory and finds little faster.
         self._automaton = AhoCorasick(
-            row_of,
+            patterns,
             matchkind=MatchKind.LeftmostLongest,
             implementation=Implementation.ContiguousNFA,
             store_patterns=False,
@@ -90,38 +82,94 @@ class EntityLinker:
 
     @classmethod
     def of_graph(
-        cls, graph: Graph, alias_file: str | Path | None = None, **options: int
+        cls, graph: Graph, *, alias_file: str | Path | None = None, **options: Any
     ) -> EntityLinker:
         """Returns the linker of a graph.
 
         Args:
             graph: its entities are found.
             alias_file: lines of an alias, a tab and an entity, plain or gzip.
-            options: `min_length` and `max_mentions`.
+            options: as for the class.
 
         Raises:
-            DataError: a line of the alias file cannot be used.
+            DataError: lines of the alias file cannot be used.
             MissingInputError: the alias file cannot be read.
         """
-        aliases = read_aliases(alias_file, graph.entities) if alias_file is not None else []
+        aliases = read_aliases(alias_file, graph.entities) if alias_file is not None else ()
         return cls(graph.entities, graph.degree(), aliases=aliases, **options)
 
     def link(self, text: str) -> tuple[Mention, ...]:
         """Returns the mentions of a text in its order."""
-        folded, text_places = fold_with_places(text)
-        marked, folded_places = mark_edges(folded.replace(EDGE, " "))
-        mentions = []
-        for index, start, end in self._automaton.find_matches_as_indexes(marked):
-            row = int(self._rows[index])
-            begin = text_places[folded_places[start]]
-            # The place after the last character, past the others that it was folded with.
-            last = text_places[folded_places[end - 1 - (marked[end - 1] == EDGE)]]
-            stop = next(place for place in text_places[folded_places[end - 1] :] if place > last)
-            mentions.append(Mention(begin, stop, row, self._names[row]))
+        mentions = [m for m in self._mentions(text) if m.name not in self.stop_words]
+        # Every sentence begins with a capital.
+        if any(
+            _has_capital(m.name) and _has_capital(text[max(m.start, 1) : m.end]) for m in mentions
+        ):
+            mentions = [
+                m
+                for m in mentions
+                if not _has_capital(m.name) or _has_capital(text[m.start : m.end])
+            ]
         if 0 < self.max_mentions < len(mentions):
             longest = sorted(mentions, key=lambda m: (m.start - m.end, m.start))
             mentions = sorted(longest[: self.max_mentions])
         return tuple(mentions)
+
+    def _mentions(self, text: str) -> Iterator[Mention]:
+        folded, text_places = fold_with_places(text)
+        marked, folded_places = mark_edges(folded.replace(EDGE, " "))
+        for index, start, end in self._automaton.find_matches_as_indexes(marked):
+            row = int(self._rows[index])
+            # The place after the last character, past the others that it was folded with.
+            final = folded_places[end - 1 - (marked[end - 1] == EDGE)]
+            last = text_places[final]
+            stop = next(place for place in text_places[final:] if place > last)
+            yield Mention(text_places[folded_places[start]], stop, row, self._names[row])
+
+    def learn_stop_words(self, texts: Iterable[str], share: float = 0.01) -> tuple[str, ...]:
+        """Adds the names that stand in so many texts that they are words, not topics: "Film".
+
+        Args:
+            texts: questions. Their topics need not be known.
+            share: of the texts, and 3 texts at least.
+
+        Returns:
+            The names added, the most frequent first.
+        """
+        counts: Counter[str] = Counter()
+        number = 0
+        for text in texts:
+            number += 1
+            counts.update({mention.name for mention in self._mentions(text)})
+        least = max(3, share * number)
+        frequent = [name for name, count in counts.items() if count >= least]
+        added = sorted(set(frequent) - set(self.stop_words), key=lambda n: (-counts[n], n))
+        self.stop_words = tuple(sorted({*self.stop_words, *added}))
+        return tuple(added)
+
+
+def _each(names: Names) -> Iterator[str]:
+    return (names[row] for row in range(len(names)))
+
+
+def _patterns(
+    named: Iterable[tuple[int, str]], degree: np.ndarray, min_length: int
+) -> dict[str, int]:
+    """Returns the row of each folded name, with its edges marked."""
+    found: dict[str, int] = {}
+    for row, name in named:
+        folded = fold(name)
+        if width(folded) < min_length or not any(map(str.isalnum, folded)):
+            continue
+        pattern = mark_edges(folded)[0]
+        known = found.setdefault(pattern, row)
+        if (-degree[row], row) < (-degree[known], known):
+            found[pattern] = row
+    return found
+
+
+def _has_capital(text: str) -> bool:
+    return any(map(str.isupper, text))
 
 
 def read_aliases(path: str | Path, names: Names) -> list[tuple[str, int]]:

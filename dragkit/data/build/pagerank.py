@@ -41,16 +41,16 @@ class NodeRanks(NamedTuple):
         """Returns float64 [n] the rank that goes over each end of a fact, but for the restart."""
         return self.rank / np.maximum(self.degree, 1)
 
+    def least_flow(self, num_facts: int) -> float:
+        """Returns a flow that at least `num_facts` facts have at one of their ends, or 0.0.
 
-def least_flow(flow: np.ndarray, degree: np.ndarray, num_facts: int) -> float:
-    """Returns the flow of a node whose facts and those of nodes of higher flow fill a budget.
-
-    The nodes have two ends for each fact of the budget, as a fact has at most two among them. The
-    flow is 0.0 if all nodes have fewer.
-    """
-    order = np.argsort(-flow)
-    enough = np.searchsorted(np.cumsum(degree[order]), 2 * num_facts)
-    return float(flow[order[enough]]) if enough < len(order) else 0.0
+        It is the lowest of the nodes of highest flow that have two ends for each fact, since a fact
+        has at most two among them. 0.0 means that the nodes that were pushed have fewer.
+        """
+        flow, degree = self.flow()[self.is_pushed], self.degree[self.is_pushed]
+        order = np.argsort(-flow)
+        enough = np.searchsorted(np.cumsum(degree[order]), 2 * num_facts)
+        return float(flow[order[enough]]) if enough < len(order) else 0.0
 
 
 class _State:
@@ -147,12 +147,13 @@ class PageRank:
         state, level = self._start(topics), _FIRST_LEVEL
         while True:
             done, ranks = self._push_down_to(state, level), state.ranks(self.restart)
-            sought = tolerance * least_flow(ranks.flow(), ranks.degree, num_facts)
+            sought = tolerance * ranks.least_flow(num_facts)
             if not done:
                 ranks = self._sweep(state, max(sought, _LAST_LEVEL))
-            if not done or state.is_pushed.all() or level <= max(sought, _LAST_LEVEL):
+            are_all_found = not sought and state.is_pushed.all()
+            if not done or are_all_found or level <= max(sought, _LAST_LEVEL):
                 break
-            level /= _LEVEL_STEP
+            level = max(level / _LEVEL_STEP, sought)
         self._place[state.nodes] = 0
         return ranks
 
