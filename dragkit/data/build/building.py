@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -27,10 +32,16 @@ from dragkit.data.build.settings import BuildSettings
 from dragkit.data.build.sources import Source, SourceQuestion, open_source_questions
 from dragkit.data.build.subgraphs import SubgraphBuilder
 from dragkit.data.build.summary import summary
-from dragkit.errors import ConfigError, WriteError
+from dragkit.errors import ConfigError, Interrupted, Stopped, WriteError
+
+logger = logging.getLogger(__name__)
 
 # A killed build loses at most one part a process.
 PART_QUESTIONS = 128
+_SHOWN = 10
+_Sourced = Sequence[tuple[SourceQuestion, str]]
+# A name in so many of the questions is a word, such as "film". A topic may be in a few percent.
+_WORD_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class _Worker:
         self.folder = BuildFolder(cutting.folder)
         self.builder = SubgraphBuilder(graph, cutting.options, cutting.exclude)
 
-    def make(self, number: int, questions: Sequence[tuple[SourceQuestion, str]]) -> int:
+    def make(self, number: int, questions: _Sourced) -> int:
         """Makes one part and returns its number of questions."""
         part = Part()
         lines = self.builder.lines(questions, part)
@@ -73,28 +84,27 @@ class _Worker:
         return len(lines)
 
 
-_worker: _Worker
+_cutting: Cutting
+
+
+@cache
+def _worker() -> _Worker:
+    return _Worker(_cutting)
 
 
 def _start_worker(cutting: Cutting) -> None:
-    global _worker
-    _worker = _Worker(cutting)
+    global _cutting
+    _cutting = cutting
+    # Ctrl-C reaches all processes of a terminal. The parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A process whose parent was killed would wait for ever.
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _make(number: int, questions: Sequence[tuple[SourceQuestion, str]]) -> int:
-    return _worker.make(number, questions)
-
-
-def _parts(questions: Questions) -> Iterator[tuple[int, list[tuple[SourceQuestion, str]]]]:
-    iterator = iter(questions)
-    number = 0
-    while part := list(islice(iterator, PART_QUESTIONS)):
-        yield number, part
-        number += 1
+def _make(number: int, questions: _Sourced) -> int:
+    return _worker().make(number, questions)
 
 
 def make_parts(
@@ -107,25 +117,46 @@ def make_parts(
         count: their number.
         cutting: what to make.
         shard: which parts.
-        workers: number of processes.
+        workers: number of processes. One works in this process.
 
     Raises:
         WriteError: the folder cannot be written, or a process was killed.
     """
-    folder = BuildFolder(cutting.folder)
+    with tqdm(total=count, unit="questions", disable=None) as bar:
+        missing = _missing(questions, BuildFolder(cutting.folder), shard, bar)
+        if workers > 1:
+            _make_in_processes(missing, cutting, workers, bar)
+            return
+        worker = _Worker(cutting)
+        for number, part in missing:
+            bar.update(worker.make(number, part))
+
+
+def _missing(
+    questions: Questions, folder: BuildFolder, shard: Shard, bar: tqdm
+) -> Iterator[tuple[int, _Sourced]]:
+    """The parts to make. The bar moves over the others."""
+    iterator, number = iter(questions), 0
+    while part := list(islice(iterator, PART_QUESTIONS)):
+        if number % shard.count == shard.index and not folder.has_part(number):
+            yield number, part
+        else:
+            bar.update(len(part))
+        number += 1
+
+
+def _make_in_processes(
+    missing: Iterator[tuple[int, _Sourced]], cutting: Cutting, workers: int, bar: tqdm
+) -> None:
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(cutting,),
     )
-    bar = tqdm(total=count, unit="questions", disable=None)
     pending: set[Future[int]] = set()
     try:
-        for number, part in _parts(questions):
-            if number % shard.count != shard.index or folder.has_part(number):
-                bar.update(len(part))
-                continue
+        for number, part in missing:
             pending.add(pool.submit(_make, number, part))
             # The source is read no faster than the processes cut.
             if len(pending) >= 2 * workers:
@@ -135,13 +166,35 @@ def make_parts(
             bar.update(future.result())
     except BrokenProcessPool as error:
         raise WriteError(
-            f"{cutting.folder}: a process was killed, perhaps because the memory was full. Run the "
-            "same command again: it goes on where it stopped. Fewer --workers need less memory."
+            f"{cutting.folder}: a process was killed, perhaps because the memory was full. Run "
+            "the same command again: it goes on where it stopped. Fewer --workers need less memory."
         ) from error
     finally:
-        bar.close()
         pool.shutdown(cancel_futures=True)
-    folder.set_num_parts(-(-count // PART_QUESTIONS))
+
+
+@contextmanager
+def _stoppable(folder: Path) -> Iterator[None]:
+    """Ends the block in good order where SIGTERM or Ctrl-C comes.
+
+    Raises:
+        Interrupted: one has come. The parts that are made stay.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"{folder}: stopped. Run the same command again: it goes on where it stopped."
+        ) from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
 
 
 def build(settings: BuildSettings) -> str:
@@ -162,14 +215,15 @@ def build(settings: BuildSettings) -> str:
     """
     folder = BuildFolder(settings.output)
     source = _source(settings)
-    folder.begin(settings.record() | {"inputs": _digests(settings, source)})
+    record = settings.record() | {"inputs": _digests(settings, source)}
+    folder.create(record)
     if folder.is_complete:
         return summary(settings.output, folder.join())
     excluded = [("--exclude-relation", name) for name in settings.exclude_relation]
     if settings.exclude_relations is not None:
         excluded += read_names(settings.exclude_relations)
     graph, options = _graph(settings, excluded)
-    linker = None if graph is None else _linker(settings, graph)
+    linker = None if graph is None else _linker(settings, graph, source)
     questions = Questions(source, SplitRule(settings.splits, settings.split_seed), linker)
     count = questions.survey(graph)
     cutting = Cutting(
@@ -178,8 +232,11 @@ def build(settings: BuildSettings) -> str:
         options,
         frozenset(name for _, name in excluded),
     )
+    # A build that is refused leaves nothing that the next one would have to agree with.
+    folder.begin(record, -(-count // PART_QUESTIONS))
     shard = Shard(*settings.shard)
-    make_parts(questions, count, cutting, shard=shard, workers=settings.num_workers)
+    with _stoppable(settings.output):
+        make_parts(questions, count, cutting, shard=shard, workers=settings.num_workers)
     if shard.count == 1:
         return summary(settings.output, folder.join())
     if missing := len(folder.missing_parts()):
@@ -244,5 +301,14 @@ def _cut_options(given: dict[str, object]) -> CutOptions:
         raise ConfigError(f"the cut of subgraphs: {error}.") from error
 
 
-def _linker(settings: BuildSettings, graph: Graph) -> EntityLinker:
-    return EntityLinker.of_graph(graph, settings.aliases)
+def _linker(settings: BuildSettings, graph: Graph, source: Source) -> EntityLinker | None:
+    """Finds topics in the questions that name none, None if all of them do."""
+    texts = [item.question.text for item in source if not item.question.topics]
+    if not texts:
+        return None
+    linker = EntityLinker.of_graph(graph, alias_file=settings.aliases)
+    if words := linker.learn_stop_words(texts, _WORD_SHARE):
+        names = ", ".join(map(repr, words[:_SHOWN]))
+        more = f" and {len(words) - _SHOWN} more" if len(words) > _SHOWN else ""
+        logger.info("entities taken for words, since many questions name them: %s%s", names, more)
+    return linker

@@ -41,6 +41,8 @@ class CutOptions:
     def __post_init__(self) -> None:
         if self.method not in ("pagerank", "hops"):
             raise ValueError(f"method is {self.method!r}, but has to be 'pagerank' or 'hops'")
+        if not 0 < self.restart < 1:
+            raise ValueError(f"restart is {self.restart}, but has to be above 0 and below 1")
         for name in ("max_facts", "hops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be at least 1")

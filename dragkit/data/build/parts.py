@@ -73,6 +73,10 @@ def _replace(path: Path, data: Sequence[bytes]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _differ(held: Mapping[str, object], settings: Mapping[str, object], key: str) -> bool:
+    return held.get(key) != json.loads(json.dumps(settings.get(key)))
+
+
 class BuildFolder:
     """A build's output. Any process may write any part, on any machine that shares the folder.
 
@@ -101,37 +105,51 @@ class BuildFolder:
                 "again."
             ) from error
 
-    def begin(self, settings: Mapping[str, object]) -> None:
-        """Creates the folder, or takes up the build that it holds.
+    def create(self, settings: Mapping[str, object]) -> None:
+        """Creates the folder, or finds out whether its build may be continued.
 
         Args:
-            settings: inputs and options, as JSON. They must be those of the build it holds.
+            settings: inputs and options, as JSON. They must be those of the build it holds, unless
+                that has made nothing yet.
 
         Raises:
             CreateError: the folder cannot be created, or holds something else.
         """
         remedy = "Name another folder with --output."
-        if record := self.record():
-            settings = json.loads(json.dumps(settings))
-            held = record.get("settings", {})
-            if held != settings:
-                keys = [k for k in settings if held.get(k) != settings[k]]  # type: ignore[attr-defined]
-                raise CreateError(
-                    f"{self.path}: holds a build with another value of {', '.join(keys)}. {remedy}"
-                )
-            return
+        record = self.record()
+        held = record.get("settings")
+        if held is not None and held != json.loads(json.dumps(settings)) and self._has_made(record):
+            assert isinstance(held, dict)
+            keys = sorted(k for k in held.keys() | settings.keys() if _differ(held, settings, k))
+            raise CreateError(
+                f"{self.path}: holds a build with another value of {', '.join(keys)}. {remedy}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if names := sorted(entry.name for entry in self.path.iterdir()):
+            names = sorted(p.name for p in self.path.iterdir() if p != self._parts)
+            if names and not record:
                 raise CreateError(
                     f"{self.path}: is not empty and holds no build ({', '.join(names[:3])}). "
                     + remedy
                 )
             self._parts.mkdir(exist_ok=True)
-            self._write_record({"settings": settings})
         except OSError as error:
             reason = error.strerror or error
             raise CreateError(f"{self.path}: cannot be created: {reason}. {remedy}") from error
+
+    def _has_made(self, record: Mapping[str, object]) -> bool:
+        return "counts" in record or any(self._parts.glob("*.json"))
+
+    def begin(self, settings: Mapping[str, object], num_parts: int) -> None:
+        """Records what the parts are made of, and their number. `create` comes first.
+
+        Raises:
+            WriteError: the folder cannot be written.
+        """
+        record = {"settings": json.loads(json.dumps(settings)), "num_parts": num_parts}
+        if self.record() != record:
+            with _writing(self.path):
+                self._write_record(record)
 
     def _write_record(self, record: Mapping[str, object]) -> None:
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
@@ -174,30 +192,20 @@ class BuildFolder:
         record = json.loads(self._file(number, "json").read_bytes())
         return Part(Counter(record["counts"]), Counter(record["splits"]), record["missing_topics"])
 
-    def set_num_parts(self, count: int) -> None:
-        """Records the number of parts, which is known once the questions have been read.
-
-        Raises:
-            WriteError: the folder cannot be written.
-        """
-        if (record := self.record()).get("num_parts") != count:
-            with _writing(self.path):
-                self._write_record(record | {"num_parts": count})
-
     def missing_parts(self) -> list[int]:
         """Returns the numbers of the parts that are not there.
 
         Raises:
-            MissingInputError: the folder holds no build, or its questions were never read to the
-                end.
+            MissingInputError: the folder holds no build.
         """
-        record = self.record()
-        if "num_parts" not in record:
-            what = "no shard of its build has ended" if record else "holds no build"
+        return [number for number in range(self._num_parts()) if not self.has_part(number)]
+
+    def _num_parts(self) -> int:
+        if not (record := self.record()):
             raise MissingInputError(
-                f"{self.path}: {what}. Run `python -m dragkit.data build --output {self.path}`."
+                f"{self.path}: holds no build. Name the --output of `python -m dragkit.data build`."
             )
-        return [n for n in range(int(str(record["num_parts"]))) if not self.has_part(n)]
+        return int(str(record["num_parts"]))
 
     def join(self) -> Part:
         """Makes the files of questions from all parts, and removes the parts.
@@ -214,15 +222,15 @@ class BuildFolder:
             return Part(Counter(record["counts"]), Counter(record["splits"]))  # type: ignore[call-overload]
         if missing := self.missing_parts():
             raise MissingInputError(
-                f"{self.path}: {len(missing)} of {record['num_parts']} parts are missing, the "
+                f"{self.path}: {len(missing)} of {self._num_parts()} parts are missing, the "
                 f"first is {missing[0]}. Run the shards that have not ended, then merge again."
             )
         total = Part()
-        for number in range(int(str(record["num_parts"]))):
+        for number in range(self._num_parts()):
             total += self._read_part(number)
         with _writing(self.path):
             for split in total.splits:
-                self._join_split(split, int(str(record["num_parts"])))
+                self._join_split(split, self._num_parts())
             if total.missing_topics:
                 text = "".join(f"{line}\n" for line in total.missing_topics)
                 _replace(self.path / _TOPICS, [text.encode("utf-8", "surrogateescape")])

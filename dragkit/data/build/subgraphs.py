@@ -74,6 +74,7 @@ class SubgraphBuilder:
         if missing := [name for name, row in zip(topics, rows, strict=True) if row is None]:
             names = ", ".join(map(repr, missing[:_SHOWN]))
             more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+            part.counts["missing_topic"] += 1
             part.missing_topics.append(f"{source.place}: topics not in the graph: {names}{more}")
         return [row for row in rows if row is not None]
 

@@ -33,8 +33,8 @@ def _write(folder: BuildFolder, number: int) -> None:
 
 def _begun(path: Path, count: int = 7) -> BuildFolder:
     folder = BuildFolder(path)
-    folder.begin(SETTINGS)
-    folder.set_num_parts(count)
+    folder.create(SETTINGS)
+    folder.begin(SETTINGS, count)
     return folder
 
 
@@ -104,26 +104,30 @@ def test_a_part_without_its_record_is_not_there(
 
 
 def test_another_build_is_refused(tmp_path: Path) -> None:
-    _begun(tmp_path / "a")
+    folder = _begun(tmp_path / "a")
+    # Nothing is made yet, so nothing is lost.
+    BuildFolder(tmp_path / "a").create({**SETTINGS, "max_facts": 11})
+    _write(folder, 0)
+    BuildFolder(tmp_path / "a").create(SETTINGS)
     with pytest.raises(CreateError, match="another value of max_facts"):
-        BuildFolder(tmp_path / "a").begin({**SETTINGS, "max_facts": 11})
+        BuildFolder(tmp_path / "a").create({**SETTINGS, "max_facts": 11})
     with pytest.raises(CreateError, match="another value of seed"):
-        BuildFolder(tmp_path / "a").begin({**SETTINGS, "seed": 0})
+        BuildFolder(tmp_path / "a").create({**SETTINGS, "seed": 0})
+    with pytest.raises(CreateError, match="another value of splits"):
+        BuildFolder(tmp_path / "a").create({"max_facts": 10})
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
     with pytest.raises(CreateError, match=r"holds no build \(thesis.tex\)"):
-        BuildFolder(tmp_path / "b").begin(SETTINGS)
+        BuildFolder(tmp_path / "b").create(SETTINGS)
     (tmp_path / "c").touch()
     with pytest.raises(CreateError, match="cannot be created"):
-        BuildFolder(tmp_path / "c").begin(SETTINGS)
+        BuildFolder(tmp_path / "c").create(SETTINGS)
 
 
 def test_a_folder_without_a_build_cannot_be_joined(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="holds no build"):
         BuildFolder(tmp_path / "a").join()
-    BuildFolder(tmp_path / "a").begin(SETTINGS)
-    with pytest.raises(MissingInputError, match="no shard of its build has ended"):
-        BuildFolder(tmp_path / "a").join()
+    _begun(tmp_path / "a")
     (tmp_path / "a" / "build.json").write_text("{")
     with pytest.raises(DataError, match=r"build\.json: cannot be read"):
         BuildFolder(tmp_path / "a").join()
