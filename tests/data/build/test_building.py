@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import networkx
@@ -251,14 +253,12 @@ def test_a_process_that_dies_ends_the_build(
     settings = _source(tmp_path, count=2000)
     flags = ["--graph", str(tmp_path / "kg.tsv"), "--questions", settings.questions]
     flags += ["--output", str(settings.output), "--workers", "2"]
-    submit = building.ProcessPoolExecutor.submit
+    wait = building.wait
 
-    def kill(pool: building.ProcessPoolExecutor, *args: object) -> object:
-        future = submit(pool, *args)
-        for process in list(pool._processes.values()):
-            os.kill(process.pid, signal.SIGKILL)
-        return future
+    def kill_one(pending: set[Future[int]], **options: object) -> object:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return wait(pending, **options)
 
-    monkeypatch.setattr(building.ProcessPoolExecutor, "submit", kill)
+    monkeypatch.setattr(building, "wait", kill_one)
     assert main(["build", *flags]) == 74
     assert "Fewer --workers need less memory" in capsys.readouterr().err
