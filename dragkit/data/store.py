@@ -37,6 +37,7 @@ BUILDER_VERSION = 2
 # so a new BUILDER_VERSION for the same values would prevent runs from being resumed.
 CACHE_FOLDER = "packed-5"
 
+
 @dataclass(frozen=True, slots=True)
 class StoredQuestion:
     """A question in names. Its facts are in the order of the packed arrays.

@@ -195,7 +195,9 @@ def _build(path: Path, cache: Path, slow: bool, results: object) -> None:
     results.put(len(PackedStore.build_or_open(path, cache_dir=cache)))  # type: ignore[attr-defined]
 
 
-def test_a_killed_builder_leaves_only_a_temporary_folder(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_leaves_no_cache_and_the_next_one_removes_its_rest(
+    tiny_file: Path, tmp_path: Path
+) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     builder = context.Process(target=_build, args=(tiny_file, tmp_path, True, results))
@@ -203,10 +205,11 @@ def test_a_killed_builder_leaves_only_a_temporary_folder(tiny_file: Path, tmp_pa
     assert results.get(timeout=60) == "written"
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    (left,) = (tmp_path / store.CACHE_FOLDER).iterdir()
-    assert left.name.startswith(".")
+    left = list((tmp_path / store.CACHE_FOLDER).iterdir())
+    assert left and all(path.name.startswith(".") for path in left)
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
     assert len(packed) == 8
+    assert list((tmp_path / store.CACHE_FOLDER).iterdir()) == [packed.folder]
 
 
 def test_concurrent_builders_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
