@@ -45,6 +45,12 @@ def question_file(name: str, cache_dir: Path) -> BenchFile:
     return BenchFile(Path(demo_files(cache_dir).train), "demo.train")
 
 
+def graph_file(name: str) -> Path | None:
+    """The published graph `name`, None if it is not found."""
+    path = Path(os.environ.get("DRAGKIT_DATA", _DATA)) / "kb" / f"{name}.tsv.gz"
+    return path if path.is_file() else None
+
+
 def raw_questions(path: Path) -> list[dict]:
     """The lines of a heuristics file as dictionaries, for contenders that work on strings."""
     opener = gzip.open if path.suffix == ".gz" else open

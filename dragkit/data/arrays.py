@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +27,8 @@ _META = "meta.json"
 # Hashing on open reads every byte. In a larger folder only the file sizes are compared.
 _MAX_VERIFIED_BYTES = 256_000_000
 _ATTEMPTS = 3
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_SETTLED_S = 2.0
 
 
 class CorruptCache(Exception):
@@ -82,11 +86,11 @@ class StringsWriter:
         self._bytes = ArrayWriter(folder / f"{name}.bytes.npy", np.uint8)
         self._ptr = OffsetsWriter(folder / f"{name}.ptr.npy")
 
-    def append(self, strings: Iterable[str]) -> None:
+    def append(self, strings: Sequence[str]) -> None:
         """Appends strings."""
-        encoded = [string.encode("utf-8") for string in strings]
-        self._bytes.append(np.frombuffer(b"".join(encoded), dtype=np.uint8))
-        self._ptr.extend([len(item) for item in encoded])
+        # Encoding them one by one would take several times longer.
+        self._bytes.append(np.frombuffer("".join(strings).encode("utf-8"), dtype=np.uint8))
+        self._ptr.extend([len(s) if s.isascii() else len(s.encode("utf-8")) for s in strings])
 
     def append_folder(self, folder: Path, name: str) -> None:
         """Appends the strings `name` of a folder."""
@@ -165,6 +169,38 @@ def file_digest(path: Path) -> str:
     """Returns the 128-bit blake2b of a file. Checkpoints record keys that contain it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def remembered_digest(path: Path, folder: Path) -> str:
+    """Returns `file_digest`. That of a large file is kept, because hashing takes seconds per GB.
+
+    It is computed again if the file's name, size, time or inode change.
+
+    Args:
+        path: the file.
+        folder: keeps the digests.
+
+    Raises:
+        WriteError: the folder cannot be written.
+    """
+    status = path.stat()
+    if status.st_size <= _MAX_VERIFIED_BYTES:
+        return file_digest(path)
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino)
+    note = folder / cache_key(*key)
+    if note.is_file() and _DIGEST.fullmatch(digest := note.read_text()):
+        return digest
+    digest = file_digest(path)
+    # A file that was just written may change once more within the resolution of its time.
+    if time.time() - status.st_mtime > _SETTLED_S:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                file.write(digest)
+            Path(file.name).replace(note)
+        except OSError as error:
+            raise _unusable(folder, error) from error
+    return digest
 
 
 def _sha256(path: Path) -> str:

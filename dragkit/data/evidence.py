@@ -49,11 +49,13 @@ def fact_relevance(
     bits, judged = np.zeros(len(facts[0]), dtype=np.uint8), 0
     if question.evidence:
         judged |= EVIDENCE
-        wanted = {
-            (node_of.get(h), relation_of.get(r), node_of.get(t)) for h, r, t in question.evidence
-        }
-        rows = zip(*(column.tolist() for column in facts), strict=True)
-        bits[[fact in wanted for fact in rows]] |= EVIDENCE
+        wanted = [
+            (node_of[h], relation_of[r], node_of[t])
+            for h, r, t in question.evidence
+            if h in node_of and r in relation_of and t in node_of
+        ]
+        for head, relation, tail in wanted:
+            bits[(facts[0] == head) & (facts[1] == relation) & (facts[2] == tail)] |= EVIDENCE
     if question.relation_paths:
         judged |= RELATION_PATH
         start, end = np.zeros((2, len(node_of)), dtype=bool)

@@ -35,6 +35,8 @@ from dragkit.data.relations import RelationVocab
 
 # Bytes of text in a part: about a second of work, so that a kill loses little.
 _PART_BYTES = 32_000_000
+# A process takes seconds to start. A file of fewer parts is packed sooner without one.
+_MIN_PARTS = 4
 # Each process needs about 250 MB. More of them would wait for the one that reads the file.
 _MAX_PROCESSES = 6
 # A bar appears after this time.
@@ -118,11 +120,11 @@ class _Parts:
         )
 
     def pack(self, processes: int) -> None:
-        """Packs in this process where one is allowed, or one is enough."""
+        """Packs in this process where one is allowed, or where there is little to do."""
         with self._bar:
             blocks = self._unfinished()
-            first = list(islice(blocks, 2))
-            if processes == 1 or len(first) < 2:
+            first = list(islice(blocks, _MIN_PARTS))
+            if processes == 1 or len(first) < _MIN_PARTS:
                 for block in chain(first, blocks):
                     self._pack_block(block, partial(pack_part, self.job))
             else:
@@ -156,8 +158,10 @@ class _Parts:
 
         def pack(block: Block) -> None:
             process = idle.get()
-            self._pack_block(block, process.pack)
-            idle.put(process)
+            try:
+                self._pack_block(block, process.pack)
+            finally:
+                idle.put(process)
 
         running: deque[Future[None]] = deque()
         threads = ThreadPoolExecutor(count)
@@ -208,8 +212,8 @@ def pack_file(
         label_rule: see `fact_labels`.
         max_bad_fraction: fraction of unusable rows that may be left out.
         merge: see `merge_nodes`.
-        processes: number of processes. None takes one for each core, and a file of one part needs
-            no further one.
+        processes: number of processes. None takes one for each core. A small file is packed in this
+            process.
 
     Raises:
         DataError, MissingInputError: see `read_questions`.

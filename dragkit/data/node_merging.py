@@ -57,27 +57,25 @@ def _mix(word: np.ndarray) -> np.ndarray:
 
 def _number_by_first(key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Numbers the distinct keys by first occurrence: the number of each key, the first of each."""
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return rank[group], first[order]
+    if not len(key):
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    order = np.argsort(key)
+    is_new = np.append(True, key[order[1:]] != key[order[:-1]])
+    # Any order of equal keys will do, because the first is the least. It is several times faster.
+    first = np.minimum.reduceat(order, np.flatnonzero(is_new))
+    is_first = np.zeros(len(key), dtype=bool)
+    is_first[first] = True
+    number = (np.cumsum(is_first) - 1)[first]
+    numbers = np.empty(len(key), dtype=np.int64)
+    numbers[order] = number[np.cumsum(is_new) - 1]
+    return numbers, np.flatnonzero(is_first)
 
 
-class _IncidentSum:
-    """Sums over the facts at every node."""
-
-    def __init__(self, node: np.ndarray, num_nodes: int) -> None:
-        self.order = np.argsort(node, kind="stable")
-        self.ptr = np.zeros(num_nodes + 1, dtype=np.int64)
-        np.cumsum(np.bincount(node, minlength=num_nodes), out=self.ptr[1:])
-
-    def __call__(self, word: np.ndarray) -> np.ndarray:
-        """Sums uint64 [E] into uint64 [N]."""
-        # 64-bit sums wrap, so the difference of two prefix sums is exact in any order.
-        prefix = np.zeros(len(word) + 1, dtype=np.uint64)
-        np.cumsum(word[self.order], out=prefix[1:])
-        return prefix[self.ptr[1:]] - prefix[self.ptr[:-1]]
+def _sum_at(node: np.ndarray, word: np.ndarray, num_nodes: int) -> np.ndarray:
+    """Sums the words of the facts at every node, uint64 [N]. 64-bit sums wrap, in any order."""
+    total = np.zeros(num_nodes, dtype=np.uint64)
+    np.add.at(total, node, word)
+    return total
 
 
 def _refine_colours(
@@ -85,15 +83,14 @@ def _refine_colours(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the colour of every node, and bool [N] whether its graph's colours are stable."""
     num_nodes, num_graphs = len(graph), int(graph.max(initial=-1)) + 1
-    sum_by_tail, sum_by_head = _IncidentSum(tail, num_nodes), _IncidentSum(head, num_nodes)
     salt = relation.astype(np.uint64) * np.uint64(2) + _RELATION_OFFSET
     forward, inverse = _mix(salt), _mix(salt + np.uint64(1))
     colour, first = _number_by_first(2 * graph.astype(np.int64) + topic)
     num_colours = np.bincount(graph[first], minlength=num_graphs)
     for _ in range(_MAX_ROUNDS):
         word = _mix(colour.astype(np.uint64) + np.uint64(1))
-        neighbours = sum_by_tail(_mix(word[head] ^ forward))
-        neighbours = neighbours + sum_by_head(_mix(word[tail] ^ inverse))
+        neighbours = _sum_at(tail, _mix(word[head] ^ forward), num_nodes)
+        neighbours += _sum_at(head, _mix(word[tail] ^ inverse), num_nodes)
         # The node's own colour is part of the key, so a round can only split colours.
         colour, first = _number_by_first(_mix(word + _mix(neighbours)))
         previous, num_colours = num_colours, np.bincount(graph[first], minlength=num_graphs)
@@ -107,10 +104,11 @@ def _merge_facts(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the merged fact of every fact, and the first fact of each merged fact."""
     num_merged = int(merged_node.max(initial=-1)) + 1
+    num_relations = int(relation.max(initial=-1)) + 1
     ends = merged_node[head] * num_merged + merged_node[tail]
-    # Renumbering keeps the product with the relation within 64 bits.
-    ends = np.unique(ends, return_inverse=True)[1]
-    return _number_by_first(ends * (int(relation.max(initial=-1)) + 1) + relation)
+    if num_merged * num_merged * num_relations >= 2**63:
+        ends = np.unique(ends, return_inverse=True)[1]
+    return _number_by_first(ends * num_relations + relation)
 
 
 def merge_nodes(

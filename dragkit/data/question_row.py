@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
 
 Triple = tuple[str, str, str]
 
@@ -78,10 +79,15 @@ def _raw_fields(line: bytes) -> dict[str, msgspec.Raw]:
     # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
     # escaped quote in a key. `_unique_keys` tells the two apart.
     values = _RAW_DECODER.decode(line)
-    quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
+    quotes = _num_quotes(line) - sum(map(_num_quotes, values.values()))
     if quotes != 2 * len(values):
         json.loads(line, object_pairs_hook=_unique_keys)
     return values
+
+
+def _num_quotes(data: bytes | msgspec.Raw) -> int:
+    # `bytes.count` takes ten times longer where hits are frequent.
+    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == ord('"')))
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:

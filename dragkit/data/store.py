@@ -13,10 +13,10 @@ from dragkit.data.arrays import (
     CorruptCache,
     Strings,
     cache_key,
-    file_digest,
     open_or_build,
     open_sealed,
     read_array,
+    remembered_digest,
 )
 from dragkit.data.cache import cache_root
 from dragkit.data.evidence import EVIDENCE, RELATION_PATH
@@ -144,8 +144,9 @@ class PackedStore:
         open_source(path).close()
         before = path.stat()
         options = (label_rule, float(max_bad_fraction), merge)
-        key = cache_key(BUILDER_VERSION, file_digest(path), *options)
-        folder = cache_root(cache_dir) / CACHE_FOLDER / key
+        cache = cache_root(cache_dir)
+        key = cache_key(BUILDER_VERSION, remembered_digest(path, cache / "digests"), *options)
+        folder = cache / CACHE_FOLDER / key
 
         def fill(target: Path) -> None:
             logger.info("packing %s", path)
@@ -222,6 +223,11 @@ class PackedStore:
         """int64 [Q] number of facts of each question."""
         return np.diff(self.fact_ptr)
 
+    def question_id(self, row: int) -> str:
+        """Returns the id of one question."""
+        given = self._ids[row]
+        return given or default_id(self.path, int(self.lines[row]), self._given_ids)
+
     def num_facts(self, row: int) -> int:
         """Returns the number of facts of one question."""
         return int(self.fact_counts[row])
@@ -261,13 +267,12 @@ class PackedStore:
         facts = (head.tolist(), relation.tolist(), tail.tolist())
         names = self.relation_names
         topics = tuple(self._topics.slice(*self.topic_ptr[row : row + 2].tolist()))
-        line = int(self.lines[row])
         return StoredQuestion(
-            id=self._ids[row] or default_id(self.path, line, self._given_ids),
+            id=self.question_id(row),
             text=self._texts[row],
             topics=topics,
             answers=self.answers(row),
-            line=line,
+            line=int(self.lines[row]),
             entities=tuple(entities),
             triples=tuple(
                 (entities[h], names[r], entities[t]) for h, r, t in zip(*facts, strict=True)

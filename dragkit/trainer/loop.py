@@ -278,7 +278,7 @@ class Trainer:
             self.state.step,
             float(norm),
             dict(zip(self.parameter_names, self.parameters, strict=True)),
-            [store.question(row).id for batch in batches for row in batch.rows],
+            [store.question_id(row) for batch in batches for row in batch.rows],
             outputs,
             self.ranks,
         )

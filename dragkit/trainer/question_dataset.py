@@ -178,7 +178,7 @@ class QuestionDataset:
         longest = int(fixed.max())
         over = [int(row) for row in (fixed >= free).nonzero()[0]]
         if over:
-            ids = ", ".join(self.store.question(row).id for row in over[:3])
+            ids = ", ".join(self.store.question_id(row) for row in over[:3])
             raise DataError(
                 f"{self.path}: {len(over)} questions and their answers alone exceed "
                 f"generator.max_prompt_tokens = {limit} (the longest: {longest} tokens): {ids}. "
@@ -195,7 +195,7 @@ class QuestionDataset:
                 self.path,
                 num_facts,
                 len(rows),
-                self.store.question(int(rows[0])).id,
+                self.store.question_id(int(rows[0])),
                 limit,
             )
 

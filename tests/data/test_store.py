@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
-from dragkit.data import file_packing, packing, store
+from dragkit.data import arrays, file_packing, packing, store
 from dragkit.data.arrays import open_sealed, seal_folder
 from dragkit.data.packing import question_key
 from dragkit.data.question_file import read_questions
@@ -195,7 +196,9 @@ def _build(path: Path, cache: Path, slow: bool, results: object) -> None:
     results.put(len(PackedStore.build_or_open(path, cache_dir=cache)))  # type: ignore[attr-defined]
 
 
-def test_a_killed_builder_leaves_only_a_temporary_folder(tiny_file: Path, tmp_path: Path) -> None:
+def test_a_killed_builder_leaves_no_cache_and_the_next_one_removes_its_rest(
+    tiny_file: Path, tmp_path: Path
+) -> None:
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     builder = context.Process(target=_build, args=(tiny_file, tmp_path, True, results))
@@ -203,10 +206,11 @@ def test_a_killed_builder_leaves_only_a_temporary_folder(tiny_file: Path, tmp_pa
     assert results.get(timeout=60) == "written"
     os.kill(builder.pid, signal.SIGKILL)
     builder.join()
-    (left,) = (tmp_path / store.CACHE_FOLDER).iterdir()
-    assert left.name.startswith(".")
+    left = list((tmp_path / store.CACHE_FOLDER).iterdir())
+    assert left and all(path.name.startswith(".") for path in left)
     packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
     assert len(packed) == 8
+    assert list((tmp_path / store.CACHE_FOLDER).iterdir()) == [packed.folder]
 
 
 def test_concurrent_builders_all_succeed(tiny_file: Path, tmp_path: Path) -> None:
@@ -287,3 +291,49 @@ def test_made_up_ids_meet_no_given_one_whatever_the_file_is_called(
     again = write_rows([*rows, row | {"id": "train-3"}])
     with pytest.raises(DataError, match=r"6: \$.id: the same id as on line 3"):
         PackedStore.build_or_open(again, cache_dir=tmp_path)
+
+
+def test_the_digest_of_a_large_file_is_kept_until_the_file_changes(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = tmp_path / "large.jsonl", tmp_path / "cache"
+    path.write_bytes(tiny_file.read_bytes())
+    small = PackedStore.build_or_open(path, cache_dir=cache)
+    assert not (cache / "digests").exists()
+    monkeypatch.setattr(arrays, "_MAX_VERIFIED_BYTES", 10)
+    hashed = []
+    file_digest = arrays.file_digest
+    monkeypatch.setattr(arrays, "file_digest", lambda p: hashed.append(p) or file_digest(p))
+
+    def fingerprint() -> str:
+        return PackedStore.build_or_open(path, cache_dir=cache).fingerprint
+
+    # A file that was just written is hashed each time.
+    assert [fingerprint() for _ in range(2)] == [small.fingerprint] * 2
+    assert len(hashed) == 2
+    os.utime(path, (1, 1))
+    assert [fingerprint() for _ in range(3)] == [small.fingerprint] * 3
+    assert len(hashed) == 3
+    (note,) = (cache / "digests").iterdir()
+    note.write_text("damaged")
+    assert fingerprint() == small.fingerprint
+    assert len(hashed) == 4
+    path.write_text(tiny_file.read_text(encoding="utf-8").replace("Dunmarsh", "Dunmarch"))
+    os.utime(path, (2, 2))
+    assert fingerprint() != small.fingerprint
+    assert len(hashed) == 5
+
+
+def test_what_killed_builders_left_is_removed_after_a_day(tiny_file: Path, tmp_path: Path) -> None:
+    root = tmp_path / store.CACHE_FOLDER
+    for name in (".old.building", ".alive.building", ".new.building", ".older.h1pqrs"):
+        (root / name).mkdir(parents=True)
+        (root / name / "half").write_text("")
+    (root / ".old.lock").touch()
+    for path in root.iterdir():
+        if path.name != ".new.building":
+            os.utime(path, (1, 1))
+    with FileLock(root / ".alive.lock"):
+        packed = PackedStore.build_or_open(tiny_file, cache_dir=tmp_path)
+    left = {path.name for path in root.iterdir()} - {".alive.lock"}
+    assert left == {packed.folder.name, ".alive.building", ".new.building"}

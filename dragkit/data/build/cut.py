@@ -25,9 +25,9 @@ class CutOptions:
         max_facts: budget of a question, at least 1. Each topic that has a fact keeps its best one,
             so that more topics than this have more facts.
         hops: at least 1. A fact is within k hops if one of its ends is within k - 1.
-        restart: probability that the walk of PageRank returns to the topics.
+        restart: probability that the walk of PageRank returns to the topics, above 0 and below 1.
         tolerance: error of a rank as a fraction of the lowest rank within the budget, above 0
-            and at most 1. By default 99 % of the facts on average are those of the exact ranks.
+            and below 1. By default 99 % of the facts on average are those of the exact ranks.
         excluded_relations: rows of relations whose facts are neither taken nor walked along.
     """
 
@@ -46,8 +46,10 @@ class CutOptions:
         for name in ("max_facts", "hops"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but has to be at least 1")
-        if not 0 < self.tolerance <= 1:
-            raise ValueError(f"tolerance is {self.tolerance}, but has to be above 0, at most 1")
+        for name in ("restart", "tolerance"):
+            if not 0 < getattr(self, name) < 1:
+                value = getattr(self, name)
+                raise ValueError(f"{name} is {value}, but has to be above 0 and below 1")
 
 
 def cut_subgraphs(
@@ -131,7 +133,7 @@ class Cutter:
             ends = self._distance[np.stack([self.walk.head[facts], self.walk.tail[facts]])]
             # The facts with an end that is nearer than this level were found before.
             found.append(facts[((ends == 0) | (ends == hop)).all(0)])
-            if sum(map(len, found)) >= self.options.max_facts:
+            if not len(facts) or sum(map(len, found)) >= self.options.max_facts:
                 break
             reached = self.walk.steps(level)[0]
             level = np.unique(reached[self._distance[reached] == 0]).astype(np.int64)

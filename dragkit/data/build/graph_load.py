@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dragkit.data.build.database import quoted_path
 from dragkit.data.build.graph_faults import GraphFaults
 from dragkit.data.build.graph_files import MAX_LINE_BYTES, PARTS, GraphFile, lines_of
 from dragkit.data.build.graph_rows import read_facts
-from dragkit.data.build.zstandard import BrokenZstd, check_whole, quoted_path
+from dragkit.data.build.zstandard import BrokenZstd, check_whole
 from dragkit.data.lines import BROKEN_GZIP, open_source
 from dragkit.data.question_row import Triple
 
@@ -35,11 +36,12 @@ _LINES = (
 
 
 def create_table(connection: DuckDBPyConnection) -> None:
-    """Creates the table `raw` of facts as names, in which no faulty one can be put."""
+    """Creates the table `raw` of facts as names, in no order, which refuses faulty ones."""
     columns = ", ".join(
         f"{part} VARCHAR NOT NULL CHECK ({part} <> '' AND NOT contains({part}, chr(0)))"
         for part in PARTS
     )
+    connection.execute("SET preserve_insertion_order = false")
     connection.execute(f"CREATE TABLE raw ({columns})")
 
 

@@ -11,9 +11,8 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,12 +26,13 @@ from dragkit.data.arrays import (
     read_array,
     seal_folder,
 )
+from dragkit.data.build.database import open_database
 from dragkit.data.build.graph import Graph
 from dragkit.data.build.graph_faults import GraphFaults
 from dragkit.data.build.graph_files import GraphFile, inspect_file
 from dragkit.data.build.graph_load import create_table, load_file
 from dragkit.data.cache import cache_root
-from dragkit.errors import ConfigError, DataError
+from dragkit.errors import DataError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -46,21 +46,29 @@ _WORK = "work"
 _CHUNK = 1 << 20
 # More threads need more memory than the default limit.
 _MAX_THREADS = 8
-# Facts and entities are numbered by int32.
-_MAX_ROWS = 2**31 - 1
-# Ranks of names, and facts as ranks. A table created in an order is read in it by `rowid`.
-_NUMBERED = """
-CREATE TABLE relation AS SELECT DISTINCT relation AS name FROM raw ORDER BY name;
-CREATE TABLE entity AS
-    SELECT name FROM (SELECT head AS name FROM raw UNION SELECT tail FROM raw) ORDER BY name;
-CREATE TABLE fact AS
-    SELECT DISTINCT h.rowid::INTEGER AS head, r.rowid::INTEGER AS relation, t.rowid::INTEGER AS tail
-    FROM raw JOIN entity h ON raw.head = h.name JOIN relation r ON raw.relation = r.name
-    JOIN entity t ON raw.tail = t.name
-    ORDER BY ALL;
-DROP TABLE raw;
-CREATE TABLE by_tail AS SELECT tail, rowid::INTEGER AS fact FROM fact ORDER BY ALL;
-"""
+# A line has at most two new entities, and entities are numbered by int32.
+_MAX_LINES = 2**30
+# From names to ranks of names. `rowid` is the row of a table that was created in an order. Each
+# statement holds one thing that can grow beyond memory, because two of them would not give way to
+# each other.
+_NUMBERING = (
+    "CREATE TABLE name AS SELECT head AS name FROM raw UNION SELECT tail FROM raw",
+    "CREATE TABLE entity AS SELECT name FROM name ORDER BY name",
+    "DROP TABLE name",
+    "CREATE TABLE relation AS SELECT DISTINCT relation AS name FROM raw ORDER BY name",
+    "CREATE TABLE half AS"
+    " SELECT entity.rowid::INTEGER AS head, relation.rowid::INTEGER AS relation, raw.tail FROM raw"
+    " JOIN entity ON raw.head = entity.name JOIN relation ON raw.relation = relation.name",
+    "DROP TABLE raw",
+    "CREATE TABLE line AS SELECT head, relation, entity.rowid::INTEGER AS tail"
+    " FROM half JOIN entity ON tail = name",
+    "DROP TABLE half",
+    "CREATE TABLE distinct_line AS SELECT DISTINCT head, relation, tail FROM line",
+    "DROP TABLE line",
+    "CREATE TABLE fact AS SELECT * FROM distinct_line ORDER BY head, relation, tail",
+    "DROP TABLE distinct_line",
+    "CREATE TABLE by_tail AS SELECT tail, rowid::INTEGER AS fact FROM fact ORDER BY tail, fact",
+)
 
 
 def open_graph(
@@ -124,60 +132,32 @@ def map_graph(folder: Path) -> Graph:
 
 
 def _build(
-    folder: Path, files: Sequence[GraphFile], faults: GraphFaults, options: dict[str, object]
+    folder: Path, files: Sequence[GraphFile], faults: GraphFaults, options: dict[str, Any]
 ) -> None:
     work = folder / _WORK
     work.mkdir()
-    with _database(work, options) as connection:
+    with open_database(work, **options) as connection:
         create_table(connection)
-        # Loading keeps no order, which saves memory. The tables that follow have one.
-        connection.execute("SET preserve_insertion_order = false")
         for file in files:
             load_file(connection, file, work, faults)
         faults.check()
         lines = _count(connection, "raw")
+        paths = ", ".join(str(file.path) for file in files)
         if not lines:
-            paths = ", ".join(str(file.path) for file in files)
             raise DataError(f"{paths}: no facts. Each line needs a head, a relation and a tail.")
+        if lines > _MAX_LINES:
+            raise DataError(f"{paths}: {lines} facts. A graph holds at most {_MAX_LINES}.")
         logger.info("%d facts are read; sorting them", lines)
-        connection.execute("SET preserve_insertion_order = true")
-        connection.execute(_NUMBERED)
+        for statement in _NUMBERING:
+            # Keeping the order where there is none takes memory.
+            is_ordered = "true" if " ORDER BY " in statement else "false"
+            connection.execute(f"SET preserve_insertion_order = {is_ordered}")
+            connection.execute(statement)
         counts = {name: _count(connection, name) for name in ("entity", "relation", "fact")}
-        if max(counts.values()) > _MAX_ROWS:
-            raise DataError(f"{files[0].path}: {counts} are more than {_MAX_ROWS} rows.")
         _write(connection, folder, counts)
     shutil.rmtree(work)
     logger.info("%(fact)d distinct facts, %(entity)d entities, %(relation)d relations", counts)
     seal_folder(folder, {"lines": lines, **counts})
-
-
-@contextmanager
-def _database(work: Path, options: dict[str, object]) -> Iterator[DuckDBPyConnection]:
-    """A database in a folder, with DuckDB's errors as the package's own."""
-    import duckdb
-
-    settings = {
-        **options,
-        "temp_directory": str(work / "spill"),
-        # No extension is needed, and none is to be fetched.
-        "autoinstall_known_extensions": False,
-        "autoload_known_extensions": False,
-    }
-    try:
-        connection = duckdb.connect(str(work / "graph.duckdb"), config=settings)
-    except duckdb.ParserException as error:
-        limit = options["memory_limit"]
-        raise ConfigError(f"memory limit {limit!r}: no size. Write it like 1GB.") from error
-    try:
-        with connection:
-            yield connection
-    except duckdb.OutOfMemoryException as error:
-        raise ConfigError(
-            f"memory limit {options['memory_limit']}: too little to sort this graph: "
-            f"{str(error).splitlines()[0]}. Raise the limit, or use fewer threads."
-        ) from error
-    except duckdb.IOException as error:
-        raise OSError(str(error).splitlines()[0]) from error
 
 
 def _count(connection: DuckDBPyConnection, table: str) -> int:

@@ -14,7 +14,6 @@ from dragkit.data.build.records import (
     Container,
     Rows,
     container_of,
-    first_columns,
     hub_splits,
     starts,
 )
@@ -137,7 +136,7 @@ def _file(path: Path, layout: str | None, reading: Reading) -> tuple[str, str, P
     elif layout == "webqsp":
         read = partial(webqsp_questions, path, reading)
     elif layout is not None and container is not None:
-        word, table = split_of_name(path.name), container.is_table
+        word, table = split_of_name(path.name), bool(container.separator)
         read = partial(_records, container.rows, path, layout, reading, word, is_table=table)
         return layout, container.name, Part(path, read)
     else:
@@ -159,10 +158,10 @@ def _recognised(path: Path, container: Container | None, reading: Reading) -> st
     for name, is_line in (("pathquestion", is_pathquestion), ("metaqa", is_metaqa)):
         if not reading.columns and any(map(is_line, cells)):
             return name
-    columns = set(first_columns(container)) if container is not None else set()
+    columns = set(container.columns()) if container is not None else set()
     if "subgraph" in columns and "question" in columns:
         return "nsm"
-    if not any(name in columns for name in reading.names()["question"]):
+    if "question" not in columns and (container is None or not reading.columns):
         return None
     if columns & set(USUAL_NAMES["triples"]):
         return "rog" if "graph" in columns else "heuristics"

@@ -88,9 +88,8 @@ def table_rows(path: Path, delimiter: str, *, has_header: bool) -> Rows:
 
     Commas separate cells that may be quoted. Tabs separate cells that may not.
     """
-    cells = _csv_cells(path) if delimiter == "," else text_cells(path, delimiter)
     names: list[str] | None = None
-    for item in cells:
+    for item in _cells(path, delimiter):
         if isinstance(item, SourceProblem):
             yield item
             continue
@@ -108,6 +107,10 @@ def table_rows(path: Path, delimiter: str, *, has_header: bool) -> Rows:
             yield SourceProblem(path, number, "$", reason)
         else:
             yield Record(number, dict(zip(names, row, strict=True)))
+
+
+def _cells(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]] | SourceProblem]:
+    return _csv_cells(path) if delimiter == "," else text_cells(path, delimiter)
 
 
 def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]] | SourceProblem]:
@@ -240,12 +243,19 @@ class Container(NamedTuple):
     Attributes:
         name: in words.
         rows: yields its records.
-        is_table: cells are texts, and a list is one text with separators.
+        separator: stands between the columns of a table, empty in other files.
+        header: columns that a table's first line names.
     """
 
     name: str
     rows: Callable[[], Rows]
-    is_table: bool = False
+    separator: str = ""
+    header: tuple[str, ...] = ()
+
+    def columns(self) -> tuple[str, ...]:
+        """Returns the header, or the columns of the first record that can be read."""
+        records = (item for item in self.rows() if isinstance(item, Record))
+        return self.header or tuple(next((record.fields for record in records), ()))
 
 
 def container_of(path: Path, *, has_header: bool = True) -> Container | None:
@@ -259,17 +269,13 @@ def container_of(path: Path, *, has_header: bool = True) -> Container | None:
         return Container("JSON lines", lambda: json_rows(path))
     first = next((line for line in start.splitlines() if line.strip()), b"")
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    for name, suffix, delimiter in (("TSV", ".tsv", "\t"), ("CSV", ".csv", ",")):
-        if suffix in suffixes or (delimiter.encode() in first and ".csv" not in suffixes):
-            return Container(
-                name, lambda d=delimiter: table_rows(path, d, has_header=has_header), True
-            )
-    return None
-
-
-def first_columns(container: Container) -> tuple[str, ...]:
-    """Returns the columns of the first record that can be read, in order."""
-    for item in container.rows():
-        if isinstance(item, Record):
-            return tuple(item.fields)
-    return ()
+    if ".tsv" in suffixes or (b"\t" in first and ".csv" not in suffixes):
+        name, separator = "TSV", "\t"
+    elif ".csv" in suffixes or b"," in first:
+        name, separator = "CSV", ","
+    else:
+        return None
+    rows = partial(table_rows, path, separator, has_header=has_header)
+    lines = (item for item in _cells(path, separator) if not isinstance(item, SourceProblem))
+    header = next((cells for _, cells in lines), []) if has_header else []
+    return Container(name, rows, separator, tuple(header))

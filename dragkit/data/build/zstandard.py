@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dragkit.data.build.database import connect, quoted_path
+
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _ROWS = 10_000
@@ -69,12 +71,6 @@ def _number(file: BinaryIO, count: int) -> int:
     return int.from_bytes(data, "little")
 
 
-def quoted_path(path: Path) -> str:
-    """The path as an SQL text that DuckDB takes for one file, not for a pattern."""
-    pattern = re.sub(r"[][*?]", lambda found: f"[{found[0]}]", str(path.absolute()))
-    return "'" + pattern.replace("'", "''") + "'"
-
-
 def zstd_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes | None]]:
     """Yields numbered lines as `numbered_lines` does. A carriage return alone also ends a line.
 
@@ -91,7 +87,7 @@ def zstd_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes | None]]:
         f"columns = {{'line': 'VARCHAR'}}, max_line_size = {limit})"
     )
     number = 0
-    with duckdb.connect(config={"threads": 1}) as connection:
+    with connect(threads=1) as connection:
         try:
             rows = connection.execute(query)
             while batch := rows.fetchmany(_ROWS):

@@ -121,6 +121,21 @@ def test_without_a_fact_at_a_topic_the_graph_is_empty(method: CutMethod) -> None
     assert empty.dtype == also_empty.dtype == np.int32
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_graph_without_facts_has_empty_subgraphs(method: CutMethod) -> None:
+    (cut,) = cut_subgraphs(Graph.from_triples([]), [[]], CutOptions(method))
+    assert len(cut) == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_budget_beyond_the_component_takes_all_of_it(method: CutMethod) -> None:
+    # A third of the rank is left after each step, so that the far end has nearly none.
+    facts = [(f"a{i:02}", "r", f"a{i + 1:02}") for i in range(25)]
+    graph = Graph.from_triples([*facts, *((f"b{i}", "r", f"b{i % 7}") for i in range(99))])
+    (cut,) = cut_subgraphs(graph, [[0]], CutOptions(method, max_facts=10**6, hops=10**9))
+    assert cut.tolist() == list(range(25))
+
+
 def random_questions() -> tuple[Graph, list[list[int]]]:
     """A graph of 3,000 facts with hubs, and 40 questions of one to three topics."""
     generator = np.random.default_rng(2)
@@ -153,6 +168,7 @@ def test_batches_orders_and_processes_change_nothing(method: CutMethod) -> None:
         ({"max_facts": 0}, "max_facts is 0, but has to be at least 1"),
         ({"max_facts": -5}, "max_facts is -5"),
         ({"hops": 0}, "hops is 0"),
+        ({"restart": 1.0}, "restart is 1.0, but has to be above 0 and below 1"),
         ({"tolerance": 0.0}, "tolerance is 0.0, but has to be above 0"),
         ({"tolerance": float("nan")}, "tolerance is nan"),
     ],
@@ -186,3 +202,16 @@ def test_the_default_tolerance_finds_the_best_facts_of_real_graphs(
         shares.append(np.mean([np.isin(a, b).mean() for a, b in pairs]))
     # Measured: 0.99 and more.
     assert min(shares) > 0.98
+
+
+def test_a_mapped_graph_gives_the_same(tmp_path: Path) -> None:
+    graph, topics = random_questions()
+    arrays = ("head", "relation", "tail", "head_ptr", "tail_order", "tail_ptr")
+    for name in arrays:
+        np.save(tmp_path / f"{name}.npy", getattr(graph, name))
+    mapped = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in arrays}
+    options = CutOptions(max_facts=50, excluded_relations=(0,))
+    ours = cut_subgraphs(Graph(graph.entities, graph.relations, **mapped), topics, options)
+    for cut, expected in zip(ours, cut_subgraphs(graph, topics, options), strict=True):
+        np.testing.assert_array_equal(cut, expected)
+        assert type(cut) is np.ndarray

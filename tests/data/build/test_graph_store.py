@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dragkit.data.build import graph_store
+from dragkit.data.build.database import connect
 from dragkit.data.build.graph import Graph
 from dragkit.data.build.graph_store import open_graph
 from dragkit.data.build.zstandard import ZSTD_MAGIC
@@ -65,6 +66,13 @@ def test_chunks_threads_and_little_memory_change_nothing(
     monkeypatch.setattr(graph_store, "_CHUNK", 1000)
     graph = open_graph([path], cache_dir=tmp_path / "b", threads=3, memory_limit="60MB")
     assert_same_graph(graph, expected)
+
+
+def test_duckdb_prints_and_fetches_nothing() -> None:
+    names = ("enable_progress_bar", "autoinstall_known_extensions", "autoload_known_extensions")
+    with connect() as connection:
+        for name in names:
+            assert connection.execute(f"SELECT current_setting('{name}')").fetchall() == [(False,)]
 
 
 def test_too_little_memory_is_said(path: Path, tmp_path: Path) -> None:

@@ -7,16 +7,21 @@ from collections import Counter
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
+from dragkit.data.build import walk as walk_module
 from dragkit.data.build.graph import Graph
 from dragkit.data.build.walk import Walk
 from tests.data.build.graphs import cases, facts_of, step_counts
 
 
-@given(cases())
-def test_steps_degrees_and_facts_equal_a_loop_over_the_triples(case: tuple) -> None:
+@given(cases(), st.integers(1, 30))
+def test_steps_degrees_and_facts_equal_a_loop_over_the_triples(case: tuple, chunk: int) -> None:
     graph, topics, excluded = case
-    walk, nodes = Walk(graph, excluded), np.array(sorted(set(topics)), dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(walk_module, "_CHUNK", chunk)
+        walk = Walk(graph, excluded)
+    nodes = np.array(sorted(set(topics)), dtype=np.int64)
     counts = step_counts(graph, excluded)
     assert walk.degree(nodes).tolist() == counts[nodes].sum(1).tolist()
     assert walk.matrix.toarray().tolist() == counts.tolist()
