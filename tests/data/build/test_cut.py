@@ -106,14 +106,15 @@ def test_rounding_does_not_order_equal_facts(
     fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pagerank, "_SWEEP_FRACTION", fraction)
-    facts = [("t", "r", inner) for inner in "xyz"] + [("t", "r", "x1"), ("y", "r", "y1")]
-    # Each of these hears from x, y and z, but sums up in an order of its own.
-    for i, outer in enumerate("ABCDEFGH"):
-        ends = [(outer, inner) if i >> k & 1 else (inner, outer) for k, inner in enumerate("xyz")]
-        facts += [(head, "r", tail) for head, tail in ends]
+    facts = [("t", "r", inner) for inner in "vwxyz"]
+    facts += [(inner, "r", f"{inner}{i}") for n, inner in enumerate("vwxyz") for i in range(n)]
+    # Each of these hears from the five, but sums up in an order of its own.
+    for i in range(32):
+        ends = [(f"A{i:02}", inner) for inner in "vwxyz"]
+        facts += [(h, "r", t) if i >> k & 1 else (t, "r", h) for k, (h, t) in enumerate(ends)]
     graph = Graph.from_triples(facts)
     topic = graph.entities.index("t")
-    for budget in range(1, graph.num_facts):
+    for budget in range(1, graph.num_facts, 6):
         options = CutOptions(max_facts=budget, tolerance=1e-9)
         (cut,) = cut_subgraphs(graph, [[topic]], options)
         assert cut.tolist() == dense_choice(graph, [topic], budget)
