@@ -104,7 +104,7 @@ def test_faults_in_all_parts_are_listed_as_one_pass_lists_them(
     with pytest.raises(DataError) as one_pass:
         read_questions(path)
     assert str(one_pass.value).count("the same id as on line 2\n") == 4
-    part_bytes(900)
+    part_bytes(2500)
     for processes in (1, 2):
         with pytest.raises(DataError) as found:
             _pack(path, tmp_path / "cache" / "packed", processes=processes)
@@ -124,7 +124,7 @@ def test_the_accepted_fraction_counts_the_rows_of_all_parts(
     expected = _pack(path, tmp_path / "one" / "packed", bad=0.2)
     summary = json.loads(expected["meta"])["summary"]
     assert (summary["rows"], summary["rejects"], summary["questions"]) == (58, 7, 51)
-    part_bytes(900)
+    part_bytes(2500)
     assert _pack(path, tmp_path / "many" / "packed", bad=0.2) == expected
     with pytest.raises(DataError):
         _pack(path, tmp_path / "many" / "other", bad=0.1)
@@ -152,7 +152,7 @@ def test_gzip_data_that_breaks_off_is_named_after_the_faults_before_it(
     path = write_rows([*rows[:20], b"{", *rows[20:]], "cut.jsonl")
     zipped = tmp_path / "cut.jsonl.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes())[:-20])
-    part_bytes(900)
+    part_bytes(2500)
     with pytest.raises(DataError) as found:
         _pack(zipped, tmp_path / "cache" / "packed")
     first, second, _ = str(found.value).splitlines()
@@ -162,7 +162,7 @@ def test_gzip_data_that_breaks_off_is_named_after_the_faults_before_it(
 
 def _pack_slowly(path: Path, target: Path, processes: int, pids: object) -> None:
     """Packs, and waits for ever once some parts are finished."""
-    file_packing._PART_BYTES = 900
+    file_packing._PART_BYTES = 2500
     add, start = file_packing._Parts._add, PartProcess.__init__
 
     def add_and_wait(self: object, block: object, meta: dict) -> None:
@@ -214,7 +214,7 @@ def test_after_a_kill_the_finished_parts_are_used(
     while not all(map(_has_ended, workers)):
         assert time.monotonic() < deadline, "a process outlives the one that started it"
         time.sleep(0.05)
-    part_bytes(900)
+    part_bytes(2500)
     packed = []
     pack_part = file_packing.pack_part
 
@@ -239,7 +239,7 @@ def test_after_ctrl_c_the_finished_parts_are_used_even_if_one_is_damaged(
     path, target = write_rows(rows), tmp_path / "cache" / "packed"
     part_bytes(_ONE_PART)
     expected = _pack(path, tmp_path / "one" / "packed")
-    part_bytes(900)
+    part_bytes(2500)
     packed = []
     pack_part = file_packing.pack_part
 
@@ -267,7 +267,7 @@ def test_a_full_disk(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    part_bytes(900)
+    part_bytes(2500)
     pack_part = file_packing.pack_part
 
     def full(job: object, block: object, *args: object, **options: object) -> dict:
@@ -283,7 +283,7 @@ def test_a_full_disk(
 
 
 def _pack_with_little_room(path: Path, target: Path, results: object) -> None:
-    file_packing._PART_BYTES = 900
+    file_packing._PART_BYTES = 2500
     resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
     try:
         _pack(path, target, processes=2)
@@ -313,7 +313,7 @@ def test_a_process_that_is_killed_is_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    part_bytes(900)
+    part_bytes(2500)
     start = subprocess.Popen
 
     def start_and_kill(*args: object, **options: object) -> subprocess.Popen:
