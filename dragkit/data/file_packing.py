@@ -154,10 +154,8 @@ class _Parts:
         self._add(block, pack(block, ids, rows, check_only=check_only))
 
     def _pack_in_processes(self, blocks: Iterator[Block], count: int) -> None:
-        processes = [PartProcess(self.job) for _ in range(count)]
+        processes: list[PartProcess] = []
         idle: SimpleQueue[PartProcess] = SimpleQueue()
-        for process in processes:
-            idle.put(process)
 
         def pack(block: Block) -> None:
             process = idle.get()
@@ -169,6 +167,9 @@ class _Parts:
         running: deque[Future[None]] = deque()
         threads = ThreadPoolExecutor(count)
         try:
+            for _ in range(count):
+                processes.append(PartProcess(self.job))
+                idle.put(processes[-1])
             for block in blocks:
                 # One more block than processes, so that none of them waits for the file.
                 if len(running) > count:
@@ -224,9 +225,6 @@ def pack_file(
     """
     parts_folder = folder.with_name(f"{PARTS_FOLDER}-{_PART_BYTES}")
     parts_folder.mkdir(exist_ok=True)
-    # What a builder that was killed had not finished.
-    for unfinished in parts_folder.glob(".*"):
-        shutil.rmtree(unfinished)
     if processes is None:
         processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
     job = PackingJob(str(path), str(parts_folder), label_rule, merge, strict=max_bad_fraction == 0)
