@@ -178,10 +178,7 @@ def remembered_digest(path: Path, folder: Path) -> str:
 
     Args:
         path: the file.
-        folder: keeps the digests.
-
-    Raises:
-        WriteError: the folder cannot be written.
+        folder: keeps the digests, if it can be written.
     """
     status = path.stat()
     if status.st_size <= _MAX_VERIFIED_BYTES:
@@ -199,7 +196,7 @@ def remembered_digest(path: Path, folder: Path) -> str:
                 file.write(digest)
             Path(file.name).replace(note)
         except OSError as error:
-            raise _unusable(folder, error) from error
+            logger.debug("%s: the digest of %s is not kept: %s", folder, path, error)
     return digest
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -80,8 +81,8 @@ def _remove_abandoned(folder: Path) -> None:
                 logger.info("removing %s, which a killed builder left", path)
                 shutil.rmtree(path, ignore_errors=True)
                 Path(lock.lock_file).unlink(missing_ok=True)
-        except (FileNotFoundError, Timeout) as error:
-            logger.debug("%s: another process has removed it or builds it: %s", path, error)
+        except OSError as error:
+            logger.debug("%s: it is gone, another user's or not abandoned: %s", path, error)
 
 
 def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -98,35 +99,41 @@ def commit_folder(target: Path, write: Callable[[Path], None]) -> None:
     Raises:
         WriteError: the folder cannot be written.
     """
-    building = target.with_name(f".{target.name}{_BUILDING}")
-    content = building / "content"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(target.parent)
         with _sole_builder(target):
-            if target.is_dir():
-                return
-            if content.exists():
-                shutil.rmtree(content)
-            content.mkdir(parents=True)
-            try:
-                write(content)
-                for file in content.iterdir():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-                content.rename(target)
-                shutil.rmtree(building)
-            except Exception:
-                shutil.rmtree(building, ignore_errors=True)
-                raise
-            except BaseException:
-                # Ctrl-C. Another call continues from what is finished.
-                shutil.rmtree(content, ignore_errors=True)
-                with suppress(OSError):
-                    building.rmdir()
-                raise
+            if not target.is_dir():
+                _build(target, write)
     except OSError as error:
+        # Where a file system has no locks between machines, another one may have been faster.
+        if target.is_dir():
+            logger.info("%s: another process has built it: %s", target, error)
+            return
         raise WriteError(
             f"{target}: cannot write the cache: {error.strerror or error}. Free some "
             "space, or name another folder with DRAGKIT_CACHE or --set data.cache_dir=FOLDER."
         ) from error
+
+
+def _build(target: Path, write: Callable[[Path], None]) -> None:
+    building = target.with_name(f".{target.name}{_BUILDING}")
+    building.mkdir(exist_ok=True)
+    content = Path(tempfile.mkdtemp(prefix="content.", dir=building))
+    try:
+        write(content)
+        for file in content.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        content.rename(target)
+        shutil.rmtree(building)
+    except Exception:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    except BaseException:
+        # Ctrl-C. Another call continues from what is finished.
+        shutil.rmtree(content, ignore_errors=True)
+        with suppress(OSError):
+            building.rmdir()
+        raise

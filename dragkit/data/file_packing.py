@@ -33,11 +33,11 @@ from dragkit.data.parts import (
 from dragkit.data.question_file import MAX_LINE_BYTES, QuestionReader
 from dragkit.data.relations import RelationVocab
 
-# Bytes of text in a part: about a second of work, so that a kill loses little.
-_PART_BYTES = 32_000_000
+# Bytes of text in a part: half a second of work, so that a kill loses little.
+_PART_BYTES = 16_000_000
 # A process takes seconds to start. A file of fewer parts is packed sooner without one.
-_MIN_PARTS = 4
-# Each process needs about 250 MB. More of them would wait for the one that reads the file.
+_MIN_PARTS = 8
+# Each process needs about 250 MB, and more of them would wait for the one that reads the file.
 _MAX_PROCESSES = 6
 # A bar appears after this time.
 _SILENT_S = 2.0
@@ -123,12 +123,15 @@ class _Parts:
         """Packs in this process where one is allowed, or where there is little to do."""
         with self._bar:
             blocks = self._unfinished()
-            first = list(islice(blocks, _MIN_PARTS))
-            if processes == 1 or len(first) < _MIN_PARTS:
-                for block in chain(first, blocks):
+            first = deque(islice(blocks, _MIN_PARTS))
+            is_small = len(first) < _MIN_PARTS
+            # A block is let go as soon as it is packed.
+            blocks = chain((first.popleft() for _ in range(len(first))), blocks)
+            if processes == 1 or is_small:
+                for block in blocks:
                     self._pack_block(block, partial(pack_part, self.job))
             else:
-                self._pack_in_processes(chain(first, blocks), processes)
+                self._pack_in_processes(blocks, processes)
 
     def _unfinished(self) -> Iterator[Block]:
         for block in self.blocks:
@@ -151,10 +154,8 @@ class _Parts:
         self._add(block, pack(block, ids, rows, check_only=check_only))
 
     def _pack_in_processes(self, blocks: Iterator[Block], count: int) -> None:
-        processes = [PartProcess(self.job) for _ in range(count)]
+        processes: list[PartProcess] = []
         idle: SimpleQueue[PartProcess] = SimpleQueue()
-        for process in processes:
-            idle.put(process)
 
         def pack(block: Block) -> None:
             process = idle.get()
@@ -166,6 +167,9 @@ class _Parts:
         running: deque[Future[None]] = deque()
         threads = ThreadPoolExecutor(count)
         try:
+            for _ in range(count):
+                processes.append(PartProcess(self.job))
+                idle.put(processes[-1])
             for block in blocks:
                 # One more block than processes, so that none of them waits for the file.
                 if len(running) > count:
@@ -219,11 +223,8 @@ def pack_file(
         DataError, MissingInputError: see `read_questions`.
         OSError: a part cannot be written.
     """
-    parts_folder = folder.with_name(PARTS_FOLDER)
+    parts_folder = folder.with_name(f"{PARTS_FOLDER}-{_PART_BYTES}")
     parts_folder.mkdir(exist_ok=True)
-    # What a builder that was killed had not finished.
-    for unfinished in parts_folder.glob(".*"):
-        shutil.rmtree(unfinished)
     if processes is None:
         processes = min(_MAX_PROCESSES, len(os.sched_getaffinity(0)))
     job = PackingJob(str(path), str(parts_folder), label_rule, merge, strict=max_bad_fraction == 0)

@@ -119,7 +119,13 @@ def pack_part(
             "label_gaps": {"counts": packer.gaps.counts, "examples": packer.gaps.examples},
         }
         seal_folder(temporary, meta)
-        temporary.rename(part_folder(job, block.number))
+        finished = part_folder(job, block.number)
+        try:
+            temporary.rename(finished)
+        except OSError:
+            # Another builder may have finished the same part.
+            if not finished.is_dir():
+                raise
         return meta
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 # Between the letters of a word and what is around them. Names and questions have none.
 EDGE = "\0"
+
+_ASCII_WORD = re.compile("[0-9a-z]+")
 
 
 def fold(text: str) -> str:
@@ -64,11 +67,20 @@ def _in_word(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character)[0] == "M"
 
 
-def mark_edges(folded: str) -> tuple[str, list[int]]:
-    """Returns a folded text with `EDGE` at both ends of each word, and each character's place.
+def mark_edges(folded: str) -> str:
+    """Returns a folded text with `EDGE` at both ends of each word.
 
-    One marked text is found in another only where whole words agree. The list has one more entry,
-    the length of the folded text.
+    One marked text is found in another only where whole words agree.
+    """
+    if folded.isascii():
+        return _ASCII_WORD.sub(f"{EDGE}\\g<0>{EDGE}", folded)
+    return mark_edges_with_places(folded)[0]
+
+
+def mark_edges_with_places(folded: str) -> tuple[str, list[int]]:
+    """Returns `mark_edges(folded)`, and for each of its characters the place that it is at.
+
+    The list has one more entry, the length of the folded text.
     """
     marked: list[str] = []
     places: list[int] = []

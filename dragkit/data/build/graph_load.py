@@ -27,11 +27,13 @@ _BATCH = 100_000
 _COPY_BYTES = 1 << 20
 # DuckDB is to give whole lines, because its own columns lose some: it takes a row with one empty
 # column too many, and cuts spaces beside quotes. NUL is no part of a name, so a line is one column.
-# A NUL makes a second one, even at the end of the line.
+# A NUL makes a second one, even at the end of the line. By default a buffer holds 16 of the longest
+# lines, and there are several, which the memory limit does not allow.
 _LINES = (
     "header = false, auto_detect = false, delim = '\0', quote = '', escape = '', comment = '', "
     "columns = {'line': 'VARCHAR', 'rest': 'VARCHAR'}, null_padding = true, nullstr = '\1', "
-    f"new_line = '\\n', max_line_size = {MAX_LINE_BYTES}"
+    f"new_line = '\\n', max_line_size = {MAX_LINE_BYTES}, "
+    f"buffer_size = {MAX_LINE_BYTES}"
 )
 
 

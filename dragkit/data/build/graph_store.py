@@ -107,7 +107,7 @@ def open_graph(
     # them, so that it must not open the cache of the others.
     parts = sorted(zip(digests, [repr(file.options) for file in files], strict=True))
     folder = cache_root(cache_dir) / CACHE_FOLDER / cache_key(BUILDER_VERSION, faults.count, parts)
-    threads = threads or min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+    threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
 
     def fill(target: Path) -> None:
         _build(target, files, faults, {"memory_limit": memory_limit, "threads": threads})

@@ -152,16 +152,18 @@ def _recognised(path: Path, container: Container | None, reading: Reading) -> st
     start = starts(path)
     if is_webqsp(start):
         return "webqsp"
-    # The first line may be damaged, so one of the first decides.
-    lines = start.decode("utf-8", "replace").splitlines()[:100]
-    cells = [line.split("\t") for line in lines if line.strip()]
-    for name, is_line in (("pathquestion", is_pathquestion), ("metaqa", is_metaqa)):
-        if not reading.columns and any(map(is_line, cells)):
-            return name
     columns = set(container.columns()) if container is not None else set()
+    if "question" not in columns and not reading.columns:
+        # The first line may be damaged, so one of the first decides.
+        lines = start.decode("utf-8", "replace").splitlines()[:100]
+        cells = [line.split("\t") for line in lines if line.strip()]
+        for name, is_line in (("pathquestion", is_pathquestion), ("metaqa", is_metaqa)):
+            if any(map(is_line, cells)):
+                return name
+        return None
     if "subgraph" in columns and "question" in columns:
         return "nsm"
-    if "question" not in columns and (container is None or not reading.columns):
+    if container is None:
         return None
     if columns & set(USUAL_NAMES["triples"]):
         return "rog" if "graph" in columns else "heuristics"

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from ahocorasick_rs import AhoCorasick, Implementation, MatchKind
 
-from dragkit.data.build.folding import EDGE, fold, fold_with_places, mark_edges, width
+from dragkit.data.build.folding import (
+    EDGE,
+    fold,
+    fold_with_places,
+    mark_edges,
+    mark_edges_with_places,
+    width,
+)
 from dragkit.data.build.graph import Graph, Names, find_name
 from dragkit.data.build.records import text_cells
 from dragkit.data.build.source_question import SourceProblem
@@ -38,10 +45,10 @@ class EntityLinker:
     """Finds names of entities in texts: whole words, in any letter case and Unicode form.
 
     At each place the longest name counts, and what follows it is searched further, so mentions do
-    not overlap. Where several entities have one folded name, that with the most facts is taken,
-    then the first row. Names are taken before aliases. Where a mention has the capitals of its
-    name, lower-case mentions of capitalised names in the same text are left out: in "which movie
-    did Ada Reed direct" they are words, not entities.
+    not overlap. Where several entities have one folded name, that spelled as in the text is taken,
+    then that with the most facts, then the first row. Names are taken before aliases. Where a
+    mention has the capitals of its name, lower-case mentions of capitalised names in the same text
+    are left out: in "which movie did Ada Reed direct" they are words, not entities.
 
     Args:
         names: names of the entities by row.
@@ -68,10 +75,12 @@ class EntityLinker:
         self._names = names
         self.max_mentions = max_mentions
         self.stop_words = tuple(sorted(set(stop_words)))
-        patterns = _patterns(enumerate(_each(names)), degree, min_length)
-        for pattern, row in _patterns(((r, a) for a, r in aliases), degree, min_length).items():
+        patterns, twins = _patterns(enumerate(_each(names)), degree, min_length)
+        others, _ = _patterns(((row, alias) for alias, row in aliases), degree, min_length)
+        for pattern, row in others.items():
             patterns.setdefault(pattern, row)
         self._rows = np.fromiter(patterns.values(), dtype=np.int32, count=len(patterns))
+        self._twins = {patterns[pattern]: tuple(rows) for pattern, rows in twins.items()}
         # A DFA would take several times the memory and finds little faster.
         self._automaton = AhoCorasick(
             patterns,
@@ -117,14 +126,19 @@ class EntityLinker:
 
     def _mentions(self, text: str) -> Iterator[Mention]:
         folded, text_places = fold_with_places(text)
-        marked, folded_places = mark_edges(folded.replace(EDGE, " "))
+        marked, folded_places = mark_edges_with_places(folded.replace(EDGE, " "))
         for index, start, end in self._automaton.find_matches_as_indexes(marked):
             row = int(self._rows[index])
             # The place after the last character, past the others that it was folded with.
             final = folded_places[end - 1 - (marked[end - 1] == EDGE)]
             last = text_places[final]
             stop = next(place for place in text_places[final:] if place > last)
-            yield Mention(text_places[folded_places[start]], stop, row, self._names[row])
+            begin = text_places[folded_places[start]]
+            spelled = (
+                twin for twin in self._twins.get(row, ()) if self._names[twin] == text[begin:stop]
+            )
+            row = next(spelled, row)
+            yield Mention(begin, stop, row, self._names[row])
 
     def learn_stop_words(self, texts: Iterable[str], share: float = 0.01) -> tuple[str, ...]:
         """Adds the names that stand in so many texts that they are words, not topics: "Film".
@@ -154,18 +168,24 @@ def _each(names: Names) -> Iterator[str]:
 
 def _patterns(
     named: Iterable[tuple[int, str]], degree: np.ndarray, min_length: int
-) -> dict[str, int]:
-    """Returns the row of each folded name, with its edges marked."""
+) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Returns the row of each folded name with its edges marked, and all rows where it has several.
+
+    The row is that of the highest degree, then the first.
+    """
     found: dict[str, int] = {}
+    twins: dict[str, list[int]] = {}
     for row, name in named:
         folded = fold(name)
         if width(folded) < min_length or not any(map(str.isalnum, folded)):
             continue
-        pattern = mark_edges(folded)[0]
+        pattern = mark_edges(folded)
         known = found.setdefault(pattern, row)
-        if (-degree[row], row) < (-degree[known], known):
-            found[pattern] = row
-    return found
+        if known != row:
+            twins.setdefault(pattern, [known]).append(row)
+    for pattern, rows in twins.items():
+        found[pattern] = min(rows, key=lambda row: (-degree[row], row))
+    return found, twins
 
 
 def _has_capital(text: str) -> bool:

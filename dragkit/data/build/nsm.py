@@ -71,31 +71,50 @@ class _Vocabulary:
         return line.decode("utf-8").rstrip("\r")
 
 
+class _Names:
+    """Names of entities and relations that a line gives by number or by id.
+
+    Attributes:
+        by_id: names of entities, empty where these are called by their ids.
+    """
+
+    def __init__(self, folder: Path, *, entity_ids: bool) -> None:
+        self.by_id = {} if entity_ids else _entity_names(folder)
+        self._folder = folder
+        self._vocabulary: dict[str, _Vocabulary] = {}
+
+    def entity(self, value: int | str, where: str) -> str:
+        """Returns the name of an entity, its id where it has none."""
+        name = self._listed(value, "entities", where)
+        return self.by_id.get(name, name)
+
+    def relation(self, value: int | str, where: str) -> str:
+        """Returns the name of a relation."""
+        return self._listed(value, "relations", where)
+
+    def _listed(self, value: int | str, kind: str, where: str) -> str:
+        if isinstance(value, str):
+            return value
+        if kind not in self._vocabulary:
+            self._vocabulary[kind] = _Vocabulary(_vocabulary_file(self._folder, kind))
+        lines = self._vocabulary[kind]
+        if not 0 <= value < len(lines):
+            raise _OutOfRange(where, f"no line {value} in {kind}.txt, which has {len(lines)}")
+        return lines[value].partition("\t")[0]
+
+
 def nsm_questions(path: Path, reading: Reading) -> Iterator[Item]:
     """Yields the questions of a `*_simple.json`, one JSON object per line.
 
     `entities` are the topics. Numbers are lines of `entities.txt` and `relations.txt` in the folder
-    of the file. Where a file of names stands there too, a named entity is called by its name.
+    of the file, from 0. Where a file of names stands there too, a named entity is called by its
+    name.
 
     Raises:
         MissingInputError: a line has numbers, and a file of these is missing.
         DataError: a file of names or numbers cannot be used.
     """
-    folder = path.parent
-    names = {} if reading.entity_ids else _entity_names(folder)
-    vocabulary: dict[str, _Vocabulary] = {}
-
-    def name_of(value: int | str, kind: str, where: str) -> str:
-        if isinstance(value, str):
-            return names.get(value, value) if kind == "entities" else value
-        if kind not in vocabulary:
-            vocabulary[kind] = _Vocabulary(_vocabulary_file(folder, kind))
-        lines = vocabulary[kind]
-        if not 0 <= value < len(lines):
-            raise _OutOfRange(where, f"no line {value} in {kind}.txt, which has {len(lines)}")
-        line = lines[value].partition("\t")[0]
-        return names.get(line, line) if kind == "entities" else line
-
+    names = _Names(path.parent, entity_ids=reading.entity_ids)
     for item in text_lines(path):
         if isinstance(item, SourceProblem):
             yield item
@@ -106,37 +125,31 @@ def nsm_questions(path: Path, reading: Reading) -> Iterator[Item]:
             yield SourceProblem(path, number, *row)
             continue
         try:
-            topics = [
-                name_of(value, "entities", f"$.entities[{i}]")
-                for i, value in enumerate(row.entities)
-            ]
-            triples: list[Triple] = []
-            for i, (head, relation, tail) in enumerate(
-                row.subgraph.tuples[: reading.limit_triples]
-            ):
-                at = f"$.subgraph.tuples[{i}]"
-                triples.append(
-                    (
-                        name_of(head, "entities", at),
-                        name_of(relation, "relations", at),
-                        name_of(tail, "entities", at),
-                    )
-                )
+            question = _question(row, names, number, path, reading.limit_triples)
         except _OutOfRange as fault:
             yield SourceProblem(path, number, *fault.args)
             continue
-        identifier = "" if row.id is None else str(row.id)
-        answers = [_answer_name(answer, names) for answer in row.answers]
-        question = Question(
-            identifier or default_id(path, number),
-            row.question,
-            tuple(dict.fromkeys(triples)),
-            tuple(dict.fromkeys(topics)),
-            (),
-            tuple(dict.fromkeys(answer for answer in answers if answer)),
-            number,
+        yield SourceQuestion(question, split_of_name(path.name), group_of_id(str(row.id or "")))
+
+
+def _question(row: _Row, names: _Names, number: int, path: Path, limit: int | None) -> Question:
+    topics = [names.entity(value, f"$.entities[{i}]") for i, value in enumerate(row.entities)]
+    triples: list[Triple] = []
+    for i, (head, relation, tail) in enumerate(row.subgraph.tuples[:limit]):
+        at = f"$.subgraph.tuples[{i}]"
+        triples.append(
+            (names.entity(head, at), names.relation(relation, at), names.entity(tail, at))
         )
-        yield SourceQuestion(question, split_of_name(path.name), group_of_id(identifier))
+    answers = [_answer_name(answer, names.by_id) for answer in row.answers]
+    return Question(
+        ("" if row.id is None else str(row.id)) or default_id(path, number),
+        row.question,
+        tuple(dict.fromkeys(triples)),
+        tuple(dict.fromkeys(topics)),
+        (),
+        tuple(dict.fromkeys(answer for answer in answers if answer)),
+        number,
+    )
 
 
 class _OutOfRange(Exception):
@@ -177,11 +190,11 @@ def _entity_names(folder: Path) -> dict[str, str]:
         with open_source(path) as stream:
             data = stream.read()
         try:
-            names = msgspec.json.decode(data, type=dict[str, str | None])
+            given = msgspec.json.decode(data, type=dict[str, str | None])
         except msgspec.DecodeError as error:
             raise DataError(f"{path}:1: $: expected an object of names: {error}") from error
-        return {key: name for key, name in names.items() if name and name != _NO_NAME}
-    names = {}
+        return {key: name for key, name in given.items() if name and name != _NO_NAME}
+    names: dict[str, str] = {}
     problems = []
     for item in text_cells(path, "\t"):
         if isinstance(item, SourceProblem):

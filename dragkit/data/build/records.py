@@ -19,7 +19,8 @@ _BOM = b"\xef\xbb\xbf"
 _ARROW_STREAM = b"\xff\xff\xff\xff"
 # A question with its graph takes some megabytes as Python objects.
 _ROWS_AT_ONCE = 16
-_PARQUET_MEMORY = "1GB"
+# The engine reads up to 2,048 rows at once: 1.8 GB where each has 2,000 facts.
+_PARQUET_MEMORY = "4GB"
 
 
 class Record(NamedTuple):
@@ -75,12 +76,14 @@ def json_rows(path: Path) -> Rows:
         if isinstance(item, SourceProblem):
             yield item
             continue
-        number, line = item
-        fields = decode_fields(line)
-        if isinstance(fields, Fault):
-            yield SourceProblem(path, number, *fields)
-        else:
-            yield Record(number, fields)
+        yield _record(path, *item)
+
+
+def _record(path: Path, number: int, line: bytes) -> Record | SourceProblem:
+    fields = decode_fields(line)
+    if isinstance(fields, Fault):
+        return SourceProblem(path, number, *fields)
+    return Record(number, fields)
 
 
 def table_rows(path: Path, delimiter: str, *, has_header: bool) -> Rows:
@@ -158,15 +161,27 @@ def parquet_rows(path: Path) -> Rows:
     number = 0
     with duckdb.connect(config={"threads": 1, "memory_limit": _PARQUET_MEMORY}) as connection:
         try:
-            result = connection.execute("SELECT * FROM read_parquet(?)", [_unglobbed(path)])
-            names = [column[0] for column in result.description or ()]
-            while rows := result.fetchmany(_ROWS_AT_ONCE):
-                for row in rows:
-                    number += 1
-                    yield Record(number, dict(zip(names, row, strict=True)))
+            # JSON text is decoded several times faster than the engine makes Python lists.
+            query = "SELECT CAST(to_json(r) AS VARCHAR) FROM read_parquet(?) r"
+            result = connection.execute(query, [_unglobbed(path)])
+            while (row := result.fetchone()) is not None:
+                number += 1
+                yield _record(path, number, row[0].encode())
         except duckdb.Error as error:
-            reason = f"the parquet data is truncated or damaged: {str(error).splitlines()[0]}"
+            reason = f"cannot be read as parquet: {str(error).splitlines()[0]}"
             yield SourceProblem(path, number + 1, "$", reason)
+
+
+def _parquet_columns(path: Path) -> tuple[str, ...]:
+    import duckdb
+
+    try:
+        with duckdb.connect() as connection:
+            query = "DESCRIBE SELECT * FROM read_parquet(?)"
+            return tuple(row[0] for row in connection.execute(query, [_unglobbed(path)]).fetchall())
+    except duckdb.Error:
+        # Reading the rows reports it.
+        return ()
 
 
 def _unglobbed(path: Path) -> str:
@@ -244,7 +259,7 @@ class Container(NamedTuple):
         name: in words.
         rows: yields its records.
         separator: stands between the columns of a table, empty in other files.
-        header: columns that a table's first line names.
+        header: columns that the file names before its first record.
     """
 
     name: str
@@ -262,11 +277,11 @@ def container_of(path: Path, *, has_header: bool = True) -> Container | None:
     """Recognises how a file holds records by its first bytes, None if it does not."""
     start = starts(path)
     if start.startswith(b"PAR1"):
-        return Container("parquet", lambda: parquet_rows(path))
+        return Container("parquet", partial(parquet_rows, path), header=_parquet_columns(path))
     if start.startswith((b"ARROW1", _ARROW_STREAM)):
-        return Container("Arrow", lambda: arrow_rows(path))
+        return Container("Arrow", partial(arrow_rows, path))
     if start.lstrip().startswith((b"{", b"[")):
-        return Container("JSON lines", lambda: json_rows(path))
+        return Container("JSON lines", partial(json_rows, path))
     first = next((line for line in start.splitlines() if line.strip()), b"")
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if ".tsv" in suffixes or (b"\t" in first and ".csv" not in suffixes):

@@ -10,7 +10,7 @@ from pathlib import Path
 from dragkit.data.build.layouts import Found, find_layout
 from dragkit.data.build.record_questions import Reading
 from dragkit.data.build.source_question import SourceProblem, SourceQuestion
-from dragkit.errors import DataError
+from dragkit.errors import ConfigError, DataError
 
 __all__ = ["Source", "SourceProblem", "SourceQuestion", "open_source_questions"]
 
@@ -103,9 +103,12 @@ def open_source_questions(
         entity_ids: name entities by their ids where the source has ids and names (NSM, WebQSP).
 
     Raises:
+        ConfigError: no such layout or field, or a negative limit.
         DataError: the layout is not recognised (lists those that are).
         MissingInputError: no such file or folder, or it is of no use.
     """
+    if limit_triples is not None and limit_triples < 0:
+        raise ConfigError(f"limit_triples: a number of triples is needed, got {limit_triples}.")
     reading = Reading(dict(columns or {}), separator, limit_triples, entity_ids)
     found = find_layout(path, layout, reading)
     logger.info("%s: %s", path, found.description)

@@ -40,7 +40,7 @@ def split_of(group: str, fractions: Mapping[str, float], seed: int = 0) -> str:
         if place < end:
             return name
     # Rounding may leave the sum below 1.
-    return next(name for name in reversed(fractions) if fractions[name] > 0)
+    return next(name for name in reversed(list(fractions)) if fractions[name] > 0)
 
 
 def group_of(question: SourceQuestion) -> str:

@@ -84,7 +84,8 @@ def zstd_lines(path: Path, limit: int) -> Iterator[tuple[int, bytes | None]]:
     query = (
         f"SELECT line FROM read_csv({quoted_path(path)}, compression = 'zstd', header = false, "
         f"auto_detect = false, delim = '{chr(0x10FFFF)}', quote = '', escape = '', comment = '', "
-        f"columns = {{'line': 'VARCHAR'}}, max_line_size = {limit})"
+        f"columns = {{'line': 'VARCHAR'}}, max_line_size = {limit}, "
+        f"buffer_size = {limit})"
     )
     number = 0
     with connect(threads=1) as connection:

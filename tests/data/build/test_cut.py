@@ -101,6 +101,47 @@ def test_of_equal_facts_the_first_rows_are_taken(
         assert cut.tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("fraction", [0.0, 9.0])
+def test_rounding_does_not_order_equal_facts(
+    fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagerank, "_SWEEP_FRACTION", fraction)
+    facts = [("t", "r", inner) for inner in "vwxyz"]
+    facts += [(inner, "r", f"{inner}{i}") for n, inner in enumerate("vwxyz") for i in range(n)]
+    # Each of these hears from the five, but sums up in an order of its own.
+    for i in range(32):
+        ends = [(f"A{i:02}", inner) for inner in "vwxyz"]
+        facts += [(h, "r", t) if i >> k & 1 else (t, "r", h) for k, (h, t) in enumerate(ends)]
+    graph = Graph.from_triples(facts)
+    topic = graph.entities.index("t")
+    for budget in range(1, graph.num_facts, 6):
+        options = CutOptions(max_facts=budget, tolerance=1e-9)
+        (cut,) = cut_subgraphs(graph, [[topic]], options)
+        assert cut.tolist() == dense_choice(graph, [topic], budget)
+
+
+def test_parallel_facts_do_not_hide_others_from_the_budget() -> None:
+    parallel = [("a", f"r{i}", "b") for i in range(10)]
+    graph = Graph.from_triples(
+        [*parallel, ("b", "s", "c"), *(("c", "s", f"d{i}") for i in "123456")]
+    )
+    for budget in range(1, 18):
+        (cut,) = cut_subgraphs(graph, [[0]], CutOptions(max_facts=budget, tolerance=1e-9))
+        assert cut.tolist() == dense_choice(graph, [0], budget)
+
+
+def test_the_ranks_of_an_earlier_question_are_gone() -> None:
+    near = [("t", "r", f"l{i}") for i in range(4)]
+    near += [(f"l{i}", "r", f"m{i}{j}") for i in range(4) for j in range(5)]
+    far = [("hub", "r", f"x{i}") for i in range(10_000)]
+    graph = Graph.from_triples([*near, ("t", "r", "hub"), *far])
+    cutter = Cutter(graph, CutOptions("hops", max_facts=10))
+    before = cutter([graph.entities.index("t")])
+    # The first question ranks a fact that the other one finds, and does not rank.
+    cutter([graph.entities.index("x9999")])
+    np.testing.assert_array_equal(cutter([graph.entities.index("t")]), before)
+
+
 def test_every_topic_keeps_a_fact_under_any_budget() -> None:
     triples = [("a", "r", f"x{i}") for i in range(3)] + [("b", "r", f"y{i}") for i in range(30)]
     graph = Graph.from_triples([*triples, ("c", "r", "c"), ("d", "s", "e")])

@@ -256,8 +256,10 @@ def test_zstandard_is_read_whole_or_refused(tmp_path: Path) -> None:
     assert graph.triples(range(2)) == [("a", "r", "b"), ("c", "r", "d")]
 
 
-def test_faults_in_zstandard(tmp_path: Path) -> None:
+def test_faults_in_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "graph.tsv.zst"
+    for module in ("graph_files", "graph_load"):
+        monkeypatch.setattr(f"dragkit.data.build.{module}.MAX_LINE_BYTES", 1000)
     message = _open_or_refuse(_raw_frame(b"a\tr\tb\n\na\tr\n\tr\tb\na\tr\tb\0\n"), path)
     assert isinstance(message, str)
     assert [line.split(": ")[:2] for line in message.splitlines()[:-1]] == [
@@ -268,6 +270,7 @@ def test_faults_in_zstandard(tmp_path: Path) -> None:
     for content, words in (
         (b"a\tr\tb\na\tr\t\xff\n", "not valid UTF-8. Decompress the file"),
         (b"a\tr\tb\na\tr\tb\r\n", "some lines end with a carriage return"),
+        (b"a\tr\tb\na\tr\t" + b"b" * 100_000, "first line cannot be read: the line is too long"),
     ):
         message = _open_or_refuse(_raw_frame(content), path)
         assert isinstance(message, str)

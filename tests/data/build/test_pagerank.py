@@ -145,6 +145,35 @@ def test_a_budget_has_an_error_relative_to_its_last_fact(
         assert set(np.flatnonzero(exact > 1e-12)) <= set(ranks.nodes[ranks.is_pushed].tolist())
 
 
+@pytest.mark.parametrize("tolerance", [0.01, 0.002])
+@pytest.mark.parametrize("budget", [3, 30, 300])
+def test_a_budget_costs_as_much_as_its_tolerance_asks_for(
+    budget: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pagerank, "_SWEEP_FRACTION", math.inf)
+    generator = np.random.default_rng(3)
+    ends = (20_000 * generator.random((60_000, 2)) ** 2).astype(int)
+    graph = Graph.from_triples((f"{h:05}", "r", f"{t:05}") for h, t in ends)
+    rank = PageRank(Walk(graph))
+    exact, found = (np.zeros(graph.num_entities) for _ in range(2))
+    precise, ranks = rank([77], 1e-14), rank.for_budget([77], budget, tolerance)
+    exact[precise.nodes], found[ranks.nodes] = precise.rank, ranks.rank
+    degree = graph.degree()
+    last = np.sort((exact / degree)[graph.head] + (exact / degree)[graph.tail])[-budget]
+    error = (np.abs(exact - found) / degree).max()
+    assert tolerance * last / 9 < error <= tolerance * last
+
+
+def test_a_small_graph_is_as_exact_as_a_large_one() -> None:
+    graph = Graph.from_triples([("a", "r", "b"), ("b", "r", "c"), ("c", "r", "d")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pagerank, "_SWEEP_FRACTION", math.inf)
+        ranks = PageRank(Walk(graph)).for_budget([0], 1, 1e-5)
+    exact = solved_pagerank(graph, [0], 0.25)
+    assert ranks.is_pushed.all()
+    np.testing.assert_allclose(ranks.rank, exact[ranks.nodes], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("restart", "tolerance", "topics", "message"),
     [

@@ -116,9 +116,33 @@ def test_damaged_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         [(_, line, _, reason)] = _faults(tmp_path / name, layout="columns")
         assert line == 1
-        assert "parquet data is truncated or damaged" in reason
+        assert "cannot be read as parquet" in reason
     [(_, _, where, _)] = _faults(table, columns={"answers": "x"})
     assert where == "$.x"
+
+
+def test_wrong_values_of_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    rows = [
+        "('q', [['a', 'r', 'b']], ['x'])",
+        "(NULL, [['a', 'r', 'b']], ['x'])",
+        "('q', [['a', 'r', 'b'], ['a', 'r']], ['x'])",
+        "('q', [['a', NULL, 'b']], ['x'])",
+        "('q', [NULL], ['x'])",
+        "('q', NULL, NULL)",
+        "('q', [['a', 'r', 'b' || chr(0)]], [NULL])",
+        "('q', [['a', 'r', 'b']], [NULL])",
+    ]
+    values = f"(VALUES {', '.join(rows)}) t(question, graph, answer)"
+    duckdb.connect().execute(f"COPY (SELECT * FROM {values}) TO '{path}' (FORMAT parquet)")
+    assert [(f[1], f[2]) for f in _faults(path)] == [
+        (2, "$.question"),
+        (3, "$.graph[1]"),
+        (4, "$.graph[0][1]"),
+        (5, "$.graph[0]"),
+        (7, "$"),
+        (8, "$.answer[0]"),
+    ]
 
 
 def test_wrong_lines_of_text_layouts(tmp_path: Path) -> None:
@@ -223,3 +247,5 @@ def test_wrong_options_are_usage_errors(tmp_path: Path) -> None:
         open_source_questions(path, columns={"answer": "x"})
     with pytest.raises(ConfigError, match="There are: rog"):
         open_source_questions(path, layout="squad")
+    with pytest.raises(ConfigError, match="limit_triples"):
+        open_source_questions(path, limit_triples=-1)

@@ -112,6 +112,30 @@ def test_parquet_of_a_folder_whose_name_is_a_pattern(tmp_path: Path) -> None:
     _check_rog(_read(plain.rename(folder / "train.parquet")), "train")
 
 
+UGLY = [
+    *("null", "NULL", "None", "", " a ", "a\tb", "a\nb\r", '"', "\\", '\\"', "\\u0000", "'", "{}"),
+    *("e\u0301", "\u00e9", "\u2028", "\u200b", "\ufeffx", "\U0001f98a", "\x01\x1b[31m", "\u202e"),
+    "n" * 1_000_000,
+]
+
+
+def test_names_are_byte_exact_in_parquet_and_json_lines(tmp_path: Path) -> None:
+    graph = [[name, "r", UGLY[i - 1]] for i, name in enumerate(UGLY)]
+    row = ROG[0] | {"graph": graph, "answer": UGLY, "question": UGLY[9], "q_entity": UGLY[:2]}
+    path = tmp_path / "a.parquet"
+    connection = duckdb.connect()
+    columns = "question VARCHAR, graph VARCHAR[][], answer VARCHAR[], q_entity VARCHAR[]"
+    connection.execute(f"CREATE TABLE t ({columns})")
+    values = [row[key] for key in ("question", "graph", "answer", "q_entity")]
+    connection.execute("INSERT INTO t VALUES (?, ?, ?, ?)", values)
+    connection.execute(f"COPY t TO '{path}' (FORMAT parquet)")
+    for source in (path, _lines(tmp_path / "a.jsonl", [row])):
+        [item] = _read(source)
+        assert item.question.triples == tuple(tuple(triple) for triple in graph)
+        assert item.question.answers == tuple(name for name in UGLY if name.strip())
+        assert (item.question.text, item.question.topics) == (UGLY[9], ("null", "NULL"))
+
+
 def test_the_earlier_cut_keeps_the_first_triples_of_the_file(tmp_path: Path) -> None:
     graph = [[f"n{i % 40}", "r", f"n{i}"] for i in range(60)]
     graph[1] = graph[0]
@@ -291,6 +315,13 @@ def test_metaqa_folder(tmp_path: Path) -> None:
 
 def _kind(name: str) -> dict[str, object]:
     return {"hops": 1, "qtype": name}
+
+
+def test_a_table_of_questions_with_brackets_is_no_metaqa(tmp_path: Path) -> None:
+    path = tmp_path / "t.tsv"
+    path.write_text("question\tanswers\nwho is [a]\tb\n")
+    assert open_source_questions(path).layout == "columns"
+    assert [item.question.text for item in _read(path)] == ["who is [a]"]
 
 
 def test_pathquestion(tmp_path: Path) -> None:
