@@ -9,7 +9,6 @@ import yaml
 
 from dragkit.errors import ConfigError, MissingInputError, similar_names
 
-
 _MAX_BYTES = 1_000_000
 # Merged keys of one mapping. A few lines of merges of merges would make billions.
 _MAX_MERGED = 1000

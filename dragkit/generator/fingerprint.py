@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from dragkit.generator.weight_files import weight_files
+
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 
@@ -19,9 +21,10 @@ def weights_fingerprint(folder: Path) -> str:
         folder: a model with safetensors files and config.json.
     """
     digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=8)
-    for path in sorted(folder.glob("*.safetensors")):
+    # An index may name files in sub-folders.
+    for path in sorted({*folder.glob("*.safetensors"), *weight_files(folder)}):
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        digest.update(f"{path.relative_to(folder)} {size}".encode())
         with path.open("rb") as file:
             for i in range(_SAMPLES):
                 file.seek(i * max(size - _SAMPLE_BYTES, 0) // (_SAMPLES - 1))

@@ -21,6 +21,8 @@ from dragkit.generator.random_weights import is_random, meta_model, random_confi
 from dragkit.generator.weight_files import (
     check_tokens,
     check_weight_files,
+    first_line,
+    integer_tensors,
     num_positions,
     read_config,
     read_tokenizer,
@@ -188,7 +190,7 @@ def _read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         MissingInputError: transformers has no causal model of the family, or the files lack
-            weights of it, or hold them in other shapes.
+            weights of it, or hold them in other shapes or as integers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -209,12 +211,19 @@ def _read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     # The code of some two hundred families may raise anything.
     except Exception as error:
         raise MissingInputError(
-            f"the generator in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+            f"the generator in {folder} cannot be loaded: {first_line(error)}"
         ) from error
     # The library fills what it does not find with random weights.
     wrong = sorted(info["missing_keys"]) + [
         f"{key} (its shape is {list(found)} instead of {list(expected)})"
         for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    # Without their scales, quantised weights are no weights. The library casts them.
+    floats = [f".{name}" for name, weight in model.named_parameters() if weight.is_floating_point()]
+    wrong += [
+        f"{key} (its numbers are of type {dtype}, not floating-point)"
+        for key, dtype in sorted(integer_tensors(folder).items())
+        if any(name.endswith(f".{key}") for name in floats)
     ]
     unused = sorted(info["unexpected_keys"])
     also = f" {len(unused)} others are in the files and not in the model: {', '.join(unused[:3])}."
