@@ -88,18 +88,6 @@ def check_weight_files(folder: Path) -> None:
             ) from error
 
 
-def integer_tensors(folder: Path) -> dict[str, str]:
-    """The tensors of a model's files that hold integers: dtype by name."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        found |= {n: d for n, d in dtypes.items() if d.startswith(("I", "U", "BOOL"))}
-    return found
-
-
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -145,7 +133,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        MissingInputError: transformers cannot read it.
+        MissingInputError: transformers cannot read it, or it lacks its vocabulary.
         ConfigError: it has no end token.
     """
     from transformers import AutoTokenizer
@@ -160,6 +148,13 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise MissingInputError(
             f"{file}: the tokenizer cannot be read: {problem}. {_again(folder)}"
         ) from error
+    # Where files are missing, the library makes tokenizers of some families without a vocabulary.
+    ids = tokenizer(["one two", "six ten"], add_special_tokens=False)["input_ids"]
+    if ids[0] == ids[1]:
+        raise MissingInputError(
+            f"{folder}: the tokenizer tells no texts apart, so its vocabulary is missing. "
+            f"{_again(folder)}"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{folder}: the tokenizer has no end token, and training needs one. Name another model "

@@ -102,6 +102,23 @@ def test_weights_of_integers_are_refused_by_name(folder: Path, dtype: torch.dtyp
         load(folder)
 
 
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    """The library makes one without any, which reads all texts as nothing."""
+    family_model("gpt2", vocab_size=2048).save_pretrained(tmp_path / "model")
+    with pytest.raises(MissingInputError, match="tells no texts apart|tokenizer cannot be read"):
+        check_generator(GeneratorConfig(), CPU, name=str(tmp_path / "model"))
+
+
+def test_a_misspelt_folder_is_named_with_those_like_it(folder: Path) -> None:
+    for name in (folder.with_name("modell"), folder / "config.json"):
+        with pytest.raises(MissingInputError) as caught:
+            check_generator(GeneratorConfig(), CPU, name=str(name))
+        expected = "Similar names in" if name.name == "modell" else "This is a file, not a folder"
+        assert expected in str(caught.value)
+    with pytest.raises(MissingInputError, match="hf download 'two words'"):
+        check_generator(GeneratorConfig(), CPU, name="two words")
+
+
 def test_weights_of_bytes_under_other_names_are_no_fault(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(file).items()}
