@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+
+from dragkit.config.unique_keys import unique_keys
 
 Triple = tuple[str, str, str]
 
@@ -80,19 +81,6 @@ def _unread_keys(line: bytes) -> tuple[str, ...]:
     if quotes != 2 * len(values):
         json.loads(line, object_pairs_hook=unique_keys)
     return tuple(key for key in values if key not in _FIELDS)
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Makes the dictionary of a JSON object, as an `object_pairs_hook` of the json module.
-
-    Raises:
-        ValueError: a key is given twice. The module would silently keep its last value.
-    """
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return row
 
 
 def _invalid(line: bytes, error: msgspec.ValidationError) -> Fault:

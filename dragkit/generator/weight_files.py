@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from dragkit.data.question_row import unique_keys
+from dragkit.config.unique_keys import unique_keys
 from dragkit.errors import ConfigError, MissingInputError
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+_MAX_JSON_BYTES = 50_000_000
 # What the configurations of transformers call the number of positions.
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 
@@ -54,8 +55,11 @@ def _read_json(file: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ValueError, RecursionError: it is no JSON, nested too deeply, or gives a key twice.
+        ValueError, RecursionError: it is no JSON, nested too deeply, or gives a key twice. Or it
+            is longer than any such file.
     """
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"it is longer than {_MAX_JSON_BYTES:,} bytes")
     return json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dragkit.config.unique_keys import unique_keys
 from dragkit.data.arrays import (
     file_digest,
     open_or_build,
@@ -27,7 +28,6 @@ from dragkit.data.arrays import (
 )
 from dragkit.data.lines import refuse_lfs_pointer
 from dragkit.data.packed import RelationStates
-from dragkit.data.question_row import unique_keys
 from dragkit.data.tensor_files import integers_as_weights
 from dragkit.errors import DragkitError, MissingInputError, similar_names
 
