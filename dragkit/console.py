@@ -51,7 +51,7 @@ def show(text: str) -> None:
 
 
 @contextmanager
-def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
+def output_file(path: Path, remedy: str, *, head: str = "") -> Iterator[TextIO]:
     """Opens a text file for a block, and replaces `path` at its end by what was written.
 
     An error in the block leaves `path` as it was. What is no regular file, such as /dev/stdout, is
@@ -60,9 +60,11 @@ def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
     Args:
         path: the file. Missing folders are made.
         remedy: what to do if it cannot be written.
+        head: how a file of this kind begins. One that exists, is not empty and begins otherwise,
+            such as an input of the command, is not replaced.
 
     Raises:
-        CreateError: on entry, the file cannot be created.
+        CreateError: on entry, the file cannot be created, or must not be replaced.
         WriteError: the file cannot be written.
     """
     # A link stays a link: the file that it names is replaced.
@@ -74,8 +76,16 @@ def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
     try:
         if os.path.isdir(target):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if replaces and os.path.exists(target) and not _begins(target, head):
+            raise CreateError(
+                f"{path}: already exists and holds something else, so it is not replaced. {remedy}"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(temp, "w", encoding="utf-8")  # noqa: SIM115
+        # Without O_NONBLOCK a named pipe that nobody reads would wait for ever.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK
+        descriptor = os.open(temp, flags, 0o666)
+        os.set_blocking(descriptor, True)
+        file = open(descriptor, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise CreateError(f"{path}: cannot be created: {error.strerror}. {remedy}") from error
     text = io.StringIO()
@@ -94,6 +104,12 @@ def output_file(path: Path, remedy: str) -> Iterator[TextIO]:
             file.close()
         if replaces:
             temp.unlink(missing_ok=True)
+
+
+def _begins(file: Path, head: str) -> bool:
+    with file.open("rb") as content:
+        start = content.read(len(head.encode()))
+    return start in (b"", head.encode())
 
 
 def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | None = None) -> int:

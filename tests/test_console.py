@@ -81,6 +81,33 @@ def test_an_output_that_cannot_be_created_is_refused_before_the_block(tmp_path: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "questions.jsonl", tmp_path / "link"
+    link.symlink_to(path)
+    for mine in ("{}", '{"question": "?"}', "{\n", "\x1f\x8b"):
+        path.write_text(mine)
+        for name in (path, link):
+            with pytest.raises(CreateError, match="holds something else.* REMEDY"):
+                output_file(name, "REMEDY", head='{\n "dragkit"').__enter__()
+        assert path.read_text() == mine
+    for own in ("", '{\n "dragkit": "0"}'):
+        path.write_text(own)
+        with output_file(link, "", head='{\n "dragkit"') as out:
+            out.write("new")
+        assert path.read_text() == "new"
+
+
+def test_a_named_pipe_that_nobody_reads_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CreateError, match="pipe: cannot be created: No such device"):
+        output_file(tmp_path / "pipe", "").__enter__()
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with output_file(tmp_path / "pipe", "") as out:
+        out.write("text")
+    assert os.read(reading, 10) == b"text"
+    os.close(reading)
+
+
 def test_a_device_is_written_to_and_not_replaced() -> None:
     full = Path("/dev/full")
     with pytest.raises(WriteError, match="full: cannot be") as caught, output_file(full, "") as out:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from dragkit.data.question_row import (
     near_field,
 )
 from dragkit.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64_000_000
 # Distinct unread keys that are counted. A file of generated keys would fill the memory.
@@ -169,15 +166,18 @@ class QuestionReader:
         if not topics and paths:
             topics = tuple(dict.fromkeys(path[0] for path in paths))
             self.notes["topics_from_paths"] += 1
+        other_answers = set(distinct_names(row.answers)) - set(answers)
         self.notes["duplicate_triples"] += len(row.triples) - len(triples)
+        self.notes["blank_names"] += sum(not all(map(str.strip, triple)) for triple in triples)
         for note, holds in (
             ("questions", True),
             ("empty_graph", not triples),
             ("empty_question", not row.question.strip()),
             ("no_answer", not answers),
             ("no_topic", not topics),
+            ("other_answers", other_answers),
         ):
-            self.notes[note] += holds
+            self.notes[note] += bool(holds)
         return Question(
             name,
             row.question,
@@ -211,13 +211,6 @@ class QuestionReader:
                     "the fraction with --set data.max_bad_fraction=FRACTION."
                 )
             raise DataError("\n".join([*messages, summary]))
-        if count := self.notes["topics_from_paths"]:
-            logger.warning(
-                "%s: %d questions name no topic entity, so the first entity of each of their "
-                "paths is used",
-                self.path,
-                count,
-            )
 
 
 def default_id(path: Path, line: int, given: Container[str] = ()) -> str:

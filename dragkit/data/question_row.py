@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+
+from dragkit.config.unique_keys import unique_keys
 
 Triple = tuple[str, str, str]
 
@@ -74,20 +75,12 @@ def _unread_keys(line: bytes) -> tuple[str, ...]:
         ValueError: a key is given twice. The decoder would silently keep its last value.
     """
     # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
-    # escaped quote in a key. `_unique_keys` tells the two apart.
+    # escaped quote in a key. `unique_keys` tells the two apart.
     values = _RAW_DECODER.decode(line)
     quotes = line.count(b'"') - sum(bytes(value).count(b'"') for value in values.values())
     if quotes != 2 * len(values):
-        json.loads(line, object_pairs_hook=_unique_keys)
+        json.loads(line, object_pairs_hook=unique_keys)
     return tuple(key for key in values if key not in _FIELDS)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return row
 
 
 def _invalid(line: bytes, error: msgspec.ValidationError) -> Fault:

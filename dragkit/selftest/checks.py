@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from dragkit.selftest.bad_lines import bad_lines
+from dragkit.selftest.bombs import bombs
 from dragkit.selftest.damages import damages
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
+from dragkit.selftest.privacy import offline, secrets
 from dragkit.selftest.refusals import refusals
 from dragkit.selftest.saves import crash_points, disk_errors
 from dragkit.selftest.stops import kills, resumes, second_writers, stops
@@ -35,7 +37,10 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         "damaged checkpoints detected": damages,
         "bad lines found": partial(bad_lines, root=root, corruptions=2000 if full else 200),
         "ops as in float64": partial(op_errors, backend="torch"),
+        "bombs refused": partial(bombs, root=root, digits=100_000_000 if full else 10_000_000),
         "hostile files refused": partial(refusals, root=root),
+        "secrets kept": partial(secrets, root=root),
+        "network unused": partial(offline, root=root),
         "kills survived": partial(kills, root=root, count=100 if full else 10, epochs=epochs),
         "stop signals obeyed": partial(stops, root=root, count=8 if full else 1, epochs=epochs),
         "second writers refused": partial(second_writers, root=root, count=10 if full else 2),

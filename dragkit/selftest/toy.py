@@ -10,7 +10,8 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,6 +26,7 @@ from dragkit.selftest.outcome import Loss, require
 _PRELOAD = ["dragkit.trainer.run", "dragkit.trainer.evaluate_run", "transformers", "peft"]
 _LIMIT_S = 300.0
 STEPS_IN_EPOCH = 12
+Around = Callable[[Path], AbstractContextManager[None]]
 # What a second run of the same questions repeats. The others are rates.
 _REPEATED = ("step", "epoch", "train", "lr", "validation")
 
@@ -148,19 +150,22 @@ def _run_program(module: str, arguments: Sequence[str], log: Path, fsync_s: floa
         runpy.run_module(module, run_name="__main__")
 
 
-def _run_programs(commands: Sequence[tuple[str, list[str]]], log: Path, codes: Path) -> None:
+def _run_programs(
+    commands: Sequence[tuple[str, list[str]]], log: Path, codes: Path, around: Around
+) -> None:
     """Body of a process: `python -m` of each command in turn, with the exit codes in `codes`."""
     _to_log(log)
     found: list[object] = []
-    for module, arguments in commands:
-        sys.argv = [module, *arguments]
-        try:
-            runpy.run_module(module, run_name="__main__")
-        except SystemExit as error:
-            found.append(error.code)
-        except BaseException as error:
-            found.append(repr(error))
-        codes.write_text(json.dumps(found))
+    with around(log.parent):
+        for module, arguments in commands:
+            sys.argv = [module, *arguments]
+            try:
+                runpy.run_module(module, run_name="__main__")
+            except SystemExit as error:
+                found.append(error.code)
+            except BaseException as error:
+                found.append(repr(error))
+            codes.write_text(json.dumps(found))
 
 
 class Processes:
@@ -188,15 +193,21 @@ class Processes:
         process = self.start(arguments, module)
         return self.wait(process)
 
-    def run_all(self, commands: Sequence[tuple[str, list[str]]]) -> list[object]:
+    def run_all(
+        self, commands: Sequence[tuple[str, list[str]]], around: Around = nullcontext
+    ) -> list[object]:
         """Runs commands, each as module and arguments, in one process. Returns their exit codes.
+
+        Args:
+            commands: module and arguments of each.
+            around: context of all of them in their process. It takes the folder of the logs.
 
         Raises:
             Loss: the process did not reach its end.
         """
         codes = self.log.with_name("codes.json")
         process = self._context.Process(
-            target=_run_programs, args=(list(commands), self.log, codes)
+            target=_run_programs, args=(list(commands), self.log, codes, around)
         )
         process.start()
         code = self.wait(process)

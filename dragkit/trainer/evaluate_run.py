@@ -16,7 +16,7 @@ from dragkit.config import TrainConfig
 from dragkit.data.cache import cache_root
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import EvaluationResult, evaluate
-from dragkit.generator.fingerprint import weights_fingerprint
+from dragkit.generator.fingerprint import generator_fingerprints
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import check_generator, within_positions
 from dragkit.generator.random_weights import is_random
@@ -79,7 +79,7 @@ class Run:
         if loaded.state.phase != "phase1":
             name = self.config.generator_model
             folder = check_generator(self.config.generator, self._device, name=name)
-            inputs["generator"] = weights_fingerprint(Path(folder))
+            inputs |= generator_fingerprints(Path(folder))
         require_same_inputs(loaded, inputs, "Put the first ones in their place.")
         self._generator: Generator | None = None
         self._phase: Phase

@@ -19,7 +19,7 @@ from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.conformance import check_conformance, packed, relative_error
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import check_generator, load_generator, within_positions
-from dragkit.generator.lora.adapters import lora_targets
+from dragkit.generator.lora.adapters import add_adapters, lora_targets
 from dragkit.generator.nemotron_h import decoder
 from dragkit.generator.weight_files import read_tokenizer
 from tests.generator.families import family_model
@@ -193,12 +193,16 @@ def test_layers_of_gpt2_are_adapted_by_default(tmp_path: Path) -> None:
         ("gpt_neox", ["query_key_value"]),
         ("rwkv", ["key", "output", "receptance", "value"]),
         ("codegen", ["qkv_proj"]),
+        # Its feed-forward layers are called 0 and 2. A block is called 0, too.
+        ("ctrl", ["2", "Wk", "Wq", "Wv", "dense"]),
         ("biogpt", ["q_proj", "k_proj", "v_proj"]),
         ("openai-gpt", ["c_attn", "c_fc", "c_proj"]),
     ],
 )
 def test_default_targets_of_families_with_other_names(family: str, targets: list[str]) -> None:
-    assert lora_targets(family_model(family), None) == targets
+    model = family_model(family)
+    assert lora_targets(model, None) == targets
+    assert add_adapters(model, GeneratorConfig(lora_rank=2)).peft_config
 
 
 def test_the_probe_of_a_nemotron_h_costs_one_forward_of_each_kind(

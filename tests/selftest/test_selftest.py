@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -16,10 +17,10 @@ import torch
 import yaml
 
 from dragkit.checkpoint import checkpoint, retention
-from dragkit.data import question_file
-from dragkit.errors import WriteError
+from dragkit.data import question_file, question_row
+from dragkit.errors import DataError, WriteError
 from dragkit.selftest import __main__ as program
-from dragkit.selftest import checks, ops, saves, toy
+from dragkit.selftest import bombs, checks, ops, privacy, saves, toy
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.damages import damages
 from dragkit.selftest.faulty_disk import FaultyDisk
@@ -45,6 +46,8 @@ def test_nothing_is_lost_without_a_fault_in_the_package(tmp_path: Path) -> None:
         assert outcome.losses == [] and outcome.tried >= tried, check
     assert run(bad_lines, tmp_path, corruptions=20).losses == []
     assert run(false_tensors).losses == []
+    outcome = run(bombs.bombs, tmp_path, digits=1_000_000)
+    assert outcome.losses == [] and outcome.tried == 30
 
 
 def test_a_writer_that_is_not_atomic_is_seen() -> None:
@@ -84,6 +87,59 @@ def test_a_silent_reader_of_questions_is_seen(tmp_path: Path) -> None:
     with mock.patch.object(question_file.QuestionReader, "_reject", lambda *_: None):
         outcome = run(bad_lines, tmp_path, corruptions=3)
     assert len(outcome.losses) >= 140
+
+
+def test_readers_that_take_bombs_are_seen(tmp_path: Path) -> None:
+    def careless(path: Path) -> None:
+        time.sleep(0)
+
+    def slow(path: Path) -> None:
+        end = time.process_time() + 1.1
+        while time.process_time() < end:
+            pass
+        raise DataError(f"{path}: no")
+
+    def large(path: Path) -> None:
+        bytearray(b"x") * 250_000_000
+        raise DataError(f"{path}: no")
+
+    def unnamed(path: Path) -> None:
+        raise DataError("no")
+
+    readers = (careless, "accepted"), (slow, "took 1"), (large, "MiB"), (unnamed, "names no file")
+    for reader, loss in readers:
+        outcome = Outcome("x")
+        bombs._offer(outcome, "kind", "name", tmp_path / "file", b"", reader)
+        assert loss in outcome.losses[0]
+    with mock.patch.object(question_row, "unique_keys", dict):
+        losses = run(bombs.bombs, tmp_path, digits=100_000).losses
+    assert losses == [
+        "questions: a key twice: accepted",
+        "questions: a key twice, once in escapes: accepted",
+    ]
+
+
+def test_a_secret_and_a_lookup_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that write their environment down, and look a name up."""
+    leak = tmp_path / "leak.py"
+    leak.write_text(
+        "import os, socket\n"
+        "try: socket.getaddrinfo('example.invalid', 1)\n"
+        "except OSError: pass\n"
+        "print(os.environ.get('HF_TOKEN', ''), flush=True)\nraise SystemExit(0)\n"
+    )
+
+    def commands(root: Path, runs: Path) -> list[tuple[str, list[str]]]:
+        return [("leak", [])]
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with mock.patch.object(privacy, "_commands", commands):
+        leaks = run(privacy.secrets, tmp_path).losses
+        lookups = run(privacy.offline, tmp_path).losses
+    assert any("HF_TOKEN" in loss and "log.txt" in loss for loss in leaks)
+    assert lookups == [
+        "names and connections: 1 were asked for, first ['getaddrinfo example.invalid']"
+    ]
 
 
 def test_a_wrong_op_and_one_that_gives_other_bits_are_seen() -> None:

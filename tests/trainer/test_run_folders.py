@@ -222,6 +222,21 @@ def test_a_run_works_behind_a_link(tmp_path: Path) -> None:
     assert load_checkpoint(find_checkpoint(tmp_path / "link")).state.epoch == 3
 
 
+def other_tokens(tokenizer: dict) -> dict:
+    """A tokenizer whose last two tokens have changed places."""
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    return tokenizer
+
+
+def test_another_preset_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
+    make_run(tmp_path, 1, **ONE).execute()
+    resume_alone(tmp_path / "run", preset="tiny")
+    with pytest.raises(CheckpointError, match="preset: webqsp was given, the checkpoint has tiny"):
+        resume_alone(tmp_path / "run", preset="webqsp")
+
+
 def test_a_moved_run_evaluates_and_resumes_with_the_same_inputs_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +269,16 @@ def test_a_moved_run_evaluates_and_resumes_with_the_same_inputs_alone(
             tmp_path / "alone",
             **given | {"data.test_heuristics_path": str(moved / "other.jsonl")},
         ).execute()
+    tokens = moved / "models" / "mine" / "tokenizer.json"
+    kept = tokens.read_text()
+    tokens.write_text(json.dumps(other_tokens(json.loads(kept))))
+    for again in (
+        lambda: resume_alone(tmp_path / "alone", **given).execute(),
+        lambda: dragkit.load_run(tmp_path / "alone", device="cpu"),
+    ):
+        with pytest.raises(CheckpointError, match="other files of the generator's tokenizer"):
+            again()
+    tokens.write_text(kept)
     weights = moved / "models" / "mine" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2:] = b"\1\1"
