@@ -11,6 +11,10 @@ import torch
 
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.damages import damages
+from dragkit.selftest.metric_table import metric_table
+from dragkit.selftest.numbers.batches import accumulation, batch_invariance, prompt_limits
+from dragkit.selftest.numbers.draws import draw_gradients, empty_draws
+from dragkit.selftest.numbers.updates import adapters_learn, anomalies, frozen_weights
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
 from dragkit.selftest.refusals import refusals
@@ -34,7 +38,16 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         "disk-full points survived": disk_errors,
         "damaged checkpoints detected": damages,
         "bad lines found": partial(bad_lines, root=root, corruptions=2000 if full else 200),
+        "scores computed by hand": metric_table,
         "ops as in float64": partial(op_errors, backend="torch"),
+        "equal in any micro-batches": partial(accumulation, root=root),
+        "equal in any batch": partial(batch_invariance, root=root, batches=10 if full else 2),
+        "full prompts and missing answers": partial(prompt_limits, root=root),
+        "gradients of draws exact": partial(draw_gradients, count=1000),
+        "draws of unlikely facts": partial(empty_draws, root=root),
+        "NaN and infinity refused": partial(anomalies, root=root, steps=5 if full else 1),
+        "adapters that learn": partial(adapters_learn, root=root),
+        "frozen weights unchanged": partial(frozen_weights, root=root, steps=100 if full else 10),
         "hostile files refused": partial(refusals, root=root),
         "kills survived": partial(kills, root=root, count=100 if full else 10, epochs=epochs),
         "stop signals obeyed": partial(stops, root=root, count=8 if full else 1, epochs=epochs),
