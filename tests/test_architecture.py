@@ -47,11 +47,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.selftest": (
         *("dragkit.config", "dragkit.data", "dragkit.generator", "dragkit.checkpoint"),
     ),
+    "dragkit.selftest.data_cases": (
+        *("dragkit.selftest.outcome", "dragkit.selftest.toy", "dragkit.data", "dragkit.retriever"),
+    ),
     "dragkit.selftest.metric_table": ("dragkit.selftest.outcome", "dragkit.eval"),
     # It compares numbers of training in its own process.
     "dragkit.selftest.numbers": (
         *("dragkit.selftest.outcome", "dragkit.selftest.toy", "dragkit.config", "dragkit.data"),
-        *("dragkit.retriever", "dragkit.generator", "dragkit.trainer", "dragkit_kernels"),
+        *("dragkit.retriever", "dragkit.generator", "dragkit.trainer", "dragkit.eval"),
+        "dragkit_kernels",
     ),
     "dragkit.selftest.ops": ("dragkit.selftest.outcome", "dragkit_kernels"),
     "dragkit_kernels": (),
