@@ -59,7 +59,7 @@ def _soft_gradient(logits: Tensor, weight: Tensor, k: int | None) -> Tensor:
         soft = torch.sigmoid(logits)
         return weight * soft * (1 - soft)
     low, high = logits.min() - 50, logits.max() + 50
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         above = torch.sigmoid(logits - middle).sum() > k
         low, high = (middle, high) if above else (low, middle)
