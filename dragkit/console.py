@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +19,29 @@ from dragkit.errors import CreateError, DragkitError, Interrupted, Stopped, Writ
 # Reasons of the disk alone, whatever is being written.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _STDOUT_REMEDY = "Send it to a program that reads all of it, to a file, or to /dev/null."
+# Control characters but tab and line end, and those that turn the direction of what follows.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _QUIET_LOGGERS = ("httpx", "sentence_transformers", "transformers", "dragkit_kernels")
+
+
+def printable(text: str) -> str:
+    """Escapes what would steer a terminal: names and answers of the data may hold anything."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Formats plain messages for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def setup_console(*, debug: bool) -> None:
     """Logs plain messages to stderr. Other packages log warnings, or everything with `debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,7 +57,7 @@ def show(text: str) -> None:
         WriteError: it is closed or full.
     """
     try:
-        sys.stdout.write(f"{text}\n")
+        sys.stdout.write(f"{printable(text)}\n")
         sys.stdout.flush()
     except OSError as error:
         # Python flushes once more when it exits, and would fail once more.
@@ -136,7 +153,7 @@ def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | 
         code, message = _exit_code_and_message(error)
     if code == DragkitError.exit_code and not debug:
         message += "\n  Run again with --debug for the traceback."
-    sys.stderr.write(f"dragkit: {message}\n")
+    sys.stderr.write(f"dragkit: {printable(message)}\n")
     return code
 
 

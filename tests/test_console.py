@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.console import output_file, run_main
-from dragkit.errors import CreateError, Stopped, WriteError
+from dragkit.console import output_file, printable, run_main, setup_console, show
+from dragkit.errors import CreateError, DataError, Stopped, WriteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,3 +140,29 @@ def test_a_stop_before_anything_was_saved_says_so(capsys: pytest.CaptureFixture[
 
     assert run_main(stop, []) == 130
     assert "SIGTERM. Nothing was saved" in capsys.readouterr().err
+
+
+STEERING = "\x1b[31mred\x1b[0m\x07\x00\r\x9b2J\u202eevil\u2066\u2028\ud800"
+
+
+def test_nothing_that_is_printed_steers_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: list[str]) -> None:
+        logging.getLogger("dragkit").warning("logged %s", STEERING)
+        show(f"shown {STEERING}")
+        raise DataError(f"raised {STEERING}")
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    setup_console(debug=True)
+    assert run_main(fail, []) == DataError.exit_code
+    out, err = capsys.readouterr()
+    for text, kind in ((out, "shown"), (err, "logged"), (err, "raised")):
+        assert rf"{kind} \x1b[31mred\x1b[0m\x07\x00\r\x9b2J\u202eevil\u2066\u2028\ud800" in text
+    assert not set(STEERING) & set(out + err) - set("[31mred0m2Jevil")
+
+
+def test_what_is_plain_is_printed_as_it_is() -> None:
+    plain = "a\tb\nc \u05e7\u05d5\u05b9\u05dc \u200f \U0001f468\u200d\U0001f469 e\u0301 |\\n"
+    assert printable(plain) == plain

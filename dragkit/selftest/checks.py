@@ -9,9 +9,23 @@ from pathlib import Path
 
 import torch
 
+from dragkit.data.question_file import MAX_LINE_BYTES
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.bombs import bombs
 from dragkit.selftest.damages import damages
+from dragkit.selftest.data_cases import (
+    builders,
+    cache_keys,
+    compressed_files,
+    large_files,
+    names_kept,
+    shortest_labels,
+)
+from dragkit.selftest.metric_table import metric_table
+from dragkit.selftest.numbers.batches import accumulation, batch_invariance, prompt_limits
+from dragkit.selftest.numbers.content import large_graph, odd_content, order_of_facts
+from dragkit.selftest.numbers.draws import draw_gradients, empty_draws
+from dragkit.selftest.numbers.updates import adapters_learn, anomalies, frozen_weights
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
 from dragkit.selftest.privacy import offline, secrets
@@ -35,9 +49,37 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         "crash points survived": crash_points,
         "disk-full points survived": disk_errors,
         "damaged checkpoints detected": damages,
-        "bad lines found": partial(bad_lines, root=root, corruptions=2000 if full else 200),
+        "bad lines found": partial(
+            bad_lines,
+            root=root,
+            corruptions=2000 if full else 200,
+            long_line=MAX_LINE_BYTES if full else 0,
+        ),
+        "names kept byte for byte": partial(names_kept, root=root),
+        "damaged compressed files refused": partial(compressed_files, root=root),
+        "labels by identity": partial(shortest_labels, root=root, count=1000 if full else 200),
+        "caches keyed by content": partial(cache_keys, root=root, count=100 if full else 20),
+        "killed builders of caches": partial(builders, root=root, count=20 if full else 3),
+        "large files packed": partial(
+            large_files,
+            root=root,
+            num_facts=10**6 if full else 10**5,
+            num_questions=10**5 if full else 10**3,
+        ),
+        "scores computed by hand": metric_table,
         "ops as in float64": partial(op_errors, backend="torch"),
         "bombs refused": partial(bombs, root=root, digits=100_000_000 if full else 10_000_000),
+        "large graphs sorted": partial(large_graph, num_facts=10**6),
+        "odd questions used and counted": partial(odd_content, root=root),
+        "equal in any order of facts": partial(order_of_facts, root=root, count=16),
+        "equal in any micro-batches": partial(accumulation, root=root),
+        "equal in any batch": partial(batch_invariance, root=root, batches=10 if full else 1),
+        "full prompts and missing answers": partial(prompt_limits, root=root),
+        "gradients of draws exact": partial(draw_gradients, count=1000),
+        "draws of unlikely facts": partial(empty_draws, root=root),
+        "NaN and infinity refused": partial(anomalies, root=root, steps=5 if full else 1),
+        "adapters that learn": partial(adapters_learn, root=root),
+        "frozen weights unchanged": partial(frozen_weights, root=root, steps=100 if full else 10),
         "hostile files refused": partial(refusals, root=root),
         "secrets kept": partial(secrets, root=root),
         "network unused": partial(offline, root=root),

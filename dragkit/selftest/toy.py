@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
@@ -168,6 +169,13 @@ def _run_programs(
             codes.write_text(json.dumps(found))
 
 
+def forkserver() -> ForkServerContext:
+    """Starts processes of the self-test, from the one server that has imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
 class Processes:
     """Starts the programs of the package in processes of their own.
 
@@ -178,8 +186,7 @@ class Processes:
 
     def __init__(self, folder: Path, *, fsync_s: float = 0.0) -> None:
         self.log, self.fsync_s = folder / "log.txt", fsync_s
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+        self._context = forkserver()
 
     def start(self, arguments: Sequence[str], module: str = "dragkit.train") -> BaseProcess:
         """Starts `python -m module arguments`."""

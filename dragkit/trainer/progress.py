@@ -183,6 +183,9 @@ class Progress:
 def _reduce_microbatches(outputs: list[StepOutput]) -> dict[str, Tensor]:
     """The scalars of one optimizer step from those of its micro-batches."""
     entries = [{"loss": out.loss, **out.parts} for out in outputs]
+    if not any(name in entry for entry in entries for name in ("retrieval", "generator")):
+        # A loss that is the sum of no term.
+        entries = [out.parts for out in outputs]
     reduced = {}
     for name in dict.fromkeys(name for entry in entries for name in entry):
         values = [entry[name] for entry in entries if name in entry]

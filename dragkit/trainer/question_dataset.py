@@ -26,7 +26,12 @@ from dragkit.generator.prompt import PromptTemplate
 from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
-from dragkit.trainer.remarks import log_unread_texts, require_answers, require_positive_facts
+from dragkit.trainer.remarks import (
+    log_unread_texts,
+    log_untaught_answers,
+    require_answers,
+    require_positive_facts,
+)
 from dragkit.trainer.transfer import DeviceCopier, prefetch
 
 logger = logging.getLogger(__name__)
@@ -109,6 +114,7 @@ class QuestionDataset:
             require_positive_facts(self.store, labels, rows)
         elif training:
             require_answers(self.store, rows)
+            log_untaught_answers(self.store, rows, config.generator.max_answers)
         self.collator = PackedCollator(
             self.store, states, self.relations.ptr, self.tokens, labels=labels
         )

@@ -57,6 +57,44 @@ def rewrite(folder: Path, change) -> None:
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("model.layers.0.self_attn.q_proj.weight", float("inf")),
+        # No prompt of the probe has this token.
+        ("model.embed_tokens.weight", float("-inf")),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(
+    copied: Path, weight: str, value: float
+) -> None:
+    def spoil(tensors: dict) -> dict:
+        tensors[weight][-1, -1] = value
+        return tensors
+
+    rewrite(copied, spoil)
+    with pytest.raises(MissingInputError) as error:
+        load(copied)
+    assert f"the weight {weight} holds NaN or infinity" in str(error.value)
+    assert str(copied) in str(error.value)
+
+
+def test_weights_whose_logits_overflow_are_refused_as_such(copied: Path) -> None:
+    norm = {"model.norm.weight": 1e38, "lm_head.weight": 1e5}
+    rewrite(copied, lambda tensors: {n: x * norm.get(n, 1) for n, x in tensors.items()})
+    with pytest.raises(MissingInputError, match="weights are finite, but its logits hold NaN"):
+        load(copied)
+
+
+def test_large_weights_are_finite() -> None:
+    """Their float32 sum is not."""
+    model = family_model("llama", vocab_size=ROWS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-20:] = 1e37
+    check_conformance(Generator(model, read_tokenizer(tiny_generator_path())), "toy")
+
+
 def test_a_missing_weight_is_refused_by_its_name(copied: Path) -> None:
     gone = "model.layers.1.mlp.up_proj.weight"
     rewrite(copied, lambda tensors: {k: v for k, v in tensors.items() if k != gone})

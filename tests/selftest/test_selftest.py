@@ -44,7 +44,7 @@ def test_nothing_is_lost_without_a_fault_in_the_package(tmp_path: Path) -> None:
     for check, tried in ((crash_points, 300), (disk_errors, 150), (damages, 90)):
         outcome = run(check)
         assert outcome.losses == [] and outcome.tried >= tried, check
-    assert run(bad_lines, tmp_path, corruptions=20).losses == []
+    assert run(bad_lines, tmp_path, corruptions=20, long_line=0).losses == []
     assert run(false_tensors).losses == []
     outcome = run(bombs.bombs, tmp_path, digits=1_000_000)
     assert outcome.losses == [] and outcome.tried == 30
@@ -85,7 +85,7 @@ def test_a_reader_that_checks_no_hashes_is_seen() -> None:
 
 def test_a_silent_reader_of_questions_is_seen(tmp_path: Path) -> None:
     with mock.patch.object(question_file.QuestionReader, "_reject", lambda *_: None):
-        outcome = run(bad_lines, tmp_path, corruptions=3)
+        outcome = run(bad_lines, tmp_path, corruptions=3, long_line=0)
     assert len(outcome.losses) >= 140
 
 
