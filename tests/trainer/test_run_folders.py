@@ -322,6 +322,6 @@ def test_lines_about_one_file_are_logged_once(
         make_run(tmp_path, 2, **settings).execute()
     said = [record.getMessage() for record in caplog.records]
     # Both phases read the file.
-    assert (tmp_path / "run" / "phase1" / "best").is_file() or any("phase 1" in x for x in said)
+    assert any((tmp_path / "run" / "phase1").glob("step-*"))
     assert sum("questions are longer than what the sentence encoder" in x for x in said) == 1
     assert sum("data.label_noise=0.5 moved" in x for x in said) == 1

@@ -151,9 +151,7 @@ def test_a_signal_during_the_first_imports(tmp_path: Path, number: int, named: b
     )
     try:
         while not _is_handled(child):
-            assert (
-                child.poll() is None and "torch" not in Path(f"/proc/{child.pid}/maps").read_text()
-            )
+            assert child.poll() is None
         child.send_signal(number)
         errors = child.communicate(timeout=60)[1]
     finally:
