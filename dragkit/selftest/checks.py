@@ -11,7 +11,7 @@ import torch
 
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.damages import damages
-from dragkit.selftest.failing_disks import failing_disks, retention
+from dragkit.selftest.failing_disks import failing_disks, kept_checkpoints
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
 from dragkit.selftest.rank_deaths import rank_deaths
@@ -38,23 +38,23 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         root: folder of the runs.
     """
     full = tier == "full"
-    epochs = 30 if full else 10
+    epochs = 30 if full else 8
     found: dict[str, Callable[[Outcome], None]] = {
         "crash points survived": crash_points,
         "disk-full points survived": disk_errors,
-        "checkpoints kept": partial(retention, saves=200 if full else 40),
+        "checkpoints kept": partial(kept_checkpoints, saves=200 if full else 40),
         "damaged checkpoints detected": damages,
         "bad lines found": partial(bad_lines, root=root, corruptions=2000 if full else 200),
         "ops as in float64": partial(op_errors, backend="torch"),
         "hostile files refused": partial(refusals, root=root),
         "kills survived": partial(kills, root=root, count=100 if full else 10, epochs=epochs),
         "stop signals obeyed": partial(stops, root=root, count=10 if full else 1, epochs=epochs),
-        "stops at any time": partial(stops_anywhere, root=root, count=12 if full else 2),
+        "stops at any time": partial(stops_anywhere, root=root, count=12 if full else 1),
         "stops while importing": partial(stops_while_importing, root=root, count=10 if full else 2),
         "logs without a reader": partial(closed_logs, root=root),
         "failing disks survived": partial(failing_disks, root=root, count=4 if full else 1),
         "second writers refused": partial(second_writers, root=root, count=10 if full else 2),
-        "resume points exact": partial(resumes, root=root, every=1 if full else 10),
+        "resume points exact": partial(resumes, root=root, every=1 if full else 20),
         "resumed elsewhere": partial(resumes_elsewhere, root=root, count=16 if full else 1),
         "phases that follow exact": partial(phase_changes, root=root),
     }

@@ -100,7 +100,7 @@ class _Watched(FaultyDisk):
         return result
 
 
-def retention(outcome: Outcome, *, saves: int) -> None:
+def kept_checkpoints(outcome: Outcome, *, saves: int) -> None:
     """Keeps three checkpoints and the best over many saves, while removals fail at random.
 
     Args:
