@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,9 @@ from typing import TextIO
 
 from dragkit.errors import CreateError, DragkitError, Interrupted, Stopped, WriteError
 
+# Slurm sends SIGUSR1 before a time limit if it is asked to (--signal=USR1@...). A terminal that is
+# closed sends SIGHUP.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 # Reasons of the disk alone, whatever is being written.
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _STDOUT_REMEDY = "Send it to a program that reads all of it, to a file, or to /dev/null."
@@ -36,10 +40,25 @@ class _PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Logs to stderr. A reader that has ended, or a full disk, does not end the command."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            _mute(sys.stderr)
+        else:
+            super().handleError(record)
+
+
+def _mute(stream: TextIO) -> None:
+    """Discards what is written from now on, and what Python flushes when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def setup_console(*, debug: bool) -> None:
     """Logs plain messages to stderr. Other packages log warnings, or everything with `debug`."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if debug:
@@ -60,8 +79,7 @@ def show(text: str) -> None:
         sys.stdout.write(f"{printable(text)}\n")
         sys.stdout.flush()
     except OSError as error:
-        # Python flushes once more when it exits, and would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _mute(sys.stdout)
         raise WriteError(
             f"standard output: cannot be written: {error.strerror}. {_STDOUT_REMEDY}"
         ) from error
@@ -71,8 +89,8 @@ def show(text: str) -> None:
 def output_file(path: Path, remedy: str, *, head: str = "") -> Iterator[TextIO]:
     """Opens a text file for a block, and replaces `path` at its end by what was written.
 
-    An error in the block leaves `path` as it was. What is no regular file, such as /dev/stdout, is
-    written directly.
+    An error in the block leaves `path` as it was, and so does one that writes nothing. What is no
+    regular file, such as /dev/stdout, is written directly.
 
     Args:
         path: the file. Missing folders are made.
@@ -111,7 +129,7 @@ def output_file(path: Path, remedy: str, *, head: str = "") -> Iterator[TextIO]:
         try:
             file.write(text.getvalue())
             file.flush()
-            if replaces:
+            if replaces and text.tell():
                 os.fsync(file.fileno())
                 os.replace(temp, target)
         except OSError as error:
@@ -136,8 +154,10 @@ def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | 
 
     Args:
         function: takes the arguments and returns the exit code, or None for 0.
-        argv: arguments after the program's name. None takes those of the process.
+        argv: arguments after the program's name. None takes those of the process, which is about
+            to end when this function returns. Then a stop signal comes too late.
     """
+    is_program = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv or os.environ.get("DRAGKIT_DEBUG", "0") not in ("", "0")
     if sys.stderr is None:
@@ -148,12 +168,20 @@ def run_main(function: Callable[[list[str]], int | None], argv: Sequence[str] | 
             raise WriteError(f"standard output is closed. {_STDOUT_REMEDY}")
         return function(argv) or 0
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc(file=sys.stderr)
         code, message = _exit_code_and_message(error)
+        trace = traceback.format_exc() if debug else ""
+    finally:
+        if is_program:
+            # Python takes a while to exit. The exit code still says what the command did.
+            for number in STOP_SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
     if code == DragkitError.exit_code and not debug:
         message += "\n  Run again with --debug for the traceback."
-    sys.stderr.write(f"dragkit: {printable(message)}\n")
+    try:
+        sys.stderr.write(f"{trace}dragkit: {printable(message)}\n")
+        sys.stderr.flush()
+    except OSError:
+        _mute(sys.stderr)
     return code
 
 

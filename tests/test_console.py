@@ -166,3 +166,45 @@ def test_nothing_that_is_printed_steers_a_terminal(
 def test_what_is_plain_is_printed_as_it_is() -> None:
     plain = "a\tb\nc \u05e7\u05d5\u05b9\u05dc \u200f \U0001f468\u200d\U0001f469 e\u0301 |\\n"
     assert printable(plain) == plain
+
+
+_LATE = """
+import os, signal, sys
+from dragkit.console import run_main
+def work(argv):
+    print("done", flush=True)
+    return 3
+code = run_main(work)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+
+
+def test_a_signal_while_python_exits_changes_no_exit_code() -> None:
+    told = subprocess.run([sys.executable, "-c", _LATE], capture_output=True, text=True, cwd=ROOT)
+    assert (told.returncode, told.stdout, told.stderr) == (3, "done\n", "")
+
+
+_LOGS = """
+import logging, sys
+from dragkit.console import run_main, setup_console
+def work(argv):
+    setup_console(debug=False)
+    for number in range(3):
+        logging.getLogger("dragkit").info("line %d", number)
+    if argv:
+        raise ValueError("a reason")
+    print("done")
+sys.exit(run_main(work))
+"""
+
+
+@pytest.mark.parametrize("error", ["2> /dev/full", "2> >(true)", "2> >(head -1 > /dev/null)"])
+@pytest.mark.parametrize(("argument", "code"), [("", 0), ("fail", 70)])
+def test_a_log_that_nobody_reads_ends_no_command(error: str, argument: str, code: int) -> None:
+    # The readers end first.
+    script = f"{sys.executable} -c '{_LOGS}' {argument} {error}; code=$?; sleep 0.1; exit $code"
+    told = shell(f"cd {ROOT}; {script}")
+    assert told.returncode == code and told.stderr == ""
+    assert told.stdout == ("" if argument else "done\n")

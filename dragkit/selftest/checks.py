@@ -21,6 +21,7 @@ from dragkit.selftest.data_cases import (
     names_kept,
     shortest_labels,
 )
+from dragkit.selftest.failing_disks import failing_disks, kept_checkpoints
 from dragkit.selftest.metric_table import metric_table
 from dragkit.selftest.numbers.batches import accumulation, batch_invariance, prompt_limits
 from dragkit.selftest.numbers.content import large_graph, odd_content, order_of_facts
@@ -29,9 +30,18 @@ from dragkit.selftest.numbers.updates import adapters_learn, anomalies, frozen_w
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Outcome
 from dragkit.selftest.privacy import offline, secrets
+from dragkit.selftest.rank_deaths import rank_deaths
 from dragkit.selftest.refusals import refusals
+from dragkit.selftest.resumes import phase_changes, resumes, resumes_elsewhere
 from dragkit.selftest.saves import crash_points, disk_errors
-from dragkit.selftest.stops import kills, resumes, second_writers, stops
+from dragkit.selftest.stops import (
+    closed_logs,
+    kills,
+    second_writers,
+    stops,
+    stops_anywhere,
+    stops_while_importing,
+)
 
 _NO_GPU = "kernels on a GPU: this machine has no CUDA device. They are tested by tests/ops."
 
@@ -44,10 +54,11 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         root: folder of the runs.
     """
     full = tier == "full"
-    epochs = 25 if full else 8
+    epochs = 30 if full else 8
     found: dict[str, Callable[[Outcome], None]] = {
         "crash points survived": crash_points,
         "disk-full points survived": disk_errors,
+        "checkpoints kept": partial(kept_checkpoints, saves=200 if full else 40),
         "damaged checkpoints detected": damages,
         "bad lines found": partial(
             bad_lines,
@@ -84,10 +95,18 @@ def checks(tier: str, root: Path) -> dict[str, Callable[[Outcome], None]]:
         "secrets kept": partial(secrets, root=root),
         "network unused": partial(offline, root=root),
         "kills survived": partial(kills, root=root, count=100 if full else 10, epochs=epochs),
-        "stop signals obeyed": partial(stops, root=root, count=8 if full else 1, epochs=epochs),
+        "stop signals obeyed": partial(stops, root=root, count=10 if full else 1, epochs=epochs),
+        "stops at any time": partial(stops_anywhere, root=root, count=12 if full else 1),
+        "stops while importing": partial(stops_while_importing, root=root, count=10 if full else 2),
+        "logs without a reader": partial(closed_logs, root=root),
+        "failing disks survived": partial(failing_disks, root=root, count=4 if full else 1),
         "second writers refused": partial(second_writers, root=root, count=10 if full else 2),
-        "resume points exact": partial(resumes, root=root, every=1 if full else 9),
+        "resume points exact": partial(resumes, root=root, every=1 if full else 20),
+        "resumed elsewhere": partial(resumes_elsewhere, root=root, count=16 if full else 1),
+        "phases that follow exact": partial(phase_changes, root=root),
     }
+    if full:
+        found["dead ranks noticed"] = partial(rank_deaths, root=root, count=10)
     if torch.cuda.is_available():
         found["kernels as in float64"] = partial(op_errors, backend="triton")
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -129,6 +130,9 @@ class Progress:
         self._questions = 0
 
     def __enter__(self) -> Progress:
+        # tqdm's own lock spans processes. Of a run that is killed it would leave a semaphore, of
+        # which Python then warns.
+        tqdm.set_lock(threading.RLock())
         self.bar = tqdm(
             total=self.total_steps,
             initial=self._done,

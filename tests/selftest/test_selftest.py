@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +26,17 @@ from dragkit.selftest import __main__ as program
 from dragkit.selftest import bombs, checks, ops, privacy, saves, toy
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.damages import damages
+from dragkit.selftest.failing_disks import failing_disks, kept_checkpoints
 from dragkit.selftest.faulty_disk import FaultyDisk
 from dragkit.selftest.hostile import FALSE_TENSORS, payload, payload_files
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Loss, Outcome, require
 from dragkit.selftest.page import page
 from dragkit.selftest.refusals import false_tensors
+from dragkit.selftest.resumes import phase_changes, resumes
 from dragkit.selftest.saves import crash_points, disk_errors, save_case
-from dragkit.selftest.stops import kills, resumes, stops
+from dragkit.selftest.stops import closed_logs, kills, stops, stops_anywhere
+from dragkit.selftest.surroundings import failing_disk, variables
 from dragkit.selftest.toy import logged_steps, require_same, trace
 
 
@@ -45,6 +51,7 @@ def test_nothing_is_lost_without_a_fault_in_the_package(tmp_path: Path) -> None:
         outcome = run(check)
         assert outcome.losses == [] and outcome.tried >= tried, check
     assert run(bad_lines, tmp_path, corruptions=20, long_line=0).losses == []
+    assert run(kept_checkpoints, saves=20).losses == []
     assert run(false_tensors).losses == []
     outcome = run(bombs.bombs, tmp_path, digits=1_000_000)
     assert outcome.losses == [] and outcome.tried == 30
@@ -67,6 +74,49 @@ def test_a_writer_that_is_not_atomic_is_seen() -> None:
             with outcome.case(str(point)):
                 case.crash(point, "kill")
     assert 0 < len(outcome.losses) < outcome.tried
+
+
+def test_a_removal_in_place_is_seen() -> None:
+    """Without the new name a checkpoint whose removal fails half-way would still be found."""
+
+    def eager(root: Path, newest: Path, keep: int) -> None:
+        for folder in root.glob("step-*"):
+            if folder != newest or len(os.listdir(root)) > 5:
+                shutil.rmtree(folder)
+
+    with mock.patch.object(checkpoint, "prune", eager):
+        assert run(kept_checkpoints, saves=20).losses
+
+
+def test_surroundings_do_what_they_say(tmp_path: Path) -> None:
+    names = [tmp_path / str(number) for number in range(5)]
+    failed = []
+    with failing_disk(errno.EIO, 1, 2):
+        for path in names:
+            try:
+                checkpoint.write_durably(path, b"x")
+            except OSError as error:
+                failed.append((path.name, error.errno))
+    assert failed == [("1", errno.EIO), ("2", errno.EIO)]
+    checkpoint.write_durably(names[1], b"x")
+    with variables({"DRAGKIT_X": "1"}):
+        assert os.environ["DRAGKIT_X"] == "1"
+    assert "DRAGKIT_X" not in os.environ
+    script = """
+import os, sys
+from dragkit.selftest.surroundings import closed_log, file_limit
+def write():
+    open(sys.argv[1], "wb").write(b"123456")
+with file_limit(5), closed_log((1,)):
+    for action in (write, lambda: print("x", flush=True)):
+        try:
+            action()
+        except OSError as error:
+            print(error.strerror, file=sys.stderr)
+os._exit(0)
+"""
+    told = subprocess.run([sys.executable, "-c", script, str(tmp_path / "f")], capture_output=True)
+    assert b"Broken pipe" in told.stderr and (tmp_path / "f").stat().st_size <= 5
 
 
 def test_a_commit_before_the_files_are_on_the_disk_is_seen() -> None:
@@ -264,10 +314,14 @@ def test_runs_that_are_killed_stopped_and_resumed(tmp_path: Path) -> None:
     for check, options in (
         (kills, {"count": 5, "epochs": 3}),
         (stops, {"count": 1, "epochs": 3}),
-        (resumes, {"every": 18}),
+        (resumes, {"every": 20}),
+        (closed_logs, {}),
+        (phase_changes, {}),
+        (failing_disks, {"count": 1}),
+        (stops_anywhere, {"count": 1}),
     ):
         outcome = run(check, tmp_path, **options)
-        assert outcome.tried >= 4 and outcome.losses == []
+        assert outcome.tried >= 3 and outcome.losses == []
 
 
 @pytest.mark.slow
