@@ -47,7 +47,7 @@ def question_file(name: str, cache_dir: Path) -> BenchFile:
 
 def graph_file(name: str) -> Path | None:
     """The published graph `name`, None if it is not found."""
-    path = Path(os.environ.get("DRAGKIT_DATA", _DATA)) / "kb" / f"{name}.tsv.gz"
+    path = Path(os.environ.get("DRAGKIT_DATA", DATA)) / "kb" / f"{name}.tsv.gz"
     return path if path.is_file() else None
 
 

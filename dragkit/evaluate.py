@@ -25,6 +25,8 @@ examples:
   python -m dragkit.evaluate runs/demo --facts gold --output ceiling.json
 
 {EXIT_CODE_HELP}"""
+# How an evaluation begins, see `evaluation_document`.
+_HEAD = '{\n "dragkit": '
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _evaluate(argv: list[str]) -> int:
         require_run(args.run)
         check_readable(args.data)
         output = args.output or run_dir_of(args.run) / "evaluation.json"
-        with output_file(output, "Name another file with --output FILE.") as file:
+        remedy = "Name another file with --output FILE."
+        with output_file(output, remedy, head=_HEAD) as file:
             run = Run(
                 args.run,
                 args.checkpoint,

@@ -47,6 +47,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dragkit.selftest": (
         *("dragkit.config", "dragkit.data", "dragkit.generator", "dragkit.checkpoint"),
     ),
+    "dragkit.selftest.data_cases": (
+        *("dragkit.selftest.outcome", "dragkit.selftest.toy", "dragkit.data", "dragkit.retriever"),
+    ),
+    "dragkit.selftest.metric_table": ("dragkit.selftest.outcome", "dragkit.eval"),
+    # It compares numbers of training in its own process.
+    "dragkit.selftest.numbers": (
+        *("dragkit.selftest.outcome", "dragkit.selftest.toy", "dragkit.config", "dragkit.data"),
+        *("dragkit.retriever", "dragkit.generator", "dragkit.trainer", "dragkit.eval"),
+        "dragkit_kernels",
+    ),
     "dragkit.selftest.ops": ("dragkit.selftest.outcome", "dragkit_kernels"),
     "dragkit_kernels": (),
 }
@@ -74,7 +84,10 @@ COMMON = {"torch", "numpy", "scipy", "safetensors", "tqdm", "msgspec", "yaml", "
 CONFINED: dict[str, tuple[str, ...]] = {
     "torch_geometric": ("dragkit.data.subgraph",),
     "sentence_transformers": ("dragkit.retriever.text_encoder",),
-    "transformers": ("dragkit.generator", "dragkit.memory_plan.dims", "dragkit.tiny"),
+    "transformers": (
+        *("dragkit.generator", "dragkit.memory_plan.dims", "dragkit.tiny"),
+        "dragkit.selftest.numbers.small_joint",
+    ),
     "tokenizers": ("dragkit.tiny",),
     "peft": ("dragkit.generator", "dragkit.tiny"),
     "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dragkit.console import output_file, run_main
-from dragkit.errors import CreateError, Stopped, WriteError
+from dragkit.console import output_file, printable, run_main, setup_console, show
+from dragkit.errors import CreateError, DataError, Stopped, WriteError
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +82,33 @@ def test_an_output_that_cannot_be_created_is_refused_before_the_block(tmp_path: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
+    path, link = tmp_path / "questions.jsonl", tmp_path / "link"
+    link.symlink_to(path)
+    for mine in ("{}", '{"question": "?"}', "{\n", "\x1f\x8b"):
+        path.write_text(mine)
+        for name in (path, link):
+            with pytest.raises(CreateError, match="holds something else.* REMEDY"):
+                output_file(name, "REMEDY", head='{\n "dragkit"').__enter__()
+        assert path.read_text() == mine
+    for own in ("", '{\n "dragkit": "0"}'):
+        path.write_text(own)
+        with output_file(link, "", head='{\n "dragkit"') as out:
+            out.write("new")
+        assert path.read_text() == "new"
+
+
+def test_a_named_pipe_that_nobody_reads_does_not_wait(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CreateError, match="pipe: cannot be created: No such device"):
+        output_file(tmp_path / "pipe", "").__enter__()
+    reading = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with output_file(tmp_path / "pipe", "") as out:
+        out.write("text")
+    assert os.read(reading, 10) == b"text"
+    os.close(reading)
+
+
 def test_a_device_is_written_to_and_not_replaced() -> None:
     full = Path("/dev/full")
     with pytest.raises(WriteError, match="full: cannot be") as caught, output_file(full, "") as out:
@@ -112,3 +140,71 @@ def test_a_stop_before_anything_was_saved_says_so(capsys: pytest.CaptureFixture[
 
     assert run_main(stop, []) == 130
     assert "SIGTERM. Nothing was saved" in capsys.readouterr().err
+
+
+STEERING = "\x1b[31mred\x1b[0m\x07\x00\r\x9b2J\u202eevil\u2066\u2028\ud800"
+
+
+def test_nothing_that_is_printed_steers_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(argv: list[str]) -> None:
+        logging.getLogger("dragkit").warning("logged %s", STEERING)
+        show(f"shown {STEERING}")
+        raise DataError(f"raised {STEERING}")
+
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    setup_console(debug=True)
+    assert run_main(fail, []) == DataError.exit_code
+    out, err = capsys.readouterr()
+    for text, kind in ((out, "shown"), (err, "logged"), (err, "raised")):
+        assert rf"{kind} \x1b[31mred\x1b[0m\x07\x00\r\x9b2J\u202eevil\u2066\u2028\ud800" in text
+    assert not set(STEERING) & set(out + err) - set("[31mred0m2Jevil")
+
+
+def test_what_is_plain_is_printed_as_it_is() -> None:
+    plain = "a\tb\nc \u05e7\u05d5\u05b9\u05dc \u200f \U0001f468\u200d\U0001f469 e\u0301 |\\n"
+    assert printable(plain) == plain
+
+
+_LATE = """
+import os, signal, sys
+from dragkit.console import run_main
+def work(argv):
+    print("done", flush=True)
+    return 3
+code = run_main(work)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+    os.kill(os.getpid(), number)
+sys.exit(code)
+"""
+
+
+def test_a_signal_while_python_exits_changes_no_exit_code() -> None:
+    told = subprocess.run([sys.executable, "-c", _LATE], capture_output=True, text=True, cwd=ROOT)
+    assert (told.returncode, told.stdout, told.stderr) == (3, "done\n", "")
+
+
+_LOGS = """
+import logging, sys
+from dragkit.console import run_main, setup_console
+def work(argv):
+    setup_console(debug=False)
+    for number in range(3):
+        logging.getLogger("dragkit").info("line %d", number)
+    if argv:
+        raise ValueError("a reason")
+    print("done")
+sys.exit(run_main(work))
+"""
+
+
+@pytest.mark.parametrize("error", ["2> /dev/full", "2> >(true)", "2> >(head -1 > /dev/null)"])
+@pytest.mark.parametrize(("argument", "code"), [("", 0), ("fail", 70)])
+def test_a_log_that_nobody_reads_ends_no_command(error: str, argument: str, code: int) -> None:
+    # The readers end first.
+    script = f"{sys.executable} -c '{_LOGS}' {argument} {error}; code=$?; sleep 0.1; exit $code"
+    told = shell(f"cd {ROOT}; {script}")
+    assert told.returncode == code and told.stderr == ""
+    assert told.stdout == ("" if argument else "done\n")

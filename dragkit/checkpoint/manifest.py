@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 import msgspec
 
+from dragkit.config.unique_keys import unique_keys
 from dragkit.errors import CheckpointError
 
 MANIFEST_NAME = "MANIFEST.json"
@@ -61,7 +62,7 @@ def read_json(path: Path, json_type: type[Content]) -> Content:
         CheckpointError: the file is missing, is not JSON or has another form.
     """
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name}: missing") from error
     except (OSError, ValueError, RecursionError) as error:

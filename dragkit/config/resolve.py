@@ -215,7 +215,7 @@ def resolve_config(
     if preset is not None:
         overrides["preset"] = preset
     # The preset and the phase are needed first: they decide which other settings apply.
-    from_file = flatten_settings(read_yaml(Path(file)) if file is not None else {})
+    from_file = flatten_settings(read_yaml(Path(file)) if file is not None else {}, str(file))
     given = from_file[0] | overrides
     merged = _Merged()
     if demo_preset and "preset" not in given and given.get("data.heuristics_path") is None:
@@ -247,7 +247,7 @@ def read_saved_config(settings: object, origin: str) -> TrainConfig:
     """
     if not isinstance(settings, Mapping):
         raise ConfigError(f"{origin}: the saved configuration is not a mapping.")
-    merged, (plain, _) = _Merged(), flatten_settings(settings)
+    merged, (plain, _) = _Merged(), flatten_settings(settings, origin)
     merged.update(plain, dict.fromkeys(plain, origin))
     return _validate(merged)
 
@@ -278,17 +278,33 @@ def config_schema() -> str:
     return json.dumps(TrainConfig.model_json_schema(), indent=2)
 
 
-def flatten_settings(settings: Mapping[Any, object]) -> tuple[dict[str, object], dict[str, dict]]:
-    """Values by dotted key, and the values of each phase block by dotted key."""
+def flatten_settings(
+    settings: Mapping[Any, object], origin: str = "the configuration"
+) -> tuple[dict[str, object], dict[str, dict]]:
+    """Values by dotted key, and the values of each phase block by dotted key.
+
+    Args:
+        settings: sections with keys, or dotted keys.
+        origin: where the settings are from, for messages.
+
+    Raises:
+        ConfigError: a key is given both inside its section and dotted.
+    """
     plain: dict[str, object] = {}
     blocks: dict[str, dict] = {}
     for key, value in settings.items():
+        items = {str(key): value}
         if key in _PHASE_BLOCKS and isinstance(value, Mapping | None):
-            blocks[key] = flatten_settings(value or {})[0]
+            # A block inside of a block is an unknown key.
+            inner, nested = flatten_settings(value or {}, f"{origin}, {key}")
+            blocks[key], items = inner | nested, {}
         elif key in SECTIONS and isinstance(value, Mapping | None):
-            plain |= {f"{key}.{name}": item for name, item in (value or {}).items()}
-        else:
-            plain[str(key)] = value
+            items = {f"{key}.{name}": item for name, item in (value or {}).items()}
+        if twice := sorted(plain.keys() & items.keys()):
+            raise ConfigError(
+                f"{twice[0]} ({origin}): is given twice, dotted and inside its section"
+            )
+        plain |= items
     return plain, blocks
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
@@ -21,4 +22,12 @@ class Section(BaseModel):
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("must not be true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _expand_home(cls, value: object) -> object:
+        # No shell has expanded what stands in a file or behind a `=`.
+        if isinstance(value, str) and value.startswith("~/"):
+            return os.path.expanduser(value)
         return value

@@ -9,9 +9,20 @@ import yaml
 
 from dragkit.errors import ConfigError, MissingInputError, similar_names
 
+_MAX_BYTES = 1_000_000
+# Merged keys of one mapping. A few lines of merges of merges would make billions.
+_MAX_MERGED = 1000
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe YAML loader that rejects a repeated key. Plain YAML silently keeps the last one."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_MERGED:
+            raise yaml.constructor.ConstructorError(
+                problem=f"a mapping of more than {_MAX_MERGED} keys", problem_mark=node.start_mark
+            )
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -48,7 +59,14 @@ def read_yaml(path: Path) -> Mapping[object, object]:
         # A named pipe without a writer would wait for ever. A shell's <(...) is under /dev.
         if path.is_fifo() and not str(path).startswith("/dev/"):
             raise MissingInputError(f"{path}: is a named pipe, not a file. Check --config.")
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        with path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ConfigError(
+                f"{path}: is longer than {_MAX_BYTES:,} bytes, so it holds no settings. Check "
+                "--config."
+            )
+        settings = yaml.load(content.decode("utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise MissingInputError(
             f"{path}: cannot read the configuration file: {error.strerror}."

@@ -35,7 +35,7 @@ def cache_root(cache_dir: str | Path | None = None) -> Path:
     if cache_dir is not None:
         return Path(cache_dir)
     if from_environment := os.environ.get("DRAGKIT_CACHE"):
-        return Path(from_environment)
+        return Path(os.path.expanduser(from_environment))
     try:
         return Path.home() / ".cache" / "dragkit"
     except RuntimeError as error:

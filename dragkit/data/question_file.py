@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from dragkit.data.question_row import (
     near_field,
 )
 from dragkit.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 64_000_000
 # Distinct unread keys that are counted. A file of generated keys would fill the memory.
@@ -184,14 +181,19 @@ class QuestionReader:
             question.topics and not distinct_names(row.topic_entities)
         )
         self.notes["duplicate_triples"] += len(row.triples) - len(question.triples)
+        other_answers = set(distinct_names(row.answers)) - set(question.answers)
+        self.notes["blank_names"] += sum(
+            not all(map(str.strip, triple)) for triple in question.triples
+        )
         for note, holds in (
             ("questions", True),
             ("empty_graph", not question.triples),
             ("empty_question", not row.question.strip()),
             ("no_answer", not question.answers),
             ("no_topic", not question.topics),
+            ("other_answers", other_answers),
         ):
-            self.notes[note] += holds
+            self.notes[note] += bool(holds)
         return question
 
     def check(self, max_bad_fraction: float = 0.0) -> None:
@@ -215,13 +217,6 @@ class QuestionReader:
                     "the fraction with --set data.max_bad_fraction=FRACTION."
                 )
             raise DataError("\n".join([*messages, summary]))
-        if count := self.notes["topics_from_paths"]:
-            logger.warning(
-                "%s: %d questions name no topic entity, so the first entity of each of their "
-                "paths is used",
-                self.path,
-                count,
-            )
 
 
 def question_of(row: Row, name: str, number: int) -> Question:

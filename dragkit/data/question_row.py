@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
+
+from dragkit.config.unique_keys import unique_keys
 
 Triple = tuple[str, str, str]
 
@@ -77,25 +78,17 @@ def _raw_fields(line: bytes) -> dict[str, msgspec.Raw]:
         msgspec.DecodeError: the line is no JSON object.
     """
     # Outside the decoded values each key has two quotes. More quotes mean a second value, or an
-    # escaped quote in a key. `_unique_keys` tells the two apart.
+    # escaped quote in a key. `unique_keys` tells the two apart.
     values = _RAW_DECODER.decode(line)
     quotes = _num_quotes(line) - sum(map(_num_quotes, values.values()))
     if quotes != 2 * len(values):
-        json.loads(line, object_pairs_hook=_unique_keys)
+        json.loads(line, object_pairs_hook=unique_keys)
     return values
 
 
 def _num_quotes(data: bytes | msgspec.Raw) -> int:
     # `bytes.count` takes ten times longer where hits are frequent.
     return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == ord('"')))
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {repeated!r} is given twice")
-    return row
 
 
 def _invalid(line: bytes, error: msgspec.ValidationError) -> Fault:

@@ -23,6 +23,10 @@ def relation_text(name: str) -> str:
     A dotted schema name gives its last two parts, `country capital` for `geo.country.capital`, and
     an IRI its last part. Any other name keeps all its words, dots included. A mark of inversion
     (`^`, `~`, `inv:` or `reverse_` in front, `^-1` behind) becomes a word in front.
+
+    The text is a function of the name alone. If names that share one got more parts, a question's
+    scores would depend on the other rows of its file, and a test file would read a relation in
+    other words than the training file. Names that share a text are counted in the log instead.
     """
     name, marks, start = " ".join(name.split()), [], 0
     if name.endswith(_MARK_BEHIND) and len(name) > len(_MARK_BEHIND):

@@ -35,7 +35,20 @@ logger = logging.getLogger(__name__)
 BUILDER_VERSION = 2
 # Change this name when arrays or counts are renamed or added. Checkpoints record the fingerprint,
 # so a new BUILDER_VERSION for the same values would prevent runs from being resumed.
-CACHE_FOLDER = "packed-5"
+CACHE_FOLDER = "packed-6"
+
+# What the log says of a count of `PackedStore.summary` that is not zero.
+_REMARKS = {
+    "no_answer": "questions have no answer, so they teach the generator nothing and score 0",
+    "other_answers": "questions have other answers under `answers` than under `answer`. Those "
+    "under `answer` count alone",
+    "empty_question": "questions are empty",
+    "blank_names": "facts have an empty entity or an empty relation",
+    "topics_from_paths": "questions name no topic entity, so the first entity of each of their "
+    "paths is used",
+    "topic_missing": "questions have no topic entity in their graph, so their search starts from "
+    "all nodes with equal probability",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,21 +198,10 @@ class PackedStore:
                 len(self),
                 self.label_gaps,
             )
-        if without := self.summary["no_answer"]:
-            logger.warning(
-                "%s: %d of %d questions have no answer, so they teach the generator nothing and "
-                "score 0",
-                self.path,
-                without,
-                len(self),
-            )
-        if missing := self.summary["topic_missing"]:
-            logger.warning(
-                "%s: %d questions have no topic entity in their graph, so "
-                "their search starts from all nodes with equal probability",
-                self.path,
-                missing,
-            )
+        for name, remark in _REMARKS.items():
+            if count := self.summary.get(name, 0):
+                total = self.summary["facts" if remark.startswith("facts") else "questions"]
+                logger.warning("%s: %d of %d %s", self.path, count, total, remark)
 
     def __len__(self) -> int:
         return len(self.question_key)

@@ -45,11 +45,13 @@ class EvaluationResult:
 
     def sample_lines(self, count: int) -> list[str]:
         """Returns up to `count` generated answers with their gold answers, a line each."""
-        return [
-            f"  {p['question']} -> {p['text'] or '(nothing)'} [{' | '.join(p['answers'][:4])}]"
+        lines = [
+            f"{p['question']} -> {p['text'] or '(nothing)'} [{' | '.join(p['answers'][:4])}]"
             for p in self.predictions[:count]
             if p["text"] is not None
         ]
+        # A text of the data may have several lines.
+        return [f"  {' '.join(line.split())}" for line in lines]
 
 
 def _retrieval_scores(question: StoredQuestion, prediction: Prediction) -> dict[str, float]:

@@ -17,7 +17,7 @@ from dragkit.data.names import read_names
 from dragkit.eval.published_metrics import rog_scores, subgraphrag_scores
 
 # Raise this when a change of the parser, a normalisation or a formula can change a number.
-METRIC_VERSION = 2
+METRIC_VERSION = 3
 
 STRICT_NAMES = (
     "strict-hits@1",
@@ -32,18 +32,35 @@ _ARTICLES = frozenset({"a", "an", "the"})
 _ASCII_PUNCTUATION = frozenset(string.punctuation)
 # Texts write a minus sign as any of these: hyphen, figure dash, en dash, minus.
 _MINUS_SIGNS = dict.fromkeys(map(ord, "\u2010\u2012\u2013\u2212"), "-")
+# NFKC has folded the wide forms. Other currencies are no ASCII punctuation, so all of them stay.
+_CURRENCY = r"$¢£¤¥฿\u20a0-\u20cf"
+_SPACED_AMOUNT = re.compile(rf"(?<![\w.,{_CURRENCY}])(\d[\d.,]*)\s*([{_CURRENCY}])(?!\w)")
+_BARE_FRACTION = re.compile(r"(?<![\w.])\.(?=\d)")
+# What may stand before a sign that begins a word. Not a letter, so not within 1990-2000 or F-16.
+_BEFORE = r"(?<![^\s(\[{<>=^/,;:|\"'“‘«$€£¥*_`])"
 # The group is a sign that carries meaning. Other punctuation separates words or adorns them.
 _SIGN = re.compile(
     r"("
-    # In front of a number: -5, (-5), $-5, <5, >=5. Not within 1990-2000, F-16, 5%-10% or ->5.
-    r"(?<![^\s(\[{<>=^/,;:|\"'“‘«$€£¥*_`])-(?=[$€£¥]?[.,]?\d)"
+    # In front of a number: -5, (-5), $-5, <5, >=5. Not within 5%-10% or ->5.
+    rf"{_BEFORE}-(?=[$€£¥]?[.,]?\d)"
     r"|(?<![-=])[<>]=?(?=-?[.,]?\d)"
+    # In front of a symbol: -x, -ve. Not - x or -Paris, which are items of a list, nor -a friend.
+    rf"|{_BEFORE}-(?=(?!an?\b)[^\W\d_]{{1,2}}(?!\w)|∞)"
+    # In front of a word: .NET. Not in "end.Start" or "...so".
+    rf"|{_BEFORE}\.(?=[^\W\d_]\w)"
+    # In front of an amount: $5, US$5.
+    r"|\$(?=-?[.,]?\d)"
     # Behind a word, or between it and a number: AB+, C++, F#, UTC+5. Not within A+B.
     r"|(?<=[^\W_])[+#]+(?![^\W\d_]|[+#])"
     # Behind a word with a letter: AB-, SO42-. Not behind 1990-, nor within well-known.
     r"|(?<=[^\W\d_])\d*-(?![\w-])"
-    # Behind a number: 5%. Behind a single letter: A*. Not in **A**.
-    r"|(?<=\d)\s*%|(?<=(?<![\w*])[^\W\d_])\*(?![\w*])"
+    # Behind a bracket, or as the last word behind a short one: Rh(D)-, AB +. Not in "Paris -".
+    r"|(?<=[^\W_])[)\]]+[+-](?![\w+-])"
+    r"|(?<=(?<!\w)[^\W\d_])\s+[+-](?=[\s)\]]*$)|(?<=(?<!\w)[^\W\d_]\w)\s+[+-](?=[\s)\]]*$)"
+    # Alone in brackets: (+)-camphor, Rh(-).
+    r"|(?<=[(\[])[+-](?=[)\]])"
+    # Behind a number: 5%. Behind a single letter: A*, R$, C--. Not in **A** or $x$.
+    r"|(?<=\d)\s*%|(?<=(?<![\w*$])[^\W\d_])(?:[*$]|--)(?![\w*$-])"
     r")"
 )
 
@@ -69,16 +86,18 @@ def strict_key(text: str) -> str:
 
     Format characters (category Cf) are dropped. NFKC and case folding are applied. Punctuation
     becomes spaces, except a sign that carries meaning: "AB-" is not "AB+", "-5" is not "5", "C++"
-    is not "C", and "5%" is not "5". A minus sign, also one written as a dash, is a hyphen. The
-    words a, an and the are removed unless nothing else is left. White space is collapsed. Accents
-    stay. A text without any key, such as "!!!", keeps its characters.
+    is not "C", ".NET" is not "NET", and neither "5%" nor "$5" is "5". Of these "Rh(D)-" and "AB -"
+    are written as one word, "5 $" as "$5", and ".5" as "0.5". A minus sign, also one written as a
+    dash, is a hyphen. The words a, an and the are removed unless nothing else is left. White space
+    is collapsed. Accents stay. A text without any key, such as "!!!", keeps its characters.
     """
     visible = "".join(char for char in text if unicodedata.category(char) != "Cf")
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", visible).casefold())
+    plain = _SPACED_AMOUNT.sub(r"\2\1", folded.translate(_MINUS_SIGNS))
     # Every second piece is a sign.
-    pieces = _SIGN.split(folded.translate(_MINUS_SIGNS))
+    pieces = _SIGN.split(_BARE_FRACTION.sub("0.", plain))
     pieces[::2] = map(_without_punctuation, pieces[::2])
-    pieces[1::2] = map(str.strip, pieces[1::2])
+    pieces[1::2] = (sign.strip(" \t\n)]") for sign in pieces[1::2])
     words = "".join(pieces).split()
     return " ".join([w for w in words if w not in _ARTICLES] or words) or " ".join(text.split())
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dragkit.config.flags import EXIT_CODE_HELP, Parser, with_underscores
-from dragkit.console import run_main, setup_console, show
+from dragkit.console import output_file, run_main, setup_console, show
 from dragkit.errors import ConfigError, DragkitError, Interrupted, MissingInputError
 
 _EPILOG = f"""\
@@ -100,7 +100,6 @@ def _experiment(argv: list[str]) -> int:
     args = parse_experiment_args(argv)
     setup_console(debug=args.debug)
     # Imported after the arguments are parsed, so that --help and mistakes answer at once.
-    from dragkit.checkpoint.atomic import make_dirs, write_text_atomically
     from dragkit.experiment.document import command_line, commit, document
     from dragkit.experiment.execute import LOG, Launcher, command, states, train_all
     from dragkit.experiment.plan import read_experiment
@@ -125,22 +124,25 @@ def _experiment(argv: list[str]) -> int:
     launcher = Launcher(root, threads, args.gpus, commit())
     # SIGTERM would end this process alone and leave its runs behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        failed = train_all(found, args.jobs, launcher.train, launcher.stop)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"stopped. The runs in {root} saved their state. The same command continues them."
-        ) from None
-    results = gather(experiment, root)
-    if any(row.runs for result in results for row in result.rows.values()):
-        output = args.output or root / "results.md"
-        plot = output.with_suffix(".svg")
-        text = document(
-            experiment, results, file=args.file, plot=plot, threads=threads, gpus=args.gpus
-        )
-        make_dirs(output.parent)
-        draw(experiment, results, plot)
-        write_text_atomically(output, text)
+    output = args.output or root / "results.md"
+    plot = output.with_suffix(".svg")
+    remedy = "Name another file with --output FILE.md."
+    with output_file(output, remedy) as page, output_file(plot, remedy) as picture:
+        try:
+            failed = train_all(found, args.jobs, launcher.train, launcher.stop)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"stopped. The runs in {root} saved their state. The same command continues them."
+            ) from None
+        results = gather(experiment, root)
+        if has_results := any(row.runs for result in results for row in result.rows.values()):
+            draw(experiment, results, picture)
+            page.write(
+                document(
+                    experiment, results, file=args.file, plot=plot, threads=threads, gpus=args.gpus
+                )
+            )
+    if has_results:
         show(f"written to {output} and {plot}")
     for run, code in failed.items():
         log = root / run.folder / LOG

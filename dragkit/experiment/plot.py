@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TextIO
 
 from dragkit.experiment.document import scale
 from dragkit.experiment.plan import Experiment
@@ -15,7 +15,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _MARKERS = "os^DvPX"
 
 
-def draw(experiment: Experiment, results: Sequence[SetResults], path: Path) -> None:
+def draw(experiment: Experiment, results: Sequence[SetResults], file: TextIO) -> None:
     """Writes the plot as SVG.
 
     With a baseline it shows differences with their 95 % intervals, else means with one standard
@@ -72,7 +72,7 @@ def draw(experiment: Experiment, results: Sequence[SetResults], path: Path) -> N
             axes.set_ylim(-0.6, len(rows) - 0.4)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.savefig(path, metadata={"Date": None})
+        figure.savefig(file, format="svg", metadata={"Date": None})
 
 
 def _point(row: Row, metric: str, baseline: str | None) -> tuple[float, float, float] | None:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # 1e-6 in float32. In half precision a router of experts may choose otherwise, too.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 HALF_TOLERANCE = 0.25
+# Types of weights that hold numbers, unlike packed or scaled ones.
+_PLAIN_TYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _SHORT_TOKENS, _LONG_TOKENS = 7, 13
 _NEW_TOKENS = 2
 _REMEDY = "Name another model with --generator_model."
@@ -38,8 +40,8 @@ def check_conformance(generator: Generator, name: str) -> None:
         name: the generator's name, for messages.
 
     Raises:
-        MissingInputError: the model cannot be run, or its logits are others. The message has the
-            name, the family, and what differs.
+        MissingInputError: a weight is not finite, the model cannot be run, or its logits are
+            others. The message has the name, the family, and what differs.
     """
     was_training = generator.training
     generator.eval()
@@ -66,12 +68,18 @@ class _Probe:
 
     def run(self) -> None:
         """Compares, mends, or raises."""
+        self._require_finite_weights()
         both, answer, together = [self.long, self.short], self.short[:_NEW_TOKENS], None
         if not self.generator.is_packed:
             with self._refused("decoding stops"):
                 together, answer = self._decoded(both)
         with self._refused("its forward stops"):
             own = self._own(answer)
+        if not bool(own.isfinite().all()):
+            raise MissingInputError(
+                f"{self.title} cannot be used: all its weights are finite, but its logits hold NaN "
+                f"or infinity in {self.generator.dtype}. {_REMEDY}"
+            )
         # The forward over packs is our own code, whose errors are no fault of the model.
         with nullcontext() if self.generator.is_packed else self._refused("its forward stops"):
             ours = self._ours(both, answer)
@@ -91,6 +99,23 @@ class _Probe:
                 "%s",
                 self.title,
                 error,
+            )
+
+    def _require_finite_weights(self) -> None:
+        """Raises where a weight holds NaN or infinity, also one that the probe does not use."""
+        plain = (x for x in self.causal_lm.model.named_parameters() if x[1].dtype in _PLAIN_TYPES)
+        bad = [
+            name.replace(".base_layer.", ".")
+            for name, weight in plain
+            # The sum needs no memory. It overflows before all values are known to be finite.
+            if not bool(weight.sum(dtype=torch.float32).isfinite())
+            and not bool(weight.isfinite().all())
+        ]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if bad[1:] else ""
+            raise MissingInputError(
+                f"{self.title} cannot be used: the weight {bad[0]}{more} holds NaN or infinity. "
+                f"Download the model again. {_REMEDY}"
             )
 
     def _own(self, answer: list[int]) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from dragkit.config import TINY_GENERATOR, GeneratorConfig, TrainConfig
-from dragkit.errors import ConfigError, MissingInputError
+from dragkit.data.tensor_files import integers_as_weights
+from dragkit.errors import ConfigError, MissingInputError, similar_names
 from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.conformance import check_conformance
 from dragkit.generator.generator import Generator
@@ -21,6 +23,7 @@ from dragkit.generator.random_weights import is_random, meta_model, random_confi
 from dragkit.generator.weight_files import (
     check_tokens,
     check_weight_files,
+    first_line,
     num_positions,
     read_config,
     read_tokenizer,
@@ -56,13 +59,16 @@ def resolve_generator(config: GeneratorConfig, *, name: str) -> str:
         folder = None
     if folder is not None and any(folder.glob("*.safetensors")):
         return str(folder)
-    revision = "" if config.revision is None else f" --revision {config.revision}"
+    revision = "" if config.revision is None else f" --revision {shlex.quote(config.revision)}"
+    path = Path(name)
+    local = "This is a file, not a folder" if os.path.exists(path) else "There is no such folder"
+    near = similar_names(path) if os.path.isdir(path.parent) else ""
     raise MissingInputError(
-        f"the weights of the generator {name} are not on this machine. There is no folder of that "
-        f"name, and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')} does not "
-        f"have them. Download them with: hf download {name}{revision} (the 30B is about 63 GB and "
-        "needs a GPU of 80 GB or more). Or name a folder with --generator_model FOLDER. Or use the "
-        "bundled tiny generator: --preset tiny --generator_model tiny."
+        f"the weights of the generator {name} are not on this machine. {local}, "
+        f"and the hub cache {os.environ.get('HF_HOME', '~/.cache/huggingface')} does not have "
+        f"them.{near} Download them with: hf download {shlex.quote(name)}{revision} (the 30B is "
+        "about 63 GB and needs a GPU of 80 GB or more). Or name a folder with --generator_model "
+        "FOLDER. Or use the bundled tiny generator: --preset tiny --generator_model tiny."
     )
 
 
@@ -188,7 +194,7 @@ def _read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         MissingInputError: transformers has no causal model of the family, or the files lack
-            weights of it, or hold them in other shapes.
+            weights of it, or hold them in other shapes or as integers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -209,12 +215,16 @@ def _read_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     # The code of some two hundred families may raise anything.
     except Exception as error:
         raise MissingInputError(
-            f"the generator in {folder} cannot be loaded: {str(error).splitlines()[0]}"
+            f"the generator in {folder} cannot be loaded: {first_line(error)}"
         ) from error
     # The library fills what it does not find with random weights.
     wrong = sorted(info["missing_keys"]) + [
         f"{key} (its shape is {list(found)} instead of {list(expected)})"
         for key, found, expected in sorted(info["mismatched_keys"])
+    ]
+    wrong += [
+        f"{key} (its numbers are of type {dtype}, not floating-point)"
+        for key, dtype in integers_as_weights(weight_files(folder), model).items()
     ]
     unused = sorted(info["unexpected_keys"])
     also = f" {len(unused)} others are in the files and not in the model: {', '.join(unused[:3])}."

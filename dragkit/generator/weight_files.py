@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from dragkit.config.unique_keys import unique_keys
 from dragkit.errors import ConfigError, MissingInputError
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
+_MAX_JSON_BYTES = 50_000_000
 # What the configurations of transformers call the number of positions.
 _POSITIONS = ("max_position_embeddings", "max_seq_len")
 
@@ -21,17 +24,23 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those of its index, or all of its folder.
 
     Raises:
-        MissingInputError: there are none, or the index cannot be read.
+        MissingInputError: there are none, or the index cannot be read or names a file elsewhere.
     """
     index = folder / _INDEX
     if index.is_file() and not (folder / "model.safetensors").is_file():
         try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            names = sorted({PurePath(name) for name in _read_json(index)["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MissingInputError(
                 f"{index}: the list of the weight files cannot be read: {_problem(index, error)}. "
                 f"{_again(folder)}"
             ) from error
+        # Neither the size of the model nor its fingerprint would cover a file elsewhere.
+        if elsewhere := [name for name in names if name.is_absolute() or ".." in name.parts]:
+            raise MissingInputError(
+                f"{index}: it names the weight file {elsewhere[0]}, which is not in the model's "
+                f"folder. Move that file into {folder}, and correct the list."
+            )
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -42,13 +51,34 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError, RecursionError: it is no JSON, nested too deeply, or gives a key twice. Or it
+            is longer than any such file.
+    """
+    if file.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"it is longer than {_MAX_JSON_BYTES:,} bytes")
+    return json.loads(file.read_bytes(), object_pairs_hook=unique_keys)
+
+
 def check_weight_files(folder: Path) -> None:
     """Opens every weight file of a model, without reading its tensors.
 
     Raises:
-        MissingInputError: a file is missing, cut short, or the pointer of Git LFS to it.
+        MissingInputError: a file is missing, cut short, or the pointer of Git LFS to it. Or the
+            folder holds an adapter, too.
     """
     from safetensors import SafetensorError, safe_open
+
+    adapter = folder / _ADAPTER
+    if adapter.exists():
+        # The library would load this adapter, and the model that it names instead of this one.
+        raise MissingInputError(
+            f"{adapter}: the generator's folder holds a PEFT adapter beside the model. Merge the "
+            "adapter into the weights with merge_and_unload of peft, or move it to another folder."
+        )
 
     for file in weight_files(folder):
         if not file.is_file():
@@ -62,11 +92,16 @@ def check_weight_files(folder: Path) -> None:
             ) from error
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _problem(file: Path, error: Exception) -> str:
     with file.open("rb") as opened:
         if opened.read(len(_POINTER)) == _POINTER:
             return "this is the pointer that a checkout without Git LFS leaves"
-    return f"{str(error).splitlines()[0]} ({file.stat().st_size:,} bytes)"
+    return f"{first_line(error)} ({file.stat().st_size:,} bytes)"
 
 
 def _again(folder: Path) -> str:
@@ -80,15 +115,18 @@ def read_config(folder: Path) -> Any:
     """The model's configuration, a `PreTrainedConfig`.
 
     Raises:
-        MissingInputError: transformers cannot read it, or does not know the family.
+        MissingInputError: it gives a key twice, or transformers cannot read it or does not know
+            the family.
     """
     from transformers import AutoConfig
 
+    file = folder / "config.json"
     try:
+        # The library silently keeps the last value of a key that is given twice.
+        _read_json(file)
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # The checks of some two hundred families raise anything.
     except Exception as error:
-        file = folder / "config.json"
         raise MissingInputError(
             f"{file}: the model's configuration cannot be used: {_problem(file, error)}. "
             f"{_again(folder)}"
@@ -99,7 +137,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        MissingInputError: transformers cannot read it.
+        MissingInputError: transformers cannot read it, or it lacks its vocabulary.
         ConfigError: it has no end token.
     """
     from transformers import AutoTokenizer
@@ -110,10 +148,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:
         files = [folder / name for name in ("tokenizer.json", "tokenizer.model")]
         file = next((f for f in files if f.is_file()), folder)
-        problem = _problem(file, error) if file.is_file() else str(error).splitlines()[0]
+        problem = _problem(file, error) if file.is_file() else first_line(error)
         raise MissingInputError(
             f"{file}: the tokenizer cannot be read: {problem}. {_again(folder)}"
         ) from error
+    # Where files are missing, the library makes tokenizers of some families without a vocabulary.
+    ids = tokenizer(["one two", "six ten"], add_special_tokens=False)["input_ids"]
+    if ids[0] == ids[1]:
+        raise MissingInputError(
+            f"{folder}: the tokenizer tells no texts apart, so its vocabulary is missing. "
+            f"{_again(folder)}"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{folder}: the tokenizer has no end token, and training needs one. Name another model "

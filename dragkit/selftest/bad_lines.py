@@ -33,13 +33,14 @@ BAD_LINES: tuple[tuple[str, bytes, str], ...] = (
 )
 
 
-def bad_lines(outcome: Outcome, root: Path, *, corruptions: int) -> None:
+def bad_lines(outcome: Outcome, root: Path, *, corruptions: int, long_line: int) -> None:
     """Finds 140 bad lines of every kind among 10,000, then counts the rows of corrupted files.
 
     Args:
         outcome: counts the cases.
         root: folder of the files.
         corruptions: number of files with random bytes in them.
+        long_line: bytes of a line that the usual limit refuses. 0 makes none.
     """
     path = root / "lines.jsonl"
     draw = random.Random(3)
@@ -63,6 +64,11 @@ def bad_lines(outcome: Outcome, root: Path, *, corruptions: int) -> None:
             require(f"{path}:{max(expected)}:" in str(error), "the last bad line is not named")
         else:
             require(False, "more bad lines than are accepted were read")
+    with outcome.case("a line beyond the usual limit", tries=int(bool(long_line))):
+        path.write_bytes(_GOOD % 1 + b"\n" + b"x" * long_line + b"\n" + _GOOD % 2)
+        found = read_questions(path, max_bad_fraction=0.5).rejects
+        lines = [problem.line for problem in found]
+        require(lines == [2] * bool(long_line), f"reported on lines {lines}")
     for seed in range(corruptions):
         with outcome.case(f"corruption {seed}"):
             _require_all_rows_counted(path, random.Random(seed))

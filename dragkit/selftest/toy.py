@@ -9,12 +9,12 @@ import random
 import runpy
 import signal
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest import mock
 
 from dragkit.checkpoint.checkpoint import find_checkpoint
 from dragkit.checkpoint.manifest import MANIFEST_NAME
@@ -24,7 +24,11 @@ from dragkit.selftest.outcome import Loss, require
 # Imported once, by the server that starts all processes. Importing takes longer than a toy run.
 _PRELOAD = ["dragkit.trainer.run", "dragkit.trainer.evaluate_run", "transformers", "peft"]
 _LIMIT_S = 300.0
-STEPS_IN_EPOCH = 12
+# Of a process. It travels there, so it is a function of a module, or a partial one.
+Surroundings = Callable[[], AbstractContextManager[object]]
+# Of a process that runs several programs. It takes the folder of the logs.
+Around = Callable[[Path], AbstractContextManager[None]]
+STEPS_IN_EPOCH = 10
 # What a second run of the same questions repeats. The others are rates.
 _REPEATED = ("step", "epoch", "train", "lr", "validation")
 
@@ -68,6 +72,16 @@ class Toy:
         where = ["--resume" if resume else "--checkpoint_dir", str(folder)]
         return [*self.arguments, *where]
 
+    def command_of_either(self, folder: Path) -> list[str]:
+        """The arguments that begin a run in `folder`, or resume the one that is there."""
+        return [*self.command(folder), "--resume"]
+
+    def having(self, name: str, **settings: object) -> Toy:
+        """The toy with other settings. Two underscores in a name stand for the dot of its key."""
+        pairs = ((key.replace("__", "."), value) for key, value in settings.items())
+        words = (word for key, value in pairs for word in ("--set", f"{key}={value}"))
+        return replace(self, name=f"{self.name}-{name}", arguments=(*self.arguments, *words))
+
 
 def toy(
     root: Path,
@@ -78,6 +92,7 @@ def toy(
     accumulation: int = 1,
     keep: int = 3,
     start: Path | None = None,
+    tests: bool = False,
 ) -> Toy:
     """A run with `STEPS_IN_EPOCH` optimizer steps in an epoch, each of four questions.
 
@@ -88,7 +103,8 @@ def toy(
         save_every: optimizer steps between two checkpoints.
         accumulation: micro-batches of an optimizer step.
         keep: number of newest checkpoints that stay.
-        start: run of phase 1 that phase 2 starts from.
+        start: run of phase 1 that phase 2 starts from. Without it phase 2 trains phase 1 first.
+        tests: evaluate on test questions, also before training.
     """
     train, val = root / "train.jsonl", root / "val.jsonl"
     if not train.exists():
@@ -104,6 +120,7 @@ def toy(
         "retriever.hidden_dim": 8,
         "generator.max_new_tokens": 4,
         "generator.max_prompt_tokens": 200,
+        **({"data.test_heuristics_path": val} if tests else {}),
     }
     flags = {
         "phase": phase,
@@ -118,17 +135,8 @@ def toy(
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     name = f"phase{phase}" + (f"-{accumulation}" if accumulation > 1 else "")
+    name += "-after-phase1" if phase == 2 and start is None else ""
     return Toy(name, tuple(words), save_every)
-
-
-def _slow_fsync(seconds: float) -> object:
-    fsync = os.fsync
-
-    def slow(descriptor: int) -> None:
-        time.sleep(seconds)
-        fsync(descriptor)
-
-    return slow
 
 
 def _to_log(log: Path) -> None:
@@ -138,47 +146,63 @@ def _to_log(log: Path) -> None:
     os.dup2(descriptor, 2)
 
 
-def _run_program(module: str, arguments: Sequence[str], log: Path, fsync_s: float) -> None:
+def _run_program(
+    module: str, arguments: Sequence[str], log: Path, surroundings: Surroundings, own_group: bool
+) -> None:
     """Body of a process: `python -m module arguments`, with stdout and stderr in `log`."""
     _to_log(log)
+    if own_group:
+        os.setpgid(0, 0)
     # A background job of a shell ignores SIGINT. The program behaves as on a terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
-    with mock.patch.object(os, "fsync", _slow_fsync(fsync_s)):
+    with surroundings():
         runpy.run_module(module, run_name="__main__")
 
 
-def _run_programs(commands: Sequence[tuple[str, list[str]]], log: Path, codes: Path) -> None:
+def _run_programs(
+    commands: Sequence[tuple[str, list[str]]], log: Path, codes: Path, around: Around
+) -> None:
     """Body of a process: `python -m` of each command in turn, with the exit codes in `codes`."""
     _to_log(log)
     found: list[object] = []
-    for module, arguments in commands:
-        sys.argv = [module, *arguments]
-        try:
-            runpy.run_module(module, run_name="__main__")
-        except SystemExit as error:
-            found.append(error.code)
-        except BaseException as error:
-            found.append(repr(error))
-        codes.write_text(json.dumps(found))
+    with around(log.parent):
+        for module, arguments in commands:
+            sys.argv = [module, *arguments]
+            try:
+                runpy.run_module(module, run_name="__main__")
+            except SystemExit as error:
+                found.append(error.code)
+            except BaseException as error:
+                found.append(repr(error))
+            codes.write_text(json.dumps(found))
+
+
+def forkserver() -> ForkServerContext:
+    """Starts processes of the self-test, from the one server that has imported the package."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 class Processes:
     """Starts the programs of the package in processes of their own.
 
     Args:
-        folder: folder of the logs.
-        fsync_s: seconds that each fsync takes longer, so that more kills hit a save.
+        folder: folder of the log.
+        surroundings: enters what a process runs in, such as a disk that is slow.
+        own_group: each process leads a process group, to which signals are sent.
     """
 
-    def __init__(self, folder: Path, *, fsync_s: float = 0.0) -> None:
-        self.log, self.fsync_s = folder / "log.txt", fsync_s
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOAD)
+    def __init__(
+        self, folder: Path, surroundings: Surroundings = nullcontext, *, own_group: bool = False
+    ) -> None:
+        self.log, self.surroundings, self.own_group = folder / "log.txt", surroundings, own_group
+        self._context = forkserver()
 
     def start(self, arguments: Sequence[str], module: str = "dragkit.train") -> BaseProcess:
         """Starts `python -m module arguments`."""
-        args = (module, list(arguments), self.log, self.fsync_s)
+        args = (module, list(arguments), self.log, self.surroundings, self.own_group)
         process = self._context.Process(target=_run_program, args=args)
         process.start()
         return process
@@ -188,15 +212,21 @@ class Processes:
         process = self.start(arguments, module)
         return self.wait(process)
 
-    def run_all(self, commands: Sequence[tuple[str, list[str]]]) -> list[object]:
+    def run_all(
+        self, commands: Sequence[tuple[str, list[str]]], around: Around = nullcontext
+    ) -> list[object]:
         """Runs commands, each as module and arguments, in one process. Returns their exit codes.
+
+        Args:
+            commands: module and arguments of each.
+            around: context of all of them in their process. It takes the folder of the logs.
 
         Raises:
             Loss: the process did not reach its end.
         """
         codes = self.log.with_name("codes.json")
         process = self._context.Process(
-            target=_run_programs, args=(list(commands), self.log, codes)
+            target=_run_programs, args=(list(commands), self.log, codes, around)
         )
         process.start()
         code = self.wait(process)
@@ -221,7 +251,7 @@ class Processes:
     def signal(self, process: BaseProcess, number: int) -> None:
         """Sends a signal to a process that may have ended."""
         if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, number)
+            (os.killpg if self.own_group else os.kill)(process.pid, number)
 
     def finish(self, arguments: Sequence[str]) -> None:
         """Runs the training command.

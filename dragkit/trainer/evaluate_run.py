@@ -19,7 +19,7 @@ from dragkit.data.store import StoredQuestion
 from dragkit.errors import ConfigError, MissingInputError
 from dragkit.eval.evaluate import EvaluationResult, evaluate
 from dragkit.eval.types import Prediction
-from dragkit.generator.fingerprint import weights_fingerprint
+from dragkit.generator.fingerprint import generator_fingerprints
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import check_generator, within_positions
 from dragkit.generator.random_weights import is_random
@@ -82,7 +82,7 @@ class Run:
         if loaded.state.phase != "phase1":
             name = self.config.generator_model
             folder = check_generator(self.config.generator, self._device, name=name)
-            inputs["generator"] = weights_fingerprint(Path(folder))
+            inputs |= generator_fingerprints(Path(folder))
         require_same_inputs(loaded, inputs, "Put the first ones in their place.")
         self._generator: Generator | None = None
         self._phase: Phase

@@ -13,7 +13,7 @@ from dragkit.data.lines import open_source
 from dragkit.data.store import PackedStore
 from dragkit.distributed.ranks import Ranks
 from dragkit.errors import DataError, MissingInputError
-from dragkit.generator.fingerprint import weights_fingerprint
+from dragkit.generator.fingerprint import generator_fingerprints
 from dragkit.generator.generator import Generator
 from dragkit.retriever.text_encoder import TextEncoder, find_encoder
 from dragkit.trainer.build import data_paths
@@ -82,7 +82,7 @@ class RunInputs:
         )
         self.fingerprints = {"encoder": self.encoder.fingerprint}
         if generator is not None:
-            self.fingerprints["generator"] = weights_fingerprint(generator)
+            self.fingerprints |= generator_fingerprints(generator)
         self._stores: dict[str, PackedStore] = {}
 
     def datasets(

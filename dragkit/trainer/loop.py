@@ -35,7 +35,7 @@ from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
 from dragkit.trainer.anomaly import numerical_error
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
-from dragkit.trainer.phase import STATE_FILE, Phase, StepOutput
+from dragkit.trainer.phase import STATE_FILE, Phase, StepOutput, with_counted_parts
 from dragkit.trainer.progress import MetricsLog, Progress
 from dragkit.trainer.question_dataset import QuestionDataset
 from dragkit.trainer.resume import require_same_inputs
@@ -144,7 +144,7 @@ class Trainer:
 
         Raises:
             Interrupted: a stop signal came. The state has been saved.
-            NumericalError: a gradient was not finite. The step was not applied.
+            NumericalError: a loss or a gradient was not finite. The step was not applied.
             WriteError: checkpoints cannot be written, three times in a row or at the end.
         """
         # A run that a kill ended has logged steps that this one repeats.
@@ -260,17 +260,22 @@ class Trainer:
             batch=self.state.batch + len(batches),
             questions_seen=self.state.questions_seen + questions,
         )
-        return outputs
+        return [with_counted_parts(out, counts) for out in outputs]
 
     def _check_finite(
         self, norm: Tensor, batches: list[QuestionBatch], outputs: list[StepOutput]
     ) -> None:
-        """Raises before an update with gradients that are not finite."""
+        """Raises before an update with a loss or gradients that are not finite."""
+        loss: Tensor = sum(out.loss for out in outputs)  # type: ignore[assignment]
+        # Gradients alone do not tell: infinite scores have a gradient of 0.
+        finite = torch.isfinite(norm) & torch.isfinite(loss)
         if self.device.type != "cpu":
             # The device checks, so that the host does not wait for every step.
-            torch._assert_async(torch.isfinite(norm))
+            torch._assert_async(finite)
             return
-        if math.isfinite(float(norm)):
+        # Each rank has its own loss.
+        (bad_ranks,) = self.ranks.all_reduce_sum([int(not finite)])
+        if not bad_ranks:
             return
         store = self.train_set.store
         error = numerical_error(
@@ -278,6 +283,7 @@ class Trainer:
             self.state.step,
             float(norm),
             dict(zip(self.parameter_names, self.parameters, strict=True)),
+            self.phase.model,
             [store.question_id(row) for batch in batches for row in batch.rows],
             outputs,
             self.ranks,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,8 @@ from dragkit.trainer.compile import autocast
 # File stem of the trained tensors in a checkpoint. Earlier versions wrote heads.safetensors.
 STATE_FILE = "retriever_projector"
 _EARLIER_STATE_FILE = "heads"
+# Count of `Phase.counts` that a part is a mean over.
+_COUNT_OF = {"retrieval": "questions", "generator": "tokens", "token_accuracy": "tokens"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,15 @@ class Phase(ABC):
     @abstractmethod
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """The validation metric that picks the best checkpoint (higher is better), if any."""
+
+
+def with_counted_parts(output: StepOutput, counts: Mapping[str, int]) -> StepOutput:
+    """Drops the parts of a step in which nothing was counted for them.
+
+    The mean loss over no token is undefined. A 0 in the log would look like a perfect answer.
+    """
+    parts = {k: v for k, v in output.parts.items() if counts.get(_COUNT_OF.get(k, ""), 1)}
+    return replace(output, parts=parts)
 
 
 def module_tensors(module: nn.Module, prefix: str) -> dict[str, Tensor]:

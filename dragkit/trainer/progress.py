@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -129,6 +130,9 @@ class Progress:
         self._questions = 0
 
     def __enter__(self) -> Progress:
+        # tqdm's own lock spans processes. Of a run that is killed it would leave a semaphore, of
+        # which Python then warns.
+        tqdm.set_lock(threading.RLock())
         self.bar = tqdm(
             total=self.total_steps,
             initial=self._done,
@@ -183,6 +187,9 @@ class Progress:
 def _reduce_microbatches(outputs: list[StepOutput]) -> dict[str, Tensor]:
     """The scalars of one optimizer step from those of its micro-batches."""
     entries = [{"loss": out.loss, **out.parts} for out in outputs]
+    if not any(name in entry for entry in entries for name in ("retrieval", "generator")):
+        # A loss that is the sum of no term.
+        entries = [out.parts for out in outputs]
     reduced = {}
     for name in dict.fromkeys(name for entry in entries for name in entry):
         values = [entry[name] for entry in entries if name in entry]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dragkit.config import TrainConfig
+from dragkit.console import STOP_SIGNALS
 from dragkit.data.batching import FactBudgetBatchSampler
 from dragkit.data.cache import cache_root
 from dragkit.data.collate import PackedCollator
@@ -26,7 +28,12 @@ from dragkit.generator.prompt import PromptTemplate
 from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
-from dragkit.trainer.remarks import log_unread_texts, require_answers, require_positive_facts
+from dragkit.trainer.remarks import (
+    log_unread_texts,
+    log_untaught_answers,
+    require_answers,
+    require_positive_facts,
+)
 from dragkit.trainer.transfer import DeviceCopier, prefetch
 
 logger = logging.getLogger(__name__)
@@ -56,7 +63,7 @@ class QuestionDataset:
     """One heuristics file, packed and encoded once.
 
     Args:
-        source: the JSONL file, or its store if it was packed before.
+        source: the JSONL file, or its store if it was packed before. Then the log has its lines.
         config, encoder: those of the run.
         generator: its tokeniser makes the prompt rows. It is None in phase 1.
         batch_size: maximum number of questions in a batch.
@@ -78,6 +85,7 @@ class QuestionDataset:
         training: bool = False,
     ) -> None:
         cache = cache_root(config.data.cache_dir)
+        self._told = isinstance(source, PackedStore)
         if not isinstance(source, PackedStore):
             source = PackedStore.build_or_open(
                 source,
@@ -90,7 +98,8 @@ class QuestionDataset:
         relation_states = encoder.token_states(RelationVocab(self.store.relation_names).texts())
         self.relations: RelationStates = relation_states.relations()
         states = encoder.token_states(self.store.question_texts)
-        log_unread_texts(self.store, states, relation_states)
+        if not self._told:
+            log_unread_texts(self.store, states, relation_states)
         self.tokens: TokenRows | None = None
         if generator is not None:
             self.tokens = TokenRows.build_or_open(
@@ -109,6 +118,7 @@ class QuestionDataset:
             require_positive_facts(self.store, labels, rows)
         elif training:
             require_answers(self.store, rows)
+            log_untaught_answers(self.store, rows, config.generator.max_answers)
         self.collator = PackedCollator(
             self.store, states, self.relations.ptr, self.tokens, labels=labels
         )
@@ -132,7 +142,7 @@ class QuestionDataset:
             moved, positive = (
                 int(x.sum()) for x in (labels < self.store.labels, self.store.labels)
             )
-            logger.info(
+            self._tell(
                 "%s: data.label_noise=%g moved %d of %d positive labels (%.1f %%) to other facts",
                 self.path,
                 probability,
@@ -145,7 +155,7 @@ class QuestionDataset:
             is_labelled = np.isin(np.arange(len(self.store)), labelled)
             given = self.store.labels if labels is None else labels
             labels = given * np.repeat(is_labelled, self.store.fact_counts)
-            logger.info(
+            self._tell(
                 "%s: data.label_fraction=%g keeps %d of %d positive labels, in %d of %d questions",
                 self.path,
                 config.data.label_fraction,
@@ -156,7 +166,7 @@ class QuestionDataset:
             )
         if config.data.train_fraction < 1:
             rows = random_questions(self.store, config.data.train_fraction, config.run.seed)
-            logger.info(
+            self._tell(
                 "%s: data.train_fraction=%g uses %d of %d questions",
                 self.path,
                 config.data.train_fraction,
@@ -164,6 +174,11 @@ class QuestionDataset:
                 len(self.store),
             )
         return labels, rows
+
+    def _tell(self, message: str, *values: object) -> None:
+        """Logs a line, unless the earlier data set of this store has."""
+        if not self._told:
+            logger.info(message, *values)
 
     def _check_prompt_lengths(
         self, tokens: TokenRows, config: TrainConfig, generator: Generator, *, training: bool
@@ -241,7 +256,5 @@ class QuestionDataset:
 
 def _ignore_signals(worker: int) -> None:
     """Ignores stop signals in a worker: the main process saves first and then ends it."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -57,7 +57,7 @@ def log_unread_texts(store: PackedStore, questions: TokenStates, relations: Toke
         other = next(row for row in shared[1:] if text[row] == text[one])
         logger.warning(
             "%s: %d of %d relations share their text with another one, which the retriever cannot "
-            "tell apart, for example %s and %s: %s",
+            "tell apart, for example %s and %s: %s. Rename those that differ in meaning",
             store.path,
             len(shared),
             len(names),
@@ -115,3 +115,29 @@ def require_answers(store: PackedStore, rows: np.ndarray | None) -> None:
         "nothing to teach the generator. Give answers under `answer` or `answers`."
         + (f" Keys that are not read: {keys}." if keys else "")
     )
+
+
+def log_untaught_answers(store: PackedStore, rows: np.ndarray | None, max_answers: int) -> None:
+    """Logs how many answers of the questions in use exceed what is taught of each.
+
+    Args:
+        store: the packed questions.
+        rows: int64 questions that are used. None means all.
+        max_answers: number of answers that are taught of a question.
+    """
+    used = np.arange(len(store)) if rows is None else rows
+    count = np.diff(store.answer_ptr)[used]  # type: ignore[attr-defined]
+    over = (count - max_answers).clip(min=0)
+    if over.any():
+        most = int(count.argmax())
+        logger.warning(
+            "%s: %d of %d questions have more than generator.max_answers = %d answers, so %d "
+            "answers are not taught. Line %d has %d. Raise generator.max_answers to teach them",
+            store.path,
+            int((over > 0).sum()),
+            len(used),
+            max_answers,
+            int(over.sum()),
+            store.lines[used[most]],  # type: ignore[attr-defined]
+            count[most],
+        )

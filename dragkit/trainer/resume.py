@@ -26,6 +26,7 @@ _INPUTS = {
     "test": "test questions",
     "encoder": "sentence encoder",
     "generator": "generator",
+    "tokenizer": "files of the generator's tokenizer",
 }
 # Settings outside of `run` that a resumed run may change. The schedule follows them from its step.
 _MAY_CHANGE = {
@@ -35,7 +36,7 @@ _MAY_CHANGE = {
 # Settings of `run` without which a resumed run would not continue bit for bit.
 _FIXED = {"run.phase", "run.seed", "run.precision", "run.compile"}
 # These are always the command's own.
-_OWN = {"run.resume", "run.checkpoint_dir", "preset"}
+_OWN = {"run.resume", "run.checkpoint_dir"}
 
 
 def saved_config(loaded: LoadedCheckpoint) -> TrainConfig:

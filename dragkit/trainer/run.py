@@ -43,6 +43,7 @@ from dragkit.trainer.run_folder import (
     checkpoint_names,
     claim_run_dir,
     continued_run,
+    refuse_blocked_files,
     refuse_used_folder,
     resume_dir,
     write_settings,
@@ -100,6 +101,8 @@ class TrainingRun:
             begun = continued_run(self._named, begun, self.explicit)
         elif self._named is not None:
             refuse_used_folder(self._named)
+        if self._named is not None:
+            refuse_blocked_files(self._named)
         config, self.phase1_config, self.resumed, self.phase1_resumed = begun
         self.found = checkpoint_names(self._named) if self._named is not None else []
         check_batch_size(config, config.run.phase, self.ranks)

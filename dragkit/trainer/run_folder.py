@@ -22,6 +22,7 @@ from dragkit.trainer.resume import moved_with_run, resumed_config, saved_config
 logger = logging.getLogger(__name__)
 
 SETTINGS, PHASE1 = "config.yaml", "phase1"
+_WRITTEN = ("latest", "best", "metrics.jsonl", "results.json", "test_predictions.jsonl", SETTINGS)
 
 
 def claim_run_dir(config: TrainConfig) -> Path:
@@ -77,6 +78,17 @@ def _checkpoints(folder: Path) -> list[Path]:
     # Unlike pathlib, `os.path` raises for no name that is too long or may not be looked at.
     entries = folder.iterdir() if os.path.isdir(folder) else ()
     return [path for path in entries if step_of_folder(path.name) is not None]
+
+
+def refuse_blocked_files(run_dir: Path) -> None:
+    """Raises a CreateError where a folder stands in the place of a file that a run writes."""
+    for folder in (run_dir, run_dir / PHASE1):
+        for name in _WRITTEN:
+            if os.path.isdir(folder / name):
+                raise CreateError(
+                    f"{folder / name} is a folder, and a run writes a file of this name. Remove "
+                    "it, or name another folder with --checkpoint_dir."
+                )
 
 
 def refuse_used_folder(run_dir: Path) -> None:

@@ -8,16 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dragkit.console import STOP_SIGNALS
 from dragkit.errors import Interrupted, Stopped
 
 logger = logging.getLogger(__name__)
 
-# Slurm sends SIGUSR1 before a time limit if it is asked to (--signal=USR1@...).
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
 
 class StopSignal:
-    """A context manager that handles the first SIGINT, SIGTERM or SIGUSR1.
+    """A context manager that handles the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP.
 
     The signal raises `Stopped` at once, which unwinds whatever runs: loading, packing, evaluating.
     Inside a block of `deferred` nothing is raised, and the block reads `requested`.
@@ -31,13 +29,15 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self.raises = True
+        self._name = ""
         self._deferred = False
         self._raised: str | None = None
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignal:
-        for number in _SIGNALS:
-            # A shell starts background jobs with SIGINT ignored. They keep ignoring it.
+        for number in STOP_SIGNALS:
+            # A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. They
+            # keep ignoring it.
             if signal.getsignal(number) is signal.SIG_IGN:
                 continue
             try:
@@ -59,6 +59,12 @@ class StopSignal:
         finally:
             self._deferred = before
 
+    def check(self) -> None:
+        """Raises `Stopped` if a signal has come, such as in a block of `deferred`."""
+        if self.requested:
+            self._raised = self._name
+            raise Stopped(self._name)
+
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Raises `Stopped` again where a library has turned it into an error of its own."""
@@ -75,10 +81,11 @@ class StopSignal:
         self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        self.requested = True
+        self._name, self.requested = signal.Signals(number).name, True
         self._restore()
+        if number == signal.SIGHUP:
+            # The kernel and the shell both send it. Nobody sends it twice to stop at once.
+            self._previous[number] = signal.signal(number, signal.SIG_IGN)
         if self.raises and not self._deferred:
-            self._raised = name
-            raise Stopped(name)
-        logger.warning("%s: saving after this step. Send it again to stop at once.", name)
+            self.check()
+        logger.warning("%s: stopping after this step. Send it again to stop at once.", self._name)

@@ -38,6 +38,13 @@ BROKEN = {
     "text": "seed 3\n",
     "null byte": "run:\n  seed: \0\n",
     "given twice": "run:\n  seed: 1\n  seed: 2\n",
+    "given twice, once dotted": "run.seed: 1\nrun:\n  seed: 2\n",
+    "given twice, the section first": "run:\n  seed: 1\nrun.seed: 2\n",
+    "given twice in a block": "phase1:\n  run:\n    seed: 1\n  run.seed: 2\n",
+    "block in a block": "phase1:\n  phase1:\n    run: {seed: 1}\n",
+    "bomb of merges": "a0: &a0 {x: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30)),
+    "too long": f"run:\n  seed: {'9' * 1_000_000}\n",
 }
 
 

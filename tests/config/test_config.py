@@ -338,3 +338,15 @@ def test_the_module_is_a_command() -> None:
     wrong = run("shwo")
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("dragkit: error: ")
+
+
+@pytest.mark.parametrize("key", ["data.cache_dir", "run.checkpoint_dir", "generator.model"])
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """No shell expands it in a file or behind a `=`. A folder named ~ would be made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    section, _, name = key.partition(".")
+    for written, expected in (("~/a", "/home/me/a"), ("a~/b", "a~/b"), ("~a", "~a")):
+        assert (
+            getattr(getattr(resolve_config(overrides={key: written})[0], section), name) == expected
+        )
+    assert resolve_config(overrides={"run.resume": "~/a"})[0].run.resume == "/home/me/a"

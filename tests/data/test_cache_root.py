@@ -25,3 +25,6 @@ def test_a_user_without_a_home_must_name_a_cache(
     assert cache_root(tmp_path) == tmp_path
     monkeypatch.setenv("DRAGKIT_CACHE", str(tmp_path / "other"))
     assert cache_root() == tmp_path / "other"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DRAGKIT_CACHE", "~/mine")
+    assert cache_root() == tmp_path / "mine"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import unicodedata
 from collections.abc import Callable
@@ -122,3 +123,29 @@ def test_a_key_counts_only_where_its_field_is_lacking(opened: Open, caplog) -> N
 def test_generated_keys_do_not_fill_the_memory(opened: Open) -> None:
     rows = [{k: v for k, v in GOOD.items() if k != "answer"} | {f"k{n}": 1} for n in range(1500)]
     assert len(opened(rows).unread) == 1000
+
+
+def test_what_a_file_lacks_is_said_each_time_it_is_opened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache holds the packed file, so the second time no row is read."""
+    rows = [
+        {"question": "q", "triples": [["a", "r", "b"]], "answer": "b", "answers": ["b", "c"]},
+        {"question": "q", "triples": [["a", "r", "b"]], "answer": "b", "answers": ["b"]},
+        {"question": "q", "triples": [["a", "r", "b"]], "answer": [], "answers": ["b"]},
+        {"question": " ", "triples": [["a", "", "b"], ["a", "r", "  "], ["a", "r", "b"]]},
+        {"question": "q", "triples": [["a", "r", "b"]], "paths": [["a", "b"]], "answer": "b"},
+    ]
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        caplog.clear()
+        PackedStore.build_or_open(path, cache_dir=tmp_path)
+        for said in (
+            "some.jsonl: 1 of 5 questions have other answers under `answers`",
+            "some.jsonl: 1 of 5 questions are empty",
+            "some.jsonl: 2 of 7 facts have an empty entity or an empty relation",
+            "some.jsonl: 1 of 5 questions name no topic entity",
+            "some.jsonl: 1 of 5 questions have no answer",
+        ):
+            assert said in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -93,6 +94,18 @@ def test_strict_key(text: str, key: str) -> None:
         ["10^-6", "10^6"],
         ["12.5, -3", "12.5, 3"],
         ["Sagittarius A*", "Sagittarius A"],
+        ["AB +", "AB -", "AB"],
+        ["Rh(D)-", "Rh(D)+", "Rh(D)"],
+        ["Rh (+)", "Rh (-)", "Rh"],
+        ["(+)-camphor", "(-)-camphor", "camphor"],
+        ["x", "-x"],
+        ["-ve", "+ve"],
+        ["-\N{INFINITY}", "\N{INFINITY}"],
+        [".NET", "NET"],
+        ["$5", "5", "\N{EURO SIGN}5"],
+        ["R$", "R"],
+        ["C", "C--", "C-"],
+        [".5", "5", "-.5"],
     ],
 )
 def test_a_sign_that_carries_meaning_makes_another_answer(texts: list[str]) -> None:
@@ -119,9 +132,18 @@ def test_a_sign_that_carries_meaning_makes_another_answer(texts: list[str]) -> N
         ["C++", "c++.", '"C++"', "C\N{FULLWIDTH PLUS SIGN}+"],
         ["-5", "\N{MINUS SIGN}5", "\N{EN DASH}5", "\N{HYPHEN}5", "(-5)", "'-5'", "-5.", "**-5**"],
         ["-$5", "\N{EN DASH}$5"],
+        ["$5", "5$", "5 $", "$5.", "(\N{FULLWIDTH DOLLAR SIGN}5)", "'$5'"],
+        ["\N{EURO SIGN}1,000.50", "1,000.50 \N{EURO SIGN}"],
+        ["AB -", "AB-", "AB \N{MINUS SIGN}", "(AB -)", "ab  -"],
+        ["Rh(D)-", "Rh(D)\N{MINUS SIGN}.", "rh (d)-"],
+        [".5", "0.5"],
+        [".NET", '".NET"', ".net", "(.NET)"],
+        ["-x", "\N{MINUS SIGN}x", "(-x)", "-x."],
         ["5%", "5 %", "(5%)"],
         ["5", "+5", "#5", "5-", "5*", "**5**", "->5", "> 5", "- 5"],
         ["Paris", "- Paris", "**Paris**", "*Paris*", "Paris*", "# Paris", "> Paris", "=Paris"],
+        ["Paris", "-Paris", "Paris -", "Paris.", "...Paris", "Paris --"],
+        ["x", "- x", "$x$", "a x", "- a x", "-a x"],
         ["A Paris", "*A* Paris", "**A** Paris", "(A) Paris"],
         ["well-known", "well known", "well\N{NON-BREAKING HYPHEN}known", "well--known"],
         ["1990-2000", "1990 2000", "1990\N{EN DASH}2000", "1990 - 2000"],
@@ -162,6 +184,14 @@ def test_perfect_answer_scores_one(golds: list[str]) -> None:
     strict = {name: value for name, value in scores.items() if name.startswith("strict-")}
     assert set(strict.values()) == {1.0}
     assert scores["rog-hit"] == scores["rog-hits@1"] == scores["rog-recall"] == 1.0
+
+
+@pytest.mark.parametrize("text", ["1", "1 ", "ab ", "ab)", "$", "-", "(+", ".", "1.,$", "AB -"])
+def test_a_key_of_any_text_takes_linear_time(text: str) -> None:
+    begun = time.monotonic()
+    strict_key(text * 10**5)
+    strict_key(text[0] + text[1:] * 10**5)
+    assert time.monotonic() - begun < 5
 
 
 def test_ten_thousand_answers_are_scored() -> None:

@@ -116,6 +116,15 @@ def test_nothing_is_written_where_every_run_fails(
     assert not Path("table.md").exists()
 
 
+def test_outputs_are_opened_before_the_work(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("table.svg").mkdir()
+    Path("file").write_text("")
+    for output, named in (("table.md", "table.svg"), ("file/table.md", "file/table.md")):
+        assert main([str(file), "--output", output]) == 73
+        assert f"{named}: cannot be created" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_arms_with_different_seeds_are_compared_on_those_they_share(file: Path) -> None:
     assert main([str(file), "--runs", "r"]) == 0
     (Path("r/eight/seed-0/arm-none/experiment.json")).unlink()

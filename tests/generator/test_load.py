@@ -19,7 +19,7 @@ from dragkit.generator.bundled import tiny_generator_path
 from dragkit.generator.conformance import check_conformance, packed, relative_error
 from dragkit.generator.generator import Generator
 from dragkit.generator.load import check_generator, load_generator, within_positions
-from dragkit.generator.lora.adapters import lora_targets
+from dragkit.generator.lora.adapters import add_adapters, lora_targets
 from dragkit.generator.nemotron_h import decoder
 from dragkit.generator.weight_files import read_tokenizer
 from tests.generator.families import family_model
@@ -55,6 +55,44 @@ def load(folder: Path, **settings: object) -> Generator:
 def rewrite(folder: Path, change) -> None:
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("weight", "value"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan")),
+        ("model.layers.0.self_attn.q_proj.weight", float("inf")),
+        # No prompt of the probe has this token.
+        ("model.embed_tokens.weight", float("-inf")),
+    ],
+)
+def test_a_weight_that_is_not_finite_is_refused_by_its_name(
+    copied: Path, weight: str, value: float
+) -> None:
+    def spoil(tensors: dict) -> dict:
+        tensors[weight][-1, -1] = value
+        return tensors
+
+    rewrite(copied, spoil)
+    with pytest.raises(MissingInputError) as error:
+        load(copied)
+    assert f"the weight {weight} holds NaN or infinity" in str(error.value)
+    assert str(copied) in str(error.value)
+
+
+def test_weights_whose_logits_overflow_are_refused_as_such(copied: Path) -> None:
+    norm = {"model.norm.weight": 1e38, "lm_head.weight": 1e5}
+    rewrite(copied, lambda tensors: {n: x * norm.get(n, 1) for n, x in tensors.items()})
+    with pytest.raises(MissingInputError, match="weights are finite, but its logits hold NaN"):
+        load(copied)
+
+
+def test_large_weights_are_finite() -> None:
+    """Their float32 sum is not."""
+    model = family_model("llama", vocab_size=ROWS)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[-20:] = 1e37
+    check_conformance(Generator(model, read_tokenizer(tiny_generator_path())), "toy")
 
 
 def test_a_missing_weight_is_refused_by_its_name(copied: Path) -> None:
@@ -193,12 +231,16 @@ def test_layers_of_gpt2_are_adapted_by_default(tmp_path: Path) -> None:
         ("gpt_neox", ["query_key_value"]),
         ("rwkv", ["key", "output", "receptance", "value"]),
         ("codegen", ["qkv_proj"]),
+        # Its feed-forward layers are called 0 and 2. A block is called 0, too.
+        ("ctrl", ["2", "Wk", "Wq", "Wv", "dense"]),
         ("biogpt", ["q_proj", "k_proj", "v_proj"]),
         ("openai-gpt", ["c_attn", "c_fc", "c_proj"]),
     ],
 )
 def test_default_targets_of_families_with_other_names(family: str, targets: list[str]) -> None:
-    assert lora_targets(family_model(family), None) == targets
+    model = family_model(family)
+    assert lora_targets(model, None) == targets
+    assert add_adapters(model, GeneratorConfig(lora_rank=2)).peft_config
 
 
 def test_the_probe_of_a_nemotron_h_costs_one_forward_of_each_kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,62 @@ def lost_tensor(folder: Path) -> str:
     return "lack 1 tensors, such as encoder.layer.0.attention.self.key.weight"
 
 
+def scaled(folder: Path, change) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: change(name, value) for name, value in load_file(weights(folder)).items()}
+    save_file(tensors, weights(folder), {"format": "pt"})
+
+
+def weights(folder: Path) -> Path:
+    return folder / "model.safetensors"
+
+
+def all_zero(folder: Path) -> str:
+    scaled(folder, lambda name, value: 0 * value)
+    return "all texts the same states"
+
+
+def one_nan(folder: Path) -> str:
+    scaled(folder, lambda name, value: value * float("nan") if "LayerNorm.b" in name else value)
+    return "all texts the same states"
+
+
+def beyond_float16(folder: Path) -> str:
+    scaled(folder, lambda name, value: value + 1e5 if "output.LayerNorm.b" in name else value)
+    return "or too large for float16"
+
+
+def integers(folder: Path) -> str:
+    scaled(folder, lambda name, value: value.to(torch.int8) if "query.w" in name else value)
+    return "self.query.weight (its numbers are of type I8)"
+
+
+def no_tokenizer(folder: Path) -> str:
+    for name in ("vocab.txt", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    return "all texts the same states"
+
+
+def wrong_length(folder: Path) -> str:
+    kind = "sentence_transformers.models.Transformer"
+    module = {"idx": 0, "name": "0", "path": "", "type": kind}
+    (folder / "modules.json").write_text(json.dumps([module]))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": "many"}')
+    return "small_encoder: the sentence encoder cannot be read"
+
+
+def width_twice(folder: Path) -> str:
+    file = folder / "config.json"
+    file.write_text(file.read_text().rstrip().removesuffix("}") + ', "hidden_size": 16}')
+    return "the key 'hidden_size' is given twice"
+
+
+def deep_config(folder: Path) -> str:
+    (folder / "config.json").write_text("[" * 100_000)
+    return "config.json"
+
+
 def no_weights(folder: Path) -> str:
     (folder / "model.safetensors").unlink()
     return "small_encoder: "
@@ -198,14 +255,18 @@ def foreign_pickle(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut_weights, cut_pickle, foreign_pickle, lfs_pointer, lost_tensor, no_weights, no_width],
+    [
+        *(cut_weights, cut_pickle, foreign_pickle, lfs_pointer, lost_tensor, no_weights, no_width),
+        *(all_zero, one_nan, beyond_float16, integers, no_tokenizer, wrong_length),
+        *(width_twice, deep_config),
+    ],
 )
 def test_an_encoder_that_cannot_be_read_is_named(small_encoder, tmp_path, damage):
     expected = damage(small_encoder)
     encoder = TextEncoder(small_encoder, tmp_path / "cache")
     with pytest.raises(MissingInputError) as error:
-        encoder.token_states(["a"])
         encoder.dim  # noqa: B018
+        encoder.token_states(["a"])
     assert expected in str(error.value)
     # Not wrapped in a second message.
     assert str(error.value).count(str(small_encoder)) == 1 or damage is not lfs_pointer

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -16,20 +20,23 @@ import torch
 import yaml
 
 from dragkit.checkpoint import checkpoint, retention
-from dragkit.data import question_file
-from dragkit.errors import WriteError
+from dragkit.data import question_file, question_row
+from dragkit.errors import DataError, WriteError
 from dragkit.selftest import __main__ as program
-from dragkit.selftest import checks, ops, saves, toy
+from dragkit.selftest import bombs, checks, ops, privacy, saves, toy
 from dragkit.selftest.bad_lines import bad_lines
 from dragkit.selftest.damages import damages
+from dragkit.selftest.failing_disks import failing_disks, kept_checkpoints
 from dragkit.selftest.faulty_disk import FaultyDisk
 from dragkit.selftest.hostile import FALSE_TENSORS, payload, payload_files
 from dragkit.selftest.ops import op_errors
 from dragkit.selftest.outcome import Loss, Outcome, require
 from dragkit.selftest.page import page
 from dragkit.selftest.refusals import false_tensors
+from dragkit.selftest.resumes import phase_changes, resumes
 from dragkit.selftest.saves import crash_points, disk_errors, save_case
-from dragkit.selftest.stops import kills, resumes, stops
+from dragkit.selftest.stops import closed_logs, kills, stops, stops_anywhere
+from dragkit.selftest.surroundings import failing_disk, variables
 from dragkit.selftest.toy import logged_steps, require_same, trace
 
 
@@ -43,8 +50,11 @@ def test_nothing_is_lost_without_a_fault_in_the_package(tmp_path: Path) -> None:
     for check, tried in ((crash_points, 300), (disk_errors, 150), (damages, 90)):
         outcome = run(check)
         assert outcome.losses == [] and outcome.tried >= tried, check
-    assert run(bad_lines, tmp_path, corruptions=20).losses == []
+    assert run(bad_lines, tmp_path, corruptions=20, long_line=0).losses == []
+    assert run(kept_checkpoints, saves=20).losses == []
     assert run(false_tensors).losses == []
+    outcome = run(bombs.bombs, tmp_path, digits=1_000_000)
+    assert outcome.losses == [] and outcome.tried == 30
 
 
 def test_a_writer_that_is_not_atomic_is_seen() -> None:
@@ -66,6 +76,49 @@ def test_a_writer_that_is_not_atomic_is_seen() -> None:
     assert 0 < len(outcome.losses) < outcome.tried
 
 
+def test_a_removal_in_place_is_seen() -> None:
+    """Without the new name a checkpoint whose removal fails half-way would still be found."""
+
+    def eager(root: Path, newest: Path, keep: int) -> None:
+        for folder in root.glob("step-*"):
+            if folder != newest or len(os.listdir(root)) > 5:
+                shutil.rmtree(folder)
+
+    with mock.patch.object(checkpoint, "prune", eager):
+        assert run(kept_checkpoints, saves=20).losses
+
+
+def test_surroundings_do_what_they_say(tmp_path: Path) -> None:
+    names = [tmp_path / str(number) for number in range(5)]
+    failed = []
+    with failing_disk(errno.EIO, 1, 2):
+        for path in names:
+            try:
+                checkpoint.write_durably(path, b"x")
+            except OSError as error:
+                failed.append((path.name, error.errno))
+    assert failed == [("1", errno.EIO), ("2", errno.EIO)]
+    checkpoint.write_durably(names[1], b"x")
+    with variables({"DRAGKIT_X": "1"}):
+        assert os.environ["DRAGKIT_X"] == "1"
+    assert "DRAGKIT_X" not in os.environ
+    script = """
+import os, sys
+from dragkit.selftest.surroundings import closed_log, file_limit
+def write():
+    open(sys.argv[1], "wb").write(b"123456")
+with file_limit(5), closed_log((1,)):
+    for action in (write, lambda: print("x", flush=True)):
+        try:
+            action()
+        except OSError as error:
+            print(error.strerror, file=sys.stderr)
+os._exit(0)
+"""
+    told = subprocess.run([sys.executable, "-c", script, str(tmp_path / "f")], capture_output=True)
+    assert b"Broken pipe" in told.stderr and (tmp_path / "f").stat().st_size <= 5
+
+
 def test_a_commit_before_the_files_are_on_the_disk_is_seen() -> None:
     with mock.patch.object(checkpoint, "fsync_path", lambda path: None):
         outcome = Outcome("x")
@@ -82,8 +135,61 @@ def test_a_reader_that_checks_no_hashes_is_seen() -> None:
 
 def test_a_silent_reader_of_questions_is_seen(tmp_path: Path) -> None:
     with mock.patch.object(question_file.QuestionReader, "_reject", lambda *_: None):
-        outcome = run(bad_lines, tmp_path, corruptions=3)
+        outcome = run(bad_lines, tmp_path, corruptions=3, long_line=0)
     assert len(outcome.losses) >= 140
+
+
+def test_readers_that_take_bombs_are_seen(tmp_path: Path) -> None:
+    def careless(path: Path) -> None:
+        time.sleep(0)
+
+    def slow(path: Path) -> None:
+        end = time.process_time() + 1.1
+        while time.process_time() < end:
+            pass
+        raise DataError(f"{path}: no")
+
+    def large(path: Path) -> None:
+        bytearray(b"x") * 250_000_000
+        raise DataError(f"{path}: no")
+
+    def unnamed(path: Path) -> None:
+        raise DataError("no")
+
+    readers = (careless, "accepted"), (slow, "took 1"), (large, "MiB"), (unnamed, "names no file")
+    for reader, loss in readers:
+        outcome = Outcome("x")
+        bombs._offer(outcome, "kind", "name", tmp_path / "file", b"", reader)
+        assert loss in outcome.losses[0]
+    with mock.patch.object(question_row, "unique_keys", dict):
+        losses = run(bombs.bombs, tmp_path, digits=100_000).losses
+    assert losses == [
+        "questions: a key twice: accepted",
+        "questions: a key twice, once in escapes: accepted",
+    ]
+
+
+def test_a_secret_and_a_lookup_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that write their environment down, and look a name up."""
+    leak = tmp_path / "leak.py"
+    leak.write_text(
+        "import os, socket\n"
+        "try: socket.getaddrinfo('example.invalid', 1)\n"
+        "except OSError: pass\n"
+        "print(os.environ.get('HF_TOKEN', ''), flush=True)\nraise SystemExit(0)\n"
+    )
+
+    def commands(root: Path, runs: Path) -> list[tuple[str, list[str]]]:
+        return [("leak", [])]
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with mock.patch.object(privacy, "_commands", commands):
+        leaks = run(privacy.secrets, tmp_path).losses
+        lookups = run(privacy.offline, tmp_path).losses
+    assert any("HF_TOKEN" in loss and "log.txt" in loss for loss in leaks)
+    assert lookups == [
+        "names and connections: 1 were asked for, first ['getaddrinfo example.invalid']"
+    ]
 
 
 def test_a_wrong_op_and_one_that_gives_other_bits_are_seen() -> None:
@@ -208,10 +314,14 @@ def test_runs_that_are_killed_stopped_and_resumed(tmp_path: Path) -> None:
     for check, options in (
         (kills, {"count": 5, "epochs": 3}),
         (stops, {"count": 1, "epochs": 3}),
-        (resumes, {"every": 18}),
+        (resumes, {"every": 20}),
+        (closed_logs, {}),
+        (phase_changes, {}),
+        (failing_disks, {"count": 1}),
+        (stops_anywhere, {"count": 1}),
     ):
         outcome = run(check, tmp_path, **options)
-        assert outcome.tried >= 4 and outcome.losses == []
+        assert outcome.tried >= 3 and outcome.losses == []
 
 
 @pytest.mark.slow

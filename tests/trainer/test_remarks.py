@@ -8,11 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dragkit.data.store import PackedStore
 from dragkit.errors import DataError
+from dragkit.generator.load import load_generator
 from dragkit.retriever.text_encoder import TokenStates
-from dragkit.trainer.remarks import log_unread_texts, require_answers, require_positive_facts
+from dragkit.trainer.remarks import (
+    log_unread_texts,
+    log_untaught_answers,
+    require_answers,
+    require_positive_facts,
+)
+from tests.trainer.run_cases import make_run
 
 TRIPLES = [["a", "land.country.capital", "b"], ["a", "history.country.capital", "c"]]
 GOOD = {"question": "q", "triples": TRIPLES, "topic_entities": "a", "answer": "b"}
@@ -86,3 +94,30 @@ def test_nothing_to_learn_in_phase_2_is_refused_with_the_keys(tmp_path: Path) ->
     require_answers(store, None)
     with pytest.raises(DataError, match="none of the 1 questions"):
         require_answers(store, np.array([0]))
+
+
+def test_answers_that_are_not_taught_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = packed(tmp_path, [GOOD | {"answer": list("bcdefg"[:n])} for n in (2, 5, 3, 6)])
+    said = []
+    for rows, limit in ((None, 6), (np.array([0, 2]), 3), (None, 3), (np.array([0, 1, 2]), 2)):
+        caplog.clear()
+        log_untaught_answers(store, rows, limit)
+        said.append([record.getMessage() for record in caplog.records])
+    assert said[:2] == [[], []]
+    ((every,), (some,)) = said[2:]
+    assert "2 of 4 questions" in every and "max_answers = 3" in every
+    assert "5 answers are not taught. Line 4 has 6" in every
+    assert "2 of 3 questions" in some and "4 answers are not taught. Line 2 has 5" in some
+
+
+def test_training_says_how_many_answers_it_does_not_teach(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(tmp_path, 2, **{"generator.max_answers": 1})
+    generator = load_generator(run.config.generator, torch.device("cpu"), name="tiny")
+    for training, times in ((False, 0), (True, 1)):
+        caplog.clear()
+        run.inputs.dataset(run.paths.train, generator, 3, training=training)
+        assert caplog.text.count("2 of 8 questions have more than generator.max_answers") == times

@@ -222,6 +222,21 @@ def test_a_run_works_behind_a_link(tmp_path: Path) -> None:
     assert load_checkpoint(find_checkpoint(tmp_path / "link")).state.epoch == 3
 
 
+def other_tokens(tokenizer: dict) -> dict:
+    """A tokenizer whose last two tokens have changed places."""
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    return tokenizer
+
+
+def test_another_preset_is_refused_when_a_run_goes_on(tmp_path: Path) -> None:
+    make_run(tmp_path, 1, **ONE).execute()
+    resume_alone(tmp_path / "run", preset="tiny")
+    with pytest.raises(CheckpointError, match="preset: webqsp was given, the checkpoint has tiny"):
+        resume_alone(tmp_path / "run", preset="webqsp")
+
+
 def test_a_moved_run_evaluates_and_resumes_with_the_same_inputs_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +269,16 @@ def test_a_moved_run_evaluates_and_resumes_with_the_same_inputs_alone(
             tmp_path / "alone",
             **given | {"data.test_heuristics_path": str(moved / "other.jsonl")},
         ).execute()
+    tokens = moved / "models" / "mine" / "tokenizer.json"
+    kept = tokens.read_text()
+    tokens.write_text(json.dumps(other_tokens(json.loads(kept))))
+    for again in (
+        lambda: resume_alone(tmp_path / "alone", **given).execute(),
+        lambda: dragkit.load_run(tmp_path / "alone", device="cpu"),
+    ):
+        with pytest.raises(CheckpointError, match="other files of the generator's tokenizer"):
+            again()
+    tokens.write_text(kept)
     weights = moved / "models" / "mine" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-2:] = b"\1\1"
@@ -297,3 +322,31 @@ def test_a_name_too_long_for_a_folder_is_no_internal_error(tmp_path: Path) -> No
         find_encoder(str(folder))
     with pytest.raises(MissingInputError, match="n" * 300):
         resolve_generator(GeneratorConfig(), name=str(folder))
+
+
+@pytest.mark.parametrize("name", ["best", "latest", "metrics.jsonl", "phase1/config.yaml"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_training(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(CreateError, match=f"{name} is a folder") as caught:
+        make_run(tmp_path, 1)
+    assert caught.value.exit_code == 73
+
+
+def test_lines_about_one_file_are_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in FIXTURE.read_text().splitlines()]
+    rows[1]["question"] = "long " * 300
+    path = tmp_path / "some.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"data.heuristics_path": str(path), "data.label_noise": 0.5, "optim.epochs": 1}
+    settings |= {"generator.max_new_tokens": 2, "generator.max_prompt_tokens": 900}
+    with caplog.at_level("INFO"):
+        make_run(tmp_path, 2, **settings).execute()
+    said = [record.getMessage() for record in caplog.records]
+    # Both phases read the file.
+    assert any((tmp_path / "run" / "phase1").glob("step-*"))
+    assert sum("questions are longer than what the sentence encoder" in x for x in said) == 1
+    assert sum("data.label_noise=0.5 moved" in x for x in said) == 1

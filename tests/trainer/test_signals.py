@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dragkit.console import STOP_SIGNALS
 from dragkit.errors import Stopped
+from dragkit.trainer.question_dataset import _ignore_signals
 from dragkit.trainer.signals import StopSignal
 
 # The module is loaded from its file, because importing the package loads torch for seconds.
@@ -60,7 +62,7 @@ def test_the_first_sets_the_flag_and_the_second_reaches_the_previous_handler(
         handlers.clear()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_outside_of_a_deferring_block_the_first_raises(
     number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +90,78 @@ def test_a_library_may_turn_the_stop_into_its_own_error() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         # A fault after a signal that did not raise is a fault.
         raise ValueError("own")
+
+
+def test_a_signal_that_was_put_off_is_raised_later() -> None:
+    with StopSignal() as stop:
+        stop.check()
+        with stop.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"):
+            stop.check()
+
+
+def test_a_terminal_that_is_closed_stops_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel and the shell both send SIGHUP, which is no second signal."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    received: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, _: received.append(number))
+    try:
+        with StopSignal() as stop, stop.deferred():
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested and not received
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_worker_ignores_every_stop_signal() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        _ignore_signals(0)
+        for number in STOP_SIGNALS:
+            os.kill(os.getpid(), number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_handled(process: subprocess.Popen) -> bool:
+    """Whether a process handles SIGTERM by now."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = status.partition("SigCgt:")[2].split()[0]
+    return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_signal_during_the_first_imports(tmp_path: Path, number: int, named: bool) -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "dragkit.train", "--phase", "1", "--preset", "tiny"]
+    command += ["--checkpoint_dir", str(tmp_path / "run")] if named else []
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    child = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": path},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not _is_handled(child):
+            assert child.poll() is None
+        child.send_signal(number)
+        errors = child.communicate(timeout=60)[1]
+    finally:
+        child.kill()
+        child.wait()
+    # Without a named folder --resume would mean another run.
+    assert child.returncode == (75 if named else 130), errors
+    assert "Traceback" not in errors and signal.Signals(number).name in errors
+    assert ("--resume" in errors) == named
+    assert not any(tmp_path.rglob("step-*"))
 
 
 def test_a_rank_of_several_never_raises() -> None:

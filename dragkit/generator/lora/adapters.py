@@ -24,8 +24,11 @@ DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "up_p
 def _linear_names(model: nn.Module) -> set[str]:
     from transformers.pytorch_utils import Conv1D
 
-    layers = (n for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
-    return {name.rsplit(".", 1)[-1] for name in layers}
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, module in model.named_modules():
+        names[isinstance(module, (nn.Linear, Conv1D))].add(name.rsplit(".", 1)[-1])
+    # PEFT stops at a name that another module has, too: in an nn.Sequential, names are numbers.
+    return names[True] - names[False]
 
 
 def _routed_names(model: nn.Module) -> set[str]:
