@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -213,7 +214,11 @@ def document(measured: Sequence[Measured], args: argparse.Namespace, plot: str) 
         "The sets are small reconstructions of the published ones, so the figures are not "
         "comparable with published ones.",
     ]
-    return "\n".join(line.rstrip() for line in lines) + "\n"
+    return "\n".join(_wrapped(line) for line in lines) + "\n"
+
+
+def _wrapped(line: str) -> str:
+    return line if line.startswith(("|", "!", "#")) else textwrap.fill(line, 120)
 
 
 def draw(measured: Sequence[Measured], path: Path) -> None:

@@ -67,6 +67,7 @@ ONLY_LAZILY = {
     "dragkit.plan": "dragkit.memory_plan",
     "dragkit.experiment.__main__": "dragkit.experiment.plan",
     "dragkit.selftest.__main__": "dragkit.selftest.checks",
+    "dragkit.data.build.command": "dragkit.data.build.building",
     "dragkit.data.build.inspection": "dragkit.data.build.check",
 }
 _PROGRAMS = (
@@ -74,7 +75,7 @@ _PROGRAMS = (
 )
 _LIGHT = (
     *("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS)),
-    *(".data.build.inspection", ".data.build.subcommand"),
+    *(".data.build.command", ".data.build.inspection", ".data.build.subcommand"),
 )
 # What the tests of the ops use, for the self-test alone.
 KERNEL_TESTING = {"dragkit_kernels.testing", "dragkit_kernels.op_cases"}

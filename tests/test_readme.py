@@ -48,6 +48,8 @@ COMMANDS = [
 
 def accept(module: str, arguments: list[str], folder: Path) -> None:
     """Hands a command to its parser; whatever is wrong with it is raised."""
+    # A variable that a scheduler sets to a number.
+    arguments = [re.sub(r"\$[A-Z_]+", "1", argument) for argument in arguments]
     for flag, value in zip(arguments, arguments[1:], strict=False):
         # The reader's own settings file: any content will do.
         if flag == "--config" and not (ROOT / value).is_file():

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dragkit.errors import CreateError, DataError, MissingInputError, WriteError
 
@@ -89,7 +89,7 @@ class BuildFolder:
         self.path = path
         self._parts = path / "parts"
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """Returns what the folder's build is made of and has become, empty where there is none.
 
         Raises:
@@ -119,7 +119,6 @@ class BuildFolder:
         record = self.record()
         held = record.get("settings")
         if held is not None and held != json.loads(json.dumps(settings)) and self._has_made(record):
-            assert isinstance(held, dict)
             keys = sorted(k for k in held.keys() | settings.keys() if _differ(held, settings, k))
             raise CreateError(
                 f"{self.path}: holds a build with another value of {', '.join(keys)}. {remedy}"
@@ -205,7 +204,7 @@ class BuildFolder:
             raise MissingInputError(
                 f"{self.path}: holds no build. Name the --output of `python -m dragkit.data build`."
             )
-        return int(str(record["num_parts"]))
+        return record["num_parts"]
 
     def join(self) -> Part:
         """Makes the files of questions from all parts, and removes the parts.
@@ -219,7 +218,7 @@ class BuildFolder:
         """
         record = self.record()
         if self.is_complete:
-            return Part(Counter(record["counts"]), Counter(record["splits"]))  # type: ignore[call-overload]
+            return Part(Counter(record["counts"]), Counter(record["splits"]))
         if missing := self.missing_parts():
             raise MissingInputError(
                 f"{self.path}: {len(missing)} of {self._num_parts()} parts are missing, the "
