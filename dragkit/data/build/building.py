@@ -98,9 +98,13 @@ def _start_worker(cutting: Cutting) -> None:
     # Ctrl-C reaches all processes of a terminal. The parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A process whose parent was killed would wait for ever.
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _make(number: int, questions: _Sourced) -> int:
