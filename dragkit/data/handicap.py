@@ -8,15 +8,17 @@ from dragkit.data.store import PackedStore
 
 # Parts of the key, so that labels and questions are drawn independently.
 _LABELS, _QUESTIONS = 0, 1
+# Labels are moved in this many questions at once. It bounds the memory.
+_CHUNK_QUESTIONS = 256
 
 
-def _random_words(store: PackedStore, counts: np.ndarray, purpose: int, seed: int) -> np.ndarray:
-    """`counts[q]` random words of each question q, uint64, a function of seed and question."""
+def _random_words(keys: np.ndarray, counts: np.ndarray, purpose: int, seed: int) -> np.ndarray:
+    """`counts[q]` random words of each question q, uint64, a function of seed and question key."""
     # NumPy guarantees the raw words across versions.
     return np.concatenate(
         [
             np.random.Philox(key=[key, 2 * seed + purpose]).random_raw(count)
-            for key, count in zip(store.question_key.tolist(), counts.tolist(), strict=True)
+            for key, count in zip(keys.tolist(), counts.tolist(), strict=True)
         ]
     )
 
@@ -38,8 +40,20 @@ def noisy_labels(store: PackedStore, probability: float, seed: int) -> np.ndarra
     """
     labels = store.labels.copy()
     counts = store.fact_counts
-    question = np.repeat(np.arange(len(store)), counts)
-    chance, order = _random_words(store, 2 * counts, _LABELS, seed).reshape(-1, 2).T
+    for start in range(0, len(store), _CHUNK_QUESTIONS):
+        rows = slice(start, start + _CHUNK_QUESTIONS)
+        first = store.fact_ptr[start]
+        chunk = labels[first : first + counts[rows].sum()]
+        _move_labels(chunk, store.question_key[rows], counts[rows], probability, seed)
+    return labels
+
+
+def _move_labels(
+    labels: np.ndarray, keys: np.ndarray, counts: np.ndarray, probability: float, seed: int
+) -> None:
+    """Moves labels of consecutive questions in place, see `noisy_labels`."""
+    question = np.repeat(np.arange(len(keys)), counts)
+    chance, order = _random_words(keys, 2 * counts, _LABELS, seed).reshape(-1, 2).T
     is_negative = labels == 0
     moves = ~is_negative & (chance < probability * 2**64)
     # Line up leaving and receiving facts of each question in random order, and pair them.
@@ -47,14 +61,13 @@ def noisy_labels(store: PackedStore, probability: float, seed: int) -> np.ndarra
     for chosen in (moves, is_negative):
         rows = np.flatnonzero(chosen)
         rows = rows[np.lexsort((order[rows], question[rows]))]
-        count = np.bincount(question[rows], minlength=len(store))
+        count = np.bincount(question[rows], minlength=len(keys))
         rank = np.arange(len(rows)) - (np.cumsum(count) - count)[question[rows]]
         ranks.append((rows, rank, count))
     (leaving, leaving_rank, num_moves), (receiving, receiving_rank, num_negative) = ranks
     num_pairs = np.minimum(num_moves, num_negative)
     labels[leaving[leaving_rank < num_pairs[question[leaving]]]] = 0
     labels[receiving[receiving_rank < num_pairs[question[receiving]]]] = 1
-    return labels
 
 
 def random_questions(store: PackedStore, fraction: float, seed: int) -> np.ndarray:
@@ -71,6 +84,6 @@ def random_questions(store: PackedStore, fraction: float, seed: int) -> np.ndarr
     Returns:
         int64 rows, ascending.
     """
-    words = _random_words(store, np.ones(len(store), np.int64), _QUESTIONS, seed)
+    words = _random_words(store.question_key, np.ones(len(store), np.int64), _QUESTIONS, seed)
     count = max(1, round(fraction * len(store)))
     return np.sort(np.argsort(words, kind="stable")[:count])

@@ -14,7 +14,6 @@ from dragkit.data.build.database import quoted_path
 from dragkit.data.build.graph_faults import GraphFaults
 from dragkit.data.build.graph_files import MAX_LINE_BYTES, PARTS, GraphFile, lines_of
 from dragkit.data.build.graph_rows import read_facts
-from dragkit.data.build.zstandard import BrokenZstd, check_whole
 from dragkit.data.lines import BROKEN_GZIP, open_source
 from dragkit.data.question_row import Triple
 
@@ -27,13 +26,11 @@ _BATCH = 100_000
 _COPY_BYTES = 1 << 20
 # DuckDB is to give whole lines, because its own columns lose some: it takes a row with one empty
 # column too many, and cuts spaces beside quotes. NUL is no part of a name, so a line is one column.
-# A NUL makes a second one, even at the end of the line. By default a buffer holds 16 of the longest
-# lines, and there are several, which the memory limit does not allow.
+# A NUL makes a second one, even at the end of the line.
 _LINES = (
     "header = false, auto_detect = false, delim = '\0', quote = '', escape = '', comment = '', "
     "columns = {'line': 'VARCHAR', 'rest': 'VARCHAR'}, null_padding = true, nullstr = '\1', "
-    f"new_line = '\\n', max_line_size = {MAX_LINE_BYTES}, "
-    f"buffer_size = {MAX_LINE_BYTES}"
+    "new_line = '\\n'"
 )
 
 
@@ -56,8 +53,8 @@ def load_file(
         work: folder for an unpacked copy.
         faults: gets the faults of the file, each with its line. Some facts may then be missing.
     """
-    is_fast = file.layout == "separated text" and not _has_return_before(file)
-    if is_fast and _load_fast(connection, file, work):
+    is_text = file.layout == "separated text" and file.compression != "zstd"
+    if is_text and _load_fast(connection, file, work):
         return
     facts = read_facts(file, faults)
     while batch := list(islice(facts, _BATCH)):
@@ -72,49 +69,61 @@ def _insert(connection: DuckDBPyConnection, batch: list[Triple]) -> None:
     connection.unregister("batch")
 
 
-def _has_return_before(file: GraphFile) -> bool:
-    """Whether a carriage return is above the facts. DuckDB would then skip the whole file."""
-    lines = islice(lines_of(file), file.first_line - 1)
-    return any(line is None or b"\r" in line for _, line in lines)
-
-
 def _load_fast(connection: DuckDBPyConnection, file: GraphFile, work: Path) -> bool:
     """Whether DuckDB could load the file. It refuses carriage returns and every fault."""
     import duckdb
 
-    # A damaged file and a full disk are the same exception. The slow reader tells them apart.
+    # A failing and a full disk are the same exception. The slow reader tells them apart.
     refusals = (duckdb.ConstraintException, duckdb.InvalidInputException, duckdb.IOException)
+    copy = work / "unpacked"
+    connection.begin()
+    try:
+        above = [line or b"\r" for _, line in islice(lines_of(file), file.first_line - 1)]
+        path = _unpack(file, copy) if file.compression == "gzip" else file.path
+        expected = _count_lines(path) - sum(line != b"\n" for line in above)
+        # DuckDB skips the whole file where a carriage return is above the facts. It loses a line
+        # that is longer than its buffer, or that starts with a buffer and has no end.
+        if _insert_lines(connection, file, path) == expected:
+            connection.commit()
+            return True
+        reason = "it lost some lines"
+    except (*refusals, *BROKEN_GZIP) as error:
+        reason = str(error).partition("\n")[0]
+    finally:
+        copy.unlink(missing_ok=True)
+    connection.rollback()
+    logger.info("%s: reading it line by line, because DuckDB stopped: %s", file.path, reason)
+    return False
+
+
+def _insert_lines(connection: DuckDBPyConnection, file: GraphFile, path: Path) -> int:
+    """Puts the facts of plain separated text into `raw` and returns their number."""
     separator = file.separator.replace("'", "''")
     head, relation, tail = (f"part[{position + 1}]" for position in file.positions)
     # The table refuses a NULL, and with it a line with another number of columns.
     whole = f"rest IS NULL AND len(part) = {file.width}"
-    copy = work / "unpacked"
-    try:
-        path, compression = _readable(file, copy)
-        connection.execute(
-            f"INSERT INTO raw SELECT CASE WHEN {whole} THEN {head} END, {relation}, {tail} "
-            f"FROM (SELECT string_split(line, '{separator}') AS part, rest FROM "
-            f"read_csv({quoted_path(path)}, {_LINES}, compression = '{compression}', "
-            f"skip = {file.first_line - 1}))"
-        )
-    except (*refusals, *BROKEN_GZIP, BrokenZstd) as error:
-        reason = str(error).partition("\n")[0]
-        logger.info("%s: reading it line by line, because of: %s", file.path, reason)
-        return False
-    finally:
-        copy.unlink(missing_ok=True)
-    return True
+    # By default a buffer holds 16 of the longest lines, and the memory limit not several of these.
+    sizes = f"max_line_size = {MAX_LINE_BYTES}, buffer_size = {MAX_LINE_BYTES}"
+    return connection.execute(
+        f"INSERT INTO raw SELECT CASE WHEN {whole} THEN {head} END, {relation}, {tail} "
+        f"FROM (SELECT string_split(line, '{separator}') AS part, rest FROM "
+        f"read_csv({quoted_path(path)}, {_LINES}, {sizes}, skip = {file.first_line - 1}))"
+    ).fetchall()[0][0]
 
 
-def _readable(file: GraphFile, copy: Path) -> tuple[Path, str]:
-    """A path for DuckDB and its compression. DuckDB does not check the sums of gzip, and one thread
-    unpacks while the others wait, so gzip is unpacked here.
-    """
-    if file.compression == "zstd":
-        check_whole(file.path)
-        return file.path, "zstd"
-    if file.compression == "none":
-        return file.path, "none"
+def _unpack(file: GraphFile, copy: Path) -> Path:
+    """DuckDB does not check the sums of gzip, and unpacks with one thread while others wait."""
     with open_source(file.path) as source, copy.open("wb") as target:
         shutil.copyfileobj(source, target, _COPY_BYTES)
-    return copy, "none"
+    return copy
+
+
+def _count_lines(path: Path) -> int:
+    """Number of the lines that are not empty."""
+    count, last = 0, b"\n"
+    with path.open("rb") as file:
+        while chunk := file.read(_COPY_BYTES):
+            is_end = np.frombuffer(last + chunk, dtype=np.uint8) == ord("\n")
+            count += int(np.count_nonzero(is_end[1:] & ~is_end[:-1]))
+            last = chunk[-1:]
+    return count + (last != b"\n")
