@@ -75,7 +75,13 @@ _PROGRAMS = (
 )
 _LIGHT = (
     *("", ".errors", ".console", ".observe.gpu", ".config", *(f".{p}" for p in _PROGRAMS)),
-    *(".data.build.command", ".data.build.inspection", ".data.build.subcommand"),
+    *(
+        ".data.build.command",
+        ".data.build.earlier",
+        ".data.build.released",
+        ".data.build.inspection",
+        ".data.build.subcommand",
+    ),
 )
 # What the tests of the ops use, for the self-test alone.
 KERNEL_TESTING = {"dragkit_kernels.testing", "dragkit_kernels.op_cases"}
@@ -91,7 +97,10 @@ CONFINED: dict[str, tuple[str, ...]] = {
     ),
     "tokenizers": ("dragkit.tiny",),
     "peft": ("dragkit.generator", "dragkit.tiny"),
-    "huggingface_hub": ("dragkit.retriever.text_encoder", "dragkit.generator.load"),
+    "huggingface_hub": (
+        *("dragkit.retriever.text_encoder", "dragkit.generator.load"),
+        "dragkit.data.build.released",
+    ),
     "duckdb": ("dragkit.data.build",),
     "pyarrow": ("dragkit.data.build.records",),
     "datasets": ("dragkit.data.build.records",),

@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from dragkit.config.flags import EXIT_CODE_HELP
 from dragkit.console import run_main, setup_console, show
 from dragkit.data.build.command import BUILD, MERGE
+from dragkit.data.build.earlier import GENERATE_CWQ, GENERATE_WEBQSP
 from dragkit.data.build.inspection import CHECK, SHOW, STATS
+from dragkit.data.build.released import DOWNLOAD
 from dragkit.data.build.subcommand import PROG, Subcommand
 from dragkit.errors import ConfigError
 
-SUBCOMMANDS = {command.name: command for command in (BUILD, MERGE, CHECK, STATS, SHOW)}
+_COMMANDS = (BUILD, MERGE, CHECK, STATS, SHOW, GENERATE_WEBQSP, GENERATE_CWQ, DOWNLOAD)
+SUBCOMMANDS = {command.name: command for command in _COMMANDS}
 
 
 def data_help() -> str:
     """The help without a subcommand."""
     lines = [f"usage: {PROG} {command.name} {command.usage}" for command in SUBCOMMANDS.values()]
     lines[1:] = [line.replace("usage:", "      ", 1) for line in lines[1:]]
-    summaries = [f"  {name:<8}{command.summary}" for name, command in SUBCOMMANDS.items()]
+    summaries = [f"  {name}\n      {command.summary}" for name, command in SUBCOMMANDS.items()]
     pointer = f"`{PROG} NAME --help` lists the flags of one."
     return "\n".join([*lines, "", *summaries, "", pointer, "", EXIT_CODE_HELP])
 

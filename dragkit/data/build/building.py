@@ -20,10 +20,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from dragkit.data.arrays import file_digest
+from dragkit.data.arrays import remembered_digest
 from dragkit.data.build.cut import CutOptions
 from dragkit.data.build.graph import Graph
 from dragkit.data.build.graph_store import map_graph, open_graph
+from dragkit.data.build.layouts import HUB
 from dragkit.data.build.linking import EntityLinker
 from dragkit.data.build.parts import BuildFolder, Part
 from dragkit.data.build.questions import Questions, SplitRule
@@ -32,6 +33,7 @@ from dragkit.data.build.settings import BuildSettings
 from dragkit.data.build.sources import Source, SourceQuestion, open_source_questions
 from dragkit.data.build.subgraphs import SubgraphBuilder
 from dragkit.data.build.summary import summary
+from dragkit.data.cache import cache_root
 from dragkit.errors import ConfigError, Interrupted, Stopped, WriteError
 
 logger = logging.getLogger(__name__)
@@ -264,13 +266,19 @@ def _source(settings: BuildSettings) -> Source:
 def _digests(settings: BuildSettings, source: Source) -> dict[str, list[str]]:
     """Digests of all files that the lines depend on. Their names and places do not matter."""
     files = {
-        "questions": source.files,
+        "questions": (*source.files, *source.side_files),
         "graph": settings.graph,
         "aliases": (settings.aliases,),
         "exclude_relations": (settings.exclude_relations,),
     }
+    kept = cache_root() / "digests"
     return {
-        name: [file_digest(Path(path)) for path in paths if path is not None]
+        # A data set of the hub is named by its revision.
+        name: [
+            str(path) if str(path).startswith(HUB) else remembered_digest(Path(path), kept)
+            for path in paths
+            if path is not None
+        ]
         for name, paths in files.items()
     }
 

@@ -34,7 +34,7 @@ def _add_build_flags(parser: Parser) -> None:
     )
     source.add_argument(
         "--limit_triples",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="keep the first N facts of a question that brings facts",
     )
@@ -64,11 +64,11 @@ def _add_build_flags(parser: Parser) -> None:
     )
     cut.add_argument(
         "--max_facts",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="facts of a question (default: 2000 of a graph, all that a question brings)",
     )
-    cut.add_argument("--hops", type=_positive, metavar="K", help="reach of hops (default: 2)")
+    cut.add_argument("--hops", type=positive, metavar="K", help="reach of hops (default: 2)")
     cut.add_argument("--restart", type=float, metavar="P", help="of pagerank (default: 0.25)")
     cut.add_argument("--tolerance", type=float, metavar="E", help="of pagerank")
     cut.add_argument(
@@ -89,14 +89,15 @@ def _add_build_flags(parser: Parser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     work.add_argument(
-        "--workers", type=_positive, metavar="N", help="processes (default: one for each core)"
+        "--workers", type=positive, metavar="N", help="processes (default: one for each core)"
     )
     work.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="build the I-th of N shards"
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Parses a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)

@@ -20,10 +20,10 @@ from dragkit.data.arrays import (
     FolderWriter,
     Strings,
     cache_key,
-    file_digest,
     open_or_build,
     open_sealed,
     read_array,
+    remembered_digest,
     seal_folder,
 )
 from dragkit.data.build.database import open_database
@@ -102,17 +102,18 @@ def open_graph(
     faults = GraphFaults()
     inspected = [inspect_file(Path(path), columns, separator, faults) for path in paths]
     files = [file for file in inspected if file is not None]
-    digests = [file_digest(file.path) for file in files]
+    cache = cache_root(cache_dir)
+    digests = [remembered_digest(file.path, cache / "digests") for file in files]
     # The facts are a set, so the order of the files says nothing. A file with a fault is not among
     # them, so that it must not open the cache of the others.
     parts = sorted(zip(digests, [repr(file.options) for file in files], strict=True))
-    folder = cache_root(cache_dir) / CACHE_FOLDER / cache_key(BUILDER_VERSION, faults.count, parts)
+    folder = cache / CACHE_FOLDER / cache_key(BUILDER_VERSION, faults.count, parts)
     threads = threads or min(_MAX_THREADS, os.cpu_count() or 1)
 
     def fill(target: Path) -> None:
         _build(target, files, faults, {"memory_limit": memory_limit, "threads": threads})
         for file, digest in zip(files, digests, strict=True):
-            if file_digest(file.path) != digest:
+            if remembered_digest(file.path, cache / "digests") != digest:
                 raise DataError(f"{file.path}: the file changed while it was read. Run again.")
 
     return open_or_build(folder, lambda: map_graph(folder), fill)

@@ -38,7 +38,7 @@ LAYOUTS: Mapping[str, str] = {
     "webqsp": "WebQSP's own JSON (Questions, Parses, Answers)",
 }
 _REQUIRED = {"rog": ("question", "triples"), "heuristics": ("question", "triples")}
-_HUB = "hf:"
+HUB = "hf:"
 # Files of these names in a folder hold no questions.
 _OTHER_FILES = re.compile(r"(?i)(readme|licen[cs]e|dataset_infos?|dataset_dict|state)\b|.*qtype")
 _METAQA_FOLDERS = (".", "vanilla", "*-hop/vanilla", "*-hop")
@@ -65,8 +65,8 @@ def find_layout(path: str | Path, layout: str | None, reading: Reading) -> Found
         raise ConfigError(f"the layout {layout!r} is unknown. There are: {', '.join(LAYOUTS)}.")
     if wrong := sorted(set(reading.columns) - set(FIELDS)):
         raise ConfigError(f"columns: no field {wrong[0]!r}. The fields are: {', '.join(FIELDS)}.")
-    if str(path).startswith(_HUB):
-        return _hub(str(path).removeprefix(_HUB), layout, reading)
+    if str(path).startswith(HUB):
+        return _hub(str(path).removeprefix(HUB), layout, reading)
     path = Path(path)
     files = _question_files(path) if path.is_dir() else [path]
     found = [_file(file, layout, reading) for file in files]
@@ -110,7 +110,7 @@ def _hub(name: str, layout: str | None, reading: Reading) -> Found:
     name_of_layout = layout or "rog"
     parts = []
     for split, rows in hub_splits(name).items():
-        file = Path(f"{_HUB}{name}/{split}")
+        file = Path(f"{HUB}{name}/{split}")
         word = split_of_name(split) or split
         parts.append(Part(file, partial(_records, rows, file, name_of_layout, reading, word)))
     return Found(name_of_layout, f"{LAYOUTS[name_of_layout]}, Hugging Face hub", tuple(parts))

@@ -30,6 +30,7 @@ class Source:
         layout: name of the layout, a key of `LAYOUTS`.
         description: the layout in words, for the output.
         files: the files that are read, in order.
+        side_files: the files beside them that name their entities and relations.
         problems: problems so far, in file and line order.
         rows: number of questions and problems so far.
     """
@@ -39,6 +40,11 @@ class Source:
         self.layout = found.layout
         self.description = found.description
         self.files = tuple(part.file for part in found.parts)
+        self.side_files: tuple[Path, ...] = ()
+        if found.layout == "nsm":
+            folders = {file.parent for file in self.files}
+            beside = {file for folder in folders for file in folder.iterdir() if file.is_file()}
+            self.side_files = tuple(sorted(beside - set(self.files)))
         self.problems: list[SourceProblem] = []
         self.rows = 0
         self._parts = found.parts
