@@ -37,8 +37,8 @@ from dragkit.data.relations import RelationVocab
 _PART_BYTES = 16_000_000
 # A process takes seconds to start. A file of fewer parts is packed sooner without one.
 _MIN_PARTS = 8
-# Each process needs about 250 MB, and more of them would wait for the one that reads the file.
-_MAX_PROCESSES = 6
+# Each process needs about 280 MB of its own. So all of them stay below 2 GB.
+_MAX_PROCESSES = 4
 # A bar appears after this time.
 _SILENT_S = 2.0
 

@@ -166,6 +166,8 @@ class PackedStore:
             pack_file(
                 path, target, label_rule=label_rule, max_bad_fraction=max_bad_fraction, merge=merge
             )
+            # A file that was removed meanwhile is no fault of the cache.
+            open_source(path).close()
             after = path.stat()
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise DataError(f"{path}: the file changed while it was read. Start again.")

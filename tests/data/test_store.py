@@ -23,7 +23,7 @@ from dragkit.data.question_file import read_questions
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.subgraph import build_subgraph
-from dragkit.errors import DataError, WriteError
+from dragkit.errors import DataError, MissingInputError, WriteError
 
 
 def test_content_equals_the_file(tiny_file: Path, tmp_path: Path) -> None:
@@ -240,6 +240,22 @@ def test_a_file_that_changes_while_it_is_read(
 
     monkeypatch.setattr(store, "pack_file", grow)
     with pytest.raises(DataError, match="changed while it was read"):
+        PackedStore.build_or_open(path, cache_dir=tmp_path / "cache")
+
+
+def test_a_file_that_is_removed_while_it_is_read(
+    tiny_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "removed.jsonl"
+    shutil.copy(tiny_file, path)
+    pack = store.pack_file
+
+    def remove(*args: object, **options: object) -> None:
+        pack(*args, **options)  # type: ignore[arg-type]
+        path.unlink()
+
+    monkeypatch.setattr(store, "pack_file", remove)
+    with pytest.raises(MissingInputError, match=r"removed\.jsonl: no such file"):
         PackedStore.build_or_open(path, cache_dir=tmp_path / "cache")
 
 
