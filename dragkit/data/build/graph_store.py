@@ -48,11 +48,13 @@ _CHUNK = 1 << 20
 _MAX_THREADS = 8
 # A line has at most two new entities, and entities are numbered by int32.
 _MAX_LINES = 2**30
+# Distinct names are found among so many lines' share of them at once. DuckDB's own way beyond its
+# memory fails where names are many times larger than that.
+_LINES_AT_ONCE = 10_000_000
 # From names to ranks of names. `rowid` is the row of a table that was created in an order. Each
 # statement holds one thing that can grow beyond memory, because two of them would not give way to
 # each other.
 _NUMBERING = (
-    "CREATE TABLE name AS SELECT head AS name FROM raw UNION SELECT tail FROM raw",
     "CREATE TABLE entity AS SELECT name FROM name ORDER BY name",
     "DROP TABLE name",
     "CREATE TABLE relation AS SELECT DISTINCT relation AS name FROM raw ORDER BY name",
@@ -149,7 +151,7 @@ def _build(
         if lines > _MAX_LINES:
             raise DataError(f"{paths}: {lines} facts. A graph holds at most {_MAX_LINES}.")
         logger.info("%d facts are read; sorting them", lines)
-        for statement in _NUMBERING:
+        for statement in (*_naming(lines), *_NUMBERING):
             # Keeping the order where there is none takes memory.
             is_ordered = "true" if " ORDER BY " in statement else "false"
             connection.execute(f"SET preserve_insertion_order = {is_ordered}")
@@ -159,6 +161,18 @@ def _build(
     shutil.rmtree(work)
     logger.info("%(fact)d distinct facts, %(entity)d entities, %(relation)d relations", counts)
     seal_folder(folder, {"lines": lines, **counts})
+
+
+def _naming(lines: int) -> Iterator[str]:
+    """Statements that make the table of the distinct names of entities, in no order."""
+    yield "CREATE TABLE name (name VARCHAR)"
+    passes = 1 + lines // _LINES_AT_ONCE
+    for number in range(passes):
+        names = (
+            f"SELECT {column} AS name FROM raw WHERE hash({column}) % {passes} = {number}"
+            for column in ("head", "tail")
+        )
+        yield f"INSERT INTO name {' UNION '.join(names)}"
 
 
 def _count(connection: DuckDBPyConnection, table: str) -> int:

@@ -64,6 +64,7 @@ def test_chunks_threads_and_little_memory_change_nothing(
     expected = Graph.from_triples(facts)
     assert_same_graph(open_graph([path], cache_dir=tmp_path / "a", threads=1), expected)
     monkeypatch.setattr(graph_store, "_CHUNK", 1000)
+    monkeypatch.setattr(graph_store, "_LINES_AT_ONCE", 7000)
     graph = open_graph([path], cache_dir=tmp_path / "b", threads=3, memory_limit="60MB")
     assert_same_graph(graph, expected)
 
