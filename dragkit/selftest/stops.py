@@ -14,7 +14,7 @@ from pathlib import Path
 from dragkit.selftest.faulty_runs import STOP_SIGNALS, FaultyRuns, handles_stop, toys
 from dragkit.selftest.outcome import Outcome, require
 from dragkit.selftest.surroundings import closed_log
-from dragkit.selftest.toy import STEPS_IN_EPOCH, Processes, Toy, toy
+from dragkit.selftest.toy import STEPS_IN_EPOCH, Processes, Toy, as_on_a_terminal, toy
 
 _FAULTS_IN_A_RUN = 5
 _STOPS_IN_A_RUN = 3
@@ -155,7 +155,12 @@ def stops_while_importing(outcome: Outcome, root: Path, *, count: int) -> None:
         with outcome.case(f"{number.name} while importing, {attempt}"):
             command = [sys.executable, "-m", "dragkit.train", *run.command_of_either(folder)]
             began = time.monotonic()
-            child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            child = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                preexec_fn=as_on_a_terminal,
+            )
             # Before that Python itself starts, and any signal ends it.
             while child.poll() is None and not handles_stop(child.pid):
                 time.sleep(0.001)

@@ -146,6 +146,12 @@ def _to_log(log: Path) -> None:
     os.dup2(descriptor, 2)
 
 
+def as_on_a_terminal() -> None:
+    """Lets signals end this process. A background job of a shell ignores SIGINT, nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def _run_program(
     module: str, arguments: Sequence[str], log: Path, surroundings: Surroundings, own_group: bool
 ) -> None:
@@ -153,7 +159,7 @@ def _run_program(
     _to_log(log)
     if own_group:
         os.setpgid(0, 0)
-    # A background job of a shell ignores SIGINT. The program behaves as on a terminal.
+    as_on_a_terminal()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *arguments]
     with surroundings():

@@ -15,6 +15,7 @@ import pytest
 
 from dragkit.console import STOP_SIGNALS
 from dragkit.errors import Stopped
+from dragkit.selftest.toy import as_on_a_terminal
 from dragkit.trainer.question_dataset import _ignore_signals
 from dragkit.trainer.signals import StopSignal
 
@@ -148,6 +149,7 @@ def test_a_signal_during_the_first_imports(tmp_path: Path, number: int, named: b
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=as_on_a_terminal,
     )
     try:
         while not _is_handled(child):
@@ -199,8 +201,7 @@ def test_a_second_signal_ends_the_process_at_once(second: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A background job starts with SIGINT ignored. The child behaves as on a terminal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=as_on_a_terminal,
     )
     try:
         assert child.stdout.readline() == "ready\n"
