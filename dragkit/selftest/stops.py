@@ -105,6 +105,8 @@ def stops_anywhere(outcome: Outcome, root: Path, *, count: int) -> None:
         root: folder of the runs.
         count: number of stops of each kind of run.
     """
+    # The server of the processes starts now, so that the time of the first run is its own.
+    Processes(root).run(["--help"])
     for run, steps, group in _evaluated_toys(root):
         began = time.monotonic()
         # This runs it once without a stop.

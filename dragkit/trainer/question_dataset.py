@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -236,8 +236,11 @@ class QuestionDataset:
             num_workers=self.num_workers,
             worker_init_fn=_ignore_signals,
         )
-        collated = iter(loader)
+        collated = None
         try:
+            # A worker must not end by a signal before it ignores them.
+            with _blocked_signals() if self.num_workers else nullcontext():
+                collated = iter(loader)
             if device is None or device.type != "cuda":
                 yield from collated
             elif to_device:
@@ -250,8 +253,18 @@ class QuestionDataset:
         finally:
             # An error's traceback keeps the iterator alive, and the workers with it. They ignore
             # signals, so the process would wait for them at its exit.
-            if self.num_workers:
+            if self.num_workers and collated is not None:
                 collated._shutdown_workers()
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Delays stop signals to the end of the block. Processes that start in it never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_signals(worker: int) -> None:
