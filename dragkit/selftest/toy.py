@@ -161,6 +161,8 @@ def _run_program(
         os.setpgid(0, 0)
     as_on_a_terminal()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Loader processes start as from a command line, not from the server that started this process.
+    multiprocessing.set_start_method(None, force=True)
     sys.argv = [module, *arguments]
     with surroundings():
         runpy.run_module(module, run_name="__main__")
