@@ -1,187 +1,43 @@
-"""Builds files of questions: cuts in several processes and joins the parts."""
+"""Builds files of questions: reads, surveys, cuts and joins the parts."""
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 import shlex
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 
-from tqdm import tqdm
-
+from dragkit.console import STOP_SIGNALS
 from dragkit.data.arrays import remembered_digest
 from dragkit.data.build.cut import CutOptions
+from dragkit.data.build.cutting import PART_QUESTIONS, Cutting, Shard, make_parts
 from dragkit.data.build.graph import Graph
-from dragkit.data.build.graph_store import map_graph, open_graph
+from dragkit.data.build.graph_store import open_graph
 from dragkit.data.build.layouts import HUB
 from dragkit.data.build.linking import EntityLinker
-from dragkit.data.build.parts import BuildFolder, Part
+from dragkit.data.build.parts import BuildFolder
 from dragkit.data.build.questions import Questions, SplitRule
 from dragkit.data.build.relation_list import read_names, relation_rows
 from dragkit.data.build.settings import BuildSettings
-from dragkit.data.build.sources import Source, SourceQuestion, open_source_questions
-from dragkit.data.build.subgraphs import SubgraphBuilder
+from dragkit.data.build.sources import Source, open_source_questions
 from dragkit.data.build.summary import summary
 from dragkit.data.cache import cache_root
-from dragkit.errors import ConfigError, Interrupted, Stopped, WriteError
+from dragkit.errors import ConfigError, Interrupted, Stopped
 
 logger = logging.getLogger(__name__)
 
-# A killed build loses at most one part a process.
-PART_QUESTIONS = 128
 _SHOWN = 10
-_Sourced = Sequence[tuple[SourceQuestion, str]]
 # A name in so many of the questions is a word, such as "film". A topic may be in a few percent.
 _WORD_SHARE = 0.1
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One of `count` builds of the same files, from 0. It makes every `count`-th part."""
-
-    index: int = 0
-    count: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Cutting:
-    """What a process needs to cut.
-
-    Attributes:
-        folder: the output, see `BuildFolder`.
-        graph: cache folder of the knowledge graph, None without one.
-        options, exclude: see `SubgraphBuilder`.
-    """
-
-    folder: Path
-    graph: Path | None
-    options: CutOptions | None
-    exclude: frozenset[str] = frozenset()
-
-
-class _Worker:
-    """Makes parts. There is one in each process."""
-
-    def __init__(self, cutting: Cutting) -> None:
-        graph = None if cutting.graph is None else map_graph(cutting.graph)
-        self.folder = BuildFolder(cutting.folder)
-        self.builder = SubgraphBuilder(graph, cutting.options, cutting.exclude)
-
-    def make(self, number: int, questions: _Sourced) -> int:
-        """Makes one part and returns its number of questions."""
-        part = Part()
-        lines = self.builder.lines(questions, part)
-        self.folder.write_part(number, lines, part)
-        return len(lines)
-
-
-_cutting: Cutting
-
-
-@cache
-def _worker() -> _Worker:
-    return _Worker(_cutting)
-
-
-def _start_worker(cutting: Cutting) -> None:
-    global _cutting
-    _cutting = cutting
-    # Ctrl-C reaches all processes of a terminal. The parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A process whose parent was killed would wait for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _make(number: int, questions: _Sourced) -> int:
-    return _worker().make(number, questions)
-
-
-def make_parts(
-    questions: Questions, count: int, cutting: Cutting, *, shard: Shard, workers: int
-) -> None:
-    """Makes the parts of a shard that the folder does not hold.
-
-    Args:
-        questions: all questions of the build.
-        count: their number.
-        cutting: what to make.
-        shard: which parts.
-        workers: number of processes. One works in this process.
-
-    Raises:
-        WriteError: the folder cannot be written, or a process was killed.
-    """
-    with tqdm(total=count, unit="questions", disable=None) as bar:
-        missing = _missing(questions, BuildFolder(cutting.folder), shard, bar)
-        if workers > 1:
-            _make_in_processes(missing, cutting, workers, bar)
-            return
-        worker = _Worker(cutting)
-        for number, part in missing:
-            bar.update(worker.make(number, part))
-
-
-def _missing(
-    questions: Questions, folder: BuildFolder, shard: Shard, bar: tqdm
-) -> Iterator[tuple[int, _Sourced]]:
-    """The parts to make. The bar moves over the others."""
-    iterator, number = iter(questions), 0
-    while part := list(islice(iterator, PART_QUESTIONS)):
-        if number % shard.count == shard.index and not folder.has_part(number):
-            yield number, part
-        else:
-            bar.update(len(part))
-        number += 1
-
-
-def _make_in_processes(
-    missing: Iterator[tuple[int, _Sourced]], cutting: Cutting, workers: int, bar: tqdm
-) -> None:
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(cutting,),
-    )
-    pending: set[Future[int]] = set()
-    try:
-        for number, part in missing:
-            pending.add(pool.submit(_make, number, part))
-            # The source is read no faster than the processes cut.
-            if len(pending) >= 2 * workers:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                bar.update(sum(future.result() for future in done))
-        for future in pending:
-            bar.update(future.result())
-    except BrokenProcessPool as error:
-        raise WriteError(
-            f"{cutting.folder}: a process was killed, perhaps because the memory was full. Run "
-            "the same command again: it goes on where it stopped. Fewer --workers need less memory."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 @contextmanager
 def _stoppable(folder: Path) -> Iterator[None]:
-    """Ends the block in good order where SIGTERM or Ctrl-C comes.
+    """Ends the block in good order at the first stop signal.
 
     Raises:
         Interrupted: one has come. The parts that are made stay.
@@ -190,8 +46,13 @@ def _stoppable(folder: Path) -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if in_main_thread else None
+    # Python sets handlers in the main thread alone.
+    numbers = STOP_SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in before:
+        # nohup ignores SIGHUP, and a shell SIGINT in a background job. They keep ignoring it.
+        if before[number] is not signal.SIG_IGN:
+            signal.signal(number, stop)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -199,8 +60,8 @@ def _stoppable(folder: Path) -> Iterator[None]:
             f"{folder}: stopped. Run the same command again: it goes on where it stopped."
         ) from error
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def build(settings: BuildSettings) -> str:

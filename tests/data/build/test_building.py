@@ -18,11 +18,12 @@ import networkx
 import pytest
 
 from dragkit.data.__main__ import main
-from dragkit.data.build import building
+from dragkit.data.build import building, cutting
 from dragkit.data.build.building import build
 from dragkit.data.build.settings import BuildSettings
 from dragkit.data.question_file import read_questions
 from dragkit.errors import ConfigError, CreateError, DataError
+from dragkit.selftest.toy import as_on_a_terminal
 
 ENTITIES = [f"city {i}" for i in range(60)]
 
@@ -148,15 +149,18 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert not parts.exists()
 
 
-def test_a_stopped_build_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "1"), (signal.SIGHUP, "2")])
+def test_a_stopped_build_says_how_to_go_on(number: int, workers: str, tmp_path: Path) -> None:
     settings = _source(tmp_path, count=2000)
     command = [sys.executable, "-m", "dragkit.data", "build", "--questions", settings.questions]
-    command += ["--graph", str(tmp_path / "kg.tsv"), "--max-facts", "20", "--workers", "1"]
+    command += ["--graph", str(tmp_path / "kg.tsv"), "--max-facts", "20", "--workers", workers]
     command += ["--output", str(settings.output)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=as_on_a_terminal
+    )
     while process.poll() is None and not list((settings.output / "parts").glob("*.json")):
         time.sleep(0.01)
-    process.terminate()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 75, errors
     assert "Run the same command again" in errors
@@ -253,12 +257,12 @@ def test_a_process_that_dies_ends_the_build(
     settings = _source(tmp_path, count=2000)
     flags = ["--graph", str(tmp_path / "kg.tsv"), "--questions", settings.questions]
     flags += ["--output", str(settings.output), "--workers", "2"]
-    wait = building.wait
+    wait = cutting.wait
 
     def kill_one(pending: set[Future[int]], **options: object) -> object:
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         return wait(pending, **options)
 
-    monkeypatch.setattr(building, "wait", kill_one)
+    monkeypatch.setattr(cutting, "wait", kill_one)
     assert main(["build", *flags]) == 74
     assert "Fewer --workers need less memory" in capsys.readouterr().err
