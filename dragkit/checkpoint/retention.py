@@ -119,6 +119,9 @@ def prune(root: Path, newest: Path, keep: int) -> None:
 
 def _read_pointer(path: Path) -> str | None:
     """The folder name in the file `best`, or None if there is no such file."""
+    if path.is_fifo():
+        # It would wait for a writer.
+        raise CheckpointError(f"{path}: is a named pipe, not a file")
     try:
         name = path.read_text(encoding="ascii").strip()
     except FileNotFoundError:

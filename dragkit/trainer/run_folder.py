@@ -81,13 +81,15 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def refuse_blocked_files(run_dir: Path) -> None:
-    """Raises a CreateError where a folder stands in the place of a file that a run writes."""
+    """Raises a CreateError where a folder or a pipe stands in the place of a run's file."""
     for folder in (run_dir, run_dir / PHASE1):
         for name in _WRITTEN:
-            if os.path.isdir(folder / name):
+            path = folder / name
+            if os.path.exists(path) and not os.path.isfile(path):
+                kind = "a folder" if os.path.isdir(path) else "a pipe or a device"
                 raise CreateError(
-                    f"{folder / name} is a folder, and a run writes a file of this name. Remove "
-                    "it, or name another folder with --checkpoint_dir."
+                    f"{path} is {kind}, and a run writes a file of this name. Remove it, or name "
+                    "another folder with --checkpoint_dir."
                 )
 
 

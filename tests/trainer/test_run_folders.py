@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -325,11 +326,13 @@ def test_a_name_too_long_for_a_folder_is_no_internal_error(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["best", "latest", "metrics.jsonl", "phase1/config.yaml"])
-def test_a_folder_in_the_place_of_a_file_is_refused_before_training(
-    tmp_path: Path, name: str
+@pytest.mark.parametrize(("make", "kind"), [(os.mkdir, "a folder"), (os.mkfifo, "a pipe")])
+def test_what_is_in_the_place_of_a_file_is_refused_before_training(
+    make: Callable[[Path], None], kind: str, name: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(CreateError, match=f"{name} is a folder") as caught:
+    (tmp_path / "run" / name).parent.mkdir(parents=True)
+    make(tmp_path / "run" / name)
+    with pytest.raises(CreateError, match=f"{name} is {kind}") as caught:
         make_run(tmp_path, 1)
     assert caught.value.exit_code == 73
 
