@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -238,8 +239,7 @@ class QuestionDataset:
         )
         collated = None
         try:
-            # A worker must not end by a signal before it ignores them.
-            with _blocked_signals() if self.num_workers else nullcontext():
+            with _delayed_signals() if self.num_workers else nullcontext():
                 collated = iter(loader)
             if device is None or device.type != "cuda":
                 yield from collated
@@ -254,17 +254,34 @@ class QuestionDataset:
             # An error's traceback keeps the iterator alive, and the workers with it. They ignore
             # signals, so the process would wait for them at its exit.
             if self.num_workers and collated is not None:
-                collated._shutdown_workers()
+                with _delayed_signals():
+                    collated._shutdown_workers()
 
 
 @contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Delays stop signals to the end of the block. Processes that start in it never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def _delayed_signals() -> Iterator[None]:
+    """Delays stop signals to the end of the block, also in processes that start in it.
+
+    An error in the midst of starting or ending the workers would leave some that nobody ends.
+    """
+    came: list[int] = []
+    # Python sets handlers in the main thread alone. Where one is ignored, it stays so.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if is_main}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: came.append(number))
+    # A process that is not a copy of this one has no handler yet.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            # None: no Python code has set it.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from dragkit.console import STOP_SIGNALS
 from dragkit.errors import Stopped
 from dragkit.selftest.toy import as_on_a_terminal
-from dragkit.trainer.question_dataset import _ignore_signals
+from dragkit.trainer.question_dataset import _delayed_signals, _ignore_signals
 from dragkit.trainer.signals import StopSignal
 
 # The module is loaded from its file, because importing the package loads torch for seconds.
@@ -116,6 +117,19 @@ def test_a_terminal_that_is_closed_stops_once(monkeypatch: pytest.MonkeyPatch) -
         assert received == [signal.SIGHUP]
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_while_workers_start_comes_after_them() -> None:
+    done = []
+    with StopSignal() as stop:
+        with pytest.raises(Stopped), _delayed_signals():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                # To the process, of which another thread may receive it.
+                os.kill(os.getpid(), number)
+                ThreadPoolExecutor(1).submit(time.sleep, 0.01).result()
+            assert not stop.requested
+            done.append(True)
+        assert done == [True] and stop.requested
 
 
 def test_a_worker_ignores_every_stop_signal() -> None:

@@ -26,7 +26,8 @@ from dragkit.data.build.settings import BuildSettings
 from dragkit.data.build.sources import Source, open_source_questions
 from dragkit.data.build.summary import summary
 from dragkit.data.cache import cache_root
-from dragkit.errors import ConfigError, Interrupted, Stopped
+from dragkit.data.lines import open_source
+from dragkit.errors import ConfigError, Interrupted, MissingInputError, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def build(settings: BuildSettings) -> str:
         WriteError: the folder or the cache cannot be written.
     """
     folder = BuildFolder(settings.output)
+    _require_files(settings)
     source = _source(settings)
     record = settings.record() | {"inputs": _digests(settings, source)}
     folder.create(record)
@@ -122,6 +124,19 @@ def _source(settings: BuildSettings) -> Source:
         entity_ids=settings.entity_ids,
     )
     return source
+
+
+def _require_files(settings: BuildSettings) -> None:
+    """Raises a MissingInputError with every file that cannot be opened."""
+    missing = []
+    for path in (*settings.graph, settings.aliases, settings.exclude_relations):
+        try:
+            if path is not None:
+                open_source(path).close()
+        except MissingInputError as error:
+            missing.append(str(error))
+    if missing:
+        raise MissingInputError("\n".join(missing))
 
 
 def _digests(settings: BuildSettings, source: Source) -> dict[str, list[str]]:

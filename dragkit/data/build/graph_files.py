@@ -24,8 +24,12 @@ Compression = Literal["none", "gzip", "zstd"]
 MAX_LINE_BYTES = 16 << 20
 BOM = b"\xef\xbb\xbf"
 PARTS = ("head", "relation", "tail")
-# A first line of three columns with these names is a header, not a fact.
-_HEADERS = (PARTS, ("subject", "predicate", "object"), ("source", "relation", "target"))
+# A first line with one name of each is a header, not a fact.
+_HEADER = (
+    {"head", "head_entity", "subject", "source", "from"},
+    {"relation", "relation_type", "predicate", "property", "edge"},
+    {"tail", "tail_entity", "object", "target", "to"},
+)
 _LAYOUTS: dict[str, Layout] = {
     ".tsv": "separated text",
     ".tab": "separated text",
@@ -191,7 +195,10 @@ def _with_columns(
         faults.add(file.path, None, "line", f"the first line cannot be read: {error}")
         return None
     if columns is None:
-        has_header = tuple(field.strip().casefold() for field in fields) in _HEADERS
+        names = [field.strip().casefold() for field in fields]
+        has_header = len(names) == 3 and all(
+            name in usual for name, usual in zip(names, _HEADER, strict=True)
+        )
         return replace(file, first_line=following if has_header else number)
     if all(column.isdecimal() and column.isascii() for column in columns):
         positions = tuple(int(column) - 1 for column in columns)

@@ -153,7 +153,8 @@ def _recognised(path: Path, container: Container | None, reading: Reading) -> st
     if is_webqsp(start):
         return "webqsp"
     columns = set(container.columns()) if container is not None else set()
-    if "question" not in columns and not reading.columns:
+    has_question = bool(columns & set(USUAL_NAMES["question"]))
+    if not has_question and not reading.columns:
         # The first line may be damaged, so one of the first decides.
         lines = start.decode("utf-8", "replace").splitlines()[:100]
         cells = [line.split("\t") for line in lines if line.strip()]
@@ -161,7 +162,7 @@ def _recognised(path: Path, container: Container | None, reading: Reading) -> st
             if any(map(is_line, cells)):
                 return name
         return None
-    if "subgraph" in columns and "question" in columns:
+    if "subgraph" in columns and has_question:
         return "nsm"
     if container is None:
         return None

@@ -31,8 +31,10 @@ _TYPES: dict[str, Any] = {
 FIELDS = tuple(_TYPES)
 # The first of these columns that holds something is the field.
 USUAL_NAMES: dict[str, tuple[str, ...]] = {name: (name,) for name in FIELDS} | {
+    "question": ("question", "query"),
     "answers": ("answer", "answers"),
-    "topics": ("topic_entities", "topics", "q_entity"),
+    "topics": ("topic_entities", "topics", "topic", "topic_entity", "q_entity"),
+    "id": ("id", "qid", "question_id"),
     "triples": ("triples", "graph"),
 }
 # A cell of a table cannot hold these.

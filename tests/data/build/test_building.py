@@ -22,7 +22,7 @@ from dragkit.data.build import building, cutting
 from dragkit.data.build.building import build
 from dragkit.data.build.settings import BuildSettings
 from dragkit.data.question_file import read_questions
-from dragkit.errors import ConfigError, CreateError, DataError
+from dragkit.errors import ConfigError, CreateError, DataError, MissingInputError
 from dragkit.selftest.toy import as_on_a_terminal
 
 ENTITIES = [f"city {i}" for i in range(60)]
@@ -233,6 +233,38 @@ def test_what_cannot_be_built_is_refused_before_anything_is_cut(tmp_path: Path) 
         build(_source(tmp_path / "d", restart=2.0))
     for name in ("b", "c"):
         assert not list((tmp_path / name / "parts").iterdir())
+
+
+def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
+    settings = _source(
+        tmp_path,
+        graph=(tmp_path / "kg.tsb", tmp_path),
+        aliases=tmp_path / "names.tsv",
+        exclude_relations=tmp_path / "none.txt",
+    )
+    with pytest.raises(MissingInputError) as caught:
+        build(settings)
+    first, second, *others = str(caught.value).splitlines()
+    assert "kg.tsb: no such file. Similar names" in first and "kg.tsv" in first
+    assert "a folder, not a file" in second
+    assert ["names.tsv" in others[0], "none.txt" in others[1], len(others)] == [True, True, 2]
+    assert not settings.output.exists()
+
+
+@pytest.mark.parametrize("header", ["question,answer,topic", "qid,query,answers,topic_entity"])
+def test_usual_columns_of_a_table_are_read(header: str, tmp_path: Path) -> None:
+    values = {"query": "which?", "question": "which?", "qid": "7"}
+    names = header.split(",")
+    row = ",".join(
+        values.get(name, "a|b" if name.startswith("answer") else "city 1") for name in names
+    )
+    settings = _source(tmp_path, questions=str(tmp_path / "test.csv"))
+    (tmp_path / "test.csv").write_text(f"{header}\n{row}\n")
+    build(settings)
+    ((found,),) = _rows(settings.output).values()
+    assert (found["question"], found["answer"]) == ("which?", ["a", "b"])
+    assert found["topic_entities"] == ["city 1"] and "topics_linked" not in found
+    assert found["id"] == ("7" if "qid" in names else "test-2")
 
 
 def _source_of(settings: BuildSettings, output: Path) -> BuildSettings:

@@ -323,3 +323,22 @@ def test_the_first_line_is_found_below_blank_ones(tmp_path: Path) -> None:
     assert file is not None
     assert (file.first_line, file.width) == (3, 3)
     assert graph_entities(path, tmp_path) == ["b", "x\ny"]
+
+
+@pytest.mark.parametrize(
+    ("line", "is_header"),
+    [
+        ("subject,relation,object", True),
+        ("Head, Predicate ,TAIL", True),
+        ("from,edge,to", True),
+        ("head,relation,head", False),
+        ("relation,head,tail", False),
+        ("head,relation,France", False),
+    ],
+)
+def test_a_first_line_of_usual_names_is_a_header(
+    line: str, is_header: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "kg.csv"
+    path.write_text(f"{line}\nLyon,in,France\n")
+    assert open_graph([path], cache_dir=tmp_path).num_facts == 2 - is_header
