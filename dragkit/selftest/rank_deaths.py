@@ -54,7 +54,7 @@ def rank_deaths(outcome: Outcome, root: Path, *, count: int) -> None:
         root: folder of the runs.
         count: number of kills.
     """
-    run = toy(root, 1, epochs=_EPOCHS, save_every=4).having("2-ranks", run__rank_timeout=60)
+    run = toy(root, 1, epochs=_EPOCHS, save_every=4).having("2-ranks", run__rank_timeout=30)
     whole = root / "whole-2-ranks"
     _Pair(root, run, whole).finish()
     expected, draw, longest = trace(whole), random.Random(count), 0.0
