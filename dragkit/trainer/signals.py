@@ -76,11 +76,18 @@ class StopSignal:
             raise Stopped(self._raised) from error
 
     def _restore(self) -> None:
-        for number, handler in self._previous.items():
+        # A signal may come in the midst of this, and its handler comes here, too.
+        previous, self._previous = self._previous, {}
+        for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
-        self._previous.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            # The second signal came before the handlers were restored.
+            if number != signal.SIGHUP:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
         self._name, self.requested = signal.Signals(number).name, True
         self._restore()
         if number == signal.SIGHUP:

@@ -119,6 +119,32 @@ def test_a_terminal_that_is_closed_stops_once(monkeypatch: pytest.MonkeyPatch) -
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_while_the_first_is_handled(
+    second: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with StopSignal() as stop, stop.deferred():
+        set_handler, nested = signal.signal, []
+
+        def interrupted(number: int, handler: object) -> object:
+            if not nested:
+                nested.append(number)
+                stop._handle(second, None)
+            return set_handler(number, handler)
+
+        monkeypatch.setattr(signal, "signal", interrupted)
+        stop._handle(signal.SIGTERM, None)
+        monkeypatch.setattr(signal, "signal", set_handler)
+        assert nested and stop.requested
+        # As where the handlers were restored already. Only SIGHUP comes twice on its own.
+        assert ended == ([] if second == signal.SIGHUP else [second])
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def test_a_signal_while_workers_start_comes_after_them() -> None:
     done = []
     with StopSignal() as stop:
