@@ -43,11 +43,10 @@ class RetrieverOutput(NamedTuple):
 
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
     """x @ weight, [M], from x [M, C] and weight [C], in float32 under autocast too."""
-    # In bfloat16 facts with close logits would tie. A matrix-vector product keeps float32 where
-    # TF32 is allowed, and a compiler makes it part of the kernel that reads x.
+    # In bfloat16 facts with close logits would tie. Unlike a matrix product, a sum is not lowered
+    # by autocast or TF32, its bits do not depend on M, and a compiler fuses it with what made x.
     wide = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
-        return x.to(wide) @ weight.to(wide)
+    return (x.to(wide) * weight.to(wide)).sum(-1)
 
 
 class Retriever(nn.Module):
@@ -147,10 +146,10 @@ class Retriever(nn.Module):
         head, relation, tail = self.fact_score.weight.view(3, -1)
         dropped = self.dropout(h)
         return fact_scores(
-            _scores(dropped, head),
-            _scores(relation_feature, relation),
-            _scores(dropped, tail),
-            self.fact_score.bias.squeeze(0),
+            _scores(dropped, head).float(),
+            _scores(relation_feature, relation).float(),
+            _scores(dropped, tail).float(),
+            self.fact_score.bias.float().squeeze(0),
             fact_index=graph.fact_index,
             groups=graph.groups,
         )

@@ -10,7 +10,10 @@ import torch._dynamo.utils
 import torch.fx.experimental._config
 from torch import nn
 
+from dragkit.config import TrainConfig
+from dragkit.data.packed import QuestionBatch, RelationStates
 from dragkit.generator.generator import Generator
+from dragkit.retriever.retriever import RetrieverOutput
 
 
 def use_dynamic_shapes() -> None:
@@ -23,10 +26,31 @@ def use_dynamic_shapes() -> None:
     torch._dynamo.config.specialize_float = True
 
 
-def compile_retriever(retriever: nn.Module) -> Callable:
-    """The retriever's forward as one graph with dynamic sizes."""
+def compile_enabled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether models are compiled: `run.compile`, or by default on a GPU."""
+    return device.type == "cuda" if config.run.compile is None else config.run.compile
+
+
+def compile_retriever(retriever: nn.Module) -> Callable[..., RetrieverOutput]:
+    """The retriever's forward as one graph with dynamic sizes.
+
+    It reads `padded` of a batch that has it, and returns the rows of the batch itself.
+    """
     use_dynamic_shapes()
-    return torch.compile(retriever, fullgraph=True, dynamic=True)
+    compiled = torch.compile(retriever, fullgraph=True, dynamic=True)
+
+    def forward(batch: QuestionBatch, relations: RelationStates) -> RetrieverOutput:
+        if batch.padded is None:
+            return compiled(batch, relations)
+        logits, node, relation = compiled(batch.padded, relations)
+        graph = batch.graph
+        return RetrieverOutput(
+            logits[: graph.num_facts],
+            node[: graph.num_nodes],
+            relation[: graph.fact_index.num_pairs],
+        )
+
+    return forward
 
 
 def compile_generator(generator: Generator) -> None:
