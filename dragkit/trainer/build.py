@@ -21,7 +21,12 @@ from dragkit.memory_plan.choice import apply_memory_plan, local_card
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import TextEncoder
-from dragkit.trainer.compile import compile_enabled, compile_generator, compile_retriever
+from dragkit.trainer.compile import (
+    compile_enabled,
+    compile_generator,
+    compile_retriever,
+    set_gpu_products,
+)
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.question_dataset import QuestionDataset
@@ -76,7 +81,7 @@ def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.devi
         )
     device = (ranks or Ranks()).bind_device(device)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+        set_gpu_products(config)
     return device
 
 

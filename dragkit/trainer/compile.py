@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,6 +15,8 @@ from dragkit.config import TrainConfig
 from dragkit.data.packed import QuestionBatch, RelationStates
 from dragkit.generator.generator import Generator
 from dragkit.retriever.retriever import RetrieverOutput
+
+logger = logging.getLogger(__name__)
 
 
 def use_dynamic_shapes() -> None:
@@ -62,6 +65,22 @@ def compile_generator(generator: Generator) -> None:
 def num_compiled_graphs() -> int:
     """Number of graphs that this process has compiled. In a run it soon stops growing."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def set_gpu_products(config: TrainConfig) -> None:
+    """Sets, for this process, how a GPU rounds inside matrix products.
+
+    A run that asks for float32 gets no TF32. Otherwise the float32 products, such as those of the
+    routers, read bfloat16 values, which TF32 holds exactly. Partial sums of bfloat16 products are
+    added in float32.
+    """
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_tf32 = "float32" not in (config.run.precision, config.generator.dtype)
+    matmul.allow_bf16_reduced_precision_reduction = False
+    logger.info(
+        "matrix products of float32 tensors in %s, sums of bfloat16 products in float32",
+        "TF32" if matmul.allow_tf32 else "float32",
+    )
 
 
 def autocast(precision: str, device: torch.device, *, cache: bool = True) -> AbstractContextManager:

@@ -343,9 +343,7 @@ def test_the_kernels_keep_one_state_for_each_chunk(dtype, rows):
     states = pytest.importorskip("dragkit_kernels.ssd_scan.states")
     decays = pytest.importorskip("dragkit_kernels.ssd_scan.decays")
     x, dt, A, B, *_ = make_inputs(rows, (4, 3, 2, 5), dtype)
-    scan = states.ScanInputs.prepare(
-        x, dt, A, B, positions([rows]), decays.scan_tile(x, B)
-    )
+    scan = states.ScanInputs.prepare(x, dt, A, B, positions([rows]), decays.scan_tile(x, B))
     kept = states.chunk_states(scan)
     assert len(kept) == -(-rows // scan_chunk(dtype.itemsize)) == 4
     assert kept.dtype == torch.float32 and kept[0].numel() == 4 * 3 * 5
