@@ -31,9 +31,11 @@ def _process_state() -> Iterator[None]:
     """Seeds every test, and resets the process-wide settings of training after it."""
     torch.manual_seed(0)
     # monkeypatch cannot restore an attribute that a module serves by `__getattr__`.
-    tf32 = torch.backends.cuda.matmul.allow_tf32
+    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(torch.backends.cuda.matmul, name) for name in names}
     yield
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    for name, value in before.items():
+        setattr(torch.backends.cuda.matmul, name, value)
     torch.set_flush_denormal(False)
 
 

@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("dragkit.config", "dragkit.data", "dragkit.retriever", "dragkit_kernels"),
     ),
     "dragkit.joint": (*_MODELS, "dragkit.config", "dragkit.data", "dragkit_kernels"),
-    "dragkit.memory_plan": ("dragkit.config", "dragkit.retriever", "dragkit.generator"),
+    "dragkit.memory_plan": (
+        *("dragkit.config", "dragkit.retriever", "dragkit.generator", "dragkit_kernels"),
+    ),
     "dragkit.checkpoint": ("dragkit.config",),
     "dragkit.distributed": ("dragkit.config",),
     "dragkit.distributed.sharding": ("dragkit.config", "dragkit.generator"),

@@ -100,7 +100,8 @@ class RunConfig(Section):
     )
     device: str = Field("auto", pattern=DEVICE_PATTERN, description="auto, cpu, cuda or cuda:N.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Autocast type. auto: bfloat16 on GPU, float32 on CPU."
+        "auto",
+        description="Autocast type. auto: bfloat16 on GPU, float32 on CPU. float32 uses no TF32.",
     )
     compile: bool | None = Field(
         None, description="Compile the retriever and the generator's blocks. Unset: on GPU only."

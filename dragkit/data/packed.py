@@ -136,6 +136,7 @@ class QuestionBatch(_TensorFields):
             phase 1.
         rows: the questions' rows in the store, in batch order (host).
         num_labelled: number of questions with a positive fact, a host integer.
+        padded: what a compiled retriever reads instead, see `with_padding`. None is the batch.
     """
 
     graph: PackedGraph
@@ -148,3 +149,4 @@ class QuestionBatch(_TensorFields):
     target: TokenPack | None
     rows: tuple[int, ...]
     num_labelled: int
+    padded: QuestionBatch | None = None

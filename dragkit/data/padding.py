@@ -231,6 +231,22 @@ def pad_batch(batch: QuestionBatch, capacity: Capacity) -> QuestionBatch:
     )
 
 
+def with_padding(batch: QuestionBatch) -> QuestionBatch:
+    """The batch with `padded` where one of its sizes is 0 or 1.
+
+    torch.compile makes another graph for each size that is 0 or 1. All sizes of `padded` are at
+    least 2.
+
+    Args:
+        batch: a batch in host memory, with at least one relation in its data set.
+    """
+    needed = required_capacity(batch)
+    if min(needed) > 2:
+        return batch
+    plain = replace(batch, prefix=None, facts=None, target=None)
+    return replace(batch, padded=pad_batch(plain, Capacity(*(max(size, 2) for size in needed))))
+
+
 def _pad_token_ptr(tokens: TokenPack, capacity: Capacity) -> Tensor:
     """Extends the offsets of the relations' texts. The added texts share the added tokens."""
     # `attention_pool` requires offsets that cover every token. One text with all added tokens

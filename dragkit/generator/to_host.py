@@ -1,4 +1,4 @@
-"""Copies of integers between host and device that block only where their result is read."""
+"""Copies of numbers between host and device that block only where their result is read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class AsyncToHost:
-    """An asynchronous copy of integers from a device to the host.
+    """An asynchronous copy of numbers from a device to the host.
 
     The constructor queues the copy. `result` waits for the copy, and not for work that was queued
     after it.
 
     Args:
-        values: integers of any shape.
+        values: numbers of any shape.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -27,7 +27,7 @@ class AsyncToHost:
             self._copied.record(torch.cuda.current_stream(values.device))
 
     def result(self) -> list:
-        """The integers, in lists nested like the tensor."""
+        """The numbers, in lists nested like the tensor."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()

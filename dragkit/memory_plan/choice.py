@@ -124,7 +124,8 @@ def _fixed_bytes(
     num_layers = retriever.num_reasoning_steps * retriever.num_stages
     # A layer saves its input and output, two tables of pairs, and the gate of each instruction.
     rows = facts * (2 * _NODES_PER_FACT + (2 + retriever.num_instructions) * _PAIRS_PER_FACT)
-    table = _RELATIONS * 2 * _RELATION_TOKENS * _TEXT_DIM * 2
+    # Two texts of each relation, in float32.
+    table = _RELATIONS * 2 * _RELATION_TOKENS * _TEXT_DIM * 4
     lora = num_lora_parameters(dims, lora_dims_of(config))
     others = _num_retriever_projector_parameters(config, dims)
     weights = {"frozen weights": -(-num_parameters(dims) * itemsize // num_shards)}

@@ -31,7 +31,6 @@ class NemotronHDims(NamedTuple):
     ssm_state_size: int
     n_groups: int
     conv_kernel: int
-    chunk_size: int
     n_routed_experts: int
     num_experts_per_tok: int
     moe_intermediate_size: int

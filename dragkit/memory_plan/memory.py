@@ -22,6 +22,7 @@ from dragkit.memory_plan.dims import (
     num_embedding_parameters,
     num_lora_parameters,
 )
+from dragkit_kernels import scan_chunk
 
 # A float32 parameter, its gradient and AdamW's two moments.
 BYTES_PER_TRAINED_PARAM = 16
@@ -96,16 +97,16 @@ def saved_bytes_per_token(
     return formulas[block_type](dims, lora, itemsize)
 
 
-def _scan_state_bytes(dims: NemotronHDims) -> int:
-    """Bytes per token of one float32 state per chunk."""
-    return _FLOAT32_BYTES * dims.d_inner * dims.ssm_state_size // max(dims.chunk_size, 1)
+def _scan_state_bytes(dims: NemotronHDims, itemsize: int) -> int:
+    """Bytes per token of one float32 state per chunk of our kernels."""
+    return _FLOAT32_BYTES * dims.d_inner * dims.ssm_state_size // scan_chunk(itemsize)
 
 
 def backward_workspace_per_token(dims: NemotronHDims, block_type: str, itemsize: int = 2) -> int:
     """Bytes per token that a block needs only while its backward runs, estimated."""
     if block_type == "linear_attention":
         values = 2 * dims.in_proj_dim + 2 * dims.d_inner + dims.conv_dim
-        return itemsize * values + 2 * _scan_state_bytes(dims)
+        return itemsize * values + 2 * _scan_state_bytes(dims, itemsize)
     if block_type == "full_attention":
         return itemsize * (3 * dims.q_dim + 4 * dims.kv_dim + 2 * dims.hidden_size)
     if block_type == "moe":
@@ -162,7 +163,8 @@ def prefill_bytes_per_token(dims: NemotronHDims, block_type: str, itemsize: int 
         mixed = itemsize * (dims.in_proj_dim + dims.conv_dim + dims.d_inner)
         mixed += _FLOAT32_BYTES * dims.mamba_num_heads
         # The scan's chunk states are gone before the gated norm and out_proj run.
-        return mixed + max(_scan_state_bytes(dims), itemsize * dims.d_inner + hidden) + 2 * hidden
+        states = _scan_state_bytes(dims, itemsize)
+        return mixed + max(states, itemsize * dims.d_inner + hidden) + 2 * hidden
     if block_type == "full_attention":
         return itemsize * (2 * dims.q_dim + 2 * dims.kv_dim) + 4 * hidden
     if block_type == "moe":
@@ -231,7 +233,7 @@ def flops_per_token(
     head_parameters += num_active_parameters(dims, supervised_blocks)
     head = 2.0 * head_parameters * supervised_fraction
     n, p, h, g = dims.ssm_state_size, dims.mamba_head_dim, dims.mamba_num_heads, dims.n_groups
-    scan = 2.0 * dims.chunk_size * (n * g + p * h) + 4.0 * n * p * h
+    scan = 2.0 * scan_chunk(itemsize=2) * (n * g + p * h) + 4.0 * n * p * h
     # Two products, each over half of the causal square.
     attention = 2.0 * context * dims.q_dim
 

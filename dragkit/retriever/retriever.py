@@ -41,6 +41,14 @@ class RetrieverOutput(NamedTuple):
     relation: Tensor
 
 
+def _scores(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight, [M], from x [M, C] and weight [C], in float32 under autocast too."""
+    # In bfloat16 facts with close logits would tie. Unlike a matrix product, a sum is not lowered
+    # by autocast or TF32, its bits do not depend on M, and a compiler fuses it with what made x.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) * weight.to(wide)).sum(-1)
+
+
 class Retriever(nn.Module):
     """ReaRev (Mavromatis and Karypis, 2022) with the linear fact head of D-RAG (docs/method.md).
 
@@ -129,18 +137,18 @@ class Retriever(nn.Module):
 
     def _node_distribution(self, h: Tensor, graph: PackedGraph) -> Tensor:
         """Computes p, float [N]: softmax of the node scores over each graph."""
-        score = self.node_score(self.dropout(h)).squeeze(1)
+        score = _scores(self.dropout(h), self.node_score.weight[0]) + self.node_score.bias
         return segment_softmax(score, graph.node_ptr, count=graph.node_count)
 
     def _fact_logits(self, h: Tensor, relation_feature: Tensor, graph: PackedGraph) -> Tensor:
         """Computes w . [h_s ; x_r ; h_t] + b, float32 [E]."""
         # The score is a sum of one scalar per head, pair and tail, so [E, 3C] is never built.
-        weight = self.fact_score.weight.view(3, -1)
-        head_and_tail = (self.dropout(h) @ weight[::2].t()).float()
+        head, relation, tail = self.fact_score.weight.view(3, -1)
+        dropped = self.dropout(h)
         return fact_scores(
-            head_and_tail[:, 0],
-            (relation_feature @ weight[1]).float(),
-            head_and_tail[:, 1],
+            _scores(dropped, head).float(),
+            _scores(relation_feature, relation).float(),
+            _scores(dropped, tail).float(),
             self.fact_score.bias.float().squeeze(0),
             fact_index=graph.fact_index,
             groups=graph.groups,

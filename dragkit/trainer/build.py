@@ -21,7 +21,12 @@ from dragkit.memory_plan.choice import apply_memory_plan, local_card
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.retriever import Retriever
 from dragkit.retriever.text_encoder import TextEncoder
-from dragkit.trainer.compile import compile_generator, compile_retriever
+from dragkit.trainer.compile import (
+    compile_enabled,
+    compile_generator,
+    compile_retriever,
+    set_gpu_products,
+)
 from dragkit.trainer.phase1 import RetrieverPhase
 from dragkit.trainer.phase2 import JointPhase
 from dragkit.trainer.question_dataset import QuestionDataset
@@ -76,7 +81,7 @@ def setup_process(config: TrainConfig, ranks: Ranks | None = None) -> torch.devi
         )
     device = (ranks or Ranks()).bind_device(device)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+        set_gpu_products(config)
     return device
 
 
@@ -105,11 +110,6 @@ def with_memory_plan(config: TrainConfig, device: torch.device, ranks: int = 1) 
 def num_shards(config: TrainConfig, ranks: Ranks) -> int:
     """Number of ranks that the generator's frozen weights are sharded over. 1 means no sharding."""
     return ranks.world_size if config.run.generator_fsdp else 1
-
-
-def compile_enabled(config: TrainConfig, device: torch.device) -> bool:
-    """Whether models are compiled: `run.compile`, or by default on a GPU."""
-    return device.type == "cuda" if config.run.compile is None else config.run.compile
 
 
 def build_retriever(config: TrainConfig, encoder: TextEncoder) -> Retriever:

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from dragkit import __version__
 from dragkit.checkpoint.checkpoint import (
@@ -31,9 +31,10 @@ from dragkit.distributed.ranks import Ranks
 from dragkit.errors import ConfigError, Interrupted, WriteError
 from dragkit.eval.evaluate import evaluate
 from dragkit.eval.report import Report
+from dragkit.generator.lora.gradient_watch import AdapterNotTrainedError
 from dragkit.observe.profiling import ProfileWindow, nvtx_range
 from dragkit.observe.throughput import ThroughputMeter
-from dragkit.trainer.anomaly import numerical_error
+from dragkit.trainer.anomaly import FiniteCheck
 from dragkit.trainer.optim import build_optimizer, build_scheduler, trained_parameters
 from dragkit.trainer.phase import STATE_FILE, Phase, StepOutput, with_counted_parts
 from dragkit.trainer.progress import MetricsLog, Progress
@@ -99,6 +100,16 @@ class Trainer:
         origin = {**self.inputs, "dragkit": __version__, "torch": torch.__version__}
         self.state = TrainState(
             phase=phase.name, epoch=0, step=0, batch=0, questions_seen=0, extra=origin
+        )
+        self.finite = FiniteCheck(
+            run_dir,
+            phase.model,
+            dict(zip(self.parameter_names, self.parameters, strict=True)),
+            self.optimizer,
+            train.store,
+            self.ranks,
+            device,
+            late=device.type != "cpu",
         )
         self.metrics = MetricsLog(run_dir, enabled=self.ranks.is_main)
         self.meter = ThroughputMeter(device)
@@ -167,6 +178,8 @@ class Trainer:
                 for batches in self._steps():
                     self.profile_window.tick(self.state.step)
                     outputs = self.train_step(batches)
+                    if progress.reads_at(self.state.step):
+                        self.finite.settle()
                     progress.step(outputs, self.state, self.scheduler.get_last_lr()[0])
                     # Several ranks stop in `_reduce_counts`, which sums the signals of all of them.
                     if self.stop.requested and self.ranks.is_single:
@@ -242,10 +255,15 @@ class Trainer:
         with nvtx_range("optimizer"):
             # Sum over ranks first: norm and clipping are those of the whole batch's gradient.
             self.ranks.all_reduce_gradients(self.parameters)
-            norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-            self._check_finite(norm, present, outputs)
+            rows = [row for batch in present for row in batch.rows]
+            norm = self.finite.check(self.state.step, rows, outputs)
             clip_grads_with_norm_(self.parameters, self.config.optim.grad_clip, norm)
-            self.phase.check_gradients(counts)
+            try:
+                self.phase.check_gradients(counts)
+            except AdapterNotTrainedError:
+                # An infinite loss has gradients of 0, which say nothing of the adapters.
+                self.finite.settle()
+                raise
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -261,35 +279,6 @@ class Trainer:
             questions_seen=self.state.questions_seen + questions,
         )
         return [with_counted_parts(out, counts) for out in outputs]
-
-    def _check_finite(
-        self, norm: Tensor, batches: list[QuestionBatch], outputs: list[StepOutput]
-    ) -> None:
-        """Raises before an update with a loss or gradients that are not finite."""
-        loss: Tensor = sum(out.loss for out in outputs)  # type: ignore[assignment]
-        # Gradients alone do not tell: infinite scores have a gradient of 0.
-        finite = torch.isfinite(norm) & torch.isfinite(loss)
-        if self.device.type != "cpu":
-            # The device checks, so that the host does not wait for every step.
-            torch._assert_async(finite)
-            return
-        # Each rank has its own loss.
-        (bad_ranks,) = self.ranks.all_reduce_sum([int(not finite)])
-        if not bad_ranks:
-            return
-        store = self.train_set.store
-        error = numerical_error(
-            self.run_dir / f"anomaly-{self.state.step:08d}.json",
-            self.state.step,
-            float(norm),
-            dict(zip(self.parameter_names, self.parameters, strict=True)),
-            self.phase.model,
-            [store.question_id(row) for batch in batches for row in batch.rows],
-            outputs,
-            self.ranks,
-        )
-        self.optimizer.zero_grad(set_to_none=True)
-        raise error
 
     def end_epoch(self) -> None:
         """Advances to the next epoch, saves, validates."""
@@ -340,8 +329,10 @@ class Trainer:
         """Writes a checkpoint with everything that `resume` needs. Only rank 0 writes.
 
         Raises:
+            NumericalError: the last step is not finite.
             WriteError: `MAX_FAILED_SAVES` saves in a row have failed.
         """
+        self.finite.settle()
         self._require_same(trained_fingerprint)
         self.is_saved = self._on_main(self._write_checkpoint)
         if self.is_saved:

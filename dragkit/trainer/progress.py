@@ -146,12 +146,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
+    def reads_at(self, step: int) -> bool:
+        """Whether `step` reads the device after that optimizer step."""
+        return step % self.every == 0 or step == self.total_steps
+
     def step(self, outputs: list[StepOutput], state: TrainState, lr: float) -> None:
         """Counts one optimizer step. `state` is the state after it, `lr` the next rate."""
         self._steps.append(_reduce_microbatches(outputs))
         self._questions += sum(out.num_questions for out in outputs)
         self.bar.update(1)
-        if state.step % self.every and state.step != self.total_steps:
+        if not self.reads_at(state.step):
             return
         names = dict.fromkeys(name for parts in self._steps for name in parts)
         # A part may be absent from some steps, such as the gradient norms.

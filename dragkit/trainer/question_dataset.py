@@ -20,6 +20,7 @@ from dragkit.data.cache import cache_root
 from dragkit.data.collate import PackedCollator
 from dragkit.data.handicap import noisy_labels, random_questions
 from dragkit.data.packed import QuestionBatch
+from dragkit.data.padding import with_padding
 from dragkit.data.relations import RelationVocab
 from dragkit.data.store import PackedStore
 from dragkit.data.tokens import TokenRows
@@ -29,6 +30,7 @@ from dragkit.generator.prompt import PromptTemplate
 from dragkit.memory_plan.choice import MAX_DECODE_BATCH, local_card, make_plan
 from dragkit.memory_plan.dims import generator_dims
 from dragkit.retriever.text_encoder import RelationStates, TextEncoder
+from dragkit.trainer.compile import compile_enabled
 from dragkit.trainer.remarks import (
     log_unread_texts,
     log_untaught_answers,
@@ -130,7 +132,7 @@ class QuestionDataset:
             seed=config.run.seed,
             rows=rows,
         )
-        self.num_workers = config.data.num_workers
+        self.config, self.num_workers = config, config.data.num_workers
 
     def __len__(self) -> int:
         return len(self.batch_sampler.rows)
@@ -227,9 +229,11 @@ class QuestionDataset:
         Args:
             batches: rows of each batch.
             device: where they are used. For a GPU, a thread collates them ahead of their use.
+                None is a CPU.
             to_device: whether the thread also copies them to the GPU. Otherwise, and for a CPU,
-                they are in host memory.
+                they are in host memory. Batches that a compiled retriever reads have `padded`.
         """
+        device = device or torch.device("cpu")
         loader = DataLoader(
             range(len(self.store)),  # type: ignore[arg-type]
             batch_sampler=batches,  # type: ignore[arg-type]
@@ -237,11 +241,15 @@ class QuestionDataset:
             num_workers=self.num_workers,
             worker_init_fn=_ignore_signals,
         )
-        collated = None
+        iterator = None
         try:
             with _delayed_signals() if self.num_workers else nullcontext():
-                collated = iter(loader)
-            if device is None or device.type != "cuda":
+                iterator = iter(loader)
+            collated: Iterator[QuestionBatch] = iterator
+            # A replayed step pads host batches itself.
+            if to_device and self.store.num_relations and compile_enabled(self.config, device):
+                collated = map(with_padding, iterator)
+            if device.type != "cuda":
                 yield from collated
             elif to_device:
                 copier = DeviceCopier(device)
@@ -253,9 +261,9 @@ class QuestionDataset:
         finally:
             # An error's traceback keeps the iterator alive, and the workers with it. They ignore
             # signals, so the process would wait for them at its exit.
-            if self.num_workers and collated is not None:
+            if self.num_workers and iterator is not None:
                 with _delayed_signals():
-                    collated._shutdown_workers()
+                    iterator._shutdown_workers()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from .rows import (
     segment_sum_ref,
 )
 from .segment_softmax import segment_softmax, segment_softmax_ref
-from .ssd_scan import ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
+from .ssd_scan import scan_chunk, ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
 
 __all__ = [
     "FactGroups",
@@ -82,6 +82,7 @@ __all__ = [
     "relation_sum",
     "relation_sum_ref",
     "resolve_backend",
+    "scan_chunk",
     "segment_softmax",
     "segment_softmax_ref",
     "segment_sum",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from dragkit.memory_plan.choice import (
 )
 from dragkit.memory_plan.dims import dims_of
 from dragkit.observe.gpu import CARDS, CardSpec
+from dragkit.retriever.text_encoder import TokenStates
 from dragkit.trainer import build, run
 from dragkit.trainer import question_dataset as source
 
@@ -231,3 +233,16 @@ def test_a_run_is_refused_before_anything_is_loaded(
     settings, origins = resolve_config("h200", None, {"run.phase": 2, "data.heuristics_path": "x"})
     with pytest.raises(error, match=message):
         run.TrainingRun(settings, origins, settings)
+
+
+def test_the_relation_table_is_that_of_a_data_set() -> None:
+    """States of both texts of a relation are in float32, without padding."""
+    tokens = 2 * choice._RELATION_TOKENS
+    values = np.zeros((tokens, choice._TEXT_DIM), np.float16)
+    ptr = np.array([0, 1, tokens])
+    one = TokenStates(values, ptr, np.arange(2), np.zeros(2, bool)).relations()
+    settings = config()
+    facts = settings.optim.batch_size_in(2) * choice._FACTS_PER_QUESTION
+    facts = min(facts, settings.data.max_facts_per_batch)
+    table = plan_on(141).fixed["relation table and batch"] - choice.BYTES_PER_FACT * facts
+    assert table == choice._RELATIONS * one.states.nbytes

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dragkit_kernels import ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
+from dragkit_kernels import scan_chunk, ssd_scan, ssd_scan_ref, ssd_state, ssd_state_ref
 from dragkit_kernels.ssd_scan import slabs, torch_impl
 from dragkit_kernels.testing import (
     assert_close,
@@ -335,3 +335,15 @@ def test_wrong_arguments(change: dict[str, Tensor], message: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ssd_state(*make_inputs(9, SHAPES[0])[:4], seq_pos, last)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float16, 193), (torch.float32, 97)])
+def test_the_kernels_keep_one_state_for_each_chunk(dtype, rows):
+    states = pytest.importorskip("dragkit_kernels.ssd_scan.states")
+    decays = pytest.importorskip("dragkit_kernels.ssd_scan.decays")
+    x, dt, A, B, *_ = make_inputs(rows, (4, 3, 2, 5), dtype)
+    scan = states.ScanInputs.prepare(x, dt, A, B, positions([rows]), decays.scan_tile(x, B))
+    kept = states.chunk_states(scan)
+    assert len(kept) == -(-rows // scan_chunk(dtype.itemsize)) == 4
+    assert kept.dtype == torch.float32 and kept[0].numel() == 4 * 3 * 5

@@ -6,14 +6,20 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from dragkit.checkpoint.checkpoint import flatten_optimizer_state
 from dragkit.data.packed import QuestionBatch
-from dragkit.trainer.anomaly import NumericalError
+from dragkit.distributed.ranks import Ranks
+from dragkit.generator.to_host import AsyncToHost
+from dragkit.trainer import loop
+from dragkit.trainer.anomaly import FiniteCheck, NumericalError
+from dragkit.trainer.phase import StepOutput
 from dragkit.trainer.phase1 import RetrieverPhase
-from tests.trainer.run_cases import FIXTURE, logged, make_run
+from tests.trainer.run_cases import FIXTURE, assert_same, logged, make_run
 
 
 def in_score(phase: RetrieverPhase, value: float) -> None:
@@ -71,6 +77,143 @@ def test_the_first_component_that_is_not_finite_is_named(
     record = json.loads((tmp_path / "run" / "anomaly-00000000.json").read_text())
     assert record["questions"] and record["parts"]
     assert bool(record["weights_not_finite"]) == (plant is in_weight)
+
+
+class LateCheck(FiniteCheck):
+    """The check as on a GPU: the optimizer skips the update, and the host learns of it later."""
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings | {"late": True})
+
+
+def ended_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, check: type, bad_step: int, **settings: object
+) -> tuple[str, dict[str, torch.Tensor], int]:
+    """The error, the weights and moments, and the micro-batches begun of a run with a bad step."""
+    trainers, begun, original = [], [], loop.Trainer.train_step
+
+    def planted(self: loop.Trainer, batches: list) -> object:
+        trainers.append(self)
+        if self.state.step == bad_step:
+            self.phase.model.start.weight.register_hook(lambda grad: grad * math.nan)
+        begun.append(self.state.step)
+        return original(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "train_step", planted)
+        patch.setattr(loop, "FiniteCheck", check)
+        with pytest.raises(NumericalError) as error:
+            make_run(folder, 1, **settings).execute()
+    trainer = trainers[-1]
+    state = flatten_optimizer_state(trainer.optimizer, trainer.parameter_names)
+    weights = {name: p.detach() for name, p in trainer.phase.model.named_parameters()}
+    assert error.value.exit_code == 70
+    return str(error.value), state | weights, len(begun) - 1 - bad_step
+
+
+# 3 steps in an epoch, 2 epochs.
+@pytest.mark.parametrize(
+    ("bad_step", "settings", "steps_later"),
+    [
+        (0, {"run.log_every_steps": 4}, 1),
+        (1, {"run.log_every_steps": 4}, 1),
+        # Its numbers are due for the log.
+        (3, {"run.log_every_steps": 4}, 0),
+        # A checkpoint is due.
+        (2, {"run.log_every_steps": 4}, 0),
+        (0, {"run.log_every_steps": 4, "run.save_every_steps": 1}, 0),
+        # The last step of all, after lines of the log.
+        (5, {}, 0),
+    ],
+)
+def test_a_check_one_step_late_ends_the_run_as_one_at_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bad_step: int,
+    settings: dict[str, object],
+    steps_later: int,
+) -> None:
+    now, late = tmp_path / "now", tmp_path / "late"
+    error, state, _ = ended_run(now, monkeypatch, FiniteCheck, bad_step, **settings)
+    late_error, late_state, later = ended_run(late, monkeypatch, LateCheck, bad_step, **settings)
+    assert late_error == error.replace(str(now), str(late)) and f"step {bad_step}:" in error
+    assert later == steps_later
+    # An optimizer that has not updated yet has no moments and says so, or has zeros.
+    state = {name: value for name, value in state.items() if not name.endswith("/fresh")}
+    assert late_state.keys() >= state.keys()
+    for name, value in late_state.items():
+        assert torch.equal(value, state.get(name, torch.zeros_like(value))), name
+    record = f"run/anomaly-{bad_step:08d}.json"
+    assert (late / record).read_text() == (now / record).read_text()
+    assert len(list((late / "run").glob("anomaly-*"))) == 1
+    is_logged = [(x / "run" / "metrics.jsonl").exists() for x in (now, late)]
+    assert is_logged == [bad_step > 4] * 2
+    kept = [sorted(path.name for path in (x / "run").glob("step-*")) for x in (now, late)]
+    assert kept[0] == kept[1] and bool(kept[0]) == (bad_step > 2)
+
+
+class BesideBadRank(Ranks):
+    """Rank 0 of two ranks. The loss of the other rank is infinite."""
+
+    def all_reduce_(self, tensor: torch.Tensor) -> None:
+        tensor += math.inf
+
+    def all_gather_object(self, value: list) -> list:
+        return [value, [["theirs"], [{"retrieval": "inf"}], []]]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_every_rank_stops_for_the_loss_of_one(tmp_path: Path, late: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    names = SimpleNamespace(question_id=lambda row: f"question {row}")
+    model = torch.nn.ParameterDict({"weight": weight})
+    cpu = torch.device("cpu")
+    check = FiniteCheck(
+        tmp_path, model, {"weight": weight}, optimizer, names, BesideBadRank(), cpu, late=late
+    )
+    loss = torch.tensor(1.5)
+    output = StepOutput(loss, {"retrieval": loss}, 1, 1, 0)
+    with pytest.raises(NumericalError, match="retriever's fact scores"):
+        check.check(7, [4], [output])
+        optimizer.step()
+        check.settle()
+    assert weight.tolist() == [1, 1] and weight.grad is None
+    record = json.loads((tmp_path / "anomaly-00000007.json").read_text())
+    assert record["questions"] == ["question 4", "theirs"]
+
+
+def test_a_late_check_changes_nothing_in_a_good_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path, 1, "now").execute()
+    monkeypatch.setattr(loop, "FiniteCheck", LateCheck)
+    make_run(tmp_path, 1, "late").execute()
+    assert_same(tmp_path / "now", tmp_path / "late")
+
+
+def test_a_late_check_waits_for_no_step_that_is_not_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's numbers are read after the next step's backward has been queued."""
+    events: list[str] = []
+    result, backward = AsyncToHost.result, RetrieverPhase.training_step
+
+    def read(copy: AsyncToHost) -> list:
+        events.append("read")
+        return result(copy)
+
+    def step(self: RetrieverPhase, *args: object) -> object:
+        output = backward(self, *args)
+        events.append("backward")
+        return output
+
+    monkeypatch.setattr(loop, "FiniteCheck", LateCheck)
+    monkeypatch.setattr(AsyncToHost, "result", read)
+    monkeypatch.setattr(RetrieverPhase, "training_step", step)
+    make_run(tmp_path, 1, **{"run.log_every_steps": 100, "optim.epochs": 1}).execute()
+    assert events == ["backward", "backward", "read", "backward", "read", "read"]
 
 
 def test_a_step_without_labels_or_answers_reports_no_loss_for_them(tmp_path: Path) -> None:

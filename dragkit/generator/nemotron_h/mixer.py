@@ -44,13 +44,14 @@ def _project(mixer: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
 
 
 def _scan_inputs(mixer: nn.Module, convolved: Tensor, dt: Tensor) -> _ScanInputs:
-    # exp(dt A) multiplies up over a sequence, so dt and A are at least float32.
+    # exp(dt A) multiplies up over a sequence, so dt and A are at least float32. The bias is widened
+    # before it is added, as in mamba-ssm: a sum in bfloat16 has 2 to 3 digits.
     wide = torch.promote_types(convolved.dtype, torch.float32)
     states = mixer.n_groups * mixer.ssm_state_size
     x, b, c = convolved.split([mixer.intermediate_size, states, states], dim=-1)
     return _ScanInputs(
         x=x.unflatten(-1, (mixer.num_heads, -1)),
-        dt=F.softplus((dt + mixer.dt_bias).to(wide)).clamp(*mixer.time_step_limit),
+        dt=F.softplus(dt.to(wide) + mixer.dt_bias.to(wide)).clamp(*mixer.time_step_limit),
         A=-mixer.A_log.to(wide).exp(),
         B=b.unflatten(-1, (mixer.n_groups, -1)),
         C=c.unflatten(-1, (mixer.n_groups, -1)),

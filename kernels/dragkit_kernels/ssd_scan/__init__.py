@@ -9,8 +9,9 @@ from ..backend import resolve_backend
 from ..checks import check_float, check_index, check_shape, widest
 from . import op as _op  # noqa: F401  (registers the ops)
 from .reference import ssd_scan_ref, ssd_state_ref
+from .tiles import scan_chunk
 
-__all__ = ["ssd_scan", "ssd_scan_ref", "ssd_state", "ssd_state_ref"]
+__all__ = ["scan_chunk", "ssd_scan", "ssd_scan_ref", "ssd_state", "ssd_state_ref"]
 
 
 def ssd_scan(
