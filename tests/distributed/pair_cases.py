@@ -101,8 +101,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return tensors | (load_file(adapter) if adapter.is_file() else {})
 
 
-def assert_close(first: Path, second: Path, atol: float = 1e-5) -> None:
+def assert_close(first: Path, second: Path, *, few: float = 0.0) -> None:
+    """All weights and moments are within 1e-5, but for the fraction `few` of each tensor.
+
+    Adam divides a gradient by its own size. Where the gradient is rounding alone, an entry moves by
+    a part of the rate, 1e-4.
+    """
     ours, theirs = weights(first), weights(second)
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=name)
+        difference = (ours[name] - theirs[name]).abs()
+        assert difference.max() <= (1e-4 if few else 1e-5), name
+        assert (difference > 1e-5).double().mean() <= few, name

@@ -83,9 +83,8 @@ def test_two_ranks_train_and_score_as_one(pair: Pair, name: str) -> None:
     assert pair.codes(name) == [0, 0]
     pair.assert_equal_logs(name)
     one, two = pair.one / name, pair.two / name
-    # Adam divides a gradient by its own size. Where the gradient is rounding alone, an entry moves
-    # by a part of the rate, 1e-4. The differences of draws have more such entries.
-    assert_close(one, two, atol=5e-5 if name == "accumulated" else 1e-5)
+    # The differences of draws have entries whose gradient is rounding alone.
+    assert_close(one, two, few=0.005 if name == "accumulated" else 0.0)
     states = [load_checkpoint(find_checkpoint(folder)).state for folder in (one, two)]
     assert states[0].questions_seen == states[1].questions_seen == 16
     assert (states[0].step, states[0].batch) == (states[1].step, states[1].batch)
