@@ -19,7 +19,7 @@ _EPILOG = f"""\
 It kills and stops training at any time, fills and breaks the disk under it, damages checkpoints,
 resumes from every step and in other surroundings, offers hostile files and bombs, looks for secrets
 in what runs write and for use of the network, and compares training and every op with float64.
-quick takes about five minutes on two cores, full about half an hour. The page lists what was
+quick takes about five minutes on two cores, full about twenty. The page lists what was
 lost, and the exit code is 1 if anything was.
 
 examples:
